@@ -1,0 +1,59 @@
+# Everything a machine needs is Python >= 3.11 and make. The first target that needs it makes .venv and installs there.
+#
+#   make up                   start the whole service; prints its address
+#   make demo                 place a few thousand orders against the running service
+#   make test                 checks, then all tests           (ARGS="-k saga" narrows it)
+#   make bench ARGS="..."     measure, side by side with other brokers
+#   make chaos MINUTES=10     random faults, then the books are checked
+#   make proto                regenerate the protobuf code
+
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+ARGS ?=
+MINUTES ?= 2
+
+.PHONY: help up demo test lint proto bench chaos clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(STAMP): pyproject.toml broker/pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "Python 3.11 or newer is needed and '$(PYTHON)' was not found: install it, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed and '$(PYTHON)' is $$($(PYTHON) -c 'import platform; print(platform.python_version())'): name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "'$(PYTHON)' cannot make virtual environments: install its venv package (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "Installing into $(VENV) (once, about a minute) ..."
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e './broker[server,otel,uvloop,abort,nkeys]' -e '.[dev]'
+	@touch $@
+
+up: $(STAMP)
+	@$(BIN)/python -m tasks.dev up
+
+demo: $(STAMP)
+	@$(BIN)/python -m tasks.demo $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+proto: $(STAMP)
+	$(BIN)/python proto/generate.py
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES)
+
+# Leaves .data alone: it holds the orders.
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .artifacts build dist *.egg-info broker/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,5 @@
+"""A Dramatiq broker on NATS JetStream."""
+
+from __future__ import annotations
+
+__all__: list[str] = []

@@ -1,0 +1,72 @@
+"""Fixtures that every test may use: real nats-servers, a namespace of its own, a broker on them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from dramatiq_jetstream.cluster import NatsCluster
+from dramatiq_jetstream.server import NatsServer
+from tests.support import skips
+
+if TYPE_CHECKING:
+    from dramatiq_jetstream import JetStreamBroker
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    skips.register(config)
+
+
+@pytest.fixture(scope="session")
+def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    """One server for the whole run; a test that stops or kills its server uses `own_nats_server`."""
+    # Without fsync: nothing here cuts the power, and the tests that are about durability set it themselves.
+    with NatsServer(store_dir=tmp_path_factory.mktemp("nats"), sync="2m") as server:
+        yield server
+
+
+@pytest.fixture
+def nats_url(nats_server: NatsServer) -> str:
+    """The address of the shared server."""
+    return nats_server.url
+
+
+@pytest.fixture
+def own_nats_server(tmp_path: Path) -> Iterator[NatsServer]:
+    """A started server for this test alone, to be stopped, killed and suspended at will."""
+    with NatsServer(store_dir=tmp_path / "nats") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def nats_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsCluster]:
+    """Three servers, started when the first test asks for them. A test restarts what it killed."""
+    with NatsCluster(store_dir=tmp_path_factory.mktemp("nats-cluster"), sync="2m") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A namespace that no other test uses."""
+    return f"t{secrets.token_hex(5)}"
+
+
+@pytest.fixture
+def broker(nats_url: str, namespace: str) -> Iterator[JetStreamBroker]:
+    """A JetStreamBroker on the shared server, also set as Dramatiq's global broker, closed afterwards."""
+    import dramatiq
+
+    from dramatiq_jetstream import JetStreamBroker
+
+    broker = JetStreamBroker(url=nats_url, namespace=namespace)
+    before = dramatiq.broker.global_broker
+    dramatiq.set_broker(broker)
+    try:
+        yield broker
+    finally:
+        dramatiq.broker.global_broker = before
+        broker.close()
