@@ -96,7 +96,7 @@ class Process:
         """The pids of its direct children (Linux), such as the worker processes of the dramatiq command."""
         return children(self.pid)
 
-    def signal(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         """Send a signal to the process alone."""
         os.kill(self.pid, number)
 
@@ -116,7 +116,7 @@ class Process:
     def stop(self, timeout: float = 20.0, *, signal_number: int = signal.SIGTERM) -> int:
         """Ask the process to stop, kill everything it left after `timeout`; returns the exit code."""
         if self.running:
-            self.signal(signal_number)
+            self.send_signal(signal_number)
         try:
             return self.popen.wait(timeout=timeout)
         except subprocess.TimeoutExpired:
