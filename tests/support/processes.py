@@ -37,9 +37,8 @@ class Process:
         self.log = log
         self.cwd = cwd or REPOSITORY
         self.env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
-        import_path = [str(p) for p in path] + [self.env["PYTHONPATH"]] * ("PYTHONPATH" in self.env)
-        if import_path:
-            self.env["PYTHONPATH"] = os.pathsep.join(import_path)
+        import_path = [*map(str, path), *filter(None, [self.env.get("PYTHONPATH")])]
+        self.env["PYTHONPATH"] = os.pathsep.join(import_path)
         self._popen: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Process:
