@@ -1,0 +1,161 @@
+"""Chooses the exporters by the standard OTEL_* variables.
+
+One thing differs from the specification: without OTEL_TRACES_EXPORTER, or OTEL_METRICS_EXPORTER, a signal is
+exported only when an endpoint is configured. By the specification it would go to localhost, and every process
+on a machine without a collector would try to connect there for as long as it lives.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from opentelemetry.sdk.metrics.export import (
+    MetricExporter,
+    MetricExportResult,
+    MetricReader,
+    MetricsData,
+    PeriodicExportingMetricReader,
+)
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+from dramatiq_jetstream.errors import InvalidOption
+
+T = TypeVar("T")
+
+_PROTOCOLS: Mapping[str, str] = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
+
+
+def enabled() -> bool:
+    """Whether anything is to be exported at all."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return False
+    return bool(_names("traces") or _names("metrics"))
+
+
+def span_processors() -> list[SpanProcessor]:
+    """A batching processor for each exporter of traces."""
+    return [BatchSpanProcessor(_ForkSafeSpanExporter(_load("traces", name))) for name in _names("traces")]
+
+
+def metric_readers() -> list[MetricReader]:
+    """A periodic reader for each exporter of metrics; what is a reader itself is taken as it is."""
+    readers: list[MetricReader] = []
+    for name in _names("metrics"):
+        factory: Any = _load("metrics", name)
+        if isinstance(factory, type) and issubclass(factory, MetricReader):
+            reader: MetricReader = factory()
+            readers.append(reader)
+        else:
+            readers.append(PeriodicExportingMetricReader(_ForkSafeMetricExporter(factory)))
+    return readers
+
+
+def _names(signal: str) -> list[str]:
+    chosen = os.environ.get(f"OTEL_{signal.upper()}_EXPORTER", "").strip()
+    if not chosen:
+        endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT")
+        chosen = "otlp" if any(os.environ.get(name, "").strip() for name in endpoints) else "none"
+    return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "none")]
+
+
+def _load(signal: str, name: str) -> Callable[[], Any]:
+    wanted = _otlp_by_protocol(signal) if name == "otlp" else name
+    for entry_point in entry_points(group=f"opentelemetry_{signal}_exporter", name=wanted):
+        factory: Callable[[], Any] = entry_point.load()
+        return factory
+    raise InvalidOption(
+        f"OTEL_{signal.upper()}_EXPORTER asks for {name!r}, but no installed package brings the exporter "
+        f"{wanted!r}: install the one that does, or set the variable to otlp, console or none."
+    )
+
+
+def _otlp_by_protocol(signal: str) -> str:
+    for variable in (f"OTEL_EXPORTER_OTLP_{signal.upper()}_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        protocol = os.environ.get(variable, "").strip()
+        if protocol and protocol not in _PROTOCOLS:
+            raise InvalidOption(f"{variable} is {protocol!r}; it must be {' or '.join(_PROTOCOLS)}.")
+        if protocol:
+            return _PROTOCOLS[protocol]
+    return _PROTOCOLS["http/protobuf"]
+
+
+class _PerProcess(Generic[T]):
+    """An exporter for each process: one that was forked must not write to its parent's connections."""
+
+    def __init__(self, factory: Callable[[], T]) -> None:
+        self._factory = factory
+        self._pid = os.getpid()
+        self._exporter = factory()
+
+    def get(self) -> T:
+        if self._pid != os.getpid():
+            self._exporter = self._factory()
+            self._pid = os.getpid()
+        return self._exporter
+
+
+class _ForkSafeSpanExporter(SpanExporter):
+    def __init__(self, factory: Callable[[], SpanExporter]) -> None:
+        self._exporter = _PerProcess(factory)
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        return self._exporter.get().export(spans)
+
+    def shutdown(self) -> None:
+        self._exporter.get().shutdown()
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        return self._exporter.get().force_flush(timeout_millis)
+
+
+class _ForkSafeMetricExporter(MetricExporter):
+    def __init__(self, factory: Callable[[], MetricExporter]) -> None:
+        self._exporter = _PerProcess(factory)
+        # How to aggregate is the exporter's to say; the SDK reads it from these and offers no other way.
+        inner = self._exporter.get()
+        super().__init__(inner._preferred_temporality, inner._preferred_aggregation)
+
+    def export(
+        self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any
+    ) -> MetricExportResult:
+        return self._exporter.get().export(metrics_data, timeout_millis, **kwargs)
+
+    def force_flush(self, timeout_millis: float = 10_000) -> bool:
+        return self._exporter.get().force_flush(timeout_millis)
+
+    def shutdown(self, timeout_millis: float = 30_000, **kwargs: Any) -> None:
+        self._exporter.get().shutdown(timeout_millis, **kwargs)
+
+
+class _OnceAMinute(logging.Filter):
+    """Lets a message of a logger pass once a minute: a dead endpoint is worth a line, not a line a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        if now - self._passed.get(record.msg, float("-inf")) < 60:
+            return False
+        self._passed[record.msg] = now
+        return True
+
+
+def quieten() -> None:
+    """Keep an endpoint that is down from filling the logs."""
+    for name in (
+        "opentelemetry.exporter.otlp.proto.http.trace_exporter",
+        "opentelemetry.exporter.otlp.proto.http.metric_exporter",
+        "opentelemetry.sdk._shared_internal",
+        "opentelemetry.sdk.metrics._internal.export",
+    ):
+        logger = logging.getLogger(name)
+        if not any(isinstance(f, _OnceAMinute) for f in logger.filters):
+            logger.addFilter(_OnceAMinute())

@@ -1,0 +1,152 @@
+"""What is remembered between the beginning and the end of a span: a send, or an attempt.
+
+All of it lives on the thread that works: Dramatiq emits the two ends of an operation on one thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import MutableMapping
+from contextvars import Token
+from time import perf_counter
+from typing import Any
+
+from dramatiq.errors import RateLimitExceeded, Retry
+from opentelemetry import context as otel_context
+from opentelemetry.context import Context
+from opentelemetry.trace import Span, Status, StatusCode
+
+from . import conventions as c
+from .carrier import CARRIER_OPTION
+
+
+class Send:
+    """A message, or an event, on its way to the broker."""
+
+    __slots__ = ("destination", "message", "message_id", "previous", "span", "started")
+
+    def __init__(
+        self, message: Any, message_id: str | None, destination: str, span: Span, previous: Any
+    ) -> None:
+        self.message = message
+        self.message_id = message_id
+        self.destination = destination
+        self.span = span
+        #: The carrier that the message had before; put back afterwards, because a program may send the same
+        #: message object again and must not find itself in the trace of the first time.
+        self.previous = previous
+        self.started = perf_counter()
+
+    def finish(self, error: BaseException | None) -> float:
+        """End the span; returns the seconds that it took."""
+        if error is not None:
+            record_error(self.span, error)
+        self.span.end()
+        return perf_counter() - self.started
+
+    def restore(self) -> None:
+        """Leave the message's options as they were found."""
+        options: MutableMapping[str, Any] = self.message.options
+        if self.previous is None:
+            options.pop(CARRIER_OPTION, None)
+        else:
+            options[CARRIER_OPTION] = self.previous
+
+
+class Attempt:
+    """One run of a message by an actor, or the decision not to run it."""
+
+    __slots__ = ("message", "message_id", "queue", "retry_stored", "span", "started", "token")
+
+    def __init__(self, message: Any, queue: str, span: Span) -> None:
+        self.message = message
+        self.message_id: str = message.message_id
+        self.queue = queue
+        self.span: Span | None = span
+        self.token: Token[Context] | None = None
+        self.retry_stored = False
+        self.started = perf_counter()
+
+    def attach(self, context: Context) -> None:
+        """Make the attempt's context the current one of this thread."""
+        self.token = otel_context.attach(context)
+
+    def finish(self, outcome: str, error: BaseException | None, attributes: dict[str, Any]) -> float | None:
+        """End the span and detach the context; returns the seconds, or None when that was done before.
+
+        An asynchronous exception (time limit, shutdown, abort) may strike between any two lines here.
+        Dramatiq then reports the end of the message once more, so every step can be taken up again.
+        """
+        seconds: float | None = None
+        try:
+            span = self.span
+            if span is not None:
+                seconds = perf_counter() - self.started
+                if span.is_recording():
+                    span.set_attribute(c.OUTCOME, outcome)
+                    if attributes:
+                        span.set_attributes(attributes)
+                    if error is not None:
+                        record_error(span, error)
+                self.span = None
+                span.end()
+        finally:
+            token, self.token = self.token, None
+            if token is not None:
+                otel_context.detach(token)
+        return seconds
+
+
+class ThreadState(threading.local):
+    """What the current thread is in the middle of."""
+
+    attempt: Attempt | None = None
+    #: The sends between before_enqueue and after_enqueue by the id of the message object; replaced for the
+    #: duration of each call of enqueue, so that a call knows which of them are its own.
+    sends: dict[int, Send] | None = None
+
+
+def outcome_of(attempt: Attempt, error: BaseException | None) -> str:
+    """How an attempt ended that was not skipped."""
+    if error is None:
+        # The actor did its work, yet something rejected the message all the same.
+        return c.Outcome.FAILED if attempt.message.failed else c.Outcome.DONE
+    if is_abort(error):
+        return c.Outcome.ABORTED
+    if attempt.message.failed:
+        return c.Outcome.FAILED
+    if attempt.retry_stored:
+        return c.Outcome.RETRIED
+    return c.Outcome.UNRESOLVED
+
+
+def is_abort(error: BaseException) -> bool:
+    """Whether the exception is dramatiq-abort's, which need not be installed."""
+    return any(cls.__name__ == "Abort" and "abort" in cls.__module__ for cls in type(error).__mro__)
+
+
+def skipped_by_abort(error: BaseException | None) -> bool:
+    """Whether a message was skipped because it had been aborted before it ran.
+
+    The abort middleware raises a bare SkipMessage; only where it was raised tells it from other reasons.
+    """
+    trace = error.__traceback__ if error is not None else None
+    while trace is not None:
+        if trace.tb_next is None:
+            return str(trace.tb_frame.f_globals.get("__name__", "")).startswith("dramatiq_abort")
+        trace = trace.tb_next
+    return False
+
+
+def is_expected(error: BaseException, outcome: str) -> bool:
+    """Whether the actor asked to be run again, which Dramatiq does not log as an error either."""
+    return outcome == c.Outcome.RETRIED and isinstance(error, (Retry, RateLimitExceeded))
+
+
+def record_error(span: Span, error: BaseException) -> None:
+    """Put an exception on a span as the conventions ask."""
+    if not span.is_recording():
+        return
+    span.record_exception(error)
+    span.set_attribute(c.ERROR_TYPE, c.error_type(error))
+    span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {error}"))
