@@ -2,4 +2,7 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from .batches import group
+from .broker import JetStreamBroker
+
+__all__ = ["JetStreamBroker", "group"]

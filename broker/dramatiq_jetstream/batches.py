@@ -1,0 +1,140 @@
+"""Storing many messages at once: pipelined, or all or none (ADR-50).
+
+An atomic batch becomes visible with its last message, the commit. If the process dies before, the server
+forgets the batch. If the commit's acknowledgement is lost, the batch is sent again; the server answers that
+it has those message ids already, which says that the first commit was stored.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from dramatiq.common import q_name
+from dramatiq.composition import group as dramatiq_group
+from dramatiq.message import Message
+
+from .connection import PubAck, Publication
+from .errors import ApiError, BrokerConnectionError, BrokerError, InvalidOption
+from .naming import HEADER_BATCH_COMMIT, HEADER_BATCH_ID, HEADER_BATCH_SEQUENCE
+
+if TYPE_CHECKING:
+    from .broker import JetStreamBroker
+
+__all__ = ["enqueue_many", "group"]
+
+#: The server's limit for one atomic batch.
+MAX_ATOMIC = 1_000
+
+_ALREADY_STORED = 10201  # a message id of the batch is in the duplicate window
+
+
+def enqueue_many(
+    broker: JetStreamBroker, messages: list[Message[Any]], *, atomic: bool, delay: int | None
+) -> list[Message[Any]]:
+    """Store messages together; see `JetStreamBroker.enqueue_many`."""
+    if any("unique_key" in message.options for message in messages):
+        if atomic:
+            raise InvalidOption("unique_key cannot be used in an atomic batch.")
+        return [broker.enqueue(message, delay=delay) for message in messages]
+    announced = [broker._announce(message, delay) for message in messages]
+    queue_names = {q_name(message.queue_name) for message in announced}
+    if atomic and (len(queue_names) > 1 or len(announced) > MAX_ATOMIC):
+        raise InvalidOption(
+            f"atomic=True takes at most {MAX_ATOMIC} messages for one queue; these are {len(announced)} for "
+            f"{len(queue_names)} queues. Enqueue them in parts, or without atomic."
+        )
+    for queue_name in queue_names:
+        broker.declare_queue(queue_name)
+        broker._ensure_queue(queue_name)
+    for message in announced:
+        broker.emit_before("enqueue", message, delay)
+    publications = [broker._publication(message, delay) for message in announced]
+    if atomic and len(publications) > 1:
+        _store_atomically(broker, publications)
+        outcomes: list[PubAck | BrokerError | None] = [None] * len(publications)
+    else:
+        outcomes = [*broker.connection.try_publish_many(publications)]
+    failures = []
+    for message, outcome in zip(announced, outcomes, strict=True):
+        if isinstance(outcome, BrokerError):
+            failures.append(outcome)
+        else:
+            broker.emit_after("enqueue", message, delay)
+    if failures:
+        raise failures[0]
+    return announced
+
+
+def _store_atomically(broker: JetStreamBroker, publications: list[Publication]) -> None:
+    connection = broker.connection
+    deadline = time.monotonic() + broker.enqueue_timeout / 1000
+    attempts = 0
+    while True:
+        attempts += 1
+        batch = uuid.uuid4().hex
+        numbered = []
+        for sequence, publication in enumerate(publications, start=1):
+            headers = {
+                **(publication.headers or {}),
+                HEADER_BATCH_ID: batch,
+                HEADER_BATCH_SEQUENCE: str(sequence),
+            }
+            if sequence == len(publications):
+                headers[HEADER_BATCH_COMMIT] = "1"
+            numbered.append(Publication(publication.subject, publication.payload, headers))
+        left = int((deadline - time.monotonic()) * 1000)
+        try:
+            connection.publish_batch(numbered, timeout=max(1, min(left, 5_000)))
+            return
+        except ApiError as error:
+            if error.err_code == _ALREADY_STORED and attempts > 1:
+                return
+            raise
+        except BrokerConnectionError:
+            if time.monotonic() >= deadline:
+                raise
+
+
+class _Collector:
+    """Stands in for a broker while a group runs, and keeps what it would have enqueued."""
+
+    def __init__(self, broker: JetStreamBroker) -> None:
+        self.broker = broker
+        self.collected: list[tuple[Message[Any], int | None]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.broker, name)
+
+    def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+        self.collected.append((message, delay))
+        return message
+
+
+class group(dramatiq_group):  # noqa: N801 - the name that Dramatiq gives it
+    """A `dramatiq.group` that enqueues its messages together when its broker is a `JetStreamBroker`."""
+
+    def run(self, *, delay: int | None = None) -> group:
+        from .broker import JetStreamBroker
+
+        broker = self.broker
+        if not isinstance(broker, JetStreamBroker):
+            super().run(delay=delay)  # type: ignore[no-untyped-call]
+            return self
+        collector = _Collector(broker)
+        nested = [child for child in self.children if hasattr(child, "broker")]
+        owners = [child.broker for child in nested]
+        try:
+            self.broker = collector
+            for child in nested:
+                if child.broker is broker:
+                    child.broker = collector
+            super().run(delay=delay)  # type: ignore[no-untyped-call]
+        finally:
+            self.broker = broker
+            for child, owner in zip(nested, owners, strict=True):
+                child.broker = owner
+        for wanted in {delay for _, delay in collector.collected}:
+            broker.enqueue_many([m for m, delay in collector.collected if delay == wanted], delay=wanted)
+        return self
