@@ -1,0 +1,624 @@
+"""The Dramatiq broker on NATS JetStream.
+
+`enqueue` returns once JetStream has stored the message. Its `Nats-Msg-Id` is made anew for each call and
+kept for every time that call's publish is repeated: a retry, which Dramatiq enqueues under the same message
+id, is not taken for a duplicate, and an acknowledgement that got lost does not store a message twice.
+
+Dramatiq acks a message even if its retry, its pipeline's next step or its callback could not be enqueued,
+because it swallows what middleware raises after the actor ran. Here such a message is marked, and its
+consumer keeps it on the queue (see `consumer`).
+
+If the process dies during `enqueue`, the message is stored or it is not, and the caller never learned that
+it was. If it dies between an actor's end and the ack, the actor runs again elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ssl
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from dramatiq.broker import Broker
+from dramatiq.common import current_millis, iter_queue, q_name
+from dramatiq.errors import ActorNotFound, DecodeError, QueueJoinTimeout, QueueNotFound
+from dramatiq.message import Message
+from dramatiq.middleware import Callbacks, GroupCallbacks, Middleware, Pipelines, Retries, SkipMessage
+from dramatiq.worker import Worker
+
+from . import batches, dead_letters, queues, schedules, topology
+from .connection import Connection, ConnectOptions, PubAck, Publication
+from .consumer import JetStreamConsumer, JetStreamMessage, Source
+from .dead_letters import DeadLetters
+from .deliveries import NAK, Delivery, Ledger
+from .envelope import Event, event_of
+from .errors import InvalidOption
+from .kv import Bucket
+from .naming import HEADER_MSG_ID, HEADER_TICK, Names, check_subject
+from .queues import QueueStats
+
+__all__ = ["JetStreamBroker"]
+
+#: RabbitMQ's advice is ten; each is a durable consumer here.
+HIGHEST_PRIORITY = 32
+
+# Middleware that enqueues what follows a message. An error in one of these must not be forgotten.
+_FOLLOW_UPS = (Retries, Pipelines, Callbacks, GroupCallbacks)
+
+
+class JetStreamBroker(Broker):
+    """A Dramatiq broker on NATS JetStream. All times are milliseconds.
+
+    Parameters:
+      url: One address, several (a list, or separated by commas), or None for `NATS_URL`, then localhost.
+      namespace: Programs with the same namespace share queues, dead letters and buckets.
+      middleware: As for every Dramatiq broker.
+      credentials: Path or content of a `.creds` file; None takes `NATS_CREDS`.
+      user, password, token, nkey, tls: Other ways to authenticate, and the context for `tls://`.
+      replicas: How many servers of a cluster keep each stream (1, 3 or 5).
+      declare: Create missing streams and consumers. With False only what exists is used, so that a worker
+        needs few permissions; prepare the server with `fleet setup`.
+      ack_wait: After this long without a sign of life from its worker a message is delivered again.
+      max_deliveries: A message delivered more often than this without being settled is a dead letter.
+      dead_message_ttl: How long dead letters are kept (7 days).
+      enqueue_timeout: How long `enqueue` waits for JetStream, over reconnects, before it raises.
+      max_priority: Levels above 0 for the option `broker_priority`, 1 to 32; None for no priorities.
+        All programs of a namespace use the same.
+      max_in_flight: For each queue named, how many messages the whole fleet may hold at once.
+
+    Raises:
+      InvalidName, InvalidOption: When a setting can never work; nothing is contacted before first use.
+    """
+
+    def __init__(
+        self,
+        url: str | Iterable[str] | None = None,
+        *,
+        namespace: str = "dramatiq",
+        middleware: list[Middleware] | None = None,
+        credentials: str | None = None,
+        user: str | None = None,
+        password: str | None = None,
+        token: str | None = None,
+        nkey: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        replicas: int = 1,
+        declare: bool = True,
+        ack_wait: int = 30_000,
+        max_deliveries: int = 10,
+        dead_message_ttl: int = 7 * 86_400_000,
+        enqueue_timeout: int = 10_000,
+        max_priority: int | None = None,
+        max_in_flight: Mapping[str, int] | None = None,
+        inbox_prefix: str = "_INBOX",
+    ) -> None:
+        self.names = Names(namespace)
+        _at_least("replicas", replicas, 1)
+        _at_least("ack_wait", ack_wait, 1_000)
+        _at_least("max_deliveries", max_deliveries, 1)
+        _at_least("dead_message_ttl", dead_message_ttl, 1_000)
+        _at_least("enqueue_timeout", enqueue_timeout, 100)
+        if max_priority is not None and not 1 <= max_priority <= HIGHEST_PRIORITY:
+            raise InvalidOption(
+                f"max_priority={max_priority!r} cannot be used: choose 1 to {HIGHEST_PRIORITY}, "
+                "or None for no priorities."
+            )
+        for queue_name, limit in (max_in_flight or {}).items():
+            _at_least(f"max_in_flight[{queue_name!r}]", limit, 1)
+            if max_priority is not None:
+                raise InvalidOption(
+                    "max_in_flight and max_priority cannot be used together: JetStream counts messages in "
+                    "flight for each priority, so the limit of a queue would not hold."
+                )
+        options = ConnectOptions.of(
+            url,
+            credentials=credentials,
+            user=user,
+            password=password,
+            token=token,
+            nkey=nkey,
+            tls=tls,
+            inbox_prefix=inbox_prefix,
+        )
+        self.connection = Connection(options, timeout=enqueue_timeout)
+        self.replicas = replicas
+        self.declare = declare
+        self.ack_wait = ack_wait
+        self.max_deliveries = max_deliveries
+        self.dead_message_ttl = dead_message_ttl
+        self.enqueue_timeout = enqueue_timeout
+        self.max_priority = max_priority
+        self.max_in_flight = dict(max_in_flight or {})
+        self.ledger = Ledger(self.connection)
+        self.dead_letters = DeadLetters(self.connection, self.names, self._ensure_dead_letters)
+        self.subscriptions: dict[str, dict[str, Callable[[], Source]]] = {}
+        self.event_decoders: dict[str, Callable[[Event], Any]] = {}
+        self._ensured: set[str] = set()
+        self._buckets: dict[str, Bucket] = {}
+        self._consumers: list[JetStreamConsumer] = []
+        self._after = threading.local()
+        super().__init__(middleware=middleware)
+        self.queues: set[str] = set()
+
+    # Declaring
+
+    def get_declared_queues(self) -> set[str]:
+        return self.queues.copy()
+
+    def declare_queue(self, queue_name: str) -> None:
+        """Declare a queue; it is created on the server when it is first used.
+
+        Raises:
+          InvalidName: When JetStream cannot carry the name.
+        """
+        if queue_name not in self.queues:
+            self.names.queue_stream(queue_name)
+            self.emit_before("declare_queue", queue_name)
+            self.queues.add(queue_name)
+            self.emit_after("declare_queue", queue_name)
+
+    def setup(self, *, update: bool = False) -> dict[str, str]:
+        """Create what is declared and missing; with `update`, change what differs.
+
+        Returns:
+          What became of each stream and consumer: "created", "unchanged", "updated" or "differs".
+
+        Raises:
+          TopologyMismatch: When something exists that would lose or hold up messages, and `update` is False.
+        """
+        outcome = {}
+        for stream in self._declared_streams():
+            outcome[f"stream {stream.name}"] = topology.ensure_stream(self.connection, stream, update=update)
+        for queue_name in sorted(self.queues):
+            for consumer in self._declared_consumers(queue_name):
+                outcome[f"consumer {consumer.name} of {consumer.stream}"] = topology.ensure_consumer(
+                    self.connection, consumer, update=update
+                )
+            self._ensured.add(queue_name)
+        for middleware in self.middleware:
+            setup = getattr(middleware, "setup_topology", None)
+            if setup is not None:
+                outcome.update(setup(self, update=update))
+        return outcome
+
+    def _declared_streams(self) -> list[topology.StreamConfig]:
+        return [
+            topology.dead_letters(self.names, ttl=self.dead_message_ttl, replicas=self.replicas),
+            *(topology.queue(self.names, name, replicas=self.replicas) for name in sorted(self.queues)),
+        ]
+
+    def _declared_consumers(self, queue_name: str) -> list[topology.ConsumerConfig]:
+        return [
+            topology.worker(
+                self.names,
+                queue_name,
+                priority=priority,
+                ack_wait=self.ack_wait,
+                max_in_flight=self.max_in_flight.get(queue_name),
+                replicas=self.replicas,
+            )
+            for priority in self._priorities
+        ]
+
+    @property
+    def _priorities(self) -> list[int | None]:
+        """The priorities of a queue, highest first; None is 0."""
+        return [*range(self.max_priority or 0, 0, -1), None]
+
+    def _ensure_queue(self, queue_name: str) -> None:
+        if queue_name in self._ensured:
+            return
+        if self.declare:
+            topology.ensure_stream(
+                self.connection, topology.queue(self.names, queue_name, replicas=self.replicas)
+            )
+            for consumer in self._declared_consumers(queue_name):
+                topology.ensure_consumer(self.connection, consumer)
+        self._ensured.add(queue_name)
+
+    def _ensure_dead_letters(self) -> None:
+        stream = self.names.dead_stream
+        if stream not in self._ensured and self.declare:
+            topology.ensure_stream(self.connection, self._declared_streams()[0])
+        self._ensured.add(stream)
+
+    def bucket(
+        self, name: str, *, history: int = 1, ttl: int | None = None, max_value_bytes: int | None = None
+    ) -> Bucket:
+        """A key-value bucket of this namespace, made on first use.
+
+        Parameters:
+          ttl: Milliseconds that every key lives; None for ever, or as long as each write says.
+        """
+        if name not in self._buckets:
+            config = topology.bucket(
+                self.names,
+                name,
+                history=history,
+                ttl=ttl,
+                max_value_bytes=max_value_bytes,
+                replicas=self.replicas,
+            )
+            self._buckets[name] = Bucket(self.connection, config, declare=self.declare)
+        return self._buckets[name]
+
+    # Enqueueing
+
+    def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+        """Store a message, to be worked on now or after `delay` milliseconds.
+
+        Returns:
+          The message; with a delay, a copy of it whose option `eta` says when it is due.
+
+        Raises:
+          BrokerConnectionError: When it is not known to be stored within `enqueue_timeout`.
+          InvalidOption: For a delay or priority that cannot be used.
+          MessageTooLarge: When it is over the server's `max_payload`.
+          MessageNotUnique: When its option `unique_key` was used within its `unique_window`.
+        """
+        try:
+            return self._enqueue(message, delay)
+        except Exception as error:
+            self._note_follow_up_error(error)
+            raise
+
+    def _enqueue(self, message: Message[Any], delay: int | None) -> Message[Any]:
+        queue_name = q_name(message.queue_name)
+        self.declare_queue(queue_name)
+        announced = self._announce(message, delay)
+        self._ensure_queue(queue_name)
+        self.emit_before("enqueue", announced, delay)
+        with queues.unique(self, announced):
+            self.connection.publish_many([self._publication(announced, delay)])
+        self.emit_after("enqueue", announced, delay)
+        return announced
+
+    def enqueue_many(
+        self, messages: Iterable[Message[Any]], *, atomic: bool = False, delay: int | None = None
+    ) -> list[Message[Any]]:
+        """Store many messages without waiting for one before sending the next.
+
+        Parameters:
+          atomic: Store all or none; then at most 1,000 messages, all for the same queue.
+
+        Raises:
+          As `enqueue`. Without `atomic`, the messages other than those that failed are stored.
+        """
+        try:
+            return batches.enqueue_many(self, list(messages), atomic=atomic, delay=delay)
+        except Exception as error:
+            self._note_follow_up_error(error)
+            raise
+
+    def _announce(self, message: Message[Any], delay: int | None) -> Message[Any]:
+        """The message as middleware and the caller see it: a delayed one with its `eta`."""
+        if delay is None:
+            return message
+        return message.copy(options={"eta": current_millis() + schedules.check_delay(delay)})
+
+    def _publication(self, message: Message[Any], delay: int | None) -> Publication:
+        queue_name = q_name(message.queue_name)
+        stored = message
+        if "eta" in message.options:
+            # The server keeps the time; a worker that saw it would hold the message in its memory.
+            options = {name: value for name, value in message.options.items() if name != "eta"}
+            stored = dataclasses.replace(message.copy(), options=options)
+        if stored.queue_name != queue_name:
+            stored = stored.copy(queue_name=queue_name)
+        target = self.names.task(queue_name, self._priority(message))
+        unique = uuid.uuid4().hex
+        if delay is None:
+            return Publication(target, stored.encode(), {HEADER_MSG_ID: unique})
+        return schedules.publication(
+            self.names,
+            queue_name,
+            message.message_id,
+            unique,
+            stored.encode(),
+            eta=int(message.options["eta"]),
+            target=target,
+        )
+
+    def _priority(self, message: Message[Any]) -> int | None:
+        """The priority of a message; as in RabbitMQ, one above the highest is the highest."""
+        priority = message.options.get("broker_priority")
+        if priority is None or not self.max_priority:
+            return None
+        if isinstance(priority, bool) or not isinstance(priority, int) or priority < 0:
+            raise InvalidOption(
+                f"broker_priority={priority!r} cannot be used: give a whole number from 0 to {self.max_priority}."
+            )
+        return min(priority, self.max_priority) or None
+
+    def cancel(self, message_id: str, queue_name: str | None = None) -> int:
+        """Cancel the delays of a message; return how many were waiting.
+
+        Parameters:
+          queue_name: Where it waits; None looks in all declared queues.
+        """
+        wanted = self.queues if queue_name is None else {queue_name}
+        return sum(schedules.cancel(self.connection, self.names, name, message_id) for name in wanted)
+
+    def publish(
+        self,
+        subject: str,
+        event: Any,
+        *,
+        event_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: int | None = None,
+    ) -> PubAck:
+        """Store an event for whoever subscribed to its subject.
+
+        Parameters:
+          event: Bytes, or a protobuf message.
+          event_id: The same id within the stream's duplicate window is stored once; None makes a new one.
+          headers: Further NATS headers.
+
+        Raises:
+          As `enqueue`; TopologyMissing when no stream takes the subject.
+        """
+        try:
+            check_subject(subject)
+            data = event if isinstance(event, bytes) else event.SerializeToString()
+            complete = {**(headers or {}), HEADER_MSG_ID: event_id or uuid.uuid4().hex}
+            self._emit("before_publish_event", subject, complete)
+            try:
+                ack = self.connection.publish(subject, data, complete, timeout=timeout)
+            except BaseException as error:
+                self._emit("after_publish_event", subject, complete, exception=error)
+                raise
+            self._emit("after_publish_event", subject, complete, exception=None)
+            return ack
+        except Exception as error:
+            self._note_follow_up_error(error)
+            raise
+
+    def _emit(self, hook: str, *args: Any, **kwargs: Any) -> None:
+        """Call a hook of this library's own, which a middleware need not have."""
+        for middleware in self.middleware:
+            call = getattr(middleware, hook, None)
+            if call is not None:
+                try:
+                    call(self, *args, **kwargs)
+                except Exception:
+                    self.logger.critical("Unexpected failure in %s of %r.", hook, middleware, exc_info=True)
+
+    # Consuming
+
+    def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 30_000) -> JetStreamConsumer:
+        """Make a consumer of a queue.
+
+        Raises:
+          QueueNotFound: When the queue was never declared.
+          BrokerConnectionError: When the server cannot be reached.
+        """
+        if queue_name not in self.queues:
+            raise QueueNotFound(queue_name)
+        self._ensured.discard(queue_name)  # a new consumer may be needed because the queue disappeared
+        self._ensure_queue(queue_name)
+        self._ensure_dead_letters()
+        consumer = JetStreamConsumer(
+            self.connection,
+            self.ledger,
+            queue_name,
+            self._sources(queue_name),
+            prefetch=max(1, prefetch),
+            timeout=timeout,
+            max_deliveries=self.max_deliveries,
+            undertaker=self,
+        )
+        self._consumers = [other for other in self._consumers if not other.stopping]
+        self._consumers.append(consumer)
+        return consumer
+
+    def _sources(self, queue_name: str) -> list[Source]:
+        own = [
+            Source(
+                queue=queue_name,
+                stream=self.names.queue_stream(queue_name),
+                durable=self.names.worker_durable(priority),
+                rank=rank,
+                ack_wait=self.ack_wait,
+                decode=self._decode,
+            )
+            for rank, priority in enumerate(self._priorities)
+        ]
+        return own + [make() for make in self.subscriptions.get(queue_name, {}).values()]
+
+    def _decode(self, delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:
+        """Make a message of what a queue's stream delivered; one that carries an event gets it decoded."""
+        message = Message.decode(delivery.data)
+        if HEADER_TICK in delivery.headers:
+            # Every tick of a schedule has the same body; its place in the stream makes it a message of its own.
+            message = dataclasses.replace(
+                message,
+                message_id=f"{message.message_id}:{delivery.sequence}",
+                message_timestamp=delivery.timestamp,
+            )
+        event = event_of(message)
+        if event is None:
+            return message, None
+        return message, (self.decode_event(message.actor_name, event),)
+
+    def decode_event(self, actor_name: str, event: Event) -> Any:
+        """What an actor receives for an event.
+
+        Raises:
+          DecodeError: When the event's bytes are not what the actor's subscription says.
+        """
+        decode = self.event_decoders.get(actor_name)
+        if decode is None:
+            raise DecodeError(
+                f"Actor {actor_name!r} has no subscription here to decode {event.subject} with.",
+                event.data,
+                None,
+            )
+        try:
+            return decode(event)
+        except Exception as error:
+            raise DecodeError(f"Failed to decode the event {event.subject}.", event.data, error) from error
+
+    def bury(self, delivery: Delivery, reason: str, error: str) -> None:
+        """Store a dead letter for what never became a message here."""
+        self._store_letter(delivery, reason, error, None)
+
+    def reject(self, message: JetStreamMessage, follow_up_error: Exception | None) -> None:
+        """Store a dead letter for a message that failed."""
+        if follow_up_error is not None:
+            reason = dead_letters.REJECTED
+            error = f"What follows it cannot be enqueued: {_describe(follow_up_error)}"
+        else:
+            reason, error = self._reason(message)
+        self._store_letter(message._delivery, reason, error, message)
+
+    def _reason(self, message: JetStreamMessage) -> tuple[str, str]:
+        error = message._exception
+        if isinstance(error, ActorNotFound):
+            return dead_letters.UNKNOWN_ACTOR, f"No actor {message.actor_name!r} is declared here."
+        if error is None:
+            return dead_letters.REJECTED, "A middleware rejected it."
+        throws = message.options.get("throws") or self.get_actor(message.actor_name).options.get("throws")
+        if isinstance(error, SkipMessage) or (throws and isinstance(error, throws)):
+            return dead_letters.REJECTED, _describe(error)
+        return dead_letters.RETRIES_EXHAUSTED, _describe(error)
+
+    def _store_letter(
+        self, delivery: Delivery, reason: str, error: str, message: JetStreamMessage | None
+    ) -> None:
+        source: Source = delivery.source
+        event = None
+        if source.actor is not None:
+            event = Event(
+                delivery.subject,
+                delivery.data,
+                delivery.headers,
+                delivery.stream,
+                delivery.sequence,
+                delivery.timestamp,
+            )
+        self.dead_letters.store(
+            queue=source.queue,
+            origin=delivery.origin,
+            subject=delivery.subject if event is None else self.names.task(source.queue),
+            data=delivery.data,
+            headers=delivery.headers,
+            reason=reason,
+            error=error,
+            deliveries=delivery.deliveries,
+            actor=source.actor if message is None else message.actor_name,
+            message_id=None if message is None else message.message_id,
+            event=event,
+            history=() if message is None else dead_letters.history_of(message),
+        )
+        self._emit("after_dead_letter", source.queue, reason, message)
+
+    # Dramatiq's signals
+
+    def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        super().emit_before(signal, *args, **kwargs)
+        if signal == "worker_shutdown":
+            self._hand_back(args[0])
+
+    def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        if signal != "process_message":
+            super().emit_after(signal, *args, **kwargs)
+            return
+        message = args[0]
+        self._after.message = message
+        try:
+            for middleware in reversed(self.middleware):
+                try:
+                    middleware.after_process_message(self, *args, **kwargs)
+                except Exception as error:
+                    self.logger.critical(
+                        "Unexpected failure in after_process_message of %r.", middleware, exc_info=True
+                    )
+                    if isinstance(middleware, _FOLLOW_UPS):
+                        self._note_follow_up_error(error)
+        finally:
+            self._after.message = None
+
+    def _note_follow_up_error(self, error: Exception) -> None:
+        """Mark the message whose after-run middleware failed to enqueue, so that it is not acked."""
+        message = getattr(self._after, "message", None)
+        if isinstance(message, JetStreamMessage):
+            message.follow_up_error = message.follow_up_error or error
+
+    def _hand_back(self, worker: Worker) -> None:
+        """Give back at once what a stopping worker has not begun, however long its running actors take."""
+        for consumer in self._consumers:
+            consumer.stop_pulling()
+        for item in iter_queue(worker.work_queue):
+            if isinstance(item.message, JetStreamMessage):
+                self.ledger.settle(item.message._delivery, NAK)
+            worker.work_queue.task_done()
+
+    # Queues
+
+    def queue_stats(self, queue_name: str) -> QueueStats:
+        """Count what is in a queue: ready, in flight, delayed, dead."""
+        return queues.stats(self, queue_name)
+
+    def pause(self, queue_name: str) -> None:
+        """Stop delivery from a queue to the whole fleet, until `resume`; what was delivered is worked off."""
+        queues.pause(self, queue_name, paused=True)
+
+    def resume(self, queue_name: str) -> None:
+        """End a `pause`."""
+        queues.pause(self, queue_name, paused=False)
+
+    def is_paused(self, queue_name: str) -> bool:
+        return queues.is_paused(self, queue_name)
+
+    def flush(self, queue_name: str) -> None:
+        """Drop all messages of a queue: ready, in flight, delayed and dead. Periodic schedules stay."""
+        if queue_name not in self.queues:
+            raise QueueNotFound(queue_name)
+        self._ensure_queue(queue_name)
+        queues.purge(self, queue_name)
+        self.dead_letters.flush(queue_name)
+
+    def flush_all(self) -> None:
+        """Drop all messages of all declared queues."""
+        for queue_name in sorted(self.queues):
+            self.flush(queue_name)
+
+    def join(self, queue_name: str, *, interval: int = 100, timeout: int | None = None) -> None:
+        """Wait until a queue has no ready, running or delayed message, events for its actors included.
+
+        Parameters:
+          interval: Milliseconds between two looks.
+          timeout: Milliseconds to wait at most.
+
+        Raises:
+          QueueJoinTimeout: When the timeout elapses.
+          QueueNotFound: When the queue was never declared.
+        """
+        if queue_name not in self.queues:
+            raise QueueNotFound(queue_name)
+        self._ensure_queue(queue_name)
+        deadline = None if timeout is None else time.monotonic() + timeout / 1000
+        while queues.unfinished(self, queue_name, self._sources(queue_name)):
+            if deadline is not None and time.monotonic() >= deadline:
+                raise QueueJoinTimeout(queue_name)
+            time.sleep(interval / 1000)
+
+    def close(self) -> None:
+        """Close the connection; what was enqueued is stored, what was acked is sent."""
+        for consumer in self._consumers:
+            consumer.close()
+        self._consumers = []
+        self.connection.close()
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _at_least(option: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise InvalidOption(f"{option}={value!r} cannot be used: give a whole number from {minimum} up.")

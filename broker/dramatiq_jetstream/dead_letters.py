@@ -1,0 +1,312 @@
+"""Messages that cannot be worked off, kept as they came, to be looked at, replayed or dropped.
+
+A dead letter is stored before the message it stands for is acknowledged. If the process dies between the
+two, the message is delivered again and its letter is stored again on the same subject, of which the stream
+keeps one message: the letter is there once.
+
+A replay publishes the message and then removes the letter. If the process dies between the two, the letter
+is still there; replaying it again stores nothing new while JetStream remembers the first replay's
+`Nats-Msg-Id` (two minutes), and after that runs the message again. Replaying a letter that is gone does nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dramatiq.errors import DecodeError
+from dramatiq.message import Message
+
+from . import naming
+from .connection import Connection
+from .envelope import Event, to_message
+from .errors import InvalidOption, NotFound
+from .naming import Names
+from .stored import StoredMessage, first_message, message_at, messages
+
+__all__ = [
+    "DELIVERED_TOO_OFTEN",
+    "REASONS",
+    "REJECTED",
+    "RETRIES_EXHAUSTED",
+    "UNDECODABLE",
+    "UNKNOWN_ACTOR",
+    "DeadLetter",
+    "DeadLetters",
+]
+
+RETRIES_EXHAUSTED = "retries exhausted"
+UNDECODABLE = "undecodable"
+UNKNOWN_ACTOR = "unknown actor"
+REJECTED = "rejected"
+DELIVERED_TOO_OFTEN = "delivered too often"
+REASONS = (RETRIES_EXHAUSTED, UNDECODABLE, UNKNOWN_ACTOR, REJECTED, DELIVERED_TOO_OFTEN)
+
+#: The message option in which a replayed message carries its earlier failures, through all its retries.
+HISTORY_OPTION = "dead_history"
+
+#: An error's text is kept up to this many characters.
+MAX_ERROR = 2_000
+
+
+def worker_name() -> str:
+    """Which process this is, for people: host and process id."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """One dead letter; times are milliseconds since 1970.
+
+    `history` lists the earlier failures of the same message, oldest first, one mapping for each replay.
+    `headers` are those of the message, the trace context among them.
+    """
+
+    id: str
+    queue: str
+    actor: str | None
+    message_id: str | None
+    reason: str
+    error: str
+    deliveries: int
+    time: int
+    worker: str
+    subject: str
+    data: bytes
+    headers: Mapping[str, str]
+    history: tuple[Mapping[str, Any], ...] = field(default=())
+    event: Event | None = None
+
+    def decode(self) -> Message[Any] | None:
+        """The message, or None when the bytes are not one."""
+        if self.event is not None:
+            return to_message(self.event, queue=self.queue, actor=self.actor or "")
+        try:
+            return Message.decode(self.data)
+        except DecodeError:
+            return None
+
+    def summary(self) -> dict[str, Any]:
+        """What people and programs want to see of a letter, without the bytes."""
+        return {
+            "id": self.id,
+            "queue": self.queue,
+            "actor": self.actor,
+            "message_id": self.message_id,
+            "reason": self.reason,
+            "error": self.error,
+            "deliveries": self.deliveries,
+            "time": self.time,
+            "worker": self.worker,
+            "history": [dict(entry) for entry in self.history],
+        }
+
+
+class DeadLetters:
+    """The dead letters of a namespace."""
+
+    def __init__(self, connection: Connection, names: Names, ensure: Callable[[], None]) -> None:
+        self._connection = connection
+        self._names = names
+        self._ensure = ensure
+
+    def store(
+        self,
+        *,
+        queue: str,
+        origin: str,
+        subject: str,
+        data: bytes,
+        headers: Mapping[str, str],
+        reason: str,
+        error: str,
+        deliveries: int,
+        actor: str | None = None,
+        message_id: str | None = None,
+        event: Event | None = None,
+        history: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Store a letter; raises `BrokerConnectionError` when that is not known to have worked.
+
+        Parameters:
+          origin: What identifies the message in its stream: the same origin is the same letter.
+          subject: Where a replay goes.
+          history: The earlier failures of the message, as `history_of` finds them in it.
+          event: The event of which this is the first run; a replay hands it to `actor` alone.
+        """
+        self._ensure()
+        kept = {
+            name: value for name, value in headers.items() if not name.startswith(("Nats-", "Dramatiq-Dead-"))
+        }
+        letter = {
+            **kept,
+            naming.HEADER_MSG_ID: f"dead:{origin}:{deliveries}",
+            naming.HEADER_DEAD_REASON: reason,
+            naming.HEADER_DEAD_ERROR: _header(error),
+            naming.HEADER_DEAD_QUEUE: naming.encode(queue),
+            naming.HEADER_DEAD_SUBJECT: subject,
+            naming.HEADER_DEAD_DELIVERIES: str(deliveries),
+            naming.HEADER_DEAD_AT: str(int(time.time() * 1000)),
+            naming.HEADER_DEAD_WORKER: worker_name(),
+        }
+        if actor is not None:
+            letter[naming.HEADER_DEAD_ACTOR] = naming.encode(actor)
+        if message_id is not None:
+            letter[naming.HEADER_MESSAGE_ID] = naming.encode(message_id)
+        if event is not None:
+            place = {"subject": event.subject, "stream": event.stream, "sequence": event.sequence}
+            place.update(time=event.time, id=event.id)
+            letter[naming.HEADER_DEAD_EVENT] = json.dumps(place)
+        if history:
+            letter[naming.HEADER_DEAD_HISTORY] = json.dumps(list(history))
+        self._connection.publish(self._names.dead(queue, origin), data, letter)
+
+    def list(
+        self,
+        queue: str | None = None,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        limit: int | None = None,
+    ) -> list[DeadLetter]:
+        """Dead letters, oldest first, of a queue, actor or reason if given."""
+        found: list[DeadLetter] = []
+        for letter in self._iterate(queue):
+            if (actor is None or letter.actor == actor) and (reason is None or letter.reason == reason):
+                found.append(letter)
+                if limit is not None and len(found) >= limit:
+                    break
+        return found
+
+    def get(self, letter_id: str) -> DeadLetter | None:
+        """The letter with an id, or None when it was replayed, dropped, or never there."""
+        if not letter_id.isdigit():
+            raise InvalidOption(
+                f"dead letter id {letter_id!r} cannot be used: `list` shows the ids, numbers."
+            )
+        try:
+            stored = message_at(self._connection, self._names.dead_stream, int(letter_id))
+        except NotFound:
+            return None
+        return None if stored is None else _read(stored)
+
+    def count(self, queue: str | None = None) -> int:
+        """How many letters there are, of a queue if given."""
+        subject = self._names.all_dead if queue is None else self._names.dead_of_queue(queue)
+        try:
+            info = self._connection.api(
+                f"STREAM.INFO.{self._names.dead_stream}", {"subjects_filter": subject}
+            )
+        except NotFound:
+            return 0
+        return int(info.get("total", 0)) if info.get("total") else len(info["state"].get("subjects") or {})
+
+    def replay(self, letter: DeadLetter | str) -> bool:
+        """Put a message back on its queue with a fresh set of retries; False when the letter is gone.
+
+        The message keeps the history of this failure: should it die again, the next letter lists it.
+        """
+        found = self.get(letter.id if isinstance(letter, DeadLetter) else letter)
+        if found is None:
+            return False
+        entry = found.summary()
+        del entry["history"], entry["id"], entry["queue"], entry["actor"], entry["message_id"]
+        history = [*map(dict, found.history), entry]
+        headers = {**found.headers, naming.HEADER_MSG_ID: f"replay:{found.id}:{found.time}"}
+        message = found.decode()
+        if message is None:
+            body = found.data
+        else:
+            marks = ("retries", "traceback", "requeue_timestamp")
+            options = {name: value for name, value in message.options.items() if name not in marks}
+            options[HISTORY_OPTION] = history
+            body = dataclasses.replace(message, options=options).encode()
+        self._connection.publish(found.subject, body, headers)
+        self.drop(found)
+        return True
+
+    def drop(self, letter: DeadLetter | str) -> bool:
+        """Delete a letter for good; False when it is gone already."""
+        letter_id = letter.id if isinstance(letter, DeadLetter) else letter
+        if not letter_id.isdigit():
+            raise InvalidOption(
+                f"dead letter id {letter_id!r} cannot be used: `list` shows the ids, numbers."
+            )
+        try:
+            self._connection.api(
+                f"STREAM.MSG.DELETE.{self._names.dead_stream}", {"seq": int(letter_id), "no_erase": True}
+            )
+        except NotFound:
+            return False
+        return True
+
+    def flush(self, queue: str) -> int:
+        """Delete all letters of a queue; return how many there were."""
+        try:
+            answer = self._connection.api(
+                f"STREAM.PURGE.{self._names.dead_stream}", {"filter": self._names.dead_of_queue(queue)}
+            )
+        except NotFound:
+            return 0
+        return int(answer.get("purged", 0))
+
+    def _iterate(self, queue: str | None) -> Iterator[DeadLetter]:
+        subject = self._names.all_dead if queue is None else self._names.dead_of_queue(queue)
+        for stored in messages(self._connection, self._names.dead_stream, subject):
+            yield _read(stored)
+
+    def oldest(self, queue: str | None = None) -> DeadLetter | None:
+        subject = self._names.all_dead if queue is None else self._names.dead_of_queue(queue)
+        stored = first_message(self._connection, self._names.dead_stream, subject)
+        return None if stored is None else _read(stored)
+
+
+def _header(text: str) -> str:
+    return " ".join(text.split())[:MAX_ERROR]
+
+
+def _read(stored: StoredMessage) -> DeadLetter:
+    headers = stored.headers
+    own = {name: value for name, value in headers.items() if not name.startswith(("Dramatiq-Dead-", "Nats-"))}
+    own.pop(naming.HEADER_MESSAGE_ID, None)
+    actor = headers.get(naming.HEADER_DEAD_ACTOR)
+    message_id = headers.get(naming.HEADER_MESSAGE_ID)
+    event = None
+    if naming.HEADER_DEAD_EVENT in headers:
+        place = json.loads(headers[naming.HEADER_DEAD_EVENT])
+        event = Event(
+            subject=place["subject"],
+            data=stored.data,
+            headers={naming.HEADER_MSG_ID: place["id"], **own},
+            stream=place["stream"],
+            sequence=place["sequence"],
+            time=place["time"],
+        )
+    return DeadLetter(
+        id=str(stored.sequence),
+        queue=naming.decode(headers.get(naming.HEADER_DEAD_QUEUE, "")),
+        actor=None if actor is None else naming.decode(actor),
+        message_id=None if message_id is None else naming.decode(message_id),
+        reason=headers.get(naming.HEADER_DEAD_REASON, ""),
+        error=headers.get(naming.HEADER_DEAD_ERROR, ""),
+        deliveries=int(headers.get(naming.HEADER_DEAD_DELIVERIES, "0")),
+        time=int(headers.get(naming.HEADER_DEAD_AT, "0")),
+        worker=headers.get(naming.HEADER_DEAD_WORKER, ""),
+        subject=headers.get(naming.HEADER_DEAD_SUBJECT, ""),
+        data=stored.data,
+        headers=own,
+        history=tuple(json.loads(headers.get(naming.HEADER_DEAD_HISTORY, "[]"))),
+        event=event,
+    )
+
+
+def history_of(message: Any) -> Sequence[Mapping[str, Any]]:
+    """The earlier failures that a replayed message carries with it, oldest first."""
+    history = message.options.get(HISTORY_OPTION)
+    return history if isinstance(history, list) else ()

@@ -1,0 +1,184 @@
+"""What this process holds and what it owes the server: in-progress signals, acks, and acks sent again.
+
+A `Delivery` is *held* from its arrival until it is settled. While it is held, an in-progress signal every
+third of its `ack_wait` keeps the server from giving it to somebody else, however long its actor runs.
+
+An ack is a plain publish, so it can be lost with the connection. The ledger keeps every settlement until a
+fence (see `connection`) proves that it arrived, and sends those without proof again after a reconnect. A
+message that arrives a second time while it is held is not handed over again, only its new ack subject is
+noted; one that arrives again after its work was done is acked again without being run.
+
+If the process dies, everything held is delivered again once its `ack_wait` is over; work whose ack had not
+arrived is repeated. All state here belongs to the loop thread, except for `settle`, which any thread calls.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .connection import Connection, Msg
+
+__all__ = ["ACK", "NAK", "TERM", "WPI", "Delivery", "Ledger", "nak_after"]
+
+ACK = b"+ACK"
+NAK = b"-NAK"
+TERM = b"+TERM"
+WPI = b"+WPI"
+
+Key = tuple[str, str, int]
+
+
+def nak_after(delay: int) -> bytes:
+    """A settlement that asks for another delivery after `delay` milliseconds."""
+    return b'-NAK {"delay": %d}' % (delay * 1_000_000)
+
+
+class Delivery:
+    """One delivered message and its place in the stream; what it says comes from its ack subject (ADR-15)."""
+
+    __slots__ = (
+        "ack_subject",
+        "ack_wait",
+        "data",
+        "deliveries",
+        "headers",
+        "key",
+        "owner",
+        "pending",
+        "sequence",
+        "settled",
+        "source",
+        "stream",
+        "subject",
+        "timestamp",
+        "touched",
+    )
+
+    def __init__(self, message: Msg, source: Any, owner: Callable[[], None], ack_wait: int) -> None:
+        self.subject = message.subject
+        self.data = message.data
+        self.headers: Mapping[str, str] = message.headers or {}
+        self.ack_subject = message.reply
+        self.source = source
+        self.owner = owner
+        self.ack_wait = ack_wait
+        # $JS.ACK.<stream>.<consumer>.<deliveries>.<sequence>.<..>.<timestamp>.<pending>, and with a domain
+        # and an account hash: $JS.ACK.<domain>.<hash>.<stream>. … .<pending>.<random>
+        tokens = message.reply.split(".")
+        start = 2 if len(tokens) == 9 else 4
+        self.stream = tokens[start]
+        self.deliveries = int(tokens[start + 2])
+        self.sequence = int(tokens[start + 3])
+        self.timestamp = int(tokens[start + 5]) // 1_000_000
+        self.pending = int(tokens[start + 6])
+        self.key: Key = (self.stream, tokens[start + 1], self.sequence)
+        self.settled = False
+        self.touched = time.monotonic()
+
+    def __lt__(self, other: object) -> bool:
+        """Higher priority first, then the order of the stream; before anything else comes what is no delivery."""
+        if not isinstance(other, Delivery):
+            return False
+        return (self.source.rank, self.sequence) < (other.source.rank, other.sequence)
+
+    @property
+    def origin(self) -> str:
+        """One token that identifies the message wherever it is delivered."""
+        return f"{self.stream}-{self.key[1]}-{self.sequence}"
+
+
+class Ledger:
+    """The deliveries of one process, over all its consumers and reconnects."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._held: dict[Key, Delivery] = {}
+        self._unproven: OrderedDict[Key, tuple[int, str, bytes]] = OrderedDict()
+        self.redeliveries = 0
+        connection.on_fence(self._fenced)
+        connection.on_tick(self._signal)
+        connection.on_reconnect(self._reconnected)
+        connection.on_fork(self._forget)
+
+    @property
+    def held(self) -> int:
+        return len(self._held)
+
+    def receive(self, delivery: Delivery) -> bool:
+        """Note a delivery; False when it is one that we hold or have settled, and must not run again."""
+        held = self._held.get(delivery.key)
+        if held is not None:
+            held.ack_subject = delivery.ack_subject
+            self._connection.write(held.ack_subject, WPI)
+            return False
+        settled = self._unproven.get(delivery.key)
+        if settled is not None and settled[2] == ACK:
+            self._resolve(delivery.key, delivery.ack_subject, ACK)
+            return False
+        self._held[delivery.key] = delivery
+        return True
+
+    def settle(self, delivery: Delivery, answer: bytes) -> None:
+        """Give the server its answer to a delivery, once; any thread may call it and does not wait."""
+        if not delivery.settled:
+            delivery.settled = True
+            self._connection.post(self._settle, delivery, answer)
+
+    def _settle(self, delivery: Delivery, answer: bytes) -> None:
+        self._held.pop(delivery.key, None)
+        self._resolve(delivery.key, delivery.ack_subject, answer)
+        delivery.owner()
+
+    def _resolve(self, key: Key, ack_subject: str, answer: bytes) -> None:
+        self._unproven[key] = (self._connection.next_fence, ack_subject, answer)
+        self._unproven.move_to_end(key)
+        self._connection.write(ack_subject, answer)
+
+    def abandon(self, delivery: Delivery) -> None:
+        """Stop holding a delivery without an answer: it is delivered again when its `ack_wait` is over."""
+        if not delivery.settled:
+            delivery.settled = True
+            self._connection.post(self._abandon, delivery)
+
+    def _abandon(self, delivery: Delivery) -> None:
+        self._held.pop(delivery.key, None)
+        delivery.owner()
+
+    @property
+    def unproven(self) -> int:
+        return len(self._unproven)
+
+    def _fenced(self, fence: int) -> None:
+        unproven = self._unproven
+        while unproven:
+            key = next(iter(unproven))
+            if unproven[key][0] > fence:
+                break
+            del unproven[key]
+
+    def _forget(self) -> None:
+        """In the child of a fork: what the parent holds is the parent's to settle."""
+        self._held.clear()
+        self._unproven.clear()
+
+    def _signal(self) -> None:
+        """Send the in-progress signals that are due."""
+        now = time.monotonic()
+        for delivery in self._held.values():
+            if now - delivery.touched >= delivery.ack_wait / 3000:
+                delivery.touched = now
+                self._connection.write(delivery.ack_subject, WPI)
+
+    def _reconnected(self) -> None:
+        # In this order: what is done must be known before anything is asked for.
+        fence = self._connection.next_fence
+        for key, (_, ack_subject, answer) in list(self._unproven.items()):
+            self._unproven[key] = (fence, ack_subject, answer)
+            self._connection.write(ack_subject, answer)
+        now = time.monotonic()
+        for delivery in self._held.values():
+            delivery.touched = now
+            self._connection.write(delivery.ack_subject, WPI)

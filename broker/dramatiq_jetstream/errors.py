@@ -1,0 +1,134 @@
+"""The exceptions of the library, and what each one asks of the caller.
+
+::
+
+    dramatiq.errors.BrokerError
+    ├── BrokerConnectionError           nothing is known to be stored: try again
+    │   ├── ConnectionFailed            no server could be reached, or it refused us
+    │   ├── ConnectionClosed            the connection was closed, or lost for too long
+    │   ├── StoreTimeout                no acknowledgement in time; it may yet be stored
+    │   └── StoreFull                   the server has no room
+    ├── QueueNotFound
+    │   └── TopologyMissing             a stream or consumer is not there: run `fleet setup`
+    ├── ServerUnsupported               older than 2.14, or without JetStream
+    ├── TopologyMismatch                a stream or consumer exists and differs
+    ├── PermissionDenied                the account may not use a subject
+    ├── MessageTooLarge                 over the server's `max_payload`
+    ├── MessageNotUnique                a unique message is already waiting or running
+    ├── KeyExists, RevisionConflict     compare-and-set lost against another writer
+    └── ApiError                        any other answer of the JetStream API
+        └── NotFound
+
+    ValueError
+    └── InvalidName, InvalidOption      a setting that can never work
+
+`BrokerConnectionError`, `ConnectionFailed`, `ConnectionClosed` and `QueueNotFound` are Dramatiq's own,
+so a program that handles them for another broker handles them for this one.
+"""
+
+from __future__ import annotations
+
+from dramatiq.errors import (
+    BrokerConnectionError,
+    BrokerError,
+    ConnectionClosed,
+    ConnectionFailed,
+    QueueNotFound,
+)
+
+__all__ = [
+    "ApiError",
+    "BrokerConnectionError",
+    "BrokerError",
+    "ConnectionClosed",
+    "ConnectionFailed",
+    "InvalidName",
+    "InvalidOption",
+    "KeyExists",
+    "MessageNotUnique",
+    "MessageTooLarge",
+    "NotFound",
+    "PermissionDenied",
+    "QueueNotFound",
+    "RevisionConflict",
+    "ServerUnsupported",
+    "StoreFull",
+    "StoreTimeout",
+    "TopologyMismatch",
+    "TopologyMissing",
+]
+
+
+class StoreTimeout(BrokerConnectionError):
+    """JetStream did not acknowledge in time; whether it stored the message is not known."""
+
+
+class StoreFull(BrokerConnectionError):
+    """The stream or the server has reached its storage limit; nothing was stored."""
+
+
+class TopologyMissing(QueueNotFound):
+    """A stream or consumer that is needed does not exist and may not be created here."""
+
+
+class ServerUnsupported(BrokerError):
+    """The server is older than the library needs, or has JetStream switched off."""
+
+
+class TopologyMismatch(BrokerError):
+    """A stream or consumer exists with another configuration.
+
+    `differences` maps each setting to the pair (what exists, what was declared).
+    """
+
+    def __init__(self, what: str, differences: dict[str, tuple[object, object]]) -> None:
+        listed = ", ".join(
+            f"{k} is {have!r} but {want!r} was declared" for k, (have, want) in differences.items()
+        )
+        super().__init__(
+            f"{what} exists with another configuration: {listed}. "
+            "Change the declaration, or bring the server in line with `fleet setup --update`."
+        )
+        self.differences = differences
+
+
+class PermissionDenied(BrokerError):
+    """The server refused a subject to this account."""
+
+
+class MessageTooLarge(BrokerError):
+    """The message is larger than the server's `max_payload`; nothing was stored."""
+
+
+class MessageNotUnique(BrokerError):
+    """A message with the same unique key was enqueued within the window; this one was not stored."""
+
+
+class KeyExists(BrokerError):
+    """A key that was to be created exists already."""
+
+
+class RevisionConflict(BrokerError):
+    """A key was changed by another writer since its revision was read."""
+
+
+class ApiError(BrokerError):
+    """JetStream answered a request with an error; `err_code` is the server's own number for it."""
+
+    def __init__(self, code: int, err_code: int, description: str) -> None:
+        super().__init__(f"JetStream refused the request: {description} (code {code}, error {err_code}).")
+        self.code = code
+        self.err_code = err_code
+        self.description = description
+
+
+class NotFound(ApiError):
+    """The stream, consumer or message that was asked for does not exist."""
+
+
+class InvalidName(ValueError):
+    """A namespace, queue or event subject that JetStream cannot carry."""
+
+
+class InvalidOption(ValueError):
+    """A setting whose value can never work; the message names the setting."""

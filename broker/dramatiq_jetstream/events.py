@@ -1,0 +1,262 @@
+"""Events to actors: an actor subscribes to subjects of a stream and receives what was published there.
+
+Every subscribed actor has its own durable consumer, so that several actors see the same event independently
+of each other. An event needs no header: any client in any language can publish it. The consumer hands it to
+the actor as a message on the actor's queue, so that retries, time limits, priorities and dead letters work as
+for any message; a body that does not decode becomes a dead letter, bytes and reason included.
+
+If a worker dies while an actor runs, the event is delivered again after `ack_wait`. Once a retry is stored
+the event itself is acked, and the retry carries it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dramatiq.actor import Actor
+from dramatiq.broker import Broker
+from dramatiq.message import Message
+from dramatiq.middleware import CurrentMessage, Middleware
+
+from . import topology
+from .broker import JetStreamBroker
+from .consumer import Source
+from .deliveries import Delivery
+from .envelope import Event, event_of, to_message
+from .errors import InvalidOption
+from .naming import check_subject
+
+__all__ = ["Event", "Events", "Subscription", "current_event", "subscription"]
+
+#: What an actor receives: an instance of a protobuf class, by subject if there are several, or what a
+#: function makes of the event.
+Decoder = Callable[[Event], Any]
+
+
+@dataclass(frozen=True)
+class Subscription:
+    """What an actor subscribes to; made by `subscription`."""
+
+    subject: str
+    decode: Decoder
+
+
+def subscription(subject: str, type: Any = bytes) -> Subscription:  # noqa: A002 - the plainest word
+    """Describe the events that an actor wants: `@actor(subscribe=subscription("ORDER.created", OrderCreated))`.
+
+    Parameters:
+      subject: What it subscribes to; `*` and `>` as in NATS.
+      type: A protobuf class; a mapping of subjects to protobuf classes; `bytes` for the body as it is; or a
+        function that gets the `Event` and returns what the actor receives. It raises to say that the body
+        is not what it should be.
+
+    Raises:
+      InvalidName: For a subject that NATS cannot carry.
+    """
+    check_subject(subject, wildcards=True)
+    return Subscription(subject, _decoder(type))
+
+
+def _decoder(type_: Any) -> Decoder:
+    if type_ is bytes:
+        return lambda event: event.data
+    if isinstance(type_, Mapping):
+        return _ByType({subject: _decoder(one) for subject, one in type_.items()})
+    if hasattr(type_, "FromString"):
+        return _Protobuf(type_)
+    if callable(type_):
+        return type_  # type: ignore[no-any-return]
+    raise InvalidOption(
+        f"subscription type {type_!r} cannot be used: give a protobuf class, a mapping of subjects to "
+        "protobuf classes, bytes, or a function of the event."
+    )
+
+
+@dataclass(frozen=True)
+class _Protobuf:
+    """Decodes one protobuf class.
+
+    Protobuf accepts almost any bytes as a message of unknown fields. A body of which the class knows no
+    field at all is some other message, and is refused.
+    """
+
+    type: Any
+
+    def __call__(self, event: Event) -> Any:
+        decoded = self.type.FromString(event.data)
+        if event.data and not decoded.ListFields():
+            raise ValueError(
+                f"the body is not a {self.type.DESCRIPTOR.full_name}: none of its fields is in it"
+            )
+        return decoded
+
+
+@dataclass(frozen=True)
+class _ByType:
+    decoders: Mapping[str, Decoder]
+
+    def __call__(self, event: Event) -> Any:
+        decode = self.decoders.get(event.subject)
+        if decode is None:
+            raise ValueError(f"no type is declared for events on {event.subject}")
+        return decode(event)
+
+
+def current_event() -> Event | None:
+    """The event that the running actor was called for, with its headers and place in the stream.
+
+    None outside of actors and for ordinary messages. Needs Dramatiq's `CurrentMessage` middleware, which
+    `Events` adds to its broker.
+    """
+    message = CurrentMessage.get_current_message()
+    return None if message is None else event_of(message)
+
+
+class Events(Middleware):
+    """Middleware that gives actors the option `subscribe` for the events of one stream.
+
+    Parameters:
+      stream: The stream's name.
+      subjects: What the stream keeps; it is made with them if it does not exist and the broker declares.
+      max_age: Milliseconds that events are kept; None for ever.
+      duplicate_window: Milliseconds in which the same event id is stored once.
+      replicas: None takes the broker's.
+    """
+
+    def __init__(
+        self,
+        stream: str,
+        subjects: list[str],
+        *,
+        max_age: int | None = None,
+        duplicate_window: int = topology.DUPLICATE_WINDOW,
+        replicas: int | None = None,
+    ) -> None:
+        for subject in subjects:
+            check_subject(subject, wildcards=True)
+        self.stream = stream
+        self.subjects = subjects
+        self.max_age = max_age
+        self.duplicate_window = duplicate_window
+        self.replicas = replicas
+        self._subscriptions: dict[str, tuple[Actor[Any, Any], Subscription]] = {}
+        self._ensured = False
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {"subscribe"}
+
+    def config(self, broker: JetStreamBroker) -> topology.StreamConfig:
+        return topology.events(
+            self.stream,
+            self.subjects,
+            max_age=self.max_age,
+            duplicate_window=self.duplicate_window,
+            replicas=self.replicas or broker.replicas,
+        )
+
+    def ensure(self, broker: JetStreamBroker) -> None:
+        """Make the stream if it is missing; for programs that publish and have no worker."""
+        if not self._ensured and broker.declare:
+            topology.ensure_stream(broker.connection, self.config(broker))
+        self._ensured = True
+
+    def setup_topology(self, broker: JetStreamBroker, *, update: bool = False) -> dict[str, str]:
+        """Create the stream and the durable of every subscription; called by `broker.setup`."""
+        outcome = {
+            f"stream {self.stream}": topology.ensure_stream(
+                broker.connection, self.config(broker), update=update
+            )
+        }
+        for actor_name, (_, wanted) in self._subscriptions.items():
+            config = self._durable(broker, actor_name, wanted)
+            outcome[f"consumer {config.name} of {config.stream}"] = topology.ensure_consumer(
+                broker.connection, config, update=update
+            )
+        return outcome
+
+    def _durable(
+        self, broker: JetStreamBroker, actor_name: str, wanted: Subscription
+    ) -> topology.ConsumerConfig:
+        return topology.subscription(
+            broker.names,
+            self.stream,
+            actor_name,
+            wanted.subject,
+            ack_wait=broker.ack_wait,
+            replicas=self.replicas or broker.replicas,
+        )
+
+    def before_declare_actor(self, broker: Broker, actor: Actor[Any, Any]) -> None:
+        wanted = actor.options.get("subscribe")
+        if wanted is None:
+            return
+        if not isinstance(broker, JetStreamBroker):
+            raise InvalidOption(
+                f"Actor {actor.actor_name!r} subscribes to events, which needs a JetStreamBroker."
+            )
+        if not isinstance(wanted, Subscription):
+            raise InvalidOption(
+                f"subscribe={wanted!r} of actor {actor.actor_name!r} cannot be used: "
+                'give subscription("SUBJECT", Type).'
+            )
+        if not any(_covers(subject, wanted.subject) for subject in self.subjects):
+            raise InvalidOption(
+                f"Actor {actor.actor_name!r} subscribes to {wanted.subject!r}, which stream {self.stream!r} "
+                f"does not keep: it has {', '.join(self.subjects)}."
+            )
+
+    def after_declare_actor(self, broker: Broker, actor: Actor[Any, Any]) -> None:
+        wanted = actor.options.get("subscribe")
+        if not isinstance(wanted, Subscription) or not isinstance(broker, JetStreamBroker):
+            return
+        self._subscriptions[actor.actor_name] = (actor, wanted)
+        broker.event_decoders[actor.actor_name] = wanted.decode
+        makers = broker.subscriptions.setdefault(actor.queue_name, {})
+        makers[actor.actor_name] = lambda: self._source(broker, actor.actor_name)
+
+    def _source(self, broker: JetStreamBroker, actor_name: str) -> Source:
+        actor, wanted = self._subscriptions[actor_name]
+        config = self._durable(broker, actor_name, wanted)
+        self.ensure(broker)
+        if broker.declare:
+            topology.ensure_consumer(broker.connection, config)
+
+        def decode(delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:
+            event = Event(
+                delivery.subject,
+                delivery.data,
+                delivery.headers,
+                delivery.stream,
+                delivery.sequence,
+                delivery.timestamp,
+            )
+            message = to_message(event, queue=actor.queue_name, actor=actor_name)
+            return message, (broker.decode_event(actor_name, event),)
+
+        return Source(
+            queue=actor.queue_name,
+            stream=self.stream,
+            durable=config.name,
+            rank=broker.max_priority or 0,
+            ack_wait=broker.ack_wait,
+            decode=decode,
+            actor=actor_name,
+        )
+
+
+def _covers(kept: str, wanted: str) -> bool:
+    """Whether a stream with subject `kept` has everything that `wanted` asks for."""
+    kept_tokens, wanted_tokens = kept.split("."), wanted.split(".")
+    for position, token in enumerate(kept_tokens):
+        if token == ">":
+            return len(wanted_tokens) > position
+        if position >= len(wanted_tokens):
+            return False
+        if token != "*" and token != wanted_tokens[position]:
+            return False
+        if token == "*" and wanted_tokens[position] == ">":
+            return False
+    return len(kept_tokens) == len(wanted_tokens)

@@ -1,0 +1,179 @@
+"""What can be asked of and done to a whole queue: counts, pause, purge, unique messages.
+
+A unique message takes a key in the bucket `unique`, first for a short while, and for its whole window once
+it is stored. If the process dies in between, the key is free again after twice `enqueue_timeout`, so a
+crash delays the next message with that key but never forbids it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from dramatiq.common import current_millis, q_name
+from dramatiq.message import Message
+
+from . import schedules
+from .consumer import Source
+from .errors import InvalidOption, KeyExists, MessageNotUnique, NotFound
+from .stored import first_message
+
+if TYPE_CHECKING:
+    from .broker import JetStreamBroker
+
+__all__ = ["QueueStats"]
+
+logger = logging.getLogger(__name__)
+
+#: A pause ends by itself after this long; JetStream wants an end.
+PAUSE = timedelta(days=3650)
+
+
+@dataclass(frozen=True)
+class QueueStats:
+    """Counts of one queue at one moment; they are read one after the other, so they can be off by a few.
+
+    `oldest_ready_age` is in milliseconds; None when nothing is ready.
+    """
+
+    queue: str
+    ready: int = 0
+    in_flight: int = 0
+    delayed: int = 0
+    dead: int = 0
+    oldest_ready_age: int | None = None
+    paused: bool = False
+    redelivered: int = 0
+
+    @property
+    def oldest_ready_age_ms(self) -> int | None:
+        return self.oldest_ready_age
+
+
+def stats(broker: JetStreamBroker, queue: str) -> QueueStats:
+    """Count the messages of a queue; all zero when it does not exist yet."""
+    names, connection = broker.names, broker.connection
+    stream = names.queue_stream(queue)
+    ready = in_flight = redelivered = 0
+    paused = False
+    oldest: int | None = None
+    try:
+        for priority in broker._priorities:
+            info = connection.api(f"CONSUMER.INFO.{stream}.{names.worker_durable(priority)}")
+            ready += info["num_pending"]
+            in_flight += info["num_ack_pending"]
+            redelivered += info.get("num_redelivered", 0)
+            paused = paused or bool(info.get("paused"))
+            if info["num_pending"]:
+                start = info["delivered"]["stream_seq"] + 1
+                waiting = first_message(connection, stream, names.task(queue, priority), start)
+                if waiting is not None:
+                    oldest = min(oldest or waiting.time, waiting.time)
+        total = connection.api(f"STREAM.INFO.{stream}")["state"]["messages"]
+        periodic = schedules.count(connection, stream, names.all_periodic(queue))
+    except NotFound:
+        return QueueStats(queue, dead=broker.dead_letters.count(queue))
+    return QueueStats(
+        queue,
+        ready=ready,
+        in_flight=in_flight,
+        delayed=max(0, total - ready - in_flight - periodic),
+        dead=broker.dead_letters.count(queue),
+        oldest_ready_age=None if oldest is None else max(0, current_millis() - oldest),
+        paused=paused,
+        redelivered=redelivered,
+    )
+
+
+def _durables(broker: JetStreamBroker, queue: str) -> Iterator[tuple[str, str]]:
+    for source in broker._sources(queue):
+        yield source.stream, source.durable
+
+
+def pause(broker: JetStreamBroker, queue: str, *, paused: bool) -> None:
+    """Pause or resume every durable that feeds a queue (ADR-42's consumer pause, nats-server 2.11)."""
+    until = datetime.now(UTC) + PAUSE
+    body: dict[str, Any] = {"pause_until": until.isoformat()} if paused else {}
+    broker._ensure_queue(queue)
+    for stream, durable in _durables(broker, queue):
+        broker.connection.api(f"CONSUMER.PAUSE.{stream}.{durable}", body)
+
+
+def is_paused(broker: JetStreamBroker, queue: str) -> bool:
+    """Whether any durable that feeds a queue is paused."""
+    with contextlib.suppress(NotFound):
+        for stream, durable in _durables(broker, queue):
+            if broker.connection.api(f"CONSUMER.INFO.{stream}.{durable}").get("paused"):
+                return True
+    return False
+
+
+def purge(broker: JetStreamBroker, queue: str, *, ready: bool = True, delayed: bool = True) -> int:
+    """Drop the ready (and running) and the delayed messages of a queue; return how many there were."""
+    names = broker.names
+    subjects = [names.all_delayed(queue)] if delayed else []
+    if ready:
+        subjects += [names.task(queue), names.tasks(queue)]
+    purged = 0
+    for subject in subjects:
+        with contextlib.suppress(NotFound):
+            answer = broker.connection.api(f"STREAM.PURGE.{names.queue_stream(queue)}", {"filter": subject})
+            purged += int(answer.get("purged", 0))
+    return purged
+
+
+def unfinished(broker: JetStreamBroker, queue: str, sources: Sequence[Source]) -> int:
+    """How many messages a queue has that are not done: ready, running or delayed, and events for its actors."""
+    names, connection = broker.names, broker.connection
+    stream = names.queue_stream(queue)
+    try:
+        waiting = int(connection.api(f"STREAM.INFO.{stream}")["state"]["messages"])
+        if waiting:
+            waiting -= schedules.count(connection, stream, names.all_periodic(queue))
+        for source in sources:
+            if source.stream != stream:
+                info = connection.api(f"CONSUMER.INFO.{source.stream}.{source.durable}")
+                waiting += info["num_pending"] + info["num_ack_pending"]
+    except NotFound:
+        return 0
+    return waiting
+
+
+@contextlib.contextmanager
+def unique(broker: JetStreamBroker, message: Message[Any]) -> Iterator[None]:
+    """Take the message's unique key around storing it.
+
+    Raises:
+      MessageNotUnique: When another message has it.
+    """
+    key = message.options.get("unique_key")
+    if key is None:
+        yield
+        return
+    window = message.options.get("unique_window", 60_000)
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1_000:
+        raise InvalidOption(f"unique_window={window!r} cannot be used: give milliseconds, 1000 or more.")
+    bucket = broker.bucket("unique")
+    name = f"{q_name(message.queue_name)}/{key}"
+    mine = message.message_id.encode()
+    try:
+        revision = bucket.create(name, mine, ttl=min(window, 2 * broker.enqueue_timeout))
+    except KeyExists:
+        holder = bucket.get(name)
+        if holder is None or holder.value != mine:
+            raise MessageNotUnique(
+                f"A message with the unique key {key!r} was enqueued on {message.queue_name!r} within the last "
+                f"{window} ms; this one was not."
+            ) from None
+        yield  # the same message again: a retry
+        return
+    try:
+        yield
+    except BaseException:
+        bucket.delete(name, revision=revision)
+        raise
+    bucket.put(name, mine, ttl=window)

@@ -1,0 +1,126 @@
+"""Delayed messages as schedules that the server holds (ADR-51).
+
+A delay is one message on a subject of its own, `{ns}.q.{queue}.at.{message id}.{unique}`, with the time and
+the target in its headers. When the time comes the server stores its body on the target and removes it; no
+worker is involved. Purging the subject cancels it. The server fires never early and up to 250 ms late.
+
+The message that a schedule produces carries no `Nats-Msg-Id`: removing the duplicates of a delay that was
+published twice happens when the schedule is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from .connection import Connection, Publication
+from .errors import InvalidOption, NotFound
+from .naming import (
+    HEADER_MSG_ID,
+    HEADER_SCHEDULE,
+    HEADER_SCHEDULE_TARGET,
+    Names,
+    decode,
+)
+from .stored import last_message
+
+__all__ = ["Delayed", "cancel", "count", "delayed_messages", "publication"]
+
+#: Ten years: what is due later is a mistake in units.
+MAX_DELAY = 10 * 365 * 86_400_000
+
+#: How many subjects the server lists in one answer.
+PAGE = 100_000
+
+
+@dataclass(frozen=True)
+class Delayed:
+    """A message that waits for its time."""
+
+    message_id: str
+    queue: str
+    eta: int
+    subject: str
+
+
+def check_delay(delay: object) -> int:
+    """Return a delay in milliseconds.
+
+    Raises:
+      InvalidOption: When it is negative, not a number, or longer than ten years.
+    """
+    if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay <= MAX_DELAY:
+        raise InvalidOption(
+            f"delay={delay!r} cannot be used: give a number of milliseconds from 0 to {MAX_DELAY} (ten years)."
+        )
+    return int(delay)
+
+
+def at(eta: int) -> str:
+    """The schedule expression for a time in milliseconds since 1970."""
+    moment = datetime.fromtimestamp(eta / 1000, tz=UTC)
+    return f"@at {moment:%Y-%m-%dT%H:%M:%S}.{eta % 1000:03d}Z"
+
+
+def publication(
+    names: Names, queue: str, message_id: str, unique: str, body: bytes, *, eta: int, target: str
+) -> Publication:
+    """The schedule that delivers `body` on `target` at `eta` (milliseconds since 1970)."""
+    return Publication(
+        names.delayed(queue, message_id, unique),
+        body,
+        {HEADER_MSG_ID: unique, HEADER_SCHEDULE: at(eta), HEADER_SCHEDULE_TARGET: target},
+    )
+
+
+def cancel(connection: Connection, names: Names, queue: str, message_id: str) -> int:
+    """Cancel the delays of a message; return how many there were (a message that already fired is not one)."""
+    try:
+        answer = connection.api(
+            f"STREAM.PURGE.{names.queue_stream(queue)}", {"filter": names.delayed_message(queue, message_id)}
+        )
+    except NotFound:
+        return 0
+    return int(answer.get("purged", 0))
+
+
+def _subjects(connection: Connection, stream: str, subject: str) -> Iterator[str]:
+    offset = 0
+    while True:
+        state = connection.api(f"STREAM.INFO.{stream}", {"subjects_filter": subject, "offset": offset})
+        subjects = state["state"].get("subjects") or {}
+        yield from subjects
+        offset += len(subjects)
+        if len(subjects) < PAGE or offset >= int(state.get("total", 0)):
+            return
+
+
+def count(connection: Connection, stream: str, subject: str) -> int:
+    """How many subjects of a stream match, each schedule being one."""
+    return sum(1 for _ in _subjects(connection, stream, subject))
+
+
+def delayed_messages(connection: Connection, names: Names, queue: str, *, limit: int = 100) -> list[Delayed]:
+    """List delayed messages of a queue, at most `limit`, in no particular order."""
+    found: list[Delayed] = []
+    stream = names.queue_stream(queue)
+    try:
+        for subject in _subjects(connection, stream, names.all_delayed(queue)):
+            if len(found) >= limit:
+                break
+            eta = _eta(connection, stream, subject)
+            if eta is not None:
+                found.append(Delayed(decode(subject.split(".")[-2]), queue, eta, subject))
+    except NotFound:
+        return []
+    return sorted(found, key=lambda delayed: delayed.eta)
+
+
+def _eta(connection: Connection, stream: str, subject: str) -> int | None:
+    stored = last_message(connection, stream, subject)
+    expression = stored.headers.get(HEADER_SCHEDULE, "") if stored else ""
+    if not expression.startswith("@at "):
+        return None
+    moment = datetime.fromisoformat(expression[4:])
+    return int(moment.timestamp() * 1000)

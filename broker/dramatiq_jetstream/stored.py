@@ -1,0 +1,79 @@
+"""Reading single stored messages back from a stream, from its leader (`STREAM.MSG.GET`)."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from .connection import Connection
+from .errors import NotFound
+
+__all__ = ["StoredMessage", "first_message", "last_message", "message_at", "messages", "parse_time"]
+
+
+@dataclass(frozen=True)
+class StoredMessage:
+    """A message as the stream holds it; `time` is milliseconds since 1970."""
+
+    stream: str
+    sequence: int
+    subject: str
+    data: bytes
+    headers: Mapping[str, str]
+    time: int
+
+
+def parse_time(text: str) -> int:
+    """Milliseconds since 1970 of the server's RFC 3339 time, which has up to nine decimals."""
+    text = re.sub(r"(\.\d{1,6})\d*", lambda m: m[1].ljust(7, "0"), text).replace("Z", "+00:00")
+    return int(datetime.fromisoformat(text).timestamp() * 1000)
+
+
+def parse_headers(raw: bytes) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for line in raw.decode("utf-8", "replace").split("\r\n")[1:]:
+        name, separator, value = line.partition(":")
+        if separator:
+            headers[name.strip()] = value.strip()
+    return headers
+
+
+def _get(connection: Connection, stream: str, request: Mapping[str, Any]) -> StoredMessage | None:
+    try:
+        message = connection.api(f"STREAM.MSG.GET.{stream}", request)["message"]
+    except NotFound:
+        return None
+    return StoredMessage(
+        stream=stream,
+        sequence=int(message["seq"]),
+        subject=message["subject"],
+        data=base64.b64decode(message.get("data") or ""),
+        headers=parse_headers(base64.b64decode(message["hdrs"])) if message.get("hdrs") else {},
+        time=parse_time(message["time"]),
+    )
+
+
+def last_message(connection: Connection, stream: str, subject: str) -> StoredMessage | None:
+    """The newest message on a literal subject, or None."""
+    return _get(connection, stream, {"last_by_subj": subject})
+
+
+def message_at(connection: Connection, stream: str, sequence: int) -> StoredMessage | None:
+    """The message with a sequence, or None."""
+    return _get(connection, stream, {"seq": sequence})
+
+
+def first_message(connection: Connection, stream: str, subject: str, start: int = 1) -> StoredMessage | None:
+    """The oldest message on a subject (wildcards allowed) from sequence `start` on, or None."""
+    return _get(connection, stream, {"seq": max(1, start), "next_by_subj": subject})
+
+
+def messages(connection: Connection, stream: str, subject: str, start: int = 1) -> Iterator[StoredMessage]:
+    """Every message on a subject (wildcards allowed), oldest first."""
+    while (message := first_message(connection, stream, subject, start)) is not None:
+        yield message
+        start = message.sequence + 1
