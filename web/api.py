@@ -1,0 +1,147 @@
+"""The HTTP API: orders in, orders out, the catalogue."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import NoReturn
+from urllib.parse import quote, urlencode
+
+from flask import Blueprint, Response, jsonify, request
+
+from tasks import service
+from tasks.service import AcceptedOrder, InvalidCursor, InvalidOrder, Order, OrderRequest
+from web.problems import Problem
+from web.representation import order_json, page_json, product_json
+
+blueprint = Blueprint("api", __name__)
+
+DEFAULT_LIMIT = 20
+MAX_LIMIT = 100
+_ORDER_ID = re.compile(r"[A-Za-z0-9._~-]{1,64}", re.ASCII)
+_PARSERS: dict[str, Callable[[bytes], OrderRequest]] = {
+    "application/json": service.parse_order_json,
+    "application/x-protobuf": service.parse_order_protobuf,
+    "application/protobuf": service.parse_order_protobuf,
+}
+
+
+@blueprint.post("/api/orders")
+def place_order() -> Response:
+    """Store the order in JetStream, then answer 202."""
+    key = _idempotency_key()
+    parse = _PARSERS.get(request.mimetype)
+    if parse is None:
+        sent = request.mimetype or "no Content-Type"
+        raise Problem(
+            "unsupported-media-type",
+            f"The order came with {sent!r}: send application/json or application/x-protobuf.",
+            headers={"Accept": "application/json, application/x-protobuf"},
+        )
+    try:
+        order_request = parse(request.get_data())
+        accepted = accept(order_request, key)
+    except InvalidOrder as error:
+        refuse(error)
+    response = jsonify(order_json(accepted.order))
+    response.status_code = 202
+    response.headers["Location"] = f"/api/orders/{quote(accepted.order.order_id, safe='')}"
+    if accepted.repeated:
+        response.headers["Idempotency-Replayed"] = "true"
+    return response
+
+
+@blueprint.get("/api/orders/<path:order_id>")
+def show_order(order_id: str) -> Response:
+    """Answer the order's status, items, total and history."""
+    return jsonify(order_json(find_order(order_id)))
+
+
+@blueprint.get("/api/orders")
+def list_orders() -> Response:
+    """Answer one page of orders, newest first."""
+    limit = _limit()
+    page = find_page(limit)
+    response = jsonify(page_json(page))
+    if page.next is not None:
+        query = urlencode({"limit": limit, "before": page.next})
+        response.headers["Link"] = f'</api/orders?{query}>; rel="next"'
+    return response
+
+
+@blueprint.get("/api/products")
+def list_products() -> Response:
+    """Answer the catalogue with prices and stock."""
+    return jsonify([product_json(product) for product in service.products()])
+
+
+@blueprint.route("/api", defaults={"path": ""}, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
+@blueprint.route("/api/<path:path>", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
+def nothing_here(path: str) -> Response:  # noqa: ARG001 - the route names it
+    """Answer every other address below /api."""
+    raise Problem("not-found", f"The API has nothing at {request.path!r}; it is described at /openapi.json.")
+
+
+def accept(order_request: OrderRequest, key: str | None) -> AcceptedOrder:
+    """Accept an order for the API or the form; what the key forbids becomes a problem."""
+    try:
+        return service.accept_order(order_request, key)
+    except service.IdempotencyConflict:
+        raise Problem(
+            "idempotency-key-reused",
+            "This Idempotency-Key came before with another order: a new order needs a new key.",
+        ) from None
+    except service.IdempotencyInProgress as error:
+        raise Problem(
+            "request-in-progress",
+            "The same order with this Idempotency-Key is being stored right now: ask again shortly.",
+            headers={"Retry-After": str(error.retry_after)},
+        ) from None
+
+
+def refuse(error: InvalidOrder) -> NoReturn:
+    """Raise the problem of an order that cannot be read, or can be and is wrong."""
+    if error.field in ("", "body"):
+        raise Problem("malformed-request", f"The body {error.problem}") from None
+    raise Problem(
+        "invalid-order",
+        f"{error.field} {error.problem}",
+        errors=[{"field": error.field, "problem": error.problem}],
+    ) from None
+
+
+def find_order(order_id: str) -> Order:
+    """Return the order, or raise the 404 problem; an id that no order can have is not even looked up."""
+    order = service.get_order(order_id) if _ORDER_ID.fullmatch(order_id) else None
+    if order is None:
+        raise Problem("not-found", f"There is no order {order_id[:64]!r}.")
+    return order
+
+
+def find_page(limit: int) -> service.Page:
+    """Return the page of orders that the request asks for."""
+    try:
+        return service.list_orders(limit, request.args.get("before") or None)
+    except InvalidCursor:
+        raise Problem(
+            "malformed-request", "before must be the next cursor of an earlier page, as it was given."
+        ) from None
+
+
+def _limit() -> int:
+    text = request.args.get("limit", str(DEFAULT_LIMIT))
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text[:6]) <= MAX_LIMIT:
+        raise Problem("malformed-request", f"limit must be a whole number from 1 to {MAX_LIMIT}.")
+    return int(text)
+
+
+def _idempotency_key() -> str | None:
+    keys = request.headers.getlist("Idempotency-Key")
+    if not keys:
+        return None
+    key = keys[0].strip()
+    if len(keys) > 1 or not 1 <= len(key) <= 255 or not key.isascii() or not key.isprintable():
+        raise Problem(
+            "malformed-request", "Idempotency-Key must be one value of 1 to 255 printable ASCII characters."
+        )
+    return key

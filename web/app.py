@@ -1,0 +1,103 @@
+"""Makes the Flask application: blueprints, limits, and what happens to every error."""
+
+from __future__ import annotations
+
+import logging
+
+from dramatiq.errors import BrokerError
+from flask import Flask, Response, request
+from werkzeug.exceptions import HTTPException
+
+from dramatiq_jetstream.errors import MessageTooLarge
+from dramatiq_jetstream.telemetry import configure_telemetry, telemetry_enabled
+from web import api, health, openapi, pages, security, settings
+from web.live import Streams
+from web.problems import Problem, from_status, unavailable
+
+logger = logging.getLogger(__name__)
+
+# What a client may still be sending when its request is refused for its size. Reading it lets the answer
+# arrive: a connection closed with unread data is reset, and the client sees no answer at all.
+_DRAIN_LIMIT = 32_000_000
+
+
+def create_app(web_settings: settings.WebSettings | None = None) -> Flask:
+    """Return the application; it connects to NATS by itself, in this process, when it is first used."""
+    web_settings = web_settings or settings.from_environment()
+    configure_telemetry("order-service-web")
+    app = Flask("web")
+    app.config["MAX_CONTENT_LENGTH"] = web_settings.max_body_bytes
+    app.config["MAX_FORM_MEMORY_SIZE"] = web_settings.max_body_bytes
+    app.url_map.merge_slashes = False
+    app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
+    app.extensions["web"] = web_settings
+    app.extensions["streams"] = Streams(web_settings.max_streams, web_settings.stream_duration)
+
+    app.register_blueprint(api.blueprint)
+    app.register_blueprint(pages.blueprint)
+    app.register_blueprint(health.blueprint)
+    app.register_blueprint(openapi.blueprint)
+    security.protect(app)
+
+    app.register_error_handler(Problem, _answer)
+    app.register_error_handler(BrokerError, _store_failed)
+    app.register_error_handler(HTTPException, _http_error)
+    app.register_error_handler(Exception, _unexpected)
+    if telemetry_enabled():
+        # Imported only when something is exported, so that it costs nothing otherwise.
+        from opentelemetry.instrumentation.flask import FlaskInstrumentor
+
+        FlaskInstrumentor().instrument_app(  # type: ignore[no-untyped-call]
+            app, excluded_urls="/health.*,/metrics,/static/.*"
+        )
+    return app
+
+
+def _answer(problem: Problem) -> Response:
+    if problem.status == 413:
+        _drain()
+    if _wants_problem():
+        return problem.response()
+    return pages.error_page(problem)
+
+
+def _store_failed(error: BrokerError) -> Response:
+    if isinstance(error, MessageTooLarge):
+        return _answer(Problem("too-large", "The order is too large to be stored: send fewer items."))
+    logger.warning("%s %s was answered with 503: %s", request.method, request.path, error)
+    return _answer(unavailable("The store for orders does not answer right now: try again shortly."))
+
+
+def _http_error(error: HTTPException) -> Response:
+    if error.response is not None or (error.code or 500) < 400:
+        return Response.force_type(error.get_response(), request.environ)  # type: ignore[return-value]
+    headers = {name: value for name, value in error.get_headers() if name in ("Allow", "Retry-After")}
+    if error.code == 404:
+        detail = f"There is nothing at {request.path!r}."
+    else:
+        detail = error.description or error.name
+    return _answer(from_status(error.code or 500, detail, headers))
+
+
+def _unexpected(error: Exception) -> Response:
+    logger.error("%s %s failed", request.method, request.path, exc_info=error)
+    return _answer(Problem("internal-error", "The request failed through no fault of yours; it was logged."))
+
+
+def _wants_problem() -> bool:
+    """Tell whether the client is a program: by the address it asked, and elsewhere by what it accepts."""
+    if request.path.startswith(("/api", "/health", "/metrics", "/openapi.json")):
+        return True
+    best = request.accept_mimetypes.best_match(["text/html", "application/problem+json", "application/json"])
+    return best is not None and best != "text/html"
+
+
+def _drain() -> None:
+    stream = request.environ["wsgi.input"]
+    left = _DRAIN_LIMIT
+    try:
+        while left > 0 and (chunk := stream.read(min(65_536, left))):
+            left -= len(chunk)
+    except OSError:
+        # The client hung up while sending, so nobody is waiting for the answer.
+        return

@@ -1,0 +1,38 @@
+"""Answers whether this process lives, whether it can take orders, and how the queues are."""
+
+from __future__ import annotations
+
+from flask import Blueprint, Response, jsonify
+
+from tasks import service
+from web import live
+
+blueprint = Blueprint("health", __name__)
+
+
+@blueprint.get("/health/live")
+def alive() -> Response:
+    """Answer 200 as long as the process answers at all; a lost connection is no reason to restart it."""
+    return jsonify({"status": "ok"})
+
+
+@blueprint.get("/health/ready")
+def ready() -> Response:
+    """Answer 200 while this process can take orders: connected, and not asked to stop."""
+    return _report(stopping=live.stopping.is_set())
+
+
+@blueprint.get("/health")
+def health() -> Response:
+    """Answer 200 only while connected to NATS."""
+    return _report(stopping=False)
+
+
+def _report(*, stopping: bool) -> Response:
+    connected = service.nats_connected()
+    ok = connected and not stopping
+    response = jsonify({"status": "ok" if ok else "unavailable", "stopping": stopping, **service.health()})
+    if not ok:
+        response.status_code = 503
+        response.headers["Retry-After"] = "2"
+    return response

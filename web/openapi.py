@@ -1,0 +1,364 @@
+"""Describes the API as OpenAPI 3.1, and serves the description."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from flask import Blueprint, Response, jsonify
+
+from tasks.service import MAX_ITEMS, MAX_QUANTITY
+from web.api import DEFAULT_LIMIT, MAX_LIMIT
+from web.problems import KINDS, MEDIA_TYPE
+
+blueprint = Blueprint("openapi", __name__)
+
+EXAMPLE_ORDER = {"customer_id": "c-42", "items": [{"sku": "MUG-01", "quantity": 2}]}
+
+
+@blueprint.get("/openapi.json")
+def description() -> Response:
+    """Answer the description of the API."""
+    return jsonify(document())
+
+
+def document() -> dict[str, Any]:
+    """Return the OpenAPI document."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Order service",
+            "version": "1.0.0",
+            "description": (
+                "Takes orders and carries each one to confirmed, rejected or failed. "
+                "A 202 means that the order is stored; anything else means that it may not be."
+            ),
+        },
+        "servers": [{"url": "/"}],
+        "paths": {
+            "/api/orders": {"get": _list_orders(), "post": _place_order()},
+            "/api/orders/{order_id}": {"get": _show_order()},
+            "/api/products": {"get": _list_products()},
+            "/health": {"get": _health("health", "Tell whether this process is connected to NATS")},
+            "/health/ready": {"get": _health("ready", "Tell whether this process can take orders")},
+            "/health/live": {
+                "get": {
+                    "operationId": "alive",
+                    "summary": "Tell whether this process answers at all",
+                    "tags": ["health"],
+                    "responses": {"200": _json("It does.", {"$ref": "#/components/schemas/Health"})},
+                }
+            },
+        },
+        "components": {"schemas": _SCHEMAS, "responses": _problem_responses(), "headers": _HEADERS},
+    }
+
+
+def operations(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the operations one after another, with what a page needs to show and try them."""
+    found = []
+    for path, methods in document["paths"].items():
+        for method, operation in sorted(methods.items(), key=lambda entry: entry[0] != "post"):
+            content = operation.get("requestBody", {}).get("content", {})
+            example = content.get("application/json", {}).get("example")
+            found.append(
+                {
+                    "id": operation["operationId"],
+                    "method": method.upper(),
+                    "path": path,
+                    "summary": operation["summary"],
+                    "description": operation.get("description"),
+                    "parameters": operation.get("parameters", []),
+                    "example": None if example is None else json.dumps(example, indent=2),
+                    "responses": [
+                        (status, _resolve(document, response)["description"])
+                        for status, response in sorted(operation["responses"].items())
+                    ],
+                }
+            )
+    return found
+
+
+def _resolve(document: dict[str, Any], response: dict[str, Any]) -> dict[str, Any]:
+    target: Any = document
+    for part in response.get("$ref", "#").split("/")[1:]:
+        target = target[part]
+    return target if "$ref" in response else response
+
+
+def _place_order() -> dict[str, Any]:
+    return {
+        "operationId": "placeOrder",
+        "summary": "Place an order",
+        "description": (
+            "The answer comes after JetStream has stored the order. Prices come from the catalogue. With an "
+            "Idempotency-Key the request may be sent again without placing the order twice: always send one, "
+            "and send the same request with the same key after a 503 or when no answer came."
+        ),
+        "tags": ["orders"],
+        "parameters": [
+            {
+                "name": "Idempotency-Key",
+                "in": "header",
+                "description": "One key for one order, for example a UUID.",
+                "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+            }
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": {"$ref": "#/components/schemas/OrderRequest"},
+                    "example": EXAMPLE_ORDER,
+                },
+                "application/x-protobuf": {
+                    "schema": {
+                        "type": "string",
+                        "format": "binary",
+                        "description": "An orders.v1.OrderCreated message (proto/orders/v1/events.proto).",
+                    }
+                },
+            },
+        },
+        "responses": {
+            "202": {
+                "description": "The order is stored. Its address follows it to the end.",
+                "headers": {
+                    "Location": {"$ref": "#/components/headers/Location"},
+                    "Idempotency-Replayed": {"$ref": "#/components/headers/IdempotencyReplayed"},
+                },
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Order"}}},
+            },
+            **_problems(400, 409, 413, 415, 422, 503),
+        },
+    }
+
+
+def _list_orders() -> dict[str, Any]:
+    return {
+        "operationId": "listOrders",
+        "summary": "List orders, newest first",
+        "tags": ["orders"],
+        "parameters": [
+            {
+                "name": "limit",
+                "in": "query",
+                "schema": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
+            },
+            {
+                "name": "before",
+                "in": "query",
+                "description": "The next of the page before.",
+                "schema": {"type": "string"},
+            },
+        ],
+        "responses": {
+            "200": {
+                "description": "One page. The Link header and next lead to the page after it.",
+                "headers": {"Link": {"$ref": "#/components/headers/Link"}},
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/OrderPage"}}},
+            },
+            **_problems(400, 503),
+        },
+    }
+
+
+def _show_order() -> dict[str, Any]:
+    return {
+        "operationId": "showOrder",
+        "summary": "Show one order",
+        "tags": ["orders"],
+        "parameters": [{"name": "order_id", "in": "path", "required": True, "schema": {"type": "string"}}],
+        "responses": {
+            "200": _json("The order as it is now.", {"$ref": "#/components/schemas/Order"}),
+            **_problems(404, 503),
+        },
+    }
+
+
+def _list_products() -> dict[str, Any]:
+    return {
+        "operationId": "listProducts",
+        "summary": "List the catalogue with prices and stock",
+        "tags": ["products"],
+        "responses": {
+            "200": _json(
+                "All products.", {"type": "array", "items": {"$ref": "#/components/schemas/Product"}}
+            ),
+            **_problems(503),
+        },
+    }
+
+
+def _health(operation_id: str, summary: str) -> dict[str, Any]:
+    schema = {"$ref": "#/components/schemas/Health"}
+    return {
+        "operationId": operation_id,
+        "summary": summary,
+        "tags": ["health"],
+        "responses": {"200": _json("Yes.", schema), "503": _json("No.", schema)},
+    }
+
+
+def _json(description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def _problems(*statuses: int) -> dict[str, Any]:
+    return {str(status): {"$ref": f"#/components/responses/Problem{status}"} for status in statuses}
+
+
+def _problem_responses() -> dict[str, Any]:
+    responses: dict[str, Any] = {}
+    for kind in KINDS.values():
+        response = responses.setdefault(
+            f"Problem{kind.status}",
+            {
+                "description": "",
+                "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+            },
+        )
+        response["description"] = f"{response['description']} {kind.title}.".strip()
+        if kind.status in (409, 503):
+            response["headers"] = {"Retry-After": {"$ref": "#/components/headers/RetryAfter"}}
+    return responses
+
+
+_HEADERS: dict[str, Any] = {
+    "Location": {"description": "The address of the order.", "schema": {"type": "string"}},
+    "IdempotencyReplayed": {
+        "description": "Present when an earlier request with this key placed the order.",
+        "schema": {"type": "string", "const": "true"},
+    },
+    "Link": {"description": "The next page, as RFC 8288 writes it.", "schema": {"type": "string"}},
+    "RetryAfter": {"description": "Seconds to wait before trying again.", "schema": {"type": "string"}},
+}
+
+_AMOUNT = {
+    "type": "number",
+    "description": (
+        "An amount in the currency's own unit (12.90 euros are 12.9), exact to the cent; "
+        "the field ending in _minor is the same amount in cents."
+    ),
+}
+_MINOR = {"type": "integer", "description": "The amount in minor units (cents)."}
+_CURRENCY = {"type": "string", "description": "ISO 4217.", "examples": ["EUR"]}
+_TIME = {"type": "string", "format": "date-time"}
+
+_SCHEMAS: dict[str, Any] = {
+    "OrderRequest": {
+        "type": "object",
+        "required": ["customer_id", "items"],
+        "properties": {
+            "customer_id": {"type": "string", "minLength": 1, "maxLength": 64},
+            "items": {
+                "type": "array",
+                "minItems": 1,
+                "maxItems": MAX_ITEMS,
+                "items": {
+                    "type": "object",
+                    "required": ["sku", "quantity"],
+                    "properties": {
+                        "sku": {"type": "string", "minLength": 1, "examples": ["MUG-01"]},
+                        "quantity": {"type": "integer", "minimum": 1, "maximum": MAX_QUANTITY},
+                    },
+                },
+            },
+            "payment_token": {
+                "type": "string",
+                "description": "What the payment gateway is to charge; the customer's account without it.",
+            },
+        },
+    },
+    "Order": {
+        "type": "object",
+        "required": [
+            "order_id",
+            "status",
+            "customer_id",
+            "items",
+            "total_amount",
+            "total_minor",
+            "currency",
+            "history",
+        ],
+        "properties": {
+            "order_id": {"type": "string"},
+            "status": {"enum": ["accepted", "reserved", "paid", "confirmed", "rejected", "failed"]},
+            "customer_id": {"type": "string"},
+            "items": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["sku", "quantity", "unit_price"],
+                    "properties": {
+                        "sku": {"type": "string"},
+                        "quantity": {"type": "integer"},
+                        "unit_price": {**_AMOUNT, "type": ["number", "null"]},
+                    },
+                },
+            },
+            "total_amount": _AMOUNT,
+            "total_minor": _MINOR,
+            "currency": _CURRENCY,
+            "reason": {"type": "string", "description": "Why it was rejected or failed."},
+            "history": {
+                "type": "array",
+                "description": "What happened to the order, oldest first.",
+                "items": {
+                    "type": "object",
+                    "required": ["event", "at"],
+                    "properties": {
+                        "event": {"type": "string", "examples": ["created", "reserved", "paid", "confirmed"]},
+                        "at": _TIME,
+                        "detail": {"type": "object", "additionalProperties": {"type": "string"}},
+                    },
+                },
+            },
+        },
+    },
+    "OrderPage": {
+        "type": "object",
+        "required": ["orders", "next"],
+        "properties": {
+            "orders": {"type": "array", "items": {"$ref": "#/components/schemas/Order"}},
+            "next": {"type": ["string", "null"], "description": "The before of the next page."},
+        },
+    },
+    "Product": {
+        "type": "object",
+        "required": ["sku", "name", "unit_price", "unit_price_minor", "currency", "stock"],
+        "properties": {
+            "sku": {"type": "string"},
+            "name": {"type": "string"},
+            "unit_price": _AMOUNT,
+            "unit_price_minor": _MINOR,
+            "currency": _CURRENCY,
+            "stock": {"type": "integer", "minimum": 0, "description": "Pieces that can be ordered now."},
+        },
+    },
+    "Problem": {
+        "type": "object",
+        "description": "RFC 9457.",
+        "required": ["type", "title", "status", "detail"],
+        "properties": {
+            "type": {"type": "string", "format": "uri-reference"},
+            "title": {"type": "string"},
+            "status": {"type": "integer"},
+            "detail": {"type": "string"},
+            "errors": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["field", "problem"],
+                    "properties": {"field": {"type": "string"}, "problem": {"type": "string"}},
+                },
+            },
+        },
+    },
+    "Health": {
+        "type": "object",
+        "required": ["status"],
+        "properties": {"status": {"type": "string", "examples": ["ok", "unavailable"]}},
+    },
+}

@@ -1,0 +1,120 @@
+"""Turns every error of the API into an RFC 9457 problem, and says which kinds of problem there are.
+
+A problem's ``type`` is a link into ``/docs``, where the same table is shown to people, so that a client's
+developer who follows it finds what happened and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flask import Response
+
+MEDIA_TYPE = "application/problem+json"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of problem: what it is called, its status, and what a client should do about it."""
+
+    slug: str
+    status: int
+    title: str
+    advice: str
+
+
+KINDS: dict[str, Kind] = {
+    kind.slug: kind
+    for kind in (
+        Kind("malformed-request", 400, "The request cannot be read", "Correct what detail names."),
+        Kind("cross-site-request", 403, "The form was sent from another site", "Use this site's own form."),
+        Kind("not-found", 404, "There is nothing at this address", "Check the order id or the path."),
+        Kind("method-not-allowed", 405, "The method is not allowed here", "Use one from the Allow header."),
+        Kind(
+            "request-in-progress",
+            409,
+            "A request with this Idempotency-Key is still being worked on",
+            "Send the same request again after Retry-After seconds.",
+        ),
+        Kind("too-large", 413, "The request is too large", "Send a smaller order; bodies may have 1 MB."),
+        Kind(
+            "unsupported-media-type",
+            415,
+            "The body's type is not supported",
+            "Send application/json or application/x-protobuf.",
+        ),
+        Kind("invalid-order", 422, "The order is not valid", "Correct the fields named in errors."),
+        Kind(
+            "idempotency-key-reused",
+            422,
+            "The Idempotency-Key was used for another order",
+            "Use a new key for a new order.",
+        ),
+        Kind("internal-error", 500, "Something went wrong here", "Try again; tell us if it goes on."),
+        Kind(
+            "unavailable",
+            503,
+            "Orders cannot be stored or read right now",
+            "Send the same request, with the same Idempotency-Key, after Retry-After seconds.",
+        ),
+    )
+}
+
+# What an HTTP error of the framework is called here; any other client error is a malformed request.
+_BY_STATUS = {404: "not-found", 405: "method-not-allowed", 413: "too-large", 415: "unsupported-media-type"}
+
+
+class Problem(Exception):
+    """Raised anywhere in a request to answer with a problem."""
+
+    def __init__(
+        self,
+        slug: str,
+        detail: str,
+        *,
+        errors: Sequence[Mapping[str, str]] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.kind = KINDS[slug]
+        self.status = self.kind.status
+        self.detail = detail
+        self.errors = list(errors)
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """Return the members of the problem document."""
+        body: dict[str, Any] = {
+            "type": f"/docs#{self.kind.slug}",
+            "title": self.kind.title,
+            "status": self.status,
+            "detail": self.detail,
+        }
+        if self.errors:
+            body["errors"] = [dict(error) for error in self.errors]
+        return body
+
+    def response(self) -> Response:
+        """Return the problem as the API answers it."""
+        return Response(
+            json.dumps(self.body(), ensure_ascii=False) + "\n",
+            status=self.status,
+            content_type=MEDIA_TYPE,
+            headers=self.headers,
+        )
+
+
+def from_status(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Problem:
+    """Return the problem for an HTTP error that the framework found, keeping its status."""
+    slug = _BY_STATUS.get(status, "malformed-request" if status < 500 else "internal-error")
+    problem = Problem(slug, detail, headers=headers)
+    problem.status = status
+    return problem
+
+
+def unavailable(detail: str, retry_after: int = 2) -> Problem:
+    """Return the 503 of a store that does not answer."""
+    return Problem("unavailable", detail, headers={"Retry-After": str(retry_after)})

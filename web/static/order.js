@@ -1,0 +1,84 @@
+// Keeps an order's page up to date: by a stream of events, and by asking again when there can be no stream.
+"use strict";
+
+const view = document.getElementById("order");
+const connection = document.getElementById("connection");
+const announce = document.getElementById("announce");
+const address = view.dataset.address;
+const POLL = 2000;
+const POLL_AT_REST = 15000;
+// After so many polls that went well a stream is tried again.
+const POLLS_BEFORE_STREAM = 5;
+
+let revision = Number(view.dataset.revision);
+let rests = view.dataset.rests === "true";
+let final = view.dataset.final === "true";
+let source = null;
+let timer = null;
+
+function show(state) {
+  trouble(false);
+  rests = state.rests;
+  final = state.final;
+  if (state.revision === revision) return;
+  const changed = state.status !== view.dataset.status;
+  revision = state.revision;
+  view.dataset.status = state.status;
+  view.innerHTML = state.html;
+  showLocalTimes(view);
+  if (changed) {
+    announce.textContent = `${state.text}. ${state.sentence}`;
+    document.title = `${state.text} · Order ${view.dataset.id}`;
+  }
+}
+
+function trouble(is) {
+  connection.hidden = !is;
+  connection.textContent = is ? "The service does not answer right now. Your order is safe; trying again …" : "";
+}
+
+function follow() {
+  stop();
+  if (final || document.hidden) return;
+  if (rests) {
+    timer = setTimeout(() => poll(1), POLL_AT_REST);
+    return;
+  }
+  source = new EventSource(`${address}/stream`);
+  source.addEventListener("order", (event) => {
+    show(JSON.parse(event.data));
+    if (rests) follow();
+  });
+  source.addEventListener("error", () => {
+    // CONNECTING means that the stream ended in good order and the browser opens the next one by itself.
+    if (source && source.readyState === EventSource.CLOSED) {
+      stop();
+      timer = setTimeout(() => poll(POLLS_BEFORE_STREAM), POLL);
+    }
+  });
+}
+
+async function poll(left) {
+  try {
+    const answer = await fetch(`${address}/state`);
+    if (!answer.ok) throw new Error(`status ${answer.status}`);
+    show(await answer.json());
+    left -= 1;
+  } catch {
+    trouble(true);
+  }
+  if (final || rests || left <= 0) follow();
+  else timer = setTimeout(() => poll(left), POLL);
+}
+
+function stop() {
+  clearTimeout(timer);
+  source?.close();
+  source = null;
+}
+
+// A page that nobody looks at needs no stream; it catches up when it is looked at again.
+document.addEventListener("visibilitychange", () => (document.hidden ? stop() : follow()));
+window.addEventListener("pagehide", stop);
+window.addEventListener("pageshow", (event) => event.persisted && follow());
+follow();
