@@ -1,0 +1,328 @@
+"""Key-value buckets: compare-and-set, time to live per key, consistent listings, watches (ADR-8, ADR-43).
+
+The server holds all state: a bucket is a stream, a key is a subject, a revision is a stream sequence and is
+never used twice. Reads go to the stream's leader, so whoever wrote a key also reads it.
+
+Each write carries an id of its own. A write whose acknowledgement got lost is sent again by the connection
+and is then either known to the server as a duplicate, or refused because its own first copy changed the key.
+Before such a refusal becomes a conflict, the server is asked whether it has stored that id: a writer never
+loses against itself.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .connection import Connection, PubAck
+from .errors import ApiError, InvalidOption, KeyExists, RevisionConflict, TopologyMissing
+from .kv_listing import Listing
+from .kv_watch import Watch
+from .naming import (
+    HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE,
+    HEADER_MSG_ID,
+    HEADER_TTL,
+    bucket_subject,
+    decode_key,
+    encode_key,
+)
+from .stored import StoredMessage, last_message
+from .topology import StreamConfig, ensure_stream
+
+__all__ = ["Bucket", "Entry", "Snapshot"]
+
+HEADER_OPERATION = "KV-Operation"
+HEADER_MARKER_REASON = "Nats-Marker-Reason"
+HEADER_ROLLUP = "Nats-Rollup"
+HEADER_EXPECTED_SUBJECT = "Nats-Expected-Last-Subject-Sequence-Subject"
+HEADER_EXPECTED_LAST_MSG_ID = "Nats-Expected-Last-Msg-Id"
+
+#: How long the mark of a deleted key is kept, in seconds: long enough for watches to see it.
+MARK_TTL = 60
+
+# The server's error numbers.
+_WRONG_LAST_SEQUENCE = 10071
+_OTHER_WRITE_IN_FLIGHT = 10164
+_WRONG_LAST_MSG_ID = 10070
+
+#: The connection sends an unanswered publish again after this many seconds at the soonest.
+_SOONEST_RESEND = 0.09
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One revision of a key; `created` is milliseconds since 1970 by the server's clock."""
+
+    key: str
+    value: bytes
+    revision: int
+    created: int
+    deleted: bool = False
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All entries under a prefix, and the newest revision there (0 when there never was one).
+
+    The revision counts deleted keys too: while it is the newest under the prefix, nothing there changed,
+    other than by expiring.
+    """
+
+    entries: dict[str, Entry]
+    revision: int
+
+
+class _Conflict(Exception):
+    """The key, or the prefix, had another revision than was expected."""
+
+
+class Bucket:
+    """A key-value bucket that any thread may use. Keys may hold any characters; `.` separates levels.
+
+    All methods raise `BrokerConnectionError` when the server does not answer in time, and `TopologyMissing`
+    when the bucket does not exist and may not be declared here.
+
+    Parameters:
+      connection: The connection to share.
+      config: The bucket's stream, from `topology.bucket`.
+      declare: Create the bucket at the first use if it is missing.
+    """
+
+    def __init__(self, connection: Connection, config: StreamConfig, *, declare: bool = True) -> None:
+        self.connection = connection
+        self.config = config
+        self.stream = config.name
+        self.name = config.name.removeprefix("KV_")
+        self._history = int(config.settings.get("max_msgs_per_subject", 1))
+        self._declare = declare
+        self._declared = False
+        self._listing = Listing(connection, self.stream)
+
+    def __repr__(self) -> str:
+        return f"Bucket({self.name!r})"
+
+    # Reading
+
+    def get(self, key: str) -> Entry | None:
+        """Return the key's entry from the leader, or None when it is missing, deleted or expired."""
+        self._ensure()
+        stored = last_message(self.connection, self.stream, self._subject(key))
+        return None if stored is None or _is_mark(stored) else self._entry(stored)
+
+    def snapshot(self, prefix: str = "") -> Snapshot:
+        """Return everything under a prefix in memory, as one state to compare-and-set against.
+
+        A write under the prefix while it is read only makes the revision newer than a part of the entries
+        is; `update(..., within=prefix)` with that revision then still fails for whoever missed it.
+        """
+        entries: dict[str, Entry] = {}
+        revision = 0
+        for stored in self._stored(prefix):
+            entry = self._entry(stored)
+            entries[entry.key] = entry
+            revision = max(revision, stored.sequence)
+        return Snapshot({key: entry for key, entry in entries.items() if not entry.deleted}, revision)
+
+    def items(self, prefix: str = "") -> Iterator[Entry]:
+        """Yield the entries whose keys start with `prefix`, page by page, oldest revision first.
+
+        Entries that change meanwhile may come in both revisions.
+        """
+        if self._history > 1:  # the newest of a key is only known at the end
+            yield from (e for e in self.snapshot(prefix).entries.values() if e.key.startswith(prefix))
+            return
+        for stored in self._stored(prefix):
+            if not _is_mark(stored):
+                entry = self._entry(stored)
+                if entry.key.startswith(prefix):
+                    yield entry
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Return the keys that start with `prefix`."""
+        return list(dict.fromkeys(entry.key for entry in self.items(prefix)))
+
+    def watch(self, prefix: str, callback: Callable[[Entry], None]) -> Watch:
+        """Call `callback` for each entry whose key starts with `prefix`: those that exist, then each change.
+
+        Deletions come as entries with `deleted` set; expiry is not announced. The callback runs on the
+        connection's own thread and must not block, so it must not call this bucket. Reconnects are survived
+        without a gap.
+
+        Returns:
+          An object with `close()`.
+        """
+        self._ensure()
+
+        def receive(stored: StoredMessage) -> None:
+            entry = self._entry(stored)
+            if entry.key.startswith(prefix):
+                callback(entry)
+
+        return Watch(self.connection, self.stream, self._filter(prefix), receive)
+
+    # Writing
+
+    def put(self, key: str, value: bytes, *, ttl: int | None = None) -> int:
+        """Store a value whatever was there, and return its revision.
+
+        Parameters:
+          ttl: Milliseconds until the key disappears; the server counts whole seconds, so it is rounded up.
+        """
+        return self._publish(self._subject(key), value, self._headers(ttl)).seq
+
+    def create(self, key: str, value: bytes, *, ttl: int | None = None) -> int:
+        """Store a key that is missing, deleted or expired, and return its revision.
+
+        Raises:
+          KeyExists: When it is there.
+        """
+        subject = self._subject(key)
+        expected = 0
+        while True:
+            try:
+                return self._compare_and_set(subject, value, self._headers(ttl), expected)
+            except _Conflict:
+                stored = last_message(self.connection, self.stream, subject)
+            if stored is not None and not _is_mark(stored):
+                raise KeyExists(f"Key {key!r} exists already in bucket {self.name}.")
+            expected = 0 if stored is None else stored.sequence
+
+    def update(
+        self, key: str, value: bytes, *, revision: int, ttl: int | None = None, within: str | None = None
+    ) -> int:
+        """Store a value if the key still has `revision`, and return the new revision.
+
+        Parameters:
+          revision: What `get` or a write returned; 0 stands for a key that never was or has expired.
+          ttl: As for `put`. Without it the key no longer expires.
+          within: Compare `revision` with the newest under this prefix (of whole levels, ending in `.`)
+            instead of the key's own, so that the write depends on everything there. See `snapshot`.
+
+        Raises:
+          RevisionConflict: When another writer was first.
+        """
+        headers = self._headers(ttl)
+        if within is not None:
+            headers[HEADER_EXPECTED_SUBJECT] = self._filter(within)
+        try:
+            return self._compare_and_set(self._subject(key), value, headers, revision)
+        except _Conflict:
+            raise RevisionConflict(
+                f"{within or key!r} in bucket {self.name} was changed since revision {revision}: "
+                "read it again and repeat the change."
+            ) from None
+
+    def delete(self, key: str, *, revision: int | None = None) -> None:
+        """Delete a key; one that is missing stays so.
+
+        Parameters:
+          revision: Delete only this revision.
+
+        Raises:
+          RevisionConflict: When the key has another one.
+        """
+        subject = self._subject(key)
+        # The rollup drops the key's history, the mark's time to live drops the mark.
+        headers = {HEADER_OPERATION: "PURGE", HEADER_ROLLUP: "sub", HEADER_TTL: f"{MARK_TTL}s"}
+        if revision is None:
+            self._publish(subject, b"", headers)
+            return
+        try:
+            self._compare_and_set(subject, b"", headers, revision)
+        except _Conflict:
+            raise RevisionConflict(
+                f"{key!r} in bucket {self.name} was not deleted: it was changed since revision {revision}."
+            ) from None
+
+    def declare(self) -> str:
+        """Create the bucket if it is missing; returns what `topology.ensure_stream` says."""
+        outcome = ensure_stream(self.connection, self.config)
+        self._declared = True
+        return outcome
+
+    # Inside
+
+    def _ensure(self) -> None:
+        if self._declare and not self._declared:
+            self.declare()
+
+    def _subject(self, key: str) -> str:
+        return bucket_subject(self.name, key)
+
+    def _filter(self, prefix: str) -> str:
+        """The narrowest subject filter that covers every key that starts with `prefix`."""
+        levels = prefix.rpartition(".")[0]
+        covered = f"{encode_key(levels)}." if "." in prefix and levels else "=." if "." in prefix else ""
+        return f"$KV.{self.name}.{covered}>"
+
+    def _stored(self, prefix: str) -> Iterator[StoredMessage]:
+        self._ensure()
+        return self._listing.read(self._filter(prefix))
+
+    def _entry(self, stored: StoredMessage) -> Entry:
+        key = decode_key(stored.subject[len(self.name) + 5 :])
+        return Entry(key, stored.data, stored.sequence, stored.time, _is_mark(stored))
+
+    def _headers(self, ttl: int | None) -> dict[str, str]:
+        if ttl is None:
+            return {}
+        if isinstance(ttl, bool) or ttl <= 0:
+            raise InvalidOption(f"ttl={ttl!r} cannot be used: give a positive number of milliseconds.")
+        headers = {HEADER_TTL: f"{-(-int(ttl) // 1000)}s"}
+        if self._history > 1:  # or an older revision would come back when this one expires
+            headers[HEADER_ROLLUP] = "sub"
+        return headers
+
+    def _publish(self, subject: str, value: bytes, headers: dict[str, str]) -> PubAck:
+        headers.setdefault(HEADER_MSG_ID, secrets.token_hex(12))
+        self._ensure()
+        try:
+            return self.connection.publish(subject, value, headers)
+        except TopologyMissing:
+            if not self._declare:
+                raise
+            self.declare()  # it was deleted on the server
+            return self.connection.publish(subject, value, headers)
+
+    def _compare_and_set(self, subject: str, value: bytes, headers: dict[str, str], expected: int) -> int:
+        headers = {**headers, HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE: str(expected)}
+        headers[HEADER_MSG_ID] = secrets.token_hex(12)
+        deadline = time.monotonic() + self.connection.timeout / 1000
+        while True:
+            reconnects, started = self.connection.state.reconnects, time.monotonic()
+            try:
+                return self._publish(subject, value, headers).seq
+            except ApiError as error:
+                if error.err_code == _OTHER_WRITE_IN_FLIGHT and time.monotonic() < deadline:
+                    time.sleep(random.uniform(0.001, 0.01))  # how it ends decides
+                    continue
+                if error.err_code not in (_WRONG_LAST_SEQUENCE, _OTHER_WRITE_IN_FLIGHT):
+                    raise
+            sent_again = (
+                self.connection.state.reconnects != reconnects
+                or time.monotonic() - started >= _SOONEST_RESEND
+            )
+            own = self._stored_as(subject, headers[HEADER_MSG_ID]) if sent_again else None
+            if own is None:
+                raise _Conflict
+            return own
+
+    def _stored_as(self, subject: str, write: str) -> int | None:
+        """Ask whether a write was stored, without writing: return its revision, or None.
+
+        The server looks for duplicates before it compares the last message's id, and nothing has this one.
+        """
+        headers = {HEADER_MSG_ID: write, HEADER_EXPECTED_LAST_MSG_ID: f"not-{write}"}
+        try:
+            return self.connection.publish(subject, b"", headers).seq
+        except ApiError as error:
+            if error.err_code != _WRONG_LAST_MSG_ID:
+                raise
+            return None
+
+
+def _is_mark(stored: StoredMessage) -> bool:
+    return stored.headers.get(HEADER_OPERATION) in ("DEL", "PURGE") or HEADER_MARKER_REASON in stored.headers

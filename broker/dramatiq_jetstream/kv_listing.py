@@ -1,0 +1,141 @@
+"""Reading all messages under a subject in pages (batched direct get, ADR-31).
+
+Any replica may answer a page and may lag behind the leader. The leader is asked first how far the subject
+goes, and a listing that ends before that is continued until it has caught up.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import secrets
+import time
+from collections.abc import Iterator
+
+from .connection import Connection, Msg, Subscription
+from .errors import BrokerConnectionError, TopologyMissing
+from .stored import StoredMessage, last_message, parse_time
+
+__all__ = ["Listing"]
+
+#: Messages and bytes of one page; whoever lists never holds more than this on top of what it keeps.
+PAGE = 10_000
+PAGE_BYTES = 8 * 1024 * 1024
+
+#: Seconds without a message after which a page counts as lost and is asked for again.
+SILENCE = 2.0
+
+#: Seconds between two looks at a replica that lags behind.
+LAG_WAIT = 0.05
+
+
+class Listing:
+    """Lists messages of one stream. Any number of threads may do so at once."""
+
+    def __init__(self, connection: Connection, stream: str) -> None:
+        self._connection = connection
+        self._stream = stream
+        self._inbox = ""
+        self._subscription: Subscription | None = None
+        self._pages: dict[str, queue.SimpleQueue[Msg]] = {}
+
+    def read(self, subject: str, *, timeout: int | None = None) -> Iterator[StoredMessage]:
+        """Yield the stream's messages on `subject` (wildcards allowed), oldest first.
+
+        At least everything that was acknowledged before the call is there.
+
+        Parameters:
+          timeout: Milliseconds for each page; None takes the connection's own.
+
+        Raises:
+          TopologyMissing: When the stream does not exist.
+          BrokerConnectionError: When no answer came in time.
+        """
+        seconds = (self._connection.timeout if timeout is None else timeout) / 1000
+        start = 1
+        newest = self._newest(subject)
+        deadline = time.monotonic() + seconds
+        while newest:
+            before = start
+            for message in self._page(subject, start, deadline):
+                start = message.sequence + 1
+                yield message
+                deadline = time.monotonic() + seconds
+            if start > before:
+                continue
+            if start > newest:
+                return
+            # Nothing more here, though the leader had more: it expired since, or this replica lags.
+            newest = self._newest(subject)
+            if start > newest:
+                return
+            if time.monotonic() > deadline:
+                raise BrokerConnectionError(
+                    f"Stream {self._stream}: the replicas did not catch up with their leader within "
+                    f"{seconds * 1000:.0f} ms."
+                )
+            time.sleep(LAG_WAIT)
+
+    def _newest(self, subject: str) -> int:
+        message = last_message(self._connection, self._stream, subject)
+        return message.sequence if message is not None else 0
+
+    def _page(self, subject: str, start: int, deadline: float) -> list[StoredMessage]:
+        request = json.dumps(
+            {"seq": start, "next_by_subj": subject, "batch": PAGE, "max_bytes": PAGE_BYTES}
+        ).encode()
+        inbox = self._listen()
+        while True:
+            token = secrets.token_hex(8)
+            answers = self._pages[token] = queue.SimpleQueue()
+            try:
+                self._connection.send(f"$JS.API.DIRECT.GET.{self._stream}", request, reply=f"{inbox}.{token}")
+                return self._collect(answers, deadline)
+            except queue.Empty:
+                if time.monotonic() > deadline:
+                    raise BrokerConnectionError(
+                        f"No answer to a listing of stream {self._stream} in time."
+                    ) from None
+            finally:
+                del self._pages[token]
+
+    def _collect(self, answers: queue.SimpleQueue[Msg], deadline: float) -> list[StoredMessage]:
+        found: list[StoredMessage] = []
+        while True:
+            answer = answers.get(timeout=max(0.01, min(SILENCE, deadline - time.monotonic())))
+            headers = dict(answer.headers or {})
+            match headers.get("Status"):
+                case None:
+                    found.append(
+                        StoredMessage(
+                            stream=self._stream,
+                            sequence=int(headers["Nats-Sequence"]),
+                            subject=headers["Nats-Subject"],
+                            data=answer.data,
+                            headers=headers,
+                            time=parse_time(headers["Nats-Time-Stamp"]),
+                        )
+                    )
+                case "204" | "404":  # the end of the page; nothing there
+                    return found
+                case "503":
+                    raise TopologyMissing(
+                        f"Stream {self._stream} does not exist, or allows no direct reads: "
+                        "prepare it with `fleet setup`."
+                    )
+                case status:
+                    raise BrokerConnectionError(
+                        f"Stream {self._stream} refused a listing: {status} {headers.get('Description', '')}."
+                    )
+
+    def _listen(self) -> str:
+        if self._subscription is None:
+            inbox = self._connection.new_inbox()
+            self._subscription = self._connection.subscribe(f"{inbox}.*", self._receive)
+            self._inbox = inbox
+        return self._inbox
+
+    def _receive(self, message: Msg) -> None:
+        answers = self._pages.get(message.subject.rpartition(".")[2])
+        if answers is not None:
+            answers.put(message)

@@ -1,0 +1,181 @@
+"""Following a bucket as it changes: an ordered, ephemeral consumer that is made anew whenever it breaks off.
+
+The server holds the consumer, this process holds the sequence of the last entry it has seen. A gap, a
+reconnect or silence (the server sends heartbeats) ends the consumer and starts another one behind that
+sequence, so no entry is missed and none comes twice. The server forgets a consumer whose reader died.
+
+Everything here runs on the connection's loop thread, except `Watch`'s constructor and `close`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+from .connection import Connection, Msg
+from .stored import StoredMessage
+
+__all__ = ["Watch"]
+
+logger = logging.getLogger(__name__)
+
+SECOND = 1_000_000_000  # JetStream's durations are nanoseconds
+
+#: Seconds between heartbeats of the server, after how many seconds of silence the consumer is replaced, and
+#: after how many the server forgets one that nobody reads.
+HEARTBEAT = 2
+SILENCE = 5.0
+FORGET_AFTER = 60
+
+#: Seconds before a consumer that could not be made is tried again.
+RETRY = 0.5
+
+
+class Watch:
+    """Calls `callback` on the loop thread for each message under `subject`, until `close`.
+
+    First come the newest messages that exist, one per subject, then each one that is stored. The callback
+    must not block; what it raises is logged.
+    """
+
+    def __init__(
+        self, connection: Connection, stream: str, subject: str, callback: Callable[[StoredMessage], None]
+    ) -> None:
+        self.subject = subject
+        self._connection = connection
+        self._stream = stream
+        self._callback = callback
+        self._sequence = 0
+        self._name = ""
+        self._generation = 0
+        self._delivered = 0
+        self._alive: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._inbox = connection.new_inbox()
+        # The server only notices a reader whose subscription is literally the consumer's deliver subject.
+        self._subscriptions = (
+            connection.subscribe(self._inbox, self._receive),
+            connection.subscribe(f"{self._inbox}.made.*", self._receive_made),
+        )
+        connection.on_reconnect(self._restart)
+        connection.post(self._restart)
+
+    def close(self) -> None:
+        """Stop; the callback may be under way once more."""
+        if self._closed:
+            return
+        self._closed = True
+        self._connection.forget(self._restart)
+        for subscription in self._subscriptions:
+            subscription.close()
+        self._connection.post(self._stop)
+
+    def _stop(self) -> None:
+        if self._alive is not None:
+            self._alive.cancel()
+            self._alive = None
+        if self._name:
+            self._connection.write(f"$JS.API.CONSUMER.DELETE.{self._stream}.{self._name}")
+            self._name = ""
+
+    def _restart(self) -> None:
+        """Replace the consumer by one that starts behind what was seen."""
+        if self._closed:
+            return
+        self._stop()
+        self._generation += 1
+        self._delivered = 0
+        self._name = f"watch-{secrets.token_hex(8)}"
+        config: dict[str, Any] = {
+            "name": self._name,
+            "deliver_subject": self._inbox,
+            "deliver_policy": "last_per_subject",
+            "filter_subject": self.subject,
+            "ack_policy": "none",
+            "max_deliver": 1,
+            "replay_policy": "instant",
+            "flow_control": True,
+            "idle_heartbeat": HEARTBEAT * SECOND,
+            "inactive_threshold": FORGET_AFTER * SECOND,
+            "mem_storage": True,
+            "num_replicas": 1,
+        }
+        if self._sequence:
+            config |= {"deliver_policy": "by_start_sequence", "opt_start_seq": self._sequence + 1}
+        self._connection.write(
+            f"$JS.API.CONSUMER.CREATE.{self._stream}.{self._name}.{self.subject}",
+            json.dumps({"stream_name": self._stream, "config": config, "action": "create"}).encode(),
+            f"{self._inbox}.made.{self._generation}",
+        )
+        self._restart_in(SILENCE)
+
+    def _restart_in(self, seconds: float) -> None:
+        if self._alive is not None:
+            self._alive.cancel()
+        self._alive = asyncio.get_running_loop().call_later(seconds, self._restart)
+
+    def _receive(self, message: Msg) -> None:
+        if self._closed:
+            return
+        if message.reply.startswith("$JS.ACK."):  # an entry: it comes with the subject it is stored under
+            self._handle_entry(message)
+            return
+        self._handle_status(message)
+
+    def _handle_entry(self, message: Msg) -> None:
+        # $JS.ACK.[domain.account.]stream.consumer.deliveries.sequence.delivered.time.pending[.token]
+        tokens = message.reply.split(".")
+        first = 4 if len(tokens) > 9 else 2
+        if tokens[first + 1] != self._name:
+            return
+        self._restart_in(SILENCE)
+        sequence, delivered, timestamp = (int(token) for token in tokens[first + 3 : first + 6])
+        if delivered != self._delivered + 1:
+            self._restart()
+            return
+        self._delivered = delivered
+        self._sequence = sequence
+        try:
+            self._callback(
+                StoredMessage(
+                    stream=self._stream,
+                    sequence=sequence,
+                    subject=message.subject,
+                    data=message.data,
+                    headers=dict(message.headers or {}),
+                    time=timestamp // 1_000_000,
+                )
+            )
+        except Exception:
+            logger.exception("The callback of a watch on %s failed; the watch goes on.", self.subject)
+
+    def _receive_made(self, message: Msg) -> None:
+        if self._closed or message.subject != f"{self._inbox}.made.{self._generation}":
+            return
+        headers = message.headers or {}
+        error = {"description": "no stream or no JetStream"} if headers.get("Status") == "503" else None
+        if error is None:
+            error = json.loads(message.data).get("error")
+        if error is not None:
+            logger.warning(
+                "A watch on %s could not be set up (%s); trying again.",
+                self.subject,
+                error.get("description"),
+            )
+            self._restart_in(RETRY)
+
+    def _handle_status(self, message: Msg) -> None:
+        headers = dict(message.headers or {})
+        self._restart_in(SILENCE)
+        if message.reply:  # flow control: the server waits for our answer
+            self._connection.write(message.reply)
+            return
+        stalled = headers.get("Nats-Consumer-Stalled")
+        if stalled:
+            self._connection.write(stalled)
+        if int(headers.get("Nats-Last-Consumer", self._delivered)) > self._delivered:
+            self._restart()
