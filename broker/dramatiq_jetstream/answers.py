@@ -1,0 +1,114 @@
+"""What JetStream answers, as values and errors of this library."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dramatiq.errors import BrokerError
+from nats.aio.msg import Msg
+
+from .errors import (
+    ApiError,
+    MessageTooLarge,
+    NotFound,
+    PermissionDenied,
+    StoreFull,
+    TopologyMissing,
+)
+
+__all__ = ["Headers", "Msg", "PubAck", "Publication"]
+
+Headers = Mapping[str, str]
+
+# The server's error numbers (nats-server, server/errors.json).
+_FULL: Final = frozenset({10002, 10023, 10028, 10047, 10077, 10122})
+_NOT_FOUND: Final = frozenset({10014, 10037, 10059})
+_TOO_LARGE: Final = frozenset({10054, 10097})
+
+#: Errors that pass by themselves: no leader yet, a stream that is starting, a write under way.
+TRANSIENT: Final = frozenset({10008, 10009, 10118, 10119, 10158, 10163, 10194, 10195})
+
+_PERMISSION = re.compile(r'permissions violation for (publish|subscription) to "([^"]*)"', re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class PubAck:
+    """What JetStream answered once a message was stored."""
+
+    stream: str
+    seq: int
+    duplicate: bool = False
+
+
+class Publication:
+    """One message on its way to a stream."""
+
+    __slots__ = ("headers", "payload", "subject")
+
+    def __init__(self, subject: str, payload: bytes, headers: Headers | None = None) -> None:
+        self.subject = subject
+        self.payload = payload
+        self.headers = headers
+
+
+def read_permission_error(text: str) -> tuple[str, PermissionDenied] | None:
+    """The subject and the error that a server's report of a permission violation stands for."""
+    denied = _PERMISSION.search(text)
+    if denied is None:
+        return None
+    verb, subject = denied.groups()
+    action = "publish to" if verb.lower() == "publish" else "subscribe to"
+    return subject, PermissionDenied(
+        f"This account may not {action} {subject!r}: extend its permissions "
+        "(docs/operations.md lists what each role needs)."
+    )
+
+
+def check_size(item: Publication, limit: int) -> None:
+    size = len(item.payload)
+    if item.headers:
+        size += 12 + sum(len(k.encode()) + len(v.encode()) + 4 for k, v in item.headers.items())
+    if size > limit:
+        raise MessageTooLarge(
+            f"A message of {size} bytes for {item.subject} is over the server's max_payload of {limit} bytes: "
+            "store large data elsewhere and send a reference, or raise max_payload."
+        )
+
+
+def is_no_responders(answer: Msg) -> bool:
+    return not answer.data and bool(answer.headers) and (answer.headers or {}).get("Status") == "503"
+
+
+def read_puback(subject: str, answer: Msg | BaseException, *, patient: bool) -> PubAck | BrokerError | None:
+    """Return what an answer to a publish says, or None when it says "try again"."""
+    if isinstance(answer, BaseException):
+        return answer if isinstance(answer, BrokerError) else BrokerError(str(answer))
+    if is_no_responders(answer):
+        if patient:
+            return None
+        return TopologyMissing(
+            f"No stream takes {subject}: prepare it with `fleet setup`, or let the broker declare it."
+        )
+    reply = json.loads(answer.data)
+    error = reply.get("error")
+    if error is None:
+        return PubAck(reply["stream"], reply["seq"], reply.get("duplicate", False))
+    if error.get("err_code") in TRANSIENT:
+        return None
+    return translate(error)
+
+
+def translate(error: Mapping[str, Any]) -> BrokerError:
+    code, err_code = int(error.get("code", 0)), int(error.get("err_code", 0))
+    description = str(error.get("description", "unknown error"))
+    if err_code in _FULL:
+        return StoreFull(f"JetStream has no room ({description}): raise its limits or let workers catch up.")
+    if err_code in _TOO_LARGE:
+        return MessageTooLarge(f"JetStream refused the message: {description}.")
+    if err_code in _NOT_FOUND or code == 404:
+        return NotFound(code, err_code, description)
+    return ApiError(code, err_code, description)

@@ -1,0 +1,580 @@
+"""The border between threads and asyncio: one event loop thread and one NATS connection per process.
+
+Everything else in the library is called from Dramatiq's threads and calls in here. The connection is made
+on first use and made anew after a fork, because nats-py is neither thread-safe nor fork-safe.
+
+What is sent goes one way: a thread leaves a *call* in the mailbox and wakes the loop, at most once for many
+calls; the loop runs the calls, and one writer task hands what they produced to nats-py, in order. nats-py's
+own buffer for a lost connection is switched off, because it would send what the caller was already told had
+failed; what must survive a reconnect is kept by whoever sent it, and sent again from `on_reconnect`.
+
+A *fence* is a message to ourselves, once a second. A server handles one client's messages in order, so when
+a fence comes back, everything sent before it has arrived: consumers forget the acks they kept for sending
+again. When fences stop coming back the connection is dead, whatever nats-py believes (its reader can die
+silently), and is replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+import nats.errors
+from dramatiq.errors import BrokerError
+from nats.aio.client import Client
+
+from .answers import Headers, Msg, read_permission_error
+from .errors import ConnectionClosed, ConnectionFailed, PermissionDenied, ServerUnsupported
+from .options import ConnectOptions
+
+__all__ = ["ConnectionState", "Link", "Subscription"]
+
+#: The first server with every feature the library builds on (cron schedules, ADR-51).
+MINIMUM_SERVER: Final = (2, 14, 0)
+
+#: How often a fence is sent, in seconds, and after how many that did not come back the connection is replaced.
+FENCE_INTERVAL: Final = 1.0
+FENCES_MISSED: Final = 6
+
+#: How often callbacks of `on_tick` are called, in seconds.
+TICK: Final = 0.1
+
+
+@dataclass
+class ConnectionState:
+    """What is known of the connection, for health checks and metrics."""
+
+    connected: bool = False
+    reconnects: int = 0
+    server: str | None = None
+    server_version: str | None = None
+    last_error: str | None = None
+
+
+@dataclass(eq=False)
+class Subscription:
+    """Interest in a subject that lives until `close`, through every reconnect."""
+
+    subject: str
+    callback: Callable[[Msg], None]
+    _link: Link = field(repr=False)
+    _nats: Any = field(default=None, repr=False)
+
+    def close(self) -> None:
+        """End the interest; what is still on its way is dropped."""
+        self._link._unsubscribe(self)
+
+    def withdraw(self) -> None:
+        """Tell the server to send no more; what is still on its way is delivered until `close`."""
+        self._link.post(self._link._withdraw, self)
+
+
+_links: weakref.WeakSet[Link] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for link in list(_links):
+        link._forget()
+        for callback in link._on_fork:
+            callback()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class Link:
+    """The loop thread, its NATS connection, and what is sent and received over it.
+
+    Attributes:
+      inbox: The subject under which answers to us arrive.
+      state: What is known of the connection.
+    """
+
+    def __init__(self, options: ConnectOptions) -> None:
+        self.options = options
+        self.logger = logging.getLogger(__name__)
+        self._closed = False
+        self._on_reconnect: list[Callable[[], None]] = []
+        self._on_fence: list[Callable[[int], None]] = []
+        self._on_tick: list[Callable[[], None]] = []
+        self._on_fork: list[Callable[[], None]] = []
+        self._subscriptions: list[Subscription] = []
+        self._forget()
+        _links.add(self)
+
+    def _forget(self) -> None:
+        """Start from nothing: at creation, and in the child of a fork, where the parent's loop is not ours.
+
+        The parent's objects stay referenced, so that collecting them does not touch its socket.
+        """
+        self._inherited = self.__dict__.get("_thread"), self.__dict__.get("_nc"), self.__dict__.get("_loop")
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._nc: Client | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._mailbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._outgoing: deque[tuple[str, bytes, str, Headers | None]] = deque()
+        self._woken = False
+        self._draining = False
+        self._wake: asyncio.Event | None = None
+        self.inbox = ""
+        self._fence_sent = 0
+        self._fence_seen = 0
+        self._fences_missed = 0
+        self.state = ConnectionState()
+        for subscription in self._subscriptions:
+            subscription._nats = None
+
+    # Connecting
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nats-py takes messages now."""
+        nc = self._nc
+        return nc is not None and nc.is_connected
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the server is there now, as far as this process can know."""
+        nc = self._nc
+        return nc is not None and nc.is_connected and self._fences_missed < 2
+
+    @property
+    def max_payload(self) -> int:
+        self.connect()
+        return cast(Client, self._nc).max_payload
+
+    def connect(self) -> None:
+        """Connect if that has not been done; returns at once when it has, even while reconnecting.
+
+        Raises:
+          ConnectionFailed: When no server answered in time, or none accepted us.
+          ServerUnsupported: When the server is too old or has no JetStream.
+          ConnectionClosed: When this connection was closed.
+        """
+        if self._nc is not None:
+            return
+        with self._lock:
+            if self._closed:
+                raise ConnectionClosed("The connection to NATS was closed; make a new broker to go on.")
+            if self._nc is not None:
+                return
+            _refuse_gevent()
+            loop = self._start_loop()
+            opening = asyncio.run_coroutine_threadsafe(self._open(), loop)
+            try:
+                opening.result(self.options.connect_timeout / 1000 + 5)
+            except concurrent.futures.TimeoutError:
+                opening.cancel()
+                raise ConnectionFailed(f"No NATS server answered at {self.options.display}.") from None
+
+    def _start_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = _new_event_loop()
+            self._wake = asyncio.Event()
+            self._thread = threading.Thread(
+                target=self._loop.run_forever, name="dramatiq-jetstream", daemon=True
+            )
+            self._thread.start()
+        return self._loop
+
+    async def _open(self) -> None:
+        """Open the first connection. Nothing is left behind when it fails: the next call starts again."""
+        nc = Client()
+        refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        # nats-py's callbacks must not raise: that would end its reader.
+        async def on_error(error: Exception) -> None:
+            self.state.last_error = str(error) or type(error).__name__
+            if self._nc is None:
+                if "authorization" in str(error).lower() and not refused.done():
+                    refused.set_result(str(error))
+                return
+            denied = read_permission_error(str(error))
+            if denied is not None:
+                self.refused(*denied)
+
+        async def on_disconnect() -> None:
+            self.state.connected = False
+            self._outgoing.clear()
+            if not self._closed:
+                self.logger.warning(
+                    "The connection to NATS was lost; reconnecting to %s.", self.options.display
+                )
+
+        async def on_reconnect() -> None:
+            self._reconnected()
+
+        async def on_close() -> None:
+            self.state.connected = False
+            if not self._closed:
+                self.logger.error("NATS closed the connection for good: %s", self.state.last_error)
+                self._nc = None  # the next call connects anew, and says why if it cannot
+
+        connecting = asyncio.ensure_future(
+            nc.connect(
+                **self.options.for_nats(),
+                error_cb=on_error,
+                disconnected_cb=on_disconnect,
+                reconnected_cb=on_reconnect,
+                closed_cb=on_close,
+                connect_timeout=2,
+                allow_reconnect=True,
+                max_reconnect_attempts=-1,
+                reconnect_time_wait=0.2,  # type: ignore[arg-type]
+                ping_interval=20,
+                max_outstanding_pings=3,
+                pending_size=0,
+                skip_subject_validation=True,
+            )
+        )
+        await asyncio.wait(
+            cast("set[asyncio.Future[Any]]", {connecting, refused}),
+            timeout=self.options.connect_timeout / 1000,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        try:
+            if refused.done():
+                raise ConnectionFailed(
+                    f"NATS at {self.options.display} refused us ({refused.result()}): "
+                    "check the user, password, token or credentials."
+                )
+            if not connecting.done():
+                cause = self.state.last_error or "no answer"
+                raise ConnectionFailed(
+                    f"Could not connect to NATS at {self.options.display} within "
+                    f"{self.options.connect_timeout} ms: {cause}."
+                )
+            try:
+                connecting.result()
+            except BrokerError:
+                raise
+            except Exception as error:
+                raise ConnectionFailed(
+                    f"Could not connect to NATS at {self.options.display}: {error}."
+                ) from error
+            self._check_server(nc)
+        except BaseException:
+            connecting.cancel()
+            with contextlib.suppress(Exception):
+                await nc.close()
+            raise
+        self.inbox = nc.new_inbox()
+        await nc.subscribe(f"{self.inbox}.*", cb=self._receive)
+        self._fence_sent = self._fence_seen = self._fences_missed = 0
+        for subscription in self._subscriptions:
+            await self._attach(nc, subscription)
+        for task in self._tasks:
+            task.cancel()
+        self._nc = nc
+        self._note_server(nc)
+        self._tasks = [asyncio.ensure_future(self._write()), asyncio.ensure_future(self._watch())]
+        self._woken = False
+        self._wake_writer()
+
+    def _check_server(self, nc: Client) -> None:
+        version = nc.connected_server_version
+        if (version.major, version.minor, version.patch) < MINIMUM_SERVER:
+            raise ServerUnsupported(
+                f"The NATS server at {self.options.display} is version {version.major}.{version.minor}."
+                f"{version.patch}, but {'.'.join(map(str, MINIMUM_SERVER))} or newer is needed "
+                "(message schedules): upgrade nats-server."
+            )
+        if not nc._server_info.get("jetstream"):
+            raise ServerUnsupported(
+                f"The NATS server at {self.options.display} has JetStream switched off: "
+                "start it with --jetstream, or add a jetstream block to its configuration."
+            )
+
+    def _note_server(self, nc: Client) -> None:
+        self.state.connected = True
+        self.state.server = nc.connected_url.netloc.rpartition("@")[2] if nc.connected_url else None
+        self.state.server_version = str(nc._server_info.get("version"))
+
+    def close(self) -> None:
+        """Close the connection; whoever still waits for an answer gets `ConnectionClosed`."""
+        with self._lock:
+            self._closed = True
+            loop, thread = self._loop, self._thread
+            self._loop = None
+        if loop is None or thread is None:
+            return
+        closing = asyncio.run_coroutine_threadsafe(self._shut(), loop)
+        try:
+            closing.result(5)
+        except concurrent.futures.TimeoutError:
+            self.logger.warning("The connection to NATS did not close within 5 s; leaving it.")
+        loop.call_soon_threadsafe(loop.stop)
+        if thread is not threading.current_thread():
+            thread.join(5)
+        self._nc = None
+
+    async def _shut(self) -> None:
+        nc = self._nc
+        for task in self._tasks:
+            task.cancel()
+        if nc is not None:
+            await self._drain_mailbox(nc)
+            with contextlib.suppress(Exception):  # closing a broken connection has nothing left to save
+                await nc.close()
+        self.closing()
+        self.state.connected = False
+
+    # Calls from threads
+
+    def post(self, call: Callable[..., None], *args: Any) -> None:
+        """Run `call(*args)` on the loop thread soon, in the order posted. It must neither block nor raise."""
+        self._mailbox.append((call, args))
+        if not self._woken:
+            self._woken = True
+            loop, wake = self._loop, self._wake
+            if loop is not None and wake is not None:
+                with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to hear
+                    loop.call_soon_threadsafe(wake.set)
+
+    def send(
+        self, subject: str, payload: bytes = b"", headers: Headers | None = None, reply: str = ""
+    ) -> None:
+        """Publish without JetStream: lost when nobody listens or the connection is down."""
+        self.connect()
+        self.post(self.write, subject, payload, reply, headers)
+
+    def write(
+        self, subject: str, payload: bytes = b"", reply: str = "", headers: Headers | None = None
+    ) -> None:
+        """Hand a message to the writer; only on the loop thread."""
+        self._outgoing.append((subject, payload, reply, headers))
+        if not self._draining:
+            self._wake_writer()
+
+    def new_inbox(self) -> str:
+        """Return a fresh subject for answers; add tokens to it as needed."""
+        self.connect()
+        return cast(Client, self._nc).new_inbox()
+
+    def subscribe(self, subject: str, callback: Callable[[Msg], None]) -> Subscription:
+        """Call `callback` on the loop thread for each message on `subject`; it must neither block nor raise."""
+        self.connect()
+        subscription = Subscription(subject, callback, self)
+        self._subscriptions.append(subscription)
+        self.run(self._attach(cast(Client, self._nc), subscription))
+        return subscription
+
+    def run(self, coroutine: Coroutine[Any, Any, None], timeout: int | None = None) -> None:
+        """Run a short coroutine on the loop thread and wait for it."""
+        if self._loop is None or threading.current_thread() is self._thread:
+            coroutine.close()
+            raise RuntimeError("A blocking call was made on the connection's own thread.")
+        milliseconds = 10_000 if timeout is None else timeout
+        try:
+            asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(milliseconds / 1000)
+        except concurrent.futures.TimeoutError:
+            raise ConnectionClosed(f"NATS did not answer within {milliseconds} ms.") from None
+        except nats.errors.Error as error:
+            raise ConnectionClosed(f"NATS refused: {error}.") from error
+
+    def _unsubscribe(self, subscription: Subscription) -> None:
+        if subscription in self._subscriptions:
+            self._subscriptions.remove(subscription)
+        if subscription._nats is not None and self._loop is not None and not self._closed:
+            asyncio.run_coroutine_threadsafe(self._detach(subscription._nats), self._loop)
+            subscription._nats = None
+
+    def _withdraw(self, subscription: Subscription) -> None:
+        nc, native = self._nc, subscription._nats
+        if nc is not None and native is not None and nc.is_connected:
+            # nats-py's own unsubscribe would also drop what is on its way.
+            self._withdrawing = asyncio.ensure_future(nc._send_unsubscribe(native._id))
+
+    async def _attach(self, nc: Client, subscription: Subscription) -> None:
+        callback = subscription.callback
+
+        async def deliver(message: Msg) -> None:
+            callback(message)
+
+        subscription._nats = await nc.subscribe(subscription.subject, cb=deliver)
+
+    async def _detach(self, native: Any) -> None:
+        with contextlib.suppress(nats.errors.Error):  # a closed connection has no subscriptions left
+            await native.unsubscribe()
+
+    def on_reconnect(self, callback: Callable[[], None]) -> None:
+        """Call `callback` on the loop thread after each reconnect, once unanswered publishes were sent again."""
+        self._on_reconnect.append(callback)
+
+    def on_fence(self, callback: Callable[[int], None]) -> None:
+        """Call `callback(n)` on the loop thread when everything sent before fence `n` has arrived."""
+        self._on_fence.append(callback)
+
+    def on_tick(self, callback: Callable[[], None]) -> None:
+        """Call `callback` on the loop thread ten times a second, connected or not."""
+        self._on_tick.append(callback)
+
+    def on_fork(self, callback: Callable[[], None]) -> None:
+        """Call `callback` in the child of a fork, where nothing is connected yet."""
+        self._on_fork.append(callback)
+
+    def forget(self, callback: Callable[..., None]) -> None:
+        """Undo every `on_…` for a callback."""
+        for callbacks in (self._on_reconnect, self._on_fence, self._on_tick, self._on_fork):
+            with contextlib.suppress(ValueError):
+                callbacks.remove(callback)
+
+    def soon(self, call: Callable[[], None], delay: float = 0.0) -> None:
+        """Run `call` on the loop thread after this turn, or after `delay` seconds; only on the loop thread."""
+        loop = cast(asyncio.AbstractEventLoop, self._loop)
+
+        if delay:
+            loop.call_later(delay, call)
+        else:
+            loop.call_soon(call)
+
+    def hurry_fence(self) -> None:
+        """Send the next fence now instead of within a second; from any thread."""
+        self.post(self._send_fence)
+
+    def _send_fence(self) -> None:
+        if self._fence_seen == self._fence_sent:
+            self._fence_sent += 1
+            self.write(f"{self.inbox}.fence", str(self._fence_sent).encode())
+
+    @property
+    def next_fence(self) -> int:
+        """The fence behind everything that is sent now."""
+        return self._fence_sent + 1
+
+    # On the loop thread
+
+    def answered(self, token: str, message: Msg) -> None:
+        """Called for each message under `inbox`."""
+
+    def refused(self, subject: str, refusal: PermissionDenied) -> None:
+        """Called when the server denied us a subject."""
+
+    def closing(self) -> None:
+        """Called when the connection was closed."""
+
+    async def _receive(self, message: Msg) -> None:
+        token = message.subject[len(self.inbox) + 1 :]
+        if token == "fence":
+            self._fence_seen = max(self._fence_seen, int(message.data))
+            self._call_all(self._on_fence, self._fence_seen)
+        else:
+            self.answered(token, message)
+
+    def _call_all(self, callbacks: list[Any], *args: Any) -> None:
+        # An exception must reach neither nats-py, whose reader would end, nor our own tasks.
+        for callback in list(callbacks):
+            try:
+                callback(*args)
+            except Exception:
+                self.logger.exception("A callback on the connection's thread failed.")
+
+    def _reconnected(self) -> None:
+        nc = self._nc
+        if nc is None:
+            return
+        self.state.reconnects += 1
+        self._note_server(nc)
+        self._fences_missed = 0
+        self._fence_seen = self._fence_sent
+        self.logger.info("Reconnected to NATS at %s.", self.state.server)
+        self._call_all(self._on_reconnect)
+        self._wake_writer()
+
+    def _wake_writer(self) -> None:
+        if self._wake is not None:
+            self._wake.set()
+
+    async def _write(self) -> None:
+        """Run what threads posted and hand what that produced to nats-py."""
+        wake = cast(asyncio.Event, self._wake)
+        while True:
+            await wake.wait()
+            wake.clear()
+            nc = self._nc
+            if nc is not None:
+                self._draining = True
+                await self._drain_mailbox(nc)
+                self._draining = False
+
+    async def _drain_mailbox(self, nc: Client) -> None:
+        self._woken = False
+        mailbox, outgoing = self._mailbox, self._outgoing
+        while mailbox or outgoing:
+            while mailbox:
+                call, args = mailbox.popleft()
+                try:
+                    call(*args)
+                except Exception:
+                    self.logger.exception("A call on the connection's thread failed.")
+            while outgoing:
+                subject, payload, reply, headers = outgoing.popleft()
+                try:
+                    await nc.publish(subject, payload, reply, cast("dict[str, str] | None", headers))
+                except (nats.errors.OutboundBufferLimitError, nats.errors.ConnectionClosedError):
+                    # Not connected: publishes are sent again on reconnect, acks by their consumer.
+                    outgoing.clear()
+                except Exception:
+                    self.logger.exception("A message for %s could not be sent.", subject)
+
+    async def _watch(self) -> None:
+        """Call the ticks, send the fences, and replace a connection from which none comes back."""
+        next_fence = 0.0
+        while True:
+            await asyncio.sleep(TICK)
+            nc = self._nc
+            if nc is None:
+                continue
+            self._call_all(self._on_tick)
+            now = time.monotonic()
+            if not nc.is_connected:
+                next_fence = 0.0
+            elif now >= next_fence:
+                next_fence = now + FENCE_INTERVAL
+                self._fences_missed = self._fences_missed + 1 if self._fence_seen < self._fence_sent else 0
+                if self._fences_missed < FENCES_MISSED:
+                    self._fence_sent += 1
+                    self.write(f"{self.inbox}.fence", str(self._fence_sent).encode())
+                else:
+                    self._fences_missed = 0
+                    self.logger.warning("NATS was silent for %d s; reconnecting.", FENCES_MISSED)
+                    await self._replace(nc)
+
+    async def _replace(self, nc: Client) -> None:
+        # Closing in good order would wait for a peer that may never take what is buffered.
+        writer = getattr(nc._transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+        await nc.force_reconnect()
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return cast(asyncio.AbstractEventLoop, uvloop.new_event_loop())
+
+
+def _refuse_gevent() -> None:
+    try:
+        from gevent import monkey
+    except ImportError:
+        return
+    if monkey.is_module_patched("threading"):
+        raise BrokerError(
+            "dramatiq-jetstream does not run under gevent, which replaces the threads it needs: "
+            "start workers with `dramatiq` instead of `dramatiq-gevent`."
+        )
