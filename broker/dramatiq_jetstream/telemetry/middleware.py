@@ -13,7 +13,7 @@ created it. A retry is sent inside the failed attempt, so a trace reads send →
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from threading import current_thread
 from typing import Any
 
@@ -117,8 +117,7 @@ class TelemetryMiddleware(Middleware):
         """JetStreamBroker is about to publish an event."""
         parent = get_current()
         # A context that somebody gave the event on purpose stays its context; the send says so by a link.
-        given = extract_headers({k.lower(): v for k, v in headers.items() if k.lower() == "traceparent"})
-        given_context = trace.get_current_span(given).get_span_context()
+        given_context = trace.get_current_span(extract_headers(headers)).get_span_context()
         span = self._tracer.start_span(
             f"send {subject}",
             parent,
@@ -177,7 +176,7 @@ class TelemetryMiddleware(Middleware):
             attempt is not None and attempt.message_id == message.message_id
         ):
             return current, None
-        history = extract(message.options)
+        history = extract(message)
         here = trace.get_current_span(current).get_span_context()
         there = trace.get_current_span(history).get_span_context()
         if not there.is_valid or here.trace_id == there.trace_id:
@@ -194,7 +193,7 @@ class TelemetryMiddleware(Middleware):
             self._end_attempt(self._thread.attempt, c.Outcome.UNRESOLVED, None)
         options = message.options
         queue = q_name(message.queue_name)
-        parent = extract(options)
+        parent = extract(message)
         links: list[Link] | None = None
         if self._link_parents:
             created_by = trace.get_current_span(parent).get_span_context()
@@ -259,9 +258,15 @@ class TelemetryMiddleware(Middleware):
         self._end_abandoned(message)
 
     def after_dead_letter(
-        self, broker: Broker, queue_name: str, reason: str, message: Message[Any] | MessageProxy | None = None
+        self,
+        broker: Broker,
+        queue_name: str,
+        reason: str,
+        message: Message[Any] | MessageProxy | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        """JetStreamBroker has moved a message to the dead letters; without a message it was unreadable."""
+        """JetStreamBroker has moved a message to the dead letters; without `message` it was not read."""
         queue = q_name(queue_name)
         self._instruments.dead_lettered(self._system, queue, reason)
         attributes: dict[str, Any] = {
@@ -271,11 +276,11 @@ class TelemetryMiddleware(Middleware):
             c.OPERATION_TYPE: "settle",
             c.DEAD_LETTER_REASON: reason,
         }
-        parent = Context()
+        parent = extract_headers(headers)
         if message is not None:
             attributes[c.MESSAGE_ID] = message.message_id
             attributes[c.ACTOR] = message.actor_name
-            parent = extract(message.options)
+            parent = extract(message)
         self._tracer.start_span(f"dead_letter {queue}", parent, SpanKind.CLIENT, attributes=attributes).end()
 
     def _end_abandoned(self, message: MessageProxy) -> None:

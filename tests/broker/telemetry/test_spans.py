@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from typing import Any
 
@@ -165,7 +166,7 @@ def test_each_step_of_a_pipeline_is_sent_by_the_step_before(
 
     spans = telemetry.spans(*[f"send {queue}", f"process {queue}"] * 3)
     one_trace(spans)
-    for before, after in zip(spans, spans[1:], strict=False):
+    for before, after in itertools.pairwise(spans):
         assert after.parent_id == before.span_id
 
 
@@ -228,7 +229,7 @@ def test_baggage_goes_along(fleet: Fleet, telemetry: Providers, queue: str) -> N
 
 
 def test_a_send_that_fails_is_an_error(fleet: Fleet, telemetry: Providers, queue: str) -> None:
-    """The span of a send that raised is closed, with the error; the exception reaches the caller unchanged."""
+    """The span of a send that raised is closed, with the error; the caller gets the exception."""
 
     @dramatiq.actor(queue_name=queue)
     def unsendable(thing: object) -> None:
