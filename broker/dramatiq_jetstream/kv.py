@@ -14,8 +14,8 @@ from __future__ import annotations
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from .connection import Connection, PubAck
 from .errors import ApiError, InvalidOption, KeyExists, RevisionConflict, TopologyMissing
@@ -61,6 +61,7 @@ class Entry:
     revision: int
     created: int
     deleted: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,14 @@ class Bucket:
 
     # Reading
 
-    def get(self, key: str) -> Entry | None:
-        """Return the key's entry from the leader, or None when it is missing, deleted or expired."""
+    def get(self, key: str, *, timeout: int | None = None) -> Entry | None:
+        """Return the key's entry from the leader, or None when it is missing, deleted or expired.
+
+        Parameters:
+          timeout: Milliseconds to wait for the server; None takes the connection's own.
+        """
         self._ensure()
-        stored = last_message(self.connection, self.stream, self._subject(key))
+        stored = last_message(self.connection, self.stream, self._subject(key), timeout=timeout)
         return None if stored is None or _is_mark(stored) else self._entry(stored)
 
     def snapshot(self, prefix: str = "") -> Snapshot:
@@ -165,13 +170,16 @@ class Bucket:
 
     # Writing
 
-    def put(self, key: str, value: bytes, *, ttl: int | None = None) -> int:
+    def put(
+        self, key: str, value: bytes, *, ttl: int | None = None, headers: Mapping[str, str] | None = None
+    ) -> int:
         """Store a value whatever was there, and return its revision.
 
         Parameters:
           ttl: Milliseconds until the key disappears; the server counts whole seconds, so it is rounded up.
+          headers: NATS headers to keep with the value.
         """
-        return self._publish(self._subject(key), value, self._headers(ttl)).seq
+        return self._publish(self._subject(key), value, {**(headers or {}), **self._headers(ttl)}).seq
 
     def create(self, key: str, value: bytes, *, ttl: int | None = None) -> int:
         """Store a key that is missing, deleted or expired, and return its revision.
@@ -264,7 +272,7 @@ class Bucket:
 
     def _entry(self, stored: StoredMessage) -> Entry:
         key = decode_key(stored.subject[len(self.name) + 5 :])
-        return Entry(key, stored.data, stored.sequence, stored.time, _is_mark(stored))
+        return Entry(key, stored.data, stored.sequence, stored.time, _is_mark(stored), stored.headers)
 
     def _headers(self, ttl: int | None) -> dict[str, str]:
         if ttl is None:

@@ -18,6 +18,7 @@ HEADER_MESSAGE_ID = "Dramatiq-Message-Id"
 HEADER_ACTOR = "Dramatiq-Actor"
 HEADER_ENQUEUED_AT = "Dramatiq-Enqueued-At"
 HEADER_TICK = "Dramatiq-Periodic"
+HEADER_PARTS = "Dramatiq-Parts"
 
 #: Headers of a dead letter.
 HEADER_DEAD_REASON = "Dramatiq-Dead-Reason"

@@ -42,9 +42,11 @@ def parse_headers(raw: bytes) -> dict[str, str]:
     return headers
 
 
-def _get(connection: Connection, stream: str, request: Mapping[str, Any]) -> StoredMessage | None:
+def _get(
+    connection: Connection, stream: str, request: Mapping[str, Any], *, timeout: int | None = None
+) -> StoredMessage | None:
     try:
-        message = connection.api(f"STREAM.MSG.GET.{stream}", request)["message"]
+        message = connection.api(f"STREAM.MSG.GET.{stream}", request, timeout=timeout)["message"]
     except NotFound:
         return None
     return StoredMessage(
@@ -57,9 +59,11 @@ def _get(connection: Connection, stream: str, request: Mapping[str, Any]) -> Sto
     )
 
 
-def last_message(connection: Connection, stream: str, subject: str) -> StoredMessage | None:
-    """The newest message on a literal subject, or None."""
-    return _get(connection, stream, {"last_by_subj": subject})
+def last_message(
+    connection: Connection, stream: str, subject: str, *, timeout: int | None = None
+) -> StoredMessage | None:
+    """The newest message on a subject (wildcards allowed), or None."""
+    return _get(connection, stream, {"last_by_subj": subject}, timeout=timeout)
 
 
 def message_at(connection: Connection, stream: str, sequence: int) -> StoredMessage | None:

@@ -23,8 +23,6 @@ from tests.broker.conformance.rigs import RabbitmqRig, RedisRig, Rig, StubRig
 
 #: Implementations in the tables below whose modules do not exist yet. Tests are not made for them.
 NOT_YET = {
-    "brokers/jetstream",
-    "results/jetstream",
     "limits/jetstream",
     "aborts/jetstream",
 }
@@ -155,8 +153,8 @@ BROKERS.append(
         storage="server",
         delays_held_by="server",
         enqueue_undeclared="declares",
-        consume_undeclared="declares",
-        join_undeclared="returns",
+        consume_undeclared="raises",
+        join_undeclared="raises",
         expires_dead_letters=True,
         priorities=True,
         remakes_lost_queue=True,
@@ -165,16 +163,13 @@ BROKERS.append(
 )
 
 
-#: Makes a backend from (address of the server, namespace, options). What it holds open it closes by itself
-#: or in the `close` that the suite calls when there is one.
-MakeBackend = Callable[..., Any]
-
-
 @dataclass(frozen=True, kw_only=True)
 class ResultsKind(Kind):
     """A result backend."""
 
     make: Callable[..., ResultBackend]
+    #: Those who wait look again now and then, or are woken when the result is stored.
+    waiting: Literal["looks", "is woken"] = "is woken"
     #: Waiting times and lifetimes are cut down to whole multiples of this many milliseconds.
     timeout_step: int = 1
     ttl_step: int = 1
@@ -186,6 +181,7 @@ RESULTS = [
         "stub",
         None,
         make=lambda url, namespace, **options: results_backends.StubBackend(namespace=namespace, **options),
+        waiting="looks",
         ttl_step=1000,
     ),
     ResultsKind(

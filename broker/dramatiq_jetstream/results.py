@@ -1,0 +1,147 @@
+"""A result backend for Dramatiq's `Results` middleware on a key-value bucket.
+
+A result is one key that the server drops when its time is over. One that does not fit into a message is
+stored in parts, and then a head that names them: it is there as soon as the head is, and if the process dies
+in between, the parts expire unseen. Whoever waits is woken by the server.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from dramatiq.broker import Broker
+from dramatiq.encoder import Encoder
+from dramatiq.message import Message
+from dramatiq.results import ResultBackend, ResultMissing, ResultTimeout
+from dramatiq.results.backend import DEFAULT_TIMEOUT, Missing
+
+from .backends import broker_for
+from .errors import BrokerConnectionError, MessageTooLarge
+from .kv import Entry
+from .naming import HEADER_PARTS
+from .wakeups import Wakeups, announcing_bucket
+
+__all__ = ["JetStreamBackend"]
+
+#: What a message needs besides the value, in bytes: subject and headers.
+ENVELOPE = 1_024
+
+#: The largest result, in bytes; it is in memory as a whole wherever it is stored or read.
+MAX_RESULT_BYTES = 64 * 1024 * 1024
+
+#: How much longer than their head the parts live, in milliseconds.
+PARTS_OUTLIVE = 60_000
+
+
+class JetStreamBackend(ResultBackend):
+    """Stores results in JetStream.
+
+    A blocking `get_result` returns within milliseconds of the result being stored, however many threads of
+    the process wait. If the connection is lost meanwhile, it goes on waiting until its timeout.
+
+    Parameters:
+      broker: The broker whose connection, namespace and replicas are used; None makes one of its own.
+      url: Where to connect without a broker; None takes `NATS_URL`, then localhost.
+      namespace, encoder, use_namespace_prefix_keys: As for every Dramatiq result backend.
+      max_result_bytes: Encoded results above this size are refused with `MessageTooLarge`.
+
+    Lifetimes (`result_ttl`) are rounded up to whole seconds, in which the server counts them.
+    """
+
+    def __init__(
+        self,
+        broker: Broker | None = None,
+        *,
+        url: str | Iterable[str] | None = None,
+        namespace: str = "dramatiq-results",
+        encoder: Encoder | None = None,
+        use_namespace_prefix_keys: bool = False,
+        max_result_bytes: int = MAX_RESULT_BYTES,
+    ) -> None:
+        super().__init__(
+            namespace=namespace, encoder=encoder, use_namespace_prefix_keys=use_namespace_prefix_keys
+        )
+        self.broker, self._own = broker_for(broker, url)
+        self.max_result_bytes = max_result_bytes
+        self.bucket = announcing_bucket(self.broker, "results")
+        self._wakeups = Wakeups(self.bucket)
+
+    def get_result(self, message: Message[Any], *, block: bool = False, timeout: int | None = None) -> Any:
+        """Get a message's result.
+
+        Parameters:
+          block: Wait until there is one.
+          timeout: Milliseconds to wait at most; 10 seconds by default.
+
+        Raises:
+          ResultMissing: When there is none and `block` is False.
+          ResultTimeout: When there was none in time.
+          ResultFailure: When the actor failed; it tells how.
+          BrokerConnectionError: When the server did not answer and `block` is False.
+        """
+        key = self.build_message_key(message)
+        if not block:
+            result = self._get(key)
+            if result is Missing:
+                raise ResultMissing(message)
+            return self.unwrap_result(result)  # type: ignore[no-untyped-call]
+        deadline = time.monotonic() + (DEFAULT_TIMEOUT if timeout is None else timeout) / 1000
+        with self._wakeups.waiting([key]) as stored:
+            return self.unwrap_result(self._wait(message, key, stored, deadline))  # type: ignore[no-untyped-call]
+
+    def _wait(self, message: Message[Any], key: str, stored: Any, deadline: float) -> Any:
+        cause: BrokerConnectionError | None = None
+        while True:
+            stored.clear()
+            left = deadline - time.monotonic()
+            try:
+                # The least is enough for one round trip, so that timeout=0 is a look.
+                result = self._get(key, timeout=max(500, int(left * 1000)))
+                cause = None
+            except BrokerConnectionError as error:
+                result, cause = Missing, error
+            if result is not Missing:
+                return result
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise ResultTimeout(message) from cause
+            self._wakeups.wait(stored, left)
+
+    def _get(self, message_key: str, *, timeout: int | None = None) -> Any:
+        head = self.bucket.get(message_key, timeout=timeout)
+        data = None if head is None else self._join(head)
+        return Missing if data is None else self.encoder.decode(data)
+
+    def _join(self, head: Entry) -> bytes | None:
+        """The encoded result of which `head` is all or the beginning; None when it is expiring just now."""
+        if HEADER_PARTS not in head.headers:
+            return head.value
+        name, _, count = head.headers[HEADER_PARTS].partition(" ")
+        parts = [self.bucket.get(f"parts.{name}.{number}") for number in range(int(count))]
+        return b"".join(part.value for part in parts if part is not None) if all(parts) else None
+
+    def _store(self, message_key: str, result: Any, ttl: int) -> None:
+        data = self.encoder.encode(result)
+        if len(data) > self.max_result_bytes:
+            raise MessageTooLarge(
+                f"A result of {len(data)} bytes is over max_result_bytes={self.max_result_bytes}: "
+                "store large data elsewhere and return a reference."
+            )
+        limit = self.bucket.connection.max_payload - ENVELOPE
+        ttl = max(1, ttl)
+        if len(data) <= limit:
+            self.bucket.put(message_key, data, ttl=ttl)
+            return
+        name = secrets.token_hex(8)
+        parts = [data[start : start + limit] for start in range(0, len(data), limit)]
+        for number, part in enumerate(parts):
+            self.bucket.put(f"parts.{name}.{number}", part, ttl=ttl + PARTS_OUTLIVE)
+        self.bucket.put(message_key, b"", ttl=ttl, headers={HEADER_PARTS: f"{name} {len(parts)}"})
+
+    def close(self) -> None:
+        """Close the connection if it is this backend's own."""
+        if self._own:
+            self.broker.close()

@@ -1,0 +1,128 @@
+"""Waking threads when a key is stored: one subscription per bucket, for any number of waiters.
+
+The server announces every entry of an announcing bucket, without its value, after it is stored (`republish`
+in the stream's configuration). An announcement only says "look now": what counts is what the bucket then
+holds. One that is lost costs time, never a result, because waiters also look after every reconnect and, in
+case of what nobody thought of, every few seconds.
+
+While nobody waits, a process does not stay subscribed for long.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from . import topology
+from .broker import JetStreamBroker
+from .connection import Msg, Subscription
+from .kv import Bucket
+from .naming import decode_key
+
+__all__ = ["Wakeups", "announcing_bucket"]
+
+#: Seconds after which a waiter looks without having been woken.
+LOOK_AGAIN = 5.0
+
+#: Seconds that a subscription stays when nobody waits any more.
+LINGER = 30.0
+
+
+def announcing_bucket(broker: JetStreamBroker, name: str) -> Bucket:
+    """A bucket of the broker's namespace that announces what is stored in it."""
+    config = topology.bucket(broker.names, name, replicas=broker.replicas)
+    bucket_name = broker.names.bucket(name)
+    republish = {
+        "src": f"$KV.{bucket_name}.>",
+        "dest": f"{broker.names.namespace}.stored.{name}.>",
+        "headers_only": True,
+    }
+    config = topology.StreamConfig(config.name, {**config.settings, "republish": republish})
+    bucket = Bucket(broker.connection, config, declare=broker.declare)
+    # Known to the broker, so that `setup` prepares it and `broker.bucket(name)` is the same one.
+    return broker._buckets.setdefault(name, bucket)
+
+
+class Wakeups:
+    """Lets threads wait for keys of one announcing bucket."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._connection = bucket.connection
+        self._subject: str = bucket.config.settings["republish"]["dest"]
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start from nothing: at creation, and in the child of a fork, where nobody waits yet."""
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._waiters: dict[str, set[threading.Event]] = {}
+        self._subscription: Subscription | None = None
+        self._idle_since = 0.0
+
+    @contextmanager
+    def waiting(self, keys: Iterable[str]) -> Iterator[threading.Event]:
+        """Yield an event that is set whenever one of the keys is stored, or should be looked at again.
+
+        What is stored after entering is not missed, so look at the keys after entering. Clear the event
+        before each look.
+        """
+        if self._process != os.getpid():
+            self._forget()
+        self._subscribe()
+        event = threading.Event()
+        wanted = list(keys)
+        with self._lock:
+            for key in wanted:
+                self._waiters.setdefault(key, set()).add(event)
+        # Once more: the subscription may have been given up just before this waiter was known.
+        self._subscribe()
+        try:
+            yield event
+        finally:
+            with self._lock:
+                for key in wanted:
+                    waiters = self._waiters.get(key)
+                    if waiters is not None:
+                        waiters.discard(event)
+                        if not waiters:
+                            del self._waiters[key]
+                if not self._waiters:
+                    self._idle_since = time.monotonic()
+
+    @staticmethod
+    def wait(event: threading.Event, seconds: float) -> None:
+        """Wait until the event is set, but not longer than until it is time for a look anyway."""
+        event.wait(min(seconds, LOOK_AGAIN))
+
+    def _subscribe(self) -> None:
+        if self._subscription is not None:
+            return
+        subscription = self._connection.subscribe(self._subject, self._receive)
+        with self._lock:
+            if self._subscription is None:
+                self._subscription = subscription
+                self._connection.on_reconnect(self._wake_all)
+                return
+        subscription.close()  # another thread was first
+
+    def _receive(self, message: Msg) -> None:
+        key = decode_key(message.subject[len(self._subject) - 1 :])
+        with self._lock:
+            for event in self._waiters.get(key, ()):
+                event.set()
+            idle = not self._waiters and time.monotonic() - self._idle_since > LINGER
+            subscription = self._subscription
+            if idle:
+                self._subscription = None
+        if idle and subscription is not None:
+            self._connection.forget(self._wake_all)
+            subscription.close()
+
+    def _wake_all(self) -> None:
+        with self._lock:
+            events = {event for waiters in self._waiters.values() for event in waiters}
+        for event in events:
+            event.set()
