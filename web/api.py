@@ -75,13 +75,6 @@ def list_products() -> Response:
     return jsonify([product_json(product) for product in service.products()])
 
 
-@blueprint.route("/api", defaults={"path": ""}, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
-@blueprint.route("/api/<path:path>", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
-def nothing_here(path: str) -> Response:  # noqa: ARG001 - the route names it
-    """Answer every other address below /api."""
-    raise Problem("not-found", f"The API has nothing at {request.path!r}; it is described at /openapi.json.")
-
-
 def accept(order_request: OrderRequest, key: str | None) -> AcceptedOrder:
     """Accept an order for the API or the form; what the key forbids becomes a problem."""
     try:

@@ -6,7 +6,7 @@ import logging
 
 from dramatiq.errors import BrokerError
 from flask import Flask, Response, request
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from dramatiq_jetstream.errors import MessageTooLarge
 from dramatiq_jetstream.telemetry import configure_telemetry, telemetry_enabled
@@ -39,6 +39,7 @@ def create_app(web_settings: settings.WebSettings | None = None) -> Flask:
     app.register_blueprint(openapi.blueprint)
     security.protect(app)
 
+    app.before_request(_refuse_endless_body)
     app.register_error_handler(Problem, _answer)
     app.register_error_handler(BrokerError, _store_failed)
     app.register_error_handler(HTTPException, _http_error)
@@ -51,6 +52,13 @@ def create_app(web_settings: settings.WebSettings | None = None) -> Flask:
             app, excluded_urls="/health.*,/metrics,/static/.*"
         )
     return app
+
+
+def _refuse_endless_body() -> None:
+    """Refuse a body without a length that is too large: the framework would cut it off, and take the rest."""
+    limit = request.max_content_length
+    if request.content_length is None and limit is not None and len(request.get_data()) >= limit:
+        raise RequestEntityTooLarge
 
 
 def _answer(problem: Problem) -> Response:
@@ -73,7 +81,9 @@ def _http_error(error: HTTPException) -> Response:
         return Response.force_type(error.get_response(), request.environ)  # type: ignore[return-value]
     headers = {name: value for name, value in error.get_headers() if name in ("Allow", "Retry-After")}
     if error.code == 404:
-        detail = f"There is nothing at {request.path!r}."
+        detail = f"There is nothing at {request.path[:100]!r}."
+    elif error.code == 413:
+        detail = f"The body is larger than {request.max_content_length:,} bytes."
     else:
         detail = error.description or error.name
     return _answer(from_status(error.code or 500, detail, headers))

@@ -43,6 +43,9 @@ def protect(app: Flask) -> None:
         if request.endpoint != "static":
             # Orders change by the second, and a form must not come back out of a cache with its old key.
             response.headers.setdefault("Cache-Control", "no-store")
+        elif "v" in request.args and response.status_code == 200:
+            # Its address has the digest of its content in it (see web.assets).
+            response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
         return response
 
 
