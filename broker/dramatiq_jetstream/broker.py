@@ -27,7 +27,7 @@ from dramatiq.common import current_millis, iter_queue, q_name
 from dramatiq.errors import ActorNotFound, DecodeError, QueueJoinTimeout, QueueNotFound
 from dramatiq.message import Message
 from dramatiq.middleware import Callbacks, GroupCallbacks, Middleware, Pipelines, Retries, SkipMessage
-from dramatiq.worker import Worker
+from dramatiq.worker import QUEUE_PREFETCH, Worker
 
 from . import batches, dead_letters, queues, schedules, topology
 from .connection import Connection, ConnectOptions, PubAck, Publication
@@ -140,6 +140,7 @@ class JetStreamBroker(Broker):
         self._buckets: dict[str, Bucket] = {}
         self._consumers: list[JetStreamConsumer] = []
         self._after = threading.local()
+        self._worker: Worker | None = None
         super().__init__(middleware=middleware)
         self.queues: set[str] = set()
 
@@ -408,8 +409,10 @@ class JetStreamBroker(Broker):
             self._sources(queue_name),
             prefetch=max(1, prefetch),
             timeout=timeout,
+            lookahead=queue_name not in self.max_in_flight and not QUEUE_PREFETCH,
             max_deliveries=self.max_deliveries,
             undertaker=self,
+            give_back=self._give_back,
         )
         self._consumers = [other for other in self._consumers if not other.stopping]
         self._consumers.append(consumer)
@@ -520,8 +523,10 @@ class JetStreamBroker(Broker):
 
     def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
         super().emit_before(signal, *args, **kwargs)
-        if signal == "worker_shutdown":
-            self._hand_back(args[0])
+        if signal == "worker_boot":
+            self._worker = args[0]
+        elif signal == "worker_shutdown":
+            self._stop_consuming()
 
     def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
         if signal != "process_message":
@@ -548,14 +553,27 @@ class JetStreamBroker(Broker):
         if isinstance(message, JetStreamMessage):
             message.follow_up_error = message.follow_up_error or error
 
-    def _hand_back(self, worker: Worker) -> None:
+    def _stop_consuming(self) -> None:
         """Give back at once what a stopping worker has not begun, however long its running actors take."""
         for consumer in self._consumers:
             consumer.stop_pulling()
-        for item in iter_queue(worker.work_queue):
-            if isinstance(item.message, JetStreamMessage):
-                self.ledger.settle(item.message._delivery, NAK)
-            worker.work_queue.task_done()
+        for consumer in self._consumers:
+            self._give_back(consumer.queue_name, 0)
+
+    def _give_back(self, queue_name: str, keep: int) -> None:
+        """Give back messages of a queue that this process's worker has not begun, all but `keep` of them."""
+        if self._worker is None:
+            return
+        work_queue = self._worker.work_queue
+        for item in list(iter_queue(work_queue)):
+            message = item.message
+            mine = isinstance(message, JetStreamMessage) and message.queue_name == queue_name
+            if mine and keep <= 0:
+                self.ledger.settle(message._delivery, NAK)
+            else:
+                keep -= mine
+                work_queue.put(item)
+            work_queue.task_done()
 
     # Queues
 

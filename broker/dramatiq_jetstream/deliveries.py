@@ -17,9 +17,12 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .connection import Connection, Msg
+
+if TYPE_CHECKING:
+    from .pulling import Puller, Source
 
 __all__ = ["ACK", "NAK", "TERM", "WPI", "Delivery", "Ledger", "nak_after"]
 
@@ -46,6 +49,7 @@ class Delivery:
         "deliveries",
         "headers",
         "key",
+        "on_settled",
         "owner",
         "pending",
         "sequence",
@@ -57,14 +61,15 @@ class Delivery:
         "touched",
     )
 
-    def __init__(self, message: Msg, source: Any, owner: Callable[[], None], ack_wait: int) -> None:
+    def __init__(self, message: Msg, source: Source, owner: Puller) -> None:
         self.subject = message.subject
         self.data = message.data
         self.headers: Mapping[str, str] = message.headers or {}
         self.ack_subject = message.reply
         self.source = source
         self.owner = owner
-        self.ack_wait = ack_wait
+        self.on_settled: Callable[[], None] | None = None
+        self.ack_wait = source.ack_wait
         # $JS.ACK.<stream>.<consumer>.<deliveries>.<sequence>.<..>.<timestamp>.<pending>, and with a domain
         # and an account hash: $JS.ACK.<domain>.<hash>.<stream>. … .<pending>.<random>
         tokens = message.reply.split(".")
@@ -77,12 +82,6 @@ class Delivery:
         self.key: Key = (self.stream, tokens[start + 1], self.sequence)
         self.settled = False
         self.touched = time.monotonic()
-
-    def __lt__(self, other: object) -> bool:
-        """Higher priority first, then the order of the stream; before anything else comes what is no delivery."""
-        if not isinstance(other, Delivery):
-            return False
-        return (self.source.rank, self.sequence) < (other.source.rank, other.sequence)
 
     @property
     def origin(self) -> str:
@@ -130,7 +129,7 @@ class Ledger:
     def _settle(self, delivery: Delivery, answer: bytes) -> None:
         self._held.pop(delivery.key, None)
         self._resolve(delivery.key, delivery.ack_subject, answer)
-        delivery.owner()
+        self._release(delivery)
 
     def _resolve(self, key: Key, ack_subject: str, answer: bytes) -> None:
         self._unproven[key] = (self._connection.next_fence, ack_subject, answer)
@@ -145,7 +144,12 @@ class Ledger:
 
     def _abandon(self, delivery: Delivery) -> None:
         self._held.pop(delivery.key, None)
-        delivery.owner()
+        self._release(delivery)
+
+    def _release(self, delivery: Delivery) -> None:
+        delivery.owner.released()
+        if delivery.on_settled is not None:
+            delivery.on_settled()
 
     @property
     def unproven(self) -> int:

@@ -1,0 +1,278 @@
+"""Pull requests: asking the sources of a queue for as many messages as there is room for.
+
+Everything here runs on the loop thread. A request stands for 30 s with heartbeats, so that an arriving
+message is delivered at once. Requests do not survive a reconnect or a new leader: they are made again after a
+reconnect, and when heartbeats stop.
+
+There is room for the prefetch, and for a little more while messages are short: as many as were settled in
+the last 25 ms. That lookahead saves a round trip for each message, and is nothing where a message takes
+longer than that. When messages suddenly take longer, what is held beyond the prefetch is given back after
+half a second, for other workers to take.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dramatiq.errors import ConnectionClosed
+from dramatiq.message import Message
+
+from .connection import Connection, Msg, Subscription
+from .deliveries import NAK, Delivery, Ledger
+
+__all__ = ["Puller", "Source"]
+
+#: A pull request stands this long, and says every so often that it does; seconds.
+PULL_EXPIRES = 30
+HEARTBEAT = 2
+
+#: Pull requests of one source at a time; a message that fills a small one must not wait for the next.
+MAX_PULLS = 4
+
+#: For so long (seconds) a higher priority must have had nothing before a lower one is asked.
+QUIET = 0.02
+
+#: After so many ticks with more in hand than there is room for, the surplus is given back.
+SURPLUS_TICKS = 5
+
+#: The lookahead is what was settled in a quarter of a tick (0.1 s), and at most this many messages.
+MAX_LOOKAHEAD = 256
+
+_NANOSECONDS = 1_000_000_000
+
+
+@dataclass(eq=False)
+class Source:
+    """Where messages of a queue come from; `rank` 0 is asked first.
+
+    `decode` makes the Dramatiq message and, for an event, the arguments that its actor receives; it raises
+    `DecodeError` for bytes that are not a message.
+    """
+
+    queue: str
+    stream: str
+    durable: str
+    rank: int
+    ack_wait: int
+    decode: Callable[[Delivery], tuple[Message[Any], tuple[Any, ...] | None]]
+    actor: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.durable} of {self.stream}"
+
+
+@dataclass(eq=False)
+class _Pull:
+    number: int
+    left: int
+
+
+@dataclass(eq=False)
+class _Feed:
+    """The pull requests of one source."""
+
+    source: Source
+    inbox: str
+    subscription: Subscription | None = None
+    pulls: list[_Pull] = field(default_factory=list)
+    heard: float = 0.0
+    active: float = 0.0
+    busy: bool = False
+    refused: int = 0
+
+    @property
+    def outstanding(self) -> int:
+        return sum(pull.left for pull in self.pulls)
+
+    def quiet(self, now: float) -> bool:
+        """Whether a standing request went unanswered long enough to say that there is nothing."""
+        return bool(self.pulls) and not self.busy and now - self.active > QUIET
+
+
+class Puller:
+    """Keeps messages coming from several sources, highest rank first.
+
+    Parameters:
+      prefetch: How many messages may be here at once, those that are worked on included.
+      lookahead: Whether more may come while messages are short.
+      deliver: Gets what arrived in one turn of the loop, or the error that ends it.
+      surplus: Called when more is in hand than can be worked off soon.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        ledger: Ledger,
+        sources: list[Source],
+        *,
+        prefetch: int,
+        lookahead: bool,
+        deliver: Callable[[list[Delivery] | ConnectionClosed], None],
+        surplus: Callable[[], None],
+    ) -> None:
+        self._connection = connection
+        self._ledger = ledger
+        self._prefetch = prefetch
+        self._lookahead = lookahead
+        self._deliver = deliver
+        self._surplus = surplus
+        self._surplus_ticks = 0
+        self._stopping = False
+        self._in_hand = 0
+        self._settled = 0
+        self.window = prefetch
+        # Under load, asking for a few at a time saves requests; a tick later any free place is used.
+        self._worth_asking = max(1, prefetch // 4)
+        self._numbers = itertools.count(1)
+        self._replenishing = False
+        self._arrived: list[Delivery] = []
+        self._feeds = [_Feed(source, connection.new_inbox()) for source in sources]
+        ranks = sorted({source.rank for source in sources})
+        self._ranks = [[feed for feed in self._feeds if feed.source.rank == rank] for rank in ranks]
+        for feed in self._feeds:
+            feed.subscription = connection.subscribe(f"{feed.inbox}.*", self._receiver(feed))
+        connection.on_reconnect(self._start_over)
+        connection.on_tick(self._tick)
+        connection.post(self._replenish)
+
+    # From any thread
+
+    def stop(self) -> None:
+        """Ask for nothing more; what is still on its way is given back as it arrives."""
+        self._stopping = True
+        for feed in self._feeds:
+            if feed.subscription is not None:
+                feed.subscription.withdraw()
+
+    def close(self) -> None:
+        self.stop()
+        self._connection.forget(self._start_over)
+        self._connection.forget(self._tick)
+        for feed in self._feeds:
+            if feed.subscription is not None:
+                feed.subscription.close()
+
+    # On the loop thread
+
+    def released(self) -> None:
+        """A delivery of ours was settled: there is room for another."""
+        self._in_hand -= 1
+        self._settled += 1
+        # Many are settled in one turn of the loop; one look at what to ask for is enough.
+        if not self._replenishing and self.window - self._in_hand >= self._worth_asking:
+            self._replenishing = True
+            self._connection.soon(self._replenish)
+
+    def _receiver(self, feed: _Feed) -> Callable[[Msg], None]:
+        def receive(message: Msg) -> None:
+            feed.heard = time.monotonic()
+            if message.reply.startswith("$JS.ACK."):
+                self._receive(feed, message)
+            elif message.headers and "Status" in message.headers:
+                self._answered(feed, message, message.headers)
+
+        return receive
+
+    def _receive(self, feed: _Feed, message: Msg) -> None:
+        delivery = Delivery(message, feed.source, self)
+        feed.refused = 0
+        feed.busy = delivery.pending > 0
+        feed.active = feed.heard
+        if feed.pulls:
+            pull = feed.pulls[0]
+            pull.left -= 1
+            if pull.left <= 0:
+                del feed.pulls[0]
+        if not self._ledger.receive(delivery):
+            return
+        self._in_hand += 1
+        if self._stopping:
+            self._ledger.settle(delivery, NAK)
+            return
+        self._arrived.append(delivery)
+        if len(self._arrived) == 1:
+            self._connection.soon(self._pass_on)
+
+    def _pass_on(self) -> None:
+        arrived, self._arrived = self._arrived, []
+        self._deliver(arrived)
+
+    def _answered(self, feed: _Feed, message: Msg, headers: dict[str, str]) -> None:
+        status = headers["Status"]
+        if status == "100":  # a heartbeat
+            return
+        number = int(message.subject.rpartition(".")[2])
+        feed.pulls = [pull for pull in feed.pulls if pull.number != number]
+        deleted = status == "409" and "Deleted" in headers.get("Description", "")
+        if deleted or status == "503":
+            feed.refused += 1
+            # A stream that is starting answers so too; the tick asks again, ten times a second.
+            if deleted or feed.refused == 20:
+                self._deliver(
+                    ConnectionClosed(
+                        f"There is no consumer {feed.source}: prepare it with `fleet setup`, "
+                        "or let the broker declare it."
+                    )
+                )
+        elif not self._stopping:
+            self._replenish()
+
+    def _replenish(self) -> None:
+        """Ask for as many messages as there is room for, highest rank first."""
+        self._replenishing = False
+        free = self.window - self._in_hand
+        if free <= 0 or self._stopping:
+            return
+        now = time.monotonic()
+        last = self._ranks[-1]
+        for feeds in self._ranks:
+            busy = sum(feed.busy for feed in feeds) or 1
+            for feed in feeds:
+                share = free if len(feeds) == 1 else max(1, free // (busy if feed.busy else len(feeds)))
+                self._pull(feed, share - feed.outstanding, now)
+            if feeds is not last and not all(feed.quiet(now) for feed in feeds):
+                self._connection.soon(self._replenish, delay=QUIET * 1.5)
+                return
+
+    def _pull(self, feed: _Feed, batch: int, now: float) -> None:
+        if batch <= 0 or len(feed.pulls) >= MAX_PULLS:
+            return
+        if not feed.pulls:
+            feed.active = feed.heard = now
+        pull = _Pull(next(self._numbers), batch)
+        feed.pulls.append(pull)
+        body = {
+            "batch": batch,
+            "expires": PULL_EXPIRES * _NANOSECONDS,
+            "idle_heartbeat": HEARTBEAT * _NANOSECONDS,
+        }
+        self._connection.write(
+            f"$JS.API.CONSUMER.MSG.NEXT.{feed.source.stream}.{feed.source.durable}",
+            json.dumps(body).encode(),
+            f"{feed.inbox}.{pull.number}",
+        )
+
+    def _start_over(self) -> None:
+        for feed in self._feeds:
+            feed.pulls.clear()
+            feed.busy = False
+        self._replenish()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        for feed in self._feeds:
+            if feed.pulls and now - feed.heard > 2.5 * HEARTBEAT:
+                feed.pulls.clear()  # nobody knows of our requests any more: a new leader, or a restart
+        if self._lookahead:
+            self.window = self._prefetch + min(self._settled // 4, MAX_LOOKAHEAD)
+        self._settled = 0
+        self._surplus_ticks = self._surplus_ticks + 1 if self._in_hand > self.window else 0
+        if self._surplus_ticks == SURPLUS_TICKS:
+            self._surplus()
+        if self._connection.is_open:
+            self._replenish()
