@@ -1,0 +1,486 @@
+"""Buckets: compare-and-set, time to live, listings and watches, over lost acknowledgements and reconnects."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from dramatiq_jetstream import topology
+from dramatiq_jetstream.cluster import NatsCluster
+from dramatiq_jetstream.connection import Connection, ConnectOptions, Publication
+from dramatiq_jetstream.errors import (
+    BrokerConnectionError,
+    InvalidOption,
+    KeyExists,
+    RevisionConflict,
+    TopologyMissing,
+)
+from dramatiq_jetstream.kv import Bucket, Entry
+from dramatiq_jetstream.naming import Names, bucket_subject
+from dramatiq_jetstream.server import NatsServer
+from tests.broker.conformance.cable import Cable
+from tests.support.polling import eventually
+
+MakeBucket = Callable[..., Bucket]
+
+
+@pytest.fixture
+def make_bucket(nats_url: str, namespace: str) -> Iterator[MakeBucket]:
+    """Makes buckets, each on a connection of its own, as in different processes."""
+    connections: list[Connection] = []
+
+    def make(
+        url: str | list[str] = nats_url, *, declare: bool = True, timeout: int = 10_000, **settings: int
+    ) -> Bucket:
+        connection = Connection(ConnectOptions.of(url), timeout=timeout)
+        connections.append(connection)
+        return Bucket(connection, topology.bucket(Names(namespace), "b", **settings), declare=declare)
+
+    yield make
+    for connection in connections:
+        connection.close()
+
+
+@pytest.fixture
+def bucket(make_bucket: MakeBucket) -> Bucket:
+    return make_bucket()
+
+
+class DeafCable(Cable):
+    """A cable that can lose what the server says while the client still gets through."""
+
+    deaf = False
+    lost = 0
+
+    def _pass_on(self, end: socket.socket) -> None:
+        if self.deaf and end.getpeername() == self._target:
+            self.lost += len(end.recv(65536))
+            return
+        super()._pass_on(end)
+
+
+@pytest.fixture
+def cable(nats_url: str) -> Iterator[DeafCable]:
+    cable = DeafCable(nats_url)
+    yield cable
+    cable.close()
+
+
+def value(bucket: Bucket, key: str) -> bytes | None:
+    entry = bucket.get(key)
+    return None if entry is None else entry.value
+
+
+def test_what_was_put_is_read(bucket: Bucket) -> None:
+    """A put overwrites, revisions grow, and a missing key is None."""
+    assert bucket.get("k") is None
+    first = bucket.put("k", b"1")
+    second = bucket.put("k", b"2")
+    entry = bucket.get("k")
+    assert entry is not None
+    assert (entry.value, entry.revision, entry.deleted) == (b"2", second, False)
+    assert second > first
+
+
+@pytest.mark.parametrize(
+    "key", ["a@1", "a.b.c", ".", "..", "a..b", "ü 東京\n\t\0", "*", ">", "=", "$KV.x", "x" * 200]
+)
+def test_keys_may_hold_any_characters(bucket: Bucket, key: str) -> None:
+    """What a key is made of does not matter, and listings give it back as it was."""
+    bucket.put(key, b"here")
+    entry = bucket.get(key)
+    assert entry is not None
+    assert entry.key == key
+    assert bucket.keys() == [key]
+    assert bucket.keys(key[:1]) == [key]
+
+
+def test_create_refuses_what_is_there(bucket: Bucket) -> None:
+    """A key that exists cannot be created, whoever made it."""
+    bucket.create("k", b"first")
+    with pytest.raises(KeyExists, match="'k'"):
+        bucket.create("k", b"second")
+    assert value(bucket, "k") == b"first"
+
+
+def test_create_takes_a_deleted_key(bucket: Bucket) -> None:
+    """A deleted key leaves a mark on the server, which does not stand in the way."""
+    bucket.create("k", b"first")
+    bucket.delete("k")
+    assert bucket.get("k") is None
+    assert bucket.keys() == []
+    bucket.create("k", b"second")
+    with pytest.raises(KeyExists):
+        bucket.create("k", b"third")
+
+
+def test_create_takes_an_expired_key(bucket: Bucket) -> None:
+    """When a key's time is over it is gone, and can be created again."""
+    bucket.create("k", b"first", ttl=1)
+
+    def created() -> int:
+        try:
+            return bucket.create("k", b"second")
+        except KeyExists:
+            return 0
+
+    assert eventually(created, timeout=5)
+
+
+def test_time_to_live_is_rounded_up_and_belongs_to_a_revision(bucket: Bucket) -> None:
+    """A put without a ttl ends the one before; 1 ms is a second, which is all the server can count."""
+    bucket.put("stays", b"1", ttl=1)
+    bucket.put("stays", b"2")
+    bucket.put("goes", b"1", ttl=1)
+    assert bucket.get("goes") is not None
+    assert eventually(lambda: bucket.get("goes") is None, timeout=5)
+    assert bucket.get("stays") is not None
+
+
+@pytest.mark.parametrize("ttl", [0, -1, True])
+def test_a_time_to_live_that_cannot_work_is_refused(bucket: Bucket, ttl: int) -> None:
+    """A ttl of nothing is an error that names it, before anything is stored."""
+    with pytest.raises(InvalidOption, match=r"ttl="):
+        bucket.put("k", b"", ttl=ttl)
+    assert bucket.get("k") is None
+
+
+def test_an_expired_key_does_not_fall_back_to_its_history(make_bucket: MakeBucket) -> None:
+    """In a bucket with history, no older revision appears when the newest expires."""
+    bucket = make_bucket(history=5)
+    bucket.put("k", b"old")
+    bucket.put("k", b"new", ttl=1)
+    assert eventually(lambda: (entry := bucket.get("k")) is None or entry.value != b"new", timeout=5)
+    assert bucket.get("k") is None
+
+
+def test_update_wants_the_revision_it_knows(bucket: Bucket) -> None:
+    """Compare-and-set: the second of two writers with the same revision gets a conflict."""
+    revision = bucket.update("k", b"1", revision=0)
+    bucket.update("k", b"2", revision=revision)
+    with pytest.raises(RevisionConflict, match="'k'"):
+        bucket.update("k", b"3", revision=revision)
+    with pytest.raises(RevisionConflict):
+        bucket.update("k", b"3", revision=0)
+
+
+def test_delete_wants_the_revision_it_knows(bucket: Bucket) -> None:
+    """A delete with an old revision deletes nothing."""
+    revision = bucket.put("k", b"1")
+    bucket.put("k", b"2")
+    with pytest.raises(RevisionConflict):
+        bucket.delete("k", revision=revision)
+    assert bucket.get("k") is not None
+
+
+def test_the_mark_of_a_deleted_key_disappears(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deleted keys leave nothing behind for ever."""
+    monkeypatch.setattr("dramatiq_jetstream.kv.MARK_TTL", 1)
+    bucket.put("k", b"1")
+    bucket.delete("k")
+
+    def messages() -> int:
+        return int(bucket.connection.api(f"STREAM.INFO.{bucket.stream}")["state"]["messages"])
+
+    assert eventually(lambda: messages() == 0, timeout=5)
+
+
+def test_concurrent_updates_lose_nothing(make_bucket: MakeBucket) -> None:
+    """Increments by compare-and-set from many threads on two connections add up."""
+    buckets = [make_bucket(), make_bucket()]
+    buckets[0].create("n", b"0")
+
+    def increment(bucket: Bucket) -> None:
+        for _ in range(10):
+            while True:
+                entry = bucket.get("n")
+                assert entry is not None
+                try:
+                    bucket.update("n", b"%d" % (int(entry.value) + 1), revision=entry.revision)
+                    break
+                except RevisionConflict:
+                    continue
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(increment, buckets * 4))
+    assert value(buckets[0], "n") == b"80"
+
+
+def lose_the_answer(
+    cable: DeafCable, seen: Callable[[], object], write: Callable[[], int], meanwhile: Callable[[], object]
+) -> int:
+    """Do `write` so that it is stored and its acknowledgement is lost; return what it returns in the end."""
+    with ThreadPoolExecutor(1) as pool:
+        cable.deaf = True
+        writing = pool.submit(write)
+        eventually(seen)
+        meanwhile()
+        cable.cut()
+        cable.deaf = False
+        return writing.result(timeout=20)
+
+
+@pytest.mark.parametrize("way", ["create", "update", "put", "within"])
+@pytest.mark.parametrize("overwritten", [False, True], ids=["", "overwritten"])
+def test_a_writer_whose_acknowledgement_got_lost_does_not_lose_against_itself(
+    make_bucket: MakeBucket, cable: DeafCable, way: str, overwritten: bool
+) -> None:
+    """The write is sent again after the reconnect, and is known to have succeeded, even if overwritten since."""
+    writer, reader = make_bucket(cable.url), make_bucket()
+    before = writer.put("g.k", b"before") if way != "create" else 0
+    writer.get("g.k")
+    writes: dict[str, Callable[[], int]] = {
+        "create": lambda: writer.create("g.k", b"mine"),
+        "update": lambda: writer.update("g.k", b"mine", revision=before),
+        "put": lambda: writer.put("g.k", b"mine"),
+        "within": lambda: writer.update("g.k", b"mine", revision=before, within="g."),
+    }
+    stored: list[Entry] = []
+
+    def seen() -> bool:
+        entry = reader.get("g.k")
+        if entry is not None and entry.value == b"mine":
+            stored.append(entry)
+        return bool(stored)
+
+    def meanwhile() -> None:
+        if overwritten:
+            reader.put("g.k", b"theirs")
+
+    assert lose_the_answer(cable, seen, writes[way], meanwhile) == stored[0].revision
+    assert value(reader, "g.k") == (b"theirs" if overwritten else b"mine")
+
+
+def test_a_lost_conflict_is_still_a_conflict(make_bucket: MakeBucket, cable: DeafCable) -> None:
+    """Being sent again does not turn a conflict into a success."""
+    writer, other = make_bucket(cable.url), make_bucket()
+    revision = writer.put("k", b"before")
+    other.put("k", b"theirs")
+    started = threading.Event()
+
+    def update() -> int:
+        started.set()
+        return writer.update("k", b"mine", revision=revision)
+
+    with pytest.raises(RevisionConflict):
+        lose_the_answer(cable, started.is_set, update, lambda: threading.Event().wait(0.3))
+    assert value(other, "k") == b"theirs"
+
+
+def test_a_listing_goes_over_many_pages(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every key under the prefix comes once, deleted ones do not, however small the pages are."""
+    monkeypatch.setattr("dramatiq_jetstream.kv_listing.PAGE", 7)
+    bucket.put("other.1", b"")
+    bucket.connection.publish_many(
+        Publication(bucket_subject(bucket.name, f"many.{n}"), b"%d" % n) for n in range(100)
+    )
+    bucket.delete("many.50")
+    assert sorted(bucket.keys("many.")) == sorted(f"many.{n}" for n in range(100) if n != 50)
+    assert {entry.value for entry in bucket.items("many.1")} == {b"1", *(b"%d" % n for n in range(10, 20))}
+    assert bucket.keys("none.") == []
+
+
+def test_a_listing_survives_a_reconnect(
+    make_bucket: MakeBucket, cable: DeafCable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page that got lost is asked for again."""
+    bucket = make_bucket(cable.url)
+    for n in range(10):
+        bucket.put(f"k{n}", b"")
+    assert len(bucket.keys()) == 10
+    send = bucket.connection.send
+
+    def lose_the_page(*args: Any, **kwargs: Any) -> None:
+        cable.deaf = True
+        monkeypatch.undo()
+        send(*args, **kwargs)
+
+    monkeypatch.setattr(bucket.connection, "send", lose_the_page)
+    with ThreadPoolExecutor(1) as pool:
+        listing = pool.submit(bucket.keys)
+        eventually(lambda: cable.lost)
+        cable.cut()
+        cable.deaf = False
+        assert len(listing.result(timeout=20)) == 10
+
+
+def test_a_snapshot_can_be_written_against(bucket: Bucket) -> None:
+    """A write that depends on a whole prefix fails as soon as any key there changed, or was deleted."""
+    empty = bucket.snapshot("g.")
+    assert (empty.entries, empty.revision) == ({}, 0)
+    bucket.update("g.a", b"1", revision=empty.revision, within="g.")
+    with pytest.raises(RevisionConflict):
+        bucket.update("g.b", b"1", revision=empty.revision, within="g.")
+    bucket.put("elsewhere", b"1")
+    seen = bucket.snapshot("g.")
+    assert {key: entry.value for key, entry in seen.entries.items()} == {"g.a": b"1"}
+    bucket.update("g.b", b"1", revision=seen.revision, within="g.")
+    seen = bucket.snapshot("g.")
+    bucket.delete("g.a")
+    with pytest.raises(RevisionConflict):
+        bucket.update("g.c", b"1", revision=seen.revision, within="g.")
+    seen = bucket.snapshot("g.")
+    assert seen.entries.keys() == {"g.b"}
+    bucket.update("g.c", b"1", revision=seen.revision, within="g.")
+
+
+class Seen:
+    """A callback for watches that remembers."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+
+    def __call__(self, entry: Entry) -> None:
+        self.entries.append(entry)
+
+    @property
+    def values(self) -> list[tuple[str, bytes | None]]:
+        return [(entry.key, None if entry.deleted else entry.value) for entry in list(self.entries)]
+
+
+def test_a_watch_begins_with_what_is_there(bucket: Bucket) -> None:
+    """First the entries that exist, then each change in order, only under the prefix, until it is closed."""
+    bucket.put("g.a", b"1")
+    bucket.put("h.a", b"other")
+    seen = Seen()
+    watch = bucket.watch("g.", seen)
+    assert eventually(lambda: seen.values == [("g.a", b"1")])
+    revision = bucket.put("g.b", b"2")
+    bucket.delete("g.a")
+    assert eventually(lambda: seen.values == [("g.a", b"1"), ("g.b", b"2"), ("g.a", None)])
+    assert seen.entries[1] == dataclasses.replace(bucket.get("g.b"), revision=revision)  # type: ignore[type-var]
+    watch.close()
+    bucket.put("g.c", b"3")
+    consumers = bucket.connection.api(f"CONSUMER.NAMES.{bucket.stream}")["consumers"]
+    assert not consumers
+    assert len(seen.entries) == 3
+
+
+def test_a_watch_misses_nothing_over_reconnects(make_bucket: MakeBucket, cable: DeafCable) -> None:
+    """Each entry comes exactly once, in order, though the connection breaks again and again."""
+    bucket, writer = make_bucket(cable.url), make_bucket()
+    seen = Seen()
+    watch = bucket.watch("", seen)
+    for n in range(60):
+        writer.put(f"k{n}", b"")
+        if n % 20 == 10:
+            cable.deaf = True
+        if n % 20 == 15:
+            cable.cut()
+            cable.deaf = False
+    assert cable.lost
+    assert eventually(lambda: len(seen.entries) >= 60, timeout=20)
+    assert [key for key, _ in seen.values] == [f"k{n}" for n in range(60)]
+    watch.close()
+
+
+def test_a_watch_goes_on_when_its_consumer_disappears(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A consumer that was deleted on the server is noticed by its silence and replaced."""
+    monkeypatch.setattr("dramatiq_jetstream.kv_watch.SILENCE", 0.5)
+    bucket.put("k", b"1")
+    seen = Seen()
+    watch = bucket.watch("", seen)
+    assert eventually(lambda: len(seen.entries) == 1)
+    for name in bucket.connection.api(f"CONSUMER.NAMES.{bucket.stream}")["consumers"]:
+        bucket.connection.api(f"CONSUMER.DELETE.{bucket.stream}.{name}")
+    bucket.put("k", b"2")
+    assert eventually(lambda: seen.values == [("k", b"1"), ("k", b"2")])
+    watch.close()
+
+
+def test_a_failing_callback_does_not_end_the_watch(bucket: Bucket, caplog: pytest.LogCaptureFixture) -> None:
+    """What a callback raises is logged, and the next entry still comes."""
+    seen = Seen()
+
+    def callback(entry: Entry) -> None:
+        seen(entry)
+        raise ValueError("on purpose")
+
+    watch = bucket.watch("", callback)
+    bucket.put("a", b"")
+    bucket.put("b", b"")
+    assert eventually(lambda: len(seen.entries) == 2)
+    assert "on purpose" in caplog.text
+    watch.close()
+
+
+def test_a_bucket_that_may_not_be_declared_must_exist(make_bucket: MakeBucket) -> None:
+    """With declare=False nothing is created, and writing says what is missing."""
+    without = make_bucket(declare=False, timeout=700)
+    assert without.get("k") is None
+    with pytest.raises(TopologyMissing, match="fleet setup"):
+        without.put("k", b"")
+    make_bucket().put("k", b"1")
+    assert without.get("k") is not None
+
+
+def test_a_bucket_that_was_deleted_is_made_again(bucket: Bucket) -> None:
+    """A bucket that may declare does not depend on what someone removed."""
+    bucket.connection.timeout = 700
+    bucket.put("k", b"1")
+    bucket.connection.api(f"STREAM.DELETE.{bucket.stream}")
+    bucket.put("k", b"2")
+    assert value(bucket, "k") == b"2"
+
+
+def test_without_a_server_every_call_ends_in_time(
+    make_bucket: MakeBucket, own_nats_server: NatsServer
+) -> None:
+    """Reads, writes and listings raise a BrokerConnectionError once the connection's timeout is over."""
+    bucket = make_bucket(own_nats_server.url, timeout=400)
+    bucket.put("k", b"1")
+    own_nats_server.stop()
+    for call in (
+        lambda: bucket.get("k"),
+        lambda: bucket.put("k", b"2"),
+        lambda: bucket.create("k", b"2"),
+        lambda: bucket.keys(),
+    ):
+        with pytest.raises(BrokerConnectionError):
+            call()
+    own_nats_server.start()
+    assert eventually(lambda: bucket.connection.is_connected)
+    assert bucket.get("k") is not None
+
+
+def test_three_replicas_are_read_as_they_were_written(
+    make_bucket: MakeBucket, nats_cluster: NatsCluster
+) -> None:
+    """On a cluster whoever wrote a key reads and lists it, and compare-and-set holds, within a prefix too."""
+    buckets = [make_bucket(url, replicas=3) for url in nats_cluster.urls[:2]]
+    for n in range(30):
+        writer, reader = buckets[n % 2], buckets[(n + 1) % 2]
+        revision = writer.put("k", b"%d" % n)
+        assert value(reader, "k") == b"%d" % n
+        writer.put(f"list.{n}", b"")
+        assert len(reader.keys("list.")) == n + 1
+        with pytest.raises(RevisionConflict):
+            reader.update("k", b"lost", revision=revision - 1)
+
+    def take(bucket: Bucket) -> int:
+        """Add a key under the prefix unless there are five, as a limiter does."""
+        taken = 0
+        for _ in range(5):
+            while True:
+                seen = bucket.snapshot("limited.")
+                if len(seen.entries) >= 5:
+                    return taken
+                try:
+                    key = f"limited.{id(bucket)}-{threading.get_ident()}-{taken}"
+                    bucket.update(key, b"", revision=seen.revision, within="limited.")
+                    taken += 1
+                    break
+                except RevisionConflict:
+                    continue
+        return taken
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(take, buckets * 2)) == 5
