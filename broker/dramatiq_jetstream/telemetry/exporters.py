@@ -1,9 +1,4 @@
-"""Chooses the exporters by the standard OTEL_* variables.
-
-One thing differs from the specification: without OTEL_TRACES_EXPORTER, or OTEL_METRICS_EXPORTER, a signal is
-exported only when an endpoint is configured. By the specification it would go to localhost, and every process
-on a machine without a collector would try to connect there for as long as it lives.
-"""
+"""Makes the exporters that the OTEL_* variables ask for, fit for processes that fork."""
 
 from __future__ import annotations
 
@@ -26,27 +21,31 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 
 from dramatiq_jetstream.errors import InvalidOption
 
+from .environment import exporter_names
+
 T = TypeVar("T")
 
 _PROTOCOLS: Mapping[str, str] = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 
 
-def enabled() -> bool:
-    """Whether anything is to be exported at all."""
-    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return False
-    return bool(_names("traces") or _names("metrics"))
+def check() -> None:
+    """Import what is going to be needed; raises InvalidOption for a variable that cannot work."""
+    for signal in ("traces", "metrics"):
+        for name in exporter_names(signal):
+            _load(signal, name)
 
 
 def span_processors() -> list[SpanProcessor]:
     """A batching processor for each exporter of traces."""
-    return [BatchSpanProcessor(_ForkSafeSpanExporter(_load("traces", name))) for name in _names("traces")]
+    return [
+        BatchSpanProcessor(_ForkSafeSpanExporter(_load("traces", name))) for name in exporter_names("traces")
+    ]
 
 
 def metric_readers() -> list[MetricReader]:
     """A periodic reader for each exporter of metrics; what is a reader itself is taken as it is."""
     readers: list[MetricReader] = []
-    for name in _names("metrics"):
+    for name in exporter_names("metrics"):
         factory: Any = _load("metrics", name)
         if isinstance(factory, type) and issubclass(factory, MetricReader):
             reader: MetricReader = factory()
@@ -54,14 +53,6 @@ def metric_readers() -> list[MetricReader]:
         else:
             readers.append(PeriodicExportingMetricReader(_ForkSafeMetricExporter(factory)))
     return readers
-
-
-def _names(signal: str) -> list[str]:
-    chosen = os.environ.get(f"OTEL_{signal.upper()}_EXPORTER", "").strip()
-    if not chosen:
-        endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT")
-        chosen = "otlp" if any(os.environ.get(name, "").strip() for name in endpoints) else "none"
-    return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "none")]
 
 
 def _load(signal: str, name: str) -> Callable[[], Any]:

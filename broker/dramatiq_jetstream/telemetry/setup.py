@@ -2,7 +2,7 @@
 
 A program calls `configure_telemetry(service_name)` once, where it begins: where the actors' module begins, or
 where the web application is made. What is exported, where to and how often is decided by the standard OTEL_*
-variables (see `exporters`). When they ask for nothing, no provider is made and no broker is touched.
+variables (see `environment`). When they ask for nothing, no provider is made and no broker is touched.
 
 The exporters belong to one process. The dramatiq command imports the actors after it has forked, so there
 this needs no care. A web server that loads the application before it forks (`gunicorn --preload`) calls
@@ -17,6 +17,8 @@ for no longer than `shutdown_timeout`.
 from __future__ import annotations
 
 import atexit
+import importlib.util
+import logging
 import multiprocessing.util
 import os
 import signal
@@ -27,11 +29,14 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq import Broker, Middleware
 
+from . import environment
 from .brokers import BrokerHook
 from .logs import LogContext, configure_logging
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,6 +77,11 @@ def configure_telemetry(
     with _lock:
         if _setup is not None:
             return telemetry_enabled()
+        if environment.enabled() and not _installed():
+            logger.warning(
+                "The OTEL_* variables ask for telemetry, but OpenTelemetry is not installed: "
+                "install dramatiq-jetstream[otel]."
+            )
         setup = _Setup(service_name, link_parents, shutdown_timeout)
         if logs:
             configure_logging()
@@ -81,6 +91,11 @@ def configure_telemetry(
         if start:
             start_telemetry()
         elif telemetry_enabled():
+            # The imports are done for all processes that are going to be forked, and a forked process
+            # that starts quickly is not told to stop before it can hear that.
+            from . import exporters, instrumentor  # noqa: F401
+
+            exporters.check()
             setup.boot_hook = BrokerHook(_add_start_at_boot, _remove_start_at_boot)
             setup.boot_hook.install()
         return telemetry_enabled()
@@ -88,11 +103,14 @@ def configure_telemetry(
 
 def telemetry_enabled() -> bool:
     """Whether the OTEL_* variables ask for anything to be exported, and OpenTelemetry is installed."""
+    return environment.enabled() and _installed()
+
+
+def _installed() -> bool:
     try:
-        from . import exporters
-    except ImportError:
+        return importlib.util.find_spec("opentelemetry.sdk") is not None
+    except ModuleNotFoundError:
         return False
-    return exporters.enabled()
 
 
 def start_telemetry() -> None:

@@ -206,12 +206,13 @@ def test_it_is_registered_for_auto_instrumentation() -> None:
 def test_opentelemetry_is_imported_no_earlier_than_it_is_used() -> None:
     """Importing the library, its telemetry and its logs works without OpenTelemetry being installed."""
     program = """
-import sys
+import os, sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("opentelemetry", "prometheus_client"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Block())
+os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:1"
 import dramatiq_jetstream
 from dramatiq_jetstream import telemetry
 assert not telemetry.configure_telemetry("service")
@@ -225,4 +226,5 @@ for name in ("DramatiqInstrumentor", "prometheus_text"):
     else:
         raise AssertionError(name)
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True)
+    assert b"install dramatiq-jetstream[otel]" in done.stderr
