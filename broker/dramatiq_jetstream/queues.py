@@ -18,8 +18,10 @@ from dramatiq.common import current_millis, q_name
 from dramatiq.message import Message
 
 from . import schedules
+from .connection import Connection
 from .consumer import Source
 from .errors import InvalidOption, KeyExists, MessageNotUnique, NotFound
+from .naming import Names
 from .stored import first_message
 
 if TYPE_CHECKING:
@@ -54,6 +56,31 @@ class QueueStats:
         return self.oldest_ready_age
 
 
+def consumers(connection: Connection, stream: str) -> Iterator[dict[str, Any]]:
+    """What the server knows of every consumer of a stream."""
+    offset = 0
+    while True:
+        answer = connection.api(f"CONSUMER.LIST.{stream}", {"offset": offset})
+        found = answer.get("consumers") or []
+        yield from found
+        offset += len(found)
+        if not found or offset >= answer["total"]:
+            return
+
+
+def queue_names(connection: Connection, names: Names) -> list[str]:
+    """The queues of a namespace that exist on the server, whoever declared them."""
+    found: list[str] = []
+    offset = 0
+    while True:
+        answer = connection.api("STREAM.NAMES", {"offset": offset})
+        page = answer.get("streams") or []
+        found += [queue for stream in page if (queue := names.queue_of_stream(stream)) is not None]
+        offset += len(page)
+        if not page or offset >= answer["total"]:
+            return sorted(found)
+
+
 def stats(broker: JetStreamBroker, queue: str) -> QueueStats:
     """Count the messages of a queue; all zero when it does not exist yet."""
     names, connection = broker.names, broker.connection
@@ -62,15 +89,14 @@ def stats(broker: JetStreamBroker, queue: str) -> QueueStats:
     paused = False
     oldest: int | None = None
     try:
-        for priority in broker._priorities:
-            info = connection.api(f"CONSUMER.INFO.{stream}.{names.worker_durable(priority)}")
+        for info in consumers(connection, stream):
             ready += info["num_pending"]
             in_flight += info["num_ack_pending"]
             redelivered += info.get("num_redelivered", 0)
             paused = paused or bool(info.get("paused"))
             if info["num_pending"]:
                 start = info["delivered"]["stream_seq"] + 1
-                waiting = first_message(connection, stream, names.task(queue, priority), start)
+                waiting = first_message(connection, stream, info["config"]["filter_subject"], start)
                 if waiting is not None:
                     oldest = min(oldest or waiting.time, waiting.time)
         total = connection.api(f"STREAM.INFO.{stream}")["state"]["messages"]
@@ -90,8 +116,13 @@ def stats(broker: JetStreamBroker, queue: str) -> QueueStats:
 
 
 def _durables(broker: JetStreamBroker, queue: str) -> Iterator[tuple[str, str]]:
+    """The durables that feed a queue: those of its stream, and those of its actors' subscriptions."""
+    stream = broker.names.queue_stream(queue)
+    for info in consumers(broker.connection, stream):
+        yield stream, info["name"]
     for source in broker._sources(queue):
-        yield source.stream, source.durable
+        if source.stream != stream:
+            yield source.stream, source.durable
 
 
 def pause(broker: JetStreamBroker, queue: str, *, paused: bool) -> None:
