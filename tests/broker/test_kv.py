@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from dramatiq_jetstream.errors import (
 from dramatiq_jetstream.kv import Bucket, Entry
 from dramatiq_jetstream.naming import Names, bucket_subject
 from dramatiq_jetstream.server import NatsServer
-from tests.broker.conformance.cable import Cable
+from tests.broker.cables import DeafCable
 from tests.support.polling import eventually
 
 MakeBucket = Callable[..., Bucket]
@@ -50,19 +49,6 @@ def make_bucket(nats_url: str, namespace: str) -> Iterator[MakeBucket]:
 @pytest.fixture
 def bucket(make_bucket: MakeBucket) -> Bucket:
     return make_bucket()
-
-
-class DeafCable(Cable):
-    """A cable that can lose what the server says while the client still gets through."""
-
-    deaf = False
-    lost = 0
-
-    def _pass_on(self, end: socket.socket) -> None:
-        if self.deaf and end.getpeername() == self._target:
-            self.lost += len(end.recv(65536))
-            return
-        super()._pass_on(end)
 
 
 @pytest.fixture
@@ -217,12 +203,10 @@ def lose_the_answer(
 ) -> int:
     """Do `write` so that it is stored and its acknowledgement is lost; return what it returns in the end."""
     with ThreadPoolExecutor(1) as pool:
-        cable.deaf = True
-        writing = pool.submit(write)
-        eventually(seen)
-        meanwhile()
-        cable.cut()
-        cable.deaf = False
+        with cable.deafness():
+            writing = pool.submit(write)
+            eventually(seen)
+            meanwhile()
         return writing.result(timeout=20)
 
 
