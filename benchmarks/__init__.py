@@ -1,0 +1,1 @@
+"""Side by side benchmarks of dramatiq-jetstream, its peers and its bounds."""

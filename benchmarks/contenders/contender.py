@@ -1,0 +1,143 @@
+"""The interface of a contender: what the harness starts, and what runs inside its own environment.
+
+A contender has two sides. `Contender` is the harness's: which servers, which worker commands, which packages; it
+imports nothing but the standard library. `App` is the library's: it is made inside a driver (the process that
+enqueues and keeps the clock) or a worker, both in the contender's own environment.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar
+
+from benchmarks.servers import Server
+from benchmarks.tally import Counter
+
+PROCESSES = 2
+THREADS = 8
+HOLD_SECONDS = 300.0
+WAIT_SECONDS = 30.0  # the longest that a driver waits for one result
+
+
+class Contender(ABC):
+    """One row of the report."""
+
+    name: str
+    title: str
+    durability: str
+    note: str = ""
+    environment: str = ""  # its own environment under .venvs; empty: the one that runs the harness
+    packages: tuple[str, ...] = ()  # what pip installs there
+    distributions: tuple[str, ...] = ()  # whose versions the report shows
+    left_out: ClassVar[dict[str, str]] = {}  # measurement -> why this contender is not part of it
+    fills_fast = False  # a million messages are enqueued within a minute or two
+    ours = False  # drawn as the one that the report is about
+    bound = False  # not a peer: what the machine or a library allows at best
+    in_process = False  # its worker runs inside the driver
+
+    def unavailable(self) -> str | None:
+        """Why this contender cannot run here, or None."""
+        return None
+
+    def servers(self, store: Path, measurement: str) -> list[Server]:
+        """The servers of one trial, not yet started; the broker's own comes first."""
+        return []
+
+    def server_versions(self) -> dict[str, str]:
+        return {}
+
+    def workers(self, python: str, processes: int, threads: int) -> list[list[str]]:
+        """The commands that together are one fleet of `processes` × `threads`."""
+        return []
+
+    @abstractmethod
+    def app(self) -> App:
+        """The library's side. Imports the library; called in the contender's environment only."""
+
+
+class App:
+    """What a driver does with a contender, and the tasks that its workers run."""
+
+    broker: Any  # what the worker command is pointed at (benchmarks.worker:broker)
+
+    def start(self) -> None:
+        """Connects and prepares, so that the first message is not the one that pays for it."""
+
+    def enqueue(self, index: int = -1) -> None:
+        """Stores one no-op; returns when the library calls it stored."""
+        raise NotImplementedError
+
+    def enqueue_each(self, messages: int, threads: int) -> None:
+        """Stores `messages` no-ops one by one, `threads` at a time."""
+        if threads == 1:
+            for _ in range(messages):
+                self.enqueue()
+            return
+
+        def part(count: int) -> None:
+            for _ in range(count):
+                self.enqueue()
+
+        shares = [messages // threads + (1 if rest < messages % threads else 0) for rest in range(threads)]
+        with ThreadPoolExecutor(threads) as pool:
+            for future in [pool.submit(part, share) for share in shares]:
+                future.result()
+
+    def enqueue_batch(self, indices: Sequence[int]) -> None:
+        """Stores no-ops the fastest way that the library has for many; the default is its only way."""
+        for index in indices:
+            self.enqueue(index)
+
+    def enqueue_delayed(self, indices: Sequence[int], due_ns: int) -> None:
+        """Stores no-ops that are due at `due_ns` (monotonic clock)."""
+        raise NotImplementedError
+
+    def enqueue_hold(self, index: int) -> None:
+        """Stores one message whose first run never ends."""
+        raise NotImplementedError
+
+    def ask(self, index: int) -> int:
+        """Stores one message and waits for its result, which is `index`."""
+        raise NotImplementedError
+
+    def start_worker(self) -> None:
+        """Starts the worker of an `in_process` contender."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Ends connections; bounded."""
+
+
+class Tasks:
+    """The bodies of the tasks, the same for every contender."""
+
+    def __init__(self) -> None:
+        self.directory = Path(os.environ["BENCH_TALLY"])
+        self.counter = Counter(self.directory)
+
+    def noop(self, index: int) -> None:
+        self.counter.tick(index)
+
+    def answer(self, index: int) -> int:
+        return index
+
+    def hold(self, index: int) -> None:
+        """Its first run marks `index` and never ends; the next one marks `index + 1`."""
+        try:
+            with (self.directory / "held").open("x") as held:
+                held.write(str(os.getpid()))
+        except FileExistsError:
+            self.counter.tick(index + 1)
+            return
+        self.counter.tick(index)
+        time.sleep(HOLD_SECONDS)
+
+
+def delay_until(due_ns: int) -> int:
+    """Milliseconds from now to `due_ns`."""
+    return max(0, (due_ns - time.monotonic_ns()) // 1_000_000)

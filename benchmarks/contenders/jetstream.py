@@ -1,0 +1,62 @@
+"""This repository's broker: dramatiq-jetstream, synced on every message (what it ships with) or every second."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.contenders.contender import App, delay_until
+from benchmarks.contenders.dramatiq_app import BATCH, DramatiqApp, DramatiqContender
+from benchmarks.servers import NatsServer, Server
+
+if TYPE_CHECKING:
+    from dramatiq import Broker
+    from dramatiq.results import ResultBackend
+
+
+class Jetstream(DramatiqContender):
+    distributions = ("dramatiq", "dramatiq-jetstream", "nats-py", "uvloop")
+    fills_fast = True
+    ours = True
+
+    def __init__(self, sync: str) -> None:
+        self.sync = sync
+        self.name = "jetstream" if sync == "always" else f"jetstream-{sync}"
+        self.title = "Dramatiq / JetStream" if sync == "always" else f"Dramatiq / JetStream ({sync})"
+        self.durability = f"JetStream file storage, sync_interval {sync}"
+
+    def servers(self, store: Path, measurement: str) -> list[Server]:
+        return [NatsServer(store / "nats", self.sync)]
+
+    def server_versions(self) -> dict[str, str]:
+        return {NatsServer.name: NatsServer.version()}
+
+    def unavailable(self) -> str | None:
+        return NatsServer.missing()
+
+    def make_broker(self) -> Broker:
+        from dramatiq_jetstream import JetStreamBroker
+
+        return JetStreamBroker(os.environ[NatsServer.variable])
+
+    def make_results(self, broker: Broker) -> ResultBackend:
+        from dramatiq_jetstream.results import JetStreamBackend
+
+        return JetStreamBackend(broker)
+
+    def app(self) -> App:
+        return JetstreamApp(self)
+
+
+class JetstreamApp(DramatiqApp):
+    def enqueue_batch(self, indices: Sequence[int], *, atomic: bool = False) -> None:
+        for start in range(0, len(indices), BATCH):
+            messages = [self.noop.message(index) for index in indices[start : start + BATCH]]
+            self.broker.enqueue_many(messages, atomic=atomic)
+
+    def enqueue_delayed(self, indices: Sequence[int], due_ns: int) -> None:
+        for start in range(0, len(indices), BATCH):
+            messages = [self.noop.message(index) for index in indices[start : start + BATCH]]
+            self.broker.enqueue_many(messages, delay=delay_until(due_ns))

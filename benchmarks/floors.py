@@ -1,0 +1,128 @@
+"""The floors that the broker and the service must reach, judged on the figures of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.run import Outcome
+
+OURS = "jetstream"
+
+
+@dataclass(frozen=True)
+class Value:
+    """One median of a run. Several cases may be given; the last one that was measured counts."""
+
+    measurement: str
+    contender: str
+    figure: str
+    case: str = ""
+
+    def find(self, outcomes: Sequence[Outcome]) -> float | None:
+        for outcome in outcomes:
+            if outcome.measurement.name == self.measurement:
+                rows = [row for row in outcome.rows if row.contender.name == self.contender]
+                rows = [row for row in rows if row.case.startswith(self.case)]
+                summary = rows[0].summary(self.figure) if rows else None
+                return summary.median if summary else None
+        return None
+
+
+@dataclass(frozen=True)
+class Floor:
+    """`value`, divided by `beside` if there is one, is at least or at most `limit`."""
+
+    what: str
+    limit: float
+    value: Value
+    beside: Value | None = None
+    at_most: bool = False
+    unit: str = "×"
+
+    @property
+    def wanted(self) -> str:
+        return f"{'≤' if self.at_most else '≥'} {self.limit:g} {self.unit}"
+
+    def judge(self, outcomes: Sequence[Outcome]) -> Verdict | None:
+        """None where the run did not measure what the floor is about."""
+        value = self.value.find(outcomes)
+        beside = self.beside.find(outcomes) if self.beside else 1.0
+        if value is None or not beside:
+            return None
+        measured = value / beside
+        reached = measured <= self.limit if self.at_most else measured >= self.limit
+        return Verdict(self, measured, reached)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    floor: Floor
+    measured: float
+    reached: bool
+
+    @property
+    def text(self) -> str:
+        return f"{self.measured:.3g} {self.floor.unit}"
+
+
+def _drain(contender: str) -> Value:
+    return Value("drain", contender, "per_second")
+
+
+def _enqueue(contender: str, case: str) -> Value:
+    return Value("enqueue", contender, "per_second", case)
+
+
+FLOORS = (
+    Floor("drain beside Dramatiq / RabbitMQ", 2.5, _drain(OURS), _drain("dramatiq-rabbitmq")),
+    Floor("drain beside Dramatiq / Redis", 6, _drain(OURS), _drain("dramatiq-redis-everysec")),
+    Floor("drain beside Celery / RabbitMQ", 8, _drain(OURS), _drain("celery-rabbitmq")),
+    Floor("drain beside Celery / Redis", 8, _drain(OURS), _drain("celery-redis-everysec")),
+    Floor("drain beside taskiq-nats", 1.5, _drain(OURS), _drain("taskiq-nats")),
+    Floor("drain beside one StubBroker process", 0.8, _drain(OURS), _drain("stub")),
+    Floor(
+        "enqueue beside Dramatiq / RabbitMQ with confirms, one thread",
+        2.5,
+        _enqueue(OURS, "1 thread"),
+        _enqueue("dramatiq-rabbitmq", "1 thread"),
+    ),
+    Floor(
+        "enqueue beside Dramatiq / Redis, eight threads",
+        2,
+        _enqueue(OURS, "8 threads"),
+        _enqueue("dramatiq-redis-everysec", "8 threads"),
+    ),
+    Floor("batch enqueue per second", 30_000, Value("batch", OURS, "per_second"), unit="/s"),
+    Floor(
+        "latency p50 beside Dramatiq / RabbitMQ",
+        1,
+        Value("latency", OURS, "p50_ms"),
+        Value("latency", "dramatiq-rabbitmq", "p50_ms"),
+        at_most=True,
+    ),
+    Floor(
+        "drain with 1,000,000 waiting beside that with 10,000",
+        0.9,
+        Value("growth", OURS, "per_second", "1,000,000"),
+        Value("growth", OURS, "per_second", "10,000"),
+    ),
+    Floor(
+        "worker memory with 100,000 delayed",
+        5,
+        Value("delayed", OURS, "growth_mb", "100,000"),
+        at_most=True,
+        unit="MB",
+    ),
+    Floor(
+        "orders accepted beside the empty Flask endpoint",
+        0.4,
+        Value("orders", "order-service", "accepted_per_second"),
+        Value("orders", "flask-empty", "accepted_per_second"),
+    ),
+    Floor("orders end to end", 150, Value("orders", "order-service", "confirmed_per_second"), unit="/s"),
+)
+
+
+def judge(outcomes: Sequence[Outcome]) -> list[Verdict]:
+    return [verdict for floor in FLOORS if (verdict := floor.judge(outcomes)) is not None]

@@ -1,0 +1,24 @@
+"""The measurements, in the order of the report."""
+
+from __future__ import annotations
+
+from benchmarks.measurements.batch import Batch
+from benchmarks.measurements.delayed import Delayed
+from benchmarks.measurements.drain import Drain
+from benchmarks.measurements.enqueue import Enqueue
+from benchmarks.measurements.growth import Growth
+from benchmarks.measurements.latency import Latency
+from benchmarks.measurements.measurement import Measurement
+from benchmarks.measurements.recovery import Recovery
+from benchmarks.measurements.roundtrip import Roundtrip
+
+MEASUREMENTS: tuple[Measurement, ...] = (
+    Enqueue(),
+    Batch(),
+    Drain(),
+    Latency(),
+    Roundtrip(),
+    Delayed(),
+    Growth(),
+    Recovery(),
+)
