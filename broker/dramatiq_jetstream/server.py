@@ -242,8 +242,17 @@ class NatsServer:
 
     def suspend(self) -> None:
         """Freeze the process: connections stay open and nothing answers."""
-        self._running_process().send_signal(signal.SIGSTOP)
+        if self._suspended:
+            return
+        process = self._running_process()
+        process.send_signal(signal.SIGSTOP)
         self._suspended = True
+        # The signal arrives a little later than it is sent, on a busy machine late enough for an answer.
+        deadline = time.monotonic() + 10
+        while os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG) is None:
+            if time.monotonic() > deadline:
+                raise ServerError(f"nats-server {self.name!r} could not be suspended within 10 s")
+            time.sleep(0.001)
 
     def resume(self) -> None:
         """Let a suspended process go on."""
