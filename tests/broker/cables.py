@@ -13,12 +13,12 @@ class DeafCable(Cable):
     """While `deaf`, the client still gets through to the server, and nothing comes back."""
 
     deaf = False
-    #: Bytes that were lost.
-    lost = 0
+    #: What was lost.
+    lost = b""
 
     def _pass_on(self, end: socket.socket) -> None:
         if self.deaf and end.getpeername() == self._target:
-            self.lost += len(end.recv(65536))
+            self.lost += end.recv(65536)
             return
         super()._pass_on(end)
 
