@@ -218,7 +218,7 @@ class Link:
 
         async def on_close() -> None:
             self.state.connected = False
-            if not self._closed:
+            if not self._closed and self._nc is nc:
                 self.logger.error("NATS closed the connection for good: %s", self.state.last_error)
                 self._nc = None  # the next call connects anew, and says why if it cannot
 

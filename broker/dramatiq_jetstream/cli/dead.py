@@ -1,0 +1,137 @@
+"""`fleet dead`: list, show, replay and drop dead letters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from dramatiq_jetstream.dead_letters import REASONS, DeadLetter
+
+from .context import Fleet, moment, pass_fleet, table
+
+COMMANDS: list[click.Command] = []
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _filters(function: _Function) -> _Function:
+    for option in (
+        click.option("--queue", help="Only of this queue."),
+        click.option("--actor", help="Only of this actor."),
+        click.option("--reason", type=click.Choice(REASONS), help="Only with this reason."),
+    ):
+        function = option(function)
+    return function
+
+
+@click.group()
+def dead() -> None:
+    """Messages that could not be worked off."""
+
+
+@dead.command("list")
+@_filters
+@click.option("--limit", default=100, show_default=True, help="How many at most.")
+@pass_fleet
+def list_(fleet: Fleet, queue: str | None, actor: str | None, reason: str | None, limit: int) -> None:
+    """List dead letters, oldest first."""
+    letters = fleet.broker.dead_letters.list(queue, actor=actor, reason=reason, limit=limit)
+    human = table("id", "when", "queue", "actor", "reason", "error", right=("id",))
+    for letter in letters:
+        human.add_row(
+            letter.id,
+            moment(letter.time),
+            letter.queue,
+            letter.actor or "-",
+            letter.reason + (f" ({len(letter.history) + 1}×)" if letter.history else ""),
+            letter.error[:120],
+        )
+    fleet.show([letter.summary() for letter in letters], human if letters else "There are no dead letters.")
+
+
+@dead.command()
+@click.argument("id")
+@pass_fleet
+def show(fleet: Fleet, id: str) -> None:  # noqa: A002 - the option's name
+    """Show one dead letter with its bytes."""
+    letter = _get(fleet, id)
+    body = letter.data.decode("utf-8", "backslashreplace")
+    data = {**letter.summary(), "subject": letter.subject, "headers": dict(letter.headers), "data": body}
+    human = table("", "")
+    for name, value in data.items():
+        if name != "history":
+            human.add_row(name, moment(letter.time) if name == "time" else str(value))
+    for entry in letter.history:
+        human.add_row("earlier", f"{moment(entry['time'])} {entry['reason']}: {entry['error']}")
+    fleet.show(data, human)
+
+
+@dead.command()
+@click.argument("ids", nargs=-1)
+@_filters
+@click.option("--all", "everything", is_flag=True, help="All that the filters leave.")
+@pass_fleet
+def replay(
+    fleet: Fleet,
+    ids: tuple[str, ...],
+    queue: str | None,
+    actor: str | None,
+    reason: str | None,
+    everything: bool,
+) -> None:
+    """Put dead letters back on their queues: those with IDS, or --all that the filters leave."""
+    chosen = _choose(fleet, ids, queue, actor, reason, everything)
+    replayed = [letter.id for letter in chosen if fleet.broker.dead_letters.replay(letter)]
+    fleet.show({"replayed": replayed}, f"{len(replayed)} replayed.")
+
+
+@dead.command()
+@click.argument("ids", nargs=-1)
+@_filters
+@click.option("--all", "everything", is_flag=True, help="All that the filters leave.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@pass_fleet
+def drop(
+    fleet: Fleet,
+    ids: tuple[str, ...],
+    queue: str | None,
+    actor: str | None,
+    reason: str | None,
+    everything: bool,
+    yes: bool,
+) -> None:
+    """Delete dead letters for good: those with IDS, or --all that the filters leave."""
+    chosen = _choose(fleet, ids, queue, actor, reason, everything)
+    if chosen and not yes:
+        click.confirm(f"Delete {len(chosen)} dead letters for good?", abort=True, err=True)
+    dropped = [letter.id for letter in chosen if fleet.broker.dead_letters.drop(letter)]
+    fleet.show({"dropped": dropped}, f"{len(dropped)} dropped.")
+
+
+def _get(fleet: Fleet, letter_id: str) -> DeadLetter:
+    letter = fleet.broker.dead_letters.get(letter_id)
+    if letter is None:
+        raise click.ClickException(
+            f"there is no dead letter {letter_id}: it was replayed, dropped, or kept for its time."
+        )
+    return letter
+
+
+def _choose(
+    fleet: Fleet,
+    ids: tuple[str, ...],
+    queue: str | None,
+    actor: str | None,
+    reason: str | None,
+    everything: bool,
+) -> list[DeadLetter]:
+    if bool(ids) == everything:
+        raise click.UsageError("name the ids of dead letters, or say --all (with filters if wanted).")
+    if ids:
+        return [_get(fleet, letter_id) for letter_id in ids]
+    return fleet.broker.dead_letters.list(queue, actor=actor, reason=reason)
+
+
+COMMANDS.append(dead)

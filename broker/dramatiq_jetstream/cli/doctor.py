@@ -1,0 +1,168 @@
+"""`fleet doctor`: connects, checks, and says what is wrong and how to mend it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+from dramatiq.common import current_millis
+from dramatiq.errors import DramatiqError
+
+from dramatiq_jetstream import queues, topology
+from dramatiq_jetstream.naming import HEADER_MSG_ID
+from dramatiq_jetstream.stored import last_message
+
+from .context import Fleet, pass_fleet, table
+
+COMMANDS: list[click.Command] = []
+
+OK, WARNING, FAILURE = "ok", "warning", "failure"
+_MARKS = {OK: "[green]✓[/green]", WARNING: "[yellow]![/yellow]", FAILURE: "[red]✗[/red]"}
+
+#: A clock that differs by more than this from the server's makes delays visibly late; milliseconds.
+MAX_SKEW = 1_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; `advice` says how to mend it."""
+
+    check: str
+    status: str
+    detail: str
+    advice: str = ""
+
+
+@click.command()
+@pass_fleet
+def doctor(fleet: Fleet) -> None:
+    """Check the connection, the server, its limits and permissions, and the clock."""
+    findings: list[Finding] = []
+    for check in (_connection, _account, _write, _queues):
+        try:
+            findings += check(fleet)
+        except DramatiqError as error:
+            findings.append(Finding(check.__name__.strip("_"), FAILURE, str(error)))
+            if check is _connection:
+                break
+    human = table("", "", "")
+    for finding in findings:
+        detail = finding.detail + (f"\n[dim]→ {finding.advice}[/dim]" if finding.advice else "")
+        human.add_row(_MARKS[finding.status], finding.check, detail)
+    fleet.show([asdict(finding) for finding in findings], human)
+    if any(finding.status == FAILURE for finding in findings):
+        raise click.exceptions.Exit(1)
+
+
+def _connection(fleet: Fleet) -> Iterator[Finding]:
+    connection = fleet.broker.connection
+    connection.connect()
+    started = time.monotonic()
+    connection.api("INFO")
+    taken = (time.monotonic() - started) * 1000
+    state = connection.state
+    yield Finding(
+        "connection", OK, f"{state.server}, nats-server {state.server_version}, answers in {taken:.1f} ms"
+    )
+    yield Finding("max_payload", OK, f"{connection.max_payload} bytes")
+
+
+def _account(fleet: Fleet) -> Iterator[Finding]:
+    info = fleet.broker.connection.api("INFO")
+    limits = info.get("limits", {})
+    used, most = info.get("storage", 0), limits.get("max_storage", -1)
+    share = used / most if most > 0 else 0.0
+    detail = f"{used:,} bytes used" + (f" of {most:,}" if most > 0 else ", no limit for the account")
+    if share > 0.8:
+        yield Finding(
+            "storage", WARNING if share < 0.95 else FAILURE, detail, "raise max_file_store or purge."
+        )
+    else:
+        yield Finding("storage", OK, detail)
+    streams, most_streams = info.get("streams", 0), limits.get("max_streams", -1)
+    room = most_streams < 0 or streams + 5 < most_streams
+    yield Finding(
+        "streams",
+        OK if room else WARNING,
+        f"{streams} of {most_streams if most_streams > 0 else 'any number'}",
+        "" if room else "raise the account's max_streams: every queue and bucket is one.",
+    )
+
+
+def _write(fleet: Fleet) -> Iterator[Finding]:
+    """Make a stream, store a message, and compare clocks by the time it got."""
+    broker = fleet.broker
+    config = topology.queue(broker.names, "doctor=check")
+    connection = broker.connection
+    topology.ensure_stream(connection, config)
+    try:
+        subject = broker.names.task("doctor=check")
+        before = current_millis()
+        started = time.monotonic()
+        connection.publish(subject, b"doctor", {HEADER_MSG_ID: str(before)})
+        taken = (time.monotonic() - started) * 1000
+        yield Finding("store", OK, f"a message is stored in {taken:.1f} ms")
+        stored = last_message(connection, config.name, subject)
+        skew = 0 if stored is None else stored.time - (before + current_millis()) // 2
+        if abs(skew) > MAX_SKEW:
+            yield Finding(
+                "clock",
+                WARNING,
+                f"this machine and the server differ by {skew} ms",
+                "synchronise both clocks (NTP): delays are given as times of day.",
+            )
+        else:
+            yield Finding("clock", OK, f"within {abs(skew) + int(taken)} ms of the server's")
+    finally:
+        connection.api(f"STREAM.DELETE.{config.name}")
+
+
+def _queues(fleet: Fleet) -> Iterator[Finding]:
+    names = fleet.queue_names()
+    if not names:
+        yield Finding(
+            "queues",
+            WARNING,
+            f"there are none in namespace {fleet.namespace!r}",
+            "prepare them with `fleet setup MODULE`, or let a worker with declare=True start once.",
+        )
+    for name in names:
+        yield from _queue(fleet, name)
+
+
+def _queue(fleet: Fleet, name: str) -> Iterator[Finding]:
+    broker = fleet.broker
+    stream = broker.names.queue_stream(name)
+    consumers: list[dict[str, Any]] = list(queues.consumers(broker.connection, stream))
+    waiting = sum(consumer.get("num_waiting", 0) for consumer in consumers)
+    stats = broker.queue_stats(name)
+    if not consumers:
+        yield Finding(
+            f"queue {name}", FAILURE, "has no consumer", "run `fleet setup MODULE` with the workers' module."
+        )
+    elif stats.paused:
+        yield Finding(
+            f"queue {name}", WARNING, f"is paused, {stats.ready} ready", f"`fleet resume {name}` ends that."
+        )
+    elif stats.ready and not waiting:
+        yield Finding(
+            f"queue {name}",
+            WARNING,
+            f"{stats.ready} ready and no worker is asking for them",
+            "start workers, or wait if they are all busy.",
+        )
+    else:
+        yield Finding(f"queue {name}", OK, f"{stats.ready} ready, {stats.in_flight} in flight")
+    if stats.dead:
+        yield Finding(
+            f"queue {name}",
+            WARNING,
+            f"{stats.dead} dead letters",
+            f"`fleet dead list --queue {name}` lists them.",
+        )
+
+
+COMMANDS.append(doctor)

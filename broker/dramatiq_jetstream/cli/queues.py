@@ -1,0 +1,91 @@
+"""`fleet queues`, `pause`, `resume` and `purge`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import click
+from rich.live import Live
+from rich.table import Table
+
+from dramatiq_jetstream import queues as library
+
+from .context import Fleet, age, pass_fleet, table
+
+COMMANDS: list[click.Command] = []
+
+
+def _snapshot(fleet: Fleet) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(fleet.broker.queue_stats(name)) for name in fleet.queue_names()]
+
+
+def _table(stats: list[dict[str, Any]]) -> Table:
+    numbers = ("ready", "in flight", "delayed", "dead", "oldest ready")
+    human = table("queue", *numbers, "", right=numbers)
+    for queue in stats:
+        human.add_row(
+            queue["queue"],
+            str(queue["ready"]),
+            str(queue["in_flight"]),
+            str(queue["delayed"]),
+            f"[red]{queue['dead']}[/red]" if queue["dead"] else "0",
+            age(queue["oldest_ready_age"]),
+            "[yellow]paused[/yellow]" if queue["paused"] else "",
+        )
+    return human
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Keep showing, once a second, until Ctrl-C.")
+@pass_fleet
+def queues(fleet: Fleet, watch: bool) -> None:
+    """Show what is in every queue."""
+    stats = _snapshot(fleet)
+    if not watch or fleet.as_json:
+        empty = f"There are no queues in namespace {fleet.namespace!r}."
+        fleet.show(stats, _table(stats) if stats else empty)
+        return
+    with Live(_table(stats), console=fleet.console, refresh_per_second=4) as live:
+        while True:
+            time.sleep(1)
+            live.update(_table(_snapshot(fleet)))
+
+
+@click.command()
+@click.argument("queue")
+@pass_fleet
+def pause(fleet: Fleet, queue: str) -> None:
+    """Stop delivery from QUEUE to the whole fleet."""
+    fleet.broker.pause(fleet.check_queue(queue))
+    fleet.show({"queue": queue, "paused": True}, f"{queue} is paused; `fleet resume {queue}` ends that.")
+
+
+@click.command()
+@click.argument("queue")
+@pass_fleet
+def resume(fleet: Fleet, queue: str) -> None:
+    """Go on with a paused QUEUE."""
+    fleet.broker.resume(fleet.check_queue(queue))
+    fleet.show({"queue": queue, "paused": False}, f"{queue} goes on.")
+
+
+@click.command()
+@click.argument("queue")
+@click.option("--ready", is_flag=True, help="Drop ready and running messages.")
+@click.option("--delayed", is_flag=True, help="Drop delayed messages.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@pass_fleet
+def purge(fleet: Fleet, queue: str, ready: bool, delayed: bool, yes: bool) -> None:
+    """Drop the messages of QUEUE for good; both kinds unless one is named. Dead letters stay."""
+    fleet.check_queue(queue)
+    if not (ready or delayed):
+        ready = delayed = True
+    if not yes:
+        click.confirm(f"Drop the messages of {queue} for good?", abort=True, err=True)
+    purged = library.purge(fleet.broker, queue, ready=ready, delayed=delayed)
+    fleet.show({"queue": queue, "purged": purged}, f"{purged} messages dropped from {queue}.")
+
+
+COMMANDS += [queues, pause, resume, purge]

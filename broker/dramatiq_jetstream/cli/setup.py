@@ -1,0 +1,63 @@
+"""`fleet setup`: prepares everything that a program declares, for a release step."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+import dramatiq
+
+from dramatiq_jetstream.broker import JetStreamBroker
+
+from .context import Fleet, pass_fleet, table
+
+COMMANDS: list[click.Command] = []
+
+
+def load(module: str) -> JetStreamBroker:
+    """Import a program as `dramatiq` does (`module` or `module:broker`) and return its broker."""
+    name, _, attribute = module.partition(":")
+    sys.path.insert(0, "")
+    try:
+        loaded = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and name.split(".")[0] == error.name.split(".")[0]:
+            raise click.ClickException(
+                f"there is no module {name!r} here: run it where `dramatiq {name}` works."
+            ) from None
+        raise
+    broker = getattr(loaded, attribute) if attribute else dramatiq.get_broker()
+    if not isinstance(broker, JetStreamBroker):
+        raise click.ClickException(
+            f"{module!r} uses a {type(broker).__name__}, not a JetStreamBroker: "
+            "call dramatiq.set_broker in it before actors are declared."
+        )
+    return broker
+
+
+@click.command()
+@click.argument("module")
+@click.option("--update", is_flag=True, help="Change what exists and differs.")
+@pass_fleet
+def setup(fleet: Fleet, module: str, update: bool) -> None:
+    """Create the streams, consumers and schedules that MODULE declares.
+
+    It may run as often as wanted. Without --update nothing that exists is changed; what differs is reported.
+    """
+    broker = load(module)
+    declare, broker.declare = broker.declare, True
+    try:
+        outcome = broker.setup(update=update)
+    finally:
+        broker.declare = declare
+        broker.close()
+    human = table("", "")
+    for name, became in outcome.items():
+        human.add_row(name, became)
+    fleet.show(outcome, human)
+    if "differs" in outcome.values():
+        raise click.ClickException("something exists with another configuration; --update brings it in line.")
+
+
+COMMANDS.append(setup)
