@@ -6,8 +6,8 @@ for the others at all, so that nothing has to be skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import redis.exceptions
@@ -67,6 +67,8 @@ class BrokerKind(Kind):
     hands_back_at_shutdown: bool = True
     #: Messages of a consumer that went away without settling them are delivered again.
     redelivers: bool = True
+    #: Options of the broker with which that happens soon.
+    quick_redelivery: Mapping[str, Any] = field(default_factory=dict)
     #: A body that cannot be decoded becomes a dead letter, and the consumer goes on.
     rejects_undecodable: bool = True
     #: Dead letters disappear after `dead_message_ttl`.
@@ -144,23 +146,30 @@ def _jetstream(part: str) -> Any:
     return getattr(jetstream, part)
 
 
-BROKERS.append(
-    BrokerKind(
+def _jetstream_broker(name: str, rig: str) -> BrokerKind:
+    return BrokerKind(
         "brokers",
-        "jetstream",
+        name,
         "nats_url",
-        rig=lambda *args, **options: _jetstream("JetStreamRig")(*args, **options),
+        rig=lambda *args, **options: _jetstream(rig)(*args, **options),
         storage="server",
         delays_held_by="server",
         enqueue_undeclared="declares",
         consume_undeclared="raises",
         join_undeclared="raises",
+        quick_redelivery={"ack_wait": 1000},
         expires_dead_letters=True,
         priorities=True,
         remakes_lost_queue=True,
         several_urls=True,
     )
-)
+
+
+# With priorities a queue has several sources, which takes other paths through the consumer.
+BROKERS += [
+    _jetstream_broker("jetstream", "JetStreamRig"),
+    _jetstream_broker("jetstream-priorities", "PrioritiesRig"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)

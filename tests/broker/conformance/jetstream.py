@@ -10,6 +10,7 @@ from dramatiq.results import ResultBackend
 from dramatiq_abort import EventBackend
 
 from dramatiq_jetstream import JetStreamBroker
+from tests.broker.conformance.implementations import NOT_YET
 from tests.broker.conformance.rigs import Rig, nowhere
 
 
@@ -19,7 +20,6 @@ class JetStreamRig(Rig):
     broker: JetStreamBroker
 
     def make(self, url: str | list[str], **options: Any) -> JetStreamBroker:
-        options.setdefault("max_priority", 10)
         return JetStreamBroker(url=url, namespace=self.namespace, **options)
 
     def drain(self, queue: str, worker: Worker, *, timeout: int = 10_000) -> None:
@@ -35,15 +35,20 @@ class JetStreamRig(Rig):
         return self.broker.queue_stats(queue).dead
 
     def put(self, queue: str, body: bytes) -> None:
-        subject = self.broker.names.task(queue, 0 if self.broker.max_priority else None)
-        self.broker.connection.publish(subject, body)
+        # A stream is there only once the queue was used; the broker's own way to it is to consume.
+        self.broker.consume(queue, timeout=1).close()
+        self.broker.connection.publish(self.broker.names.task(queue), body)
 
     def results(self) -> ResultBackend:
+        if "results/jetstream" in NOT_YET:
+            return super().results()
         from dramatiq_jetstream.results import JetStreamBackend
 
         return JetStreamBackend(self.broker)
 
     def limits(self) -> RateLimiterBackend:
+        if "limits/jetstream" in NOT_YET:
+            return super().limits()
         from dramatiq_jetstream.rate_limits import JetStreamBackend
 
         return JetStreamBackend(self.broker)
@@ -68,6 +73,13 @@ class JetStreamRig(Rig):
         for stream in {*own, *(buckets or [])}:
             self.broker.connection.api(f"STREAM.DELETE.{stream}")
         super().close()
+
+
+class PrioritiesRig(JetStreamRig):
+    """Our broker with priorities."""
+
+    def make(self, url: str | list[str], **options: Any) -> JetStreamBroker:
+        return super().make(url, **{"max_priority": 3, **options})
 
 
 class _OwnBroker:

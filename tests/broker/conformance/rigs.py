@@ -28,6 +28,8 @@ from dramatiq.results import backends as results_backends
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from tests.support.polling import eventually
+
 
 def nowhere(url: str) -> str:
     """Return `url` with a port that nobody listens on."""
@@ -64,6 +66,16 @@ class Rig(ABC):
     @abstractmethod
     def dead(self, queue: str) -> int:
         """Count the dead letters of the queue."""
+
+    def expect(self, queue: str, **counts: int) -> None:
+        """Wait until `waiting`, `delayed` and `dead` are as given: some servers count after they have answered."""
+
+        def as_given() -> bool:
+            seen = {name: getattr(self, name)(queue) for name in counts}
+            assert seen == counts
+            return True
+
+        eventually(as_given, timeout=5, message=f"{counts} in {queue!r}")
 
     @abstractmethod
     def put(self, queue: str, body: bytes) -> None:
@@ -210,7 +222,6 @@ class RabbitmqRig(Rig):
         self._admin = pika.BlockingConnection(pika.URLParameters(url))
 
     def make(self, url: str | list[str], **options: Any) -> RabbitmqBroker:
-        options.setdefault("max_priority", 10)
         return RabbitmqBroker(url=url, confirm_delivery=True, **options)
 
     def drain(self, queue: str, worker: Worker, *, timeout: int = 10_000) -> None:

@@ -60,7 +60,7 @@ def test_names_of_queues_and_actors_may_have_dots_and_dashes(rig, broker, queue)
         note.send_with_options(delay=10)
         assert done.wait(timeout=10)
         rig.drain(name, worker)
-    assert rig.dead(name) == 0
+    rig.expect(name, dead=0)
 
 
 def test_generic_actors_run(rig, broker, queue):

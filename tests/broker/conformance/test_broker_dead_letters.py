@@ -38,7 +38,7 @@ def test_a_message_without_retries_left_becomes_a_dead_letter(rig, broker, fail,
     with running(broker) as worker:
         eventually(lambda: rig.dead(queue) == 1)
         rig.drain(queue, worker)
-    assert (rig.waiting(queue), rig.delayed(queue), rig.dead(queue)) == (0, 0, 1)
+    rig.expect(queue, waiting=0, delayed=0, dead=1)
 
 
 def test_many_dead_letters_are_kept(rig, broker, fail, queue):
@@ -106,7 +106,7 @@ def test_a_body_that_cannot_be_decoded_becomes_a_dead_letter(rig, broker, actor,
         assert done.wait(timeout=10)
         eventually(lambda: rig.dead(queue) == 1)
         rig.drain(queue, worker)
-    assert rig.waiting(queue) == 0
+    rig.expect(queue, waiting=0)
 
 
 @pytest.mark.where(rejects_undecodable=True)
@@ -152,7 +152,7 @@ def test_without_retries_middleware_a_failed_message_is_settled(make_rig, queue)
     with running(rig.broker) as worker:
         assert failed.wait(timeout=10)
         rig.drain(queue, worker)
-    assert (rig.waiting(queue), rig.dead(queue)) == (0, 0)
+    rig.expect(queue, waiting=0, dead=0)
 
 
 def test_a_skipped_message_is_settled_and_not_dead(rig, broker, actor, queue):
@@ -176,7 +176,7 @@ def test_a_skipped_message_is_settled_and_not_dead(rig, broker, actor, queue):
         recorder.wait_for("after_ack", message.message_id)
         rig.drain(queue, worker)
     assert not runs
-    assert rig.dead(queue) == 0
+    rig.expect(queue, dead=0)
     assert "after_skip_message" in recorder.of(message.message_id)
     assert "after_process_message" not in recorder.of(message.message_id)
 
@@ -237,7 +237,8 @@ def test_flush_drops_what_is_ready_and_what_is_delayed(rig, broker, actor, queue
     broker.flush(queue)
     if not broker_kind.flush_drops_delayed:
         broker.flush(dq_name(queue))
-    assert (rig.waiting(queue), rig.delayed(queue), rig.waiting(other)) == (0, 0, 1)
+    rig.expect(queue, waiting=0, delayed=0)
+    rig.expect(other, waiting=1)
     broker.join(queue, timeout=5000)
     with running(broker, queues=[queue]):
         holds(lambda: not runs, 0.1)
@@ -256,7 +257,7 @@ def test_flush_all_empties_every_queue(rig, broker, fail, queue):
     fail.send_with_options(delay=60_000)
     broker.flush_all()
     for name in (queue, other):
-        assert (rig.waiting(name), rig.delayed(name), rig.dead(name)) == (0, 0, 0)
+        rig.expect(name, waiting=0, delayed=0, dead=0)
 
     fail.send()
     with running(broker, queues=[queue]) as worker:
@@ -271,7 +272,7 @@ def test_flush_and_dead_letters(rig, broker, fail, queue, broker_kind):
         eventually(lambda: rig.dead(queue) == 1)
         rig.drain(queue, worker)
     broker.flush(queue)
-    assert rig.dead(queue) == (0 if broker_kind.flush_drops_dead_letters else 1)
+    rig.expect(queue, dead=0 if broker_kind.flush_drops_dead_letters else 1)
 
 
 def test_join_returns_at_once_when_there_is_nothing(broker, queue):

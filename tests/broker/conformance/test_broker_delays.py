@@ -70,7 +70,7 @@ def test_a_delayed_message_is_not_ready(rig, broker, actor, queue):
         pass
 
     note.send_with_options(delay=60_000)
-    assert (rig.waiting(queue), rig.delayed(queue)) == (0, 1)
+    rig.expect(queue, waiting=0, delayed=1)
     consumer = broker.consume(queue, timeout=50)
     assert next(consumer) is None
     consumer.close()
@@ -178,7 +178,7 @@ def test_a_worker_holds_no_delayed_message(rig, broker, actor, queue):
         holds(lambda: worker.consumers[queue].delay_queue.empty() and worker.work_queue.empty(), 0.1)
         assert set(worker.consumers) == {queue}
     assert "before_delay_message" not in recorder.names()
-    assert rig.delayed(queue) == 1000
+    rig.expect(queue, delayed=1000)
 
 
 def test_join_waits_for_delayed_messages(rig, broker, actor, queue):
@@ -243,7 +243,7 @@ def test_an_eta_that_makes_no_sense_does_not_hold_a_message_up(rig, broker, acto
     with running(broker) as worker:
         assert done.wait(timeout=10)
         rig.drain(queue, worker)
-    assert rig.dead(queue) == 0
+    rig.expect(queue, dead=0)
 
 
 def test_an_eta_in_the_future_is_respected(rig, broker, actor, queue):

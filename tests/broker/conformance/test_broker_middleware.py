@@ -141,7 +141,7 @@ def test_middleware_may_refuse_a_message(rig, broker, actor, queue):
     broker.add_middleware(Refuse())
     with pytest.raises(Refusal):
         work.send()
-    assert rig.waiting(queue) == 0
+    rig.expect(queue, waiting=0)
 
 
 def test_middleware_that_breaks_does_not_stop_a_message(rig, broker, actor, queue):
@@ -170,7 +170,7 @@ def test_middleware_that_breaks_does_not_stop_a_message(rig, broker, actor, queu
         assert done.wait(timeout=10)
         eventually(lambda: called == set(names))
         rig.drain(queue, worker)
-    assert rig.dead(queue) == 0
+    rig.expect(queue, dead=0)
 
 
 def test_a_worker_signals_its_start_and_its_end(broker, actor, queue):
@@ -324,7 +324,7 @@ def test_an_actor_that_does_not_want_to_know_is_let_finish(rig, broker, actor, q
         assert started.wait(timeout=10)
     assert ended == [1]
     rig.hand_back(queue)
-    assert (rig.waiting(queue), rig.delayed(queue), rig.dead(queue)) == (0, 0, 0)
+    rig.expect(queue, waiting=0, delayed=0, dead=0)
 
 
 def test_a_shutdown_does_not_reach_threads_that_are_done(rig, broker, actor, queue):
