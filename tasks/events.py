@@ -1,0 +1,142 @@
+"""The events of an order: their subjects, the headers around them, and how a stored one is read back.
+
+The headers follow CloudEvents in binary mode. They are a courtesy to readers: nothing here needs them,
+because other programs publish events without any.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import Final
+
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from orders.v1.events_pb2 import (
+    OrderConfirmed,
+    OrderCreated,
+    OrderDeclined,
+    OrderFailed,
+    OrderPaid,
+    OrderRejected,
+    OrderReserved,
+)
+
+from .model import MAX_ID_LENGTH
+
+STREAM: Final = "ORDERS"
+SUBJECTS: Final = "ORDER.>"
+
+#: The events by name; the subject of each is ORDER.{name}.
+TYPES: Final[dict[str, type[Message]]] = {
+    "created": OrderCreated,
+    "reserved": OrderReserved,
+    "rejected": OrderRejected,
+    "paid": OrderPaid,
+    "declined": OrderDeclined,
+    "confirmed": OrderConfirmed,
+    "failed": OrderFailed,
+}
+_NAMES: Final = {message_type: name for name, message_type in TYPES.items()}
+
+# What can stand in a subject's token, a path and a file name without meaning anything else there.
+_ORDER_ID = re.compile(rf"[A-Za-z0-9_~-][A-Za-z0-9._~-]{{0,{MAX_ID_LENGTH - 1}}}", re.ASCII)
+
+
+class UnusableEvent(Exception):
+    """The event cannot be attributed to an order, or contradicts it. Trying again would not help."""
+
+
+def name_of(event: Message) -> str:
+    """Return the name of an event: `created` for an OrderCreated."""
+    return _NAMES[type(event)]
+
+
+def subject_of(event: Message) -> str:
+    """Return the subject on which an event is published."""
+    return f"ORDER.{name_of(event)}"
+
+
+def usable_order_id(order_id: str) -> bool:
+    """Whether an order can have this id."""
+    return _ORDER_ID.fullmatch(order_id) is not None
+
+
+def order_id_of(event: Message) -> str:
+    """Return the id of the order that an event is about.
+
+    Raises:
+      UnusableEvent: When it is not one that an order can have.
+    """
+    order_id: str = event.order_id  # type: ignore[attr-defined]  # every type in TYPES has it
+    if not usable_order_id(order_id):
+        shown = order_id if len(order_id) <= MAX_ID_LENGTH else f"{order_id[:MAX_ID_LENGTH]}…"
+        raise UnusableEvent(
+            f"order id {shown!r} cannot be used: an id is 1 to {MAX_ID_LENGTH} letters, digits, "
+            "'-', '_', '.' or '~' and does not begin with a dot."
+        )
+    return order_id
+
+
+def event_id(event: Message) -> str:
+    """Return the id under which JetStream stores an event once: the same for every repetition of it."""
+    order_id, name = order_id_of(event), name_of(event)
+    return f"{order_id}.{name}.{event.step}" if isinstance(event, OrderFailed) else f"{order_id}.{name}"
+
+
+def headers(event: Message, at: int) -> dict[str, str]:
+    """Return the CloudEvents headers of an event that happened at `at` (milliseconds)."""
+    return {
+        "ce-specversion": "1.0",
+        "ce-id": event_id(event),
+        "ce-type": event.DESCRIPTOR.full_name,
+        "ce-source": "/orders",
+        "ce-subject": order_id_of(event),
+        "ce-time": isoformat(at),
+        "content-type": "application/protobuf",
+    }
+
+
+def decode(subject: str, data: bytes) -> Message | None:
+    """Return the event in a message of the stream, None when the subject is not one of an order's events.
+
+    Raises:
+      DecodeError: When the bytes are not of the subject's type.
+    """
+    message_type = TYPES.get(subject.removeprefix("ORDER."))
+    if message_type is None:
+        return None
+    event = message_type()
+    event.ParseFromString(data)
+    return event
+
+
+def timestamp(at: int) -> Timestamp:
+    """Return a time in milliseconds as protobuf has it."""
+    stamp = Timestamp()
+    stamp.FromMilliseconds(at)
+    return stamp
+
+
+def isoformat(at: int) -> str:
+    """Return a time in milliseconds as RFC 3339."""
+    return datetime.fromtimestamp(at / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+__all__ = [
+    "STREAM",
+    "SUBJECTS",
+    "TYPES",
+    "DecodeError",
+    "UnusableEvent",
+    "decode",
+    "event_id",
+    "headers",
+    "isoformat",
+    "name_of",
+    "order_id_of",
+    "subject_of",
+    "timestamp",
+    "usable_order_id",
+]

@@ -1,0 +1,96 @@
+"""The payment gateway's HTTP client: captures an order's payment once, however often it is asked.
+
+`POST {PAYMENT_URL}/charges` with the order id as `Idempotency-Key`. A captured or declined charge is an
+answer; everything else (refused, timed out, 5xx, an answer that is none) raises, and the step is tried again
+later. Whether such an attempt was charged is not known here, and need not be: the key makes the next one
+return the same charge.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import requests
+from urllib3.exceptions import ProtocolError
+
+from .ports import Charge, Decline
+
+
+class GatewayUnavailable(Exception):
+    """The gateway gave no answer that says whether the payment was captured; trying again is safe."""
+
+
+class HttpGateway:
+    """The gateway at an address.
+
+    Parameters:
+      url: Its base address.
+      timeout: Milliseconds for connecting, and between any two parts of the answer.
+    """
+
+    def __init__(self, url: str, *, timeout: int) -> None:
+        self._url = f"{url}/charges"
+        self._timeout = timeout / 1000
+        self._local = threading.local()
+
+    def charge(self, order_id: str, amount: int, currency: str, token: str) -> Charge | Decline:
+        """Capture `amount` minor units.
+
+        Raises:
+          GatewayUnavailable: When no usable answer came.
+        """
+        body = {"order_id": order_id, "amount": amount, "currency": currency, "token": token}
+        response = self._post(body, {"Idempotency-Key": order_id})
+        answer = _json(response)
+        if response.status_code in (200, 201) and answer.get("status") == "captured":
+            if (answer.get("amount"), answer.get("currency")) != (amount, currency) or not answer.get("id"):
+                raise GatewayUnavailable(
+                    f"the payment gateway answered for another charge than order {order_id}'s: {answer}"
+                )
+            return Charge(str(answer["id"]))
+        if response.status_code == 402:
+            code = str(answer.get("code") or "declined")
+            return Decline(code, str(answer.get("message") or code))
+        message = str(answer.get("message", ""))[:200]
+        raise GatewayUnavailable(f"the payment gateway answered {response.status_code} {message}".rstrip())
+
+    def _post(self, body: dict[str, Any], headers: dict[str, str]) -> requests.Response:
+        # One session, so one kept-open connection, for each thread: sessions are not safe to share.
+        session: requests.Session | None = getattr(self._local, "session", None)
+        kept_open = session is not None
+        if session is None:
+            session = self._local.session = requests.Session()
+        try:
+            return session.post(
+                self._url, json=body, headers=headers, timeout=self._timeout, allow_redirects=False
+            )
+        except requests.ConnectionError as error:
+            # A gateway may close a connection that was kept open; that says nothing about its health.
+            if kept_open and error.args and isinstance(error.args[0], ProtocolError):
+                session.close()
+                del self._local.session
+                return self._post(body, headers)
+            raise GatewayUnavailable(f"the payment gateway cannot be reached: {_cause(error)}") from None
+        except requests.Timeout:
+            raise GatewayUnavailable(
+                f"the payment gateway did not answer within {self._timeout * 1000:.0f} ms"
+            ) from None
+        except requests.RequestException as error:
+            raise GatewayUnavailable(f"the payment gateway's answer could not be read: {error}") from None
+
+
+def _json(response: requests.Response) -> dict[str, Any]:
+    try:
+        answer = response.json()
+    except ValueError:
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def _cause(error: BaseException) -> str:
+    """Return the innermost reason, without the layers of HTTP libraries around it."""
+    reason: BaseException = error
+    while reason.__context__ is not None:
+        reason = reason.__context__
+    return str(reason)

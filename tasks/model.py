@@ -1,0 +1,139 @@
+"""What the order service says and is told, as plain values: requests, orders, products, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+#: The statuses from which an order does not move on. A failed order moves on when its dead letter is
+#: replayed.
+FINAL_STATUSES = frozenset({"confirmed", "rejected"})
+
+MAX_ITEMS = 100
+MAX_QUANTITY = 1_000
+MAX_ID_LENGTH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """So many pieces of one product, as a customer asks for them."""
+
+    sku: str
+    quantity: int
+
+
+@dataclass(frozen=True, slots=True)
+class OrderRequest:
+    """An order that has been read and checked, but not yet accepted.
+
+    `order_id` is set when the client chose it (protobuf bodies may carry one).
+    """
+
+    customer_id: str
+    items: list[Item]
+    payment_token: str | None = None
+    order_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OrderLine:
+    """One item of an order; `unit_price` in minor units, None for a sku that the catalogue does not have."""
+
+    sku: str
+    quantity: int
+    unit_price: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEntry:
+    """One event of an order: `event` is created, reserved, paid, declined, confirmed, rejected or failed.
+
+    `detail` holds what the event adds, for instance {"reason": ...} or {"charge_id": ...}.
+    """
+
+    event: str
+    at: datetime
+    detail: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """An order as the read model shows it.
+
+    `status` is accepted, reserved, paid, confirmed, rejected or failed; `total` is in minor units; `reason`
+    says in one sentence why it was rejected or failed. `revision` grows with every change and is 0 while
+    only the accepted event is known. `trace_id` is the hexadecimal id of the order's trace, when it has one.
+    """
+
+    order_id: str
+    status: str
+    customer_id: str
+    items: list[OrderLine]
+    total: int
+    currency: str
+    history: list[HistoryEntry]
+    reason: str | None = None
+    revision: int = 0
+    trace_id: str | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing further will happen to it by itself."""
+        return self.status in FINAL_STATUSES
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptedOrder:
+    """An order whose event is stored. `repeated`: an earlier request with the same key stored it."""
+
+    order: Order
+    repeated: bool = False
+
+    @property
+    def order_id(self) -> str:
+        return self.order.order_id
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Orders, newest first; `next` is the cursor of the page after it, None on the last page."""
+
+    orders: list[Order]
+    next: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A product of the catalogue: `unit_price` in minor units, `stock` in pieces still available."""
+
+    sku: str
+    name: str
+    unit_price: int
+    currency: str
+    stock: int
+
+
+class InvalidOrder(ValueError):
+    """The request breaks a rule: `field` says where (`items[2].quantity`), `problem` in one sentence what."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}" if field else problem)
+        self.field = field
+        self.problem = problem
+
+
+class InvalidCursor(ValueError):
+    """The cursor of a page was not made by this service."""
+
+
+class IdempotencyConflict(Exception):
+    """The idempotency key, or the order id, was used before for a different order."""
+
+
+class IdempotencyInProgress(Exception):
+    """A request with the same idempotency key is being worked on; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

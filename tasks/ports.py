@@ -1,0 +1,68 @@
+"""The interfaces through which the steps of an order reach the world: bucket, gateway, publisher.
+
+The real ones are `dramatiq_jetstream`'s bucket, `tasks.gateway` and `tasks.publishing`. The property tests
+put others in their place, which crash between any two effects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from google.protobuf.message import Message
+
+
+class Entry(Protocol):
+    """The value of a key, and the revision that the bucket gave it."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def value(self) -> bytes: ...
+    @property
+    def revision(self) -> int: ...
+
+
+class Bucket(Protocol):
+    """The part of a key-value bucket that the stores use; revision 0 stands for a key that does not exist."""
+
+    def get(self, key: str) -> Entry | None: ...
+    def create(self, key: str, value: bytes, *, ttl: int | None = None) -> int: ...
+    def update(self, key: str, value: bytes, *, revision: int, ttl: int | None = None) -> int: ...
+    def update_all(self, updates: Mapping[str, tuple[bytes, int]]) -> dict[str, int]: ...
+    def delete(self, key: str, *, revision: int | None = None) -> None: ...
+    def items(self, prefix: str = "") -> Iterator[Entry]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """A captured payment."""
+
+    charge_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decline:
+    """A payment that was refused for good."""
+
+    code: str
+    reason: str
+
+
+class Gateway(Protocol):
+    """Captures payments: asked again with the same order id, it answers the same and charges nothing more."""
+
+    def charge(self, order_id: str, amount: int, currency: str, token: str) -> Charge | Decline: ...
+
+
+class Publisher(Protocol):
+    """Stores an event in the stream, or raises."""
+
+    def __call__(self, event: Message, at: int) -> None: ...
+
+
+class History(Protocol):
+    """Says whether an event of an order is known to be in the stream."""
+
+    def has_event(self, order_id: str, event: str) -> bool: ...

@@ -1,0 +1,193 @@
+"""The steps that carry an order from created to confirmed.
+
+::
+
+    created  → reserve → reserved | rejected
+    reserved → pay     → paid     | declined
+    paid     → confirm → confirmed
+    declined → release → rejected
+
+Each step follows one order of things: read the record (`tasks.ledger`), do the effect, record it, publish the
+next event. A crash between any two of them is mended by doing the step again, because the effect is
+idempotent, the record says what was decided, and an event that is published again has the same id and
+content.
+
+A step that comes late, when the record is past it, does nothing: whoever moved the record on had seen the
+event that this step would publish. While the record still stands where the step left it, nobody can know
+whether the event was published, so it is published again, unless the read model has it already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from google.protobuf.message import Message
+
+from orders.v1.events_pb2 import (
+    OrderConfirmed,
+    OrderCreated,
+    OrderDeclined,
+    OrderFailed,
+    OrderItem,
+    OrderPaid,
+    OrderRejected,
+    OrderReserved,
+)
+
+from .events import UnusableEvent, name_of, order_id_of, timestamp
+from .ledger import Record
+from .ports import Charge, Gateway, History, Publisher
+from .pricing import first_record
+from .stock import Found, Stock
+
+#: The steps, and the events of which each publishes one when it has done its work.
+OUTCOMES: Final[dict[str, frozenset[str]]] = {
+    "reserve": frozenset({"reserved", "rejected"}),
+    "pay": frozenset({"paid", "declined"}),
+    "confirm": frozenset({"confirmed"}),
+    "release": frozenset({"rejected"}),
+}
+
+
+class Saga:
+    """The steps, on the stores and the gateway that they work with.
+
+    Parameters:
+      stock: Stock and records.
+      gateway: Captures payments.
+      publish: Stores an event.
+      history: Knows which events are in the stream.
+      now: The time in milliseconds.
+    """
+
+    def __init__(
+        self, stock: Stock, gateway: Gateway, publish: Publisher, history: History, now: Callable[[], int]
+    ) -> None:
+        self._stock = stock
+        self._gateway = gateway
+        self._publish = publish
+        self._history = history
+        self._now = now
+
+    def reserve(self, event: OrderCreated) -> None:
+        """Hold the order's items in stock, or reject the order."""
+        order_id = order_id_of(event)
+        found = self._stock.open(order_id, first_record(event, self._now()))
+        if found.record.state in ("held", "rejected"):
+            self._announce(order_id, found)
+
+    def pay(self, event: OrderReserved) -> None:
+        """Capture the payment of an order whose items are held."""
+        order_id = order_id_of(event)
+        found = self._recorded(order_id, event)
+        record = found.record
+        if record.state == "held":
+            outcome = self._gateway.charge(order_id, record.total, record.currency, record.payment_token)
+            if isinstance(outcome, Charge):
+                decided = record.forward("paid", self._now(), charge_id=outcome.charge_id)
+            else:
+                decided = record.forward("declined", self._now(), code=outcome.code, reason=outcome.reason)
+            found = self._stock.forward(order_id, found, decided)
+        if found.record.state in ("paid", "declined"):
+            self._announce(order_id, found)
+
+    def confirm(self, event: OrderPaid) -> None:
+        """Confirm an order that is paid."""
+        order_id = order_id_of(event)
+        found = self._recorded(order_id, event)
+        if found.record.state == "paid":
+            found = self._stock.forward(order_id, found, found.record.forward("confirmed", self._now()))
+        self._expect(found, event, "confirmed")
+        self._announce(order_id, found)
+
+    def release(self, event: OrderDeclined) -> None:
+        """Give back what is held for an order whose payment was declined, and reject it."""
+        order_id = order_id_of(event)
+        found = self._recorded(order_id, event)
+        if found.record.state == "declined":
+            found = self._stock.release(order_id, found, self._now())
+        self._expect(found, event, "released")
+        self._announce(order_id, found)
+
+    def fail(self, order_id: str, step: str, error: str, message_id: str) -> None:
+        """Say that a step of an order was given up and waits as a dead letter."""
+        if any(self._history.has_event(order_id, outcome) for outcome in OUTCOMES[step]):
+            return  # it was a repetition that failed: the order itself is past this step
+        at = self._now()
+        event = OrderFailed(
+            order_id=order_id, step=step, error=error, message_id=message_id, failed_at=timestamp(at)
+        )
+        self._publish(event, at)
+
+    def _recorded(self, order_id: str, event: Message) -> Found:
+        found = self._stock.find(order_id)
+        if found is None:
+            raise UnusableEvent(
+                f"order {order_id} is {name_of(event)}, says the event, but was never created."
+            )
+        return found
+
+    def _expect(self, found: Found, event: Message, state: str) -> None:
+        # Only an event that this service did not publish can be ahead of the record.
+        if found.record.state != state:
+            raise UnusableEvent(
+                f"the event says that the order is {name_of(event)}, but it is {found.record.state}."
+            )
+
+    def _announce(self, order_id: str, found: Found) -> None:
+        event = event_of(order_id, found.record)
+        if found.fresh or not self._history.has_event(order_id, name_of(event)):
+            self._publish(event, found.record.at[found.record.state])
+
+
+def event_of(order_id: str, record: Record) -> Message:
+    """Return the event that says what a record says; the same record always gives the same event."""
+    at = timestamp(record.at[record.state])
+    match record.state:
+        case "held":
+            return OrderReserved(
+                order_id=order_id,
+                customer_id=record.customer_id,
+                items=[
+                    OrderItem(sku=line.sku, quantity=line.quantity, unit_price_minor=line.unit_price)
+                    for line in record.lines
+                ],
+                total_minor=record.total,
+                currency=record.currency,
+                reserved_at=at,
+            )
+        case "paid":
+            return OrderPaid(
+                order_id=order_id,
+                charge_id=record.charge_id,
+                amount_minor=record.total,
+                currency=record.currency,
+                paid_at=at,
+            )
+        case "declined":
+            return OrderDeclined(order_id=order_id, code=record.code, reason=record.reason, declined_at=at)
+        case "confirmed":
+            return OrderConfirmed(
+                order_id=order_id,
+                charge_id=record.charge_id,
+                total_minor=record.total,
+                currency=record.currency,
+                confirmed_at=at,
+            )
+        case "rejected":
+            return OrderRejected(
+                order_id=order_id,
+                code=f"REJECTION_CODE_{record.code}",
+                reason=record.reason,
+                rejected_at=at,
+            )
+        case "released":
+            reason = f"the payment was declined: {record.reason}"
+            return OrderRejected(
+                order_id=order_id,
+                code="REJECTION_CODE_PAYMENT_DECLINED",
+                reason=reason,
+                rejected_at=at,
+            )
+    raise ValueError(f"no event says that an order is {record.state}")

@@ -1,0 +1,190 @@
+"""In-memory stand-ins for bucket, gateway, stream and clock that can crash a step before or after any effect.
+
+`World` runs real step code in threads of which exactly one runs at a time: each stops at every effect, and
+the test says which goes on next, and whether it crashes there. So a schedule is a list of numbers that
+hypothesis can draw, shrink and repeat.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from google.protobuf.message import Message
+
+from dramatiq_jetstream.errors import KeyExists, RevisionConflict
+from tasks.events import event_id, name_of
+from tasks.ports import Charge, Decline
+
+Pause = Callable[[str], None]
+
+
+def no_pause(where: str) -> None:
+    """Stands for a scheduler where a test wants none."""
+
+
+@dataclass(frozen=True)
+class FakeEntry:
+    key: str
+    value: bytes
+    revision: int
+
+
+class FakeBucket:
+    """A bucket in memory that behaves as the real one: one revision counter, compare-and-set, atomic batches."""
+
+    def __init__(self, pause: Pause = no_pause) -> None:
+        self.pause = pause
+        self.entries: dict[str, FakeEntry] = {}
+        self._revision = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> FakeEntry | None:
+        self.pause(f"get {key}")
+        return self.entries.get(key)
+
+    def create(self, key: str, value: bytes, *, ttl: int | None = None) -> int:
+        try:
+            return self.update(key, value, revision=0)
+        except RevisionConflict:
+            raise KeyExists(key) from None
+
+    def update(self, key: str, value: bytes, *, revision: int, ttl: int | None = None) -> int:
+        return self.update_all({key: (value, revision)})[key]
+
+    def update_all(self, updates: Mapping[str, tuple[bytes, int]]) -> dict[str, int]:
+        self.pause(f"before update of {', '.join(updates)}")
+        with self._lock:
+            for key, (_, revision) in updates.items():
+                existing = self.entries.get(key)
+                if (existing.revision if existing else 0) != revision:
+                    raise RevisionConflict(key)
+            revisions: dict[str, int] = {}
+            for key, (value, _) in updates.items():
+                self._revision += 1
+                self.entries[key] = FakeEntry(key, value, self._revision)
+                revisions[key] = self._revision
+        self.pause(f"after update of {', '.join(updates)}")
+        return revisions
+
+    def delete(self, key: str, *, revision: int | None = None) -> None:
+        self.entries.pop(key, None)
+
+    def items(self, prefix: str = "") -> Iterator[FakeEntry]:
+        return iter([entry for key, entry in sorted(self.entries.items()) if key.startswith(prefix)])
+
+
+class FakeGateway:
+    """A gateway that charges once per order, declines by token, and can be told to be down."""
+
+    def __init__(self, pause: Pause = no_pause) -> None:
+        self.pause = pause
+        self.answers: dict[str, Charge | Decline] = {}
+        self.captured: list[str] = []
+        self.down = False
+
+    def charge(self, order_id: str, amount: int, currency: str, token: str) -> Charge | Decline:
+        self.pause(f"before charge of {order_id}")
+        if self.down:
+            raise ConnectionError("the gateway is down")
+        if order_id not in self.answers:
+            if token == "tok_declined":
+                self.answers[order_id] = Decline("card_declined", "the card was declined")
+            else:
+                self.captured.append(order_id)
+                self.answers[order_id] = Charge(f"ch_{order_id}")
+        self.pause(f"after charge of {order_id}")
+        return self.answers[order_id]
+
+
+@dataclass(frozen=True)
+class FakeStored:
+    event: Message
+    sequence: int
+
+
+class FakeStream:
+    """The stream ORDERS; without `window` it forgets message ids at once, as JetStream does after 2 minutes."""
+
+    def __init__(self, pause: Pause = no_pause, *, window: bool = True) -> None:
+        self.pause = pause
+        self.window = window
+        self.stored: list[FakeStored] = []
+        self._ids: set[str] = set()
+
+    def __call__(self, event: Message, at: int) -> None:
+        self.pause(f"before publish of {name_of(event)}")
+        self.append(event)
+        self.pause(f"after publish of {name_of(event)}")
+
+    def append(self, event: Message) -> None:
+        if self.window and event_id(event) in self._ids:
+            return
+        self._ids.add(event_id(event))
+        self.stored.append(FakeStored(event, len(self.stored) + 1))
+
+
+class Crash(BaseException):
+    """The process that ran the step was killed."""
+
+
+@dataclass
+class Task:
+    """One run of a step, stopped at an effect until the test lets it go on."""
+
+    name: str
+    run: Callable[[], None]
+    where: str = "start"
+    error: BaseException | None = None
+    done: bool = False
+    _crash: bool = False
+    _go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    _stopped: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+
+class World:
+    """Runs tasks one at a time, effect by effect."""
+
+    def __init__(self) -> None:
+        self._current: Task | None = None
+
+    def pause(self, where: str) -> None:
+        """Called by the fakes at every effect."""
+        task = self._current
+        if task is None:
+            return
+        task.where = where
+        task._stopped.release()
+        task._go.acquire()
+        if task._crash:
+            raise Crash
+
+    def start(self, name: str, run: Callable[[], None]) -> Task:
+        """Return a task that stands before its first effect."""
+        task = Task(name, run)
+
+        def body() -> None:
+            task._go.acquire()
+            try:
+                if not task._crash:
+                    task.run()
+            except Crash:
+                task.error = None
+            except BaseException as error:  # noqa: BLE001 - `step` raises it
+                task.error = error
+            task.done = True
+            task._stopped.release()
+
+        threading.Thread(target=body, daemon=True, name=name).start()
+        return task
+
+    def step(self, task: Task, *, crash: bool = False) -> None:
+        """Let a task go on to its next effect, or crash it where it stands."""
+        task._crash = crash
+        self._current = task
+        task._go.release()
+        assert task._stopped.acquire(timeout=30), f"{task.name} hangs at {task.where}"
+        self._current = None
+        if task.error is not None:
+            raise task.error
