@@ -29,8 +29,9 @@ _FULL: Final = frozenset({10002, 10023, 10028, 10047, 10077, 10122})
 _NOT_FOUND: Final = frozenset({10014, 10037, 10059})
 _TOO_LARGE: Final = frozenset({10054, 10097})
 
-#: Errors that pass by themselves: no leader yet, a stream that is starting, a write under way.
-TRANSIENT: Final = frozenset({10008, 10009, 10118, 10119, 10158, 10163, 10194, 10195})
+#: Errors that pass by themselves: no leader yet, a stream that is starting, a write under way, a batch of which
+#: a part was lost on the way.
+TRANSIENT: Final = frozenset({10008, 10009, 10118, 10119, 10158, 10163, 10176, 10194, 10195, 10210})
 
 _PERMISSION = re.compile(r'permissions violation for (publish|subscription) to "([^"]*)"', re.IGNORECASE)
 

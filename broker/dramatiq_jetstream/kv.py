@@ -17,11 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .connection import Connection, PubAck
+from .connection import Connection, PubAck, Publication
 from .errors import ApiError, InvalidOption, KeyExists, RevisionConflict, TopologyMissing
 from .kv_listing import Listing
 from .kv_watch import Watch
 from .naming import (
+    HEADER_BATCH_COMMIT,
+    HEADER_BATCH_ID,
+    HEADER_BATCH_SEQUENCE,
     HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE,
     HEADER_MSG_ID,
     HEADER_TTL,
@@ -222,6 +225,47 @@ class Bucket:
                 f"{within or key!r} in bucket {self.name} was changed since revision {revision}: "
                 "read it again and repeat the change."
             ) from None
+
+    def update_all(self, updates: Mapping[str, tuple[bytes, int]]) -> dict[str, int]:
+        """Store several keys, all or none, if each still has its revision; return the new ones (ADR-50).
+
+        Parameters:
+          updates: For each key its value and the revision it must have; 0 for one that never was.
+
+        Raises:
+          RevisionConflict: When another writer was first at any of them; nothing was stored.
+          BrokerConnectionError: When no acknowledgement came; whether all were stored or none is not known.
+        """
+        if not updates:
+            return {}
+        self._ensure()
+        batch = secrets.token_hex(12)
+        publications = [
+            Publication(
+                self._subject(key),
+                value,
+                {
+                    HEADER_BATCH_ID: batch,
+                    HEADER_BATCH_SEQUENCE: str(number),
+                    HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE: str(revision),
+                },
+            )
+            for number, (key, (value, revision)) in enumerate(updates.items(), start=1)
+        ]
+        last = publications[-1]
+        last.headers = {**(last.headers or {}), HEADER_BATCH_COMMIT: "1"}
+        try:
+            ack = self.connection.publish_batch(publications)
+        except ApiError as error:
+            if error.err_code not in (_WRONG_LAST_SEQUENCE, _OTHER_WRITE_IN_FLIGHT):
+                raise
+            raise RevisionConflict(
+                f"At least one of {', '.join(updates)} in bucket {self.name} was changed by another writer: "
+                "read them again and repeat the change."
+            ) from None
+        # A batch is stored without gaps.
+        first = ack.seq - len(publications) + 1
+        return {key: first + position for position, key in enumerate(updates)}
 
     def delete(self, key: str, *, revision: int | None = None) -> None:
         """Delete a key; one that is missing stays so.

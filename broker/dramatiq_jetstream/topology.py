@@ -167,6 +167,7 @@ def bucket(
             "duplicate_window": min(DUPLICATE_WINDOW, ttl or DUPLICATE_WINDOW) * MILLISECOND,
             "allow_rollup_hdrs": True,
             "allow_msg_ttl": True,
+            "allow_atomic": True,
             "allow_direct": True,
             "deny_delete": True,
         },
