@@ -7,6 +7,7 @@ leaves ordinary names as they are, so that `nats stream ls` stays readable.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 
@@ -46,8 +47,15 @@ HEADER_BATCH_ID = "Nats-Batch-Id"
 HEADER_BATCH_SEQUENCE = "Nats-Batch-Sequence"
 HEADER_BATCH_COMMIT = "Nats-Batch-Commit"
 
-#: A stream's name becomes a directory of the server's store, and directories end at 255 bytes.
-MAX_NAME_BYTES = 200
+#: The server takes no longer name of a stream or consumer: it becomes a directory of its store.
+MAX_NAME_BYTES = 255
+
+#: A longer subject would break the server's limit for one line of its protocol (4 KiB, with reply and
+#: sizes), upon which it closes the connection.
+MAX_SUBJECT_BYTES = 1_000
+
+#: A message id takes up to this many bytes of a subject; a longer one is represented by its hash.
+MAX_ID_BYTES = 200
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PLAIN = re.compile(rb"[A-Za-z0-9_-]")
@@ -55,7 +63,12 @@ _SUBJECT_TOKEN = re.compile(r"[^\s.*>\x00-\x1f\x7f]+")
 
 
 def encode(name: str) -> str:
-    """Return `name` as one subject token: other bytes than letters, digits, `_` and `-` become `=XX`."""
+    """Return `name` as one subject token: other bytes than letters, digits, `_` and `-` become `=XX`.
+
+    The empty name becomes a lone `=`.
+    """
+    if not name:
+        return "="
     raw = name.encode("utf-8", "surrogatepass")
     if name.isascii() and name.replace("-", "").replace("_", "").isalnum():
         return name
@@ -66,16 +79,31 @@ def decode(token: str) -> str:
     """Return the name that `encode` made `token` from."""
     if "=" not in token:
         return token
+    if token == "=":
+        return ""
     raw = re.sub(rb"=([0-9A-F]{2})", lambda m: bytes((int(m[1], 16),)), token.encode("ascii"))
     return raw.decode("utf-8", "surrogatepass")
+
+
+def _id_token(message_id: str) -> str:
+    """A message id as a subject token of limited length; ids may come from anywhere and be of any length."""
+    token = encode(message_id)
+    if len(token) <= MAX_ID_BYTES:
+        return token
+    return f"=~{hashlib.sha256(message_id.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
 
 def check_subject(subject: str, *, wildcards: bool = False) -> str:
     """Return `subject` if NATS can carry it.
 
     Raises:
-      InvalidName: When it is empty, has empty tokens, white space, or wildcards where none are allowed.
+      InvalidName: When it is empty, has empty tokens, white space, or wildcards where none are allowed, or
+        is longer than 1,000 bytes.
     """
+    if len(subject.encode("utf-8", "surrogatepass")) > MAX_SUBJECT_BYTES:
+        raise InvalidName(
+            f"the subject {subject[:40]!r}… is too long for NATS: {MAX_SUBJECT_BYTES} bytes are possible."
+        )
     tokens = subject.split(".")
     for position, token in enumerate(tokens):
         if wildcards and (token == "*" or (token == ">" and position == len(tokens) - 1)):
@@ -104,10 +132,11 @@ class Names:
         if not isinstance(queue, str) or not queue:
             raise InvalidName(f"queue name {queue!r} cannot be used: it must be a non-empty string.")
         token = encode(queue)
-        if len(token) > MAX_NAME_BYTES:
+        possible = MAX_NAME_BYTES - len(f"{self.namespace}_q_")
+        if len(token) > possible:
             raise InvalidName(
                 f"queue name {queue[:40]!r}… is too long for JetStream: it takes {len(token)} bytes there, "
-                f"{MAX_NAME_BYTES} are possible."
+                f"{possible} are possible beside the namespace."
             )
         return token
 
@@ -140,10 +169,10 @@ class Names:
 
     def delayed(self, queue: str, message_id: str, unique: str) -> str:
         """The subject of one schedule; `unique` keeps two delays of the same message apart."""
-        return f"{self.namespace}.q.{self._queue(queue)}.at.{encode(message_id)}.{unique}"
+        return f"{self.namespace}.q.{self._queue(queue)}.at.{_id_token(message_id)}.{unique}"
 
     def delayed_message(self, queue: str, message_id: str) -> str:
-        return f"{self.namespace}.q.{self._queue(queue)}.at.{encode(message_id)}.*"
+        return f"{self.namespace}.q.{self._queue(queue)}.at.{_id_token(message_id)}.*"
 
     def all_delayed(self, queue: str) -> str:
         return f"{self.namespace}.q.{self._queue(queue)}.at.>"
@@ -160,7 +189,13 @@ class Names:
         return "worker" if priority is None else f"worker-{priority}"
 
     def subscription_durable(self, actor_name: str) -> str:
-        return f"{self.namespace}-{encode(actor_name)}"
+        durable = f"{self.namespace}-{encode(actor_name)}"
+        if len(durable) > MAX_NAME_BYTES:
+            raise InvalidName(
+                f"the name {actor_name[:40]!r}… of an actor that subscribes to events is too long for JetStream: "
+                f"it takes {len(durable)} bytes with the namespace, {MAX_NAME_BYTES} are possible."
+            )
+        return durable
 
     # Dead letters
 
@@ -200,8 +235,8 @@ def bucket_subject(bucket: str, key: str) -> str:
 def encode_key(key: str) -> str:
     if not key:
         raise InvalidName("a key must not be empty.")
-    return ".".join(encode(part) if part else "=" for part in key.split("."))
+    return ".".join(encode(part) for part in key.split("."))
 
 
 def decode_key(token: str) -> str:
-    return ".".join("" if part == "=" else decode(part) for part in token.split("."))
+    return ".".join(decode(part) for part in token.split("."))
