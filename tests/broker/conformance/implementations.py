@@ -23,7 +23,6 @@ from tests.broker.conformance.rigs import RabbitmqRig, RedisRig, Rig, StubRig
 
 #: Implementations in the tables below whose modules do not exist yet. Tests are not made for them.
 NOT_YET = {
-    "limits/jetstream",
     "aborts/jetstream",
 }
 

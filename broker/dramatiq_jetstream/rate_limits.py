@@ -1,0 +1,189 @@
+"""A rate limiter backend for Dramatiq's limiters and barriers on a key-value bucket.
+
+Every counter is one key, changed by compare-and-set only, so the server decides who was first. Keys carry
+their time to live on the server: what a killed process held comes free when that is over, with no one left
+to do it. Threads of one process take turns for a counter, so that only processes compete for it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from dramatiq.broker import Broker
+from dramatiq.rate_limits import RateLimiterBackend
+
+from .backends import broker_for
+from .errors import BrokerConnectionError, RevisionConflict
+from .wakeups import Wakeups, announcing_bucket
+
+__all__ = ["JetStreamBackend"]
+
+#: How many counters may be changed at once in one process; others wait for their turn.
+TURNS = 64
+
+#: The longest pause, in seconds, after another process was first.
+LONGEST_PAUSE = 0.05
+
+# Levels of a bucket's keys are separated by dots. Limiters put what belongs together before an "@", as in
+# "name@1700000000", and sum over it: that is their level.
+_TO_LEVELS = str.maketrans("@.", ".@")
+
+
+class JetStreamBackend(RateLimiterBackend):
+    """Counts in JetStream, exactly, for any number of threads, processes and machines.
+
+    Parameters:
+      broker: The broker whose connection, namespace and replicas are used; None makes one of its own.
+      url: Where to connect without a broker; None takes `NATS_URL`, then localhost.
+
+    Times to live are rounded up to whole seconds, in which the server counts them. Every method raises
+    `BrokerConnectionError` when the server did not answer within the broker's `enqueue_timeout`; whether
+    the counter was changed is then not known, and its time to live puts it right.
+    """
+
+    def __init__(self, broker: Broker | None = None, *, url: str | Iterable[str] | None = None) -> None:
+        self.broker, self._own = broker_for(broker, url)
+        self.bucket = announcing_bucket(self.broker, "rate-limits")
+        self._wakeups = Wakeups(self.bucket)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start anew: at creation, and in the child of a fork, where nobody would give back a turn."""
+        self._process = os.getpid()
+        self._turns = [threading.Lock() for _ in range(TURNS)]
+
+    def add(self, key: str, value: int, ttl: int) -> bool:
+        """Store a counter if there is none; returns whether there was none."""
+        name = _name(key)
+        with self._turn(name):
+            if self.bucket.get(name) is not None:
+                return False
+            try:
+                self.bucket.update(name, b"%d" % value, revision=0, ttl=ttl)
+            except RevisionConflict:
+                return False
+            return True
+
+    def incr(self, key: str, amount: int, maximum: int, ttl: int) -> bool:
+        """Add `amount`, unless that exceeds `maximum`; returns whether it was added."""
+        return self._change(key, amount, ttl, lambda value: value <= maximum)
+
+    def decr(self, key: str, amount: int, minimum: int, ttl: int) -> bool:
+        """Subtract `amount`, unless that goes below `minimum`; returns whether it was subtracted."""
+        return self._change(key, -amount, ttl, lambda value: value >= minimum)
+
+    def _change(self, key: str, amount: int, ttl: int, allowed: Callable[[int], bool]) -> bool:
+        name = _name(key)
+        with self._turn(name) as deadline:
+            for _ in self._attempts(key, deadline):
+                entry = self.bucket.get(name)
+                value = amount + (0 if entry is None else int(entry.value))
+                if not allowed(value):
+                    return False
+                revision = 0 if entry is None else entry.revision
+                try:
+                    self.bucket.update(name, b"%d" % value, revision=revision, ttl=ttl)
+                    return True
+                except RevisionConflict:
+                    continue
+        raise AssertionError("unreachable: attempts end with an error")
+
+    def incr_and_sum(
+        self, key: str, keys: Callable[[], Iterable[str]], amount: int, maximum: int, ttl: int
+    ) -> bool:
+        """Add `amount` to `key`, unless the sum over `keys()` exceeds `maximum`; returns whether it was added.
+
+        Keys with the same text before their last "@" are compared and set as one.
+        """
+        name = _name(key)
+        group = _group([name, *map(_name, keys())])
+        with self._turn(group) as deadline:
+            for _ in self._attempts(key, deadline):
+                seen = self.bucket.snapshot(group)
+                counters = {other: int(entry.value) for other, entry in seen.entries.items()}
+                value = counters.get(name, 0) + amount
+                total = amount + sum(counters.get(_name(other), 0) for other in keys())
+                if value > maximum or total > maximum:
+                    return False
+                try:
+                    self.bucket.update(name, b"%d" % value, revision=seen.revision, ttl=ttl, within=group)
+                    return True
+                except RevisionConflict:
+                    continue
+        raise AssertionError("unreachable: attempts end with an error")
+
+    def wait(self, key: str, timeout: int | None) -> bool:
+        """Wait for `wait_notify`; returns whether it came, before or meanwhile.
+
+        Parameters:
+          timeout: Milliseconds to wait at most; None waits until it comes.
+        """
+        name = _name(key)
+        deadline = None if timeout is None else time.monotonic() + timeout / 1000
+        with self._wakeups.waiting([name]) as notified:
+            while True:
+                notified.clear()
+                if self.bucket.get(name) is not None:
+                    return True
+                left = 3600.0 if deadline is None else deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._wakeups.wait(notified, left)
+
+    def wait_notify(self, key: str, ttl: int) -> None:
+        """Wake all that wait for the key, and those that come within `ttl` milliseconds."""
+        self.bucket.put(_name(key), b"", ttl=ttl)
+
+    def close(self) -> None:
+        """Close the connection if it is this backend's own."""
+        if self._own:
+            self.broker.close()
+
+    @contextmanager
+    def _turn(self, name: str) -> Iterator[float]:
+        """Wait for this thread's turn to change a counter; yields the time until which it may try."""
+        if self._process != os.getpid():
+            self._forget()
+        seconds = self.bucket.connection.timeout / 1000
+        deadline = time.monotonic() + seconds
+        turn = self._turns[hash(name) % TURNS]
+        if not turn.acquire(timeout=seconds):
+            raise BrokerConnectionError(
+                f"Other threads of this process did not finish with {name!r} within {seconds * 1000:.0f} ms."
+            )
+        try:
+            yield deadline
+        finally:
+            turn.release()
+
+    def _attempts(self, key: str, deadline: float) -> Iterator[int]:
+        """Yield until the deadline, with pauses in which another process may get through.
+
+        Raises:
+          BrokerConnectionError: After the deadline.
+        """
+        attempt = 0
+        while True:
+            yield attempt
+            if time.monotonic() >= deadline:
+                raise BrokerConnectionError(
+                    f"Other processes changed {key!r} {attempt + 1} times while it was tried; giving up."
+                )
+            time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.001 * 2 ** min(attempt, 10))))
+            attempt += 1
+
+
+def _name(key: str) -> str:
+    return key.translate(_TO_LEVELS)
+
+
+def _group(names: list[str]) -> str:
+    """The level that all names are on; the whole bucket if they are not on one."""
+    levels = {name.rpartition(".")[0] for name in names}
+    level = levels.pop()
+    return f"{level}." if level and not levels else ""
