@@ -13,6 +13,8 @@ from nats.aio.msg import Msg
 
 from .errors import (
     ApiError,
+    InvalidName,
+    InvalidOption,
     MessageTooLarge,
     NotFound,
     PermissionDenied,
@@ -32,6 +34,9 @@ _TOO_LARGE: Final = frozenset({10054, 10097})
 #: Errors that pass by themselves: no leader yet, a stream that is starting, a write under way, a batch of which
 #: a part was lost on the way.
 TRANSIENT: Final = frozenset({10008, 10009, 10118, 10119, 10158, 10163, 10176, 10194, 10195, 10210})
+
+#: The server cuts the connection at a protocol line of 4,096 bytes, which has more than the subject.
+MAX_SUBJECT: Final = 3_500
 
 _PERMISSION = re.compile(r'permissions violation for (publish|subscription) to "([^"]*)"', re.IGNORECASE)
 
@@ -70,9 +75,25 @@ def read_permission_error(text: str) -> tuple[str, PermissionDenied] | None:
 
 
 def check_size(item: Publication, limit: int) -> None:
+    """Refuse what the server would cut the connection for.
+
+    Raises:
+      MessageTooLarge: For a message over the server's `max_payload`.
+      InvalidName, InvalidOption: For a subject that is too long, or a header that is not text.
+    """
+    if len(item.subject) > MAX_SUBJECT:
+        raise InvalidName(
+            f"subject {item.subject[:60]}… of {len(item.subject)} characters is too long for NATS: "
+            f"{MAX_SUBJECT} are possible."
+        )
     size = len(item.payload)
     if item.headers:
-        size += 12 + sum(len(k.encode()) + len(v.encode()) + 4 for k, v in item.headers.items())
+        try:
+            size += 12 + sum(len(k.encode()) + len(v.encode()) + 4 for k, v in item.headers.items())
+        except (UnicodeEncodeError, AttributeError):
+            raise InvalidOption(
+                f"the headers {dict(item.headers)!r} cannot be sent: names and values must be Unicode text."
+            ) from None
     if size > limit:
         raise MessageTooLarge(
             f"A message of {size} bytes for {item.subject} is over the server's max_payload of {limit} bytes: "

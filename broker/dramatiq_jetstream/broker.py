@@ -35,7 +35,7 @@ from .consumer import JetStreamConsumer, JetStreamMessage, Source
 from .dead_letters import DeadLetters
 from .deliveries import NAK, Delivery, Ledger
 from .envelope import Event, event_of
-from .errors import InvalidOption
+from .errors import InvalidOption, TopologyMissing
 from .kv import Bucket
 from .naming import HEADER_MSG_ID, HEADER_TICK, Names, check_subject
 from .queues import QueueStats
@@ -273,9 +273,23 @@ class JetStreamBroker(Broker):
         self._ensure_queue(queue_name)
         self.emit_before("enqueue", announced, delay)
         with queues.unique(self, announced):
-            self.connection.publish_many([self._publication(announced, delay)])
+            self._store(queue_name, self._publication(announced, delay))
         self.emit_after("enqueue", announced, delay)
         return announced
+
+    def _store(self, queue_name: str, publication: Publication) -> None:
+        """Publish to a queue, which is made again if it disappeared."""
+        deadline = time.monotonic() + self.enqueue_timeout / 1000
+        while True:
+            left = max(1, int((deadline - time.monotonic()) * 1000))
+            try:
+                self.connection.publish_many([publication], timeout=left)
+                return
+            except TopologyMissing:
+                if not self.declare or time.monotonic() >= deadline:
+                    raise
+                self._ensured.discard(queue_name)
+                self._ensure_queue(queue_name)
 
     def enqueue_many(
         self, messages: Iterable[Message[Any]], *, atomic: bool = False, delay: int | None = None

@@ -44,7 +44,7 @@ from .options import ConnectOptions
 __all__ = ["ConnectOptions", "Connection", "ConnectionState", "Msg", "PubAck", "Publication", "Subscription"]
 
 #: How long "no responders" is taken for a stream that is still starting, in milliseconds.
-NO_RESPONDERS_GRACE: Final = 5_000
+NO_RESPONDERS_GRACE: Final = 2_000
 
 #: The first wait, in seconds, before an unanswered publish is sent again; it doubles each time.
 RESEND_AFTER: Final = 1.0

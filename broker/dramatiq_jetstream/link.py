@@ -46,6 +46,9 @@ MINIMUM_SERVER: Final = (2, 14, 0)
 FENCE_INTERVAL: Final = 1.0
 FENCES_MISSED: Final = 6
 
+#: After a connection that could not be opened anew, in seconds.
+REOPEN_PAUSE: Final = 1.0
+
 #: How often callbacks of `on_tick` are called, in seconds.
 TICK: Final = 0.1
 
@@ -123,6 +126,8 @@ class Link:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._nc: Client | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._opening: asyncio.Task[None] | None = None
+        self._max_payload = 1_048_576
         self._mailbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._outgoing: deque[tuple[str, bytes, str, Headers | None]] = deque()
         self._woken = False
@@ -152,8 +157,9 @@ class Link:
 
     @property
     def max_payload(self) -> int:
+        """The largest message that the server takes, in bytes, headers included."""
         self.connect()
-        return cast(Client, self._nc).max_payload
+        return self._max_payload
 
     def connect(self) -> None:
         """Connect if that has not been done; returns at once when it has, even while reconnecting.
@@ -163,12 +169,12 @@ class Link:
           ServerUnsupported: When the server is too old or has no JetStream.
           ConnectionClosed: When this connection was closed.
         """
-        if self._nc is not None:
+        if self._tasks:
             return
         with self._lock:
             if self._closed:
                 raise ConnectionClosed("The connection to NATS was closed; make a new broker to go on.")
-            if self._nc is not None:
+            if self._tasks:
                 return
             _refuse_gevent()
             loop = self._start_loop()
@@ -193,13 +199,23 @@ class Link:
         """Open the first connection. Nothing is left behind when it fails: the next call starts again."""
         nc = Client()
         refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        failures = 0
 
         # nats-py's callbacks must not raise: that would end its reader.
         async def on_error(error: Exception) -> None:
             self.state.last_error = str(error) or type(error).__name__
-            if self._nc is None:
-                if "authorization" in str(error).lower() and not refused.done():
-                    refused.set_result(str(error))
+            if self._nc is not nc:
+                nonlocal failures
+                failures += 1
+                if refused.done():
+                    return
+                if "authorization" in str(error).lower():
+                    refused.set_result(
+                        f"NATS at {self.options.display} refused us ({error}): "
+                        "check the user, password, token or credentials."
+                    )
+                elif isinstance(error, OSError) and failures >= 2 * len(self.options.servers):
+                    refused.set_result(f"Could not connect to NATS at {self.options.display}: {error}.")
                 return
             denied = read_permission_error(str(error))
             if denied is not None:
@@ -219,8 +235,8 @@ class Link:
         async def on_close() -> None:
             self.state.connected = False
             if not self._closed and self._nc is nc:
-                self.logger.error("NATS closed the connection for good: %s", self.state.last_error)
-                self._nc = None  # the next call connects anew, and says why if it cannot
+                self.logger.error("NATS ended the connection (%s); connecting anew.", self.state.last_error)
+                self._nc = None  # `_watch` does the rest
 
         connecting = asyncio.ensure_future(
             nc.connect(
@@ -246,10 +262,7 @@ class Link:
         )
         try:
             if refused.done():
-                raise ConnectionFailed(
-                    f"NATS at {self.options.display} refused us ({refused.result()}): "
-                    "check the user, password, token or credentials."
-                )
+                raise ConnectionFailed(refused.result())
             if not connecting.done():
                 cause = self.state.last_error or "no answer"
                 raise ConnectionFailed(
@@ -272,14 +285,14 @@ class Link:
             raise
         self.inbox = nc.new_inbox()
         await nc.subscribe(f"{self.inbox}.*", cb=self._receive)
-        self._fence_sent = self._fence_seen = self._fences_missed = 0
+        self._fences_missed = 0
+        self._fence_seen = self._fence_sent
         for subscription in self._subscriptions:
             await self._attach(nc, subscription)
-        for task in self._tasks:
-            task.cancel()
         self._nc = nc
         self._note_server(nc)
-        self._tasks = [asyncio.ensure_future(self._write()), asyncio.ensure_future(self._watch())]
+        if not self._tasks:
+            self._tasks = [asyncio.ensure_future(self._write()), asyncio.ensure_future(self._watch())]
         self._woken = False
         self._wake_writer()
 
@@ -301,6 +314,7 @@ class Link:
         self.state.connected = True
         self.state.server = nc.connected_url.netloc.rpartition("@")[2] if nc.connected_url else None
         self.state.server_version = str(nc._server_info.get("version"))
+        self._max_payload = nc.max_payload
 
     def close(self) -> None:
         """Close the connection; whoever still waits for an answer gets `ConnectionClosed`."""
@@ -322,7 +336,7 @@ class Link:
 
     async def _shut(self) -> None:
         nc = self._nc
-        for task in self._tasks:
+        for task in (*self._tasks, *([self._opening] if self._opening else [])):
             task.cancel()
         if nc is not None:
             await self._drain_mailbox(nc)
@@ -353,10 +367,11 @@ class Link:
     def write(
         self, subject: str, payload: bytes = b"", reply: str = "", headers: Headers | None = None
     ) -> None:
-        """Hand a message to the writer; only on the loop thread."""
-        self._outgoing.append((subject, payload, reply, headers))
-        if not self._draining:
-            self._wake_writer()
+        """Hand a message to the writer; only on the loop thread. Without a connection it is dropped."""
+        if self.is_open:
+            self._outgoing.append((subject, payload, reply, headers))
+            if not self._draining:
+                self._wake_writer()
 
     def new_inbox(self) -> str:
         """Return a fresh subject for answers; add tokens to it as needed."""
@@ -534,12 +549,13 @@ class Link:
         next_fence = 0.0
         while True:
             await asyncio.sleep(TICK)
-            nc = self._nc
-            if nc is None:
-                continue
             self._call_all(self._on_tick)
+            nc = self._nc
             now = time.monotonic()
-            if not nc.is_connected:
+            if nc is None:
+                if self._opening is None or self._opening.done():
+                    self._opening = asyncio.ensure_future(self._open_anew())
+            elif not nc.is_connected:
                 next_fence = 0.0
             elif now >= next_fence:
                 next_fence = now + FENCE_INTERVAL
@@ -551,6 +567,16 @@ class Link:
                     self._fences_missed = 0
                     self.logger.warning("NATS was silent for %d s; reconnecting.", FENCES_MISSED)
                     await self._replace(nc)
+
+    async def _open_anew(self) -> None:
+        """Connect again after nats-py gave up, as it does at any error but a lost connection."""
+        try:
+            await self._open()
+        except BrokerError as error:
+            self.logger.error("%s", error)
+            await asyncio.sleep(REOPEN_PAUSE)
+        else:
+            self._reconnected()
 
     async def _replace(self, nc: Client) -> None:
         # Closing in good order would wait for a peer that may never take what is buffered.
