@@ -123,7 +123,7 @@ def work(thread):
 
 def test_no_more_than_the_limit_get_through(nats_url: str, namespace: str, tmp_path: Path) -> None:
     """32 threads want 5 slots of a bucket limiter, 7 of a window limiter, and 6 of a sum over a counter for
-    each thread, as in a window that moves on: 5, 7 and 6 get one, no more and no fewer."""
+    each, as in a window that moves on: 5, 7 and 6 get one, no more and no fewer."""
     outcomes = contend(
         """
 bucket = BucketRateLimiter(backend, "bucket", limit=5, bucket=86_400_000)
@@ -133,7 +133,7 @@ def work(thread):
     for limiter in (bucket, window):
         with limiter.acquire(raise_on_failure=False) as acquired:
             got.append(acquired)
-    keys = [f"sum@{thread}" for thread in range(threads)]
+    keys = [f"sum@{number}" for number in range(threads)]
     got.append(backend.incr_and_sum(keys[thread], lambda: keys, 1, maximum=6, ttl=120_000))
     return got
 """,
@@ -142,6 +142,22 @@ def work(thread):
         tmp_path,
     )
     assert [sum(got) for got in zip(*outcomes, strict=True)] == [5, 7, 6]
+
+
+def test_a_sum_depends_on_all_its_counters(make_backend: MakeBackend) -> None:
+    """A counter of the sum that another process changes between the look and the change is not overlooked."""
+    mine, theirs = make_backend(), make_backend()
+    keys = ["s@1", "s@2"]
+    snapshot = mine.bucket.snapshot
+
+    def overtaken(prefix: str) -> Any:
+        seen = snapshot(prefix)
+        mine.bucket.snapshot = snapshot  # type: ignore[method-assign]
+        assert theirs.incr_and_sum("s@2", lambda: keys, 1, maximum=1, ttl=60_000)
+        return seen
+
+    mine.bucket.snapshot = overtaken  # type: ignore[method-assign]
+    assert not mine.incr_and_sum("s@1", lambda: keys, 1, maximum=1, ttl=60_000)
 
 
 def test_a_concurrent_limiter_is_never_held_too_often(nats_url: str, namespace: str, tmp_path: Path) -> None:
