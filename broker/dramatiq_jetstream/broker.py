@@ -325,7 +325,7 @@ class JetStreamBroker(Broker):
             stored = stored.copy(queue_name=queue_name)
         target = self.names.task(queue_name, self._priority(message))
         unique = uuid.uuid4().hex
-        if delay is None:
+        if not delay:  # no delay, or one of 0, which needs no schedule
             return Publication(target, stored.encode(), {HEADER_MSG_ID: unique})
         return schedules.publication(
             self.names,
