@@ -17,7 +17,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from benchmarks import contenders
+from benchmarks import contenders, orders_client
 from benchmarks.contenders.contender import App
 from benchmarks.tally import Tally
 
@@ -40,7 +40,8 @@ def enqueue(app: App, options: argparse.Namespace) -> Figures:
 
 def batch(app: App, options: argparse.Namespace) -> Figures:
     app.enqueue_batch([-1])
-    return clocked(lambda: app.enqueue_batch(range(options.messages)), options.messages)
+    store = app.enqueue_atomic_batch if options.atomic else app.enqueue_batch
+    return clocked(lambda: store(range(options.messages)), options.messages)
 
 
 def fill(app: App, options: argparse.Namespace) -> Figures:
@@ -119,9 +120,34 @@ def local_drain(app: App, options: argparse.Namespace) -> Figures:
     return {"worker_cpu": time.process_time() - cpu}
 
 
-OPERATIONS = {
-    operation.__name__: operation
-    for operation in (enqueue, batch, fill, delayed, probe, roundtrip, hold, first_after_restart, local_drain)
+def post(app: App, options: argparse.Namespace) -> Figures:
+    took: list[float] = []
+    url, count = app.web_url, options.messages  # type: ignore[attr-defined]
+    figures = clocked(
+        lambda: took.extend(orders_client.post(url, count, options.threads, options.rate)), count
+    )
+    (tally_directory() / "took").write_text(json.dumps(took))
+    return figures
+
+
+def confirmed(app: App, options: argparse.Namespace) -> Figures:
+    times = orders_client.wait_confirmed(app.nats_url, options.messages, 300)  # type: ignore[attr-defined]
+    (tally_directory() / "orders").write_text(json.dumps(sorted(times)))
+    return {}
+
+
+OPERATIONS: dict[str, Callable[[App, argparse.Namespace], Figures]] = {
+    "enqueue": enqueue,
+    "batch": batch,
+    "fill": fill,
+    "delayed": delayed,
+    "probe": probe,
+    "roundtrip": roundtrip,
+    "hold": hold,
+    "first_after_restart": first_after_restart,
+    "local_drain": local_drain,
+    "post": post,
+    "confirmed": confirmed,
 }
 
 
@@ -141,6 +167,8 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--due-ns", type=int, default=0)
     parser.add_argument("--gap", type=float, default=0.01)
+    parser.add_argument("--rate", type=float, default=0.0)
+    parser.add_argument("--atomic", action="store_true")
     parser.add_argument("--with-worker", action="store_true")
     parser.add_argument("--names", default="")
     options = parser.parse_args()

@@ -15,8 +15,8 @@ from benchmarks import environments
 from benchmarks.contenders.contender import Contender
 from benchmarks.measurements.measurement import Measurement, Options
 from benchmarks.processes import BenchmarkError
+from benchmarks.servers import REPOSITORY
 from benchmarks.statistics import Summary, summarise
-from benchmarks.trial import REPOSITORY
 
 
 @dataclass
@@ -89,8 +89,15 @@ def prepare(wanted: Sequence[Contender], say: Say) -> Run:
 
 
 def _distributions(contender: Contender) -> dict[str, str]:
-    python = environments.python_of(contender)
-    command = [python, "-m", "benchmarks.driver", "versions", "--names", ",".join(contender.distributions)]
+    contender.python = environments.python_of(contender)
+    command = [
+        contender.python,
+        "-m",
+        "benchmarks.driver",
+        "versions",
+        "--names",
+        ",".join(contender.distributions),
+    ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     if done.returncode != 0:
         raise BenchmarkError(f"its packages cannot be used: {done.stderr.strip().splitlines()[-1]}")
@@ -104,7 +111,7 @@ def measure(run: Run, measurements: Sequence[Measurement], repeat: int, options:
         rows = [
             Row(contender, case)
             for contender in run.contenders
-            if measurement.name not in contender.left_out
+            if contender.takes(measurement.name)
             for case in measurement.cases(options, contender)
         ]
         run.outcomes.append(Outcome(measurement, rows))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.processes import BenchmarkError, Process, wait_until
 
+REPOSITORY = Path(__file__).parent.parent
 START_TIMEOUT = 60.0
 
 

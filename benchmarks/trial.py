@@ -13,13 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks import environments
 from benchmarks.contenders.contender import PROCESSES, THREADS, Contender
 from benchmarks.processes import BenchmarkError, Process, Usage, usage_of, wait_until
-from benchmarks.servers import settle
+from benchmarks.servers import REPOSITORY, settle
 from benchmarks.tally import Tally
 
-REPOSITORY = Path(__file__).parent.parent
 DRIVER_TIMEOUT = 900.0
 STUCK_SECONDS = 45.0
 
@@ -30,7 +28,7 @@ class Trial:
     def __init__(self, contender: Contender, measurement: str, samples: int = 0) -> None:
         self.contender = contender
         self.measurement = measurement
-        self.python = environments.python_of(contender)
+        self.python = contender.python
         self.directory = Path(tempfile.mkdtemp(prefix="bench-"))
         self.tally = Tally(self.directory / "tally", samples)
         self.servers = contender.servers(self.directory, measurement)

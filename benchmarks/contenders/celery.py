@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 from benchmarks.contenders.contender import WAIT_SECONDS, App, Contender, Tasks, delay_until
 from benchmarks.servers import RabbitServer, RedisServer, Server
@@ -16,7 +15,6 @@ QUEUE = "bench"
 class Celery(Contender):
     environment = "celery"
     packages = ("celery[redis]",)
-    left_out: ClassVar[dict[str, str]] = {"orders": "no events"}
 
     def workers(self, python: str, processes: int, threads: int) -> list[list[str]]:
         quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "WARNING"]

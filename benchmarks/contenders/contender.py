@@ -8,6 +8,7 @@ enqueues and keeps the clock) or a worker, both in the contender's own environme
 from __future__ import annotations
 
 import os
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -34,11 +35,19 @@ class Contender(ABC):
     environment: str = ""  # its own environment under .venvs; empty: the one that runs the harness
     packages: tuple[str, ...] = ()  # what pip installs there
     distributions: tuple[str, ...] = ()  # whose versions the report shows
+    only: tuple[str, ...] = ()  # the measurements that it is made for; empty: all but `orders`
     left_out: ClassVar[dict[str, str]] = {}  # measurement -> why this contender is not part of it
+    atomic_batches = False  # can store many messages all or none
     fills_fast = False  # a million messages are enqueued within a minute or two
     ours = False  # drawn as the one that the report is about
     bound = False  # not a peer: what the machine or a library allows at best
     in_process = False  # its worker runs inside the driver
+
+    python = sys.executable  # what runs it; set by the harness once its environment is there
+
+    def takes(self, measurement: str) -> bool:
+        """Whether it is part of a measurement."""
+        return measurement in self.only if self.only else measurement not in ("orders", *self.left_out)
 
     def unavailable(self) -> str | None:
         """Why this contender cannot run here, or None."""
@@ -92,6 +101,10 @@ class App:
         """Stores no-ops the fastest way that the library has for many; the default is its only way."""
         for index in indices:
             self.enqueue(index)
+
+    def enqueue_atomic_batch(self, indices: Sequence[int]) -> None:
+        """Stores no-ops all or none, as many at a time as the library can."""
+        raise NotImplementedError
 
     def enqueue_delayed(self, indices: Sequence[int], due_ns: int) -> None:
         """Stores no-ops that are due at `due_ns` (monotonic clock)."""

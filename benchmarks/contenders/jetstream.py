@@ -20,6 +20,7 @@ class Jetstream(DramatiqContender):
     distributions = ("dramatiq", "dramatiq-jetstream", "nats-py", "uvloop")
     fills_fast = True
     ours = True
+    atomic_batches = True
 
     def __init__(self, sync: str) -> None:
         self.sync = sync
@@ -55,6 +56,9 @@ class JetstreamApp(DramatiqApp):
         for start in range(0, len(indices), BATCH):
             messages = [self.noop.message(index) for index in indices[start : start + BATCH]]
             self.broker.enqueue_many(messages, atomic=atomic)
+
+    def enqueue_atomic_batch(self, indices: Sequence[int]) -> None:
+        self.enqueue_batch(indices, atomic=True)
 
     def enqueue_delayed(self, indices: Sequence[int], due_ns: int) -> None:
         for start in range(0, len(indices), BATCH):

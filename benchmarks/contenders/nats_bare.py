@@ -31,7 +31,6 @@ class NatsBare(Contender):
         "delayed": "no tasks",
         "roundtrip": "no tasks",
         "recovery": "no tasks",
-        "orders": "no tasks",
     }
 
     def servers(self, store: Path, measurement: str) -> list[Server]:

@@ -23,7 +23,6 @@ class Stub(DramatiqContender):
         "growth": "nothing is stored",
         "delayed": "the delay queue is a sorted list in memory",
         "recovery": "nothing survives its process",
-        "orders": "no events",
     }
 
     def make_broker(self) -> Broker:

@@ -24,7 +24,6 @@ class TaskiqNats(Contender):
     distributions = ("taskiq", "taskiq-nats", "nats-py")
     left_out: ClassVar[dict[str, str]] = {
         "delayed": "its broker has no delays; a separate scheduler process holds them",
-        "orders": "no events",
     }
 
     def servers(self, store: Path, measurement: str) -> list[Server]:

@@ -9,6 +9,7 @@ from benchmarks.measurements.enqueue import Enqueue
 from benchmarks.measurements.growth import Growth
 from benchmarks.measurements.latency import Latency
 from benchmarks.measurements.measurement import Measurement
+from benchmarks.measurements.orders import Orders
 from benchmarks.measurements.recovery import Recovery
 from benchmarks.measurements.roundtrip import Roundtrip
 
@@ -21,4 +22,5 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     Delayed(),
     Growth(),
     Recovery(),
+    Orders(),
 )

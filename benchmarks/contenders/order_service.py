@@ -1,0 +1,131 @@
+"""The order service, whole, and the empty Flask endpoint that bounds what its front end can accept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.contenders.contender import App, Contender
+from benchmarks.servers import REPOSITORY, NatsServer, Server
+
+WEB_PROCESSES = 2
+WEB_THREADS = 8
+
+
+class Gunicorn(Server):
+    """A front end under the order service's own gunicorn settings."""
+
+    name = "gunicorn"
+    variable = "BENCH_WEB_URL"
+
+    def __init__(self, store: Path, python: str, application: str, beside: Sequence[Server] = ()) -> None:
+        super().__init__(store)
+        self.python = python
+        self.application = application
+        self.beside = beside
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def command(self) -> list[str]:
+        settings = str(REPOSITORY / "web" / "gunicorn.conf.py")
+        return [self.python, "-m", "gunicorn", "-c", settings, "--log-level", "warning", self.application]
+
+    def environment(self) -> dict[str, str]:
+        return {
+            **{server.variable: server.url for server in self.beside},
+            "PYTHONPATH": ":".join(str(REPOSITORY / part) for part in (".", "broker", "proto")),
+            "HOST": "127.0.0.1",
+            "PORT": str(self.port),
+            "WEB_CONCURRENCY": str(WEB_PROCESSES),
+            "WEB_THREADS": str(WEB_THREADS),
+        }
+
+    def answers(self) -> bool:
+        question = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        return self._exchange(question, b" 200 ")
+
+
+class Payments(Server):
+    """The payment gateway of development."""
+
+    name = "payments"
+    variable = "PAYMENT_URL"
+
+    def __init__(self, store: Path, python: str) -> None:
+        super().__init__(store)
+        self.python = python
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def command(self) -> list[str]:
+        database = str(self.store / "payments.sqlite")
+        program = [self.python, "-m", "tasks.payments_stand_in"]
+        return [*program, "--port", str(self.port), "--database", database]
+
+    def environment(self) -> dict[str, str]:
+        return {"PYTHONPATH": ":".join(str(REPOSITORY / part) for part in (".", "broker", "proto"))}
+
+    def answers(self) -> bool:
+        question = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        return self._exchange(question, b" 200 ")
+
+
+class OrderService(Contender):
+    name = "order-service"
+    title = "order service"
+    durability = "JetStream file storage, sync_interval always"
+    note = "gunicorn with 2 processes × 8 threads, payments charged in SQLite with synchronous=FULL"
+    distributions = ("flask", "gunicorn", "dramatiq", "nats-py")
+    only = ("orders",)
+    ours = True
+
+    def servers(self, store: Path, measurement: str) -> list[Server]:
+        nats = NatsServer(store / "nats")
+        nats.variable = "NATS_URL"
+        payments = Payments(store / "payments", self.python)
+        web = Gunicorn(store / "web", self.python, "web:create_app()", (nats, payments))
+        return [nats, payments, web]
+
+    def server_versions(self) -> dict[str, str]:
+        return {NatsServer.name: NatsServer.version()}
+
+    def unavailable(self) -> str | None:
+        return NatsServer.missing()
+
+    def workers(self, python: str, processes: int, threads: int) -> list[list[str]]:
+        scale = ["--processes", str(processes), "--threads", str(threads)]
+        return [[python, "-m", "dramatiq", "tasks", *scale]]
+
+    def app(self) -> App:
+        return Client()
+
+
+class FlaskEmpty(Contender):
+    name = "flask-empty"
+    title = "bound: empty Flask endpoint"
+    durability = "none: stores nothing"
+    note = "the same gunicorn settings"
+    distributions = ("flask", "gunicorn")
+    only = ("orders",)
+    bound = True
+
+    def servers(self, store: Path, measurement: str) -> list[Server]:
+        return [Gunicorn(store / "web", self.python, "benchmarks.empty_flask:create_app()")]
+
+    def app(self) -> App:
+        return Client()
+
+
+class Client(App):
+    """Knows where the front end is; `benchmarks.orders_client` does the rest."""
+
+    broker = None
+
+    def __init__(self) -> None:
+        self.web_url = os.environ[Gunicorn.variable]
+        self.nats_url = os.environ.get("NATS_URL", "")
