@@ -1,0 +1,8 @@
+"""The order service: `dramatiq tasks` runs its actors. Importing this sets Dramatiq's broker."""
+
+from __future__ import annotations
+
+from . import actors
+from .app import broker
+
+__all__ = ["actors", "broker"]

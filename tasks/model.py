@@ -13,6 +13,7 @@ FINAL_STATUSES = frozenset({"confirmed", "rejected"})
 MAX_ITEMS = 100
 MAX_QUANTITY = 1_000
 MAX_ID_LENGTH = 64
+MAX_TOKEN_LENGTH = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,14 @@ class OrderLine:
 class HistoryEntry:
     """One event of an order: `event` is created, reserved, paid, declined, confirmed, rejected or failed.
 
-    `detail` holds what the event adds, for instance {"reason": ...} or {"charge_id": ...}.
+    `detail` holds what the event adds, for instance {"reason": ...} or {"charge_id": ...}; `sequence` is its
+    place in the stream, 0 while that is not known.
     """
 
     event: str
     at: datetime
     detail: Mapping[str, str] = field(default_factory=dict)
+    sequence: int = 0
 
 
 @dataclass(frozen=True, slots=True)

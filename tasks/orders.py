@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -59,6 +59,13 @@ class Happened:
     sequence: int
     at: int
     trace_id: str | None = None
+
+
+def happened(event: Message, sequence: int, at: int, headers: Mapping[str, str]) -> Happened:
+    """Return an event with its place in the stream, and the trace that its W3C header names."""
+    parts = headers.get("traceparent", "").split("-")
+    traced = len(parts) == 4 and len(parts[1]) == 32
+    return Happened(event, sequence, at, parts[1] if traced else None)
 
 
 class Orders:
@@ -170,6 +177,14 @@ def _detail(event: Message) -> dict[str, str]:
     return {}
 
 
+def order_of_events(order_id: str, happenings: Iterable[Happened]) -> Order:
+    """Return the order that events amount to, without a record of it."""
+    stored: Stored | None = None
+    for one in happenings:
+        stored = merge(stored, one) or stored
+    return order_of(order_id, stored or {"events": {}}, 0)
+
+
 def status_of(events: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the status that a set of events amounts to."""
     for final in ("confirmed", "rejected"):
@@ -213,6 +228,7 @@ def order_of(order_id: str, stored: Stored, revision: int) -> Order:
                 key.partition(".")[0],
                 datetime.fromtimestamp(fact["at"] / 1000, UTC),
                 {k: v for k, v in fact.items() if k not in ("sequence", "at")},
+                fact["sequence"],
             )
             for key, fact in sorted(events.items(), key=lambda item: item[1]["sequence"])
         ],

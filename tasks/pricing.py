@@ -10,7 +10,7 @@ from orders.v1.events_pb2 import OrderCreated, OrderItem
 from . import money
 from .catalogue import CATALOGUE, CURRENCY
 from .ledger import Line, Record
-from .model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY
+from .model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TOKEN_LENGTH
 
 
 class Refused(Exception):
@@ -44,8 +44,8 @@ def first_record(event: OrderCreated, at: int) -> Record:
 def _check_form(event: OrderCreated) -> None:
     if not event.customer_id.strip() or len(event.customer_id) > MAX_ID_LENGTH:
         raise Refused("INVALID", f"customer_id must have 1 to {MAX_ID_LENGTH} characters")
-    if len(event.payment_token) > MAX_ID_LENGTH * 4:
-        raise Refused("INVALID", f"payment_token must have at most {MAX_ID_LENGTH * 4} characters")
+    if len(event.payment_token) > MAX_TOKEN_LENGTH:
+        raise Refused("INVALID", f"payment_token must have at most {MAX_TOKEN_LENGTH} characters")
     if not 1 <= len(event.items) <= MAX_ITEMS:
         raise Refused("INVALID", f"an order has 1 to {MAX_ITEMS} items, this one has {len(event.items)}")
     for item in event.items:

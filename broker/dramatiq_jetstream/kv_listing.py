@@ -39,12 +39,16 @@ class Listing:
         self._subscription: Subscription | None = None
         self._pages: dict[str, queue.SimpleQueue[Msg]] = {}
 
-    def read(self, subject: str, *, timeout: int | None = None) -> Iterator[StoredMessage]:
+    def read(
+        self, subject: str, *, start: int = 1, page: int = PAGE, timeout: int | None = None
+    ) -> Iterator[StoredMessage]:
         """Yield the stream's messages on `subject` (wildcards allowed), oldest first.
 
         At least everything that was acknowledged before the call is there.
 
         Parameters:
+          start: The sequence to begin with.
+          page: How many messages are asked for at once; less for whoever is going to stop early.
           timeout: Milliseconds for each page; None takes the connection's own.
 
         Raises:
@@ -52,12 +56,11 @@ class Listing:
           BrokerConnectionError: When no answer came in time.
         """
         seconds = (self._connection.timeout if timeout is None else timeout) / 1000
-        start = 1
         newest = self._newest(subject)
         deadline = time.monotonic() + seconds
         while newest:
             before = start
-            for message in self._page(subject, start, deadline):
+            for message in self._page(subject, start, page, deadline):
                 start = message.sequence + 1
                 yield message
                 deadline = time.monotonic() + seconds
@@ -80,9 +83,9 @@ class Listing:
         message = last_message(self._connection, self._stream, subject)
         return message.sequence if message is not None else 0
 
-    def _page(self, subject: str, start: int, deadline: float) -> list[StoredMessage]:
+    def _page(self, subject: str, start: int, size: int, deadline: float) -> list[StoredMessage]:
         request = json.dumps(
-            {"seq": start, "next_by_subj": subject, "batch": PAGE, "max_bytes": PAGE_BYTES}
+            {"seq": start, "next_by_subj": subject, "batch": size, "max_bytes": PAGE_BYTES}
         ).encode()
         inbox = self._listen()
         while True:

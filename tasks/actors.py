@@ -1,0 +1,102 @@
+"""The actors: each subscribes to an event and does one step of the saga, or keeps the read model.
+
+    queue      actor            event
+    orders     reserve_stock    ORDER.created
+    payments   capture_payment  ORDER.reserved
+    orders     confirm_order    ORDER.paid
+    orders     release_stock    ORDER.declined
+    orders     fail_order       (a message: the retries of a step are exhausted)
+    projection project_event    ORDER.>
+
+Payments have a queue of their own because they wait for somebody else: it can be paused alone, and workers can
+be given to it alone (`dramatiq tasks --queues payments`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import dramatiq
+from dramatiq.message import Message
+
+from dramatiq_jetstream.events import Event, subscription
+from dramatiq_jetstream.telemetry import bind_log_fields
+from orders.v1.events_pb2 import OrderCreated, OrderDeclined, OrderPaid, OrderReserved
+
+from . import app
+from .events import SUBJECTS, UnusableEvent, decode, order_id_of
+from .failures import failure_of
+from .orders import Happened, happened
+
+#: The step of the saga that each actor does.
+STEPS: Final = {
+    "reserve_stock": "reserve",
+    "capture_payment": "pay",
+    "confirm_order": "confirm",
+    "release_stock": "release",
+}
+
+
+def _step(subject: str, event_type: type, queue: str) -> Callable[[Callable[[Any], None]], Any]:
+    return dramatiq.actor(
+        subscribe=subscription(subject, event_type),
+        on_retry_exhausted="fail_order",
+        **app.step_options(queue),
+    )
+
+
+@_step("ORDER.created", OrderCreated, "orders")
+def reserve_stock(event: OrderCreated) -> None:
+    """Hold the order's items in stock, or reject the order."""
+    bind_log_fields(order_id=event.order_id)
+    app.saga().reserve(event)
+
+
+@_step("ORDER.reserved", OrderReserved, "payments")
+def capture_payment(event: OrderReserved) -> None:
+    """Capture the payment of an order whose items are held."""
+    bind_log_fields(order_id=event.order_id)
+    app.saga().pay(event)
+
+
+@_step("ORDER.paid", OrderPaid, "orders")
+def confirm_order(event: OrderPaid) -> None:
+    """Confirm an order that is paid."""
+    bind_log_fields(order_id=event.order_id)
+    app.saga().confirm(event)
+
+
+@_step("ORDER.declined", OrderDeclined, "orders")
+def release_stock(event: OrderDeclined) -> None:
+    """Give back what was held for an order whose payment was declined."""
+    bind_log_fields(order_id=event.order_id)
+    app.saga().release(event)
+
+
+# However long publishing fails, the failure is not given up: nobody would learn of it.
+@dramatiq.actor(**{**app.step_options("orders"), "max_retries": None})  # type: ignore[untyped-decorator]
+def fail_order(message: dict[str, Any], retries: dict[str, Any]) -> None:
+    """Publish that a step of an order was given up; its message is a dead letter."""
+    failure = failure_of(Message(**message), retries, STEPS)
+    bind_log_fields(order_id=failure.order_id)
+    app.saga().fail(failure.order_id, failure.step, failure.error, failure.message_id)
+
+
+def _read(event: Event) -> Happened | None:
+    """Return what happened, None for an event that is no order's: other services may use ORDER.* too."""
+    decoded = decode(event.subject, event.data)
+    if decoded is None:
+        return None
+    try:
+        order_id_of(decoded)
+    except UnusableEvent:
+        return None  # the step that acts on it makes it a dead letter; one is enough
+    return happened(decoded, event.sequence, event.time, event.headers)
+
+
+@dramatiq.actor(subscribe=subscription(SUBJECTS, _read), **app.step_options("projection"))
+def project_event(what: Happened | None) -> None:
+    """Add an event to its order's record."""
+    if what is not None:
+        app.orders_store().project(what)

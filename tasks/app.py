@@ -1,0 +1,130 @@
+"""Puts the order service together: the broker with its middleware, the buckets, and the steps on them.
+
+Importing this makes the broker and sets it as Dramatiq's, and contacts nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from typing import Any
+
+import dramatiq
+from dramatiq.middleware import Middleware
+from google.protobuf.message import Message
+
+from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.events import Events
+from dramatiq_jetstream.kv import Bucket
+from dramatiq_jetstream.telemetry import configure_telemetry, telemetry_enabled
+from dramatiq_jetstream.topology import ensure_stream
+
+from . import events, idempotency, orders, stock
+from .catalogue import CATALOGUE
+from .gateway import HttpGateway
+from .orders import Orders
+from .saga import Saga
+from .settings import settings
+from .stock import Stock
+
+SETTINGS = settings()
+
+
+class Buckets(Middleware):
+    """Has `fleet setup` prepare the buckets, and the stock in them."""
+
+    def setup_topology(self, broker: JetStreamBroker, *, update: bool = False) -> dict[str, str]:
+        """Create what is missing; called by `broker.setup`."""
+        outcome = {
+            f"bucket {bucket.name}": ensure_stream(broker.connection, bucket.config, update=update)
+            for bucket in (stock_bucket(), orders_bucket(), requests_bucket())
+        }
+        levels = stock_store().available()
+        return {**outcome, "stock": f"{len(levels)} products"}
+
+
+class Boot(Middleware):
+    """Sets up telemetry in a worker process; the front end does so for itself."""
+
+    def after_process_boot(self, broker: dramatiq.Broker) -> None:  # noqa: ARG002 - Dramatiq's signature
+        configure_telemetry("order-service-worker")
+        if telemetry_enabled():
+            # Imported only when something is exported, so that it costs nothing otherwise.
+            from opentelemetry.instrumentation.requests import RequestsInstrumentor
+
+            RequestsInstrumentor().instrument()
+
+
+event_stream = Events(events.STREAM, [events.SUBJECTS])
+broker = JetStreamBroker(
+    SETTINGS.nats_url,
+    credentials=SETTINGS.nats_creds,
+    replicas=SETTINGS.replicas,
+    declare=SETTINGS.declare,
+    ack_wait=SETTINGS.ack_wait,
+    enqueue_timeout=SETTINGS.accept_timeout,
+)
+for middleware in (event_stream, Buckets(), Boot()):
+    broker.add_middleware(middleware)
+dramatiq.set_broker(broker)
+
+
+def publish(event: Message, at: int, *, timeout: int | None = None) -> None:
+    """Store an event that happened at `at` (milliseconds), once however often it is repeated."""
+    event_stream.ensure(broker)
+    broker.publish(
+        events.subject_of(event),
+        event,
+        event_id=events.event_id(event),
+        headers=events.headers(event, at),
+        timeout=timeout,
+    )
+
+
+def now() -> int:
+    """Return the time in milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+def stock_bucket() -> Bucket:
+    return broker.bucket(stock.BUCKET)
+
+
+def orders_bucket() -> Bucket:
+    return broker.bucket(orders.BUCKET)
+
+
+def requests_bucket() -> Bucket:
+    return broker.bucket(idempotency.BUCKET, ttl=SETTINGS.idempotency_ttl)
+
+
+@cache
+def stock_store() -> Stock:
+    """Return the stock, which all threads share so that their changes can go together."""
+    return Stock(stock_bucket(), {entry.sku: entry.initial_stock for entry in CATALOGUE.values()})
+
+
+@cache
+def orders_store() -> Orders:
+    """Return the read model."""
+    return Orders(orders_bucket())
+
+
+@cache
+def saga() -> Saga:
+    """Return the steps."""
+    gateway = HttpGateway(SETTINGS.payment_url, timeout=SETTINGS.payment_timeout)
+    return Saga(stock_store(), gateway, publish, orders_store(), now)
+
+
+def step_options(queue: str) -> dict[str, Any]:
+    """Return what every actor of the saga is declared with."""
+    return {
+        "queue_name": queue,
+        "max_retries": SETTINGS.retry_limit,
+        "min_backoff": SETTINGS.retry_min_backoff,
+        "max_backoff": SETTINGS.retry_max_backoff,
+        "throws": events.UnusableEvent,
+        # A step waits for the gateway twice at most (connecting and reading), each again on a fresh connection.
+        "time_limit": 4 * SETTINGS.payment_timeout + 60_000,
+    }
