@@ -14,6 +14,7 @@ it was. If it dies between an actor's end and the ack, the actor runs again else
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import ssl
 import threading
@@ -33,9 +34,9 @@ from . import batches, dead_letters, queues, schedules, topology
 from .connection import Connection, ConnectOptions, PubAck, Publication
 from .consumer import JetStreamConsumer, JetStreamMessage, Source
 from .dead_letters import DeadLetters
-from .deliveries import NAK, Delivery, Ledger
-from .envelope import Event, event_of
-from .errors import InvalidOption, TopologyMissing
+from .deliveries import ACK, NAK, Delivery, Ledger
+from .envelope import Event, checked, event_in, event_of, to_message
+from .errors import BrokerConnectionError, InvalidOption, MessageNotUnique, TopologyMissing
 from .kv import Bucket
 from .naming import HEADER_MSG_ID, HEADER_TICK, Names, check_subject
 from .queues import QueueStats
@@ -141,6 +142,7 @@ class JetStreamBroker(Broker):
         self._consumers: list[JetStreamConsumer] = []
         self._after = threading.local()
         self._worker: Worker | None = None
+        self.connection.on_fork(self._forget_worker)
         super().__init__(middleware=middleware)
         self.queues: set[str] = set()
 
@@ -428,7 +430,11 @@ class JetStreamBroker(Broker):
             undertaker=self,
             give_back=self._give_back,
         )
-        self._consumers = [other for other in self._consumers if not other.stopping]
+        # Several consumer threads come here at once, so nothing but single steps.
+        for other in list(self._consumers):
+            if other.stopping:
+                with contextlib.suppress(ValueError):
+                    self._consumers.remove(other)
         self._consumers.append(consumer)
         return consumer
 
@@ -448,7 +454,7 @@ class JetStreamBroker(Broker):
 
     def _decode(self, delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:
         """Make a message of what a queue's stream delivered; one that carries an event gets it decoded."""
-        message = Message.decode(delivery.data)
+        message = checked(Message.decode(delivery.data), delivery.source.queue)
         if HEADER_TICK in delivery.headers:
             # Every tick of a schedule has the same body; its place in the stream makes it a message of its own.
             message = dataclasses.replace(
@@ -479,6 +485,8 @@ class JetStreamBroker(Broker):
         except Exception as error:
             raise DecodeError(f"Failed to decode the event {event.subject}.", event.data, error) from error
 
+    # What consumers do not work off here
+
     def bury(self, delivery: Delivery, reason: str, error: str) -> None:
         """Store a dead letter for what never became a message here."""
         self._store_letter(delivery, reason, error, None)
@@ -507,16 +515,7 @@ class JetStreamBroker(Broker):
         self, delivery: Delivery, reason: str, error: str, message: JetStreamMessage | None
     ) -> None:
         source: Source = delivery.source
-        event = None
-        if source.actor is not None:
-            event = Event(
-                delivery.subject,
-                delivery.data,
-                delivery.headers,
-                delivery.stream,
-                delivery.sequence,
-                delivery.timestamp,
-            )
+        event = None if source.actor is None else event_in(delivery)
         self.dead_letters.store(
             queue=source.queue,
             origin=delivery.origin,
@@ -533,6 +532,51 @@ class JetStreamBroker(Broker):
         )
         self._emit("after_dead_letter", source.queue, reason, message)
 
+    def postpone(self, message: JetStreamMessage) -> None:
+        """Have the server keep a message that came before its time, as another program may have sent it."""
+        unique = f"postponed:{message._delivery.origin}"
+        options = {name: value for name, value in message.options.items() if name != "eta"}
+        self.connection.publish_many(
+            [
+                schedules.publication(
+                    self.names,
+                    message.queue_name,
+                    message.message_id,
+                    unique,
+                    dataclasses.replace(message._message, options=options).encode(),
+                    eta=int(message.options["eta"]),
+                    target=message._delivery.subject,
+                )
+            ]
+        )
+
+    def hand_back(self, delivery: Delivery) -> None:
+        """Give back a delivery that was not begun, for another worker to have it at once.
+
+        The server counts deliveries, and knows no difference between one that was given back and one whose
+        worker died. What has come as often as is allowed is therefore stored anew, to be counted from one.
+        """
+        if delivery.settled or delivery.deliveries < self.max_deliveries:
+            self.ledger.settle(delivery, NAK)
+            return
+        try:
+            self._store_anew(delivery)
+        except BrokerConnectionError as error:
+            self.logger.warning("%s will be delivered again after its ack_wait: %s", delivery, error)
+            self.ledger.abandon(delivery)
+        else:
+            self.ledger.settle(delivery, ACK)
+
+    def _store_anew(self, delivery: Delivery) -> None:
+        source: Source = delivery.source
+        subject, body = delivery.subject, delivery.data
+        if source.actor is not None:
+            subject = self.names.task(source.queue)
+            body = to_message(event_in(delivery), queue=source.queue, actor=source.actor).encode()
+        headers = {name: value for name, value in delivery.headers.items() if not name.startswith("Nats-")}
+        headers[HEADER_MSG_ID] = f"anew:{delivery.origin}:{delivery.deliveries}"
+        self.connection.publish(subject, body, headers)
+
     # Dramatiq's signals
 
     def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
@@ -540,7 +584,7 @@ class JetStreamBroker(Broker):
         if signal == "worker_boot":
             self._worker = args[0]
         elif signal == "worker_shutdown":
-            self._stop_consuming()
+            self._stop_consuming(args[0])
 
     def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
         if signal != "process_message":
@@ -564,14 +608,29 @@ class JetStreamBroker(Broker):
     def _note_follow_up_error(self, error: Exception) -> None:
         """Mark the message whose after-run middleware failed to enqueue, so that it is not acked."""
         message = getattr(self._after, "message", None)
+        if isinstance(error, MessageNotUnique):
+            return  # what should follow is there already, which is what its unique key is for
         if isinstance(message, JetStreamMessage):
             message.follow_up_error = message.follow_up_error or error
 
-    def _stop_consuming(self) -> None:
+    def is_running(self, message: Message[Any]) -> bool:
+        """Whether a message has just been worked on by this thread, so that enqueueing it is a retry."""
+        current = getattr(self._after, "message", None)
+        return current is not None and current.message_id == message.message_id
+
+    def _forget_worker(self) -> None:
+        """In the child of a fork, where the parent's worker has no threads."""
+        self._worker = None
+        self._consumers = []
+
+    def _stop_consuming(self, worker: Worker) -> None:
         """Give back at once what a stopping worker has not begun, however long its running actors take."""
-        for consumer in self._consumers:
+        threads = worker.consumers.values()
+        consumers = [t.consumer for t in threads if isinstance(t.consumer, JetStreamConsumer)]
+        for consumer in consumers:
             consumer.stop_pulling()
-        for consumer in self._consumers:
+        self._worker = worker
+        for consumer in consumers:
             self._give_back(consumer.queue_name, 0)
 
     def _give_back(self, queue_name: str, keep: int) -> None:
@@ -583,7 +642,7 @@ class JetStreamBroker(Broker):
             message = item.message
             mine = isinstance(message, JetStreamMessage) and message.queue_name == queue_name
             if mine and keep <= 0:
-                self.ledger.settle(message._delivery, NAK)
+                self.hand_back(message._delivery)
             else:
                 keep -= mine
                 work_queue.put(item)

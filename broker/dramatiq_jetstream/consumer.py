@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import pickle
 import time
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
@@ -23,32 +24,52 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from dramatiq.broker import Consumer, MessageProxy
+from dramatiq.common import current_millis
 from dramatiq.errors import ActorNotFound, ConnectionClosed, DecodeError
 from dramatiq.message import Message
 
 from . import dead_letters
 from .connection import Connection
-from .deliveries import ACK, NAK, Delivery, Ledger, nak_after
+from .deliveries import ACK, Delivery, Ledger, nak_after
 from .errors import ApiError, BrokerConnectionError, MessageTooLarge
 from .pulling import Puller, Source
 
 __all__ = ["JetStreamConsumer", "JetStreamMessage", "Source"]
 
-#: A message whose follow-up could not be enqueued is delivered again after this many milliseconds.
+#: A message whose follow-up could not be enqueued is delivered again after so many milliseconds, doubled each time.
 FOLLOW_UP_DELAY = 2_000
+MAX_FOLLOW_UP_DELAY = 60_000
 
 # Failures of a follow-up that another run would only repeat.
-_PERMANENT = (TypeError, ValueError, ActorNotFound, DecodeError, ApiError, MessageTooLarge)
+_PERMANENT = (
+    TypeError,
+    ValueError,
+    RecursionError,
+    pickle.PicklingError,
+    ActorNotFound,
+    DecodeError,
+    ApiError,
+    MessageTooLarge,
+)
 
 
 class Undertaker(Protocol):
-    """Stores dead letters; both methods raise `BrokerConnectionError` when that is not known to have worked."""
+    """Stores elsewhere what is not worked off here; called on Dramatiq's threads.
+
+    All but `hand_back` raise `BrokerConnectionError` when the storing is not known to have worked.
+    """
 
     def bury(self, delivery: Delivery, reason: str, error: str) -> None:
-        """For what never became a message here."""
+        """Store a dead letter for what never became a message here."""
 
     def reject(self, message: JetStreamMessage, follow_up_error: Exception | None) -> None:
-        """For a message that failed, or whose follow-up can never be enqueued."""
+        """Store a dead letter for a message that failed, or whose follow-up can never be enqueued."""
+
+    def postpone(self, message: JetStreamMessage) -> None:
+        """Have the server keep a message until its option `eta`."""
+
+    def hand_back(self, delivery: Delivery) -> None:
+        """Settle a delivery that was not begun, so that another worker can have it at once."""
 
 
 class JetStreamMessage(MessageProxy):
@@ -88,7 +109,7 @@ class JetStreamConsumer(Consumer):
       prefetch: How many messages Dramatiq may have at once, those that are worked on included.
       timeout: Milliseconds after which the iterator yields None when there is nothing.
       lookahead: Whether a little more than the prefetch may wait here while messages are short.
-      undertaker: Stores dead letters; called on Dramatiq's threads.
+      undertaker: Stores elsewhere what is not worked off here.
       give_back: Takes messages of a queue that were not begun out of Dramatiq's hands again, other than so many.
     """
 
@@ -147,7 +168,10 @@ class JetStreamConsumer(Consumer):
                 self._waits_for_room = True
                 if self._handed - self._returned < self._puller.window:
                     self._waits_for_room = False
-                    return self._hand_over(heappop(self._ready)[-1])
+                    message = self._hand_over(heappop(self._ready)[-1])
+                    if message is None or not self.stopping:
+                        return message
+                    self.undertaker.hand_back(message._delivery)
             try:
                 arrived = self._handover.get(timeout=max(0.0, deadline - time.monotonic()))
             except Empty:
@@ -156,7 +180,7 @@ class JetStreamConsumer(Consumer):
                 raise arrived
             for delivery in arrived:
                 heappush(self._ready, (delivery.source.rank, next(self._order), delivery))
-        self._give_back_all()
+        self._empty()
         time.sleep(min(self.timeout, 0.1))
         return None
 
@@ -176,44 +200,50 @@ class JetStreamConsumer(Consumer):
         self._handover.put([])
 
     def _give_back_all(self) -> None:
-        for *_, delivery in self._ready:
-            self.ledger.settle(delivery, NAK)
-        self._ready.clear()
+        while self._ready:
+            self.undertaker.hand_back(heappop(self._ready)[-1])
 
     def _decode(self, delivery: Delivery) -> JetStreamMessage | None:
         if delivery.deliveries > self.max_deliveries:
             self._bury(
                 delivery,
                 dead_letters.DELIVERED_TOO_OFTEN,
-                f"Delivered {delivery.deliveries} times without being settled; "
-                "its workers may have died of it.",
+                f"Delivered {delivery.deliveries} times without being settled: its workers may have died of it, "
+                "or what follows it could not be enqueued.",
             )
             return None
         try:
             message, arguments = delivery.source.decode(delivery)
-        except DecodeError as error:
-            cause = error.error if error.error is not None else error
+        except Exception as error:  # noqa: BLE001 - whatever decoding raises, these bytes are not a message
+            cause = (error.error if isinstance(error, DecodeError) else None) or error
             self._bury(delivery, dead_letters.UNDECODABLE, f"{type(cause).__name__}: {cause}")
             return None
-        return JetStreamMessage(message, delivery, arguments)
+        proxy = JetStreamMessage(message, delivery, arguments)
+        eta = message.options.get("eta")
+        if isinstance(eta, (int, float)) and eta > current_millis():
+            # From another program: ours are never delivered early. Dramatiq would hold it in its memory.
+            self._put_away(delivery, lambda: self.undertaker.postpone(proxy))
+            return None
+        return proxy
 
     def _bury(self, delivery: Delivery, reason: str, error: str) -> None:
         """Make a dead letter of what never becomes a message here."""
         self.logger.error("A message from %s is %s: %s", delivery.source, reason, error)
+        self._put_away(delivery, lambda: self.undertaker.bury(delivery, reason, error))
+
+    def _put_away(self, delivery: Delivery, store: Callable[[], None]) -> None:
+        """Store a delivery elsewhere, then ack it."""
         try:
-            self.undertaker.bury(delivery, reason, error)
-        except BrokerConnectionError as failure:
-            # Not acked: it comes again after its ack_wait, and then becomes a dead letter.
-            self.logger.error(
-                "Its dead letter could not be stored (%s); it will be delivered again.", failure
-            )
+            store()
+        except Exception:
+            # Not acked: it comes again after its ack_wait. Nothing may be raised here, or it would stay with us.
+            self.logger.exception("%s could not be stored elsewhere; it will be delivered again.", delivery)
             self.ledger.abandon(delivery)
         else:
             self.ledger.settle(delivery, ACK)
 
     def ack(self, message: MessageProxy) -> None:
         """Note that a message is done; the ack is sent by the loop, again after a reconnect if need be."""
-        assert isinstance(message, JetStreamMessage)
         self._settle(message, failed=False)
 
     def nack(self, message: MessageProxy) -> None:
@@ -222,13 +252,12 @@ class JetStreamConsumer(Consumer):
         Raises:
           BrokerConnectionError: When the letter is not known to be stored; Dramatiq calls again.
         """
-        assert isinstance(message, JetStreamMessage)
         self._settle(message, failed=True)
 
-    def _settle(self, message: JetStreamMessage, *, failed: bool) -> None:
-        delivery = message._delivery
-        if delivery.settled:
+    def _settle(self, message: MessageProxy, *, failed: bool) -> None:
+        if not isinstance(message, JetStreamMessage) or message._delivery.settled:
             return
+        delivery = message._delivery
         error = message.follow_up_error
         if error is not None:
             if not isinstance(error, _PERMANENT):
@@ -237,18 +266,29 @@ class JetStreamConsumer(Consumer):
                     message.message_id,
                     error,
                 )
-                self.ledger.settle(delivery, nak_after(FOLLOW_UP_DELAY))
+                delay = FOLLOW_UP_DELAY << min(delivery.deliveries - 1, 10)
+                self.ledger.settle(delivery, nak_after(min(delay, MAX_FOLLOW_UP_DELAY)))
                 return
             failed = True
-        if failed:
+        if not failed:
+            self.ledger.settle(delivery, ACK)
+            return
+        try:
             self.undertaker.reject(message, error)
-        self.ledger.settle(delivery, ACK)
+        except BrokerConnectionError:
+            raise
+        except Exception:
+            # Dramatiq would not call again, and we would hold the message until this process ends.
+            self.logger.exception("%s has no dead letter; it will be delivered again.", delivery)
+            self.ledger.abandon(delivery)
+        else:
+            self.ledger.settle(delivery, ACK)
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         """Give messages back to the queue at once."""
         for message in messages:
             if isinstance(message, JetStreamMessage):
-                self.ledger.settle(message._delivery, NAK)
+                self.undertaker.hand_back(message._delivery)
 
     def stop_pulling(self) -> None:
         """Ask for nothing more; the consumer thread gives back what was not handed over, at once."""
@@ -260,10 +300,8 @@ class JetStreamConsumer(Consumer):
         """Give back what was not handed over, and wait until the server knows what we settled."""
         self.stop_pulling()
         self._empty()
-        settled = time.monotonic() + 2
-        while self.ledger.unproven and self.connection.is_connected and time.monotonic() < settled:
-            self.connection.hurry_fence()
-            time.sleep(0.01)
+        self.ledger.flush(2)
+        self._empty()
         self._puller.close()
 
     def _empty(self) -> None:
@@ -275,4 +313,4 @@ class JetStreamConsumer(Consumer):
                 return
             if isinstance(arrived, list):
                 for delivery in arrived:
-                    self.ledger.settle(delivery, NAK)
+                    self.undertaker.hand_back(delivery)

@@ -6,7 +6,8 @@ third of its `ack_wait` keeps the server from giving it to somebody else, howeve
 An ack is a plain publish, so it can be lost with the connection. The ledger keeps every settlement until a
 fence (see `connection`) proves that it arrived, and sends those without proof again after a reconnect. A
 message that arrives a second time while it is held is not handed over again, only its new ack subject is
-noted; one that arrives again after its work was done is acked again without being run.
+noted; one that arrives again after its work was done is acked again without being run. A message is known by
+its place in the stream and the time it was stored: a stream that is deleted and made again counts from one.
 
 If the process dies, everything held is delivered again once its `ack_wait` is over; work whose ack had not
 arrived is repeated. All state here belongs to the loop thread, except for `settle`, which any thread calls.
@@ -14,6 +15,7 @@ arrived is repeated. All state here belongs to the loop thread, except for `sett
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -31,7 +33,8 @@ NAK = b"-NAK"
 TERM = b"+TERM"
 WPI = b"+WPI"
 
-Key = tuple[str, str, int]
+#: Stream, consumer, sequence, and the time of storing.
+Key = tuple[str, str, int, int]
 
 
 def nak_after(delay: int) -> bytes:
@@ -77,16 +80,21 @@ class Delivery:
         self.stream = tokens[start]
         self.deliveries = int(tokens[start + 2])
         self.sequence = int(tokens[start + 3])
-        self.timestamp = int(tokens[start + 5]) // 1_000_000
+        stored = int(tokens[start + 5])
+        self.timestamp = stored // 1_000_000
         self.pending = int(tokens[start + 6])
-        self.key: Key = (self.stream, tokens[start + 1], self.sequence)
+        self.key: Key = (self.stream, tokens[start + 1], self.sequence, stored)
         self.settled = False
         self.touched = time.monotonic()
+
+    def __str__(self) -> str:
+        return f"Message {self.sequence} of {self.stream}"
 
     @property
     def origin(self) -> str:
         """One token that identifies the message wherever it is delivered."""
-        return f"{self.stream}-{self.key[1]}-{self.sequence}"
+        _, consumer, sequence, stored = self.key
+        return f"{self.stream}-{consumer}-{sequence}-{stored:x}"
 
 
 class Ledger:
@@ -114,9 +122,12 @@ class Ledger:
             self._connection.write(held.ack_subject, WPI)
             return False
         settled = self._unproven.get(delivery.key)
-        if settled is not None and settled[2] == ACK:
-            self._resolve(delivery.key, delivery.ack_subject, ACK)
-            return False
+        if settled is not None:
+            if settled[2] == ACK:
+                self._resolve(delivery.key, delivery.ack_subject, ACK)
+                return False
+            # It was given back and came again; sent once more, that answer would give away what we hold now.
+            del self._unproven[delivery.key]
         self._held[delivery.key] = delivery
         return True
 
@@ -154,6 +165,24 @@ class Ledger:
     @property
     def unproven(self) -> int:
         return len(self._unproven)
+
+    def flush(self, seconds: float) -> None:
+        """Wait until the server has all that was posted so far, if it can be reached, up to so long."""
+        arrived = threading.Event()
+        wanted: list[int] = []
+
+        def note(fence: int) -> None:
+            if wanted and fence >= wanted[0]:
+                arrived.set()
+
+        self._connection.on_fence(note)
+        self._connection.post(lambda: wanted.append(self._connection.next_fence))
+        deadline = time.monotonic() + seconds
+        while self._connection.is_connected and time.monotonic() < deadline:
+            self._connection.hurry_fence()
+            if arrived.wait(0.01):
+                break
+        self._connection.forget(note)
 
     def _fenced(self, fence: int) -> None:
         unproven = self._unproven

@@ -1,4 +1,8 @@
-"""An event on its way to one actor, as a Dramatiq message.
+"""Messages as workers can take them: what was decoded is checked, and an event is put into a message.
+
+Dramatiq trusts what it decodes: a wrong type in the wrong place ends its threads, or leaves a message unsettled
+for as long as the process lives. A message that says it belongs to another queue than the one it was taken from
+has the same effect; it is run on the queue where it is.
 
 The first run of an event is made from what JetStream delivers; a retry or a replay is an ordinary message
 on the actor's queue that carries the event, encoded, in its options. Its `args` stay empty on the wire and
@@ -9,16 +13,57 @@ the consumer puts the decoded event there for the actor alone.
 from __future__ import annotations
 
 import base64
+import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dramatiq.errors import DecodeError
 from dramatiq.message import Message
 
-__all__ = ["EVENT_OPTION", "Event", "event_of", "to_message"]
+if TYPE_CHECKING:
+    from .deliveries import Delivery
+
+__all__ = ["EVENT_OPTION", "Event", "checked", "event_in", "event_of", "to_message"]
 
 #: The message option that carries an event.
 EVENT_OPTION = "event"
+
+
+#: Times after this (the year 2286) are a mistake in units.
+_LATEST = 10_000_000_000_000
+
+
+def checked(message: Message[Any], queue: str) -> Message[Any]:
+    """Return a decoded message as one of `queue` that Dramatiq's worker can take.
+
+    Raises:
+      DecodeError: When a part of it has a type that would trip the worker; the error says which.
+    """
+    for name, value, kind in (
+        ("actor_name", message.actor_name, str),
+        ("message_id", message.message_id, str),
+        ("message_timestamp", message.message_timestamp, (int, float)),
+        ("kwargs", message.kwargs, dict),
+        ("options", message.options, dict),
+    ):
+        if not isinstance(value, kind):
+            raise _refusal(f"its {name} is a {type(value).__name__}")
+    if not all(isinstance(key, str) for mapping in (message.kwargs, message.options) for key in mapping):
+        raise _refusal("its kwargs or options have keys that are not text")
+    eta = message.options.get("eta")
+    if isinstance(eta, (int, float)) and not (math.isfinite(eta) and eta < _LATEST):
+        raise _refusal(f"its eta {eta!r} is not a time in milliseconds since 1970")
+    throws = message.options.get("throws") or ()
+    for error in throws if isinstance(throws, tuple) else (throws,):
+        if not (isinstance(error, type) and issubclass(error, BaseException)):
+            raise _refusal(f"its option throws has {error!r}, which is not an exception class")
+    return message if message.queue_name == queue else dataclasses.replace(message, queue_name=queue)
+
+
+def _refusal(what: str) -> DecodeError:
+    return DecodeError(f"This is not a message for a worker: {what}.", b"", None)
 
 
 @dataclass(frozen=True)
@@ -38,6 +83,18 @@ class Event:
         return (
             self.headers.get("ce-id") or self.headers.get("Nats-Msg-Id") or f"{self.stream}:{self.sequence}"
         )
+
+
+def event_in(delivery: Delivery) -> Event:
+    """The event that a stream of events delivered."""
+    return Event(
+        delivery.subject,
+        delivery.data,
+        delivery.headers,
+        delivery.stream,
+        delivery.sequence,
+        delivery.timestamp,
+    )
 
 
 def to_message(event: Event, *, queue: str, actor: str) -> Message[Any]:

@@ -24,7 +24,7 @@ from . import topology
 from .broker import JetStreamBroker
 from .consumer import Source
 from .deliveries import Delivery
-from .envelope import Event, event_of, to_message
+from .envelope import Event, event_in, event_of, to_message
 from .errors import InvalidOption
 from .naming import check_subject
 
@@ -225,14 +225,7 @@ class Events(Middleware):
             topology.ensure_consumer(broker.connection, config)
 
         def decode(delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:
-            event = Event(
-                delivery.subject,
-                delivery.data,
-                delivery.headers,
-                delivery.stream,
-                delivery.sequence,
-                delivery.timestamp,
-            )
+            event = event_in(delivery)
             message = to_message(event, queue=actor.queue_name, actor=actor_name)
             return message, (broker.decode_event(actor_name, event),)
 

@@ -138,6 +138,7 @@ class Puller:
             feed.subscription = connection.subscribe(f"{feed.inbox}.*", self._receiver(feed))
         connection.on_reconnect(self._start_over)
         connection.on_tick(self._tick)
+        connection.on_fork(self._forsake)
         connection.post(self._replenish)
 
     # From any thread
@@ -151,6 +152,12 @@ class Puller:
 
     def close(self) -> None:
         self.stop()
+        self._connection.forget(self._forsake)
+        self._forsake()
+
+    def _forsake(self) -> None:
+        """Want nothing any more; also in the child of a fork, where these are the parent's messages."""
+        self._stopping = True
         self._connection.forget(self._start_over)
         self._connection.forget(self._tick)
         for feed in self._feeds:

@@ -161,17 +161,25 @@ def unfinished(broker: JetStreamBroker, queue: str, sources: Sequence[Source]) -
     """How many messages a queue has that are not done: ready, running or delayed, and events for its actors."""
     names, connection = broker.names, broker.connection
     stream = names.queue_stream(queue)
-    try:
-        waiting = int(connection.api(f"STREAM.INFO.{stream}")["state"]["messages"])
-        if waiting:
-            waiting -= schedules.count(connection, stream, names.all_periodic(queue))
+
+    def messages() -> int:
+        count = int(connection.api(f"STREAM.INFO.{stream}")["state"]["messages"])
+        return count - schedules.count(connection, stream, names.all_periodic(queue)) if count else 0
+
+    def events() -> int:
+        count = 0
         for source in sources:
             if source.stream != stream:
                 info = connection.api(f"CONSUMER.INFO.{source.stream}.{source.durable}")
-                waiting += info["num_pending"] + info["num_ack_pending"]
+                count += info["num_pending"] + info["num_ack_pending"]
+        return count
+
+    try:
+        # An event becomes a message by its retry, and a message may publish an event: between two looks work
+        # can move from one to the other, and is seen by the look after.
+        return messages() or events() or (messages() if len(sources) > 1 else 0)
     except NotFound:
         return 0
-    return waiting
 
 
 @contextlib.contextmanager
@@ -182,7 +190,7 @@ def unique(broker: JetStreamBroker, message: Message[Any]) -> Iterator[None]:
       MessageNotUnique: When another message has it.
     """
     key = message.options.get("unique_key")
-    if key is None:
+    if key is None or broker.is_running(message):  # a retry is not another message, however late it comes
         yield
         return
     window = message.options.get("unique_window", 60_000)
@@ -200,7 +208,7 @@ def unique(broker: JetStreamBroker, message: Message[Any]) -> Iterator[None]:
                 f"A message with the unique key {key!r} was enqueued on {message.queue_name!r} within the last "
                 f"{window} ms; this one was not."
             ) from None
-        yield  # the same message again: a retry
+        yield  # the same message again
         return
     try:
         yield
