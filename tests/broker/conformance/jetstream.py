@@ -82,40 +82,32 @@ class PrioritiesRig(JetStreamRig):
         return super().make(url, **{"max_priority": 3, **options})
 
 
-class _OwnBroker:
-    """Gives a backend a broker of its own, so that the suite can close both through the backend."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._broker_of_test: JetStreamBroker = args[0]
-
-    def close(self) -> None:
-        self._broker_of_test.close()
-
-
 def make_results(url: str, namespace: str, **options: Any) -> ResultBackend:
     from dramatiq_jetstream.results import JetStreamBackend
 
-    class Backend(_OwnBroker, JetStreamBackend):  # type: ignore[misc]
-        pass
-
-    broker = JetStreamBroker(url=url, namespace=namespace, middleware=[])
-    return Backend(broker, namespace=namespace, **options)
+    return _with_own_broker(JetStreamBackend, url, namespace, {"namespace": namespace, **options})
 
 
 def make_limits(url: str, namespace: str, **options: Any) -> RateLimiterBackend:
     from dramatiq_jetstream.rate_limits import JetStreamBackend
 
-    class Backend(_OwnBroker, JetStreamBackend):  # type: ignore[misc]
-        pass
-
-    return Backend(JetStreamBroker(url=url, namespace=namespace, middleware=[]), **options)
+    return _with_own_broker(JetStreamBackend, url, namespace, options)
 
 
 def make_aborts(url: str, namespace: str, **options: Any) -> EventBackend:
     from dramatiq_jetstream.abort import JetStreamBackend
 
-    class Backend(_OwnBroker, JetStreamBackend):  # type: ignore[misc]
-        pass
+    return _with_own_broker(JetStreamBackend, url, namespace, options)
 
-    return Backend(JetStreamBroker(url=url, namespace=namespace, middleware=[]), **options)
+
+def _with_own_broker(backend: type[Any], url: str, namespace: str, options: dict[str, Any]) -> Any:
+    """Make a backend as another process would have it: with a broker of its own, closed with the backend."""
+    broker = JetStreamBroker(url=url, namespace=namespace, middleware=[])
+
+    class WithOwnBroker(backend):  # type: ignore[misc]
+        def close(self) -> None:
+            if hasattr(super(), "close"):
+                super().close()
+            broker.close()
+
+    return WithOwnBroker(broker, **options)

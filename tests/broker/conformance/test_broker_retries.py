@@ -9,7 +9,7 @@ import pytest
 from dramatiq.errors import Retry
 from dramatiq.middleware import CurrentMessage
 
-from tests.broker.conformance.workers import Recorder, running
+from tests.broker.conformance.workers import Recorder, consuming, running
 from tests.support.polling import eventually
 
 
@@ -76,12 +76,14 @@ def test_retries_are_limited_by_age(rig, broker, actor, queue):
     """A message that keeps failing is dead once it is older than `max_age`."""
     runs = []
 
-    @actor(max_age=200, min_backoff=50, max_backoff=100)
+    @actor(max_age=500, min_backoff=100, max_backoff=200)
     def work():
         runs.append(1)
         raise Broken
 
     with running(broker) as worker:
+        # A message grows older while its queue is made.
+        eventually(lambda: consuming(worker, queue))
         work.send()
         eventually(lambda: rig.dead(queue) == 1)
         rig.drain(queue, worker)
@@ -213,7 +215,7 @@ def test_a_retry_is_enqueued_before_the_failed_attempt_is_settled(rig, broker, a
     broker.add_middleware(recorder)
     runs = []
 
-    @actor(max_retries=1, min_backoff=10, max_backoff=20)
+    @actor(max_retries=1, min_backoff=200, max_backoff=400)
     def work():
         runs.append(1)
         raise Broken
