@@ -69,6 +69,7 @@ class JetStreamBroker(Broker):
       max_priority: Levels above 0 for the option `broker_priority`, 1 to 32; None for no priorities.
         All programs of a namespace use the same.
       max_in_flight: For each queue named, how many messages the whole fleet may hold at once.
+      inbox_prefix: First tokens of the subjects on which answers arrive, for accounts that restrict them.
 
     Raises:
       InvalidName, InvalidOption: When a setting can never work; nothing is contacted before first use.
