@@ -223,9 +223,9 @@ class JetStreamBroker(Broker):
                 topology.ensure_consumer(self.connection, consumer)
         self._ensured.add(queue_name)
 
-    def _ensure_dead_letters(self) -> None:
+    def _ensure_dead_letters(self, again: bool = False) -> None:
         stream = self.names.dead_stream
-        if stream not in self._ensured and self.declare:
+        if (again or stream not in self._ensured) and self.declare:
             topology.ensure_stream(self.connection, self._declared_streams()[0])
         self._ensured.add(stream)
 
@@ -529,7 +529,9 @@ class JetStreamBroker(Broker):
             actor=source.actor if message is None else message.actor_name,
             message_id=None if message is None else message.message_id,
             event=event,
-            history=() if message is None else dead_letters.history_of(message),
+            history=dead_letters.history_in(delivery)
+            if message is None
+            else dead_letters.history_of(message),
         )
         self._emit("after_dead_letter", source.queue, reason, message)
 

@@ -2,7 +2,8 @@
 
 A dead letter is stored before the message it stands for is acknowledged. If the process dies between the
 two, the message is delivered again and its letter is stored again on the same subject, of which the stream
-keeps one message: the letter is there once.
+keeps one message: the letter is there once. A body that leaves no room for the letter's headers within the
+server's `max_payload` is stored first, as a message of its own.
 
 A replay publishes the message and then removes the letter. If the process dies between the two, the letter
 is still there; replaying it again stores nothing new while JetStream remembers the first replay's
@@ -18,17 +19,20 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dramatiq.errors import DecodeError
 from dramatiq.message import Message
 
 from . import naming
 from .connection import Connection
-from .envelope import Event, to_message
-from .errors import InvalidOption, NotFound
+from .envelope import Event, checked, to_message
+from .errors import ApiError, InvalidOption, MessageTooLarge, NotFound, TopologyMissing
 from .naming import Names
-from .stored import StoredMessage, first_message, message_at, messages
+from .stored import StoredMessage, first_message, last_message, message_at, messages
+
+if TYPE_CHECKING:
+    from .deliveries import Delivery
 
 __all__ = [
     "DELIVERED_TOO_OFTEN",
@@ -51,8 +55,11 @@ REASONS = (RETRIES_EXHAUSTED, UNDECODABLE, UNKNOWN_ACTOR, REJECTED, DELIVERED_TO
 #: The message option in which a replayed message carries its earlier failures, through all its retries.
 HISTORY_OPTION = "dead_history"
 
-#: An error's text is kept up to this many characters.
+#: An error's text is kept up to this many characters, and so many of the last failures of a message.
 MAX_ERROR = 2_000
+MAX_HISTORY = 10
+
+_NO_SUCH_LETTER = 10057  # the answer to deleting what is not there
 
 
 def worker_name() -> str:
@@ -88,7 +95,7 @@ class DeadLetter:
         if self.event is not None:
             return to_message(self.event, queue=self.queue, actor=self.actor or "")
         try:
-            return Message.decode(self.data)
+            return checked(Message.decode(self.data), self.queue)
         except DecodeError:
             return None
 
@@ -109,9 +116,13 @@ class DeadLetter:
 
 
 class DeadLetters:
-    """The dead letters of a namespace."""
+    """The dead letters of a namespace.
 
-    def __init__(self, connection: Connection, names: Names, ensure: Callable[[], None]) -> None:
+    Parameters:
+      ensure: Makes the stream of dead letters if it may and must; with True also if it was there once.
+    """
+
+    def __init__(self, connection: Connection, names: Names, ensure: Callable[[bool], None]) -> None:
         self._connection = connection
         self._names = names
         self._ensure = ensure
@@ -140,7 +151,7 @@ class DeadLetters:
           history: The earlier failures of the message, as `history_of` finds them in it.
           event: The event of which this is the first run; a replay hands it to `actor` alone.
         """
-        self._ensure()
+        self._ensure(False)
         kept = {
             name: value for name, value in headers.items() if not name.startswith(("Nats-", "Dramatiq-Dead-"))
         }
@@ -164,8 +175,29 @@ class DeadLetters:
             place.update(time=event.time, id=event.id)
             letter[naming.HEADER_DEAD_EVENT] = json.dumps(place)
         if history:
-            letter[naming.HEADER_DEAD_HISTORY] = json.dumps(list(history))
-        self._connection.publish(self._names.dead(queue, origin), data, letter)
+            letter[naming.HEADER_DEAD_HISTORY] = json.dumps(list(history)[-MAX_HISTORY:])
+        try:
+            self._put(queue, origin, data, letter, kept)
+        except TopologyMissing:
+            self._ensure(True)
+            self._put(queue, origin, data, letter, kept)
+
+    def _put(
+        self, queue: str, origin: str, data: bytes, letter: dict[str, str], kept: Mapping[str, str]
+    ) -> None:
+        subject = self._names.dead(queue, origin)
+        try:
+            self._connection.publish(subject, data, letter)
+            return
+        except MessageTooLarge:
+            self._connection.publish(self._names.dead_body(queue, origin), data)
+        apart = {**letter, naming.HEADER_DEAD_BODY: "apart"}
+        try:
+            self._connection.publish(subject, b"", apart)
+        except MessageTooLarge:
+            # The message's own headers are what is large; the letter's are bounded.
+            bounded = {name: value for name, value in apart.items() if name not in kept}
+            self._connection.publish(subject, b"", bounded)
 
     def list(
         self,
@@ -186,15 +218,8 @@ class DeadLetters:
 
     def get(self, letter_id: str) -> DeadLetter | None:
         """The letter with an id, or None when it was replayed, dropped, or never there."""
-        if not letter_id.isdigit():
-            raise InvalidOption(
-                f"dead letter id {letter_id!r} cannot be used: `list` shows the ids, numbers."
-            )
-        try:
-            stored = message_at(self._connection, self._names.dead_stream, int(letter_id))
-        except NotFound:
-            return None
-        return None if stored is None else _read(stored)
+        stored = message_at(self._connection, self._names.dead_stream, _number(letter_id))
+        return None if stored is None else self._read(stored)
 
     def count(self, queue: str | None = None) -> int:
         """How many letters there are, of a queue if given."""
@@ -210,65 +235,95 @@ class DeadLetters:
     def replay(self, letter: DeadLetter | str) -> bool:
         """Put a message back on its queue with a fresh set of retries; False when the letter is gone.
 
-        The message keeps the history of this failure: should it die again, the next letter lists it.
+        The message keeps the history of this failure: should it die again, the next letter lists it. Its age
+        counts from now, so that `max_age` does not end it at once.
         """
         found = self.get(letter.id if isinstance(letter, DeadLetter) else letter)
         if found is None:
             return False
         entry = found.summary()
         del entry["history"], entry["id"], entry["queue"], entry["actor"], entry["message_id"]
-        history = [*map(dict, found.history), entry]
+        history = [*map(dict, found.history), entry][-MAX_HISTORY:]
         headers = {**found.headers, naming.HEADER_MSG_ID: f"replay:{found.id}:{found.time}"}
         message = found.decode()
         if message is None:
             body = found.data
+            headers[naming.HEADER_DEAD_HISTORY] = json.dumps(history)
         else:
             marks = ("retries", "traceback", "requeue_timestamp")
             options = {name: value for name, value in message.options.items() if name not in marks}
             options[HISTORY_OPTION] = history
-            body = dataclasses.replace(message, options=options).encode()
+            body = dataclasses.replace(
+                message, options=options, message_timestamp=int(time.time() * 1000)
+            ).encode()
         self._connection.publish(found.subject, body, headers)
         self.drop(found)
         return True
 
     def drop(self, letter: DeadLetter | str) -> bool:
         """Delete a letter for good; False when it is gone already."""
-        letter_id = letter.id if isinstance(letter, DeadLetter) else letter
-        if not letter_id.isdigit():
-            raise InvalidOption(
-                f"dead letter id {letter_id!r} cannot be used: `list` shows the ids, numbers."
-            )
-        try:
-            self._connection.api(
-                f"STREAM.MSG.DELETE.{self._names.dead_stream}", {"seq": int(letter_id), "no_erase": True}
-            )
-        except NotFound:
+        stream = self._names.dead_stream
+        stored = message_at(
+            self._connection, stream, _number(letter.id if isinstance(letter, DeadLetter) else letter)
+        )
+        if stored is None:
             return False
+        try:
+            self._connection.api(f"STREAM.MSG.DELETE.{stream}", {"seq": stored.sequence, "no_erase": True})
+        except ApiError as error:
+            if not isinstance(error, NotFound) and error.err_code != _NO_SUCH_LETTER:
+                raise
+            return False
+        if naming.HEADER_DEAD_BODY in stored.headers:
+            self._connection.api(f"STREAM.PURGE.{stream}", {"filter": f"{stored.subject}.body"})
         return True
 
     def flush(self, queue: str) -> int:
         """Delete all letters of a queue; return how many there were."""
+        purged = 0
         try:
-            answer = self._connection.api(
-                f"STREAM.PURGE.{self._names.dead_stream}", {"filter": self._names.dead_of_queue(queue)}
-            )
+            for subject in (self._names.dead_of_queue(queue), self._names.dead_with_bodies(queue)):
+                answer = self._connection.api(f"STREAM.PURGE.{self._names.dead_stream}", {"filter": subject})
+                purged = purged or int(answer.get("purged", 0))
         except NotFound:
             return 0
-        return int(answer.get("purged", 0))
+        return purged
 
     def _iterate(self, queue: str | None) -> Iterator[DeadLetter]:
         subject = self._names.all_dead if queue is None else self._names.dead_of_queue(queue)
         for stored in messages(self._connection, self._names.dead_stream, subject):
-            yield _read(stored)
+            yield self._read(stored)
 
     def oldest(self, queue: str | None = None) -> DeadLetter | None:
         subject = self._names.all_dead if queue is None else self._names.dead_of_queue(queue)
         stored = first_message(self._connection, self._names.dead_stream, subject)
-        return None if stored is None else _read(stored)
+        return None if stored is None else self._read(stored)
+
+    def _read(self, stored: StoredMessage) -> DeadLetter:
+        if naming.HEADER_DEAD_BODY in stored.headers:
+            body = last_message(self._connection, stored.stream, f"{stored.subject}.body")
+            stored = dataclasses.replace(stored, data=b"" if body is None else body.data)
+        letter = _read(stored)
+        if letter.event is None and letter.message_id is None and (message := letter.decode()) is not None:
+            # It was stored without being decoded, because it came too often.
+            return dataclasses.replace(
+                letter,
+                actor=message.actor_name,
+                message_id=message.message_id,
+                history=letter.history or tuple(history_of(message)),
+            )
+        return letter
+
+
+def _number(letter_id: str) -> int:
+    if not letter_id.isdigit():
+        raise InvalidOption(f"dead letter id {letter_id!r} cannot be used: `list` shows the ids, numbers.")
+    return int(letter_id)
 
 
 def _header(text: str) -> str:
-    return " ".join(text.split())[:MAX_ERROR]
+    """A text on one line; what UTF-8 cannot encode, as in names of files, is escaped."""
+    return " ".join(text.split())[:MAX_ERROR].encode("utf-8", "backslashreplace").decode()
 
 
 def _read(stored: StoredMessage) -> DeadLetter:
@@ -301,7 +356,7 @@ def _read(stored: StoredMessage) -> DeadLetter:
         subject=headers.get(naming.HEADER_DEAD_SUBJECT, ""),
         data=stored.data,
         headers=own,
-        history=tuple(json.loads(headers.get(naming.HEADER_DEAD_HISTORY, "[]"))),
+        history=tuple(_history(headers)),
         event=event,
     )
 
@@ -309,4 +364,19 @@ def _read(stored: StoredMessage) -> DeadLetter:
 def history_of(message: Any) -> Sequence[Mapping[str, Any]]:
     """The earlier failures that a replayed message carries with it, oldest first."""
     history = message.options.get(HISTORY_OPTION)
-    return history if isinstance(history, list) else ()
+    return (
+        [dict(entry) for entry in history if isinstance(entry, Mapping)] if isinstance(history, list) else []
+    )
+
+
+def history_in(delivery: Delivery) -> Sequence[Mapping[str, Any]]:
+    """The earlier failures of what was replayed without being a message, from its headers."""
+    return _history(delivery.headers)
+
+
+def _history(headers: Mapping[str, str]) -> Sequence[Mapping[str, Any]]:
+    try:
+        history = json.loads(headers.get(naming.HEADER_DEAD_HISTORY, "[]"))
+    except ValueError:
+        return []  # not ours: anybody may publish
+    return [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []

@@ -19,14 +19,14 @@ from typing import Any
 from dramatiq.actor import Actor
 from dramatiq.broker import Broker, MessageProxy
 from dramatiq.message import Message
-from dramatiq.middleware import Middleware
+from dramatiq.middleware import Middleware, MiddlewareError
 
 from . import topology
 from .broker import JetStreamBroker
 from .consumer import Source
 from .deliveries import Delivery
 from .envelope import Event, event_in, event_of, to_message
-from .errors import InvalidOption
+from .errors import InvalidName, InvalidOption
 from .naming import check_subject
 
 __all__ = ["Event", "Events", "Subscription", "current_event", "subscription"]
@@ -116,8 +116,14 @@ def current_event() -> Event | None:
     return _current.get()
 
 
+class InvalidSubscription(InvalidOption, MiddlewareError):
+    """An actor's subscription that can never work; Dramatiq lets only middleware errors stop a declaration."""
+
+
 class Events(Middleware):
     """Middleware that gives actors the option `subscribe` for the events of one stream.
+
+    A broker may have several, one for each stream; a subscription belongs to the first that keeps its subject.
 
     Parameters:
       stream: The stream's name.
@@ -196,23 +202,36 @@ class Events(Middleware):
         if wanted is None:
             return
         if not isinstance(broker, JetStreamBroker):
-            raise InvalidOption(
+            raise InvalidSubscription(
                 f"Actor {actor.actor_name!r} subscribes to events, which needs a JetStreamBroker."
             )
         if not isinstance(wanted, Subscription):
-            raise InvalidOption(
+            raise InvalidSubscription(
                 f"subscribe={wanted!r} of actor {actor.actor_name!r} cannot be used: "
                 'give subscription("SUBJECT", Type).'
             )
-        if not any(_covers(subject, wanted.subject) for subject in self.subjects):
-            raise InvalidOption(
-                f"Actor {actor.actor_name!r} subscribes to {wanted.subject!r}, which stream {self.stream!r} "
-                f"does not keep: it has {', '.join(self.subjects)}."
+        if _events_for(broker, wanted.subject) is None:
+            kept = [subject for events in _all_events(broker) for subject in events.subjects]
+            raise InvalidSubscription(
+                f"Actor {actor.actor_name!r} subscribes to {wanted.subject!r}, which no stream of events keeps: "
+                f"there are {', '.join(kept)}."
             )
+        if actor.queue_name in broker.max_in_flight:
+            raise InvalidSubscription(
+                f"Actor {actor.actor_name!r} subscribes to events on queue {actor.queue_name!r}, which has a "
+                "max_in_flight: JetStream counts the events apart, so the limit would not hold. Give the actor "
+                "a queue of its own, and have it send messages to the queue with the limit."
+            )
+        try:
+            broker.names.subscription_durable(actor.actor_name)
+        except InvalidName as error:
+            raise InvalidSubscription(str(error)) from error
 
     def after_declare_actor(self, broker: Broker, actor: Actor[Any, Any]) -> None:
         wanted = actor.options.get("subscribe")
         if not isinstance(wanted, Subscription) or not isinstance(broker, JetStreamBroker):
+            return
+        if _events_for(broker, wanted.subject) is not self:
             return
         self._subscriptions[actor.actor_name] = (actor, wanted)
         broker.event_decoders[actor.actor_name] = wanted.decode
@@ -238,6 +257,7 @@ class Events(Middleware):
     def _source(self, broker: JetStreamBroker, actor_name: str) -> Source:
         actor, wanted = self._subscriptions[actor_name]
         config = self._durable(broker, actor_name, wanted)
+        self._ensured = False  # a new consumer may be needed because the stream disappeared
         self.ensure(broker)
         if broker.declare:
             topology.ensure_consumer(broker.connection, config)
@@ -256,6 +276,18 @@ class Events(Middleware):
             decode=decode,
             actor=actor_name,
         )
+
+
+def _all_events(broker: Broker) -> list[Events]:
+    return [middleware for middleware in broker.middleware if isinstance(middleware, Events)]
+
+
+def _events_for(broker: Broker, subject: str) -> Events | None:
+    """The first stream of events of a broker that keeps everything on a subject."""
+    for events in _all_events(broker):
+        if any(_covers(kept, subject) for kept in events.subjects):
+            return events
+    return None
 
 
 def _covers(kept: str, wanted: str) -> bool:

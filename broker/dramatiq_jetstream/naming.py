@@ -32,6 +32,7 @@ HEADER_DEAD_AT = "Dramatiq-Dead-At"
 HEADER_DEAD_WORKER = "Dramatiq-Dead-Worker"
 HEADER_DEAD_HISTORY = "Dramatiq-Dead-History"
 HEADER_DEAD_EVENT = "Dramatiq-Dead-Event"
+HEADER_DEAD_BODY = "Dramatiq-Dead-Body"
 
 #: Headers of the server.
 HEADER_MSG_ID = "Nats-Msg-Id"
@@ -202,11 +203,22 @@ class Names:
     def dead(self, queue: str, letter: str) -> str:
         return f"{self.namespace}.dead.{self._queue(queue)}.{letter}"
 
+    def dead_body(self, queue: str, letter: str) -> str:
+        """Where the body of a letter is that is too large to be in one message with the letter's headers."""
+        return f"{self.dead(queue, letter)}.body"
+
     def dead_of_queue(self, queue: str) -> str:
+        return f"{self.namespace}.dead.{self._queue(queue)}.*"
+
+    def dead_with_bodies(self, queue: str) -> str:
         return f"{self.namespace}.dead.{self._queue(queue)}.>"
 
     @property
     def all_dead(self) -> str:
+        return f"{self.namespace}.dead.*.*"
+
+    @property
+    def all_dead_with_bodies(self) -> str:
         return f"{self.namespace}.dead.>"
 
     # Buckets

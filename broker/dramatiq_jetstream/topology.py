@@ -107,7 +107,7 @@ def dead_letters(names: Names, *, ttl: int, replicas: int = 1) -> StreamConfig:
     return StreamConfig(
         names.dead_stream,
         {
-            "subjects": [names.all_dead],
+            "subjects": [names.all_dead_with_bodies],
             "retention": "limits",
             "storage": "file",
             "num_replicas": replicas,
