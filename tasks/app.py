@@ -46,7 +46,7 @@ class Buckets(Middleware):
 class Boot(Middleware):
     """Sets up telemetry in a worker process; the front end does so for itself."""
 
-    def after_process_boot(self, broker: dramatiq.Broker) -> None:  # noqa: ARG002 - Dramatiq's signature
+    def after_process_boot(self, broker: dramatiq.Broker) -> None:
         configure_telemetry("order-service-worker")
         if telemetry_enabled():
             # Imported only when something is exported, so that it costs nothing otherwise.

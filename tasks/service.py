@@ -82,7 +82,8 @@ _STORING = 0.5
 
 
 @cache
-def _stream() -> EventStream:
+def event_stream() -> EventStream:
+    """Return the reader of the events."""
     return EventStream(app.broker.connection, lambda: app.event_stream.ensure(app.broker))
 
 
@@ -119,7 +120,7 @@ def get_order(order_id: str) -> Order | None:
     accepted_at = time_of(order_id)
     if accepted_at is None:
         return None
-    created = _stream().find_created(order_id, accepted_at)
+    created = event_stream().find_created(order_id, accepted_at)
     return None if created is None else order_of_events(order_id, [created])
 
 
@@ -146,7 +147,7 @@ def list_orders(limit: int = 20, before: str | None = None) -> Page:
 
 
 def _listed(before: int | None, limit: int) -> Iterator[tuple[int, Order]]:
-    for created in _stream().newest_created(before, expected=limit):
+    for created in event_stream().newest_created(before, expected=limit):
         order_id = created.event.order_id  # type: ignore[attr-defined]
         order = app.orders_store().get(order_id) or order_of_events(order_id, [created])
         # A second event with the same id is no second order.

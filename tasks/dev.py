@@ -1,0 +1,254 @@
+"""Runs the whole service on one machine: `python -m tasks.dev up`, which is what `make up` calls.
+
+honcho runs the processes of Procfile.dev and shows their output. On top of what it does by itself: what is in the
+way is said in one line before anything starts; nats starts first and stops last, so that nobody is left without it;
+and only the head of each process is told to stop, because those of workers and gunicorn see to their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from dramatiq.errors import BrokerError
+
+from dramatiq_jetstream.connection import Connection, ConnectOptions
+
+from .settings import Settings, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: How long nats may take to start, and everything to stop, in seconds.
+_START = 30.0
+_STOP = 60.0
+
+
+class InTheWay(Exception):
+    """The service cannot start; the message says why and what to do."""
+
+
+def up() -> int:
+    """Start everything, print the address when it is ready, and run until Ctrl-C."""
+    try:
+        from honcho.environ import parse_procfile
+    except ImportError:
+        raise InTheWay("honcho is not installed: run `make up`, which installs it.") from None
+    environment = _environment()
+    processes: dict[str, str] = dict(parse_procfile((ROOT / "Procfile.dev").read_text()).processes)
+    if os.environ.get("NATS_URL"):
+        del processes["nats"]
+        _check_server(environment["NATS_URL"])
+    if os.environ.get("PAYMENT_URL"):
+        del processes["payments"]
+    _check_ports(processes, environment)
+    os.chdir(ROOT)
+    return _run(processes, environment, settings())
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of the processes: the one of this process, and where they find each other."""
+    environment = dict(os.environ)
+    environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", "")))
+    environment["PYTHONUNBUFFERED"] = "1"
+    defaults = {
+        "HOST": "127.0.0.1",
+        "PORT": str(settings().port),
+        "NATS_URL": f"nats://127.0.0.1:{_port('NATS_PORT', 4222)}",
+        "PAYMENT_URL": f"http://127.0.0.1:{_port('PAYMENTS_PORT', 8001)}",
+    }
+    for name, value in defaults.items():
+        environment[name] = environment.get(name) or value
+    return environment
+
+
+def _port(name: str, default: int) -> int:
+    value = os.environ.get(name) or str(default)
+    if re.fullmatch(r"[0-9]{1,5}", value) is None or not 1 <= int(value) <= 65_535:
+        raise InTheWay(f"{name} must be a whole number from 1 to 65535, not {value!r}.")
+    return int(value)
+
+
+def _check_server(url: str) -> None:
+    """Make sure that the server of NATS_URL is there and can be used."""
+    connection = Connection(ConnectOptions.of(url))
+    try:
+        connection.connect()
+    except BrokerError as error:
+        raise InTheWay(f"{error} (NATS_URL is set; unset it to have a server started here.)") from None
+    finally:
+        connection.close()
+
+
+def _check_ports(processes: dict[str, str], environment: dict[str, str]) -> None:
+    wanted = {"web": ("PORT", int(environment["PORT"]), "set PORT to another one")}
+    if "nats" in processes:
+        port = _port("NATS_PORT", 4222)
+        wanted["nats"] = (
+            "NATS_PORT",
+            port,
+            f"set NATS_URL=nats://127.0.0.1:{port} to use a server that runs there",
+        )
+    if "payments" in processes:
+        wanted["payments"] = (
+            "PAYMENTS_PORT",
+            _port("PAYMENTS_PORT", 8001),
+            "set PAYMENTS_PORT to another one",
+        )
+    for name, (variable, port, remedy) in wanted.items():
+        with socket.socket() as probe:
+            # As the servers do: a port that a stopped server has just left is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise InTheWay(
+                    f"Port {port}, which {name} needs ({variable}), cannot be used: {error.strerror}. "
+                    f"Stop what listens there (is the service running already?), or {remedy}."
+                ) from None
+
+
+def _run(processes: dict[str, str], environment: dict[str, str], chosen: Settings) -> int:
+    import honcho.manager
+    from honcho.manager import Manager
+    from honcho.printer import Printer
+
+    honcho.manager.KILL_WAIT = int(_STOP)
+    url = f"http://{environment['HOST']}:{environment['PORT']}"
+    workers = threading.Semaphore(0)
+
+    class Output(Printer):  # type: ignore[misc]  # honcho has no types
+        """Shows the output, and notices when a worker process is ready."""
+
+        def write(self, message: Any) -> None:
+            text = message.data.decode(errors="replace") if isinstance(message.data, bytes) else message.data
+            if message.name == "worker" and "Worker process is ready" in str(text):
+                workers.release()
+            super().write(message)
+
+    class Fleet(Manager):  # type: ignore[misc]
+        """Starts nats first and stops it last."""
+
+        _processes: dict[str, Any]
+        _terminating: bool
+
+        def __init__(self) -> None:
+            super().__init__(Output(sys.stdout))
+            self._procmgr = _Heads()
+
+        def _start(self) -> None:
+            everything = self._processes
+            first = {name: process for name, process in everything.items() if name == "nats"}
+            rest = {name: process for name, process in everything.items() if name != "nats"}
+            try:
+                self._processes = first
+                super()._start()
+                if first:
+                    _wait_for_nats(_port("NATS_PORT", 4222))
+                self._processes = rest
+                super()._start()
+            finally:
+                self._processes = everything
+
+        def terminate(self) -> None:
+            if not self._terminating:
+                self._terminating = True
+                threading.Thread(target=self._stop, daemon=True).start()
+
+        def _stop(self) -> None:
+            nats = [process for name, process in self._processes.items() if name == "nats"]
+            others = [process for name, process in self._processes.items() if name != "nats"]
+            for group in (others, nats):
+                told: list[Any] = []
+                deadline = time.monotonic() + _STOP / 2
+                while time.monotonic() < deadline and any("returncode" not in one for one in group):
+                    for one in group:
+                        if "pid" in one and "returncode" not in one and one not in told:
+                            self._procmgr.terminate(one["pid"])
+                            told.append(one)
+                    time.sleep(0.05)
+
+    manager = Fleet()
+    for name, command in processes.items():
+        manager.add_process(name, command, env=environment, cwd=str(ROOT))
+
+    def announce() -> None:
+        for _ in range(chosen.worker_processes):
+            workers.acquire()
+        while not _healthy(url):
+            time.sleep(0.2)
+        line = f"The order service is ready: {url}   (Ctrl-C stops it)"
+        print(f"\n{'─' * len(line)}\n{line}\n{'─' * len(line)}\n", flush=True)
+
+    threading.Thread(target=announce, daemon=True).start()
+    manager.loop()
+    # Ctrl-C is how it is meant to end.
+    return 0 if manager.returncode in (0, 130, 143) else int(manager.returncode or 1)
+
+
+class _Heads:
+    """Tells processes to stop: to stop in good order the head of each alone, to die all of each."""
+
+    def terminate(self, pid: int) -> None:
+        self._signal(os.kill, pid, signal.SIGTERM)
+
+    def kill(self, pid: int) -> None:
+        self._signal(os.killpg, pid, signal.SIGKILL)
+
+    @staticmethod
+    def _signal(send: Any, pid: int, number: int) -> None:
+        try:
+            send(pid, number)
+        except ProcessLookupError:
+            pass  # it has ended by itself
+
+
+def _wait_for_nats(port: int) -> None:
+    deadline = time.monotonic() + _START
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=1) as probe:
+                if probe.recv(4) == b"INFO":
+                    return
+        except OSError:
+            pass
+        time.sleep(0.05)
+    print(
+        f"nats-server does not answer on port {port}; its log is .data/nats/nats-server.log", file=sys.stderr
+    )
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run the order service on this machine.")
+    parser.add_argument("command", choices=["up"])
+    parser.parse_args()
+    if shutil.which("sh") is None:
+        print("The processes are started through `sh`, which was not found on the PATH.", file=sys.stderr)
+        return 1
+    try:
+        return up()
+    except InTheWay as problem:
+        print(problem, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
