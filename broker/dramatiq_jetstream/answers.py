@@ -61,16 +61,18 @@ class Publication:
         self.headers = headers
 
 
-def read_permission_error(text: str) -> tuple[str, PermissionDenied] | None:
-    """The subject and the error that a server's report of a permission violation stands for."""
+def read_permission_error(text: str) -> tuple[str, str] | None:
+    """The verb and the subject of a permission violation that the server reported; nats-py lowers the case."""
     denied = _PERMISSION.search(text)
-    if denied is None:
-        return None
-    verb, subject = denied.groups()
-    action = "publish to" if verb.lower() == "publish" else "subscribe to"
-    return subject, PermissionDenied(
+    return None if denied is None else (denied[1].lower(), denied[2].lower())
+
+
+def permission_denied(verb: str, subject: str) -> PermissionDenied:
+    """The error for a subject that the server refused to this account."""
+    action = "publish to" if verb == "publish" else "subscribe to"
+    return PermissionDenied(
         f"This account may not {action} {subject!r}: extend its permissions "
-        "(docs/operations.md lists what each role needs)."
+        "(dramatiq_jetstream/permissions.conf lists what each role needs)."
     )
 
 

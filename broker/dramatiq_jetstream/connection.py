@@ -28,13 +28,13 @@ from .answers import (
     Publication,
     check_size,
     is_no_responders,
+    permission_denied,
     read_puback,
     translate,
 )
 from .errors import (
     BrokerConnectionError,
     ConnectionClosed,
-    PermissionDenied,
     ServerUnsupported,
     StoreTimeout,
 )
@@ -300,12 +300,16 @@ class Connection(Link):
         else:
             del self._pending[token]
 
-    def refused(self, subject: str, refusal: PermissionDenied) -> None:
-        waiting = [token for token, pending in self._pending.items() if pending.subject == subject]
+    def refused(self, verb: str, subject: str) -> None:
+        waiting = [
+            (token, pending.subject)
+            for token, pending in self._pending.items()
+            if verb == "publish" and pending.subject.lower() == subject
+        ]
         if not waiting:
-            self.logger.error("%s", refusal)
-        for token in waiting:
-            self._pending.pop(token).answer(refusal)
+            self.logger.error("%s", permission_denied(verb, subject))
+        for token, exact in waiting:
+            self._pending.pop(token).answer(permission_denied(verb, exact))
 
     def closing(self) -> None:
         for pending in list(self._pending.values()):
@@ -336,6 +340,10 @@ class Connection(Link):
             return ConnectionClosed(
                 f"NATS at {self.options.display} was not connected for {waited} ms "
                 f"({self.state.last_error}); nothing was sent to {pending.subject}."
+            )
+        if pending.subject.startswith("$JS.API."):
+            return BrokerConnectionError(
+                f"JetStream at {self.options.display} did not answer {pending.subject} within {waited} ms."
             )
         return StoreTimeout(
             f"NATS at {self.options.display} did not answer on {pending.subject} within {waited} ms; "

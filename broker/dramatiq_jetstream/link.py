@@ -34,7 +34,7 @@ from dramatiq.errors import BrokerError
 from nats.aio.client import Client
 
 from .answers import Headers, Msg, read_permission_error
-from .errors import ConnectionClosed, ConnectionFailed, PermissionDenied, ServerUnsupported
+from .errors import ConnectionClosed, ConnectionFailed, ServerUnsupported
 from .options import ConnectOptions
 
 __all__ = ["ConnectionState", "Link", "Subscription"]
@@ -474,8 +474,8 @@ class Link:
     def answered(self, token: str, message: Msg) -> None:
         """Called for each message under `inbox`."""
 
-    def refused(self, subject: str, refusal: PermissionDenied) -> None:
-        """Called when the server denied us a subject."""
+    def refused(self, verb: str, subject: str) -> None:
+        """Called when the server denied us a subject; it is in lower case."""
 
     def closing(self) -> None:
         """Called when the connection was closed."""
