@@ -1,0 +1,55 @@
+"""Fixtures of the broker's tests: further brokers of a namespace, a proxy before the server, worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.server import NatsServer
+from tests.broker.fleet import Fleet, fleet
+from tests.support.proxy import Proxy
+
+MakeBroker = Callable[..., JetStreamBroker]
+MakeFleet = Callable[..., Fleet]
+
+
+@pytest.fixture
+def make_broker(nats_url: str, namespace: str) -> Iterator[MakeBroker]:
+    """Makes brokers of the test's namespace, each with a connection of its own, as other processes have."""
+    brokers: list[JetStreamBroker] = []
+
+    def make(url: str | list[str] = nats_url, **options: Any) -> JetStreamBroker:
+        broker = JetStreamBroker(url, **{"namespace": namespace, **options})
+        brokers.append(broker)
+        return broker
+
+    yield make
+    for broker in brokers:
+        broker.close()
+
+
+@pytest.fixture
+def proxy(nats_url: str) -> Iterator[Proxy]:
+    """A proxy before the shared server."""
+    with Proxy(nats_url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def make_fleet(nats_url: str, namespace: str, tmp_path: Path) -> Iterator[MakeFleet]:
+    """Makes the test's fleet of worker processes; the options are those of its brokers."""
+    fleets = []
+
+    def make(server: NatsServer | None = None, **options: Any) -> Fleet:
+        url = nats_url if server is None else server.url
+        context = fleet(tmp_path, **{"url": url, "namespace": namespace, **options})
+        fleets.append(context)
+        return context.__enter__()
+
+    yield make
+    for context in fleets:
+        context.__exit__(None, None, None)

@@ -1,0 +1,60 @@
+"""The program that worker processes of the tests run: `dramatiq tests.broker.fleet_app`.
+
+Everything comes from the environment (see `tests/broker/fleet.py`), and every run of an actor is a line in a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import dramatiq
+
+from dramatiq_jetstream import JetStreamBroker
+
+RUNS = Path(os.environ["FLEET_RUNS"])
+GATES = RUNS.parent
+
+broker = JetStreamBroker(**json.loads(os.environ["FLEET_BROKER"]))
+dramatiq.set_broker(broker)
+
+
+def note(*words: object) -> None:
+    # One short write in append mode is not torn by another process.
+    with RUNS.open("a") as runs:
+        runs.write(" ".join(map(str, words)) + "\n")
+
+
+@dramatiq.actor(max_retries=0)
+def mark(name: str) -> None:
+    note("ran", name)
+
+
+@dramatiq.actor(max_retries=0)
+def hold(name: str) -> None:
+    """Runs until the test opens its gate."""
+    note("began", name, os.getpid())
+    while not (GATES / f"{name}.open").exists():
+        time.sleep(0.02)
+    note("ended", name, os.getpid())
+
+
+@dramatiq.actor(max_retries=0)
+def die(name: str) -> None:
+    """Takes its process along, as a segmentation fault or the OOM killer does."""
+    note("died", name)
+    os._exit(9)
+
+
+@dramatiq.actor(queue_name="other", max_retries=0)
+def other(name: str) -> None:
+    note("other", name)
+
+
+@dramatiq.actor(max_retries=3, min_backoff=50, max_backoff=100)
+def flaky(name: str) -> None:
+    note("tried", name)
+    if not (GATES / f"{name}.open").exists():
+        raise RuntimeError("not yet")

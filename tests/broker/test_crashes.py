@@ -1,0 +1,124 @@
+"""What happens to messages when workers die: real `dramatiq` processes, real kill -9."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import dramatiq
+
+from tests.broker.conformance.workers import running
+from tests.support.polling import eventually
+
+ACK_WAIT = 2_000
+
+
+def test_messages_of_a_killed_worker_run_again_within_ack_wait(make_fleet):
+    """Everything that the worker held, begun or not, is delivered to another one."""
+    fleet = make_fleet(ack_wait=ACK_WAIT)
+    victim = fleet.start(threads=2)
+    for name in ("a", "b", "c", "d"):
+        fleet.send("hold", name)
+    fleet.wait_for("began a")
+    fleet.wait_for("began b")
+    eventually(lambda: fleet.broker.queue_stats("default").in_flight == 4)
+    victim.kill()
+    killed = time.monotonic()
+    fleet.start(threads=4)
+    for name in ("a", "b", "c", "d"):
+        fleet.open(name)
+    fleet.broker.join("default", timeout=20_000)
+    assert time.monotonic() - killed < ACK_WAIT / 1000 + 5
+    counts = fleet.counts()
+    assert [counts[f"began {name}"] for name in "abcd"] == [2, 2, 1, 1]
+    assert [counts[f"ended {name}"] for name in "abcd"] == [1, 1, 1, 1]
+
+
+def test_sigterm_hands_back_what_was_not_begun_at_once(make_fleet):
+    """Prefetched messages go to other workers while the stopping one still runs a long task."""
+    fleet = make_fleet(ack_wait=60_000)
+    stopping = fleet.start(threads=1)
+    fleet.send("hold", "long")
+    fleet.wait_for("began long")
+    for number in range(3):
+        fleet.send("mark", f"m{number}")
+    eventually(lambda: fleet.broker.queue_stats("default").in_flight >= 2)
+    fleet.start(threads=1)
+    stopping.send_signal(signal.SIGTERM)
+    for number in range(3):
+        fleet.wait_for(f"ran m{number}", timeout=10)
+    assert stopping.running
+    assert fleet.counts()["ended long"] == 0
+    fleet.open("long")
+    assert stopping.wait() == 0
+    fleet.broker.join("default", timeout=5_000)
+    assert fleet.counts() == {"began long": 1, "ended long": 1, "ran m0": 1, "ran m1": 1, "ran m2": 1}
+
+
+def test_a_poison_message_dies_after_max_deliveries(make_fleet):
+    """A message that takes its worker along is delivered so many times, then it is a dead letter."""
+    fleet = make_fleet(ack_wait=1_000, max_deliveries=2)
+    message = fleet.send("die", "poison")
+    for _ in range(2):
+        worker = fleet.start(threads=1, wait=False)
+        assert worker.wait(30) != 0
+    fleet.start(threads=1)
+    (letter,) = eventually(lambda: fleet.broker.dead_letters.list("default"), timeout=20)
+    assert (letter.reason, letter.deliveries, letter.message_id) == (
+        "delivered too often",
+        3,
+        message.message_id,
+    )
+    assert letter.actor == "die"
+    assert letter.data == message.encode()
+    assert fleet.counts() == {"died poison": 2}
+    fleet.send("mark", "after")
+    fleet.wait_for("ran after")
+    assert fleet.broker.dead_letters.replay(letter)
+    fleet.wait_for("died poison", count=3)
+
+
+def test_stops_of_workers_do_not_make_poison(make_broker):
+    """A message that one stopping worker after the other gives back unbegun is not taken for a killer."""
+    ran = []
+
+    def work(name):
+        ran.append(name)
+
+    def another():
+        broker = make_broker(ack_wait=60_000, max_deliveries=2)
+        dramatiq.actor(broker=broker)(work)
+        return broker
+
+    producer = another()
+    producer.actors["work"].send("patient")
+    for _ in range(5):
+        # Without threads, a worker takes messages and begins none.
+        broker = another()
+        with running(broker, threads=0, prefetch=4):
+            eventually(lambda ledger=broker.ledger: ledger.held == 1)
+    with running(another()):
+        producer.join("default", timeout=5_000)
+    assert ran == ["patient"]
+    assert producer.dead_letters.list() == []
+
+
+def test_a_killed_process_of_several_takes_the_command_down_and_loses_nothing(make_fleet):
+    """The dramatiq command stops when one of its processes dies; a new one goes on with every message."""
+    fleet = make_fleet(ack_wait=ACK_WAIT)
+    first = fleet.start(processes=2, threads=1)
+    for number in range(20):
+        fleet.send("mark", f"m{number}")
+    fleet.send("hold", "held")
+    fleet.wait_for("began held")
+    holder = next(int(line.split()[2]) for line in fleet.runs.read_text().splitlines() if "held" in line)
+    os.kill(holder, signal.SIGKILL)
+    assert first.wait(30) != 0
+    fleet.open("held")
+    fleet.start(processes=2, threads=1)
+    fleet.broker.join("default", timeout=15_000)
+    counts = fleet.counts()
+    assert counts["ended held"] == 1
+    assert all(counts[f"ran m{number}"] >= 1 for number in range(20))
+    assert fleet.broker.queue_stats("default").dead == 0

@@ -1,0 +1,116 @@
+"""A TCP proxy between a client and its server that loses, holds and refuses what a test tells it to."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from contextlib import suppress
+from types import TracebackType
+from urllib.parse import urlsplit
+
+
+class Proxy:
+    """Listens on a free port and passes on to the server in `target`; connect to `url`.
+
+    Attributes:
+      deaf: Drop what the server says; the client still gets through to it.
+      mute: Drop what the client says.
+      down: Refuse new connections (they are closed at once).
+      dropped: What was lost of the server's words.
+    """
+
+    def __init__(self, target: str) -> None:
+        parts = urlsplit(target)
+        assert parts.hostname is not None
+        assert parts.port is not None
+        self._target = (parts.hostname, parts.port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"{parts.scheme}://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.deaf = self.mute = self.down = False
+        self.dropped = b""
+        self._pairs: set[tuple[socket.socket, socket.socket]] = set()
+        self._lock = threading.Lock()
+        self._accepting = threading.Thread(target=self._accept, name="proxy", daemon=True)
+        self._accepting.start()
+
+    def cut(self) -> int:
+        """Break all open connections and return how many there were."""
+        with self._lock:
+            pairs, self._pairs = self._pairs, set()
+        for pair in pairs:
+            for end in pair:
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
+        return len(pairs)
+
+    def lose(self) -> None:
+        """The server is gone: connections break, and new ones are refused, until `restore`."""
+        self.down = True
+        self.cut()
+
+    def restore(self) -> None:
+        """All is well again. What was lost stays lost, so connections that lost something are broken."""
+        if self.deaf or self.mute:
+            self.cut()
+        self.deaf = self.mute = self.down = False
+
+    def close(self) -> None:
+        # Closing alone would not wake the thread that accepts.
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+        self._accepting.join(5)
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if self.down:
+                client.close()
+                continue
+            try:
+                server = socket.create_connection(self._target, timeout=5)
+            except OSError:
+                client.close()
+                continue
+            server.settimeout(None)
+            pair = (client, server)
+            for end in pair:
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with self._lock:
+                self._pairs.add(pair)
+            for source, sink in (pair, pair[::-1]):
+                threading.Thread(
+                    target=self._pass_on, args=(pair, source, sink), name="proxy", daemon=True
+                ).start()
+
+    def _pass_on(
+        self, pair: tuple[socket.socket, socket.socket], source: socket.socket, sink: socket.socket
+    ) -> None:
+        from_server = source is pair[1]
+        try:
+            while data := source.recv(65536):
+                if self.deaf if from_server else self.mute:
+                    self.dropped += data if from_server else b""
+                else:
+                    sink.sendall(data)
+        except OSError:
+            pass  # one side is gone; the other learns it below
+        with self._lock:
+            self._pairs.discard(pair)
+        for end in pair:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
