@@ -17,6 +17,8 @@ from dramatiq.middleware.retries import Retries
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually
 
+pytestmark = pytest.mark.where(whole_suite=True)
+
 
 class Broken(Exception):
     """What the actors of these tests raise."""

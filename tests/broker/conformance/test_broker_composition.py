@@ -13,6 +13,8 @@ from dramatiq.results import ResultMissing, Results, ResultTimeout
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually, holds
 
+pytestmark = pytest.mark.where(whole_suite=True)
+
 
 @pytest.fixture
 def stored(rig, broker):

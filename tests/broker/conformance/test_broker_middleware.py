@@ -19,6 +19,8 @@ from dramatiq.middleware import (
 from tests.broker.conformance.workers import Recorder, running
 from tests.support.polling import eventually
 
+pytestmark = pytest.mark.where(whole_suite=True)
+
 
 class Broken(Exception):
     """What the actors of these tests raise."""

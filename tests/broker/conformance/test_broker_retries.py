@@ -12,6 +12,8 @@ from dramatiq.middleware import CurrentMessage
 from tests.broker.conformance.workers import Recorder, consuming, running
 from tests.support.polling import eventually
 
+pytestmark = pytest.mark.where(whole_suite=True)
+
 
 class Broken(Exception):
     """What the actors of these tests raise."""
