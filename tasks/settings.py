@@ -29,8 +29,10 @@ class Settings:
       declare: DECLARE, whether processes may create streams and consumers; 0 when `fleet setup` has done it.
       worker_processes, worker_threads: WORKER_PROCESSES and WORKER_POOL_SIZE, of `dramatiq tasks`.
       ack_wait: ACK_WAIT, after which the work of a killed worker is given to another.
-      port: PORT, where the front end listens.
-      web_processes: WEB_CONCURRENCY, of gunicorn.
+      host, port: HOST and PORT, where the front end listens.
+      web_processes, web_threads: WEB_CONCURRENCY and WEB_THREADS, of gunicorn.
+      stream_duration: STREAM_DURATION, after which an open order page asks for a new stream.
+      trace_url_template: TRACE_URL_TEMPLATE, the address of a trace, with {trace_id} in it.
       accept_timeout: ACCEPT_TIMEOUT, how long a request waits for JetStream to store its order.
       idempotency_ttl: IDEMPOTENCY_TTL, how long an Idempotency-Key is remembered.
       payment_url: PAYMENT_URL, the payment gateway.
@@ -48,8 +50,12 @@ class Settings:
     worker_processes: int = 2
     worker_threads: int = 10
     ack_wait: int = 30_000
+    host: str = "0.0.0.0"
     port: int = 8000
     web_processes: int = 2
+    web_threads: int = 16
+    stream_duration: int = 30_000
+    trace_url_template: str | None = None
     accept_timeout: int = 5_000
     idempotency_ttl: int = 24 * 3_600_000
     payment_url: str = "http://127.0.0.1:8001"
@@ -72,8 +78,12 @@ class Settings:
             worker_processes=read.whole("WORKER_PROCESSES", cls.worker_processes, 1, 256),
             worker_threads=read.whole("WORKER_POOL_SIZE", cls.worker_threads, 1, 512),
             ack_wait=read.whole("ACK_WAIT", cls.ack_wait, 1_000, 3_600_000),
+            host=read.text("HOST") or cls.host,
             port=read.whole("PORT", cls.port, 1, 65_535),
             web_processes=read.whole("WEB_CONCURRENCY", cls.web_processes, 1, 256),
+            web_threads=read.whole("WEB_THREADS", cls.web_threads, 2, 512),
+            stream_duration=read.whole("STREAM_DURATION", cls.stream_duration, 1_000, 600_000),
+            trace_url_template=read.template("TRACE_URL_TEMPLATE", "trace_id"),
             accept_timeout=read.whole("ACCEPT_TIMEOUT", cls.accept_timeout, 100, 60_000),
             idempotency_ttl=read.whole("IDEMPOTENCY_TTL", cls.idempotency_ttl, 60_000, 30 * 86_400_000),
             payment_url=read.http("PAYMENT_URL", cls.payment_url),
@@ -125,6 +135,14 @@ class _Reader:
         if re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", value) is None:
             raise InvalidSetting(f"{name} must be an address such as http://localhost:8001, not {value!r}.")
         return value.rstrip("/")
+
+    def template(self, name: str, field: str) -> str | None:
+        value = self.text(name)
+        if value is not None and re.fullmatch(rf"https?://[^\s{{}}]+{{{field}}}[^\s{{}}]*", value) is None:
+            raise InvalidSetting(
+                f"{name} must be an address such as https://traces.example.com/{{{field}}}, not {value!r}."
+            )
+        return value
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import NoReturn
 from urllib.parse import quote, urlencode
@@ -10,6 +9,7 @@ from urllib.parse import quote, urlencode
 from flask import Blueprint, Response, jsonify, request
 
 from tasks import service
+from tasks.events import usable_order_id
 from tasks.service import AcceptedOrder, InvalidCursor, InvalidOrder, Order, OrderRequest
 from web.problems import Problem
 from web.representation import order_json, page_json, product_json
@@ -18,7 +18,6 @@ blueprint = Blueprint("api", __name__)
 
 DEFAULT_LIMIT = 20
 MAX_LIMIT = 100
-_ORDER_ID = re.compile(r"[A-Za-z0-9._~-]{1,64}", re.ASCII)
 _PARSERS: dict[str, Callable[[bytes], OrderRequest]] = {
     "application/json": service.parse_order_json,
     "application/x-protobuf": service.parse_order_protobuf,
@@ -105,7 +104,7 @@ def refuse(error: InvalidOrder) -> NoReturn:
 
 def find_order(order_id: str) -> Order:
     """Return the order, or raise the 404 problem; an id that no order can have is not even looked up."""
-    order = service.get_order(order_id) if _ORDER_ID.fullmatch(order_id) else None
+    order = service.get_order(order_id) if usable_order_id(order_id) else None
     if order is None:
         raise Problem("not-found", f"There is no order {order_id[:64]!r}.")
     return order

@@ -10,34 +10,38 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from dramatiq_jetstream.errors import MessageTooLarge
 from dramatiq_jetstream.telemetry import configure_telemetry, telemetry_enabled
-from web import api, health, openapi, pages, security, settings
+from tasks.settings import Settings, settings
+from web import admission, api, health, openapi, pages, security
 from web.live import Streams
 from web.problems import Problem, from_status, unavailable
 
 logger = logging.getLogger(__name__)
+
+MAX_BODY = 1_000_000
 
 # What a client may still be sending when its request is refused for its size. Reading it lets the answer
 # arrive: a connection closed with unread data is reset, and the client sees no answer at all.
 _DRAIN_LIMIT = 32_000_000
 
 
-def create_app(web_settings: settings.WebSettings | None = None) -> Flask:
+def create_app(app_settings: Settings | None = None) -> Flask:
     """Return the application; it connects to NATS by itself, in this process, when it is first used."""
-    web_settings = web_settings or settings.from_environment()
+    app_settings = app_settings or settings()
     configure_telemetry("order-service-web")
     app = Flask("web")
-    app.config["MAX_CONTENT_LENGTH"] = web_settings.max_body_bytes
-    app.config["MAX_FORM_MEMORY_SIZE"] = web_settings.max_body_bytes
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    app.config["MAX_FORM_MEMORY_SIZE"] = MAX_BODY
     app.url_map.merge_slashes = False
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
-    app.extensions["web"] = web_settings
-    app.extensions["streams"] = Streams(web_settings.max_streams, web_settings.stream_duration)
+    app.extensions["settings"] = app_settings
+    app.extensions["streams"] = Streams(max(1, app_settings.web_threads // 2), app_settings.stream_duration)
 
     app.register_blueprint(api.blueprint)
     app.register_blueprint(pages.blueprint)
     app.register_blueprint(health.blueprint)
     app.register_blueprint(openapi.blueprint)
     security.protect(app)
+    admission.bound(app, app_settings.web_threads)
 
     app.before_request(_refuse_endless_body)
     app.register_error_handler(Problem, _answer)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dramatiq
 from flask import Blueprint, Response, jsonify
 
+from dramatiq_jetstream.telemetry import PROMETHEUS_CONTENT_TYPE, prometheus_text
 from tasks import service
 from web import live
 
@@ -26,6 +28,12 @@ def ready() -> Response:
 def health() -> Response:
     """Answer 200 only while connected to NATS."""
     return _report(stopping=False)
+
+
+@blueprint.get("/metrics")
+def metrics() -> Response:
+    """Answer the state of the queues and of the connection, for Prometheus."""
+    return Response(prometheus_text(dramatiq.get_broker()), content_type=PROMETHEUS_CONTENT_TYPE)
 
 
 def _report(*, stopping: bool) -> Response:

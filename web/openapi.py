@@ -7,7 +7,7 @@ from typing import Any
 
 from flask import Blueprint, Response, jsonify
 
-from tasks.service import MAX_ITEMS, MAX_QUANTITY
+from tasks.model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TOKEN_LENGTH
 from web.api import DEFAULT_LIMIT, MAX_LIMIT
 from web.problems import KINDS, MEDIA_TYPE
 
@@ -250,7 +250,7 @@ _SCHEMAS: dict[str, Any] = {
         "type": "object",
         "required": ["customer_id", "items"],
         "properties": {
-            "customer_id": {"type": "string", "minLength": 1, "maxLength": 64},
+            "customer_id": {"type": "string", "minLength": 1, "maxLength": MAX_ID_LENGTH},
             "items": {
                 "type": "array",
                 "minItems": 1,
@@ -265,7 +265,9 @@ _SCHEMAS: dict[str, Any] = {
                 },
             },
             "payment_token": {
-                "type": "string",
+                "type": ["string", "null"],
+                "minLength": 1,
+                "maxLength": MAX_TOKEN_LENGTH,
                 "description": "What the payment gateway is to charge; the customer's account without it.",
             },
         },

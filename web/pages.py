@@ -20,12 +20,12 @@ from flask import Blueprint, Response, current_app, render_template, request, st
 from tasks import service
 from tasks.catalogue import CATALOGUE
 from tasks.service import InvalidOrder, Order
+from tasks.settings import Settings
 from web import live, openapi, representation
 from web.api import accept, find_order, find_page
 from web.assets import asset_url
 from web.problems import KINDS, Problem
 from web.security import refuse_cross_site
-from web.settings import WebSettings
 
 blueprint = Blueprint("pages", __name__)
 
@@ -207,7 +207,6 @@ def _home(form: Form, status: int = 200) -> Response:
 
 
 def _order_context(order: Order) -> dict[str, Any]:
-    settings: WebSettings = current_app.extensions["web"]
     return {
         "order": order,
         "names": {sku: entry.name for sku, entry in CATALOGUE.items()},
@@ -215,8 +214,15 @@ def _order_context(order: Order) -> dict[str, Any]:
         "history": representation.history(order),
         "rests": live.rests(order),
         "sentence": representation.STATUS_SENTENCE[order.status],
-        "trace_url": settings.trace_url(order.trace_id),
+        "trace_url": _trace_url(order),
     }
+
+
+def _trace_url(order: Order) -> str | None:
+    settings: Settings = current_app.extensions["settings"]
+    if settings.trace_url_template is None or order.trace_id is None:
+        return None
+    return settings.trace_url_template.format(trace_id=quote(order.trace_id, safe=""))
 
 
 def _state(order: Order) -> dict[str, Any]:
