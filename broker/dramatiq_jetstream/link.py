@@ -169,7 +169,7 @@ class Link:
           ServerUnsupported: When the server is too old or has no JetStream.
           ConnectionClosed: When this connection was closed.
         """
-        if self._tasks:
+        if self._tasks and not self._closed:
             return
         with self._lock:
             if self._closed:

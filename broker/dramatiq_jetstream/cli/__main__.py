@@ -1,0 +1,7 @@
+"""`python -m dramatiq_jetstream.cli` is `fleet`."""
+
+from __future__ import annotations
+
+from .app import main
+
+main()

@@ -1,0 +1,225 @@
+"""The `fleet` command: what it prints, in words and as JSON, and how it says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dramatiq
+import pytest
+
+from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.cli import main
+from tests.support.polling import eventually
+from tests.support.ports import free_port
+
+Fleet = Callable[..., Any]
+
+
+class Refused(Exception):
+    """The command ended with a status other than 0; holds it and what was said."""
+
+    def __init__(self, status: object, said: str) -> None:
+        super().__init__(said)
+        self.status = status
+
+
+@pytest.fixture
+def fleet(nats_url: str, namespace: str, capsys: pytest.CaptureFixture[str]) -> Fleet:
+    """Run a command; returns its JSON if that was asked for, else its words."""
+
+    def run(*arguments: str) -> Any:
+        capsys.readouterr()
+        status: object = 0
+        try:
+            main(["--url", nats_url, "--namespace", namespace, *arguments])
+        except SystemExit as leave:
+            status = leave.code
+        said = capsys.readouterr()
+        if status:
+            raise Refused(status, said.err + said.out)
+        return json.loads(said.out) if "--json" in arguments else said.out
+
+    return run
+
+
+@pytest.fixture
+def work(broker: JetStreamBroker) -> dramatiq.Actor[..., Any]:
+    """An actor that fails for good when it is told to."""
+
+    @dramatiq.actor(broker=broker, queue_name="mail", max_retries=0)
+    def work(value: str) -> None:
+        if value == "die":
+            raise RuntimeError("no such address")
+
+    return work
+
+
+@pytest.fixture
+def worker(broker: JetStreamBroker, work: dramatiq.Actor[..., Any]) -> Iterator[dramatiq.Worker]:
+    """A running worker."""
+    running = dramatiq.Worker(broker, worker_threads=2, worker_timeout=100)
+    running.start()
+    yield running
+    running.stop()
+
+
+def test_queues_shows_every_count(fleet: Fleet, work: dramatiq.Actor[..., Any]) -> None:
+    """Whoever declared the queues: they are read from the server."""
+    work.send("a")
+    work.send("b")
+    work.send_with_options(args=("c",), delay=60_000)
+    (mail,) = fleet("queues", "--json")
+    assert (mail["queue"], mail["ready"], mail["delayed"], mail["dead"]) == ("mail", 2, 1, 0)
+    assert mail["oldest_ready_age"] >= 0
+    assert "mail" in fleet("queues")
+
+
+def test_pause_and_resume_hold_for_the_fleet(
+    fleet: Fleet, broker: JetStreamBroker, work: dramatiq.Actor[..., Any]
+) -> None:
+    """A paused queue says so, and delivers nothing until it goes on."""
+    work.send("a")
+    fleet("pause", "mail")
+    assert fleet("queues", "--json")[0]["paused"]
+    running = dramatiq.Worker(broker, worker_threads=1, worker_timeout=100)
+    running.start()
+    try:
+        assert fleet("queues", "--json")[0]["ready"] == 1
+        fleet("resume", "mail")
+        broker.join("mail", timeout=10_000)
+    finally:
+        running.stop()
+    assert not fleet("queues", "--json")[0]["paused"]
+
+
+def test_dead_letters_are_listed_shown_replayed_and_dropped(
+    fleet: Fleet, broker: JetStreamBroker, work: dramatiq.Actor[..., Any], worker: dramatiq.Worker
+) -> None:
+    """A replay that fails again is a new letter with the history of the first."""
+    message = work.send("die")
+    (letter,) = eventually(lambda: fleet("dead", "list", "--json"))
+    assert (letter["actor"], letter["reason"]) == ("work", "retries exhausted")
+    assert letter["message_id"] == message.message_id
+    shown = fleet("dead", "show", letter["id"], "--json")
+    assert json.loads(shown["data"])["args"] == ["die"]
+    assert "no such address" in fleet("dead", "show", letter["id"])
+    assert fleet("dead", "list", "--actor", "other", "--json") == []
+
+    assert fleet("dead", "replay", letter["id"], "--json") == {"replayed": [letter["id"]]}
+    (again,) = eventually(lambda: fleet("dead", "list", "--json"))
+    assert again["id"] != letter["id"]
+    assert [entry["error"] for entry in again["history"]] == [letter["error"]]
+
+    assert fleet("dead", "replay", "--all", "--reason", "undecodable", "--json") == {"replayed": []}
+    assert fleet("dead", "drop", "--all", "--yes", "--json") == {"dropped": [again["id"]]}
+    assert fleet("dead", "list") == "There are no dead letters.\n"
+
+
+def test_delayed_messages_are_listed_and_cancelled(fleet: Fleet, work: dramatiq.Actor[..., Any]) -> None:
+    """A message that is not there (any more) is an error."""
+    message = work.send_with_options(args=("later",), delay=60_000)
+    (delayed,) = fleet("delayed", "list", "--json")
+    assert (delayed["message_id"], delayed["queue"]) == (message.message_id, "mail")
+    assert delayed["eta"] == message.options["eta"]
+    fleet("delayed", "cancel", message.message_id)
+    assert fleet("delayed", "list", "--json") == []
+    with pytest.raises(Refused, match="not delayed") as refused:
+        fleet("delayed", "cancel", message.message_id)
+    assert refused.value.status == 2
+
+
+def test_purge_drops_what_was_asked_for(fleet: Fleet, work: dramatiq.Actor[..., Any]) -> None:
+    """Ready and delayed messages are two things."""
+    work.send("a")
+    work.send_with_options(args=("c",), delay=60_000)
+    assert fleet("purge", "mail", "--ready", "--yes", "--json") == {"queue": "mail", "purged": 1}
+    assert fleet("queues", "--json")[0]["delayed"] == 1
+    assert fleet("purge", "mail", "--yes", "--json")["purged"] == 1
+
+
+def test_doctor_finds_what_is_wrong(fleet: Fleet, work: dramatiq.Actor[..., Any]) -> None:
+    """It names the check, and says how to mend what it found."""
+    work.send("a")
+    findings = {finding["check"]: finding for finding in fleet("doctor", "--json")}
+    assert {"connection", "store", "clock", "storage"} <= set(findings)
+    assert findings["connection"]["status"] == "ok"
+    assert findings["queue mail"]["status"] == "warning"
+    assert "no worker" in findings["queue mail"]["detail"]
+    assert findings["queue mail"]["advice"]
+
+
+def test_setup_prepares_what_a_module_declares(
+    fleet: Fleet, nats_url: str, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Doing it twice changes nothing; a difference is reported, and --update brings it in line."""
+    monkeypatch.chdir(tmp_path)
+    source = (
+        "import dramatiq\nfrom dramatiq_jetstream import JetStreamBroker\n"
+        "dramatiq.set_broker(JetStreamBroker({url!r}, namespace={namespace!r}, ack_wait={wait}, declare=False))\n"
+        "@dramatiq.actor(queue_name='jobs')\ndef job(): ...\n"
+    )
+
+    def program(wait: int) -> str:
+        name = f"program_{namespace}_{wait}"
+        text = source.format(url=nats_url, namespace=namespace, wait=wait)
+        (tmp_path / f"{name}.py").write_text(text)
+        return name
+
+    first = fleet("setup", program(30_000), "--json")
+    assert set(first.values()) == {"created"}
+    again = subprocess.run(
+        [sys.executable, "-m", "dramatiq_jetstream.cli", "setup", program(30_000)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert "created" not in again.stdout
+    with pytest.raises(Refused, match="--update"):
+        fleet("setup", program(45_000))
+    assert "updated" in fleet("setup", program(60_000), "--update", "--json").values()
+
+
+def test_what_is_wrong_is_one_line_and_a_status(fleet: Fleet) -> None:
+    """1 for what the server said, 2 for what was asked wrongly; never a traceback."""
+    with pytest.raises(Refused, match="there is no queue 'nope'") as refused:
+        fleet("pause", "nope")
+    assert refused.value.status == 2
+    with pytest.raises(Refused, match="there is no module 'nowhere_at_all'"):
+        fleet("setup", "nowhere_at_all")
+    with pytest.raises(Refused, match="name the ids of dead letters"):
+        fleet("dead", "replay")
+    with pytest.raises(Refused, match="Could not connect to NATS") as refused:
+        fleet("--url", f"nats://127.0.0.1:{free_port()}", "queues")
+    assert refused.value.status == 1
+    assert "Traceback" not in str(refused.value)
+
+
+def test_server_runs_a_real_server_and_keeps_its_data(tmp_path: Path) -> None:
+    """Ctrl-C ends it; started again it has what it had."""
+    port = str(free_port())
+    command = [sys.executable, "-m", "dramatiq_jetstream.cli", "server", "--port", port]
+    command += ["--store-dir", str(tmp_path / "store")]
+    broker = JetStreamBroker(f"nats://127.0.0.1:{port}")
+    for expected in (0, 1):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+        try:
+            assert process.stdout is not None
+            assert f":{port}" in process.stdout.readline()
+            broker.declare_queue("default")
+            broker.setup()
+            assert broker.queue_stats("default").ready == expected
+            broker.enqueue(dramatiq.Message("default", "x", (), {}, {}))
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+    broker.close()
