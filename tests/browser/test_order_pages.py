@@ -1,0 +1,223 @@
+"""A person with a browser: headless Chromium places orders and watches them become confirmed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+
+from tests.support.processes import REPOSITORY
+from tests.support.skips import CHROMIUM, needs_chromium
+from tests.web.stack import Stack
+
+pytestmark = needs_chromium
+
+ARTIFACTS = REPOSITORY / ".artifacts" / "browser"
+ARGUMENTS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking"]
+CONFIRMED_WITHIN = 20_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium, started once."""
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(autouse=True)
+def slow_gateway(service: Stack) -> None:
+    """Give the browser time to show an order before it is paid, so that the change is what is seen."""
+    service.knobs(latency_ms=1_500)
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page that fails the test when a script fails or is blocked by the page's own policy."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    yield from _watched(context)
+
+
+@pytest.fixture
+def phone(browser: Browser) -> Iterator[Page]:
+    """A page as wide as a phone."""
+    context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    yield from _watched(context)
+
+
+@pytest.fixture
+def plain(browser: Browser) -> Iterator[Page]:
+    """A page on which no script runs."""
+    context = browser.new_context(java_script_enabled=False)
+    yield from _watched(context)
+
+
+def _watched(context: BrowserContext) -> Iterator[Page]:
+    page = context.new_page()
+    page.set_default_timeout(CONFIRMED_WITHIN)
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on(
+        "console",
+        lambda message: (
+            complaints.append(message.text)
+            if message.type == "error" and "Failed to load resource" not in message.text
+            else None
+        ),
+    )
+    yield page
+    context.close()
+    assert not complaints
+
+
+def screenshot(page: Page, name: str) -> Path:
+    """Keep a picture of the page for whoever wants to see what the test saw."""
+    ARTIFACTS.mkdir(parents=True, exist_ok=True)
+    path = ARTIFACTS / f"{name}.png"
+    page.screenshot(path=path, full_page=True)
+    return path
+
+
+def test_an_order_is_placed_and_confirmed_without_a_reload(service: Stack, page: Page) -> None:
+    """The form shows the total; the order's page turns to confirmed by itself."""
+    page.goto(service.url)
+    page.get_by_label("Enamel mug", exact=True).fill("2")
+    page.get_by_role("button", name="One more of Canvas bag").click()
+    expect(page.locator("#total-amount")).to_have_text("€45.79")
+    page.get_by_label("Customer id").fill("c-42")
+    screenshot(page, "form")
+    page.get_by_role("button", name="Place order").click()
+    page.wait_for_url(re.compile(r"/orders/[^/]+$"))
+
+    loads: list[str] = []
+    page.on("load", lambda loaded: loads.append(loaded.url))
+    expect(page.locator(".status .pill")).to_have_text("Confirmed", timeout=CONFIRMED_WITHIN)
+    expect(page.get_by_text("Order confirmed")).to_be_visible()
+    expect(page).to_have_title(re.compile("^Confirmed"))
+    expect(page.locator(".steps .done")).to_have_count(4)
+    assert loads == []
+    assert screenshot(page, "order-confirmed").stat().st_size > 10_000
+
+
+def test_the_change_is_announced_to_a_screen_reader(service: Stack, page: Page) -> None:
+    """What changes is also said: a live region has the new status in words."""
+    order = service.order(payment_token="tok_declined")
+    page.goto(f"{service.url}/orders/{order['order_id']}")
+    expect(page.locator("#announce")).to_have_attribute("aria-live", "polite")
+    expect(page.locator("#announce")).to_have_text(re.compile("^Rejected"), timeout=CONFIRMED_WITHIN)
+    expect(page.locator(".status .pill")).to_have_text("Rejected")
+    expect(page.locator(".reason")).to_contain_text("declined")
+
+
+def test_without_scripts_an_order_is_placed_and_confirmed(service: Stack, plain: Page) -> None:
+    """Plain HTML does it all: the form, and a page that asks again until the order is final."""
+    plain.goto(service.url)
+    plain.locator("#quantity-NOTE-01").fill("3")
+    plain.locator("#customer_id").fill("c-plain")
+    plain.get_by_role("button", name="Place order").click()
+    plain.wait_for_url(re.compile(r"/orders/[^/]+$"))
+    expect(plain.locator(".status .pill")).to_have_text("Confirmed", timeout=CONFIRMED_WITHIN)
+    screenshot(plain, "order-without-scripts")
+
+
+def test_the_keyboard_alone_is_enough(service: Stack, page: Page) -> None:
+    """Tab, arrows, letters and Enter place an order, and what has the focus can be seen."""
+    page.goto(service.url)
+    page.keyboard.press("Tab")
+    expect(page.locator(".skip")).to_be_focused()
+    page.keyboard.press("Enter")
+    for _ in range(3):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "quantity-MUG-01":
+            break
+    expect(page.locator("#quantity-MUG-01")).to_be_focused()
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline != "none"
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowUp")
+    expect(page.locator("#quantity-MUG-01")).to_have_value("2")
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "customer_id":
+            break
+    page.keyboard.type("c-keys")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile(r"/orders/[^/]+$"))
+    expect(page.locator(".status .pill")).to_have_text("Confirmed", timeout=CONFIRMED_WITHIN)
+
+
+def test_a_wrong_form_is_explained_where_it_is_wrong(service: Stack, page: Page) -> None:
+    """The errors get the focus, and lead to their fields."""
+    page.goto(service.url)
+    page.get_by_role("button", name="Place order").click()
+    expect(page.locator("#errors")).to_be_focused()
+    page.get_by_role("link", name="Enter a customer id").click()
+    expect(page.get_by_label("Customer id")).to_be_focused()
+    expect(page.get_by_label("Customer id")).to_have_attribute("aria-invalid", "true")
+    screenshot(page, "form-errors")
+
+
+def test_a_phone_shows_everything_without_scrolling_sideways(service: Stack, phone: Page) -> None:
+    """No page is wider than a narrow phone, and what is tapped is large enough to be tapped."""
+    order_id = service.final(service.order()["order_id"])["order_id"]
+    for name, path in {
+        "form": "/",
+        "orders": "/orders",
+        "order": f"/orders/{order_id}",
+        "api": "/docs",
+        "error": "/nothing-here",
+    }.items():
+        phone.goto(service.url + path)
+        screenshot(phone, f"phone-{name}")
+        assert phone.evaluate("document.documentElement.scrollWidth") <= 360, path
+        small = phone.evaluate(
+            "[...document.querySelectorAll('main button, main .button, main input:not([type=hidden]), main select')]"
+            ".filter(e => e.getBoundingClientRect().height < 44).map(e => e.outerHTML)"
+        )
+        assert small == [], path
+
+
+def test_back_and_again_is_a_second_order(service: Stack, page: Page) -> None:
+    """The Back button and another press of the button place another order, not an error."""
+    addresses = []
+    page.goto(service.url)
+    for _ in range(2):
+        page.locator("#quantity-MUG-01").fill("1")
+        page.get_by_label("Customer id").fill("c-again")
+        page.get_by_role("button", name="Place order").click()
+        page.wait_for_url(re.compile(r"/orders/[^/]+$"))
+        addresses.append(page.url)
+        page.go_back()
+        page.wait_for_url(re.compile(r"/$"))
+    assert len(set(addresses)) == 2
+
+
+def test_recent_orders_appear_by_themselves(service: Stack, page: Page) -> None:
+    """The form's list of recent orders shows an order that somebody else placed."""
+    page.goto(service.url)
+    order = service.order(customer_id="c-somebody-else")
+    expect(page.locator(f"#recent a[title='{order['order_id']}']")).to_be_visible(timeout=15_000)
+
+
+def test_without_a_stream_the_page_polls(service: Stack, page: Page) -> None:
+    """When the stream is refused, the page asks for the state every two seconds and gets there as well."""
+    page.route("**/stream", lambda route: route.fulfill(status=503, body="{}"))
+    page.goto(service.url)
+    page.locator("#quantity-MUG-01").fill("1")
+    page.get_by_label("Customer id").fill("c-poll")
+    page.get_by_role("button", name="Place order").click()
+    page.wait_for_url(re.compile(r"/orders/[^/]+$"))
+    expect(page.locator(".status .pill")).to_have_text("Confirmed", timeout=CONFIRMED_WITHIN)
+
+
+def test_the_api_can_be_tried_on_its_page(service: Stack, page: Page) -> None:
+    """The API page sends the example order and shows the answer."""
+    page.goto(f"{service.url}/docs")
+    page.locator("form.try[data-method=POST]").get_by_role("button", name="Send").click()
+    expect(page.locator(".answer pre").first).to_contain_text("202")
+    expect(page.locator(".answer pre").first).to_contain_text("location: /api/orders/")
+    screenshot(page, "api")
