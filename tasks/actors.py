@@ -5,7 +5,7 @@
     payments   capture_payment  ORDER.reserved
     orders     confirm_order    ORDER.paid
     orders     release_stock    ORDER.declined
-    orders     fail_order       (a message: the retries of a step are exhausted)
+    orders     announce_failure (a dead letter, of whatever cause)
     projection project_event    ORDER.>
 
 Payments have a queue of their own because they wait for somebody else: it can be paused alone, and workers can
@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import dramatiq
-from dramatiq.message import Message
 
 from dramatiq_jetstream.events import Event, subscription
 from dramatiq_jetstream.telemetry import bind_log_fields
@@ -41,7 +40,6 @@ STEPS: Final = {
 def _step(subject: str, event_type: type, queue: str) -> Callable[[Callable[[Any], None]], Any]:
     return dramatiq.actor(
         subscribe=subscription(subject, event_type),
-        on_retry_exhausted="fail_order",
         **app.step_options(queue),
     )
 
@@ -74,13 +72,22 @@ def release_stock(event: OrderDeclined) -> None:
     app.saga().release(event)
 
 
+def _itself(event: Event) -> Event:
+    return event
+
+
 # However long publishing fails, the failure is not given up: nobody would learn of it.
-@dramatiq.actor(**{**app.step_options("orders"), "max_retries": None})  # type: ignore[untyped-decorator]
-def fail_order(message: dict[str, Any], retries: dict[str, Any]) -> None:
+@dramatiq.actor(
+    subscribe=subscription(app.broker.names.all_dead, _itself),
+    **{**app.step_options("orders"), "max_retries": None},
+)
+def announce_failure(event: Event) -> None:
     """Publish that a step of an order was given up; its message is a dead letter."""
-    failure = failure_of(Message(**message), retries, STEPS)
-    bind_log_fields(order_id=failure.order_id)
-    app.saga().fail(failure.order_id, failure.step, failure.error, failure.message_id)
+    letter = app.broker.dead_letters.get(str(event.sequence))
+    failure = None if letter is None else failure_of(letter, STEPS)
+    if failure is not None:
+        bind_log_fields(order_id=failure.order_id)
+        app.saga().fail(failure.order_id, failure.step, failure.error, failure.message_id)
 
 
 def _read(event: Event) -> Happened | None:

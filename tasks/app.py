@@ -17,7 +17,7 @@ from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.events import Events
 from dramatiq_jetstream.kv import Bucket
 from dramatiq_jetstream.telemetry import configure_telemetry, telemetry_enabled
-from dramatiq_jetstream.topology import ensure_stream
+from dramatiq_jetstream.topology import StreamConfig, dead_letters, ensure_stream
 
 from . import events, idempotency, orders, stock
 from .catalogue import CATALOGUE
@@ -43,6 +43,17 @@ class Buckets(Middleware):
         return {**outcome, "stock": f"{len(levels)} products"}
 
 
+class DeadLetterEvents(Events):
+    """The stream of dead letters, so that an actor can subscribe to it as to any event.
+
+    A dead letter is stored whatever a message died of, and its subscription survives every crash.
+    """
+
+    def config(self, broker: JetStreamBroker) -> StreamConfig:
+        """Return the stream as the broker itself declares it."""
+        return dead_letters(broker.names, ttl=broker.dead_message_ttl, replicas=broker.replicas)
+
+
 class Boot(Middleware):
     """Sets up telemetry in a worker process; the front end does so for itself."""
 
@@ -64,7 +75,8 @@ broker = JetStreamBroker(
     ack_wait=SETTINGS.ack_wait,
     enqueue_timeout=SETTINGS.accept_timeout,
 )
-for middleware in (event_stream, Buckets(), Boot()):
+dead_letter_events = DeadLetterEvents(broker.names.dead_stream, [broker.names.all_dead_with_bodies])
+for middleware in (event_stream, dead_letter_events, Buckets(), Boot()):
     broker.add_middleware(middleware)
 dramatiq.set_broker(broker)
 

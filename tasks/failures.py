@@ -1,16 +1,14 @@
-"""Reads out of a message whose retries are exhausted which order failed, in which step, and why."""
+"""Reads out of a dead letter which order failed, in which step, and why."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from dramatiq.message import Message
-
+from dramatiq_jetstream.dead_letters import DeadLetter
 from dramatiq_jetstream.envelope import event_of
 
-from .events import UnusableEvent, decode, order_id_of
+from .events import DecodeError, UnusableEvent, decode, order_id_of
 
 _MAX_ERROR = 500
 
@@ -25,34 +23,23 @@ class Failure:
     message_id: str
 
 
-def failure_of(message: Message[Any], retries: Mapping[str, Any], steps: Mapping[str, str]) -> Failure:
-    """Return the failure that a message stands for.
+def failure_of(letter: DeadLetter, steps: Mapping[str, str]) -> Failure | None:
+    """Return the failure that a letter stands for, None when no order waits for it.
 
     Parameters:
-      retries: What Dramatiq says about its retries.
       steps: The step of each actor.
-
-    Raises:
-      UnusableEvent: When the message carries no event of an order.
     """
-    event = event_of(message)
-    decoded = None if event is None else decode(event.subject, event.data)
-    if decoded is None:
-        raise UnusableEvent(
-            f"message {message.message_id} of {message.actor_name} carries no event of an order."
-        )
-    attempts = int(retries.get("retries", 0)) + 1
-    error = _last_line(message.options.get("traceback") or "unknown error")
-    return Failure(
-        order_id=order_id_of(decoded),
-        step=steps[message.actor_name],
-        error=f"{error} (given up after {attempts} attempts)"[:_MAX_ERROR],
-        message_id=message.message_id,
-    )
-
-
-def _last_line(traceback: str) -> str:
-    """Return the exception's line of a traceback, without the name of its module."""
-    line = traceback.strip().rsplit("\n", 1)[-1].strip()
-    name, separator, text = line.partition(": ")
-    return f"{name.rpartition('.')[2]}{separator}{text}"
+    step = steps.get(letter.actor or "")
+    message = letter.decode()
+    event = None if message is None else event_of(message)
+    # An event that no order can have sent is a dead letter too, and is no failure of the order it names.
+    if step is None or event is None or letter.error.startswith(UnusableEvent.__name__):
+        return None
+    try:
+        decoded = decode(event.subject, event.data)
+        order_id = None if decoded is None else order_id_of(decoded)
+    except (DecodeError, UnusableEvent):
+        return None
+    if order_id is None:
+        return None
+    return Failure(order_id, step, f"{letter.reason}: {letter.error}"[:_MAX_ERROR], letter.message_id or "")

@@ -42,8 +42,9 @@ def first_record(event: OrderCreated, at: int) -> Record:
 
 
 def _check_form(event: OrderCreated) -> None:
-    if not event.customer_id.strip() or len(event.customer_id) > MAX_ID_LENGTH:
-        raise Refused("INVALID", f"customer_id must have 1 to {MAX_ID_LENGTH} characters")
+    customer_id = event.customer_id
+    if not customer_id.strip() or len(customer_id) > MAX_ID_LENGTH or not customer_id.isprintable():
+        raise Refused("INVALID", f"customer_id must have 1 to {MAX_ID_LENGTH} printable characters")
     if len(event.payment_token) > MAX_TOKEN_LENGTH:
         raise Refused("INVALID", f"payment_token must have at most {MAX_TOKEN_LENGTH} characters")
     if not 1 <= len(event.items) <= MAX_ITEMS:
@@ -95,7 +96,7 @@ def _check_total(event: OrderCreated, lines: tuple[Line, ...]) -> int:
 
 def _amount(minor: int) -> str:
     # A double may hold 1e308: nobody reads three hundred digits.
-    return money.to_text(minor, CURRENCY) if abs(minor) < 10**15 else f"{float(minor):.3g} minor units"
+    return money.to_text(minor, CURRENCY) if abs(minor) < 10**15 else "an amount of 14 digits or more"
 
 
 def _shown(text: str) -> str:

@@ -1,0 +1,132 @@
+"""Reading orders out of request bodies: whatever comes, the answer is an order or InvalidOrder."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orders.v1.events_pb2 import OrderCreated, OrderItem
+from tasks.model import InvalidOrder, Item, OrderRequest
+from tasks.parsing import parse_order_json, parse_order_protobuf
+
+
+def body(**members: Any) -> bytes:
+    good = {"customer_id": "c-42", "items": [{"sku": "MUG-01", "quantity": 2}]}
+    return json.dumps({**good, **members}).encode()
+
+
+def test_json_of_the_design() -> None:
+    """The JSON of the documentation is read as it stands; members that nobody knows are ignored."""
+    assert parse_order_json(body(note="hello")) == OrderRequest("c-42", [Item("MUG-01", 2)])
+    assert parse_order_json(body(payment_token="tok_visa")).payment_token == "tok_visa"
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        (b"", "body"),
+        (b"{", "body"),
+        (b"[]", "body"),
+        (b'"text"', "body"),
+        (b"\xff\xfe{}", "body"),
+        (b'{"customer_id": "\xff"}', "body"),
+        (body()[:-1] + b', "x": NaN}', "body"),
+        (b"[" * 100_000, "body"),
+        (b'{"customer_id": ' + b"9" * 5_000 + b"}", "body"),
+        (b" " * 1_000_001, "body"),
+        (body(customer_id=1), "customer_id"),
+        (body(customer_id="c" * 65), "customer_id"),
+        (body(customer_id="a\nb"), "customer_id"),
+        (body(items=None), "items"),
+        (body(items=[]), "items"),
+        (body(items=[{"sku": "MUG-01", "quantity": 1}] * 101), "items"),
+        (body(items=["MUG-01"]), "items[0]"),
+        (body(items=[{"quantity": 1}]), "items[0].sku"),
+        (body(items=[{"sku": "NOPE", "quantity": 1}]), "items[0].sku"),
+        (body(items=[{"sku": "MUG-01"}]), "items[0].quantity"),
+        (body(items=[{"sku": "MUG-01", "quantity": True}]), "items[0].quantity"),
+        (body(items=[{"sku": "MUG-01", "quantity": 1.0}]), "items[0].quantity"),
+        (body(items=[{"sku": "MUG-01", "quantity": 1001}]), "items[0].quantity"),
+        (body(payment_token=""), "payment_token"),
+        (body(payment_token="a\r\nb"), "payment_token"),
+    ],
+)
+def test_wrong_json_names_the_field(data: bytes, field: str) -> None:
+    """Each problem is found where it is."""
+    with pytest.raises(InvalidOrder) as refusal:
+        parse_order_json(data)
+    assert refusal.value.field == field
+    assert len(refusal.value.problem) < 200
+
+
+def created(**members: Any) -> bytes:
+    good: dict[str, Any] = {"customer_id": "c-1", "items": [OrderItem(sku="MUG-01", quantity=2)]}
+    return OrderCreated(**{**good, **members}).SerializeToString()
+
+
+def test_protobuf_with_and_without_optional_fields() -> None:
+    """An order id, prices and totals may be left out, and are checked when they are there."""
+    assert parse_order_protobuf(created()) == OrderRequest("c-1", [Item("MUG-01", 2)])
+    full = created(order_id="o-1", total_amount=25.8, total_minor=2580, currency="EUR", payment_token="tok")
+    assert parse_order_protobuf(full) == OrderRequest("c-1", [Item("MUG-01", 2)], "tok", "o-1")
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        (b"", "body"),
+        (b"\xff\xff\xff", "body"),
+        (created(order_id="../../etc/passwd"), "order_id"),
+        (created(order_id=".."), "order_id"),
+        (created(order_id="x" * 65), "order_id"),
+        (created(items=[OrderItem(sku="MUG-01", quantity=-1)]), "items[0].quantity"),
+        (
+            created(items=[OrderItem(sku="MUG-01", quantity=1, unit_price_minor=1)]),
+            "items[0].unit_price_minor",
+        ),
+        (created(total_amount=25.79), "total_amount"),
+        (created(total_amount=float("nan")), "total_amount"),
+        (created(total_minor=1), "total_minor"),
+        (created(currency="USD"), "currency"),
+    ],
+)
+def test_wrong_protobuf_names_the_field(data: bytes, field: str) -> None:
+    """Each problem is found where it is."""
+    with pytest.raises(InvalidOrder) as refusal:
+        parse_order_protobuf(data)
+    assert refusal.value.field == field
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["customer_id", "items", "sku", "quantity", "payment_token"]), inner, max_size=5
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(json_values)
+def test_any_json_is_read_or_refused(value: Any) -> None:
+    """No JSON value makes the reader fail in another way."""
+    try:
+        parse_order_json(json.dumps(value).encode())
+    except InvalidOrder:
+        pass
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_or_refused(data: bytes) -> None:
+    """No bytes make either reader fail in another way."""
+    for parse in (parse_order_json, parse_order_protobuf):
+        try:
+            parse(data)
+        except InvalidOrder:
+            pass
