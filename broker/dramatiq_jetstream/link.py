@@ -340,7 +340,8 @@ class Link:
             task.cancel()
         if nc is not None:
             await self._drain_mailbox(nc)
-            with contextlib.suppress(Exception):  # closing a broken connection has nothing left to save
+            # A broken connection has nothing left to save; closing it may also end the task that reconnects.
+            with contextlib.suppress(Exception, asyncio.CancelledError):
                 await nc.close()
         self.closing()
         self.state.connected = False

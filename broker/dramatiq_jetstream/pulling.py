@@ -4,6 +4,10 @@ Everything here runs on the loop thread. A request stands for 30 s with heartbea
 message is delivered at once. Requests do not survive a reconnect or a new leader: they are made again after a
 reconnect, and when heartbeats stop.
 
+A lower rank is asked only when the ranks above have nothing. The server says so: a *probe* is a request that
+does not wait, and when it was answered with "no messages" a standing request takes its place; as long as that
+is unfilled there is nothing.
+
 There is room for the prefetch, and for a little more while messages are short: as many as were settled in
 the last 25 ms. That lookahead saves a round trip for each message, and is nothing where a message takes
 longer than that. When messages suddenly take longer, what is held beyond the prefetch is given back after
@@ -33,9 +37,6 @@ HEARTBEAT = 2
 
 #: Pull requests of one source at a time; a message that fills a small one must not wait for the next.
 MAX_PULLS = 4
-
-#: For so long (seconds) a higher priority must have had nothing before a lower one is asked.
-QUIET = 0.02
 
 #: After so many ticks with more in hand than there is room for, the surplus is given back.
 SURPLUS_TICKS = 5
@@ -70,6 +71,7 @@ class Source:
 class _Pull:
     number: int
     left: int
+    probe: bool
 
 
 @dataclass(eq=False)
@@ -81,17 +83,18 @@ class _Feed:
     subscription: Subscription | None = None
     pulls: list[_Pull] = field(default_factory=list)
     heard: float = 0.0
-    active: float = 0.0
     busy: bool = False
+    drained: bool = False
     refused: int = 0
 
     @property
     def outstanding(self) -> int:
         return sum(pull.left for pull in self.pulls)
 
-    def quiet(self, now: float) -> bool:
-        """Whether a standing request went unanswered long enough to say that there is nothing."""
-        return bool(self.pulls) and not self.busy and now - self.active > QUIET
+    @property
+    def empty(self) -> bool:
+        """Whether the source has nothing: it was drained, and the request that stands since is unfilled."""
+        return not self.busy and any(not pull.probe for pull in self.pulls)
 
 
 class Puller:
@@ -189,7 +192,6 @@ class Puller:
         delivery = Delivery(message, feed.source, self)
         feed.refused = 0
         feed.busy = delivery.pending > 0
-        feed.active = feed.heard
         if feed.pulls:
             pull = feed.pulls[0]
             pull.left -= 1
@@ -227,6 +229,10 @@ class Puller:
                     )
                 )
         elif not self._stopping:
+            # 404 answers a probe that found nothing, 408 one that took all there was, or a request that stood
+            # its time.
+            feed.drained = status in ("404", "408")
+            feed.busy = False
             self._replenish()
 
     def _replenish(self) -> None:
@@ -235,29 +241,28 @@ class Puller:
         free = self.window - self._in_hand
         if free <= 0 or self._stopping:
             return
-        now = time.monotonic()
         last = self._ranks[-1]
         for feeds in self._ranks:
             busy = sum(feed.busy for feed in feeds) or 1
             for feed in feeds:
                 share = free if len(feeds) == 1 else max(1, free // (busy if feed.busy else len(feeds)))
-                self._pull(feed, share - feed.outstanding, now)
-            if feeds is not last and not all(feed.quiet(now) for feed in feeds):
-                self._connection.soon(self._replenish, delay=QUIET * 1.5)
-                return
+                self._pull(feed, share - feed.outstanding, probe=feeds is not last and not feed.drained)
+            if feeds is not last and not all(feed.empty for feed in feeds):
+                return  # what they answer brings us here again
 
-    def _pull(self, feed: _Feed, batch: int, now: float) -> None:
-        if batch <= 0 or len(feed.pulls) >= MAX_PULLS:
+    def _pull(self, feed: _Feed, batch: int, *, probe: bool) -> None:
+        if batch <= 0 or len(feed.pulls) >= MAX_PULLS or (probe and feed.pulls):
             return
         if not feed.pulls:
-            feed.active = feed.heard = now
-        pull = _Pull(next(self._numbers), batch)
+            feed.heard = time.monotonic()
+        feed.drained = False
+        pull = _Pull(next(self._numbers), batch, probe)
         feed.pulls.append(pull)
-        body = {
-            "batch": batch,
-            "expires": PULL_EXPIRES * _NANOSECONDS,
-            "idle_heartbeat": HEARTBEAT * _NANOSECONDS,
-        }
+        body: dict[str, object] = {"batch": batch}
+        if probe:
+            body["no_wait"] = True
+        else:
+            body.update(expires=PULL_EXPIRES * _NANOSECONDS, idle_heartbeat=HEARTBEAT * _NANOSECONDS)
         self._connection.write(
             f"$JS.API.CONSUMER.MSG.NEXT.{feed.source.stream}.{feed.source.durable}",
             json.dumps(body).encode(),
@@ -267,7 +272,7 @@ class Puller:
     def _start_over(self) -> None:
         for feed in self._feeds:
             feed.pulls.clear()
-            feed.busy = False
+            feed.busy = feed.drained = False
         self._replenish()
 
     def _tick(self) -> None:
