@@ -32,6 +32,8 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.config["MAX_FORM_MEMORY_SIZE"] = MAX_BODY
     app.url_map.merge_slashes = False
+    # An order begins with its id, not with its currency.
+    app.json.sort_keys = False  # type: ignore[attr-defined]
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     app.extensions["settings"] = app_settings
     app.extensions["streams"] = Streams(max(1, app_settings.web_threads // 2), app_settings.stream_duration)

@@ -181,7 +181,7 @@ def when(moment: datetime) -> str:
 
 def short(order_id: str) -> str:
     """Return an order id cut to what tells it from the others in a list."""
-    return order_id if len(order_id) <= 14 else f"{order_id[:8]}…{order_id[-4:]}"
+    return order_id if len(order_id) <= 14 else f"{order_id[:6]}…{order_id[-6:]}"
 
 
 def _page(template: str, **context: Any) -> Response:
@@ -212,6 +212,7 @@ def _order_context(order: Order) -> dict[str, Any]:
         "names": {sku: entry.name for sku, entry in CATALOGUE.items()},
         "steps": representation.steps(order),
         "history": representation.history(order),
+        "reason": representation.reason(order),
         "rests": live.rests(order),
         "sentence": representation.STATUS_SENTENCE[order.status],
         "trace_url": _trace_url(order),

@@ -143,7 +143,7 @@ def history(order: Order) -> list[HistoryLine]:
         HistoryLine(
             entry.event,
             _EVENT_TEXT.get(entry.event, entry.event),
-            _detail(entry),
+            _detail(order, entry),
             entry.at,
             _duration((entry.at - start).total_seconds()) if start is not None and n else "",
         )
@@ -151,12 +151,21 @@ def history(order: Order) -> list[HistoryLine]:
     ]
 
 
-def _detail(entry: HistoryEntry) -> str:
-    """Return what an event adds, for people: a reason speaks for itself, anything else is named."""
-    return ", ".join(
-        value if name in ("reason", "error") else f"{name.replace('_', ' ')}: {value}"
-        for name, value in entry.detail.items()
-    )
+def reason(order: Order) -> str | None:
+    """Return why the order was rejected or failed, as a sentence begins."""
+    return None if order.reason is None else _capital(order.reason)
+
+
+def _detail(order: Order, entry: HistoryEntry) -> str:
+    """Return what an event adds to what the page says anyway."""
+    if entry.event == "paid":
+        return entry.detail.get("charge_id", "")
+    text = entry.detail.get("reason", "")
+    return "" if text == order.reason else _capital(text)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _duration(seconds: float) -> str:
