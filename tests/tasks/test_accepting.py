@@ -1,0 +1,216 @@
+"""Accepting orders with idempotency keys, on a real bucket: one key is one order, whatever goes wrong between."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from google.protobuf.message import Message
+
+from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.errors import StoreTimeout
+from orders.v1.events_pb2 import OrderCreated
+from tasks.accept import Acceptance, new_order_id, time_of
+from tasks.events import event_id, usable_order_id
+from tasks.idempotency import Requests
+from tasks.model import IdempotencyConflict, IdempotencyInProgress, InvalidOrder, Item, Order, OrderRequest
+
+LEASE = 1_000
+
+
+def now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class FakeStream:
+    """Stands for the stream: keeps what is published, or fails as it is told, before or after."""
+
+    def __init__(self) -> None:
+        self.published: list[OrderCreated] = []
+        self.before: Callable[[], None] = lambda: None
+        self.after: Callable[[], None] = lambda: None
+
+    def __call__(self, event: Message, at: int, *, timeout: int) -> None:
+        assert isinstance(event, OrderCreated)
+        self.before()
+        self.published.append(event)
+        self.after()
+
+
+def no_order(order_id: str) -> Order | None:
+    return None
+
+
+class Front:
+    """One front-end process; several share the bucket and the stream."""
+
+    def __init__(self, broker: JetStreamBroker, stream: FakeStream) -> None:
+        requests = Requests(broker.bucket("requests", ttl=60_000), lease=LEASE, now=now)
+        self.acceptance = Acceptance(requests, stream, no_order, timeout=2_000, now=now)
+
+    def accept(self, key: str | None, quantity: int = 1, **members: str) -> tuple[str, bool]:
+        request = OrderRequest("c-1", [Item("MUG-01", quantity)], **members)
+        accepted = self.acceptance.accept(request, key)
+        return accepted.order_id, accepted.repeated
+
+
+@pytest.fixture
+def stream() -> FakeStream:
+    return FakeStream()
+
+
+@pytest.fixture
+def front(broker: JetStreamBroker, stream: FakeStream) -> Front:
+    return Front(broker, stream)
+
+
+def fail() -> None:
+    raise StoreTimeout("no acknowledgement")
+
+
+def test_event_of_an_accepted_order(front: Front, stream: FakeStream) -> None:
+    """The event is priced by the catalogue and complete."""
+    order_id, repeated = front.accept(None, 2, payment_token="tok")
+    (event,) = stream.published
+    assert not repeated
+    assert (event.order_id, event.customer_id, event.payment_token) == (order_id, "c-1", "tok")
+    assert (event.total_amount, event.total_minor, event.currency) == (25.8, 2580, "EUR")
+    assert [(i.sku, i.quantity, i.unit_price_minor) for i in event.items] == [("MUG-01", 2, 1290)]
+    assert event.HasField("created_at")
+    assert event_id(event) == f"{order_id}.created"
+
+
+def test_without_a_key_each_request_is_an_order(front: Front) -> None:
+    """Two equal requests without a key are two orders."""
+    assert front.accept(None)[0] != front.accept(None)[0]
+
+
+def test_same_key_and_body_is_one_order(broker: JetStreamBroker, front: Front, stream: FakeStream) -> None:
+    """The second request gets the first one's answer, also from another process."""
+    order_id, repeated = front.accept("k")
+    assert not repeated
+    assert front.accept("k") == (order_id, True)
+    assert Front(broker, stream).accept("k") == (order_id, True)
+    assert len(stream.published) == 1
+
+
+def test_same_key_and_other_body_is_refused(front: Front, stream: FakeStream) -> None:
+    """A key stands for what it was first used for."""
+    front.accept("k", 1)
+    with pytest.raises(IdempotencyConflict):
+        front.accept("k", 2)
+    assert len(stream.published) == 1
+
+
+def test_chosen_order_id_is_a_key_of_its_own(
+    broker: JetStreamBroker, front: Front, stream: FakeStream
+) -> None:
+    """An order id that the client chose makes the request repeatable without a key."""
+    assert front.accept(None, order_id="o-1") == ("o-1", False)
+    assert Front(broker, stream).accept(None, order_id="o-1") == ("o-1", True)
+    with pytest.raises(IdempotencyConflict):
+        front.accept(None, 5, order_id="o-1")
+    assert front.accept("order:o-1")[0] != "o-1"
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_retry_after_a_failed_publish(front: Front, stream: FakeStream, moment: str) -> None:
+    """No acknowledgement: the next try in the same process publishes the same order at once."""
+    setattr(stream, moment, fail)
+    with pytest.raises(StoreTimeout):
+        front.accept("k")
+    setattr(stream, moment, lambda: None)
+    order_id, repeated = front.accept("k")
+    assert not repeated
+    assert {event.order_id for event in stream.published} == {order_id}
+    assert front.accept("k") == (order_id, True)
+
+
+def test_retry_after_a_crash_in_another_process(
+    broker: JetStreamBroker, front: Front, stream: FakeStream
+) -> None:
+    """The process died between key and event: another one answers 'in progress' first, then takes over."""
+
+    def die() -> None:
+        raise SystemExit
+
+    stream.before = die
+    with pytest.raises(SystemExit):
+        front.accept("k")
+    stream.before = lambda: None
+    other = Front(broker, stream)
+    with pytest.raises(IdempotencyInProgress) as refusal:
+        other.accept("k")
+    assert refusal.value.retry_after == 1
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            order_id, repeated = other.accept("k")
+            break
+        except IdempotencyInProgress:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert not repeated
+    assert [event.order_id for event in stream.published] == [order_id]
+
+
+def test_second_request_while_the_first_runs(
+    broker: JetStreamBroker, front: Front, stream: FakeStream
+) -> None:
+    """A request with a key that is being worked on is told so, in this process and in another."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def linger() -> None:
+        entered.set()
+        assert leave.wait(10)
+
+    stream.before = linger
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(front.accept, "k")
+        assert entered.wait(10)
+        with pytest.raises(IdempotencyInProgress):
+            front.accept("k")
+        with pytest.raises(IdempotencyInProgress):
+            Front(broker, stream).accept("k")
+        leave.set()
+        order_id, _ = first.result(10)
+    stream.before = lambda: None
+    assert front.accept("k") == (order_id, True)
+    assert len(stream.published) == 1
+
+
+def test_forty_requests_at_once(broker: JetStreamBroker, stream: FakeStream) -> None:
+    """Forty equal requests through four processes: one order, and every other answer is a repetition or a wait."""
+    fronts = [Front(broker, stream) for _ in range(4)]
+
+    def accept(number: int) -> str | None:
+        try:
+            return fronts[number % 4].accept("k")[0]
+        except IdempotencyInProgress:
+            return None
+
+    with ThreadPoolExecutor(40) as pool:
+        answers = set(pool.map(accept, range(40)))
+    assert len(stream.published) == 1
+    assert answers - {None} == {stream.published[0].order_id}
+
+
+def test_unknown_sku_is_refused_before_anything_is_written(front: Front, stream: FakeStream) -> None:
+    """A request built by hand is checked as well."""
+    with pytest.raises(InvalidOrder, match=r"items\[0\].sku"):
+        front.acceptance.accept(OrderRequest("c-1", [Item("NOPE", 1)]), "k")
+    assert stream.published == []
+    front.accept("k")
+
+
+def test_order_ids_tell_their_time() -> None:
+    """A new id is usable, sorts by time and gives it back; ids of other origin have none."""
+    ids = [new_order_id(at) for at in (1, 1_763_000_000_000, 2**48 - 1)]
+    assert ids == sorted(ids)
+    assert [time_of(order_id) for order_id in ids] == [1, 1_763_000_000_000, 2**48 - 1]
+    assert all(usable_order_id(order_id) for order_id in ids)
+    for other in ("o-1", "6f0b1a2e-9c1d-4a53-8f0e-2b1b8c9d0e1f", ids[0].upper().replace("-", ""), ""):
+        assert time_of(other) is None
