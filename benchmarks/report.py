@@ -54,6 +54,9 @@ def show(console: Console, run: Run, verdicts: list[Verdict], title: str) -> Non
     for outcome in run.outcomes:
         for case in outcome.cases():
             console.print(_outcome_table(outcome, case))
+            for row in outcome.rows:
+                if row.case == case and row.failed:
+                    console.print(f"  {row.contender.title}: {row.failed}", highlight=False, markup=False)
     if verdicts:
         console.print(_floors_table(verdicts))
 
@@ -89,7 +92,7 @@ def _outcome_table(outcome: Outcome, case: str) -> Table:
 
 def _cells(outcome: Outcome, row: Row) -> list[str]:
     if row.failed and not row.values:
-        return [row.failed, *[""] * (len(outcome.measurement.figures) - 1)]
+        return ["failed", *[""] * (len(outcome.measurement.figures) - 1)]
     return [_cell(row.summary(figure.key)) for figure in outcome.measurement.figures]
 
 

@@ -107,6 +107,11 @@ class Trial:
             process.kill()
         self.workers.clear()
 
+    def require_workers(self) -> None:
+        """Raises when a worker command has ended by itself."""
+        for process in self.workers:
+            process.require_running()
+
     def worker_usage(self) -> Usage:
         return usage_of(self.workers)
 
@@ -120,8 +125,7 @@ class Trial:
         deadline = time.monotonic() + timeout
         seen, moved = -1, time.monotonic()
         while (count := self.tally.read().messages) < messages:
-            for process in self.workers:
-                process.require_running()
+            self.require_workers()
             now = time.monotonic()
             if count != seen:
                 seen, moved = count, now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,8 @@ class Celery(Contender):
             *quiet,
         ]
         pool = ["--pool", "threads", "--concurrency", str(threads)]
-        return [[*common, *pool, "--hostname", f"bench{number}@localhost"] for number in range(processes)]
+        # Names must differ between all workers of a broker, also between fleets.
+        return [[*common, *pool, "--hostname", f"{uuid.uuid4().hex}@localhost"] for _ in range(processes)]
 
     def backend(self) -> str:
         raise NotImplementedError

@@ -22,6 +22,7 @@ QUIET = 5.0  # seconds between the last enqueue and the moment when all are due,
 class Delayed(Measurement):
     name = "delayed"
     title = "Delayed messages, all due at once"
+    quick = False
     repetitions = 1
     figures = (
         Figure("growth_mb", "worker memory grew", "MB", plotted=True),

@@ -19,6 +19,7 @@ FILL_TIMEOUT = 3_600.0
 class Growth(Measurement):
     name = "growth"
     title = "Drain and enqueue with messages waiting"
+    quick = False
     figures = (
         Figure("per_second", "drained/s", plotted=True),
         Figure("enqueue_us", "one enqueue", "µs"),

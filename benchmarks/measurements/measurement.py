@@ -15,6 +15,10 @@ class Options:
     scale: float = 1.0
     million: bool = False
 
+    @property
+    def full(self) -> bool:
+        return self.scale >= 1
+
     def count(self, messages: int, least: int = 20) -> int:
         """`messages` at full size, fewer in a quick run."""
         return max(least, int(messages * self.scale))
@@ -50,6 +54,7 @@ class Measurement(ABC):
     name: str
     title: str
     figures: tuple[Figure, ...]
+    quick = True  # part of a quick run
     repetitions: int | None = None  # for what is too slow to repeat as often as the rest
 
     def cases(self, options: Options, contender: Contender) -> list[str]:
