@@ -224,7 +224,7 @@ class Link:
         async def on_disconnect() -> None:
             self.state.connected = False
             self._outgoing.clear()
-            if not self._closed:
+            if not self._closed and self._nc is nc:  # not when the first connection fails: that raises
                 self.logger.warning(
                     "The connection to NATS was lost; reconnecting to %s.", self.options.display
                 )
