@@ -1,0 +1,145 @@
+"""Progress of long tasks: an actor says how far it is, and any process can read it.
+
+What an actor says is kept for the message it runs, in a bucket with a time to live. It may be said in every
+turn of a loop: only what is at least `INTERVAL` apart is sent, without waiting for an answer, and the last
+word, when all is done, always is. Progress is information for people; a loss of it harms nothing, so nothing
+is sent again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import dramatiq
+from dramatiq.broker import Broker, MessageProxy
+from dramatiq.middleware import Middleware
+
+from .broker import JetStreamBroker
+from .errors import InvalidOption
+from .kv import Bucket
+from .naming import HEADER_TTL, bucket_subject
+
+__all__ = ["Progress", "ProgressOf", "progress", "read_progress"]
+
+#: What is said sooner than this after the last is not sent; milliseconds.
+INTERVAL = 250
+
+#: How long what was said is kept; milliseconds.
+TTL = 86_400_000
+
+BUCKET = "progress"
+
+
+@dataclass(frozen=True)
+class ProgressOf:
+    """How far a message is: `done` of `total` (None: not known), a note, and when that was said (ms since 1970)."""
+
+    message_id: str
+    done: float
+    total: float | None
+    note: str
+    at: int
+
+    @property
+    def share(self) -> float | None:
+        """Between 0 and 1; None when the total is not known."""
+        return None if not self.total else min(1.0, self.done / self.total)
+
+
+@dataclass
+class _Running:
+    broker: JetStreamBroker
+    message_id: str
+    ttl: int
+    sent: float = 0.0
+
+
+_running: ContextVar[_Running | None] = ContextVar("dramatiq_jetstream_progress", default=None)
+
+
+class Progress(Middleware):
+    """Middleware that lets actors call `progress`.
+
+    Parameters:
+      ttl: Milliseconds that what was said is kept.
+    """
+
+    def __init__(self, *, ttl: int = TTL) -> None:
+        if ttl < 1_000:
+            raise InvalidOption(f"ttl={ttl!r} cannot be used: give milliseconds, 1000 or more.")
+        self.ttl = ttl
+
+    def setup_topology(self, broker: JetStreamBroker, *, update: bool = False) -> dict[str, str]:
+        """Create the bucket; called by `broker.setup`."""
+        return {f"bucket {BUCKET}": _bucket(broker).declare()}
+
+    def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        if isinstance(broker, JetStreamBroker) and broker.declare:
+            _bucket(broker).declare()
+
+    def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
+        if isinstance(broker, JetStreamBroker):
+            _running.set(_Running(broker, message.message_id, self.ttl))
+
+    def after_process_message(
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
+        _running.set(None)
+
+    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
+        _running.set(None)
+
+
+def progress(done: float, total: float | None = None, note: str = "") -> None:
+    """Say how far the running actor is. Outside of actors it does nothing, so that actors can be called directly.
+
+    Parameters:
+      done: How much is done, in any unit.
+      total: How much there is, if that is known; `done == total` is always sent.
+      note: What is being done, for people.
+    """
+    running = _running.get()
+    if running is None:
+        return
+    now = time.monotonic()
+    if now - running.sent < INTERVAL / 1000 and done != total:
+        return
+    running.sent = now
+    said = {"done": done, "total": total, "note": note, "at": int(time.time() * 1000)}
+    bucket = _bucket(running.broker)
+    running.broker.connection.send(
+        bucket_subject(bucket.name, running.message_id),
+        json.dumps(said).encode(),
+        {HEADER_TTL: f"{running.ttl // 1000}s"},
+    )
+
+
+def read_progress(message_id: str, broker: JetStreamBroker | None = None) -> ProgressOf | None:
+    """What a message's actor said last, or None if it said nothing (in the last day).
+
+    Parameters:
+      broker: None takes Dramatiq's global broker.
+
+    Raises:
+      BrokerConnectionError: When the server cannot be reached.
+    """
+    chosen = broker or dramatiq.get_broker()
+    if not isinstance(chosen, JetStreamBroker):
+        raise InvalidOption(
+            "progress is kept by a JetStreamBroker: pass one, or set it as Dramatiq's broker."
+        )
+    entry = _bucket(chosen).get(message_id)
+    return None if entry is None else ProgressOf(message_id=message_id, **json.loads(entry.value))
+
+
+def _bucket(broker: JetStreamBroker) -> Bucket:
+    return broker.bucket(BUCKET)
