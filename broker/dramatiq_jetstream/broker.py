@@ -6,7 +6,9 @@ id, is not taken for a duplicate, and an acknowledgement that got lost does not 
 
 Dramatiq acks a message even if its retry, its pipeline's next step or its callback could not be enqueued,
 because it swallows what middleware raises after the actor ran. Here such a message is marked, and its
-consumer keeps it on the queue (see `consumer`).
+consumer keeps it on the queue (see `consumer`). When it then runs again, within JetStream's duplicate window,
+those of its follow-ups that carry a message id of their own (a retry, a pipeline's next step, the callbacks of a
+group) and were stored the first time are not stored again.
 
 If the process dies during `enqueue`, the message is stored or it is not, and the caller never learned that
 it was. If it dies between an actor's end and the ack, the actor runs again elsewhere.
@@ -16,10 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import ssl
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -327,7 +331,7 @@ class JetStreamBroker(Broker):
         if stored.queue_name != queue_name:
             stored = stored.copy(queue_name=queue_name)
         target = self.names.task(queue_name, self._priority(message))
-        unique = uuid.uuid4().hex
+        unique = self._unique_id(message)
         if not delay:  # no delay, or one of 0, which needs no schedule
             return Publication(target, stored.encode(), {HEADER_MSG_ID: unique})
         return schedules.publication(
@@ -339,6 +343,15 @@ class JetStreamBroker(Broker):
             eta=int(message.options["eta"]),
             target=target,
         )
+
+    def _unique_id(self, message: Message[Any]) -> str:
+        """What tells one enqueue call from another; for what follows a message, the same at its every run."""
+        current = getattr(self._after, "message", None)
+        if not isinstance(current, JetStreamMessage):
+            return uuid.uuid4().hex
+        self._after.ids[message.message_id] += 1
+        call = f"{current._delivery.origin}:{message.message_id}:{self._after.ids[message.message_id]}"
+        return hashlib.sha256(call.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     def _priority(self, message: Message[Any]) -> int | None:
         """The priority of a message; as in RabbitMQ, one above the highest is the highest."""
@@ -595,6 +608,7 @@ class JetStreamBroker(Broker):
             return
         message = args[0]
         self._after.message = message
+        self._after.ids = Counter()
         try:
             for middleware in reversed(self.middleware):
                 try:
