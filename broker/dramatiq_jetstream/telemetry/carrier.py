@@ -7,14 +7,20 @@ them in the option `event`, and from its first retry on it is a message like any
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, MutableMapping
+from functools import lru_cache
 from typing import Any, Final
 
 from opentelemetry import propagate
 from opentelemetry.context import Context
+from opentelemetry.propagators.textmap import TextMapPropagator
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
 #: The message option that holds the W3C headers (`traceparent`, `tracestate`, `baggage`).
 CARRIER_OPTION: Final = "trace_context"
+
+_USUAL: Final = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})").fullmatch
 
 
 def inject(carrier: MutableMapping[str, str], context: Context) -> None:
@@ -22,14 +28,14 @@ def inject(carrier: MutableMapping[str, str], context: Context) -> None:
     propagate.inject(carrier, context)
 
 
-def extract(message: Any) -> Context:
-    """The context in which a message was created; empty when it came without one.
+def extract(message: Any, options: Mapping[str, Any]) -> Context:
+    """The context in which a message with these options was created; empty when it came without one.
 
     Never the current context: what runs on this thread has nothing to do with who sent the message.
     """
-    carrier = message.options.get(CARRIER_OPTION)
+    carrier = options.get(CARRIER_OPTION)
     if carrier is None:
-        event = message.options.get("event")
+        event = options.get("event")
         # Another program may have put a message on a queue of NATS by itself, with real headers.
         carrier = event.get("headers") if isinstance(event, Mapping) else getattr(message, "headers", None)
     return extract_headers(carrier)
@@ -37,9 +43,30 @@ def extract(message: Any) -> Context:
 
 def extract_headers(headers: object) -> Context:
     """The context that W3C headers describe; unusable headers count as none."""
+    if type(headers) is dict and len(headers) == 1:
+        context = _plain(headers.get("traceparent"))
+        if context is not None:
+            return context
     if not isinstance(headers, Mapping) or not headers:
         return Context()
     # Publishers in other languages may have written `Traceparent`, and NATS does not fold cases. Whatever
     # is not text came from a stranger and must not break the attempt.
     usable = {k.lower(): v for k, v in headers.items() if isinstance(k, str) and isinstance(v, str)}
     return propagate.extract(usable, Context())
+
+
+def _plain(traceparent: object) -> Context | None:
+    """The context of a `traceparent` in its usual form; None leaves it to the propagators.
+
+    That is what nearly every message has, and the general way takes twice as long.
+    """
+    found = _USUAL(traceparent) if isinstance(traceparent, str) else None
+    if found is None or not _reads_traceparent(propagate.get_global_textmap()):
+        return None
+    context = SpanContext(int(found[1], 16), int(found[2], 16), True, TraceFlags(int(found[3], 16)))
+    return set_span_in_context(NonRecordingSpan(context), Context()) if context.is_valid else None
+
+
+@lru_cache(maxsize=8)
+def _reads_traceparent(propagator: TextMapPropagator) -> bool:
+    return "traceparent" in propagator.fields

@@ -6,8 +6,13 @@ their Python package keeps them in a private module that changes from release to
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from typing import Any, Final
 
+#: Who made a span or a metric: the instrumentation scope.
+SCOPE: Final = "dramatiq_jetstream.telemetry"
 SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.44.0"
 
 SYSTEM: Final = "messaging.system"
@@ -26,8 +31,10 @@ OUTCOME: Final = "dramatiq.outcome"
 SKIP_REASON: Final = "dramatiq.skip_reason"
 DEAD_LETTERED: Final = "dramatiq.dead_lettered"
 DEAD_LETTER_REASON: Final = "dramatiq.dead_letter.reason"
-#: How often the server has handed the same message out; above 1 an earlier worker did not settle it.
+#: How often the server has delivered the same message. Only there above 1: an earlier worker did not settle it.
 DELIVERY_COUNT: Final = "dramatiq.delivery_count"
+#: Two brokers of one process may have queues of the same name in different namespaces.
+NAMESPACE: Final = "dramatiq.namespace"
 EVENT_SUBJECT: Final = "dramatiq.event.subject"
 
 SENT_MESSAGES: Final = "messaging.client.sent.messages"
@@ -58,6 +65,15 @@ class Outcome:
     ABORTED: Final = "aborted"
     #: Raised, and neither a further attempt was stored nor the message rejected.
     UNRESOLVED: Final = "unresolved"
+
+
+@cache
+def version() -> str:
+    """The version of the instrumentation scope."""
+    try:
+        return version_of("dramatiq-jetstream")
+    except PackageNotFoundError:
+        return "0"
 
 
 def messaging_system(broker: Any) -> str:

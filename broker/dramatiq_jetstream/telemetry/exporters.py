@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
+from opentelemetry.sdk.metrics import Histogram
 from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
     MetricExporter,
     MetricExportResult,
     MetricReader,
@@ -22,6 +24,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from dramatiq_jetstream.errors import InvalidOption
 
 from .environment import exporter_names
+from .histograms import HistogramFeed
+from .tallies import Tallies
 
 T = TypeVar("T")
 
@@ -42,28 +46,39 @@ def span_processors() -> list[SpanProcessor]:
     ]
 
 
-def metric_readers() -> list[MetricReader]:
-    """A periodic reader for each exporter of metrics; what is a reader itself is taken as it is."""
-    readers: list[MetricReader] = []
-    for name in exporter_names("metrics"):
-        factory: Any = _load("metrics", name)
-        if isinstance(factory, type) and issubclass(factory, MetricReader):
-            reader: MetricReader = factory()
-            readers.append(reader)
-        else:
-            readers.append(PeriodicExportingMetricReader(_ForkSafeMetricExporter(factory)))
-    return readers
+def metric_readers() -> tuple[list[MetricReader], Tallies | None]:
+    """A periodic reader for each exporter of metrics, and the tallies whose histograms they export as well.
+
+    There are no tallies when an exporter fetches the metrics itself, as Prometheus' does: it sees nothing
+    but what the SDK has.
+    """
+    factories: list[Any] = [_load("metrics", name) for name in exporter_names("metrics")]
+    fetching = [f for f in factories if isinstance(f, type) and issubclass(f, MetricReader)]
+    tallies = None if fetching else Tallies()
+    readers: list[MetricReader] = [factory() for factory in fetching]
+    readers.extend(
+        PeriodicExportingMetricReader(_ForkSafeMetricExporter(factory, tallies))
+        for factory in factories
+        if factory not in fetching
+    )
+    return readers, tallies
 
 
 def _load(signal: str, name: str) -> Callable[[], Any]:
     wanted = _otlp_by_protocol(signal) if name == "otlp" else name
     for entry_point in entry_points(group=f"opentelemetry_{signal}_exporter", name=wanted):
         factory: Callable[[], Any] = entry_point.load()
-        return factory
+        return _quicker() if (signal, wanted) == ("traces", "otlp_proto_http") else factory
     raise InvalidOption(
         f"OTEL_{signal.upper()}_EXPORTER asks for {name!r}, but no installed package brings the exporter "
         f"{wanted!r}: install the one that does, or set the variable to otlp, console or none."
     )
+
+
+def _quicker() -> Callable[[], SpanExporter]:
+    from .encoding import QuickSpanExporter
+
+    return QuickSpanExporter
 
 
 def _otlp_by_protocol(signal: str) -> str:
@@ -106,15 +121,19 @@ class _ForkSafeSpanExporter(SpanExporter):
 
 
 class _ForkSafeMetricExporter(MetricExporter):
-    def __init__(self, factory: Callable[[], MetricExporter]) -> None:
+    def __init__(self, factory: Callable[[], MetricExporter], tallies: Tallies | None) -> None:
         self._exporter = _PerProcess(factory)
         # How to aggregate is the exporter's to say; the SDK reads it from these and offers no other way.
         inner = self._exporter.get()
         super().__init__(inner._preferred_temporality, inner._preferred_aggregation)
+        temporality = (inner._preferred_temporality or {}).get(Histogram, AggregationTemporality.CUMULATIVE)
+        self._feed = None if tallies is None else HistogramFeed(tallies, temporality)
 
     def export(
         self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any
     ) -> MetricExportResult:
+        if self._feed is not None:
+            metrics_data = self._feed.added_to(metrics_data)
         return self._exporter.get().export(metrics_data, timeout_millis, **kwargs)
 
     def force_flush(self, timeout_millis: float = 10_000) -> bool:

@@ -48,6 +48,7 @@ class BrokerReading:
     """One broker at one moment."""
 
     system: str
+    namespace: str | None
     connection: ConnectionReading | None
     queues: tuple[QueueReading, ...]
 
@@ -81,7 +82,8 @@ class FleetReader:
     def _read(self, broker: Any) -> BrokerReading:
         # The queues come first: asking for them may be what opens the connection.
         queues = tuple(self._queues(broker))
-        return BrokerReading(messaging_system(broker), _connection(broker), queues)
+        namespace = getattr(getattr(broker, "names", None), "namespace", None)
+        return BrokerReading(messaging_system(broker), namespace, _connection(broker), queues)
 
     def _queues(self, broker: Any) -> Iterable[QueueReading]:
         connection = _connection(broker)

@@ -51,7 +51,7 @@ class FleetGauges:
                 for queue in broker.queues:
                     observed = value(queue)
                     if observed is not None:
-                        yield Observation(observed, {c.SYSTEM: broker.system, c.DESTINATION: queue.queue})
+                        yield Observation(observed, _of(broker) | {c.DESTINATION: queue.queue})
 
         return observe
 
@@ -59,9 +59,16 @@ class FleetGauges:
         def observe(_: CallbackOptions) -> Iterable[Observation]:
             for broker in self._read():
                 if broker.connection is not None:
-                    yield Observation(value(broker.connection), {c.SYSTEM: broker.system})
+                    yield Observation(value(broker.connection), _of(broker))
 
         return observe
 
     def _read(self) -> tuple[BrokerReading, ...]:
         return () if self.reader is None else self.reader.read()
+
+
+def _of(broker: BrokerReading) -> dict[str, str]:
+    attributes = {c.SYSTEM: broker.system}
+    if broker.namespace is not None:
+        attributes[c.NAMESPACE] = broker.namespace
+    return attributes

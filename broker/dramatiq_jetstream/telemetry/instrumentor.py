@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterable
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from dramatiq import Broker
 from opentelemetry import metrics, trace
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]
 from opentelemetry.metrics import MeterProvider
-from opentelemetry.trace import TracerProvider
+from opentelemetry.trace import Tracer, TracerProvider
 
 from . import conventions as c
 from .brokers import BrokerHook
@@ -24,8 +23,10 @@ from .fleet import FleetReader
 from .gauges import FleetGauges
 from .metrics import Instruments
 from .middleware import TelemetryMiddleware
+from .tallies import Tallies
 
-_SCOPE = "dramatiq_jetstream.telemetry"
+if TYPE_CHECKING:
+    from .quick_spans import QuickTracer
 
 #: The methods that send: enqueue_many is JetStreamBroker's.
 _SENDING = ("enqueue", "enqueue_many")
@@ -41,6 +42,7 @@ class DramatiqInstrumentor(BaseInstrumentor):  # type: ignore[misc]
     - `broker`: one broker, or several, and no other
     - `link_parents` (False): an attempt begins a trace of its own, with a link to the send that created it,
       instead of being its child
+    - `tallies`: count in these; whoever gives them exports the histograms, as configure_telemetry does
     - `flush_timeout` (3000): for how many milliseconds a worker that stops may export what it has left
 
     `uninstrument()` leaves Dramatiq as it was.
@@ -64,10 +66,11 @@ class DramatiqInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         broker: Broker | Iterable[Broker] | None = None,
         link_parents: bool = False,
         flush_timeout: int = 3_000,
+        tallies: Tallies | None = None,
         **_: Any,
     ) -> None:
-        tracer = trace.get_tracer(_SCOPE, _version(), tracer_provider, c.SCHEMA_URL)
-        instruments, gauges = self._instruments_of(meter_provider or metrics.get_meter_provider())
+        tracer = _tracer(tracer_provider or trace.get_tracer_provider())
+        instruments, gauges = self._instruments_of(meter_provider or metrics.get_meter_provider(), tallies)
 
         def providers() -> tuple[object, ...]:
             # The global ones may be set after this, so they are asked for when they are needed.
@@ -101,11 +104,14 @@ class DramatiqInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         for _instruments, gauges in self._instruments.values():
             gauges.reader = None
 
-    def _instruments_of(self, provider: MeterProvider) -> tuple[Instruments, FleetGauges]:
+    def _instruments_of(
+        self, provider: MeterProvider, tallies: Tallies | None
+    ) -> tuple[Instruments, FleetGauges]:
         found = self._instruments.get(provider)
         if found is None:
-            meter = provider.get_meter(_SCOPE, _version(), c.SCHEMA_URL)
-            found = self._instruments[provider] = (Instruments(meter), FleetGauges(meter))
+            meter = provider.get_meter(c.SCOPE, c.version(), c.SCHEMA_URL)
+            instruments = Instruments(meter, tallies or Tallies(), own_histograms=tallies is None)
+            found = self._instruments[provider] = (instruments, FleetGauges(meter))
         return found
 
 
@@ -135,15 +141,19 @@ class _SendingMethod:
             del error
 
 
+def _tracer(provider: TracerProvider) -> Tracer | QuickTracer:
+    try:
+        from .quick_spans import QuickTracer
+    except ImportError:
+        # Without the SDK there is nothing to be quick about.
+        quick = None
+    else:
+        quick = QuickTracer.of(provider)
+    return quick or provider.get_tracer(c.SCOPE, c.version(), c.SCHEMA_URL)
+
+
 def _detach(broker: Broker) -> None:
     broker.middleware[:] = [m for m in broker.middleware if not isinstance(m, TelemetryMiddleware)]
     for name in _SENDING:
         if isinstance(vars(broker).get(name), _SendingMethod):
             delattr(broker, name)
-
-
-def _version() -> str:
-    try:
-        return version("dramatiq-jetstream")
-    except PackageNotFoundError:
-        return "0"

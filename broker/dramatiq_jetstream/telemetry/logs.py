@@ -11,7 +11,6 @@ Works without OpenTelemetry; the trace is left out then. LOG_FORMAT is `text` (t
 LOG_LEVEL a level's name.
 """
 
-# ruff: noqa: ARG002 - Dramatiq decides what its signals bring
 from __future__ import annotations
 
 import json

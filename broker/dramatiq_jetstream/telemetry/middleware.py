@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002 - Dramatiq decides what its signals bring
 """The middleware that makes spans and metrics of Dramatiq's signals.
 
 It stands first in a broker's middleware: the first to hear that an attempt begins and the last to hear that
@@ -15,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from threading import current_thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dramatiq import Broker, Message, MessageProxy, Middleware, Worker
 from dramatiq.common import q_name
@@ -30,6 +29,9 @@ from .flush import force_flush
 from .metrics import Instruments
 from .spans import Attempt, Send, ThreadState, is_expected, outcome_of, skipped_by_abort
 
+if TYPE_CHECKING:
+    from .quick_spans import QuickTracer
+
 _NO_ATTRIBUTES: dict[str, Any] = {}
 
 
@@ -39,7 +41,7 @@ class TelemetryMiddleware(Middleware):
     def __init__(
         self,
         broker: Broker,
-        tracer: Tracer,
+        tracer: Tracer | QuickTracer,
         instruments: Instruments,
         *,
         link_parents: bool = False,
@@ -176,7 +178,7 @@ class TelemetryMiddleware(Middleware):
             attempt is not None and attempt.message_id == message.message_id
         ):
             return current, None
-        history = extract(message)
+        history = extract(message, message.options)
         here = trace.get_current_span(current).get_span_context()
         there = trace.get_current_span(history).get_span_context()
         if not there.is_valid or here.trace_id == there.trace_id:
@@ -191,9 +193,11 @@ class TelemetryMiddleware(Middleware):
         if self._thread.attempt is not None:
             # An exception that struck outside the actor kept Dramatiq from reporting the end.
             self._end_attempt(self._thread.attempt, c.Outcome.UNRESOLVED, None)
-        options = message.options
-        queue = q_name(message.queue_name)
-        parent = extract(message)
+        # A proxy looks up what it is asked for in three steps, a message in one.
+        plain: Any = getattr(message, "_message", message)
+        options = plain.options
+        message_id, actor, queue = plain.message_id, plain.actor_name, q_name(plain.queue_name)
+        parent = extract(message, options)
         links: list[Link] | None = None
         if self._link_parents:
             created_by = trace.get_current_span(parent).get_span_context()
@@ -206,26 +210,24 @@ class TelemetryMiddleware(Middleware):
             c.DESTINATION: queue,
             c.OPERATION_NAME: "process",
             c.OPERATION_TYPE: "process",
-            c.MESSAGE_ID: message.message_id,
-            c.ACTOR: message.actor_name,
+            c.MESSAGE_ID: message_id,
+            c.ACTOR: actor,
             c.ATTEMPT: (options.get("retries") or 0) + 1,
         }
-        deliveries = getattr(message, "delivery_count", None)
-        if deliveries is not None:
+        deliveries = getattr(message, "delivery_count", 1)
+        if deliveries > 1:
             attributes[c.DELIVERY_COUNT] = deliveries
         event = options.get("event")
         if event is not None and isinstance(event, dict) and "subject" in event:
-            attributes[c.EVENT_SUBJECT] = event["subject"]
+            attributes[c.EVENT_SUBJECT] = str(event["subject"])
         span = self._tracer.start_span(
             f"process {queue}", parent, SpanKind.CONSUMER, attributes=attributes, links=links
         )
         # Remembered first and attached second: were it the other way round, an exception in between would
         # leave the context attached for good.
-        attempt = self._thread.attempt = Attempt(message, queue, span)
+        attempt = self._thread.attempt = Attempt(message, message_id, queue, actor, span)
         attempt.attach(trace.set_span_in_context(span, parent))
-        self._instruments.consumed(
-            self._system, queue, message.actor_name, redelivered=deliveries is not None and deliveries > 1
-        )
+        self._instruments.consumed(self._system, queue, actor, redelivered=deliveries > 1)
 
     def after_process_message(
         self,
@@ -280,7 +282,7 @@ class TelemetryMiddleware(Middleware):
         if message is not None:
             attributes[c.MESSAGE_ID] = message.message_id
             attributes[c.ACTOR] = message.actor_name
-            parent = extract(message)
+            parent = extract(message, message.options)
         self._tracer.start_span(f"dead_letter {queue}", parent, SpanKind.CLIENT, attributes=attributes).end()
 
     def _end_abandoned(self, message: MessageProxy) -> None:
@@ -297,8 +299,7 @@ class TelemetryMiddleware(Middleware):
         error: BaseException | None,
         attributes: dict[str, Any] = _NO_ATTRIBUTES,
     ) -> None:
-        message = attempt.message
-        if message.failed:
+        if attempt.message.failed:
             attributes = {**attributes, c.DEAD_LETTERED: True}
         if error is not None and is_expected(error, outcome):
             error = None
@@ -307,7 +308,7 @@ class TelemetryMiddleware(Middleware):
         self._thread.attempt = None
         if seconds is not None:
             self._instruments.processed(
-                self._system, attempt.queue, message.actor_name, seconds, outcome, error_type
+                self._system, attempt.queue, attempt.actor, seconds, outcome, error_type
             )
 
     # ---- the end of the worker ----------------------------------------------------------------------------

@@ -13,7 +13,6 @@ multiprocessing (which runs no atexit handlers) and, for a plain program, SIGTER
 for no longer than `shutdown_timeout`.
 """
 
-# ruff: noqa: ARG002 - Dramatiq decides what its signals bring
 from __future__ import annotations
 
 import atexit
@@ -36,6 +35,8 @@ from .logs import LogContext, configure_logging
 if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
 
+    from .tallies import Tallies
+
 logger = logging.getLogger(__name__)
 
 
@@ -46,6 +47,7 @@ class _Setup:
     shutdown_timeout: int
     started: bool = False
     providers: list[Any] = field(default_factory=list)
+    tallies: Tallies | None = None
     log_hook: BrokerHook | None = None
     boot_hook: BrokerHook | None = None
 
@@ -131,7 +133,9 @@ def start_telemetry() -> None:
         instrumentor = DramatiqInstrumentor()
         if not instrumentor.is_instrumented_by_opentelemetry:
             # `opentelemetry-instrument` may have been here before.
-            instrumentor.instrument(link_parents=setup.link_parents, flush_timeout=setup.shutdown_timeout)
+            instrumentor.instrument(
+                link_parents=setup.link_parents, flush_timeout=setup.shutdown_timeout, tallies=setup.tallies
+            )
         _watch_for_the_end()
 
 
@@ -184,7 +188,7 @@ def _make_providers(setup: _Setup) -> None:
             tracer_provider.add_span_processor(processor)
         trace.set_tracer_provider(tracer_provider)
         setup.providers.append(tracer_provider)
-    readers = exporters.metric_readers()
+    readers, setup.tallies = exporters.metric_readers()
     if readers:
         meter_provider = MeterProvider(readers, resource, shutdown_on_exit=False)
         metrics.set_meter_provider(meter_provider)

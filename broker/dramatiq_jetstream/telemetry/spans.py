@@ -56,12 +56,14 @@ class Send:
 class Attempt:
     """One run of a message by an actor, or the decision not to run it."""
 
-    __slots__ = ("message", "message_id", "queue", "retry_stored", "span", "started", "token")
+    __slots__ = ("actor", "message", "message_id", "queue", "retry_stored", "span", "started", "token")
 
-    def __init__(self, message: Any, queue: str, span: Span) -> None:
+    def __init__(self, message: Any, message_id: str, queue: str, actor: str, span: Span) -> None:
+        # What a message proxy is asked for it has to look up, each time.
         self.message = message
-        self.message_id: str = message.message_id
+        self.message_id = message_id
         self.queue = queue
+        self.actor = actor
         self.span: Span | None = span
         self.token: Token[Context] | None = None
         self.retry_stored = False
@@ -83,13 +85,12 @@ class Attempt:
             if span is not None:
                 seconds = perf_counter() - self.started
                 if span.is_recording():
-                    span.set_attribute(c.OUTCOME, outcome)
-                    if attributes:
-                        span.set_attributes(attributes)
+                    note = getattr(span, "note", span.set_attributes)
+                    note({c.OUTCOME: outcome, **attributes})
                     if error is not None:
                         record_error(span, error)
-                self.span = None
                 span.end()
+                self.span = None
         finally:
             token, self.token = self.token, None
             if token is not None:

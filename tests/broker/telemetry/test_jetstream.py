@@ -219,7 +219,7 @@ def test_a_redelivered_message_says_so(
 
 
 def test_the_state_of_the_queues_is_observed(
-    fleet: JetStreamBroker, telemetry: Providers, queue: str
+    fleet: JetStreamBroker, telemetry: Providers, namespace: str, queue: str
 ) -> None:
     """Ready, in flight, delayed, dead, age and connection arrive as metrics."""
 
@@ -235,23 +235,26 @@ def test_the_state_of_the_queues_is_observed(
         (point,) = telemetry.metrics().points(name, **attributes)
         return point.value
 
-    of_queue = {"messaging__system": "nats", "messaging__destination__name": queue}
+    of_broker = {"messaging__system": "nats", "dramatiq__namespace": namespace}
+    of_queue = of_broker | {"messaging__destination__name": queue}
     assert value("dramatiq.queue.ready", **of_queue) == 2
     assert value("dramatiq.queue.in_flight", **of_queue) == 0
     assert value("dramatiq.queue.delayed", **of_queue) == 1
     assert value("dramatiq.queue.dead", **of_queue) == 0
     assert 0 <= value("dramatiq.queue.oldest_ready_age", **of_queue) < 60
-    assert value("dramatiq.connection.up", messaging__system="nats") == 1
-    assert value("dramatiq.connection.reconnects", messaging__system="nats") == 0
+    assert value("dramatiq.connection.up", **of_broker) == 1
+    assert value("dramatiq.connection.reconnects", **of_broker) == 0
 
 
-def test_a_gauge_does_not_connect_a_process(telemetry: Providers, nats_url: str, queue: str) -> None:
+def test_a_gauge_does_not_connect_a_process(
+    telemetry: Providers, nats_url: str, namespace: str, queue: str
+) -> None:
     """A process that has not used its broker yet reports that it is not connected, and stays so."""
-    broker = JetStreamBroker(nats_url, namespace="unused")
+    broker = JetStreamBroker(nats_url, namespace=namespace)
     broker.declare_queue(queue)
     metrics = telemetry.metrics()
     assert metrics.points("dramatiq.queue.ready", messaging__destination__name=queue) == []
-    (up,) = metrics.points("dramatiq.connection.up")
+    (up,) = metrics.points("dramatiq.connection.up", dramatiq__namespace=namespace)
     assert up.value == 0
     assert not broker.connection.state.connected
     broker.close()

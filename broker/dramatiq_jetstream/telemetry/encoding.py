@@ -1,0 +1,157 @@
+"""Exports spans over OTLP/HTTP with an encoder that is several times quicker than the exporter's own.
+
+The exporter builds an object for every attribute of every span, which costs a worker more time than running
+the message did. The attributes of our spans are mostly the same few, so here each is encoded once. Protobuf
+allows an encoded message to be put together from encoded fields. Whatever is less usual than a name, times
+and attributes is left to OpenTelemetry's encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from struct import Struct
+
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, SpanFlags, Status
+from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanProto
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExportResult
+from opentelemetry.trace import SpanKind, StatusCode
+
+from . import conventions as c
+
+
+def _tag(field: int) -> bytes:
+    return bytes([field << 3 | 2])
+
+
+_ATTRIBUTE = _tag(SpanProto.ATTRIBUTES_FIELD_NUMBER)
+_PARENT = _tag(SpanProto.PARENT_SPAN_ID_FIELD_NUMBER) + b"\x08"
+_SPAN = _tag(ScopeSpans.SPANS_FIELD_NUMBER)
+_SCOPE_SPANS = _tag(ResourceSpans.SCOPE_SPANS_FIELD_NUMBER)
+_RESOURCE_SPANS = _tag(ExportTraceServiceRequest.RESOURCE_SPANS_FIELD_NUMBER)
+_MESSAGE_ID = KeyValue(key=c.MESSAGE_ID).SerializeToString()
+
+_FIXED = Struct("<2s16s2s8scQcQ2sI")
+
+_IS_LOCAL = int(SpanFlags.SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE_MASK)
+_IS_REMOTE = _IS_LOCAL | int(SpanFlags.SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK)
+
+
+class QuickSpanExporter(OTLPSpanExporter):
+    """OpenTelemetry's exporter, with its endpoint, headers, retries and all, and the encoder of this module."""
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        # Sending bytes is not part of the exporter's public interface. Should it change, so does the speed.
+        send = getattr(getattr(self, "_client", None), "export", None)
+        if send is None or getattr(self, "_shutdown", True):
+            return super().export(spans)
+        sent = getattr(send(encode(spans)), "success", True)
+        return SpanExportResult.SUCCESS if sent else SpanExportResult.FAILURE
+
+
+def encode(spans: Iterable[ReadableSpan]) -> bytes:
+    """An ExportTraceServiceRequest with the spans, encoded."""
+    # Resources and scopes are few objects that all spans share; comparing their contents takes long.
+    groups: dict[tuple[int, int], list[ReadableSpan]] = {}
+    for span in spans:
+        groups.setdefault((id(span.resource), id(span.instrumentation_scope)), []).append(span)
+    request = []
+    for group in groups.values():
+        # The library's encoder makes what surrounds the spans, from the first of them.
+        (resource_spans,) = encode_spans(group[:1]).resource_spans
+        (scope_spans,) = resource_spans.scope_spans
+        del scope_spans.spans[:]
+        del resource_spans.scope_spans[:]
+        encoded = [scope_spans.SerializeToString()]
+        encoded.extend(_field(_SPAN, _encode(span)) for span in group)
+        body = resource_spans.SerializeToString() + _field(_SCOPE_SPANS, b"".join(encoded))
+        request.append(_field(_RESOURCE_SPANS, body))
+    return b"".join(request)
+
+
+def _encode(span: ReadableSpan) -> bytes:
+    context, parent = span.get_span_context(), span.parent
+    if (
+        context is None
+        or context.trace_state
+        or _has_events_or_links(span)
+        or span.dropped_attributes
+        or span.status.status_code is not StatusCode.UNSET
+    ):
+        return _encode_unusual(span)
+    parts = [
+        _pack_fixed(
+            context.trace_id.to_bytes(16, "big"),
+            context.span_id.to_bytes(8, "big"),
+            span.start_time or 0,
+            span.end_time or 0,
+            _IS_REMOTE if parent is not None and parent.is_remote else _IS_LOCAL,
+        ),
+        _name_and_kind(span.name, span.kind),
+    ]
+    if parent is not None:
+        parts.append(_PARENT + parent.span_id.to_bytes(8, "big"))
+    for name, value in (span.attributes or {}).items():
+        if name == c.MESSAGE_ID and type(value) is str:
+            # Not worth remembering: it occurs once or twice.
+            parts.append(_field(_ATTRIBUTE, _MESSAGE_ID + _field(b"\x12", _field(b"\x0a", value.encode()))))
+        elif isinstance(value, (str, bool, int)):
+            # To a cache 1 and True are the same, and they are not the same attribute: hence the type.
+            parts.append(_attribute(name, type(value).__name__, value))
+        else:
+            return _encode_unusual(span)
+    return b"".join(parts)
+
+
+def _pack_fixed(trace_id: bytes, span_id: bytes, start: int, end: int, flags: int) -> bytes:
+    """The fields that have a fixed length: 1 and 2, both bytes; 7 and 8, both fixed64; 16, fixed32."""
+    return _FIXED.pack(
+        b"\x0a\x10", trace_id, b"\x12\x08", span_id, b"\x39", start, b"\x41", end, b"\x85\x01", flags
+    )
+
+
+def _has_events_or_links(span: ReadableSpan) -> bool:
+    # The properties copy the lists under a lock to say that they are empty.
+    events, links = getattr(span, "_events", None), getattr(span, "_links", None)
+    if events is None or links is None:
+        events, links = span.events, span.links
+    return len(events) > 0 or len(links) > 0
+
+
+def _encode_unusual(span: ReadableSpan) -> bytes:
+    return encode_spans([span]).resource_spans[0].scope_spans[0].spans[0].SerializeToString()
+
+
+@lru_cache(maxsize=1024)
+def _name_and_kind(name: str, kind: SpanKind) -> bytes:
+    # An empty status says that the span has ended without one.
+    value = SpanProto.SpanKind.Value(f"SPAN_KIND_{kind.name}")
+    return SpanProto(name=name, kind=value, status=Status()).SerializeToString()
+
+
+@lru_cache(maxsize=4096)
+def _attribute(name: str, kind: str, value: str | bool | int) -> bytes:
+    if kind == "str":
+        encoded = AnyValue(string_value=str(value))
+    elif kind == "bool":
+        encoded = AnyValue(bool_value=bool(value))
+    else:
+        encoded = AnyValue(int_value=int(value))
+    return _field(_ATTRIBUTE, KeyValue(key=name, value=encoded).SerializeToString())
+
+
+def _field(tag: bytes, content: bytes) -> bytes:
+    length = len(content)
+    if length < 0x80:
+        return tag + bytes([length]) + content
+    size = bytearray()
+    while length >= 0x80:
+        size.append(length & 0x7F | 0x80)
+        length >>= 7
+    size.append(length)
+    return tag + bytes(size) + content
