@@ -81,7 +81,7 @@ class Settings:
             host=read.text("HOST") or cls.host,
             port=read.whole("PORT", cls.port, 1, 65_535),
             web_processes=read.whole("WEB_CONCURRENCY", cls.web_processes, 1, 256),
-            web_threads=read.whole("WEB_THREADS", cls.web_threads, 2, 512),
+            web_threads=read.whole("WEB_THREADS", cls.web_threads, 4, 512),
             stream_duration=read.whole("STREAM_DURATION", cls.stream_duration, 1_000, 600_000),
             trace_url_template=read.template("TRACE_URL_TEMPLATE", "trace_id"),
             accept_timeout=read.whole("ACCEPT_TIMEOUT", cls.accept_timeout, 100, 60_000),

@@ -2,7 +2,8 @@
 
 A request waits for a lost connection to come back, for as long as ACCEPT_TIMEOUT says: most interruptions are
 short, and the client notices nothing. But each one that waits holds a thread, and with all of them held the
-process would look dead. So while there is no connection only three quarters of the threads may be waiting.
+process would look dead. So while there is no connection only some may wait: of the half of the threads that no
+live page can hold (see `web.live`), two stay free.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _FREE = frozenset(
 
 def bound(app: Flask, threads: int) -> None:
     """Have the application refuse what would have to wait, beyond so many that wait already."""
-    limit = max(1, threads * 3 // 4)
+    limit = max(1, threads // 2 - 2)
     lock = threading.Lock()
     running = 0
 

@@ -29,6 +29,13 @@ _PARSERS: dict[str, Callable[[bytes], OrderRequest]] = {
 def place_order() -> Response:
     """Store the order in JetStream, then answer 202."""
     key = _idempotency_key()
+    coding = request.headers.get("Content-Encoding", "identity")
+    if coding.lower() != "identity":
+        raise Problem(
+            "unsupported-media-type",
+            f"The body is encoded with {coding[:40]!r}: send it as it is.",
+            headers={"Accept-Encoding": "identity"},
+        )
     parse = _PARSERS.get(request.mimetype)
     if parse is None:
         sent = request.mimetype or "no Content-Type"
@@ -78,11 +85,9 @@ def accept(order_request: OrderRequest, key: str | None) -> AcceptedOrder:
     """Accept an order for the API or the form; what the key forbids becomes a problem."""
     try:
         return service.accept_order(order_request, key)
-    except service.IdempotencyConflict:
-        raise Problem(
-            "idempotency-key-reused",
-            "This Idempotency-Key came before with another order: a new order needs a new key.",
-        ) from None
+    except service.IdempotencyConflict as error:
+        text = str(error)
+        raise Problem("idempotency-key-reused", f"{text[:1].upper()}{text[1:]}.") from None
     except service.IdempotencyInProgress as error:
         raise Problem(
             "request-in-progress",

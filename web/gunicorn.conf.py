@@ -7,7 +7,10 @@ thread for as long as its stream is open (at most STREAM_DURATION, and at most h
 
 from __future__ import annotations
 
+import logging
 import signal
+import socket
+import struct
 from typing import Any
 
 from tasks.settings import settings
@@ -31,10 +34,28 @@ limit_request_fields = 64
 # Several services on one machine would fight for the default path of the control socket.
 control_socket_disable = True
 
+# A client that stops in the middle of its request, or does not take its answer, holds a thread for no longer
+# than so many seconds: gunicorn itself would wait for it for ever.
+STALL_TIMEOUT = 10
+
+
+def when_ready(server: Any) -> None:
+    """Limit how long a read or write on a connection may stall; connections inherit it from their listener."""
+    for listener in server.LISTENERS:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            listener.sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", STALL_TIMEOUT, 0))
+
+
+def _not_a_stall(record: logging.LogRecord) -> bool:
+    """Keep gunicorn from writing a traceback for each client that stalled."""
+    return not (record.exc_info and isinstance(record.exc_info[1], BlockingIOError))
+
 
 def post_worker_init(_worker: Any) -> None:
     """Tell the live streams when this process is asked to stop, so that they end instead of holding it up."""
     from web import live
+
+    logging.getLogger("gunicorn.error").addFilter(_not_a_stall)
 
     stop = signal.getsignal(signal.SIGTERM)
 

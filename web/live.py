@@ -61,7 +61,9 @@ def follow(order: Order, state: Callable[[Order], dict[str, Any]], duration: int
         except BrokerError:
             # The browser comes back, and is told then whether the store answers.
             return
-        if changed is not None and changed.revision != order.revision:
+        if changed is None:
+            return
+        if changed.revision != order.revision:
             order = changed
             yield _event(order, state(order))
         else:

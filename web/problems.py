@@ -50,8 +50,8 @@ KINDS: dict[str, Kind] = {
         Kind(
             "idempotency-key-reused",
             422,
-            "The Idempotency-Key was used for another order",
-            "Use a new key for a new order.",
+            "The Idempotency-Key or the order id was used for another order",
+            "Use a new one for a new order.",
         ),
         Kind("internal-error", 500, "Something went wrong here", "Try again; tell us if it goes on."),
         Kind(

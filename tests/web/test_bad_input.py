@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import struct
@@ -145,6 +146,14 @@ def test_another_content_type(service: Stack, content_type: str | None) -> None:
     assert answer.status_code == 415
     problem_of(answer)
     assert "application/json" in answer.headers["Accept"]
+
+
+def test_a_compressed_body(service: Stack) -> None:
+    """A body that would have to be unpacked first is refused, and so cannot be a bomb."""
+    body = gzip.compress(json.dumps(order_body()).encode())
+    answer = service.post("/api/orders", data=body, headers={**JSON, "Content-Encoding": "gzip"})
+    assert answer.status_code == 415
+    assert "gzip" in str(problem_of(answer)["detail"])
 
 
 @pytest.mark.parametrize("size", [1_000_001, 10_000_000])

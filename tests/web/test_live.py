@@ -82,6 +82,29 @@ def test_open_pages_leave_threads_for_orders(quiet: Stack) -> None:
     eventually(lambda: _opens(quiet, order_id), timeout=8)
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"POST /api/orders HTTP/1.1\r\nHost: loc",
+        b"POST /api/orders HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{",
+    ],
+    ids=["in its headers", "in its body"],
+)
+def test_clients_that_stall_do_not_hold_the_threads(quiet: Stack, sent: bytes) -> None:
+    """More clients than threads stop in the middle of a request: soon the front end answers again."""
+    stalled = [socket.create_connection(("127.0.0.1", quiet.web_port), timeout=5) for _ in range(8)]
+    try:
+        for connection in stalled:
+            connection.sendall(sent)
+        start = time.monotonic()
+        assert quiet.session.get(f"{quiet.url}/health/live", timeout=30).status_code == 200
+        assert time.monotonic() - start < 25
+    finally:
+        for connection in stalled:
+            connection.close()
+    assert "Traceback" not in quiet.web.output
+
+
 def _opens(stack: Stack, order_id: str) -> bool:
     with stack.get(f"/orders/{order_id}/stream", stream=True) as answer:
         return answer.status_code == 200
