@@ -73,15 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> Run:
     repeat = given.repeat or (1 if given.quick else 3)
     console = Console(width=None if sys.stdout.isatty() else max(140, shutil.get_terminal_size().columns))
     run = prepare(choose_contenders(given.peers), console.log)
+    complete = scale == 1 and not given.only and not given.peers
     measurements = choose_measurements(given.only, quick=given.quick)
     try:
         measure(run, measurements, repeat, Options(scale, given.million), console.log)
     except KeyboardInterrupt:
+        complete = False
         console.print("Stopped; what was measured so far:")
     verdicts = floors.judge(run.outcomes)
     title = report.headline(run, repeat, scale)
     report.show(console, run, verdicts, title)
-    complete = scale == 1 and not given.only and not given.peers
     folder = PUBLISHED if complete else UNPUBLISHED
     figures, drawings = given.json or folder / "results.json", given.plots or folder
     figures.parent.mkdir(parents=True, exist_ok=True)
@@ -94,5 +95,5 @@ def main(arguments: Sequence[str] | None = None) -> Run:
 
 if __name__ == "__main__":
     # What is started must be ended, also when the benchmarks are told to stop.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main()

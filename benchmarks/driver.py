@@ -46,7 +46,8 @@ def batch(app: App, options: argparse.Namespace) -> Figures:
 
 def fill(app: App, options: argparse.Namespace) -> Figures:
     """Only fills the queue: the fastest way there is, nothing is measured."""
-    app.enqueue_batch(range(options.messages))
+    fill_with = app.enqueue_atomic_batch if options.atomic else app.enqueue_batch
+    fill_with(range(options.messages))
     return {}
 
 

@@ -10,7 +10,7 @@ from benchmarks.report import number
 from benchmarks.run import Outcome, Run
 
 WIDTH, LABEL, VALUE = 760, 230, 110
-BAR, GAP, CASE, TOP, BOTTOM = 20, 8, 28, 34, 30
+BAR, GAP, CASE, TOP, BOTTOM, LINE = 20, 8, 28, 34, 8, 15
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #24292f }
 .title { font-weight: 600; font-size: 15px }
@@ -42,8 +42,14 @@ def write(run: Run, title: str, folder: Path) -> list[Path]:
 def chart(outcome: Outcome, figure: Figure, title: str) -> str:
     """The SVG text of one chart; contenders without a value are not drawn."""
     drawn = [(row, summary) for row in outcome.rows if (summary := row.summary(figure.key)) is not None]
-    longest = max(max(summary.high for _, summary in drawn), 1e-9)
+    # A bound far above all others would press them together; its bar ends at the edge, its number says the rest.
+    inner = [summary.high for row, summary in drawn if not row.contender.bound]
+    longest = max([min(summary.high, max(inner) * 1.3) if inner else summary.high for _, summary in drawn])
     space = WIDTH - LABEL - VALUE
+
+    def width(value: float) -> float:
+        return min(1.0, max(0.0, value) / max(longest, 1e-9)) * space
+
     heading = f"{outcome.measurement.title}, {figure.title} {figure.unit}".strip()
     body = [f'<text class="title" x="8" y="20">{escape(heading)}</text>']
     y = TOP
@@ -55,7 +61,7 @@ def chart(outcome: Outcome, figure: Figure, title: str) -> str:
             if row.case != case:
                 continue
             kind = "ours" if row.contender.ours else "bound" if row.contender.bound else "bar"
-            length = max(0.0, summary.median) / longest * space
+            length = width(summary.median)
             middle = y + BAR / 2
             label = escape(row.contender.title)
             body.append(f'<text x="{LABEL - 8}" y="{middle + 5}" text-anchor="end">{label}</text>')
@@ -63,14 +69,16 @@ def chart(outcome: Outcome, figure: Figure, title: str) -> str:
                 f'<rect class="{kind}" x="{LABEL}" y="{y}" width="{length:.1f}" height="{BAR}" rx="2"/>'
             )
             if summary.repetitions > 1:
-                low, high = (LABEL + max(0.0, end) / longest * space for end in (summary.low, summary.high))
+                low, high = LABEL + width(summary.low), LABEL + width(summary.high)
                 body.append(
                     f'<line class="spread" x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>'
                 )
-            end = LABEL + max(length, max(0.0, summary.high) / longest * space) + 6
+            end = LABEL + max(length, width(summary.high)) + 6
             body.append(f'<text x="{end:.1f}" y="{middle + 5}">{number(summary.median)}</text>')
             y += BAR + GAP
-    body.append(f'<text class="small" x="8" y="{y + 14}">{escape(title[:120])}</text>')
+    for line in title.split("; "):
+        body.append(f'<text class="small" x="8" y="{y + 14}">{escape(line)}</text>')
+        y += LINE
     height = y + BOTTOM
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '

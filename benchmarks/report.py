@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders.contender import PROCESSES, THREADS
+from benchmarks.contenders.contender import PROCESSES, THREADS, Contender
 from benchmarks.floors import Verdict
 from benchmarks.run import Outcome, Row, Run
 from benchmarks.statistics import Summary
@@ -57,8 +57,17 @@ def show(console: Console, run: Run, verdicts: list[Verdict], title: str) -> Non
             for row in outcome.rows:
                 if row.case == case and row.failed:
                     console.print(f"  {row.contender.title}: {row.failed}", highlight=False, markup=False)
+        for contender, reason in _left_out(run, outcome):
+            console.print(f"  left out: {contender.title}, {reason}", highlight=False, markup=False)
     if verdicts:
         console.print(_floors_table(verdicts))
+
+
+def _left_out(run: Run, outcome: Outcome) -> list[tuple[Contender, str]]:
+    name = outcome.measurement.name
+    return [
+        (contender, contender.left_out[name]) for contender in run.contenders if name in contender.left_out
+    ]
 
 
 def _contenders_table(run: Run) -> Table:
@@ -147,6 +156,7 @@ def as_json(run: Run, verdicts: list[Verdict], title: str, scale: float) -> dict
             {
                 "name": outcome.measurement.name,
                 "title": outcome.measurement.title,
+                "left_out": {contender.name: reason for contender, reason in _left_out(run, outcome)},
                 "rows": [_row_json(row) for row in outcome.rows],
             }
             for outcome in run.outcomes
@@ -196,6 +206,9 @@ def as_markdown(run: Run, title: str) -> str:
                     cells = [row.failed] if failed else [_cell(row.summary(figure.key)) for figure in figures]
                     parts.append(f"| {row.contender.title} | {' | '.join(cells)} |")
             parts.append("")
+        left_out = [f"{contender.title} ({reason})" for contender, reason in _left_out(run, outcome)]
+        if left_out:
+            parts += [f"Left out: {'; '.join(left_out)}.", ""]
     parts += ["| contender | durability | versions | note |", "| --- | --- | --- | --- |"]
     for contender in run.contenders:
         versions = _versions(run, contender.name)

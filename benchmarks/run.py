@@ -120,8 +120,8 @@ def measure(run: Run, measurements: Sequence[Measurement], repeat: int, options:
             name = f"{measurement.name} {number}/{repetitions}  {row.contender.title}  {row.case}".rstrip()
             try:
                 figures = measurement.run(row.contender, row.case, options)
-            except BenchmarkError as error:
-                row.failed = str(error)
+            except Exception as error:  # noqa: BLE001 - one contender's failure must not cost the others' figures
+                row.failed = str(error) or type(error).__name__
                 say(f"{name}: {error}")
                 continue
             row.add(figures)

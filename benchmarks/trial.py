@@ -93,6 +93,11 @@ class Trial:
     def drive(self, operation: str, timeout: float = DRIVER_TIMEOUT, **options: Any) -> dict[str, float]:
         return self.finish_driver(self.start_driver(operation, **options), timeout)
 
+    def fill(self, messages: int, timeout: float = DRIVER_TIMEOUT) -> None:
+        """Fills the queue with no-ops, the fastest way that the contender has."""
+        atomic = {"atomic": True} if self.contender.atomic_batches else {}
+        self.drive("fill", timeout, messages=messages, **atomic)
+
     def start_workers(self, processes: int = PROCESSES, threads: int = THREADS) -> list[Process]:
         """Starts one fleet; returns its commands."""
         fleet = []

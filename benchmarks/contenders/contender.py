@@ -11,10 +11,11 @@ import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 from benchmarks.servers import Server
 from benchmarks.tally import Counter
@@ -36,7 +37,7 @@ class Contender(ABC):
     packages: tuple[str, ...] = ()  # what pip installs there
     distributions: tuple[str, ...] = ()  # whose versions the report shows
     only: tuple[str, ...] = ()  # the measurements that it is made for; empty: all but `orders`
-    left_out: ClassVar[dict[str, str]] = {}  # measurement -> why this contender is not part of it
+    left_out: Mapping[str, str] = MappingProxyType({})  # measurement -> why this contender is not part of it
     atomic_batches = False  # can store many messages all or none
     fills_fast = False  # a million messages are enqueued within a minute or two
     ours = False  # drawn as the one that the report is about

@@ -22,6 +22,8 @@ class DramatiqRedis(DramatiqContender):
         self.name = f"dramatiq-redis-{fsync}"
         self.title = f"Dramatiq / Redis ({fsync})"
         self.durability = f"appendonly, appendfsync {fsync}"
+        if fsync == "always":
+            self.left_out = dict.fromkeys(("delayed", "growth", "recovery"), "as with everysec")
 
     def servers(self, store: Path, measurement: str) -> list[Server]:
         return [RedisServer(store / "redis", self.fsync)]

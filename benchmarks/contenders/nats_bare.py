@@ -25,7 +25,6 @@ class NatsBare(Contender):
     durability = "JetStream file storage, sync_interval always"
     note = "no task library: publish, publish_async, fetch(200) and ack in 2 processes without threads"
     distributions = ("nats-py",)
-    fills_fast = True
     bound = True
     left_out: ClassVar[dict[str, str]] = {
         "delayed": "no tasks",

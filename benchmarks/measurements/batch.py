@@ -6,7 +6,7 @@ from benchmarks.contenders.contender import Contender
 from benchmarks.measurements.measurement import DRIVER, Figure, Measurement, Options, driver_figures
 from benchmarks.trial import Trial
 
-MESSAGES = 20_000
+MESSAGES = 10_000
 EACH, ATOMIC = "each stored by itself", "all or none, 1,000 at a time"
 
 

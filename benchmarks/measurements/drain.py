@@ -10,7 +10,7 @@ from benchmarks.measurements.measurement import CPU, MB, Figure, Measurement, Op
 from benchmarks.processes import BenchmarkError, wait_until
 from benchmarks.trial import Trial
 
-MESSAGES = 30_000
+MESSAGES = 20_000
 WARM_UP = 45.0
 
 
@@ -24,7 +24,7 @@ class Drain(Measurement):
         with Trial(contender, self.name) as trial:
             if contender.in_process:
                 return self._in_process(trial, messages)
-            trial.drive("fill", messages=messages)
+            trial.fill(messages)
             return drain(trial, messages)
 
     def _in_process(self, trial: Trial, messages: int) -> dict[str, float]:

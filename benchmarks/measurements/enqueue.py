@@ -10,7 +10,7 @@ from benchmarks.contenders.contender import Contender
 from benchmarks.measurements.measurement import DRIVER, Figure, Measurement, Options, driver_figures
 from benchmarks.trial import Trial
 
-MESSAGES = 10_000
+MESSAGES = 5_000
 CASES = {"1 thread": 1, "8 threads": 8}
 
 

@@ -20,6 +20,7 @@ class Growth(Measurement):
     name = "growth"
     title = "Drain and enqueue with messages waiting"
     quick = False
+    repetitions = 1
     figures = (
         Figure("per_second", "drained/s", plotted=True),
         Figure("enqueue_us", "one enqueue", "µs"),
@@ -35,7 +36,7 @@ class Growth(Measurement):
         waiting = int(case.split()[0].replace(",", ""))
         first, last = options.count(FIRST, least=2), options.count(LAST, least=10)
         with Trial(contender, self.name, samples=waiting) as trial:
-            trial.drive("fill", messages=waiting, timeout=FILL_TIMEOUT)
+            trial.fill(waiting, FILL_TIMEOUT)
             enqueued = options.count(ENQUEUED)
             figures = trial.drive("enqueue", messages=enqueued)
             server = trial.server_usage()

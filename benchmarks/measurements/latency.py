@@ -27,7 +27,7 @@ class Latency(Measurement):
                 trial.drive("probe", messages=messages, gap=GAP, with_worker=True)
             else:
                 trial.start_workers()
-                trial.drive("fill", messages=1)  # index 0: the fleet is up when it has run
+                trial.fill(1)  # index 0: the fleet is up when it has run
                 trial.wait_for(1)
                 trial.drive("probe", messages=messages, gap=GAP)
                 trial.wait_for(messages + 1)

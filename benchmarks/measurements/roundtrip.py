@@ -21,7 +21,7 @@ class Roundtrip(Measurement):
         with Trial(contender, self.name) as trial:
             if not contender.in_process:
                 trial.start_workers()
-                trial.drive("fill", messages=1)
+                trial.fill(1)
                 trial.wait_for(1)
             trial.drive("roundtrip", messages=options.count(PROBES), **_worker(contender))
             took = json.loads((trial.tally.directory / "took").read_text())
