@@ -25,7 +25,7 @@ from .naming import (
 )
 from .stored import last_message
 
-__all__ = ["Delayed", "cancel", "count", "delayed_messages", "publication"]
+__all__ = ["Delayed", "cancel", "count", "delayed_messages", "due", "publication"]
 
 #: Ten years: what is due later is a mistake in units.
 MAX_DELAY = 10 * 365 * 86_400_000
@@ -115,6 +115,11 @@ def delayed_messages(connection: Connection, names: Names, queue: str, *, limit:
     except NotFound:
         return []
     return sorted(found, key=lambda delayed: delayed.eta)
+
+
+def due(connection: Connection, names: Names, queue: str, message_id: str) -> int | None:
+    """When a delayed message of a queue is due, in milliseconds since 1970; None when it is not delayed."""
+    return _eta(connection, names.queue_stream(queue), names.delayed_message(queue, message_id))
 
 
 def _eta(connection: Connection, stream: str, subject: str) -> int | None:

@@ -22,7 +22,7 @@ from .connection import Msg, Subscription
 from .kv import Bucket
 from .naming import decode_key
 
-__all__ = ["Wakeups", "announcing_bucket"]
+__all__ = ["Wakeups", "announced_key", "announcements", "announcing_bucket"]
 
 #: Seconds after which a waiter looks without having been woken.
 LOOK_AGAIN = 5.0
@@ -46,12 +46,22 @@ def announcing_bucket(broker: JetStreamBroker, name: str) -> Bucket:
     return broker._buckets.setdefault(name, bucket)
 
 
+def announcements(bucket: Bucket) -> str:
+    """The subject on which an announcing bucket announces all its keys."""
+    return str(bucket.config.settings["republish"]["dest"])
+
+
+def announced_key(bucket: Bucket, message: Msg) -> str:
+    """The key that an announcement is about."""
+    return decode_key(message.subject[len(announcements(bucket)) - 1 :])
+
+
 class Wakeups:
     """Lets threads wait for keys of one announcing bucket."""
 
     def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
         self._connection = bucket.connection
-        self._subject: str = bucket.config.settings["republish"]["dest"]
         self._forget()
 
     def _forget(self) -> None:
@@ -100,7 +110,7 @@ class Wakeups:
     def _subscribe(self) -> None:
         if self._subscription is not None:
             return
-        subscription = self._connection.subscribe(self._subject, self._receive)
+        subscription = self._connection.subscribe(announcements(self._bucket), self._receive)
         with self._lock:
             if self._subscription is None:
                 self._subscription = subscription
@@ -109,7 +119,7 @@ class Wakeups:
         subscription.close()  # another thread was first
 
     def _receive(self, message: Msg) -> None:
-        key = decode_key(message.subject[len(self._subject) - 1 :])
+        key = announced_key(self._bucket, message)
         with self._lock:
             for event in self._waiters.get(key, ()):
                 event.set()

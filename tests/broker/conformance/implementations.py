@@ -22,9 +22,7 @@ from dramatiq_abort import backends as abort_backends
 from tests.broker.conformance.rigs import RabbitmqRig, RedisRig, Rig, StubRig
 
 #: Implementations in the tables below whose modules do not exist yet. Tests are not made for them.
-NOT_YET = {
-    "aborts/jetstream",
-}
+NOT_YET: set[str] = set()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,187 @@
+"""An event backend for the `dramatiq-abort` package, on a key-value bucket.
+
+    broker.add_middleware(Abortable(backend=JetStreamBackend(broker)))
+    dramatiq_abort.abort(message.message_id)
+
+A signal is one key; the process that deletes it is the one that got it. A worker waits for the signals of
+all messages that it runs at once: it looks for each once, and then only when the server announces the key,
+after a reconnect, or in any case every few seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable
+
+from dramatiq.broker import Broker
+from dramatiq.common import current_millis
+
+try:
+    from dramatiq_abort import Abortable, Event, EventBackend
+    from dramatiq_abort.middleware import AbortMode
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "dramatiq_jetstream.abort needs the package dramatiq-abort: pip install 'dramatiq-jetstream[abort]'",
+        name=error.name,
+    ) from error
+
+from .backends import broker_for
+from .connection import Msg
+from .errors import PermissionDenied, RevisionConflict
+from .schedules import due
+from .wakeups import announced_key, announcements, announcing_bucket
+
+__all__ = ["JetStreamBackend", "abort_message"]
+
+logger = logging.getLogger(__name__)
+
+#: Seconds after which a waiting worker looks for all its signals again, announced or not.
+LOOK_AGAIN = 5.0
+
+
+class JetStreamBackend(EventBackend):
+    """Signals through JetStream that messages are to be aborted.
+
+    Parameters:
+      broker: The broker whose connection, namespace and replicas are used; None makes one of its own.
+      url: Where to connect without a broker; None takes `NATS_URL`, then localhost.
+
+    A signal is kept for the `abort_ttl` of `Abortable`, rounded up to whole seconds. For a message that is
+    delayed, that time begins when the message is due.
+    """
+
+    def __init__(self, broker: Broker | None = None, *, url: str | Iterable[str] | None = None) -> None:
+        self.broker, self._own = broker_for(broker, url)
+        self.bucket = announcing_bucket(self.broker, "aborts")
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start from nothing: at creation, and in the child of a fork."""
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._listening = False
+        self._looked: set[str] = set()
+        self._looked_since = 0.0
+        self._wake = threading.Event()
+
+    def notify(self, events: Iterable[Event], ttl: int) -> None:
+        """Signal events; each is kept until somebody takes it, at most `ttl` milliseconds after it could be."""
+        events = list(events)
+        delays = dict.fromkeys((Abortable.key_to_id(event.key) for event in events), 0)
+        for message_id in delays:
+            delays[message_id] = self._delay_of(message_id)
+        for event in events:
+            lifetime = delays[Abortable.key_to_id(event.key)] + max(1, ttl)
+            self.bucket.put(event.key, json.dumps(event.params).encode(), ttl=lifetime)
+
+    def poll(self, key: str) -> Event | None:
+        """Take the signal for a key if there is one."""
+        while True:
+            entry = self.bucket.get(key)
+            if entry is None:
+                return None
+            try:
+                self.bucket.delete(key, revision=entry.revision)
+            except RevisionConflict:
+                continue  # somebody else took it, or it was given again
+            return Event(key, json.loads(entry.value))
+
+    def wait_many(self, keys: Iterable[str], timeout: int) -> Event | None:
+        """Wait for the first signal for one of the keys, and take it.
+
+        Parameters:
+          timeout: Milliseconds to wait at most.
+        """
+        wanted = list(keys)
+        deadline = time.monotonic() + timeout / 1000
+        self._listen()
+        while True:
+            self._wake.clear()
+            for key in self._to_look_for(wanted):
+                event = self.poll(key)
+                if event is not None:
+                    return event
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            self._wake.wait(min(left, LOOK_AGAIN))
+
+    def close(self) -> None:
+        """Close the connection if it is this backend's own."""
+        if self._own:
+            self.broker.close()
+
+    def _listen(self) -> None:
+        if self._process != os.getpid():
+            self._forget()
+        with self._lock:
+            if self._listening:
+                return
+            self._listening = True
+        try:
+            self.bucket.connection.subscribe(announcements(self.bucket), self._receive)
+            self.bucket.connection.on_reconnect(self._look_again)
+        except BaseException:
+            self._listening = False
+            raise
+
+    def _to_look_for(self, wanted: list[str]) -> list[str]:
+        """The keys that may have a signal: not looked for yet, or announced since."""
+        with self._lock:
+            if time.monotonic() - self._looked_since > LOOK_AGAIN:
+                self._looked.clear()
+                self._looked_since = time.monotonic()
+            self._looked.intersection_update(wanted)
+            missing = [key for key in wanted if key not in self._looked]
+            self._looked.update(missing)
+            return missing
+
+    def _receive(self, message: Msg) -> None:
+        with self._lock:
+            self._looked.discard(announced_key(self.bucket, message))
+        self._wake.set()
+
+    def _look_again(self) -> None:
+        with self._lock:
+            self._looked.clear()
+        self._wake.set()
+
+    def _delay_of(self, message_id: str) -> int:
+        """Milliseconds until a delayed message is due; 0 when it is not delayed."""
+        try:
+            etas = [
+                due(self.broker.connection, self.broker.names, queue, message_id)
+                for queue in self.broker.queues or self._all_queues()
+            ]
+        except PermissionDenied as error:
+            logger.warning("Whether %s is delayed cannot be seen: %s", message_id, error)
+            return 0
+        return max(0, max((eta for eta in etas if eta is not None), default=0) - current_millis())
+
+    def _all_queues(self) -> set[str]:
+        """The queues of the namespace, for a program that declares none, such as a command."""
+        names = self.broker.names
+        streams = self.broker.connection.api("STREAM.NAMES", {"subject": f"{names.namespace}.q.>"})["streams"]
+        return {queue for queue in map(names.queue_of_stream, streams or []) if queue is not None}
+
+
+def abort_message(
+    message_id: str,
+    broker: Broker,
+    *,
+    mode: AbortMode = AbortMode.ABORT,
+    abort_timeout: int = 0,
+    abort_ttl: int = 90_000,
+) -> None:
+    """Abort a message from a program that needs no actors, such as a command.
+
+    Parameters:
+      mode: `AbortMode.CANCEL` leaves a message alone that is running.
+      abort_timeout: Milliseconds that a running message gets to end by itself.
+      abort_ttl: Milliseconds that the signal is kept for a message that waits in its queue.
+    """
+    Abortable(backend=JetStreamBackend(broker)).abort(message_id, abort_ttl, mode, abort_timeout)
