@@ -95,7 +95,11 @@ def test_fields_do_not_outlive_their_message(output: io.StringIO, queue: str) ->
                 bind_log_fields(order_id="skipped")
                 raise dramatiq.middleware.SkipMessage
 
+        def after_ack(self, broker: dramatiq.Broker, message: dramatiq.MessageProxy) -> None:
+            settled.append(current_log_fields())
+
     broker.add_middleware(Binds())
+    settled: list[dict[str, Any]] = []
     seen: list[dict[str, Any]] = []
 
     @dramatiq.actor(queue_name=queue, broker=broker)
@@ -109,6 +113,7 @@ def test_fields_do_not_outlive_their_message(output: io.StringIO, queue: str) ->
     with running(broker, threads=1):
         broker.join(queue, timeout=10_000)
     assert [fields.get("order_id") for fields in seen] == ["o-1", None, None]
+    assert settled == [{}] * 4
     assert current_log_fields() == {}
 
 
