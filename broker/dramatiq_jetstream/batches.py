@@ -27,7 +27,11 @@ __all__ = ["enqueue_many", "group"]
 #: The server's limit for one atomic batch.
 MAX_ATOMIC = 1_000
 
+#: So long, in milliseconds, the first commit is waited for before the batch is sent again; it doubles each time.
+COMMIT_WAIT = 2_000
+
 _ALREADY_STORED = 10201  # a message id of the batch is in the duplicate window
+_PARTS_MISSING = frozenset({10175, 10176})  # some were lost with the connection
 
 
 def enqueue_many(
@@ -72,6 +76,8 @@ def _store_atomically(broker: JetStreamBroker, publications: list[Publication]) 
     deadline = time.monotonic() + broker.enqueue_timeout / 1000
     attempts = 0
     while True:
+        if attempts:
+            time.sleep(0.1)
         attempts += 1
         batch = uuid.uuid4().hex
         numbered = []
@@ -86,12 +92,13 @@ def _store_atomically(broker: JetStreamBroker, publications: list[Publication]) 
             numbered.append(Publication(publication.subject, publication.payload, headers))
         left = int((deadline - time.monotonic()) * 1000)
         try:
-            connection.publish_batch(numbered, timeout=max(1, min(left, 5_000)))
+            connection.publish_batch(numbered, timeout=max(1, min(left, COMMIT_WAIT << attempts - 1)))
             return
         except ApiError as error:
             if error.err_code == _ALREADY_STORED and attempts > 1:
                 return
-            raise
+            if error.err_code not in _PARTS_MISSING or time.monotonic() >= deadline:
+                raise
         except BrokerConnectionError:
             if time.monotonic() >= deadline:
                 raise

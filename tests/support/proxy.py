@@ -44,6 +44,12 @@ class Proxy:
                 end.close()
         return len(pairs)
 
+    def say(self, words: bytes) -> None:
+        """Say something to every client in the server's name."""
+        with self._lock:
+            for client, _ in self._pairs:
+                client.sendall(words)
+
     def lose(self) -> None:
         """The server is gone: connections break, and new ones are refused, until `restore`."""
         self.down = True
