@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 #: For how many milliseconds a reading is used again.
 MAX_AGE = 1_000
+#: For how many milliseconds a server that did not answer is left alone.
+PATIENCE = 15_000
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class ConnectionReading:
 
     connected: bool
     reconnects: int
+    #: The one that it is, or was, connected to.
+    server: str | None
 
 
 @dataclass(frozen=True)
@@ -57,24 +61,25 @@ class BrokerReading:
 class FleetReader:
     """Reads the brokers that `brokers` returns, of which those without queue_stats are left out.
 
-    With `connect`, a broker whose connection is not open yet, or no more, is asked all the same, which opens
-    it. Otherwise its queues are left out: a gauge should not be what connects a process.
+    A broker that is not connected is not asked; it would only keep whoever reads waiting. With `connect`, one
+    that never was is asked all the same, which connects it, and again after `patience` if that failed.
+    Without, its queues are left out: a gauge should not be what connects a process.
     """
 
     brokers: Callable[[], Iterable[Any]]
     connect: bool = False
     max_age: int = MAX_AGE
-    #: Set while a process ends: nothing is asked of a broker any more.
-    closed: bool = False
+    patience: int = PATIENCE
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _reading: tuple[BrokerReading, ...] = ()
     _read_at: float | None = None
+    _failed_at: float | None = None
 
     def read(self) -> tuple[BrokerReading, ...]:
         """The state now, or a moment ago."""
         with self._lock:
             fresh = self._read_at is not None and (time.monotonic() - self._read_at) * 1000 < self.max_age
-            if not fresh and not self.closed:
+            if not fresh:
                 self._reading = tuple(self._read(broker) for broker in self.brokers() if can_tell(broker))
                 self._read_at = time.monotonic()
             return self._reading
@@ -87,7 +92,7 @@ class FleetReader:
 
     def _queues(self, broker: Any) -> Iterable[QueueReading]:
         connection = _connection(broker)
-        if connection is not None and not connection.connected and not self.connect:
+        if connection is not None and not connection.connected and not self._may_connect(connection):
             return
         for queue in sorted(broker.get_declared_queues()):
             try:
@@ -95,6 +100,7 @@ class FleetReader:
             except Exception as error:  # noqa: BLE001 - see the module's docstring
                 logger.debug("The state of queue %r could not be read: %s", queue, error)
                 # Each further queue would wait for the same server for as long.
+                self._failed_at = time.monotonic()
                 return
             yield QueueReading(
                 queue,
@@ -104,6 +110,12 @@ class FleetReader:
                 dead=getattr(stats, "dead", None),
                 oldest_ready_age=getattr(stats, "oldest_ready_age_ms", None),
             )
+
+    def _may_connect(self, connection: ConnectionReading) -> bool:
+        # A connection that was there comes back by itself.
+        if not self.connect or connection.server is not None:
+            return False
+        return self._failed_at is None or (time.monotonic() - self._failed_at) * 1000 >= self.patience
 
 
 def can_tell(broker: Any) -> bool:
@@ -115,7 +127,7 @@ def can_tell(broker: Any) -> bool:
 def _connection(broker: Any) -> ConnectionReading | None:
     try:
         state = broker.connection.state
-        return ConnectionReading(bool(state.connected), int(state.reconnects))
+        return ConnectionReading(bool(state.connected), int(state.reconnects), getattr(state, "server", None))
     except Exception as error:  # noqa: BLE001 - see the module's docstring
         logger.debug("The state of the connection could not be read: %s", error)
         return None

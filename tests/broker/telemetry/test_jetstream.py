@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -293,7 +294,17 @@ def test_prometheus_text_without_a_server(queue: str) -> None:
     broker.declare_queue(queue)
     found = samples(prometheus_text(broker))
     assert found == {("dramatiq_connection_up", ""): 0, ("dramatiq_connection_reconnects_total", ""): 0}
+    # The server that did not answer is not waited for again at once.
+    assert _seconds(lambda: prometheus_text(broker)) < 0.25
     broker.close()
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    """How long it took, once the reading of a moment ago is used no more."""
+    time.sleep(1.01)
+    began = time.monotonic()
+    action()
+    return time.monotonic() - began
 
 
 def test_prometheus_text_comes_back_with_the_server(own_nats_server: NatsServer, queue: str) -> None:

@@ -328,6 +328,8 @@ def test_gunicorn(tmp_path: Path, receiver: OtlpReceiver, environment: dict[str,
     port = free_port()
     command = ["-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--workers", "2", "--worker-class", "gthread"]
     command += ["--config", "gunicorn_conf.py", *(["--preload"] if preload else []), "shopweb:app"]
+    # It puts a control socket there.
+    environment = environment | {"HOME": str(tmp_path)}
     with python(*command, log=tmp_path / "web.log", env=environment, cwd=tmp_path) as web:
         web.wait_for_output("Booting worker", count=2)
         answered: list[str] = []
