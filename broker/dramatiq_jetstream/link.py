@@ -144,6 +144,11 @@ class Link:
     # Connecting
 
     @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    @property
     def is_open(self) -> bool:
         """Whether nats-py takes messages now."""
         nc = self._nc

@@ -10,6 +10,7 @@ published twice happens when the schedule is stored.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -85,20 +86,21 @@ def cancel(connection: Connection, names: Names, queue: str, message_id: str) ->
     return int(answer.get("purged", 0))
 
 
-def _subjects(connection: Connection, stream: str, subject: str) -> Iterator[str]:
+def subjects(connection: Connection, stream: str, subject: str) -> Iterator[str]:
+    """The subjects of a stream that match, each being one schedule."""
     offset = 0
     while True:
         state = connection.api(f"STREAM.INFO.{stream}", {"subjects_filter": subject, "offset": offset})
-        subjects = state["state"].get("subjects") or {}
-        yield from subjects
-        offset += len(subjects)
-        if len(subjects) < PAGE or offset >= int(state.get("total", 0)):
+        page = state["state"].get("subjects") or {}
+        yield from page
+        offset += len(page)
+        if len(page) < PAGE or offset >= int(state.get("total", 0)):
             return
 
 
 def count(connection: Connection, stream: str, subject: str) -> int:
     """How many subjects of a stream match, each schedule being one."""
-    return sum(1 for _ in _subjects(connection, stream, subject))
+    return sum(1 for _ in subjects(connection, stream, subject))
 
 
 def delayed_messages(connection: Connection, names: Names, queue: str, *, limit: int = 100) -> list[Delayed]:
@@ -106,7 +108,7 @@ def delayed_messages(connection: Connection, names: Names, queue: str, *, limit:
     found: list[Delayed] = []
     stream = names.queue_stream(queue)
     try:
-        for subject in _subjects(connection, stream, names.all_delayed(queue)):
+        for subject in subjects(connection, stream, names.all_delayed(queue)):
             if len(found) >= limit:
                 break
             eta = _eta(connection, stream, subject)
@@ -129,3 +131,8 @@ def _eta(connection: Connection, stream: str, subject: str) -> int | None:
         return None
     moment = datetime.fromisoformat(expression[4:])
     return int(moment.timestamp() * 1000)
+
+
+def now() -> int:
+    """The time in milliseconds since 1970."""
+    return time.time_ns() // 1_000_000

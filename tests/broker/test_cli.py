@@ -7,15 +7,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import dramatiq
 import pytest
+from dramatiq_abort import Abortable
 
 from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.abort import JetStreamBackend as AbortBackend
 from dramatiq_jetstream.cli import main
+from dramatiq_jetstream.periodic import Periodic
+from dramatiq_jetstream.progress import Progress, progress
 from tests.support.polling import eventually
 from tests.support.ports import free_port
 
@@ -187,6 +193,75 @@ def test_setup_prepares_what_a_module_declares(
     with pytest.raises(Refused, match="--update"):
         fleet("setup", program(45_000))
     assert "updated" in fleet("setup", program(60_000), "--update", "--json").values()
+
+
+def test_schedules_are_listed_and_orphans_removed(
+    fleet: Fleet, nats_url: str, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a program can say which schedules are orphans, so the command asks for one."""
+    monkeypatch.chdir(tmp_path)
+    periodic = JetStreamBroker(nats_url, namespace=namespace)
+    periodic.add_middleware(Periodic())
+    dramatiq.actor(lambda: None, actor_name="old", broker=periodic, every=60_000)
+    dramatiq.actor(
+        lambda: None, actor_name="kept", broker=periodic, cron="0 6 * * *", timezone="Europe/Berlin"
+    )
+    periodic.setup()
+    periodic.close()
+    listed = {entry["actor"]: entry for entry in fleet("schedules", "--json")}
+    assert listed["kept"]["schedule"] == "0 0 6 * * *"
+    assert listed["kept"]["next_tick"] > 0
+    assert "orphan" not in listed["old"]
+    with pytest.raises(Refused, match="--module"):
+        fleet("schedules", "--remove-orphans")
+    name = f"periodic_{namespace}"
+    (tmp_path / f"{name}.py").write_text(
+        "import dramatiq\nfrom dramatiq_jetstream import JetStreamBroker\n"
+        "from dramatiq_jetstream.periodic import Periodic\n"
+        f"broker = JetStreamBroker({nats_url!r}, namespace={namespace!r})\n"
+        "broker.add_middleware(Periodic())\ndramatiq.set_broker(broker)\n"
+        "@dramatiq.actor(cron='0 6 * * *', timezone='Europe/Berlin')\ndef kept(): ...\n"
+    )
+    outcome = fleet("schedules", "--module", name, "--remove-orphans", "--json")
+    assert outcome["removed"] == ["old"]
+    assert [entry["actor"] for entry in fleet("schedules", "--json")] == ["kept"]
+
+
+def test_a_running_message_shows_its_progress_and_is_aborted(fleet: Fleet, broker: JetStreamBroker) -> None:
+    """From any process, by the message's id."""
+    broker.add_middleware(Progress())
+    broker.add_middleware(Abortable(backend=AbortBackend(broker)))
+    ended = threading.Event()
+
+    @dramatiq.actor(broker=broker, max_retries=0)
+    def endless() -> None:
+        try:
+            while True:
+                progress(1, 4, "working")
+                time.sleep(0.02)
+        finally:
+            ended.set()
+
+    running = dramatiq.Worker(broker, worker_threads=1, worker_timeout=100)
+    running.start()
+    try:
+        message = endless.send()
+        with pytest.raises(Refused, match="said nothing"):
+            fleet("progress", "nobody")
+
+        def seen() -> Any:
+            try:
+                return fleet("progress", message.message_id, "--json")
+            except Refused:
+                return None
+
+        assert eventually(seen)["note"] == "working"
+        assert "1 of 4 (25%) working" in fleet("progress", message.message_id)
+        assert not ended.is_set()
+        fleet("abort", message.message_id)
+        assert ended.wait(15)
+    finally:
+        running.stop()
 
 
 def test_what_is_wrong_is_one_line_and_a_status(fleet: Fleet) -> None:
