@@ -9,6 +9,10 @@ message that arrives a second time while it is held is not handed over again, on
 noted; one that arrives again after its work was done is acked again without being run. A message is known by
 its place in the stream and the time it was stored: a stream that is deleted and made again counts from one.
 
+A server that crashes forgets the last acks it was sent, and even that it delivered those messages. So what was
+settled is remembered for a moment longer than its proof, and after a reconnect, when that may have happened,
+for two minutes.
+
 If the process dies, everything held is delivered again once its `ack_wait` is over; work whose ack had not
 arrived is repeated. All state here belongs to the loop thread, except for `settle`, which any thread calls.
 """
@@ -32,6 +36,10 @@ ACK = b"+ACK"
 NAK = b"-NAK"
 TERM = b"+TERM"
 WPI = b"+WPI"
+
+#: Seconds for which a proven ack is remembered, at least; and so long when a reconnect came after it.
+REMEMBER = 1.0
+REMEMBER_OVER_RECONNECT = 120.0
 
 #: Stream, consumer, sequence, and the time of storing.
 Key = tuple[str, str, int, int]
@@ -104,6 +112,11 @@ class Ledger:
         self._connection = connection
         self._held: dict[Key, Delivery] = {}
         self._unproven: OrderedDict[Key, tuple[int, str, bytes]] = OrderedDict()
+        # Two generations: when the newer is old enough, the older one is dropped as a whole.
+        self._done: set[Key] = set()
+        self._done_before: set[Key] = set()
+        self._turned = 0.0
+        self._done_over_reconnect: dict[Key, float] = {}
         self.redeliveries = 0
         connection.on_fence(self._fenced)
         connection.on_tick(self._signal)
@@ -128,6 +141,13 @@ class Ledger:
                 return False
             # It was given back and came again; sent once more, that answer would give away what we hold now.
             del self._unproven[delivery.key]
+        elif (
+            delivery.key in self._done
+            or delivery.key in self._done_before
+            or delivery.key in self._done_over_reconnect
+        ):
+            self._resolve(delivery.key, delivery.ack_subject, ACK)
+            return False
         self._held[delivery.key] = delivery
         return True
 
@@ -190,12 +210,21 @@ class Ledger:
             key = next(iter(unproven))
             if unproven[key][0] > fence:
                 break
-            del unproven[key]
+            if unproven.pop(key)[2] == ACK:
+                self._done.add(key)
+        now = time.monotonic()
+        if now - self._turned >= REMEMBER:
+            self._turned = now
+            self._done_before, self._done = self._done, set()
+            for key, since in list(self._done_over_reconnect.items()):
+                if now - since < REMEMBER_OVER_RECONNECT:
+                    break  # they are in the order of time
+                del self._done_over_reconnect[key]
 
     def _forget(self) -> None:
         """In the child of a fork: what the parent holds is the parent's to settle."""
-        self._held.clear()
-        self._unproven.clear()
+        for kept in (self._held, self._unproven, self._done, self._done_before, self._done_over_reconnect):
+            kept.clear()
 
     def _signal(self) -> None:
         """Send the in-progress signals that are due."""
@@ -212,6 +241,10 @@ class Ledger:
             self._unproven[key] = (fence, ack_subject, answer)
             self._connection.write(ack_subject, answer)
         now = time.monotonic()
+        acked = (key for key, (_, _, answer) in self._unproven.items() if answer == ACK)
+        for key in (*self._done_before, *self._done, *acked):
+            self._done_over_reconnect.pop(key, None)
+            self._done_over_reconnect[key] = now
         for delivery in self._held.values():
             delivery.touched = now
             self._connection.write(delivery.ack_subject, WPI)

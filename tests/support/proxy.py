@@ -29,6 +29,7 @@ class Proxy:
         self.deaf = self.mute = self.down = False
         self.dropped = b""
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
+        self._stranded: set[tuple[socket.socket, socket.socket]] = set()
         self._lock = threading.Lock()
         self._accepting = threading.Thread(target=self._accept, name="proxy", daemon=True)
         self._accepting.start()
@@ -43,6 +44,11 @@ class Proxy:
                     end.shutdown(socket.SHUT_RDWR)
                 end.close()
         return len(pairs)
+
+    def strand(self) -> None:
+        """Pass nothing on for the connections that are open, without breaking them; new ones work."""
+        with self._lock:
+            self._stranded |= self._pairs
 
     def say(self, words: bytes) -> None:
         """Say something to every client in the server's name."""
@@ -108,6 +114,8 @@ class Proxy:
         from_server = source is pair[1]
         try:
             while data := source.recv(65536):
+                if pair in self._stranded:
+                    continue
                 if self.deaf if from_server else self.mute:
                     self.dropped += data if from_server else b""
                 else:

@@ -1,0 +1,223 @@
+"""Workers through outages: consumers resume by themselves, and work that is done is not done again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+
+import dramatiq
+import pytest
+
+from tests.broker.conformance.workers import running
+from tests.support.polling import eventually, holds
+
+ACK_WAIT = 1_000
+
+
+@pytest.fixture
+def fast_fences(monkeypatch):
+    """A silent connection is given up after a second or two instead of six."""
+    monkeypatch.setattr("dramatiq_jetstream.link.FENCES_MISSED", 2)
+    monkeypatch.setattr("dramatiq_jetstream.link.FENCE_INTERVAL", 0.3)
+
+
+@pytest.fixture
+def behind(make_broker, proxy, caplog):
+    """A broker behind the proxy, with an actor that waits at a gate, and what it wrote down."""
+    broker = make_broker(proxy.url, ack_wait=ACK_WAIT)
+    gate = threading.Event()
+    log = []
+
+    @dramatiq.actor(broker=broker, max_retries=0)
+    def work(name):
+        log.append(f"began {name}")
+        gate.wait(20)
+        log.append(f"ended {name}")
+
+    return broker, proxy, work, gate, log
+
+
+def settled(broker):
+    stats = broker.queue_stats("default")
+    return stats.ready == stats.in_flight == stats.dead == 0
+
+
+@pytest.mark.parametrize("outage", ["lose", "deafen", "mute"])
+def test_work_that_ends_during_an_outage_is_not_done_again(behind, fast_fences, outage):
+    """Its ack, lost with the connection or on a dead one, is sent again, however long the outage was."""
+    broker, proxy, work, gate, log = behind
+    with running(broker):
+        work.send("a")
+        eventually(lambda: log == ["began a"])
+        {
+            "lose": proxy.lose,
+            "deafen": lambda: setattr(proxy, "deaf", True),
+            "mute": lambda: setattr(proxy, "mute", True),
+        }[outage]()
+        gate.set()
+        eventually(lambda: log == ["began a", "ended a"])
+        holds(lambda: len(log) == 2, 1.3 * ACK_WAIT / 1000)
+        proxy.restore()
+        work.send("b")
+        eventually(lambda: "ended b" in log)
+        eventually(lambda: settled(broker))
+        holds(lambda: len(log) == 4, 0.3)
+    assert Counter(log) == Counter(["began a", "ended a", "began b", "ended b"])
+
+
+def test_work_that_outlives_an_outage_is_not_begun_again(behind):
+    """The server has it delivered again after the outage; this process knows that it still runs it."""
+    broker, proxy, work, gate, log = behind
+    with running(broker):
+        work.send("a")
+        eventually(lambda: log == ["began a"])
+        proxy.lose()
+        holds(lambda: len(log) == 1, 1.5 * ACK_WAIT / 1000)
+        proxy.restore()
+        eventually(lambda: broker.connection.is_connected)
+        holds(lambda: len(log) == 1, 1.5 * ACK_WAIT / 1000)
+        gate.set()
+        eventually(lambda: settled(broker))
+    assert log == ["began a", "ended a"]
+
+
+def test_a_prefetched_message_is_given_away_when_the_outage_is_one_sided(make_broker, behind):
+    """Only this worker lost its connection: another one gets its messages, within `ack_wait` of the loss."""
+    broker, proxy, work, gate, log = behind
+    other = make_broker(ack_wait=ACK_WAIT)
+    taken = []
+    dramatiq.actor(taken.append, broker=other, actor_name="work")
+    with running(broker, threads=1):
+        work.send("a")
+        eventually(lambda: log == ["began a"])
+        proxy.lose()
+        lost = time.monotonic()
+        with running(other):
+            eventually(lambda: taken == ["a"])
+            assert time.monotonic() - lost < ACK_WAIT / 1000 + 5
+        gate.set()
+        proxy.restore()
+        eventually(lambda: settled(broker))
+
+
+def test_consumers_resume_after_the_server_was_killed(own_nats_server, make_broker):
+    """Twice killed under load and started again on the same store: every message runs once."""
+    broker = make_broker(own_nats_server.url, ack_wait=2_000)
+    ran = Counter()
+    consumers = []
+
+    @dramatiq.actor(broker=broker)
+    def work(number):
+        ran[number] += 1
+
+    with running(broker) as worker:
+        for outage in range(3):
+            broker.enqueue_many([work.message(number) for number in range(outage * 200, outage * 200 + 200)])
+            eventually(lambda outage=outage: len(ran) > outage * 200 + 50)
+            consumers.append(worker.consumers["default"].consumer)
+            if outage < 2:
+                own_nats_server.kill()
+                own_nats_server.start()
+        broker.join("default", timeout=20_000)
+    # A killed server forgets the last acks, and that it had delivered those messages; the worker does not.
+    assert ran == Counter(range(600))
+    assert len({id(consumer) for consumer in consumers}) == 1
+
+
+def test_consumers_resume_after_the_server_was_frozen(own_nats_server, make_broker, fast_fences):
+    """SIGSTOP and SIGCONT: the connection is given up, and made again when the server answers."""
+    broker = make_broker(own_nats_server.url, ack_wait=ACK_WAIT)
+    ran = []
+    work = dramatiq.actor(ran.append, broker=broker, actor_name="work")
+    with running(broker):
+        work.send(1)
+        eventually(lambda: ran == [1])
+        own_nats_server.suspend()
+        eventually(lambda: not broker.connection.is_connected)
+        own_nats_server.resume()
+        eventually(lambda: broker.connection.is_connected, timeout=20)
+        work.send(2)
+        eventually(lambda: ran == [1, 2], timeout=20)
+        eventually(lambda: settled(broker))
+
+
+def test_a_connection_that_is_silently_dead_is_replaced(behind, fast_fences):
+    """A firewall that forgot the connection tells nobody: the worker notices, and connects anew."""
+    broker, proxy, work, gate, log = behind
+    gate.set()
+    with running(broker):
+        work.send("a")
+        eventually(lambda: "ended a" in log)
+        proxy.strand()
+        work.send("b")
+        eventually(lambda: "ended b" in log)
+        eventually(lambda: settled(broker))
+    assert broker.connection.state.reconnects == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [b"-ERR 'Maximum Connections Exceeded'\r\n", b"-ERR 'Authorization Violation'\r\n", b"nonsense\r\n"],
+    ids=["limit", "authorization", "nonsense"],
+)
+def test_a_worker_survives_what_ends_a_connection_for_good(behind, words):
+    """nats-py closes itself on some errors; a worker that only consumes connects anew all the same."""
+    broker, proxy, work, gate, log = behind
+    gate.set()
+    producer = work.message("b")
+    with running(broker):
+        work.send("a")
+        eventually(lambda: "ended a" in log)
+        proxy.say(words)
+        eventually(lambda: not broker.connection.is_connected)
+        eventually(lambda: broker.connection.is_connected, timeout=20)
+        broker.enqueue(producer)
+        eventually(lambda: "ended b" in log)
+        eventually(lambda: settled(broker))
+
+
+def test_a_worker_that_starts_before_its_server_waits_for_it(own_nats_server, make_broker, monkeypatch):
+    """Nothing has to be started in a certain order."""
+    monkeypatch.setattr("dramatiq.worker.CONSUMER_RESTART_DELAY_SECS", 0.2)
+    own_nats_server.stop()
+    broker = make_broker(own_nats_server.url)
+    ran = []
+    work = dramatiq.actor(ran.append, broker=broker, actor_name="work")
+    with running(broker):
+        holds(lambda: not broker.connection.is_connected, 0.5)
+        own_nats_server.start()
+        eventually(lambda: broker.connection.is_connected, timeout=20)
+        work.send(1)
+        eventually(lambda: ran == [1])
+
+
+def test_a_worker_can_stop_while_the_server_is_away(behind):
+    """A graceful stop waits for the actors, not for a server that does not come back."""
+    broker, proxy, work, gate, log = behind
+    gate.set()
+    with running(broker):
+        work.send("a")
+        eventually(lambda: "ended a" in log)
+        proxy.lose()
+        eventually(lambda: not broker.connection.is_connected)
+        started = time.monotonic()
+    broker.close()
+    assert time.monotonic() - started < 8
+
+
+def test_worker_processes_resume_after_an_outage(own_nats_server, make_fleet):
+    """The same with real processes: killed and restarted server, no restart of the workers."""
+    fleet = make_fleet(own_nats_server, ack_wait=2_000)
+    workers = fleet.start(processes=2, threads=2)
+    for number in range(50):
+        fleet.send("mark", f"a{number}")
+    fleet.wait_for("ran a0")
+    own_nats_server.kill()
+    own_nats_server.start()
+    for number in range(50):
+        fleet.send("mark", f"b{number}")
+    fleet.broker.join("default", timeout=20_000)
+    assert {f"ran {half}{number}" for half in "ab" for number in range(50)} == set(fleet.lines())
+    assert workers.running
+    assert "Restarting consumer" not in workers.output
