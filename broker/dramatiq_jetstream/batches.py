@@ -1,4 +1,7 @@
-"""Storing many messages at once: pipelined, or all or none (ADR-50).
+"""Storing many messages at once, in atomic batches (ADR-50), which are all or none.
+
+Messages that need not be stored together go in batches too, because that is several times as fast where the
+server fsyncs; if one of a batch is refused, its messages are stored one by one.
 
 An atomic batch becomes visible with its last message, the commit. If the process dies before, the server
 forgets the batch. If the commit's acknowledgement is lost, the batch is sent again; the server answers that
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dramatiq.common import q_name
@@ -26,6 +30,12 @@ __all__ = ["enqueue_many", "group"]
 
 #: The server's limit for one atomic batch.
 MAX_ATOMIC = 1_000
+
+#: What the server holds in memory for one batch at most, in bytes.
+MAX_BYTES = 8_000_000
+
+#: From so many messages on an atomic batch is faster than storing one by one.
+WORTH_A_BATCH = 16
 
 #: So long, in milliseconds, the first commit is waited for before the batch is sent again; it doubles each time.
 COMMIT_WAIT = 2_000
@@ -55,11 +65,14 @@ def enqueue_many(
     for message in announced:
         broker.emit_before("enqueue", message, delay)
     publications = [broker._publication(message, delay) for message in announced]
+    outcomes: list[PubAck | BrokerError | None] = [None] * len(publications)
     if atomic and len(publications) > 1:
         _store_atomically(broker, publications)
-        outcomes: list[PubAck | BrokerError | None] = [None] * len(publications)
     else:
-        outcomes = [*broker.connection.try_publish_many(publications)]
+        for positions in _chunks([q_name(message.queue_name) for message in announced], publications):
+            stored = _store_chunk(broker, [publications[position] for position in positions])
+            for position, outcome in zip(positions, stored, strict=True):
+                outcomes[position] = outcome
     failures = []
     for message, outcome in zip(announced, outcomes, strict=True):
         if isinstance(outcome, BrokerError):
@@ -69,6 +82,41 @@ def enqueue_many(
     if failures:
         raise failures[0]
     return announced
+
+
+def _chunks(queue_names: list[str], publications: list[Publication]) -> Iterator[list[int]]:
+    """Positions of messages that can be stored together, in order: one queue, so many, so many bytes."""
+    by_queue: dict[str, list[int]] = {}
+    for position, queue_name in enumerate(queue_names):
+        by_queue.setdefault(queue_name, []).append(position)
+    for positions in by_queue.values():
+        chunk: list[int] = []
+        size = 0
+        for position in positions:
+            size += len(publications[position].payload)
+            if chunk and (len(chunk) == MAX_ATOMIC or size > MAX_BYTES):
+                yield chunk
+                chunk, size = [], len(publications[position].payload)
+            chunk.append(position)
+        yield chunk
+
+
+def _store_chunk(
+    broker: JetStreamBroker, publications: list[Publication]
+) -> Sequence[PubAck | BrokerError | None]:
+    """Store messages that need not be stored together, together if that is worth while.
+
+    An atomic batch costs the server a few fsyncs, and the same messages one by one cost one each.
+    """
+    if len(publications) >= WORTH_A_BATCH:
+        try:
+            _store_atomically(broker, publications)
+            return [None] * len(publications)
+        except BrokerConnectionError as error:
+            return [error] * len(publications)
+        except BrokerError:
+            pass  # one of them is refused; one by one tells which, and stores the others
+    return broker.connection.try_publish_many(publications)
 
 
 def _store_atomically(broker: JetStreamBroker, publications: list[Publication]) -> None:
