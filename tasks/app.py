@@ -112,8 +112,8 @@ def requests_bucket() -> Bucket:
 
 @cache
 def stock_store() -> Stock:
-    """Return the stock, which all threads share so that their changes can go together."""
-    return Stock(stock_bucket(), {entry.sku: entry.initial_stock for entry in CATALOGUE.values()})
+    """Return the stock, which all threads share so that their decisions can be made together."""
+    return Stock(stock_bucket(), {entry.sku: entry.initial_stock for entry in CATALOGUE.values()}, now)
 
 
 @cache
@@ -126,6 +126,7 @@ def orders_store() -> Orders:
 def saga() -> Saga:
     """Return the steps."""
     gateway = HttpGateway(SETTINGS.payment_url, timeout=SETTINGS.payment_timeout)
+    stock_bucket().watch("levels.", stock_store().heard)
     return Saga(stock_store(), gateway, publish, orders_store(), now)
 
 

@@ -75,19 +75,26 @@ class Record:
         """Return what is recorded instead of this reservation when it cannot be made."""
         return Record("rejected", {"rejected": self.at["held"]}, code=code, reason=reason)
 
-    def encode(self) -> bytes:
-        """Return the record as it is stored: JSON, so that an operator can read it with any NATS tool."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON has it, so that an operator can read it with any NATS tool."""
         stored: dict[str, Any] = {"state": self.state, "at": dict(self.at)}
         if self.lines:
             stored["lines"] = [[line.sku, line.quantity, line.unit_price] for line in self.lines]
         for name in ("customer_id", "total", "currency", "payment_token", "charge_id", "code", "reason"):
             if value := getattr(self, name):
                 stored[name] = value
-        return json.dumps(stored, separators=(",", ":")).encode()
+        return stored
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Record:
+        """Return the record that `to_json` described."""
+        return cls(**{**stored, "lines": tuple(Line(*line) for line in stored.get("lines", ()))})
+
+    def encode(self) -> bytes:
+        """Return the record as it is stored."""
+        return json.dumps(self.to_json(), separators=(",", ":")).encode()
 
     @classmethod
     def decode(cls, value: bytes) -> Record:
         """Return the record that `encode` stored."""
-        stored = json.loads(value)
-        stored["lines"] = tuple(Line(*line) for line in stored.get("lines", ()))
-        return cls(**stored)
+        return cls.from_json(json.loads(value))

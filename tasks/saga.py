@@ -106,7 +106,7 @@ class Saga:
         order_id = order_id_of(event)
         found = self._recorded(order_id, event)
         if found.record.state == "declined":
-            found = self._stock.release(order_id, found, self._now())
+            found = self._stock.release(order_id, self._now())
         self._expect(found, event, "released")
         self._announce(order_id, found)
 

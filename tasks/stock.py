@@ -1,17 +1,26 @@
-"""The stock of every product and the record of every order (`tasks.ledger`), together in one bucket.
+"""The stock of all products and the record of every order (`tasks.ledger`), in one bucket.
 
-They are together because they change together: taking stock for an order and recording that it was taken is
-one atomic batch, with a compare-and-set on each key. So nothing is ever taken twice, given back twice or
-taken without a record, wherever a process is killed, and an order of several products gets all or none.
+Keys: `levels.all` holds the pieces available of every sku, and *pending*, the decisions about orders that were
+made with it and may not have reached their records yet; `order.{order_id}` holds an order's record.
 
-Keys: `sku.{sku}` holds the pieces available, as decimal digits; `order.{order_id}` an encoded record.
+A decision is one compare-and-set on `levels.all`: it takes the stock (or gives it back) and notes the decision
+in pending, both or none. Then the order's record is written, and later the note is dropped. A process that is
+killed in between leaves the note, and whoever does the step again finds it there and writes the record. So
+nothing is taken twice, given back twice or taken without a record, and an order of several products gets all
+or none. (An atomic batch over several keys would say the same in fewer words; JetStream makes a temporary
+stream for each, which takes it several milliseconds.)
 
-The changes that the threads of one process ask for at the same time go into one batch: a product that
-everybody wants costs one compare-and-set for all of them, instead of a race that all but one lose.
+A decision is made once because of an order of things: know `levels.all` at some revision, *then* look for the
+order's record and note, then compare-and-set from that revision. Whoever decides in between changes the
+revision, and a note is dropped only after its record was written, so one of the two is always seen.
+
+The decisions that the threads of one process want at the same time are made in one compare-and-set: a product
+that everybody wants costs one for all of them, instead of a race that all but one lose.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -23,22 +32,26 @@ from typing import Final
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 
 from .ledger import Record
-from .ports import Bucket
+from .ports import Bucket, Entry
 
 BUCKET: Final = "stock"
+LEVELS: Final = "levels.all"
 
-#: How many orders one batch may change; JetStream allows 1,000 messages in one.
+#: How many decisions are made at once, which bounds the size of a value.
 MAX_BATCH: Final = 100
 
-Levels = dict[str, int]
+#: How many notes that others have left behind are cleared up with one decision.
+_SWEPT_AT_ONCE: Final = 3
 
-# Given the order's record (None: there is none) and the levels, returns the record to store and changes the
-# levels, or returns None to leave everything as it is.
-Decision = Callable[[Record | None, Levels], Record | None]
+Pieces = dict[str, int]
+
+# Given what is recorded of the order (None: nothing) and the pieces available, returns the record to store and
+# changes the pieces, or returns None to leave everything as it is.
+Decision = Callable[[Record | None, Pieces], Record | None]
 
 
 class StockBusy(Exception):
-    """Others kept changing the same stock for the whole time allowed; trying again is safe."""
+    """Others kept changing the stock for the whole time allowed; trying again is safe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +63,44 @@ class Found:
     fresh: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """The value of `levels.all` at a revision."""
+
+    pieces: Mapping[str, int]
+    pending: Mapping[str, Record]
+    revision: int
+
+    def encode(self) -> bytes:
+        """Return the value as it is stored."""
+        pending = {order_id: record.to_json() for order_id, record in self.pending.items()}
+        return json.dumps({"pieces": self.pieces, "pending": pending}, separators=(",", ":")).encode()
+
+    @classmethod
+    def decode(cls, entry: Entry) -> Levels:
+        """Return what `encode` stored."""
+        stored = json.loads(entry.value)
+        pending = {order_id: Record.from_json(record) for order_id, record in stored["pending"].items()}
+        return cls(stored["pieces"], pending, entry.revision)
+
+
 class _Change:
-    """A change to one order that waits for its batch."""
+    """A decision about one order that waits to be made with others."""
 
-    __slots__ = ("decide", "error", "existing", "order_id", "outcome", "skus")
+    __slots__ = ("decide", "error", "existing", "fresh", "order_id", "result", "seen_at")
 
-    def __init__(self, order_id: str, skus: frozenset[str], decide: Decision, existing: Found | None) -> None:
+    def __init__(self, order_id: str, decide: Decision) -> None:
         self.order_id = order_id
-        self.skus = skus
         self.decide = decide
-        self.existing = existing
-        self.outcome: Found | None = None
+        self.existing: Found | None = None
+        self.seen_at = 0  # `existing` was looked for when the levels were known at this revision
+        self.result: Record | None = None
+        self.fresh = False
         self.error: BaseException | None = None
 
     @property
     def settled(self) -> bool:
-        return self.outcome is not None or self.error is not None
+        return self.result is not None or self.error is not None
 
 
 class Stock:
@@ -74,24 +109,50 @@ class Stock:
     Parameters:
       bucket: Where they are kept.
       initial: The pieces of each sku that there are before the first order.
-      timeout: Milliseconds for which a change competes with others before StockBusy.
+      now: The time in milliseconds.
+      timeout: Milliseconds for which a decision competes with others before StockBusy.
+      sweep_after: Milliseconds after which a note that nobody has dropped is taken for one left behind.
     """
 
-    def __init__(self, bucket: Bucket, initial: Mapping[str, int], *, timeout: int = 10_000) -> None:
+    def __init__(
+        self,
+        bucket: Bucket,
+        initial: Mapping[str, int],
+        now: Callable[[], int],
+        *,
+        timeout: int = 10_000,
+        sweep_after: int = 30_000,
+    ) -> None:
         self._bucket = bucket
         self._initial = initial
+        self._now = now
         self._timeout = timeout
+        self._sweep_after = sweep_after
+        self._levels: Levels | None = None
         self._waiting: deque[_Change] = deque()
         self._turn = threading.Lock()
+        # Decisions of pending whose records we have written, by order and state.
+        self._written: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
+
+    # Reading
 
     def available(self) -> dict[str, int]:
         """Return the pieces available of every sku."""
-        return {sku: self._level(sku)[0] for sku in self._initial}
+        levels = self._read()
+        return {sku: levels.pieces.get(sku, initial) for sku, initial in self._initial.items()}
 
     def find(self, order_id: str) -> Found | None:
         """Return the record of an order."""
         entry = self._bucket.get(f"order.{order_id}")
         return None if entry is None else Found(Record.decode(entry.value), entry.revision)
+
+    def heard(self, entry: Entry) -> None:
+        """Take note of newer levels; for a watch, so that fewer decisions are made on outdated ones."""
+        if entry.key == LEVELS:
+            self._learn(Levels.decode(entry))
+
+    # Changing
 
     def open(self, order_id: str, wanted: Record) -> Found:
         """Store the first record of an order and take what it holds; returns what is recorded then.
@@ -99,19 +160,31 @@ class Stock:
         That is the record of before when the order has one already, and a rejection when stock is short.
         """
 
-        def decide(existing: Record | None, levels: Levels) -> Record | None:
+        def decide(existing: Record | None, pieces: Pieces) -> Record | None:
             if existing is not None:
                 return None
             for line in wanted.lines:
-                if levels[line.sku] < line.quantity:
+                if pieces[line.sku] < line.quantity:
                     return wanted.rejected(
-                        "OUT_OF_STOCK", f"{line.quantity} × {line.sku} ordered, {levels[line.sku]} in stock"
+                        "OUT_OF_STOCK", f"{line.quantity} × {line.sku} ordered, {pieces[line.sku]} in stock"
                     )
             for line in wanted.lines:
-                levels[line.sku] -= line.quantity
+                pieces[line.sku] -= line.quantity
             return wanted
 
-        return self._settle(_Change(order_id, frozenset(line.sku for line in wanted.lines), decide, None))
+        return self._settle(_Change(order_id, decide))
+
+    def release(self, order_id: str, at: int) -> Found:
+        """Give back what a declined order holds, and record that; returns what is recorded then."""
+
+        def decide(existing: Record | None, pieces: Pieces) -> Record | None:
+            if existing is None or existing.state != "declined":
+                return None
+            for line in existing.lines:
+                pieces[line.sku] += line.quantity
+            return existing.forward("released", at)
+
+        return self._settle(_Change(order_id, decide))
 
     def forward(self, order_id: str, found: Found, record: Record) -> Found:
         """Replace the record that was found; returns the newer one when somebody else was faster."""
@@ -124,40 +197,17 @@ class Stock:
             return current
         return Found(record, revision, fresh=True)
 
-    def release(self, order_id: str, found: Found, at: int) -> Found:
-        """Give back what a declined order holds, and record that; returns what is recorded then."""
-
-        def decide(existing: Record | None, levels: Levels) -> Record | None:
-            if existing is None or existing.state != "declined":
-                return None
-            for line in existing.lines:
-                levels[line.sku] += line.quantity
-            return existing.forward("released", at)
-
-        return self._settle(
-            _Change(order_id, frozenset(line.sku for line in found.record.lines), decide, found)
-        )
-
-    def _level(self, sku: str) -> tuple[int, int]:
-        """Return the pieces available and the revision of that number, which starts as the initial stock."""
-        while True:
-            entry = self._bucket.get(f"sku.{sku}")
-            if entry is not None:
-                return int(entry.value), entry.revision
-            initial = self._initial[sku]
-            try:
-                return initial, self._bucket.create(f"sku.{sku}", b"%d" % initial)
-            except KeyExists:
-                continue
+    # Deciding
 
     def _settle(self, change: _Change) -> Found:
+        self._look(change)
         self._waiting.append(change)
         with self._turn:
-            # Whoever has the turn commits what all have left in the queue meanwhile, perhaps ours too.
+            # Whoever has the turn decides for all that wait meanwhile, perhaps for us.
             while not change.settled:
                 batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
                 try:
-                    self._commit(batch)
+                    self._decide(batch)
                 except BaseException as error:
                     # The others are told in words of their own: an interrupt is meant for this thread only.
                     for other in batch:
@@ -166,59 +216,124 @@ class Stock:
                         raise
         if change.error is not None:
             raise change.error
-        assert change.outcome is not None
-        return change.outcome
+        return self._record(change)
 
-    def _commit(self, batch: list[_Change]) -> None:
+    def _look(self, change: _Change) -> None:
+        change.seen_at = self._known().revision
+        change.existing = self.find(change.order_id)
+
+    def _decide(self, batch: list[_Change]) -> None:
         deadline = time.monotonic() + self._timeout / 1000
-        attempt = 0
-        while not self._try_commit(batch):
-            attempt += 1
+        attempts = 0
+        while not self._try_decide(batch):
+            attempts += 1
             if time.monotonic() > deadline:
-                raise StockBusy(f"the stock was changed by others {attempt} times while this order tried to.")
+                raise StockBusy(
+                    f"the stock was changed by others {attempts} times while this order tried to."
+                )
             # Random, so that two processes do not keep meeting.
-            time.sleep(random.uniform(0, min(0.002 * 2**attempt, 0.1)))
-            for change in batch:
-                change.existing = self.find(change.order_id)
+            time.sleep(random.uniform(0, min(0.001 * 2**attempts, 0.05)))
+            self._learn(self._read())
 
-    def _try_commit(self, batch: list[_Change]) -> bool:
-        """Decide every change on what is stored now and store it all at once; False when that changed."""
-        found = {sku: self._level(sku) for sku in sorted(set().union(*(change.skus for change in batch)))}
-        levels = {sku: level for sku, (level, _) in found.items()}
-        # One order may be in the batch twice: the second sees what the first decided.
-        records = {change.order_id: change.existing for change in batch}
-        decided: dict[str, Record] = {}
-        decided_by: list[_Change] = []
+    def _try_decide(self, batch: list[_Change]) -> bool:
+        """Make every decision on the levels that are known; False when those are outdated."""
+        levels = self._known()
+        pieces = {**self._initial, **levels.pieces}
+        pending = dict(levels.pending)
+        results: list[tuple[_Change, Record, bool]] = []
         for change in batch:
-            existing = records[change.order_id]
-            current = decided.get(change.order_id) or (existing.record if existing else None)
-            record = change.decide(current, levels)
-            if record is not None:
-                decided[change.order_id] = record
-                decided_by.append(change)
-        updates = {
-            f"order.{order_id}": (
-                record.encode(),
-                existing.revision if (existing := records[order_id]) else 0,
-            )
-            for order_id, record in decided.items()
-        }
-        for sku, (before, revision) in found.items():
-            if levels[sku] != before:
-                updates[f"sku.{sku}"] = (b"%d" % levels[sku], revision)
-        revisions: dict[str, int] = {}
-        if updates:
+            if change.seen_at < levels.revision:
+                self._look(change)
+            current = _current(change.existing, pending.get(change.order_id))
+            decided = change.decide(current, pieces)
+            if decided is not None:
+                pending[change.order_id] = decided
+            result = decided or current
+            assert result is not None, "what is not decided is recorded"
+            results.append((change, result, decided is not None))
+        if any(fresh for _, _, fresh in results):
+            self._drop_written(levels, pending)
+            newer = Levels(pieces, pending, 0)
             try:
-                revisions = self._bucket.update_all(updates)
+                revision = self._bucket.update(LEVELS, newer.encode(), revision=levels.revision)
             except RevisionConflict:
                 return False
-        for change in batch:
-            order_id = change.order_id
-            if order_id in decided:
-                outcome = Found(decided[order_id], revisions[f"order.{order_id}"], change in decided_by)
-            else:
-                existing = records[order_id]
-                assert existing is not None, "a change that is not decided leaves a record that was there"
-                outcome = existing
-            change.outcome = outcome
+            self._learn(Levels(pieces, pending, revision))
+            with self._lock:
+                self._written &= {(order_id, record.state) for order_id, record in pending.items()}
+        for change, result, fresh in results:
+            change.result, change.fresh = result, fresh
         return True
+
+    def _record(self, change: _Change) -> Found:
+        """Write the decision into the order's record, unless it is there."""
+        existing, result = change.existing, change.result
+        assert result is not None
+        if existing is not None and existing.record is result:
+            return existing
+        found = self._write(change.order_id, existing, result)
+        with self._lock:
+            self._written.add((change.order_id, result.state))
+        return Found(found.record, found.revision, fresh=change.fresh and found.fresh)
+
+    def _write(self, order_id: str, existing: Found | None, decided: Record) -> Found:
+        if existing is not None:
+            return self.forward(order_id, existing, decided)
+        try:
+            return Found(decided, self._bucket.create(f"order.{order_id}", decided.encode()), fresh=True)
+        except KeyExists:
+            # Somebody who did the step again has written it, and may have gone on from there.
+            found = self.find(order_id)
+            if found is None:
+                raise
+            return found
+
+    def _drop_written(self, levels: Levels, pending: dict[str, Record]) -> None:
+        """Drop the notes whose records are written: ours, and a few that a killed process has left."""
+        oldest = self._now() - self._sweep_after
+        swept = 0
+        with self._lock:
+            written = set(self._written)
+        for order_id, record in levels.pending.items():
+            if pending[order_id] is not record:
+                continue  # decided anew just now
+            if (order_id, record.state) not in written:
+                if swept == _SWEPT_AT_ONCE or record.at[record.state] > oldest:
+                    continue
+                swept += 1
+                existing = self.find(order_id)
+                if _current(existing, record) is record:
+                    self._write(order_id, existing, record)
+            del pending[order_id]
+
+    # The levels
+
+    def _known(self) -> Levels:
+        if self._levels is None:
+            self._learn(self._read())
+        assert self._levels is not None
+        return self._levels
+
+    def _learn(self, levels: Levels) -> None:
+        with self._lock:
+            if self._levels is None or levels.revision > self._levels.revision:
+                self._levels = levels
+
+    def _read(self) -> Levels:
+        """Return the levels of the bucket, which begin as the initial ones."""
+        while True:
+            entry = self._bucket.get(LEVELS)
+            if entry is not None:
+                return Levels.decode(entry)
+            first = Levels(dict(self._initial), {}, 0)
+            try:
+                return Levels(first.pieces, {}, self._bucket.create(LEVELS, first.encode()))
+            except KeyExists:
+                continue
+
+
+def _current(existing: Found | None, noted: Record | None) -> Record | None:
+    """Return what holds of an order's record and the note about it, of which either may be behind."""
+    if existing is None or noted is None:
+        return noted if existing is None else existing.record
+    return noted if existing.record.state == "declined" and noted.state == "released" else existing.record

@@ -8,7 +8,7 @@ hypothesis can draw, shrink and repeat.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from google.protobuf.message import Message
@@ -32,7 +32,7 @@ class FakeEntry:
 
 
 class FakeBucket:
-    """A bucket in memory that behaves as the real one: one revision counter, compare-and-set, atomic batches."""
+    """A bucket in memory that behaves as the real one: one revision counter, compare-and-set."""
 
     def __init__(self, pause: Pause = no_pause) -> None:
         self.pause = pause
@@ -51,22 +51,16 @@ class FakeBucket:
             raise KeyExists(key) from None
 
     def update(self, key: str, value: bytes, *, revision: int, ttl: int | None = None) -> int:
-        return self.update_all({key: (value, revision)})[key]
-
-    def update_all(self, updates: Mapping[str, tuple[bytes, int]]) -> dict[str, int]:
-        self.pause(f"before update of {', '.join(updates)}")
+        self.pause(f"before update of {key}")
         with self._lock:
-            for key, (_, revision) in updates.items():
-                existing = self.entries.get(key)
-                if (existing.revision if existing else 0) != revision:
-                    raise RevisionConflict(key)
-            revisions: dict[str, int] = {}
-            for key, (value, _) in updates.items():
-                self._revision += 1
-                self.entries[key] = FakeEntry(key, value, self._revision)
-                revisions[key] = self._revision
-        self.pause(f"after update of {', '.join(updates)}")
-        return revisions
+            existing = self.entries.get(key)
+            if (existing.revision if existing else 0) != revision:
+                raise RevisionConflict(key)
+            self._revision += 1
+            self.entries[key] = FakeEntry(key, value, self._revision)
+        stored = self._revision
+        self.pause(f"after update of {key}")
+        return stored
 
     def delete(self, key: str, *, revision: int | None = None) -> None:
         self.entries.pop(key, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections import Counter
 from typing import Any
@@ -66,8 +67,8 @@ class Producer:
         return None if entry is None else Record.decode(entry.value)
 
     def available(self, sku: str) -> int:
-        entry = self.stock.get(f"sku.{sku}")
-        return CATALOGUE[sku].initial_stock if entry is None else int(entry.value)
+        entry = self.stock.get("levels.all")
+        return CATALOGUE[sku].initial_stock if entry is None else int(json.loads(entry.value)["pieces"][sku])
 
     def books(self) -> None:
         """Check that what is available and what orders hold is what there was at first."""

@@ -21,7 +21,7 @@ def wanted(*lines: tuple[str, int]) -> Record:
 @pytest.fixture
 def stocks(broker: JetStreamBroker) -> list[Stock]:
     """The stock as two processes see it: each has its own object on the same bucket."""
-    return [Stock(broker.bucket("stock"), INITIAL) for _ in range(2)]
+    return [Stock(broker.bucket("stock"), INITIAL, lambda: 1_000) for _ in range(2)]
 
 
 def test_twenty_threads_for_the_last_item(stocks: list[Stock]) -> None:
@@ -51,9 +51,9 @@ def test_same_order_from_many_threads(stocks: list[Stock]) -> None:
     assert sum(one.fresh for one in found) == 1
     assert len({one.revision for one in found}) == 1
     assert stocks[0].available()["MUG-01"] == 28
-    declined = stocks[0].forward("o-1", found[0], found[0].record.forward("declined", 2_000, code="x"))
+    stocks[0].forward("o-1", found[0], found[0].record.forward("declined", 2_000, code="x"))
     with ThreadPoolExecutor(20) as pool:
-        released = list(pool.map(lambda n: stocks[n % 2].release("o-1", declined, 3_000), range(20)))
+        released = list(pool.map(lambda n: stocks[n % 2].release("o-1", 3_000), range(20)))
     assert {one.record.state for one in released} == {"released"}
     assert sum(one.fresh for one in released) == 1
     assert stocks[0].available() == INITIAL
@@ -84,5 +84,5 @@ def test_stock_is_seeded_once(broker: JetStreamBroker, stocks: list[Stock]) -> N
     """Another start, with other figures, leaves what is there alone."""
     stocks[0].open("o-1", wanted(("MUG-01", 3)))
     stocks[0].available()
-    again = Stock(broker.bucket("stock"), dict.fromkeys(INITIAL, 999))
+    again = Stock(broker.bucket("stock"), dict.fromkeys(INITIAL, 999), lambda: 1_000)
     assert again.available() == {**INITIAL, "MUG-01": 27}
