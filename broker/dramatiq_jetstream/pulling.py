@@ -4,9 +4,10 @@ Everything here runs on the loop thread. A request stands for 30 s with heartbea
 message is delivered at once. Requests do not survive a reconnect or a new leader: they are made again after a
 reconnect, and when heartbeats stop.
 
-A lower rank is asked only when the ranks above have nothing. The server says so: a *probe* is a request that
-does not wait, and when it was answered with "no messages" a standing request takes its place; as long as that
-is unfilled there is nothing.
+Where there are several sources, a lower rank is asked only when the ranks above have nothing. The server says
+so: a *probe* is a request that does not wait, and when it was answered with "no messages" a standing request for
+one message takes its place; as long as that is unfilled there is nothing. One message, because requests cannot be
+taken back: what stands at every source may arrive at once, beyond what there is room for.
 
 There is room for the prefetch, and for a little more while messages are short: as many as were settled in
 the last 25 ms. That lookahead saves a round trip for each message, and is nothing where a message takes
@@ -83,7 +84,6 @@ class _Feed:
     subscription: Subscription | None = None
     pulls: list[_Pull] = field(default_factory=list)
     heard: float = 0.0
-    busy: bool = False
     drained: bool = False
     refused: int = 0
 
@@ -94,7 +94,7 @@ class _Feed:
     @property
     def empty(self) -> bool:
         """Whether the source has nothing: it was drained, and the request that stands since is unfilled."""
-        return not self.busy and any(not pull.probe for pull in self.pulls)
+        return any(not pull.probe for pull in self.pulls)
 
 
 class Puller:
@@ -173,8 +173,12 @@ class Puller:
         """A delivery of ours was settled: there is room for another."""
         self._in_hand -= 1
         self._settled += 1
+        if self.window - self._in_hand >= self._worth_asking:
+            self._replenish_soon()
+
+    def _replenish_soon(self) -> None:
         # Many are settled in one turn of the loop; one look at what to ask for is enough.
-        if not self._replenishing and self.window - self._in_hand >= self._worth_asking:
+        if not self._replenishing:
             self._replenishing = True
             self._connection.soon(self._replenish)
 
@@ -191,12 +195,14 @@ class Puller:
     def _receive(self, feed: _Feed, message: Msg) -> None:
         delivery = Delivery(message, feed.source, self)
         feed.refused = 0
-        feed.busy = delivery.pending > 0
         if feed.pulls:
             pull = feed.pulls[0]
             pull.left -= 1
             if pull.left <= 0:
                 del feed.pulls[0]
+                if len(self._feeds) > 1:
+                    feed.drained = delivery.pending == 0
+                    self._replenish_soon()
         if not self._ledger.receive(delivery):
             return
         self._in_hand += 1
@@ -228,11 +234,11 @@ class Puller:
                         "or let the broker declare it."
                     )
                 )
-        elif not self._stopping:
-            # 404 answers a probe that found nothing, 408 one that took all there was, or a request that stood
-            # its time.
-            feed.drained = status in ("404", "408")
-            feed.busy = False
+            return
+        # 404 answers a probe that took all there was, 408 a request that stood its time. After anything else (a
+        # new leader, too many requests) the tick asks again.
+        feed.drained = status in ("404", "408")
+        if feed.drained and not self._stopping:
             self._replenish()
 
     def _replenish(self) -> None:
@@ -241,17 +247,26 @@ class Puller:
         free = self.window - self._in_hand
         if free <= 0 or self._stopping:
             return
-        last = self._ranks[-1]
+        if len(self._feeds) == 1:
+            (feed,) = self._feeds
+            self._pull(feed, free - feed.outstanding, probe=False)
+            return
+        free -= sum(pull.left for feed in self._feeds for pull in feed.pulls if pull.probe)
         for feeds in self._ranks:
-            busy = sum(feed.busy for feed in feeds) or 1
+            unknown = [feed for feed in feeds if not feed.pulls and not feed.drained]
+            for position, feed in enumerate(unknown):
+                batch = min(free, max(1, free // (len(unknown) - position)))
+                self._pull(feed, batch, probe=True)
+                free -= max(0, batch)
             for feed in feeds:
-                share = free if len(feeds) == 1 else max(1, free // (busy if feed.busy else len(feeds)))
-                self._pull(feed, share - feed.outstanding, probe=feeds is not last and not feed.drained)
-            if feeds is not last and not all(feed.empty for feed in feeds):
+                if feed.drained and not feed.pulls:
+                    self._pull(feed, 1, probe=False)
+            feeds.append(feeds.pop(0))  # where there is room for few, another one comes first next time
+            if not all(feed.empty for feed in feeds):
                 return  # what they answer brings us here again
 
     def _pull(self, feed: _Feed, batch: int, *, probe: bool) -> None:
-        if batch <= 0 or len(feed.pulls) >= MAX_PULLS or (probe and feed.pulls):
+        if batch <= 0 or len(feed.pulls) >= MAX_PULLS:
             return
         if not feed.pulls:
             feed.heard = time.monotonic()
@@ -272,7 +287,7 @@ class Puller:
     def _start_over(self) -> None:
         for feed in self._feeds:
             feed.pulls.clear()
-            feed.busy = feed.drained = False
+            feed.drained = False
         self._replenish()
 
     def _tick(self) -> None:
