@@ -29,21 +29,22 @@ from typing import Any
 
 from dramatiq.broker import Broker
 from dramatiq.common import current_millis, iter_queue, q_name
-from dramatiq.errors import ActorNotFound, DecodeError, QueueJoinTimeout, QueueNotFound
+from dramatiq.errors import DecodeError, QueueJoinTimeout, QueueNotFound
 from dramatiq.message import Message
-from dramatiq.middleware import Callbacks, GroupCallbacks, Middleware, Pipelines, Retries, SkipMessage
+from dramatiq.middleware import Callbacks, GroupCallbacks, Middleware, Pipelines, Retries
 from dramatiq.worker import QUEUE_PREFETCH, Worker
 
-from . import batches, dead_letters, queues, schedules, topology
+from . import batches, queues, schedules, topology
 from .connection import Connection, ConnectOptions, PubAck, Publication
 from .consumer import JetStreamConsumer, JetStreamMessage, Source
 from .dead_letters import DeadLetters
-from .deliveries import ACK, NAK, Delivery, Ledger
-from .envelope import Event, checked, event_in, event_of, to_message
-from .errors import BrokerConnectionError, InvalidOption, MessageNotUnique, TopologyMissing
+from .deliveries import Delivery, Ledger
+from .envelope import Event, checked, event_of
+from .errors import InvalidOption, MessageNotUnique, TopologyMissing
 from .kv import Bucket
 from .naming import HEADER_MSG_ID, HEADER_TICK, Names, check_subject
 from .queues import QueueStats
+from .undertaker import JetStreamUndertaker
 
 __all__ = ["JetStreamBroker"]
 
@@ -139,6 +140,7 @@ class JetStreamBroker(Broker):
         self.max_priority = max_priority
         self.max_in_flight = dict(max_in_flight or {})
         self.ledger = Ledger(self.connection)
+        self.undertaker = JetStreamUndertaker(self)
         self.dead_letters = DeadLetters(self.connection, self.names, self._ensure_dead_letters)
         self.subscriptions: dict[str, dict[str, Callable[[], Source]]] = {}
         self.event_decoders: dict[str, Callable[[Event], Any]] = {}
@@ -396,19 +398,19 @@ class JetStreamBroker(Broker):
             check_subject(subject)
             data = event if isinstance(event, bytes) else event.SerializeToString()
             complete = {**(headers or {}), HEADER_MSG_ID: event_id or uuid.uuid4().hex}
-            self._emit("before_publish_event", subject, complete)
+            self.emit_own("before_publish_event", subject, complete)
             try:
                 ack = self.connection.publish(subject, data, complete, timeout=timeout)
             except BaseException as error:
-                self._emit("after_publish_event", subject, complete, exception=error)
+                self.emit_own("after_publish_event", subject, complete, exception=error)
                 raise
-            self._emit("after_publish_event", subject, complete, exception=None)
+            self.emit_own("after_publish_event", subject, complete, exception=None)
             return ack
         except Exception as error:
             self._note_follow_up_error(error)
             raise
 
-    def _emit(self, hook: str, *args: Any, **kwargs: Any) -> None:
+    def emit_own(self, hook: str, *args: Any, **kwargs: Any) -> None:
         """Call a hook of this library's own, which a middleware need not have."""
         for middleware in self.middleware:
             call = getattr(middleware, hook, None)
@@ -441,7 +443,7 @@ class JetStreamBroker(Broker):
             timeout=timeout,
             lookahead=queue_name not in self.max_in_flight and not QUEUE_PREFETCH,
             max_deliveries=self.max_deliveries,
-            undertaker=self,
+            undertaker=self.undertaker,
             give_back=self._give_back,
         )
         # Several consumer threads come here at once, so nothing but single steps.
@@ -498,100 +500,6 @@ class JetStreamBroker(Broker):
             return decode(event)
         except Exception as error:
             raise DecodeError(f"Failed to decode the event {event.subject}.", event.data, error) from error
-
-    # What consumers do not work off here
-
-    def bury(self, delivery: Delivery, reason: str, error: str) -> None:
-        """Store a dead letter for what never became a message here."""
-        self._store_letter(delivery, reason, error, None)
-
-    def reject(self, message: JetStreamMessage, follow_up_error: Exception | None) -> None:
-        """Store a dead letter for a message that failed."""
-        if follow_up_error is not None:
-            reason = dead_letters.REJECTED
-            error = f"What follows it cannot be enqueued: {_describe(follow_up_error)}"
-        else:
-            reason, error = self._reason(message)
-        self._store_letter(message._delivery, reason, error, message)
-
-    def _reason(self, message: JetStreamMessage) -> tuple[str, str]:
-        error = message._exception
-        if isinstance(error, ActorNotFound):
-            return dead_letters.UNKNOWN_ACTOR, f"No actor {message.actor_name!r} is declared here."
-        if error is None:
-            return dead_letters.REJECTED, "A middleware rejected it."
-        throws = message.options.get("throws") or self.get_actor(message.actor_name).options.get("throws")
-        if isinstance(error, SkipMessage) or (throws and isinstance(error, throws)):
-            return dead_letters.REJECTED, _describe(error)
-        return dead_letters.RETRIES_EXHAUSTED, _describe(error)
-
-    def _store_letter(
-        self, delivery: Delivery, reason: str, error: str, message: JetStreamMessage | None
-    ) -> None:
-        source: Source = delivery.source
-        event = None if source.actor is None else event_in(delivery)
-        self.dead_letters.store(
-            queue=source.queue,
-            origin=delivery.origin,
-            subject=delivery.subject if event is None else self.names.task(source.queue),
-            data=delivery.data,
-            headers=delivery.headers,
-            reason=reason,
-            error=error,
-            deliveries=delivery.deliveries,
-            actor=source.actor if message is None else message.actor_name,
-            message_id=None if message is None else message.message_id,
-            event=event,
-            history=dead_letters.history_in(delivery)
-            if message is None
-            else dead_letters.history_of(message),
-        )
-        self._emit("after_dead_letter", source.queue, reason, message)
-
-    def postpone(self, message: JetStreamMessage) -> None:
-        """Have the server keep a message that came before its time, as another program may have sent it."""
-        unique = f"postponed:{message._delivery.origin}"
-        options = {name: value for name, value in message.options.items() if name != "eta"}
-        self.connection.publish_many(
-            [
-                schedules.publication(
-                    self.names,
-                    message.queue_name,
-                    message.message_id,
-                    unique,
-                    dataclasses.replace(message._message, options=options).encode(),
-                    eta=int(message.options["eta"]),
-                    target=message._delivery.subject,
-                )
-            ]
-        )
-
-    def hand_back(self, delivery: Delivery) -> None:
-        """Give back a delivery that was not begun, for another worker to have it at once.
-
-        The server counts deliveries, and knows no difference between one that was given back and one whose
-        worker died. What has come as often as is allowed is therefore stored anew, to be counted from one.
-        """
-        if delivery.settled or delivery.deliveries < self.max_deliveries:
-            self.ledger.settle(delivery, NAK)
-            return
-        try:
-            self._store_anew(delivery)
-        except BrokerConnectionError as error:
-            self.logger.warning("%s will be delivered again after its ack_wait: %s", delivery, error)
-            self.ledger.abandon(delivery)
-        else:
-            self.ledger.settle(delivery, ACK)
-
-    def _store_anew(self, delivery: Delivery) -> None:
-        source: Source = delivery.source
-        subject, body = delivery.subject, delivery.data
-        if source.actor is not None:
-            subject = self.names.task(source.queue)
-            body = to_message(event_in(delivery), queue=source.queue, actor=source.actor).encode()
-        headers = {name: value for name, value in delivery.headers.items() if not name.startswith("Nats-")}
-        headers[HEADER_MSG_ID] = f"anew:{delivery.origin}:{delivery.deliveries}"
-        self.connection.publish(subject, body, headers)
 
     # Dramatiq's signals
 
@@ -659,7 +567,7 @@ class JetStreamBroker(Broker):
             message = item.message
             mine = isinstance(message, JetStreamMessage) and message.queue_name == queue_name
             if mine and keep <= 0:
-                self.hand_back(message._delivery)
+                self.undertaker.hand_back(message._delivery)
             else:
                 keep -= mine
                 work_queue.put(item)
@@ -721,10 +629,6 @@ class JetStreamBroker(Broker):
             consumer.close()
         self._consumers = []
         self.connection.close()
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _at_least(option: str, value: object, minimum: int) -> None:

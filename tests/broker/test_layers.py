@@ -22,7 +22,7 @@ LAYERS = [
     ["kv", "schedules", "dead_letters", "deliveries"],
     ["pulling"],
     ["consumer"],
-    ["queues", "batches"],
+    ["undertaker", "queues", "batches"],
     ["broker"],
     ["wakeups", "backends", "cron"],
     ["events", "results", "rate_limits", "abort", "periodic", "progress", "telemetry"],

@@ -1,0 +1,133 @@
+"""Puts aside what a consumer does not work off: dead letters, postponed and handed back messages.
+
+Whatever is put aside is stored first and acked afterwards. If the process dies between the two, the message
+is delivered again and put aside again: a dead letter replaces itself (see `dead_letters`), what is stored
+elsewhere carries a message id that says where it came from, so that JetStream stores it once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING
+
+from dramatiq.errors import ActorNotFound, BrokerConnectionError
+from dramatiq.middleware import SkipMessage
+
+from . import dead_letters, schedules
+from .consumer import JetStreamMessage, Source
+from .deliveries import ACK, NAK, Delivery
+from .envelope import event_in, to_message
+from .naming import HEADER_MSG_ID
+
+if TYPE_CHECKING:
+    from .broker import JetStreamBroker
+
+__all__ = ["JetStreamUndertaker"]
+
+logger = logging.getLogger(__name__)
+
+
+class JetStreamUndertaker:
+    """The `Undertaker` of a broker's consumers."""
+
+    def __init__(self, broker: JetStreamBroker) -> None:
+        self._broker = broker
+
+    def bury(self, delivery: Delivery, reason: str, error: str) -> None:
+        """Store a dead letter for what never became a message here."""
+        self._store_letter(delivery, reason, error, None)
+
+    def reject(self, message: JetStreamMessage, follow_up_error: Exception | None) -> None:
+        """Store a dead letter for a message that failed."""
+        if follow_up_error is not None:
+            reason = dead_letters.REJECTED
+            error = f"What follows it cannot be enqueued: {_describe(follow_up_error)}"
+        else:
+            reason, error = self._reason(message)
+        self._store_letter(message._delivery, reason, error, message)
+
+    def _reason(self, message: JetStreamMessage) -> tuple[str, str]:
+        error = message._exception
+        if isinstance(error, ActorNotFound):
+            return dead_letters.UNKNOWN_ACTOR, f"No actor {message.actor_name!r} is declared here."
+        if error is None:
+            return dead_letters.REJECTED, "A middleware rejected it."
+        throws = message.options.get("throws") or self._broker.get_actor(message.actor_name).options.get(
+            "throws"
+        )
+        if isinstance(error, SkipMessage) or (throws and isinstance(error, throws)):
+            return dead_letters.REJECTED, _describe(error)
+        return dead_letters.RETRIES_EXHAUSTED, _describe(error)
+
+    def _store_letter(
+        self, delivery: Delivery, reason: str, error: str, message: JetStreamMessage | None
+    ) -> None:
+        source: Source = delivery.source
+        event = None if source.actor is None else event_in(delivery)
+        self._broker.dead_letters.store(
+            queue=source.queue,
+            origin=delivery.origin,
+            subject=delivery.subject if event is None else self._broker.names.task(source.queue),
+            data=delivery.data,
+            headers=delivery.headers,
+            reason=reason,
+            error=error,
+            deliveries=delivery.deliveries,
+            actor=source.actor if message is None else message.actor_name,
+            message_id=None if message is None else message.message_id,
+            event=event,
+            history=dead_letters.history_in(delivery)
+            if message is None
+            else dead_letters.history_of(message),
+        )
+        self._broker.emit_own("after_dead_letter", source.queue, reason, message)
+
+    def postpone(self, message: JetStreamMessage) -> None:
+        """Have the server keep a message that came before its time, as another program may have sent it."""
+        unique = f"postponed:{message._delivery.origin}"
+        options = {name: value for name, value in message.options.items() if name != "eta"}
+        self._broker.connection.publish_many(
+            [
+                schedules.publication(
+                    self._broker.names,
+                    message.queue_name,
+                    message.message_id,
+                    unique,
+                    dataclasses.replace(message._message, options=options).encode(),
+                    eta=int(message.options["eta"]),
+                    target=message._delivery.subject,
+                )
+            ]
+        )
+
+    def hand_back(self, delivery: Delivery) -> None:
+        """Give back a delivery that was not begun, for another worker to have it at once.
+
+        The server counts deliveries, and knows no difference between one that was given back and one whose
+        worker died. What has come as often as is allowed is therefore stored anew, to be counted from one.
+        """
+        if delivery.settled or delivery.deliveries < self._broker.max_deliveries:
+            self._broker.ledger.settle(delivery, NAK)
+            return
+        try:
+            self._store_anew(delivery)
+        except BrokerConnectionError as error:
+            logger.warning("%s will be delivered again after its ack_wait: %s", delivery, error)
+            self._broker.ledger.abandon(delivery)
+        else:
+            self._broker.ledger.settle(delivery, ACK)
+
+    def _store_anew(self, delivery: Delivery) -> None:
+        source: Source = delivery.source
+        subject, body = delivery.subject, delivery.data
+        if source.actor is not None:
+            subject = self._broker.names.task(source.queue)
+            body = to_message(event_in(delivery), queue=source.queue, actor=source.actor).encode()
+        headers = {name: value for name, value in delivery.headers.items() if not name.startswith("Nats-")}
+        headers[HEADER_MSG_ID] = f"anew:{delivery.origin}:{delivery.deliveries}"
+        self._broker.connection.publish(subject, body, headers)
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
