@@ -160,7 +160,7 @@ class Ledger:
     def _settle(self, delivery: Delivery, answer: bytes) -> None:
         self._held.pop(delivery.key, None)
         self._resolve(delivery.key, delivery.ack_subject, answer)
-        self._release(delivery)
+        self._release(delivery, done=answer == ACK)
 
     def _resolve(self, key: Key, ack_subject: str, answer: bytes) -> None:
         self._unproven[key] = (self._connection.next_fence, ack_subject, answer)
@@ -175,10 +175,10 @@ class Ledger:
 
     def _abandon(self, delivery: Delivery) -> None:
         self._held.pop(delivery.key, None)
-        self._release(delivery)
+        self._release(delivery, done=False)
 
-    def _release(self, delivery: Delivery) -> None:
-        delivery.owner.released()
+    def _release(self, delivery: Delivery, *, done: bool) -> None:
+        delivery.owner.released(done=done)
         if delivery.on_settled is not None:
             delivery.on_settled()
 

@@ -169,10 +169,10 @@ class Puller:
 
     # On the loop thread
 
-    def released(self) -> None:
-        """A delivery of ours was settled: there is room for another."""
+    def released(self, *, done: bool) -> None:
+        """A delivery of ours was settled, because it is done or was given back: there is room for another."""
         self._in_hand -= 1
-        self._settled += 1
+        self._settled += done
         if self.window - self._in_hand >= self._worth_asking:
             self._replenish_soon()
 
@@ -246,6 +246,8 @@ class Puller:
         self._replenishing = False
         free = self.window - self._in_hand
         if free <= 0 or self._stopping:
+            for feed in self._feeds:
+                feed.drained = False  # as time passes without a standing request
             return
         if len(self._feeds) == 1:
             (feed,) = self._feeds
@@ -300,6 +302,7 @@ class Puller:
         self._settled = 0
         self._surplus_ticks = self._surplus_ticks + 1 if self._in_hand > self.window else 0
         if self._surplus_ticks == SURPLUS_TICKS:
+            self._surplus_ticks = 0
             self._surplus()
         if self._connection.is_open:
             self._replenish()
