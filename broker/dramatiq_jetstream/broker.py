@@ -192,6 +192,9 @@ class JetStreamBroker(Broker):
             setup = getattr(middleware, "setup_topology", None)
             if setup is not None:
                 outcome.update(setup(self, update=update))
+        self.bucket("unique")
+        for bucket in self._buckets.values():
+            outcome.setdefault(f"bucket {bucket.name}", bucket.declare())
         return outcome
 
     def _declared_streams(self) -> list[topology.StreamConfig]:

@@ -192,6 +192,7 @@ class Events(Middleware):
             broker.names,
             self.stream,
             actor_name,
+            self._subscriptions[actor_name][0].queue_name,
             wanted.subject,
             ack_wait=broker.ack_wait,
             replicas=self.replicas or broker.replicas,

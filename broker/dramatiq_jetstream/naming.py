@@ -48,6 +48,9 @@ HEADER_BATCH_ID = "Nats-Batch-Id"
 HEADER_BATCH_SEQUENCE = "Nats-Batch-Sequence"
 HEADER_BATCH_COMMIT = "Nats-Batch-Commit"
 
+#: What the durable of a subscription says of itself: the namespace and queue of its actor.
+METADATA_SUBSCRIBER = "dramatiq-subscriber"
+
 #: The server takes no longer name of a stream or consumer: it becomes a directory of its store.
 MAX_NAME_BYTES = 255
 
@@ -197,6 +200,9 @@ class Names:
                 f"it takes {len(durable)} bytes with the namespace, {MAX_NAME_BYTES} are possible."
             )
         return durable
+
+    def subscriber(self, queue: str) -> str:
+        return f"{self.namespace}/{queue}"
 
     # Dead letters
 

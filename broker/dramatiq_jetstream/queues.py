@@ -21,7 +21,7 @@ from . import schedules
 from .connection import Connection
 from .consumer import Source
 from .errors import InvalidOption, KeyExists, MessageNotUnique, NotFound
-from .naming import Names
+from .naming import METADATA_SUBSCRIBER, Names
 from .stored import first_message
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ PAUSE = timedelta(days=3650)
 @dataclass(frozen=True)
 class QueueStats:
     """Counts of one queue at one moment; they are read one after the other, so they can be off by a few.
+
+    Events that wait for the queue's actors count as its messages. `in_flight` is what the server waits for an
+    answer for; messages that were given back count there until a worker takes them again.
 
     `oldest_ready_age` is in milliseconds; None when nothing is ready.
     """
@@ -68,35 +71,71 @@ def consumers(connection: Connection, stream: str) -> Iterator[dict[str, Any]]:
             return
 
 
+def stream_names(connection: Connection) -> list[str]:
+    """The names of all streams of the account."""
+    found: list[str] = []
+    while True:
+        answer = connection.api("STREAM.NAMES", {"offset": len(found)})
+        page = answer.get("streams") or []
+        found += page
+        if not page or len(found) >= answer["total"]:
+            return found
+
+
 def queue_names(connection: Connection, names: Names) -> list[str]:
     """The queues of a namespace that exist on the server, whoever declared them."""
-    found: list[str] = []
-    offset = 0
-    while True:
-        answer = connection.api("STREAM.NAMES", {"offset": offset})
-        page = answer.get("streams") or []
-        found += [queue for stream in page if (queue := names.queue_of_stream(stream)) is not None]
-        offset += len(page)
-        if not page or offset >= answer["total"]:
-            return sorted(found)
+    queues = map(names.queue_of_stream, stream_names(connection))
+    return sorted(queue for queue in queues if queue is not None)
+
+
+def feeding(broker: JetStreamBroker, queue: str) -> Iterator[dict[str, Any]]:
+    """What the server knows of every durable that feeds a queue: of its stream, and its actors' subscriptions.
+
+    Subscriptions say in their metadata whose they are, so a program that declares none of them finds them too.
+    """
+    connection, names = broker.connection, broker.names
+    yield from consumers(connection, names.queue_stream(queue))
+    mine = names.subscriber(queue)
+    for stream in _event_streams(broker):
+        with contextlib.suppress(NotFound):
+            for info in consumers(connection, stream):
+                if (info["config"].get("metadata") or {}).get(METADATA_SUBSCRIBER) == mine:
+                    yield info
+
+
+def _event_streams(broker: JetStreamBroker) -> list[str]:
+    declared = {stream for middleware in broker.middleware if (stream := getattr(middleware, "stream", None))}
+    if declared:
+        return sorted(declared)
+    names = broker.names
+    return [
+        stream
+        for stream in stream_names(broker.connection)
+        if names.queue_of_stream(stream) is None
+        and stream != names.dead_stream
+        and not stream.startswith("KV_")
+    ]
 
 
 def stats(broker: JetStreamBroker, queue: str) -> QueueStats:
-    """Count the messages of a queue; all zero when it does not exist yet."""
+    """Count the messages of a queue and the events for its actors; all zero when it does not exist yet."""
     names, connection = broker.names, broker.connection
     stream = names.queue_stream(queue)
-    ready = in_flight = redelivered = 0
+    ready = in_flight = redelivered = own = 0
     paused = False
     oldest: int | None = None
     try:
-        for info in consumers(connection, stream):
+        for info in feeding(broker, queue):
             ready += info["num_pending"]
             in_flight += info["num_ack_pending"]
             redelivered += info.get("num_redelivered", 0)
             paused = paused or bool(info.get("paused"))
+            if info["stream_name"] == stream:
+                own += info["num_pending"] + info["num_ack_pending"]
             if info["num_pending"]:
                 start = info["delivered"]["stream_seq"] + 1
-                waiting = first_message(connection, stream, info["config"]["filter_subject"], start)
+                subject = info["config"]["filter_subject"]
+                waiting = first_message(connection, info["stream_name"], subject, start)
                 if waiting is not None:
                     oldest = min(oldest or waiting.time, waiting.time)
         total = connection.api(f"STREAM.INFO.{stream}")["state"]["messages"]
@@ -107,7 +146,7 @@ def stats(broker: JetStreamBroker, queue: str) -> QueueStats:
         queue,
         ready=ready,
         in_flight=in_flight,
-        delayed=max(0, total - ready - in_flight - periodic),
+        delayed=max(0, total - own - periodic),
         dead=broker.dead_letters.count(queue),
         oldest_ready_age=None if oldest is None else max(0, current_millis() - oldest),
         paused=paused,
@@ -115,31 +154,19 @@ def stats(broker: JetStreamBroker, queue: str) -> QueueStats:
     )
 
 
-def _durables(broker: JetStreamBroker, queue: str) -> Iterator[tuple[str, str]]:
-    """The durables that feed a queue: those of its stream, and those of its actors' subscriptions."""
-    stream = broker.names.queue_stream(queue)
-    for info in consumers(broker.connection, stream):
-        yield stream, info["name"]
-    for source in broker._sources(queue):
-        if source.stream != stream:
-            yield source.stream, source.durable
-
-
 def pause(broker: JetStreamBroker, queue: str, *, paused: bool) -> None:
     """Pause or resume every durable that feeds a queue (ADR-42's consumer pause, nats-server 2.11)."""
     until = datetime.now(UTC) + PAUSE
     body: dict[str, Any] = {"pause_until": until.isoformat()} if paused else {}
     broker._ensure_queue(queue)
-    for stream, durable in _durables(broker, queue):
-        broker.connection.api(f"CONSUMER.PAUSE.{stream}.{durable}", body)
+    for info in list(feeding(broker, queue)):
+        broker.connection.api(f"CONSUMER.PAUSE.{info['stream_name']}.{info['name']}", body)
 
 
 def is_paused(broker: JetStreamBroker, queue: str) -> bool:
     """Whether any durable that feeds a queue is paused."""
     with contextlib.suppress(NotFound):
-        for stream, durable in _durables(broker, queue):
-            if broker.connection.api(f"CONSUMER.INFO.{stream}.{durable}").get("paused"):
-                return True
+        return any(info.get("paused") for info in feeding(broker, queue))
     return False
 
 

@@ -10,13 +10,14 @@ A crash between two creations leaves the rest to the next process that declares 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .connection import Connection
 from .errors import ApiError, NotFound, TopologyMismatch
-from .naming import Names, bucket_stream
+from .naming import METADATA_SUBSCRIBER, Names, bucket_stream
 
 __all__ = [
     "ConsumerConfig",
@@ -37,6 +38,11 @@ MILLISECOND = 1_000_000  # JetStream's durations are nanoseconds
 
 #: How long JetStream remembers a `Nats-Msg-Id`; longer than any publish is repeated.
 DUPLICATE_WINDOW = 120_000
+
+#: How long consumers wait for their stream to be copied to more servers; milliseconds.
+SCALING = 60_000
+
+_REPLICAS_EXCEED_STREAM = 10126
 
 #: Requests that may wait at one consumer; the server's default of 512 is a hundred idle processes.
 MAX_WAITING = 8_192
@@ -198,14 +204,15 @@ def subscription(
     names: Names,
     stream: str,
     actor_name: str,
+    queue_name: str,
     subject: str,
     *,
     ack_wait: int,
     max_in_flight: int | None = None,
     replicas: int = 1,
 ) -> ConsumerConfig:
-    """The durable of one actor on a stream of events."""
-    return _durable(
+    """The durable of one actor on a stream of events; its metadata says for which queue it works."""
+    durable = _durable(
         stream,
         names.subscription_durable(actor_name),
         subject,
@@ -213,6 +220,8 @@ def subscription(
         max_in_flight=max_in_flight,
         replicas=replicas,
     )
+    metadata = {METADATA_SUBSCRIBER: names.subscriber(queue_name)}
+    return replace(durable, settings={**durable.settings, "metadata": metadata})
 
 
 def _durable(
@@ -280,13 +289,26 @@ def ensure_consumer(connection: Connection, config: ConsumerConfig, *, update: b
 
 
 def _put_consumer(connection: Connection, config: ConsumerConfig, wanted: Json, action: str) -> None:
-    connection.api(
-        f"CONSUMER.CREATE.{config.stream}.{config.name}.{wanted['filter_subject']}",
-        {"stream_name": config.stream, "config": wanted, "action": action},
-    )
+    deadline = time.monotonic() + SCALING / 1000
+    while True:
+        try:
+            connection.api(
+                f"CONSUMER.CREATE.{config.stream}.{config.name}.{wanted['filter_subject']}",
+                {"stream_name": config.stream, "config": wanted, "action": action},
+            )
+            return
+        except ApiError as error:
+            # While a stream is copied to more servers, its consumers cannot have as many yet.
+            if error.err_code != _REPLICAS_EXCEED_STREAM or time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 def _compare(existing: Json, wanted: Json) -> dict[str, tuple[object, object]]:
+    if "metadata" in wanted:
+        # The server adds entries of its own.
+        known = existing.get("metadata") or {}
+        existing = {**existing, "metadata": {name: known.get(name) for name in wanted["metadata"]}}
     return {
         setting: (existing.get(setting), value)
         for setting, value in wanted.items()

@@ -20,9 +20,10 @@ from dramatiq_abort import Abortable
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.abort import JetStreamBackend as AbortBackend
 from dramatiq_jetstream.cli import main
+from dramatiq_jetstream.events import Events, subscription
 from dramatiq_jetstream.periodic import Periodic
 from dramatiq_jetstream.progress import Progress, progress
-from tests.support.polling import eventually
+from tests.support.polling import eventually, holds
 from tests.support.ports import free_port
 
 Fleet = Callable[..., Any]
@@ -105,6 +106,35 @@ def test_pause_and_resume_hold_for_the_fleet(
     assert not fleet("queues", "--json")[0]["paused"]
 
 
+def test_events_that_wait_for_actors_count_and_are_paused(
+    fleet: Fleet, broker: JetStreamBroker, namespace: str
+) -> None:
+    """The command knows no actors; the durables say for which queue they work."""
+    broker.add_middleware(Events(f"E{namespace}", [f"E{namespace}.>"]))
+    seen: list[bytes] = []
+    dramatiq.actor(
+        seen.append,
+        actor_name="note",
+        broker=broker,
+        queue_name="mail",
+        subscribe=subscription(f"E{namespace}.made"),
+    )
+    broker.setup()
+    broker.publish(f"E{namespace}.made", b"1")
+    eventually(lambda: fleet("queues", "--json")[0]["ready"] == 1)
+    assert fleet("queues", "--json")[0]["oldest_ready_age"] >= 0
+    assert any("no worker" in f["detail"] for f in fleet("doctor", "--json"))
+    fleet("pause", "mail")
+    running = dramatiq.Worker(broker, worker_threads=1, worker_timeout=100)
+    running.start()
+    try:
+        holds(lambda: not seen, duration=1)
+        fleet("resume", "mail")
+        eventually(lambda: seen == [b"1"])
+    finally:
+        running.stop()
+
+
 def test_dead_letters_are_listed_shown_replayed_and_dropped(
     fleet: Fleet, broker: JetStreamBroker, work: dramatiq.Actor[..., Any], worker: dramatiq.Worker
 ) -> None:
@@ -138,7 +168,7 @@ def test_delayed_messages_are_listed_and_cancelled(fleet: Fleet, work: dramatiq.
     assert fleet("delayed", "list", "--json") == []
     with pytest.raises(Refused, match="not delayed") as refused:
         fleet("delayed", "cancel", message.message_id)
-    assert refused.value.status == 2
+    assert refused.value.status == 1
 
 
 def test_purge_drops_what_was_asked_for(fleet: Fleet, work: dramatiq.Actor[..., Any]) -> None:
@@ -268,11 +298,12 @@ def test_what_is_wrong_is_one_line_and_a_status(fleet: Fleet) -> None:
     """1 for what the server said, 2 for what was asked wrongly; never a traceback."""
     with pytest.raises(Refused, match="there is no queue 'nope'") as refused:
         fleet("pause", "nope")
-    assert refused.value.status == 2
+    assert refused.value.status == 1
     with pytest.raises(Refused, match="there is no module 'nowhere_at_all'"):
         fleet("setup", "nowhere_at_all")
-    with pytest.raises(Refused, match="name the ids of dead letters"):
+    with pytest.raises(Refused, match="name the ids of dead letters") as refused:
         fleet("dead", "replay")
+    assert refused.value.status == 2
     with pytest.raises(Refused, match="Could not connect to NATS") as refused:
         fleet("--url", f"nats://127.0.0.1:{free_port()}", "queues")
     assert refused.value.status == 1

@@ -47,14 +47,16 @@ def main(arguments: list[str] | None = None) -> None:
     if "--json" in arguments:
         arguments = ["--json", *(argument for argument in arguments if argument != "--json")]
     try:
-        fleet.main(args=arguments, prog_name="fleet", standalone_mode=False)
+        status = fleet.main(args=arguments, prog_name="fleet", standalone_mode=False)
+        if isinstance(status, int) and status:
+            sys.exit(status)  # what `Exit` was raised with comes back here
     except click.exceptions.Exit as leave:
         sys.exit(leave.exit_code)
     except click.Abort:
         sys.exit(130)
     except click.ClickException as error:
         click.echo(f"fleet: {error.format_message()}", err=True)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, click.UsageError) else 1)
     except (InvalidName, InvalidOption) as error:
         click.echo(f"fleet: {error}", err=True)
         sys.exit(2)

@@ -135,8 +135,7 @@ def _queues(fleet: Fleet) -> Iterator[Finding]:
 
 def _queue(fleet: Fleet, name: str) -> Iterator[Finding]:
     broker = fleet.broker
-    stream = broker.names.queue_stream(name)
-    consumers: list[dict[str, Any]] = list(queues.consumers(broker.connection, stream))
+    consumers: list[dict[str, Any]] = list(queues.feeding(broker, name))
     waiting = sum(consumer.get("num_waiting", 0) for consumer in consumers)
     stats = broker.queue_stats(name)
     if not consumers:
