@@ -3,8 +3,9 @@
 Messages that need not be stored together go in batches too, because that is several times as fast where the
 server fsyncs; if one of a batch is refused, its messages are stored one by one.
 
-An atomic batch becomes visible with its last message, the commit. If the process dies before, the server
-forgets the batch. If the commit's acknowledgement is lost, the batch is sent again; the server answers that
+An atomic batch is stored by its last message, the commit. If the process dies before, the server forgets the
+batch; if the server dies in the middle of it, all or none of the messages are there when it is back. Workers may
+have the first ones before the last is stored. If the commit's acknowledgement is lost, the batch is sent again; the server answers that
 it has those message ids already, which says that the first commit was stored.
 """
 
