@@ -226,20 +226,25 @@ def unique(broker: JetStreamBroker, message: Message[Any]) -> Iterator[None]:
     bucket = broker.bucket("unique")
     name = f"{q_name(message.queue_name)}/{key}"
     mine = message.message_id.encode()
-    try:
-        revision = bucket.create(name, mine, ttl=min(window, 2 * broker.enqueue_timeout))
-    except KeyExists:
-        holder = bucket.get(name)
-        if holder is None or holder.value != mine:
+    revision = 0
+    while not revision:
+        try:
+            revision = bucket.create(name, mine, ttl=min(window, 2 * broker.enqueue_timeout))
+        except KeyExists:
+            holder = bucket.get(name)
+            if holder is None:
+                continue  # its window ended just now
+            if holder.value == mine:
+                break  # the same message again
             raise MessageNotUnique(
                 f"A message with the unique key {key!r} was enqueued on {message.queue_name!r} within the last "
                 f"{window} ms; this one was not."
             ) from None
-        yield  # the same message again
-        return
     try:
         yield
     except BaseException:
-        bucket.delete(name, revision=revision)
+        if revision:
+            bucket.delete(name, revision=revision)
         raise
-    bucket.put(name, mine, ttl=window)
+    if revision:
+        bucket.put(name, mine, ttl=window)
