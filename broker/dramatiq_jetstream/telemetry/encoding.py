@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import islice
 from struct import Struct
 
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
@@ -23,6 +24,7 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.trace import SpanKind, StatusCode
 
 from . import conventions as c
+from .quick_spans import QuickSpan
 
 
 def _tag(field: int) -> bytes:
@@ -76,13 +78,7 @@ def encode(spans: Iterable[ReadableSpan]) -> bytes:
 
 def _encode(span: ReadableSpan) -> bytes:
     context, parent = span.get_span_context(), span.parent
-    if (
-        context is None
-        or context.trace_state
-        or _has_events_or_links(span)
-        or span.dropped_attributes
-        or span.status.status_code is not StatusCode.UNSET
-    ):
+    if context is None or context.trace_state or not _is_plain(span):
         return _encode_unusual(span)
     parts = [
         _pack_fixed(
@@ -96,15 +92,18 @@ def _encode(span: ReadableSpan) -> bytes:
     ]
     if parent is not None:
         parts.append(_PARENT + parent.span_id.to_bytes(8, "big"))
-    for name, value in (span.attributes or {}).items():
-        if name == c.MESSAGE_ID and type(value) is str:
-            # Not worth remembering: it occurs once or twice.
-            parts.append(_field(_ATTRIBUTE, _MESSAGE_ID + _field(b"\x12", _field(b"\x0a", value.encode()))))
-        elif isinstance(value, (str, bool, int)):
-            # To a cache 1 and True are the same, and they are not the same attribute: hence the type.
-            parts.append(_attribute(name, type(value).__name__, value))
-        else:
+    attributes = iter((span.attributes or {}).items())
+    known = span.known if isinstance(span, QuickSpan) else None
+    if known is not None:
+        if known.encoded is None:
+            known.encoded = b"".join(_encode_attribute(*item) or b"" for item in known.attributes.items())
+        parts.append(known.encoded)
+        attributes = islice(attributes, len(known.attributes), None)
+    for name, value in attributes:
+        encoded = _encode_attribute(name, value)
+        if encoded is None:
             return _encode_unusual(span)
+        parts.append(encoded)
     return b"".join(parts)
 
 
@@ -115,12 +114,15 @@ def _pack_fixed(trace_id: bytes, span_id: bytes, start: int, end: int, flags: in
     )
 
 
-def _has_events_or_links(span: ReadableSpan) -> bool:
-    # The properties copy the lists under a lock to say that they are empty.
-    events, links = getattr(span, "_events", None), getattr(span, "_links", None)
-    if events is None or links is None:
-        events, links = span.events, span.links
-    return len(events) > 0 or len(links) > 0
+def _is_plain(span: ReadableSpan) -> bool:
+    if isinstance(span, QuickSpan):
+        return span.is_plain
+    return not (
+        span.events
+        or span.links
+        or span.dropped_attributes
+        or span.status.status_code is not StatusCode.UNSET
+    )
 
 
 def _encode_unusual(span: ReadableSpan) -> bytes:
@@ -132,6 +134,17 @@ def _name_and_kind(name: str, kind: SpanKind) -> bytes:
     # An empty status says that the span has ended without one.
     value = SpanProto.SpanKind.Value(f"SPAN_KIND_{kind.name}")
     return SpanProto(name=name, kind=value, status=Status()).SerializeToString()
+
+
+def _encode_attribute(name: str, value: object) -> bytes | None:
+    """An attribute as a field of a span; None for a value that is left to the library."""
+    if name == c.MESSAGE_ID and type(value) is str:
+        # Not worth remembering: it occurs once or twice.
+        return _field(_ATTRIBUTE, _MESSAGE_ID + _field(b"\x12", _field(b"\x0a", value.encode())))
+    if isinstance(value, (str, bool, int)):
+        # To a cache 1 and True are the same, and they are not the same attribute: hence the type.
+        return _attribute(name, type(value).__name__, value)
+    return None
 
 
 @lru_cache(maxsize=4096)

@@ -29,6 +29,10 @@ from .tallies import Tallies
 
 T = TypeVar("T")
 
+#: Spans that may wait, and that one request takes, when no variable says so. The SDK's 2,048 and 512 are little
+#: for a worker, which would lose spans whenever a queue is drained at full speed.
+QUEUE, BATCH = 8_192, 2_048
+
 _PROTOCOLS: Mapping[str, str] = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 
 
@@ -41,8 +45,14 @@ def check() -> None:
 
 def span_processors() -> list[SpanProcessor]:
     """A batching processor for each exporter of traces."""
+    # None is what the SDK takes for "as the variables say".
+    named = any(os.environ.get(f"OTEL_BSP_MAX_{what}") for what in ("QUEUE_SIZE", "EXPORT_BATCH_SIZE"))
+    queue, batch = (None, None) if named else (QUEUE, BATCH)
     return [
-        BatchSpanProcessor(_ForkSafeSpanExporter(_load("traces", name))) for name in exporter_names("traces")
+        BatchSpanProcessor(
+            _ForkSafeSpanExporter(_load("traces", name)), max_queue_size=queue, max_export_batch_size=batch
+        )
+        for name in exporter_names("traces")
     ]
 
 

@@ -15,7 +15,7 @@ from dramatiq import Broker
 from opentelemetry import metrics, trace
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]
 from opentelemetry.metrics import MeterProvider
-from opentelemetry.trace import Tracer, TracerProvider
+from opentelemetry.trace import TracerProvider
 
 from . import conventions as c
 from .brokers import BrokerHook
@@ -69,7 +69,8 @@ class DramatiqInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         tallies: Tallies | None = None,
         **_: Any,
     ) -> None:
-        tracer = _tracer(tracer_provider or trace.get_tracer_provider())
+        tracer = trace.get_tracer(c.SCOPE, c.version(), tracer_provider, c.SCHEMA_URL)
+        quick_tracer = _quick_tracer(tracer_provider or trace.get_tracer_provider())
         instruments, gauges = self._instruments_of(meter_provider or metrics.get_meter_provider(), tallies)
 
         def providers() -> tuple[object, ...]:
@@ -84,6 +85,7 @@ class DramatiqInstrumentor(BaseInstrumentor):  # type: ignore[misc]
                 broker,
                 tracer,
                 instruments,
+                quick_tracer=quick_tracer,
                 link_parents=link_parents,
                 providers=providers,
                 flush_timeout=flush_timeout,
@@ -141,15 +143,13 @@ class _SendingMethod:
             del error
 
 
-def _tracer(provider: TracerProvider) -> Tracer | QuickTracer:
+def _quick_tracer(provider: TracerProvider) -> QuickTracer | None:
     try:
         from .quick_spans import QuickTracer
     except ImportError:
-        # Without the SDK there is nothing to be quick about.
-        quick = None
-    else:
-        quick = QuickTracer.of(provider)
-    return quick or provider.get_tracer(c.SCOPE, c.version(), c.SCHEMA_URL)
+        # Without the SDK nothing is recorded anyway.
+        return None
+    return QuickTracer.of(provider)
 
 
 def _detach(broker: Broker) -> None:

@@ -41,11 +41,24 @@ class _Scope:
 _scope: ContextVar[_Scope | None] = ContextVar("dramatiq_jetstream_log_scope", default=None)
 
 
+def enter(message: MessageProxy) -> None:
+    """From here on the log lines of this thread are about a message."""
+    _scope.set(_Scope(message))
+
+
+def leave() -> None:
+    """The log lines of this thread are about nothing in particular."""
+    _scope.set(None)
+
+
 class LogContext(Middleware):
-    """Notes which message a worker thread is working on, for its log lines."""
+    """Notes which message a worker thread is working on, for its log lines.
+
+    For programs whose brokers are not instrumented: DramatiqInstrumentor does the same.
+    """
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
-        _scope.set(_Scope(message))
+        enter(message)
 
     def after_process_message(
         self,
@@ -55,10 +68,10 @@ class LogContext(Middleware):
         result: Any | None = None,
         exception: BaseException | None = None,
     ) -> None:
-        _scope.set(None)
+        leave()
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
-        _scope.set(None)
+        leave()
 
 
 def bind_log_fields(**fields: Any) -> None:

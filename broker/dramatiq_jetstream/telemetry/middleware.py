@@ -21,11 +21,13 @@ from dramatiq.common import q_name
 from dramatiq.worker import ConsumerThread
 from opentelemetry import trace
 from opentelemetry.context import Context, get_current
-from opentelemetry.trace import Link, SpanKind, Tracer
+from opentelemetry.trace import Link, Span, SpanKind, Tracer
 
 from . import conventions as c
 from .carrier import CARRIER_OPTION, extract, extract_headers, inject
 from .flush import force_flush
+from .known import KnownAttributes
+from .logs import enter, leave
 from .metrics import Instruments
 from .spans import Attempt, Send, ThreadState, is_expected, outcome_of, skipped_by_abort
 
@@ -41,14 +43,17 @@ class TelemetryMiddleware(Middleware):
     def __init__(
         self,
         broker: Broker,
-        tracer: Tracer | QuickTracer,
+        tracer: Tracer,
         instruments: Instruments,
         *,
+        quick_tracer: QuickTracer | None = None,
         link_parents: bool = False,
         providers: Callable[[], Iterable[object]] = tuple,
         flush_timeout: int = 3_000,
     ) -> None:
         self._tracer = tracer
+        self._quick_tracer = quick_tracer
+        self._known_attributes: dict[tuple[str, str, str], KnownAttributes] = {}
         self._instruments = instruments
         self._link_parents = link_parents
         self._providers = providers
@@ -83,22 +88,14 @@ class TelemetryMiddleware(Middleware):
             return
         queue = q_name(message.queue_name)
         parent, links = self._parent_of_send(message)
-        attributes: dict[str, Any] = {
-            c.SYSTEM: self._system,
-            c.DESTINATION: queue,
-            c.OPERATION_NAME: "send",
-            c.OPERATION_TYPE: "send",
-            c.MESSAGE_ID: message.message_id,
-            c.ACTOR: message.actor_name,
-        }
+        known = self._known("send", queue, message.actor_name)
+        attributes = {**known.attributes, c.MESSAGE_ID: message.message_id}
         retries = message.options.get("retries")
         if retries:
             attributes[c.ATTEMPT] = retries + 1
         if delay:
             attributes[c.DELAY] = delay
-        span = self._tracer.start_span(
-            f"send {queue}", parent, SpanKind.PRODUCER, attributes=attributes, links=links
-        )
+        span = self._start(f"send {queue}", parent, SpanKind.PRODUCER, attributes, links, known)
         previous = message.options.get(CARRIER_OPTION)
         sends[id(message)] = Send(message, message.message_id, queue, span, previous)
         carrier: dict[str, str] = {}
@@ -205,13 +202,10 @@ class TelemetryMiddleware(Middleware):
                 links = [Link(created_by)]
                 # Baggage is no matter of parents: it goes on with the message.
                 parent = trace.set_span_in_context(trace.INVALID_SPAN, parent)
-        attributes: dict[str, Any] = {
-            c.SYSTEM: self._system,
-            c.DESTINATION: queue,
-            c.OPERATION_NAME: "process",
-            c.OPERATION_TYPE: "process",
+        known = self._known("process", queue, actor)
+        attributes = {
+            **known.attributes,
             c.MESSAGE_ID: message_id,
-            c.ACTOR: actor,
             c.ATTEMPT: (options.get("retries") or 0) + 1,
         }
         deliveries = getattr(message, "delivery_count", 1)
@@ -220,13 +214,12 @@ class TelemetryMiddleware(Middleware):
         event = options.get("event")
         if event is not None and isinstance(event, dict) and "subject" in event:
             attributes[c.EVENT_SUBJECT] = str(event["subject"])
-        span = self._tracer.start_span(
-            f"process {queue}", parent, SpanKind.CONSUMER, attributes=attributes, links=links
-        )
+        span = self._start(f"process {queue}", parent, SpanKind.CONSUMER, attributes, links, known)
         # Remembered first and attached second: were it the other way round, an exception in between would
         # leave the context attached for good.
         attempt = self._thread.attempt = Attempt(message, message_id, queue, actor, span)
         attempt.attach(trace.set_span_in_context(span, parent))
+        enter(message)
         self._instruments.consumed(self._system, queue, actor, redelivered=deliveries > 1)
 
     def after_process_message(
@@ -304,12 +297,42 @@ class TelemetryMiddleware(Middleware):
         if error is not None and is_expected(error, outcome):
             error = None
         error_type = None if error is None else c.error_type(error)
+        leave()
         seconds = attempt.finish(outcome, error, attributes)
         self._thread.attempt = None
         if seconds is not None:
             self._instruments.processed(
                 self._system, attempt.queue, attempt.actor, seconds, outcome, error_type
             )
+
+    def _known(self, operation: str, queue: str, actor: str) -> KnownAttributes:
+        known = self._known_attributes.get((operation, queue, actor))
+        if known is None:
+            known = self._known_attributes[operation, queue, actor] = KnownAttributes(
+                {
+                    c.SYSTEM: self._system,
+                    c.DESTINATION: queue,
+                    c.OPERATION_NAME: operation,
+                    c.OPERATION_TYPE: operation,
+                    c.ACTOR: actor,
+                }
+            )
+        return known
+
+    def _start(
+        self,
+        name: str,
+        parent: Context,
+        kind: SpanKind,
+        attributes: dict[str, Any],
+        links: list[Link] | None,
+        known: KnownAttributes,
+    ) -> Span:
+        if self._quick_tracer is not None:
+            return self._quick_tracer.start_span(
+                name, parent, kind, attributes=attributes, links=links, known=known
+            )
+        return self._tracer.start_span(name, parent, kind, attributes=attributes, links=links)
 
     # ---- the end of the worker ----------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, Statu
 from opentelemetry.util.types import Attributes, AttributeValue
 
 from . import conventions as c
+from .known import KnownAttributes
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,19 @@ class QuickTracer:
         processor = getattr(provider, "_active_span_processor", None)
         if type(provider) is not TracerProvider or not isinstance(processor, SpanProcessor):
             return None
-        return cls(provider, processor)
+        tracer = cls(provider, processor)
+        return tracer if tracer._fits() else None
+
+    def _fits(self) -> bool:
+        """Whether what a QuickSpan writes is where this version of the SDK reads it."""
+        span = QuickSpan(self, "a", trace.INVALID_SPAN_CONTEXT, None, SpanKind.CONSUMER, {"a": 1}, (), None)
+        span.update_name("b")
+        span.note({"b": 2})
+        span.add_event("e")
+        span.set_status(StatusCode.ERROR)
+        span._end_time = 1
+        read = (span.name, dict(span.attributes or {}), len(span.events), span.status.is_ok, span.end_time)
+        return read == ("b", {"a": 1, "b": 2}, 1, False, 1)
 
     def start_span(
         self,
@@ -62,8 +75,12 @@ class QuickTracer:
         *,
         attributes: dict[str, Any],
         links: Sequence[Link] | None = None,
+        known: KnownAttributes | None = None,
     ) -> Span:
-        """Begin a span. The attributes become the span's own, so they must be new for each."""
+        """Begin a span. The attributes become the span's own, so they must be new for each.
+
+        Those that are `known` must be the first of them, in the same order.
+        """
         parent: SpanContext | None = trace.get_current_span(context).get_span_context()
         if parent is not None and parent.is_valid:
             trace_id, flags = parent.trace_id, parent.trace_flags & _RANDOM
@@ -82,20 +99,15 @@ class QuickTracer:
                 dropped = SpanContext(trace_id, self._ids.generate_span_id(), False, TraceFlags(flags), state)
                 return trace.NonRecordingSpan(dropped)
             if len(result.attributes or ()) != len(attributes):
-                attributes = dict(result.attributes or {})
+                attributes, known = dict(result.attributes or {}), None
         span_context = SpanContext(trace_id, self._ids.generate_span_id(), False, TraceFlags(flags), state)
-        span = QuickSpan(self, name, span_context, parent, kind, attributes, links or ())
+        span = QuickSpan(self, name, span_context, parent, kind, attributes, links or (), known)
         self.processor.on_start(span, context)  # type: ignore[arg-type]
         return span
 
 
-class QuickSpan(Span):
-    """A span that records; see the module's docstring."""
-
-    __slots__ = (
-        "_attributes", "_context", "_end", "_events", "_kind",
-        "_links", "_name", "_parent", "_start", "_status", "_tracer",
-    )  # fmt: skip
+class QuickSpan(Span, ReadableSpan):
+    """A span that records, and that is what processors and exporters read once it has ended."""
 
     def __init__(
         self,
@@ -106,51 +118,42 @@ class QuickSpan(Span):
         kind: SpanKind,
         attributes: dict[str, Any],
         links: Sequence[Link],
+        known: KnownAttributes | None,
     ) -> None:
+        ReadableSpan.__init__(
+            self,
+            name,
+            context,
+            parent,
+            tracer.resource,
+            attributes,
+            (),
+            links,
+            kind,
+            None,
+            _UNSET,
+            time_ns(),
+            None,
+            tracer.scope,
+        )
         self._tracer = tracer
-        self._name = name
-        self._context = context
-        self._parent = parent
-        self._kind = kind
-        self._attributes: dict[str, Any] | BoundedAttributes = attributes
-        self._links: Sequence[Link] = links
-        self._events: list[Event] = []
-        self._status = _UNSET
-        self._end: int | None = None
-        self._start = time_ns()
+        #: The attributes with which it began, as long as they are the first of those that it has.
+        self.known = known
 
     def note(self, attributes: dict[str, Any]) -> None:
         """Add attributes that are known to be right."""
-        self._attributes.update(attributes)
+        self._attributes.update(attributes)  # type: ignore[union-attr]
 
     def get_span_context(self) -> SpanContext:
-        return self._context
+        return self._context  # type: ignore[return-value]
 
     def is_recording(self) -> bool:
-        return self._end is None
+        return self._end_time is None
 
     def end(self, end_time: int | None = None) -> None:
-        if self._is_over("end"):
-            return
-        self._end = end_time or time_ns()
-        tracer = self._tracer
-        tracer.processor.on_end(
-            ReadableSpan(
-                self._name,
-                self._context,
-                self._parent,
-                tracer.resource,
-                self._attributes,
-                self._events,
-                self._links,
-                self._kind,
-                None,
-                self._status,
-                self._start,
-                self._end,
-                tracer.scope,
-            )
-        )
+        if not self._is_over("end"):
+            self._end_time = end_time or time_ns()
+            self._tracer.processor.on_end(self)
 
     # What actors, other instrumentations and processors may do to it.
 
@@ -169,7 +172,7 @@ class QuickSpan(Span):
         checked = BoundedAttributes(
             limits.max_event_attributes, attributes, max_value_len=limits.max_attribute_length
         )
-        self._events.append(Event(name, checked, timestamp or time_ns()))
+        self._events = [*self._events, Event(name, checked, timestamp or time_ns())]
 
     def add_link(self, context: SpanContext, attributes: Attributes = None) -> None:
         if not self._is_over("add_link"):
@@ -209,6 +212,7 @@ class QuickSpan(Span):
     def _checked(self) -> BoundedAttributes:
         if not isinstance(self._attributes, BoundedAttributes):
             limits = self._tracer.limits
+            self.known = None
             self._attributes = BoundedAttributes(
                 limits.max_span_attributes,
                 self._attributes,
@@ -218,6 +222,11 @@ class QuickSpan(Span):
         return self._attributes
 
     def _is_over(self, method: str) -> bool:
-        if self._end is not None:
+        if self._end_time is not None:
             logger.warning("%s was called on the span %r, which has ended.", method, self._name)
-        return self._end is not None
+        return self._end_time is not None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has nothing but a name, times and attributes, none of which was dropped."""
+        return not (self._events or self._links or self._status is not _UNSET or self.dropped_attributes)

@@ -87,8 +87,9 @@ def configure_telemetry(
         setup = _Setup(service_name, link_parents, shutdown_timeout)
         if logs:
             configure_logging()
-            setup.log_hook = BrokerHook(_add_log_context, _remove_log_context)
-            setup.log_hook.install()
+            if not telemetry_enabled():
+                setup.log_hook = BrokerHook(_add_log_context, _remove_log_context)
+                setup.log_hook.install()
         _setup = setup
         if start:
             start_telemetry()

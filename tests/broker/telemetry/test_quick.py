@@ -33,6 +33,7 @@ from dramatiq_jetstream.telemetry import conventions as c
 from dramatiq_jetstream.telemetry.carrier import extract_headers
 from dramatiq_jetstream.telemetry.encoding import encode
 from dramatiq_jetstream.telemetry.histograms import HistogramFeed
+from dramatiq_jetstream.telemetry.known import KnownAttributes
 from dramatiq_jetstream.telemetry.quick_spans import QuickTracer
 from dramatiq_jetstream.telemetry.tallies import Tallies
 
@@ -181,6 +182,22 @@ def test_many_spans_are_encoded_as_the_library_does() -> None:
         )
 
     assert flat(ours) == flat(theirs)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_known_attributes_are_encoded_once_and_right(action: str) -> None:
+    """Also when an actor has changed one of them: what is exported is what the span has."""
+    pipeline = Pipeline()
+    known = KnownAttributes({"a": "b", "queue": "q"})
+    for n in range(2):
+        span = pipeline.tracers[1].start_span(
+            "process q", Context(), SpanKind.CONSUMER, attributes={**known.attributes, "n": n}, known=known
+        )
+        span.note({"outcome": "done"})
+        ACTIONS[action](span)
+        span.end()
+    spans = pipeline.exporter.get_finished_spans()
+    assert ExportTraceServiceRequest.FromString(encode(spans)) == encode_spans(spans)
 
 
 @pytest.mark.parametrize("parent", [None, REMOTE, UNSAMPLED], ids=["root", "sampled", "unsampled"])
