@@ -464,12 +464,23 @@ class JetStreamBroker(Broker):
                 stream=self.names.queue_stream(queue_name),
                 durable=self.names.worker_durable(priority),
                 rank=rank,
-                ack_wait=self.ack_wait,
+                ack_wait=self.ack_wait_of(
+                    self.names.queue_stream(queue_name), self.names.worker_durable(priority)
+                ),
                 decode=self._decode,
             )
             for rank, priority in enumerate(self._priorities)
         ]
         return own + [make() for make in self.subscriptions.get(queue_name, {}).values()]
+
+    def ack_wait_of(self, stream: str, durable: str) -> int:
+        """The time after which the server redelivers, which for an older durable may not be what was declared.
+
+        In-progress signals must come in time for it. Without the permission to ask, the declared one must do.
+        """
+        if not self.declare:
+            return self.ack_wait
+        return min(self.ack_wait, topology.ack_wait(self.connection, stream, durable))
 
     def _decode(self, delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:
         """Make a message of what a queue's stream delivered; one that carries an event gets it decoded."""
@@ -621,7 +632,8 @@ class JetStreamBroker(Broker):
             raise QueueNotFound(queue_name)
         self._ensure_queue(queue_name)
         deadline = None if timeout is None else time.monotonic() + timeout / 1000
-        while queues.unfinished(self, queue_name, self._sources(queue_name)):
+        sources = self._sources(queue_name)
+        while queues.unfinished(self, queue_name, sources):
             if deadline is not None and time.monotonic() >= deadline:
                 raise QueueJoinTimeout(queue_name)
             time.sleep(interval / 1000)

@@ -22,6 +22,7 @@ from .naming import METADATA_SUBSCRIBER, Names, bucket_stream
 __all__ = [
     "ConsumerConfig",
     "StreamConfig",
+    "ack_wait",
     "bucket",
     "dead_letters",
     "ensure_consumer",
@@ -60,6 +61,10 @@ _VITAL = frozenset(
         "max_deliver",
     }
 )
+
+# The server's error numbers.
+_STREAM_EXISTS = 10058
+_CONSUMER_EXISTS = frozenset({10013, 10105, 10148})
 
 Json = dict[str, Any]
 
@@ -245,6 +250,12 @@ def _durable(
     )
 
 
+def ack_wait(connection: Connection, stream: str, durable: str) -> int:
+    """The `ack_wait` of an existing durable in milliseconds, whatever was declared."""
+    config = connection.api(f"CONSUMER.INFO.{stream}.{durable}")["config"]
+    return int(config["ack_wait"]) // MILLISECOND
+
+
 def ensure_stream(connection: Connection, config: StreamConfig, *, update: bool = False) -> str:
     """Create a stream if it is missing; return "created", "unchanged", "updated" or "differs".
 
@@ -259,7 +270,7 @@ def ensure_stream(connection: Connection, config: StreamConfig, *, update: bool 
             connection.api(f"STREAM.CREATE.{config.name}", wanted)
             return "created"
         except ApiError as error:
-            if error.err_code != 10058:  # another process was first, with other settings
+            if error.err_code != _STREAM_EXISTS:  # another process was first, with other settings
                 raise
             existing = connection.api(f"STREAM.INFO.{config.name}")["config"]
     differences = _compare(existing, wanted)
@@ -277,8 +288,13 @@ def ensure_consumer(connection: Connection, config: ConsumerConfig, *, update: b
     try:
         existing = connection.api(f"CONSUMER.INFO.{config.stream}.{config.name}")["config"]
     except NotFound:
-        _put_consumer(connection, config, wanted, "create")
-        return "created"
+        try:
+            _put_consumer(connection, config, wanted, "create")
+            return "created"
+        except ApiError as error:
+            if error.err_code not in _CONSUMER_EXISTS:  # another process was first, with other settings
+                raise
+            existing = connection.api(f"CONSUMER.INFO.{config.stream}.{config.name}")["config"]
     differences = _compare(existing, wanted)
     if not differences:
         return "unchanged"
