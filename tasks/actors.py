@@ -37,35 +37,44 @@ STEPS: Final = {
 }
 
 
-def _step(subject: str, event_type: type, queue: str) -> Callable[[Callable[[Any], None]], Any]:
+#: What a worker does first: orders that are under way are finished before others are begun, so that little
+#: stock is held at a time and an order's time does not grow with the number of those that wait.
+FINISH: Final = 0
+CONTINUE: Final = 10
+BEGIN: Final = 20
+
+
+def _step(
+    subject: str, event_type: type, queue: str, priority: int
+) -> Callable[[Callable[[Any], None]], Any]:
     return dramatiq.actor(
         subscribe=subscription(subject, event_type),
-        **app.step_options(queue),
+        **app.step_options(queue, priority),
     )
 
 
-@_step("ORDER.created", OrderCreated, "orders")
+@_step("ORDER.created", OrderCreated, "orders", BEGIN)
 def reserve_stock(event: OrderCreated) -> None:
     """Hold the order's items in stock, or reject the order."""
     bind_log_fields(order_id=event.order_id)
     app.saga().reserve(event)
 
 
-@_step("ORDER.reserved", OrderReserved, "payments")
+@_step("ORDER.reserved", OrderReserved, "payments", CONTINUE)
 def capture_payment(event: OrderReserved) -> None:
     """Capture the payment of an order whose items are held."""
     bind_log_fields(order_id=event.order_id)
     app.saga().pay(event)
 
 
-@_step("ORDER.paid", OrderPaid, "orders")
+@_step("ORDER.paid", OrderPaid, "orders", FINISH)
 def confirm_order(event: OrderPaid) -> None:
     """Confirm an order that is paid."""
     bind_log_fields(order_id=event.order_id)
     app.saga().confirm(event)
 
 
-@_step("ORDER.declined", OrderDeclined, "orders")
+@_step("ORDER.declined", OrderDeclined, "orders", FINISH)
 def release_stock(event: OrderDeclined) -> None:
     """Give back what was held for an order whose payment was declined."""
     bind_log_fields(order_id=event.order_id)
@@ -79,7 +88,7 @@ def _itself(event: Event) -> Event:
 # However long publishing fails, the failure is not given up: nobody would learn of it.
 @dramatiq.actor(
     subscribe=subscription(app.broker.names.all_dead, _itself),
-    **{**app.step_options("orders"), "max_retries": None},
+    **{**app.step_options("orders", FINISH), "max_retries": None},
 )
 def announce_failure(event: Event) -> None:
     """Publish that a step of an order was given up; its message is a dead letter."""
@@ -102,7 +111,7 @@ def _read(event: Event) -> Happened | None:
     return happened(decoded, event.sequence, event.time, event.headers)
 
 
-@dramatiq.actor(subscribe=subscription(SUBJECTS, _read), **app.step_options("projection"))
+@dramatiq.actor(subscribe=subscription(SUBJECTS, _read), **app.step_options("projection", FINISH))
 def project_event(what: Happened | None) -> None:
     """Add an event to its order's record."""
     if what is not None:

@@ -130,10 +130,15 @@ def saga() -> Saga:
     return Saga(stock_store(), gateway, publish, orders_store(), now)
 
 
-def step_options(queue: str) -> dict[str, Any]:
-    """Return what every actor of the saga is declared with."""
+def step_options(queue: str, priority: int) -> dict[str, Any]:
+    """Return what every actor of the saga is declared with.
+
+    Parameters:
+      priority: Dramatiq's: of what a worker has at hand it does the lowest first.
+    """
     return {
         "queue_name": queue,
+        "priority": priority,
         "max_retries": SETTINGS.retry_limit,
         "min_backoff": SETTINGS.retry_min_backoff,
         "max_backoff": SETTINGS.retry_max_backoff,

@@ -8,6 +8,7 @@ return the same charge.
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
@@ -32,6 +33,7 @@ class HttpGateway:
     def __init__(self, url: str, *, timeout: int) -> None:
         self._url = f"{url}/charges"
         self._timeout = timeout / 1000
+        self._prepared = requests.Request("POST", self._url).prepare()
         self._local = threading.local()
 
     def charge(self, order_id: str, amount: int, currency: str, token: str) -> Charge | Decline:
@@ -41,7 +43,7 @@ class HttpGateway:
           GatewayUnavailable: When no usable answer came.
         """
         body = {"order_id": order_id, "amount": amount, "currency": currency, "token": token}
-        response = self._post(body, {"Idempotency-Key": order_id})
+        response = self._post(body, order_id)
         answer = _json(response)
         if response.status_code in (200, 201) and answer.get("status") == "captured":
             if (answer.get("amount"), answer.get("currency")) != (amount, currency) or not answer.get("id"):
@@ -55,22 +57,32 @@ class HttpGateway:
         message = str(answer.get("message", ""))[:200]
         raise GatewayUnavailable(f"the payment gateway answered {response.status_code} {message}".rstrip())
 
-    def _post(self, body: dict[str, Any], headers: dict[str, str]) -> requests.Response:
+    def _new_session(self) -> requests.Session:
+        session = requests.Session()
+        # The environment is asked once, not for every charge: proxies, certificates, no .netrc.
+        session.proxies.update(requests.utils.get_environ_proxies(self._url))
+        session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+        session.trust_env = False
+        return session
+
+    def _post(self, body: dict[str, Any], key: str) -> requests.Response:
         # One session, so one kept-open connection, for each thread: sessions are not safe to share.
         session: requests.Session | None = getattr(self._local, "session", None)
         kept_open = session is not None
         if session is None:
-            session = self._local.session = requests.Session()
+            session = self._local.session = self._new_session()
+        # Preparing a request costs as much as sending it, so what is the same for all is prepared once.
+        request = self._prepared.copy()
+        request.headers["Idempotency-Key"] = key
+        request.prepare_body(data=None, files=None, json=body)
         try:
-            return session.post(
-                self._url, json=body, headers=headers, timeout=self._timeout, allow_redirects=False
-            )
+            return session.send(request, timeout=self._timeout, allow_redirects=False)
         except requests.ConnectionError as error:
             # A gateway may close a connection that was kept open; that says nothing about its health.
             if kept_open and error.args and isinstance(error.args[0], ProtocolError):
                 session.close()
                 del self._local.session
-                return self._post(body, headers)
+                return self._post(body, key)
             raise GatewayUnavailable(f"the payment gateway cannot be reached: {_cause(error)}") from None
         except requests.Timeout:
             raise GatewayUnavailable(

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,13 +36,16 @@ from . import money
 from .catalogue import CATALOGUE, CURRENCY
 from .events import name_of, order_id_of
 from .model import MAX_ID_LENGTH, MAX_ITEMS, HistoryEntry, Order, OrderLine
-from .ports import Bucket, Entry
+from .ports import Bucket
 from .saga import OUTCOMES
 
 BUCKET: Final = "orders"
 
 #: How long a projection competes with others for one record, in milliseconds.
 TIMEOUT: Final = 10_000
+
+#: How many records a process remembers, in order not to look at each before it adds to it.
+REMEMBERED: Final = 5_000
 
 _MAX_TEXT: Final = 500
 
@@ -68,11 +73,21 @@ def happened(event: Message, sequence: int, at: int, headers: Mapping[str, str])
     return Happened(event, sequence, at, parts[1] if traced else None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A record and its revision, 0 and None when there is none."""
+
+    stored: Stored | None
+    revision: int
+
+
 class Orders:
     """The records of all orders in their bucket."""
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
+        self._recent: OrderedDict[str, _Known] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, order_id: str) -> Order | None:
         """Return an order, None when no event of it was projected yet."""
@@ -93,29 +108,50 @@ class Orders:
         """
         order_id = order_id_of(happened.event)
         deadline = time.monotonic() + TIMEOUT / 1000
-        # The first event finds no record as a rule, so it does not look for one.
-        entry: Entry | None = None
-        look = not isinstance(happened.event, OrderCreated)
         while True:
-            if look:
-                entry = self._bucket.get(order_id)
-            stored = merge(None if entry is None else json.loads(entry.value), happened)
+            # A guess saves the look in most cases, and a wrong one is only found out by the compare-and-set.
+            known = self._guess(order_id, happened)
+            stored = merge(known.stored, happened)
             if stored is None:
-                return
-            value = json.dumps(stored, separators=(",", ":")).encode()
+                known = self._look(order_id)
+                stored = merge(known.stored, happened)
+                if stored is None:
+                    return
             try:
-                if entry is None:
-                    self._bucket.create(order_id, value)
-                else:
-                    self._bucket.update(order_id, value, revision=entry.revision)
+                self._remember(order_id, self._write(order_id, stored, known.revision))
                 return
             except (KeyExists, RevisionConflict):
-                look = True
+                self._remember(order_id, self._look(order_id))
                 if time.monotonic() > deadline:
                     raise OrderBusy(
                         f"the record of order {order_id} kept changing for {TIMEOUT} ms."
                     ) from None
                 time.sleep(random.uniform(0, 0.01))
+
+    def _guess(self, order_id: str, happened: Happened) -> _Known:
+        """Return the record as this process last saw it; that of a new order is missing as a rule."""
+        with self._lock:
+            known = self._recent.get(order_id)
+        if known is not None:
+            return known
+        return _Known(None, 0) if isinstance(happened.event, OrderCreated) else self._look(order_id)
+
+    def _look(self, order_id: str) -> _Known:
+        entry = self._bucket.get(order_id)
+        return _Known(None, 0) if entry is None else _Known(json.loads(entry.value), entry.revision)
+
+    def _write(self, order_id: str, stored: Stored, revision: int) -> _Known:
+        value = json.dumps(stored, separators=(",", ":")).encode()
+        if revision == 0:
+            return _Known(stored, self._bucket.create(order_id, value))
+        return _Known(stored, self._bucket.update(order_id, value, revision=revision))
+
+    def _remember(self, order_id: str, known: _Known) -> None:
+        with self._lock:
+            self._recent[order_id] = known
+            self._recent.move_to_end(order_id)
+            if len(self._recent) > REMEMBERED:
+                self._recent.popitem(last=False)
 
 
 def merge(stored: Stored | None, happened: Happened) -> Stored | None:

@@ -27,7 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 
@@ -65,23 +65,26 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """The value of `levels.all` at a revision."""
+    """The value of `levels.all` at a revision. Most notes are never looked at, so they stay as JSON."""
 
     pieces: Mapping[str, int]
-    pending: Mapping[str, Record]
+    pending: Mapping[str, Mapping[str, Any]]
     revision: int
 
     def encode(self) -> bytes:
         """Return the value as it is stored."""
-        pending = {order_id: record.to_json() for order_id, record in self.pending.items()}
-        return json.dumps({"pieces": self.pieces, "pending": pending}, separators=(",", ":")).encode()
+        return json.dumps({"pieces": self.pieces, "pending": self.pending}, separators=(",", ":")).encode()
 
     @classmethod
     def decode(cls, entry: Entry) -> Levels:
         """Return what `encode` stored."""
         stored = json.loads(entry.value)
-        pending = {order_id: Record.from_json(record) for order_id, record in stored["pending"].items()}
-        return cls(stored["pieces"], pending, entry.revision)
+        return cls(stored["pieces"], stored["pending"], entry.revision)
+
+    def note(self, order_id: str) -> Record | None:
+        """Return the decision about an order that is noted here."""
+        noted = self.pending.get(order_id)
+        return None if noted is None else Record.from_json(noted)
 
 
 class _Change:
@@ -129,6 +132,7 @@ class Stock:
         self._timeout = timeout
         self._sweep_after = sweep_after
         self._levels: Levels | None = None
+        self._heard: Entry | None = None
         self._waiting: deque[_Change] = deque()
         self._turn = threading.Lock()
         # Decisions of pending whose records we have written, by order and state.
@@ -148,9 +152,12 @@ class Stock:
         return None if entry is None else Found(Record.decode(entry.value), entry.revision)
 
     def heard(self, entry: Entry) -> None:
-        """Take note of newer levels; for a watch, so that fewer decisions are made on outdated ones."""
+        """Take note of newer levels; for a watch, so that fewer decisions are made on outdated ones.
+
+        They are read when they are needed, because most are outdated before that.
+        """
         if entry.key == LEVELS:
-            self._learn(Levels.decode(entry))
+            self._heard = entry
 
     # Changing
 
@@ -239,20 +246,23 @@ class Stock:
         """Make every decision on the levels that are known; False when those are outdated."""
         levels = self._known()
         pieces = {**self._initial, **levels.pieces}
-        pending = dict(levels.pending)
+        decisions: dict[str, Record] = {}
         results: list[tuple[_Change, Record, bool]] = []
         for change in batch:
             if change.seen_at < levels.revision:
                 self._look(change)
-            current = _current(change.existing, pending.get(change.order_id))
+            # One order may be in the batch twice: the second sees what the first decided.
+            noted = decisions.get(change.order_id) or levels.note(change.order_id)
+            current = _current(change.existing, noted)
             decided = change.decide(current, pieces)
             if decided is not None:
-                pending[change.order_id] = decided
+                decisions[change.order_id] = decided
             result = decided or current
             assert result is not None, "what is not decided is recorded"
             results.append((change, result, decided is not None))
-        if any(fresh for _, _, fresh in results):
-            self._drop_written(levels, pending)
+        if decisions:
+            kept = self._without_written(levels, decisions)
+            pending = {**kept, **{order_id: record.to_json() for order_id, record in decisions.items()}}
             newer = Levels(pieces, pending, 0)
             try:
                 revision = self._bucket.update(LEVELS, newer.encode(), revision=levels.revision)
@@ -260,7 +270,7 @@ class Stock:
                 return False
             self._learn(Levels(pieces, pending, revision))
             with self._lock:
-                self._written &= {(order_id, record.state) for order_id, record in pending.items()}
+                self._written &= {(order_id, noted["state"]) for order_id, noted in pending.items()}
         for change, result, fresh in results:
             change.result, change.fresh = result, fresh
         return True
@@ -288,28 +298,34 @@ class Stock:
                 raise
             return found
 
-    def _drop_written(self, levels: Levels, pending: dict[str, Record]) -> None:
-        """Drop the notes whose records are written: ours, and a few that a killed process has left."""
+    def _without_written(self, levels: Levels, decisions: Mapping[str, Record]) -> dict[str, Any]:
+        """Return the notes without those whose records are written: ours, and a few that were left behind."""
         oldest = self._now() - self._sweep_after
         swept = 0
         with self._lock:
             written = set(self._written)
-        for order_id, record in levels.pending.items():
-            if pending[order_id] is not record:
-                continue  # decided anew just now
-            if (order_id, record.state) not in written:
-                if swept == _SWEPT_AT_ONCE or record.at[record.state] > oldest:
-                    continue
+        kept: dict[str, Any] = {}
+        for order_id, noted in levels.pending.items():
+            state = noted["state"]
+            if (order_id, state) in written or order_id in decisions:
+                continue
+            if swept < _SWEPT_AT_ONCE and noted["at"][state] <= oldest:
                 swept += 1
+                record = Record.from_json(noted)
                 existing = self.find(order_id)
                 if _current(existing, record) is record:
                     self._write(order_id, existing, record)
-            del pending[order_id]
+            else:
+                kept[order_id] = noted
+        return kept
 
     # The levels
 
     def _known(self) -> Levels:
-        if self._levels is None:
+        heard, known = self._heard, self._levels
+        if heard is not None and (known is None or heard.revision > known.revision):
+            self._learn(Levels.decode(heard))
+        elif known is None:
             self._learn(self._read())
         assert self._levels is not None
         return self._levels

@@ -51,6 +51,8 @@ class Service:
         self.orders_bucket = FakeBucket(self.world.pause)
         self.gateway = FakeGateway(self.world.pause)
         self.stream = FakeStream(self.world.pause, window=window)
+        # Two processes that keep the read model; each remembers what it saw.
+        self.projectors = itertools.cycle([Orders(self.orders_bucket), Orders(self.orders_bucket)])
         self.clock = itertools.count(1_000)
         self.pending: list[tuple[str, FakeStored]] = []
         self.running: list[tuple[Task, tuple[str, FakeStored]]] = []
@@ -76,7 +78,7 @@ class Service:
     def start(self, delivery: tuple[str, FakeStored]) -> None:
         step, stored = delivery
         if step == "project":
-            orders = Orders(self.orders_bucket)
+            orders = next(self.projectors)
             task = self.world.start(
                 step, lambda: orders.project(Happened(stored.event, stored.sequence, stored.sequence))
             )
@@ -118,8 +120,9 @@ class Service:
         """At every moment: what is available and what orders hold, by record or by note, is what there was."""
         levels = self.levels()
         records = self.records()
-        for order_id, noted in levels.pending.items():
-            record = records.get(order_id)
+        for order_id in levels.pending:
+            record, noted = records.get(order_id), levels.note(order_id)
+            assert noted is not None
             if record is None or (record.state, noted.state) == ("declined", "released"):
                 records[order_id] = noted
         taken: Counter[str] = Counter()
