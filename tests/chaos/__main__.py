@@ -1,0 +1,124 @@
+"""Random faults under load, then the books are checked: `python -m tests.chaos --minutes 10`.
+
+The seed is printed; with `--seed` the same faults come in the same order again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.chaos import network, report
+from tests.chaos.faults import BY_NAME, Fault, mixed, possible
+from tests.chaos.fleet import Topology
+from tests.chaos.network import Network
+from tests.chaos.trial import Result, run
+
+
+def schedule(
+    topology: str, names: list[str] | None, seconds: float, choice: random.Random
+) -> Iterator[Fault]:
+    """Yield faults until the time is over: each alone in random order, then several at once, and again."""
+    deadline = time.monotonic() + seconds
+    among = possible(topology, names)
+    first = True
+    while first or time.monotonic() < deadline:
+        for fault in choice.sample(among, len(among)):
+            if not first and time.monotonic() > deadline:
+                return
+            yield fault
+        if len(among) > 1:
+            yield mixed(among)
+        first = False
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos", description="Random faults under load; then the books are checked."
+    )
+    parser.add_argument("--minutes", type=float, default=2.0, help="how long faults are injected, altogether")
+    parser.add_argument("--seed", type=int, help="draw the same faults again")
+    parser.add_argument("--topology", choices=("single", "cluster", "both"), default="both")
+    parser.add_argument("--faults", help=f"only these, separated by commas: {', '.join(BY_NAME)}")
+    parser.add_argument("--rate", type=float, default=6.0, help="orders a second")
+    parser.add_argument(
+        "--settle", type=float, default=60.0, help="seconds within which all must be finished"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="processes of each of the two worker fleets")
+    parser.add_argument("--keep", type=Path, help="keep logs and stores in this directory")
+    options = parser.parse_args(arguments)
+
+    names = options.faults.split(",") if options.faults else None
+    if names and (unknown := set(names) - BY_NAME.keys()):
+        parser.error(f"there is no fault {', '.join(sorted(unknown))}; there are {', '.join(BY_NAME)}")
+    seed = options.seed if options.seed is not None else secrets.randbelow(2**31)
+    print(f"seed {seed}; {report.machine()}; again with: --seed {seed}", flush=True)
+    reason = network.available()
+    if reason is not None:
+        print(f"no network is cut: that {reason}", flush=True)
+    topologies: list[Topology] = ["single", "cluster"] if options.topology == "both" else [options.topology]
+
+    results: list[Result] = []
+    for number, topology in enumerate(topologies):
+        choice = random.Random(f"{seed}.{topology}")
+        seconds = 60 * options.minutes / len(topologies)
+        with _directory(options.keep, topology) as directory:
+            results.append(
+                _run(topology, schedule(topology, names, seconds, choice), directory, seed + number, options)
+            )
+        print("\n".join(report.verdict_lines(results[-1])), flush=True)
+    print(f"\n{report.table(results)}\n")
+    print(f"written to {os.path.relpath(report.write(results, seed, options.minutes))}")
+    kept = all(result.kept for result in results)
+    print("every promise was kept" if kept else "PROMISES WERE BROKEN")
+    return 0 if kept else 1
+
+
+def _run(
+    topology: Topology, faults: Iterator[Fault], directory: Path, seed: int, options: argparse.Namespace
+) -> Result:
+    namespaces = Network().open() if topology == "cluster" and network.available() is None else None
+    try:
+        return run(
+            topology,
+            faults,
+            directory=directory,
+            seed=seed,
+            rate=options.rate,
+            settle=options.settle,
+            say=lambda line: print(line, flush=True),
+            network=namespaces,
+            processes=options.processes,
+        )
+    finally:
+        if namespaces is not None:
+            namespaces.close()
+
+
+class _directory:  # noqa: N801 - a context manager, written as a function would be
+    """A directory for one run: temporary, or kept."""
+
+    def __init__(self, keep: Path | None, topology: str) -> None:
+        self._temporary = None if keep else tempfile.TemporaryDirectory(prefix="chaos-")
+        self._path = (
+            (keep / topology).absolute() if keep else Path(self._temporary.name)  # type: ignore[union-attr]
+        )
+
+    def __enter__(self) -> Path:
+        self._path.mkdir(parents=True, exist_ok=True)
+        return self._path
+
+    def __exit__(self, *_: object) -> None:
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

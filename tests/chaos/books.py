@@ -1,0 +1,270 @@
+"""Reads what there is: the client's log, the stream, the buckets, the dead letters, the queues, the charges.
+
+With plain nats-py and HTTP, and without the code that is under test: only the names on the wire and the
+protobuf contract are shared with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nats
+import requests
+from nats.errors import TimeoutError as NatsTimeout
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+from nats.js.client import JetStreamContext
+from nats.js.errors import NotFoundError
+
+from orders.v1.events_pb2 import (
+    OrderConfirmed,
+    OrderCreated,
+    OrderDeclined,
+    OrderFailed,
+    OrderPaid,
+    OrderRejected,
+    OrderReserved,
+)
+
+EVENTS = {
+    "created": OrderCreated,
+    "reserved": OrderReserved,
+    "rejected": OrderRejected,
+    "paid": OrderPaid,
+    "declined": OrderDeclined,
+    "confirmed": OrderConfirmed,
+    "failed": OrderFailed,
+}
+FINAL = frozenset({"confirmed", "rejected"})
+QUEUES = ("orders", "payments", "projection")
+
+# A consumer that reads a whole stream once may take this long altogether, in seconds.
+_PATIENCE = 30.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event in the stream; `quantities` of a created or reserved one, `total` in minor units."""
+
+    sequence: int
+    name: str
+    order_id: str
+    at: float
+    customer_id: str = ""
+    quantities: Mapping[str, int] = field(default_factory=dict)
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Books:
+    """Everything that the checker looks at.
+
+    Attributes:
+      log: The client's log.
+      stock_before, stock_after: Pieces of every sku.
+      model: The read model: the names of the events of each order.
+      charges: The gateway's, one mapping each: order_id, status, amount, key.
+      dead: The dead letters: actor and reason.
+      queues: What waits, by queue, and by consumer of the stream of events.
+    """
+
+    log: list[dict[str, Any]]
+    events: list[Event]
+    stock_before: dict[str, int]
+    stock_after: dict[str, int]
+    model: dict[str, frozenset[str]]
+    charges: list[dict[str, Any]]
+    dead: list[dict[str, str]]
+    queues: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Stored:
+    sequence: int
+    subject: str
+    data: bytes
+    headers: Mapping[str, str]
+    at: float
+
+
+def read_books(nats_url: str, gateway_url: str, log: Path, stock_before: dict[str, int]) -> Books:
+    """Read everything."""
+
+    async def read(js: JetStreamContext) -> Books:
+        events = [event for stored in await _stream(js, "ORDERS") for event in _event(stored)]
+        model = {
+            stored.subject.removeprefix("$KV.dramatiq-orders."): frozenset(
+                name.partition(".")[0] for name in json.loads(stored.data)["events"]
+            )
+            for stored in await _stream(js, "KV_dramatiq-orders")
+        }
+        return Books(
+            log=read_log(log),
+            events=events,
+            stock_before=stock_before,
+            stock_after=await _stock(js),
+            model=model,
+            charges=read_charges(gateway_url),
+            dead=[
+                {
+                    "actor": stored.headers.get("Dramatiq-Dead-Actor", ""),
+                    "reason": stored.headers.get("Dramatiq-Dead-Reason", ""),
+                    "error": stored.headers.get("Dramatiq-Dead-Error", "")[:200],
+                }
+                for stored in await _stream(js, "dramatiq_dead")
+            ],
+            queues=await _waiting(js),
+        )
+
+    return _run(nats_url, read)
+
+
+def read_events(nats_url: str, start: int = 1) -> list[Event]:
+    """Read the events from a sequence on."""
+
+    async def read(js: JetStreamContext) -> list[Event]:
+        return [event for stored in await _stream(js, "ORDERS", start) for event in _event(stored)]
+
+    return _run(nats_url, read)
+
+
+def read_stock(nats_url: str) -> dict[str, int]:
+    """Read the pieces of every sku."""
+    return _run(nats_url, _stock)
+
+
+def read_waiting(nats_url: str) -> dict[str, int]:
+    """Read what waits in the queues and at the consumers of events."""
+    return _run(nats_url, _waiting)
+
+
+def count_dead(nats_url: str) -> int:
+    """Count the dead letters."""
+
+    async def read(js: JetStreamContext) -> int:
+        return len(await _stream(js, "dramatiq_dead"))
+
+    return _run(nats_url, read)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_charges(gateway_url: str) -> list[dict[str, Any]]:
+    """Read all charges from the gateway, page by page."""
+    found: list[dict[str, Any]] = []
+    after: int | None = 0
+    while after is not None:
+        answer = requests.get(f"{gateway_url}/charges", params={"after": after, "limit": 5_000}, timeout=20)
+        page = answer.json()
+        found += page["charges"]
+        after = page["next"]
+    return found
+
+
+def _run(url: str, read: Any) -> Any:
+    async def run() -> Any:
+        async def ignore(_error: Exception) -> None:
+            pass
+
+        client = await nats.connect(url.split(","), connect_timeout=5, allow_reconnect=False, error_cb=ignore)
+        try:
+            return await asyncio.wait_for(read(client.jetstream(timeout=10)), _PATIENCE)
+        finally:
+            await client.close()
+
+    return asyncio.run(run())
+
+
+async def _stream(js: JetStreamContext, name: str, start: int = 1) -> list[Stored]:
+    """Read a stream of which nothing is taken by reading."""
+    try:
+        state = (await js.stream_info(name)).state
+    except NotFoundError:
+        return []
+    last = state.last_seq
+    if state.messages == 0 or last < start:
+        return []
+    subscription = await js.pull_subscribe(
+        ">",
+        stream=name,
+        config=ConsumerConfig(
+            deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+            opt_start_seq=max(start, state.first_seq, 1),
+            ack_policy=AckPolicy.NONE,
+            num_replicas=1,
+            mem_storage=True,
+            inactive_threshold=60.0,
+        ),
+    )
+    found: list[Stored] = []
+    try:
+        pending = True
+        while pending:
+            try:
+                batch = await subscription.fetch(500, timeout=5)
+            except NatsTimeout:
+                raise TimeoutError(f"{name} could be read up to {len(found)} messages only") from None
+            for message in batch:
+                meta = message.metadata
+                found.append(
+                    Stored(
+                        meta.sequence.stream,
+                        message.subject,
+                        message.data,
+                        message.headers or {},
+                        meta.timestamp.timestamp(),
+                    )
+                )
+                pending = meta.num_pending > 0 and meta.sequence.stream < last
+    finally:
+        await subscription.unsubscribe()
+    return found
+
+
+def _event(stored: Stored) -> list[Event]:
+    """Return the event of a message, nothing for what is none."""
+    name = stored.subject.removeprefix("ORDER.")
+    if name not in EVENTS:
+        return []
+    event: Any = EVENTS[name]()
+    event.ParseFromString(stored.data)
+    quantities: dict[str, int] = {}
+    for item in getattr(event, "items", ()):
+        quantities[item.sku] = quantities.get(item.sku, 0) + item.quantity
+    return [
+        Event(
+            stored.sequence,
+            name,
+            event.order_id,
+            stored.at,
+            getattr(event, "customer_id", ""),
+            quantities,
+            getattr(event, "total_minor", 0),
+        )
+    ]
+
+
+async def _stock(js: JetStreamContext) -> dict[str, int]:
+    prefix = "$KV.dramatiq-stock.sku."
+    return {
+        stored.subject.removeprefix(prefix): int(stored.data)
+        for stored in await _stream(js, "KV_dramatiq-stock")
+        if stored.subject.startswith(prefix)
+    }
+
+
+async def _waiting(js: JetStreamContext) -> dict[str, int]:
+    waiting: dict[str, int] = {}
+    for queue in QUEUES:
+        waiting[f"queue {queue}"] = (await js.stream_info(f"dramatiq_q_{queue}")).state.messages
+    for consumer in await js.consumers_info("ORDERS"):
+        if consumer.config.durable_name:
+            unsettled = (consumer.num_pending or 0) + (consumer.num_ack_pending or 0)
+            waiting[f"events for {consumer.name}"] = unsettled
+    return waiting

@@ -1,0 +1,192 @@
+"""Holds the books against each other and says, for each promise, whether it was kept.
+
+Nothing here knows how the service works: only what it promised.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tests.chaos.books import FINAL, Books, Event
+
+#: How many culprits a verdict names.
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a promise was kept, and the numbers."""
+
+    promise: str
+    kept: bool
+    numbers: str
+    culprits: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        named = f" [{', '.join(self.culprits[:_NAMED])}]" if self.culprits else ""
+        return f"{'ok    ' if self.kept else 'BROKEN'}  {self.promise}: {self.numbers}{named}"
+
+
+def check(books: Books) -> list[Verdict]:
+    """Return a verdict on every promise."""
+    return [
+        accepted_is_stored(books),
+        one_final_status(books),
+        one_order_each(books),
+        charged_once(books),
+        stock_conserved(books),
+        all_accounted(books),
+        nothing_waits(books),
+        model_agrees(books),
+    ]
+
+
+def accepted_is_stored(books: Books) -> Verdict:
+    """Every order that was answered 202, or whose event was acknowledged, is in the stream."""
+    accepted = accepted_orders(books)
+    stored = {event.order_id for event in books.events if event.name == "created"}
+    lost = accepted - stored
+    return _verdict("accepted orders are stored", lost, f"{len(accepted)} accepted, {len(lost)} lost")
+
+
+def one_final_status(books: Books) -> Verdict:
+    """Every order in the stream has exactly one final status."""
+    names = _names(books.events)
+    none = {order_id for order_id, its in names.items() if not its & FINAL}
+    two = {order_id for order_id, its in names.items() if its >= FINAL}
+    never = {order_id for order_id, its in names.items() if "created" not in its}
+    return _verdict(
+        "each order has one final status",
+        none | two | never,
+        f"{len(names)} orders, {len(none)} without, {len(two)} with two, {len(never)} never created",
+    )
+
+
+def one_order_each(books: Books) -> Verdict:
+    """What the client asked for once is one order, however often it asked."""
+    asked: defaultdict[str, set[str]] = defaultdict(set)
+    for event in books.events:
+        if event.name == "created":
+            asked[event.customer_id].add(event.order_id)
+    for entry in books.log:
+        if entry["accepted"]:
+            asked[entry["customer_id"]].add(entry["order_id"])
+    twice = {customer for customer, orders in asked.items() if len(orders) > 1}
+    repeats = len(books.log) - len({entry["key"] for entry in books.log})
+    return _verdict(
+        "a request that is repeated is one order",
+        twice,
+        f"{len(asked)} requests, sent again {repeats} times, {len(twice)} became more than one order",
+    )
+
+
+def charged_once(books: Books) -> Verdict:
+    """Every confirmed order has exactly one captured charge of its total, every other order none."""
+    confirmed = {event.order_id: event.total for event in books.events if event.name == "confirmed"}
+    captured = [charge for charge in books.charges if charge["status"] == "captured"]
+    count = Counter(charge["order_id"] for charge in captured)
+    uncharged = {order_id for order_id in confirmed if count[order_id] == 0}
+    doubly = {order_id for order_id, times in count.items() if times > 1}
+    others = set(count) - set(confirmed)
+    wrong = {
+        charge["order_id"]
+        for charge in captured
+        if charge["order_id"] in confirmed and charge["amount"] != confirmed[charge["order_id"]]
+    }
+    return _verdict(
+        "a confirmed order is charged once, no other at all",
+        uncharged | doubly | others | wrong,
+        f"{len(confirmed)} confirmed, {len(captured)} charges; {len(uncharged)} not charged, {len(doubly)} twice,"
+        f" {len(others)} though not confirmed, {len(wrong)} another amount",
+    )
+
+
+def stock_conserved(books: Books) -> Verdict:
+    """Stock at the start = stock at the end + what confirmed orders took; and it is never negative."""
+    confirmed = {event.order_id for event in books.events if event.name == "confirmed"}
+    sold: Counter[str] = Counter()
+    for order_id, quantities in _taken(books.events).items():
+        if order_id in confirmed:
+            sold.update(quantities)
+    wrong = {
+        f"{sku}: {before} at the start, {sold[sku]} sold, {books.stock_after.get(sku)} left"
+        for sku, before in books.stock_before.items()
+        if books.stock_after.get(sku) != before - sold[sku]
+    }
+    negative = {f"{sku}: {left}" for sku, left in books.stock_after.items() if left < 0}
+    return _verdict(
+        "stock at the start = stock at the end + confirmed",
+        wrong | negative,
+        f"{sum(books.stock_before.values())} = {sum(books.stock_after.values())} + {sold.total()},"
+        f" {len(wrong)} products differ, {len(negative)} negative",
+    )
+
+
+def all_accounted(books: Books) -> Verdict:
+    """Finished + failed with a dead letter + waiting = everything that entered."""
+    names = _names(books.events)
+    entered = accepted_orders(books) | {order_id for order_id, its in names.items() if "created" in its}
+    finished = {order_id for order_id in entered if names.get(order_id, set()) & FINAL}
+    rest = entered - finished
+    waiting, dead = sum(books.queues.values()), len(books.dead)
+    missing = max(0, len(rest) - waiting - dead)
+    return Verdict(
+        "finished + dead letters + waiting = entered",
+        missing == 0,
+        f"{len(entered)} entered, {len(finished)} finished, {len(rest)} not; {dead} dead letters, {waiting} waiting,"
+        f" {missing} nowhere",
+        tuple(sorted(rest)) if missing else (),
+    )
+
+
+def nothing_waits(books: Books) -> Verdict:
+    """After the time allowed nothing waits any more, and every dead letter was replayed to completion."""
+    waiting = {f"{count} in {where}" for where, count in books.queues.items() if count}
+    dead = {f"{letter['actor']}: {letter['reason']}: {letter['error']}" for letter in books.dead}
+    return _verdict(
+        "nothing is stuck",
+        waiting | dead,
+        f"{sum(books.queues.values())} waiting, {len(books.dead)} dead letters",
+    )
+
+
+def model_agrees(books: Books) -> Verdict:
+    """The read model has the events that the stream has."""
+    names = _names(books.events)
+    differ = {order_id for order_id in names.keys() | books.model.keys() if _differs(books, names, order_id)}
+    return _verdict(
+        "the read model says what the stream says",
+        differ,
+        f"{len(books.model)} records, {len(names)} orders, {len(differ)} differ",
+    )
+
+
+def accepted_orders(books: Books) -> set[str]:
+    """Return the orders that the client was told are accepted."""
+    return {entry["order_id"] for entry in books.log if entry["accepted"]}
+
+
+def _differs(books: Books, names: dict[str, set[str]], order_id: str) -> bool:
+    return set(books.model.get(order_id, frozenset())) != names.get(order_id, set())
+
+
+def _names(events: Iterable[Event]) -> dict[str, set[str]]:
+    names: defaultdict[str, set[str]] = defaultdict(set)
+    for event in events:
+        names[event.order_id].add(event.name)
+    return dict(names)
+
+
+def _taken(events: Iterable[Event]) -> dict[str, dict[str, int]]:
+    """Return what each order holds: of the first event with its id, for a second one is no second order."""
+    taken: dict[str, dict[str, int]] = {}
+    for event in sorted(events, key=lambda event: event.sequence):
+        if event.name == "created":
+            taken.setdefault(event.order_id, dict(event.quantities))
+    return taken
+
+
+def _verdict(promise: str, culprits: set[str], numbers: str) -> Verdict:
+    return Verdict(promise, not culprits, numbers, tuple(sorted(culprits)))

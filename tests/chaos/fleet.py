@@ -1,0 +1,273 @@
+"""The whole service as real processes that a fault may hit, restarted as a platform would restart them."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal
+
+import requests
+
+from dramatiq_jetstream.cluster import NatsCluster
+from dramatiq_jetstream.server import NatsServer, free_port
+from tests.chaos.network import CLIENTS, NODES, IsolatedCluster, Network
+from tests.support.polling import eventually
+from tests.support.processes import REPOSITORY, WORKER_READY, Process, children
+
+Topology = Literal["single", "cluster"]
+
+ACK_WAIT = 3_000
+PAYMENT_TIMEOUT = 1_000
+
+SETTINGS = {
+    "ACK_WAIT": str(ACK_WAIT),
+    "PAYMENT_TIMEOUT": str(PAYMENT_TIMEOUT),
+    "ACCEPT_TIMEOUT": "3000",
+    # So few that a gateway that is away for seconds exhausts them: dead letters are part of the test.
+    "RETRY_LIMIT": "5",
+    "RETRY_MIN_BACKOFF": "100",
+    "RETRY_MAX_BACKOFF": "1000",
+    "OTEL_SDK_DISABLED": "true",
+}
+
+#: How soon a process that has ended is started again, in seconds.
+RESTART_DELAY = 0.5
+
+
+class Fleet:
+    """nats-server (one, or three of which every stream has three replicas), gateway, gunicorn, two worker fleets.
+
+    Parameters:
+      directory: Where everything is kept.
+      network: The namespaces to run a cluster in; None runs it on the loopback, where nothing can be cut.
+      modules: Further modules that the workers import: a broken build for the test of the checker.
+      processes: Worker processes of each of the two worker fleets.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        topology: Topology,
+        *,
+        network: Network | None = None,
+        modules: Sequence[str] = (),
+        processes: int = 1,
+        threads: int = 4,
+    ) -> None:
+        self.directory = directory
+        self.topology = topology
+        self.network = network
+        self.journal = directory / "runs.jsonl"
+        self.journal.touch()
+        self.nats: NatsServer | NatsCluster
+        if topology == "single":
+            self.nats = NatsServer(store_dir=directory / "nats")
+        elif network is not None:
+            self.nats = IsolatedCluster(directory / "nats", network)
+        else:
+            self.nats = NatsCluster(store_dir=directory / "nats")
+        self.host = "127.0.0.1" if network is None else network.service_address
+        self._ports = (8001, 8000) if network is not None else (free_port(), free_port())
+        self.gateway_url = f"http://{self.host}:{self._ports[0]}"
+        self.url = f"http://{self.host}:{self._ports[1]}"
+        self._modules = list(modules)
+        self._processes = processes
+        self._threads = threads
+        self._exit = ExitStack()
+        self._supervisor: Supervisor | None = None
+        #: Held by whatever stops servers or cuts the network: two of those at once would leave no quorum.
+        self.store_lock = threading.Lock()
+
+    @property
+    def nodes(self) -> list[NatsServer]:
+        return self.nats.nodes if isinstance(self.nats, NatsCluster) else [self.nats]
+
+    @property
+    def nats_url(self) -> str:
+        return ",".join(node.url for node in self.nodes)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **SETTINGS,
+            "NATS_URL": self.nats_url,
+            "REPLICAS": "1" if self.topology == "single" else "3",
+            "PAYMENT_URL": self.gateway_url,
+            "CHAOS_JOURNAL": str(self.journal),
+        }
+
+    def __enter__(self) -> Fleet:
+        with ExitStack() as starting:
+            starting.enter_context(self.nats)
+            self._setup()
+            self.gateway = starting.enter_context(self._gateway())
+            self.web = starting.enter_context(self._web())
+            self.workers = [starting.enter_context(self._workers(number)) for number in (1, 2)]
+            for workers in self.workers:
+                workers.wait_for_output(WORKER_READY, count=self._processes, timeout=60)
+            eventually(self.healthy, timeout=60, interval=0.2, message="the front end did not get ready")
+            self._supervisor = Supervisor([self.web, *self.workers])
+            starting.callback(self._supervisor.close)
+            self._exit = starting.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # What a fault has stopped or cut must move again before it can be told to end.
+        if self.network is not None:
+            self.network.heal()
+        if self._supervisor is not None:
+            self._supervisor.close()
+        for process in (self.web, *self.workers, self.gateway):
+            process.kill()
+        self._exit.close()
+
+    def _setup(self) -> None:
+        setup = Process(
+            self._isolated([sys.executable, "-m", "dramatiq_jetstream.cli", "setup", "tasks"]),
+            log=self.directory / "setup.log",
+            env=self.environment,
+        )
+        code = setup.start().wait(timeout=60)
+        assert code == 0, f"`fleet setup tasks` ended with {code}:\n{setup.output[-2000:]}"
+
+    def _gateway(self) -> Process:
+        command = [
+            *(sys.executable, "-m", "tasks.payments_stand_in", "--host", self.host),
+            *("--port", str(self._ports[0]), "--database", str(self.directory / "payments.sqlite")),
+        ]
+        return Process(self._isolated(command), log=self.directory / "gateway.log")
+
+    def _web(self) -> Process:
+        command = [sys.executable, "-m", "gunicorn", "-c", "web/gunicorn.conf.py", "web:create_app()"]
+        return Process(
+            self._isolated(command),
+            log=self.directory / "web.log",
+            env={
+                **self.environment,
+                "HOST": self.host,
+                "PORT": str(self._ports[1]),
+                "WEB_CONCURRENCY": "2",
+                "WEB_THREADS": "8",
+            },
+        )
+
+    def _workers(self, number: int) -> Process:
+        command = [
+            *(sys.executable, "-m", "dramatiq", "tasks", "tests.chaos.journal", *self._modules),
+            *("--processes", str(self._processes), "--threads", str(self._threads)),
+        ]
+        return Process(
+            self._isolated(command),
+            log=self.directory / f"workers-{number}.log",
+            env=self.environment,
+            path=[REPOSITORY],
+        )
+
+    def _isolated(self, command: list[str]) -> list[str]:
+        return command if self.network is None else [*self.network.command(CLIENTS), *command]
+
+    @property
+    def restarts(self) -> int:
+        """How many processes were started again."""
+        return self._supervisor.restarts if self._supervisor else 0
+
+    def healthy(self) -> bool:
+        """Whether the front end says that it can take orders."""
+        try:
+            return requests.get(f"{self.url}/health", timeout=5).status_code == 200
+        except (requests.ConnectionError, requests.Timeout):
+            return False
+
+    def knobs(self, **changes: object) -> None:
+        """Change how the payment gateway behaves."""
+        answer = requests.put(f"{self.gateway_url}/knobs", json=changes, timeout=10)
+        assert answer.status_code == 200, answer.text
+
+    def worker_pids(self) -> list[int]:
+        """Return the pids of all worker processes, not of their masters."""
+        return [pid for master in self.workers if master.running for pid in workers_of(master.pid)]
+
+    def leader(self) -> NatsServer:
+        """Return the node that leads the stream of orders."""
+        return self.nats.leader_of("ORDERS") if isinstance(self.nats, NatsCluster) else self.nats
+
+    def kill_node(self, node: NatsServer, down: float) -> None:
+        """kill -9 a nats-server and start it again after `down` seconds, on the same store."""
+        node.kill()
+        time.sleep(down)
+        node.start()
+        if isinstance(self.nats, NatsCluster):
+            self.nats.wait_until_ready()
+
+    def isolate_node(self, name: str, seconds: float) -> None:
+        """Cut a node off from the other nodes; the service still reaches all of them."""
+        assert self.network is not None, "only namespaces can be cut"
+        for other in NODES:
+            if other != name:
+                self.network.cut(name, other)
+        time.sleep(seconds)
+        self.network.heal()
+
+    def isolate_service(self, seconds: float) -> None:
+        """Cut the service's processes off from all nodes."""
+        assert self.network is not None, "only namespaces can be cut"
+        for node in NODES:
+            self.network.cut(CLIENTS, node)
+        time.sleep(seconds)
+        self.network.heal()
+
+
+class Supervisor:
+    """Starts what has ended again, and kills what it left behind, as a platform does that restarts a container."""
+
+    def __init__(self, processes: Sequence[Process]) -> None:
+        self.restarts = 0
+        self._processes = processes
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(15)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(0.1):
+            for process in self._processes:
+                if not process.running and not self._closed.is_set():
+                    process.kill()
+                    if self._closed.wait(RESTART_DELAY):
+                        return
+                    process.start()
+                    self.restarts += 1
+
+
+def workers_of(master: int) -> list[int]:
+    """Return the worker processes of a dramatiq master; it has other children, of multiprocessing, beside them."""
+    return [pid for pid in children(master) if "resource_tracker" not in command_of(pid)]
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process that may have ended."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def pick(pids: Sequence[int], choice: random.Random) -> int | None:
+    return choice.choice(sorted(pids)) if pids else None

@@ -1,0 +1,139 @@
+"""The checker finds what a broken build would do: a promise that cannot be broken proves nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.books import Books, Event
+from tests.chaos.checker import check
+from tests.chaos.faults import BY_NAME
+from tests.chaos.trial import run
+
+
+def _event(sequence: int, name: str, order_id: str, **facts: Any) -> Event:
+    return Event(sequence, name, order_id, float(sequence), **facts)
+
+
+@pytest.fixture
+def books() -> Books:
+    """The books of two orders, one confirmed and one declined, as they should be."""
+    events = [
+        _event(1, "created", "a", customer_id="c-a", quantities={"MUG-01": 2}),
+        _event(2, "created", "b", customer_id="c-b", quantities={"MUG-01": 1}),
+        _event(3, "reserved", "a"),
+        _event(4, "reserved", "b"),
+        _event(5, "paid", "a"),
+        _event(6, "declined", "b"),
+        _event(7, "confirmed", "a", total=2_000),
+        _event(8, "rejected", "b"),
+    ]
+    log = [
+        {"key": "1", "customer_id": "c-a", "order_id": "a", "accepted": True, "answer": "202", "at": 1.0},
+        {"key": "2", "customer_id": "c-b", "order_id": "b", "accepted": True, "answer": "202", "at": 2.0},
+    ]
+    model: dict[str, frozenset[str]] = {
+        order: frozenset(event.name for event in events if event.order_id == order) for order in "ab"
+    }
+    charges = [{"order_id": "a", "status": "captured", "amount": 2_000, "key": "a"}]
+    return Books(log, events, {"MUG-01": 10}, {"MUG-01": 8}, model, charges, [], {"orders": 0})
+
+
+def _broken(books: Books) -> set[str]:
+    return {verdict.promise for verdict in check(books) if not verdict.kept}
+
+
+def test_good_books_are_good(books: Books) -> None:
+    """Every promise gets a verdict, and all were kept."""
+    assert _broken(books) == set()
+    assert len(check(books)) == 8
+
+
+def test_an_ack_before_the_effect_is_found(books: Books) -> None:
+    """The event was acked and its worker died: the order goes no further, and nothing waits."""
+    events = [event for event in books.events if not (event.order_id == "a" and event.sequence > 3)]
+    model = {**books.model, "a": frozenset({"created", "reserved"})}
+    broken = _broken(replace(books, events=events, model=model, charges=[]))
+    assert "each order has one final status" in broken
+    assert "finished + dead letters + waiting = entered" in broken
+
+
+def test_a_lost_publish_is_found(books: Books) -> None:
+    """The client was told 202, and the event was never stored."""
+    events = [event for event in books.events if event.order_id != "a"]
+    model = {order: names for order, names in books.model.items() if order != "a"}
+    broken = _broken(replace(books, events=events, model=model, charges=[], stock_after={"MUG-01": 10}))
+    assert "accepted orders are stored" in broken
+
+
+def test_a_lost_publish_of_a_last_event_is_found(books: Books) -> None:
+    """The order was paid, and its confirmation was never stored."""
+    events = [event for event in books.events if event.name != "confirmed"]
+    model = {**books.model, "a": books.model["a"] - {"confirmed"}}
+    broken = _broken(replace(books, events=events, model=model))
+    assert {
+        "each order has one final status",
+        "a confirmed order is charged once, no other at all",
+        "stock at the start = stock at the end + confirmed",
+    } <= broken
+
+
+@pytest.mark.parametrize(
+    "charge",
+    [
+        {"order_id": "a", "status": "captured", "amount": 2_000, "key": "other"},
+        {"order_id": "b", "status": "captured", "amount": 1_000, "key": "b"},
+    ],
+)
+def test_a_charge_too_many_is_found(books: Books, charge: dict[str, Any]) -> None:
+    """A second charge of a confirmed order, and one of an order that was not confirmed."""
+    assert _broken(replace(books, charges=[*books.charges, charge])) == {
+        "a confirmed order is charged once, no other at all"
+    }
+
+
+def test_stock_that_does_not_add_up_is_found(books: Books) -> None:
+    """Taken twice, not given back, or below zero."""
+    assert "stock at the start = stock at the end + confirmed" in _broken(
+        replace(books, stock_after={"MUG-01": 6})
+    )
+    assert "stock at the start = stock at the end + confirmed" in _broken(
+        replace(books, stock_before={"MUG-01": 1}, stock_after={"MUG-01": -1})
+    )
+
+
+def test_two_final_statuses_and_two_orders_are_found(books: Books) -> None:
+    """An order that is confirmed and rejected, and a request that became two orders."""
+    both = replace(books, events=[*books.events, _event(9, "rejected", "a")])
+    assert "each order has one final status" in _broken(both)
+    second = {**books.log[0], "order_id": "c"}
+    assert "a request that is repeated is one order" in _broken(replace(books, log=[*books.log, second]))
+
+
+def test_what_is_stuck_is_found(books: Books) -> None:
+    """Messages that wait, and dead letters that nobody replayed."""
+    assert "nothing is stuck" in _broken(replace(books, queues={"orders": 3}))
+    letter = {"actor": "capture_payment", "reason": "retries exhausted", "error": ""}
+    assert "nothing is stuck" in _broken(replace(books, dead=[letter]))
+
+
+@pytest.mark.timeout(150)
+def test_a_real_build_that_charges_twice_is_found(tmp_path: Path) -> None:
+    """The service itself, broken in one line, with a gateway that fails after it has charged."""
+    result = run(
+        "single",
+        [BY_NAME["gateway-after-charge"]],
+        directory=tmp_path,
+        seed=1,
+        rate=8.0,
+        settle=40.0,
+        say=print,
+        modules=["tests.chaos.broken_double_charge"],
+    )
+    broken = {verdict.promise for verdict in result.verdicts if not verdict.kept}
+    assert "a confirmed order is charged once, no other at all" in broken, "\n".join(
+        verdict.line() for verdict in result.verdicts
+    )

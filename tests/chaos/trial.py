@@ -1,0 +1,227 @@
+"""Runs the service under load through one fault after another, measures each, and checks the books at the end."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dramatiq.errors import BrokerError
+from nats.errors import Error as NatsError
+
+from dramatiq_jetstream import JetStreamBroker
+from tests.chaos.books import FINAL, Books, Event, read_books, read_events, read_stock
+from tests.chaos.checker import Verdict, accepted_orders, check
+from tests.chaos.client import Load, Log
+from tests.chaos.faults import Fault
+from tests.chaos.fleet import Fleet, Topology
+from tests.chaos.network import Network
+
+#: An operator looks at a dead letter before replaying it; so much later, in milliseconds.
+_LOOKED_AT = 1_500
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Measured:
+    """One fault as it went; seconds. `None`: did not happen within the time allowed."""
+
+    fault: str
+    topology: str
+    lasted: float
+    accepted: int = 0
+    lost: int = 0
+    repeated: int = 0
+    dead_letters: int = 0
+    accepted_again: float | None = None
+    recovered: float | None = None
+    restarts: int = 0
+    began: float = 0.0
+    ended: float = 0.0
+
+
+@dataclass
+class Result:
+    """One topology's run."""
+
+    topology: str
+    seed: int
+    measured: list[Measured] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    accepted: int = 0
+    runs: int = 0
+    repeated: int = 0
+    repeats_by_actor: dict[str, int] = field(default_factory=dict)
+    answers: dict[str, int] = field(default_factory=dict)
+    network: bool = False
+
+    @property
+    def kept(self) -> bool:
+        return all(verdict.kept for verdict in self.verdicts)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Trial:
+    """One topology under load."""
+
+    def __init__(self, fleet: Fleet, log: Log, *, settle: float, say: Say) -> None:
+        self._fleet = fleet
+        self._log = log
+        self._settle = settle
+        self._say = say
+        self._events: list[Event] = []
+        self._final: dict[str, float] = {}
+        self._broker = JetStreamBroker(url=fleet.nats_url, declare=False)
+        self.replayed = 0
+
+    def close(self) -> None:
+        self._broker.close()
+
+    def warm_up(self) -> None:
+        """Wait until orders are accepted and finished, so that the first fault meets a service at work."""
+        assert self._wait(lambda: len(self._final) >= 5), "no orders were finished before the first fault"
+
+    def measure(self, fault: Fault, choice: random.Random) -> Measured:
+        """Go through one fault and wait until everything that was accepted before its end is finished."""
+        restarts, replayed = self._fleet.restarts, self.replayed
+        began = time.time()
+        fault.inject(self._fleet, choice)
+        ended = time.time()
+        measured = Measured(fault.name, self._fleet.topology, ended - began, began=began, ended=ended)
+        due = self._log.accepted_before(ended)
+        if self._wait(lambda: all(order in self._final for order in due)):
+            measured.recovered = max(0.0, max((self._final[order] for order in due), default=ended) - ended)
+        self._wait(lambda: self._log.accepted_after(ended) is not None)
+        again = self._log.accepted_after(ended)
+        measured.accepted_again = None if again is None else again - ended
+        measured.accepted = sum(1 for order in due if self._log.accepted[order] >= began)
+        measured.dead_letters = self.replayed - replayed
+        measured.restarts = self._fleet.restarts - restarts
+        return measured
+
+    def settle(self, books: Callable[[], Books]) -> Books:
+        """Wait until nothing is on its way any more, or the time allowed is over; returns the books then."""
+        found: list[Books] = []
+
+        def settled() -> bool:
+            found[:] = [books()]
+            now = found[0]
+            finished = {event.order_id for event in now.events if event.name in FINAL}
+            created = {event.order_id for event in now.events if event.name == "created"}
+            return (
+                not now.dead and not sum(now.queues.values()) and accepted_orders(now) | created <= finished
+            )
+
+        self._wait(settled)
+        return found[0] if found else books()
+
+    def _wait(self, condition: Callable[[], bool]) -> bool:
+        deadline = time.monotonic() + self._settle
+        while True:
+            try:
+                self._look()
+                if condition():
+                    return True
+            except (NatsError, BrokerError, OSError) as error:
+                # The servers may still be electing a leader.
+                self._say(f"    (cannot look yet: {error!r})")
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.4)
+
+    def _look(self) -> None:
+        """Read the new events, and replay dead letters as an operator would."""
+        start = self._events[-1].sequence + 1 if self._events else 1
+        for event in read_events(self._fleet.nats_url, start):
+            self._events.append(event)
+            if event.name in FINAL:
+                self._final.setdefault(event.order_id, event.at)
+        letters = self._broker.dead_letters
+        for letter in letters.list(limit=200):
+            if letter.time < time.time() * 1000 - _LOOKED_AT and letters.replay(letter):
+                self.replayed += 1
+
+
+def run(
+    topology: Topology,
+    schedule: Iterable[Fault],
+    *,
+    directory: Path,
+    seed: int,
+    rate: float,
+    settle: float,
+    say: Say,
+    network: Network | None = None,
+    modules: Sequence[str] = (),
+    processes: int = 1,
+) -> Result:
+    """Run one topology through a schedule of faults and check its books."""
+    choice = random.Random(seed)
+    result = Result(topology, seed, network=network is not None)
+    log_file = directory / "client.jsonl"
+    log = Log(log_file)
+    started = time.monotonic()
+    with Fleet(directory, topology, network=network, modules=modules, processes=processes) as fleet:
+        say(f"  {topology}: the service is up after {time.monotonic() - started:.0f} s")
+        stock_before = read_stock(fleet.nats_url)
+        trial = Trial(fleet, log, settle=settle, say=say)
+        try:
+            with Load(fleet.url, fleet.nats_url, log, rate=rate, seed=seed):
+                trial.warm_up()
+                for fault in schedule:
+                    measured = trial.measure(fault, random.Random(choice.randrange(2**32)))
+                    result.measured.append(measured)
+                    say(
+                        f"  {topology}: {fault.name} lasted {measured.lasted:.1f} s, accepted again after "
+                        f"{_seconds(measured.accepted_again)}, recovered in {_seconds(measured.recovered)}, "
+                        f"{measured.dead_letters} dead letters replayed"
+                    )
+            books = trial.settle(
+                lambda: read_books(fleet.nats_url, fleet.gateway_url, log_file, stock_before)
+            )
+        finally:
+            trial.close()
+        result.verdicts = check(books)
+        _attribute(result, books, fleet.journal)
+    log.close()
+    return result
+
+
+def _attribute(result: Result, books: Books, journal: Path) -> None:
+    """Count for each fault what was lost and what ran again, between its begin and that of the next."""
+    runs = [json.loads(line) for line in journal.read_text().splitlines()]
+    seen: set[tuple[Any, ...]] = set()
+    repeats: list[tuple[float, str]] = []
+    for at, _pid, actor, message_id, retries, replays in runs:
+        key = (actor, message_id, retries, replays)
+        if key in seen:
+            repeats.append((at, actor))
+        seen.add(key)
+    finished = {event.order_id for event in books.events if event.name in FINAL}
+    for number, measured in enumerate(result.measured):
+        until = result.measured[number + 1].began if number + 1 < len(result.measured) else float("inf")
+        measured.repeated = sum(1 for at, _ in repeats if measured.began <= at < until)
+        measured.lost = sum(
+            1
+            for entry in books.log
+            if entry["accepted"]
+            and measured.began <= entry["at"] < until
+            and entry["order_id"] not in finished
+        )
+    result.accepted = len(accepted_orders(books))
+    result.runs = len(runs)
+    result.repeated = len(repeats)
+    result.repeats_by_actor = dict(Counter(actor for _, actor in repeats))
+    result.answers = dict(Counter(str(e["answer"]).split(" as ")[0].split("(")[0] for e in books.log))
+
+
+def _seconds(value: float | None) -> str:
+    return "never" if value is None else f"{value:.1f} s"
