@@ -5,8 +5,8 @@ server fsyncs; if one of a batch is refused, its messages are stored one by one.
 
 An atomic batch is stored by its last message, the commit. If the process dies before, the server forgets the
 batch; if the server dies in the middle of it, all or none of the messages are there when it is back. Workers may
-have the first ones before the last is stored. If the commit's acknowledgement is lost, the batch is sent again; the server answers that
-it has those message ids already, which says that the first commit was stored.
+have the first ones before the last is stored. If the commit's acknowledgement is lost, the batch is sent again;
+the server answers that it has those message ids already, which says that the first commit was stored.
 """
 
 from __future__ import annotations
