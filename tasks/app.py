@@ -5,9 +5,11 @@ Importing this makes the broker and sets it as Dramatiq's, and contacts nothing.
 
 from __future__ import annotations
 
+import threading
 import time
-from functools import cache
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
 
 import dramatiq
 from dramatiq.middleware import Middleware
@@ -28,6 +30,24 @@ from .settings import settings
 from .stock import Stock
 
 SETTINGS = settings()
+
+T = TypeVar("T")
+
+
+def _once(make: Callable[[], T]) -> Callable[[], T]:
+    """Have all threads share what the first of them makes; what could not be made is tried again."""
+    lock = threading.RLock()
+    made: list[T] = []
+
+    @wraps(make)
+    def shared() -> T:
+        if not made:
+            with lock:
+                if not made:
+                    made.append(make())
+        return made[0]
+
+    return shared
 
 
 class Buckets(Middleware):
@@ -110,19 +130,19 @@ def requests_bucket() -> Bucket:
     return broker.bucket(idempotency.BUCKET, ttl=SETTINGS.idempotency_ttl)
 
 
-@cache
+@_once
 def stock_store() -> Stock:
     """Return the stock, which all threads share so that their decisions can be made together."""
     return Stock(stock_bucket(), {entry.sku: entry.initial_stock for entry in CATALOGUE.values()}, now)
 
 
-@cache
+@_once
 def orders_store() -> Orders:
     """Return the read model."""
     return Orders(orders_bucket())
 
 
-@cache
+@_once
 def saga() -> Saga:
     """Return the steps."""
     gateway = HttpGateway(SETTINGS.payment_url, timeout=SETTINGS.payment_timeout)

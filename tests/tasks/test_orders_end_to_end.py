@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from dramatiq_jetstream.envelope import Event
 from orders.v1.events_pb2 import (
     OrderConfirmed,
     OrderCreated,
@@ -208,6 +209,30 @@ def test_exhausted_retries_fail_the_order_and_a_replay_confirms_it(producer: Pro
     (charge,) = producer.charges(order_id)
     assert charge["status"] == "captured"
     producer.books()
+
+
+def test_message_that_kills_its_workers_fails_its_order(producer: Producer) -> None:
+    """A dead letter of whatever cause, here one delivered too often, makes its order failed."""
+    order_id = f"poison-{random.getrandbits(64):x}"
+    event = OrderReserved(order_id=order_id)
+    producer.broker.dead_letters.store(
+        queue="payments",
+        origin=order_id,
+        subject=producer.broker.names.task("payments"),
+        data=event.SerializeToString(),
+        headers={},
+        reason="delivered too often",
+        error="Delivered 11 times without being settled; its workers may have died of it.",
+        deliveries=11,
+        actor="capture_payment",
+        event=Event("ORDER.reserved", event.SerializeToString(), {}, "ORDERS", 1, 0),
+    )
+    order = producer.wait(order_id, "failed")
+    assert order["reason"].startswith("delivered too often")
+    (letter,) = [
+        one for one in producer.broker.dead_letters.list("payments") if one.data.endswith(order_id.encode())
+    ]
+    producer.broker.dead_letters.drop(letter)
 
 
 def test_last_item_goes_to_one_of_twenty(producer: Producer) -> None:
