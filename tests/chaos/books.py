@@ -1,12 +1,13 @@
 """Reads what there is: the client's log, the stream, the buckets, the dead letters, the queues, the charges.
 
-With plain nats-py and HTTP, and without the code that is under test: only the names on the wire and the
-protobuf contract are shared with it.
+With plain nats-py and HTTP, and without the code that is under test: only the names on the wire, the protobuf
+contract and the catalogue are shared with it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from orders.v1.events_pb2 import (
     OrderRejected,
     OrderReserved,
 )
+from tasks.catalogue import CATALOGUE
 
 EVENTS = {
     "created": OrderCreated,
@@ -199,9 +201,10 @@ async def _stream(js: JetStreamContext, name: str, start: int = 1) -> list[Store
             ack_policy=AckPolicy.NONE,
             num_replicas=1,
             mem_storage=True,
-            inactive_threshold=60.0,
+            inactive_threshold=10.0,
         ),
     )
+    consumer = (await subscription.consumer_info()).name
     found: list[Stored] = []
     try:
         pending = True
@@ -224,6 +227,9 @@ async def _stream(js: JetStreamContext, name: str, start: int = 1) -> list[Store
                 pending = meta.num_pending > 0 and meta.sequence.stream < last
     finally:
         await subscription.unsubscribe()
+        # One for each look would soon be hundreds, and a cluster is busy with them after a leader's death.
+        with contextlib.suppress(NotFoundError):
+            await js.delete_consumer(name, consumer)
     return found
 
 
@@ -251,12 +257,11 @@ def _event(stored: Stored) -> list[Event]:
 
 
 async def _stock(js: JetStreamContext) -> dict[str, int]:
-    prefix = "$KV.dramatiq-stock.sku."
-    return {
-        stored.subject.removeprefix(prefix): int(stored.data)
-        for stored in await _stream(js, "KV_dramatiq-stock")
-        if stored.subject.startswith(prefix)
-    }
+    pieces = {entry.sku: entry.initial_stock for entry in CATALOGUE.values()}
+    for stored in await _stream(js, "KV_dramatiq-stock"):
+        if stored.subject == "$KV.dramatiq-stock.levels.all":
+            pieces.update(json.loads(stored.data)["pieces"])
+    return pieces
 
 
 async def _waiting(js: JetStreamContext) -> dict[str, int]:

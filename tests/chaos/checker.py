@@ -116,6 +116,8 @@ def stock_conserved(books: Books) -> Verdict:
         if books.stock_after.get(sku) != before - sold[sku]
     }
     negative = {f"{sku}: {left}" for sku, left in books.stock_after.items() if left < 0}
+    if not sum(books.stock_before.values()) or not sold.keys() <= books.stock_before.keys():
+        wrong.add("the stock at the start is not known")
     return _verdict(
         "stock at the start = stock at the end + confirmed",
         wrong | negative,

@@ -105,6 +105,13 @@ def test_stock_that_does_not_add_up_is_found(books: Books) -> None:
     )
 
 
+def test_stock_that_nobody_could_read_is_found(books: Books) -> None:
+    """Nothing at the start and nothing at the end would add up to anything."""
+    assert "stock at the start = stock at the end + confirmed" in _broken(
+        replace(books, stock_before={}, stock_after={})
+    )
+
+
 def test_two_final_statuses_and_two_orders_are_found(books: Books) -> None:
     """An order that is confirmed and rejected, and a request that became two orders."""
     both = replace(books, events=[*books.events, _event(9, "rejected", "a")])
