@@ -98,7 +98,7 @@ class OtlpReceiver:
     def named(self, name: str) -> list[Span]:
         return [span for span in self.spans if span.name == name]
 
-    def wait_for(self, *names: str, timeout: float = 15.0) -> list[Span]:
+    def wait_for(self, *names: str, timeout: float = 40.0) -> list[Span]:
         """Wait until the received spans have exactly these names, in the order in which they began."""
 
         def received() -> list[Span]:
@@ -108,7 +108,7 @@ class OtlpReceiver:
 
         return eventually(received, timeout=timeout)
 
-    def wait_until(self, condition: Callable[[list[Span]], Any], timeout: float = 15.0) -> list[Span]:
+    def wait_until(self, condition: Callable[[list[Span]], Any], timeout: float = 40.0) -> list[Span]:
         eventually(lambda: condition(self.spans), timeout=timeout)
         return self.spans
 

@@ -45,7 +45,8 @@ def test_an_actor_that_wants_to_know_is_told_of_the_shutdown(rig, broker, actor,
     started = threading.Event()
     ended_by = []
 
-    @actor(notify_shutdown=True, max_retries=1, min_backoff=10, max_backoff=20)
+    # Long enough that the worker that is stopping does not begin the retry itself.
+    @actor(notify_shutdown=True, max_retries=1, min_backoff=1_500, max_backoff=3_000)
     def work():
         if ended_by:
             ended_by.append("done")
