@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.events import Events
 from dramatiq_jetstream.server import NatsServer
 from tests.broker.fleet import Fleet, fleet
 from tests.support.proxy import Proxy
@@ -30,6 +31,29 @@ def make_broker(nats_url: str, namespace: str) -> Iterator[MakeBroker]:
     yield make
     for broker in brokers:
         broker.close()
+
+
+@pytest.fixture
+def topic(namespace: str) -> str:
+    """The first token of this test's subjects, which is also the name of its stream of events."""
+    return f"EV{namespace}"
+
+
+@pytest.fixture
+def make_service(make_broker: MakeBroker, topic: str) -> MakeBroker:
+    """Makes brokers with the test's stream of events, as different services have them."""
+
+    def make(**options: Any) -> JetStreamBroker:
+        broker = make_broker(**options)
+        broker.add_middleware(Events(stream=topic, subjects=[f"{topic}.>"]))
+        return broker
+
+    return make
+
+
+@pytest.fixture
+def service(make_service: MakeBroker) -> JetStreamBroker:
+    return make_service()
 
 
 @pytest.fixture
