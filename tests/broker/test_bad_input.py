@@ -49,7 +49,7 @@ def test_a_message_over_max_payload_is_refused(broker):
     frame = len(message("").encode())
     headers = len("NATS/1.0\r\n\r\n") + len("Nats-Msg-Id: \r\n") + 32 - 1
     broker.enqueue(message("x" * (limit - frame - headers - 1)))
-    assert broker.queue_stats("default").ready == 1
+    eventually(lambda: broker.queue_stats("default").ready == 1)
     assert broker.connection.state.reconnects == 0
 
 

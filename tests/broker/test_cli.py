@@ -323,7 +323,7 @@ def test_server_runs_a_real_server_and_keeps_its_data(tmp_path: Path) -> None:
             assert f":{port}" in process.stdout.readline()
             broker.declare_queue("default")
             broker.setup()
-            assert broker.queue_stats("default").ready == expected
+            eventually(lambda expected=expected: broker.queue_stats("default").ready == expected)
             broker.enqueue(dramatiq.Message("default", "x", (), {}, {}))
         finally:
             process.send_signal(signal.SIGINT)

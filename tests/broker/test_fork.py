@@ -109,7 +109,7 @@ def test_preloaded_web_workers_enqueue_side_by_side(broker):
     children = [Child(work) for _ in range(4)]
     clients = {child.answer() for child in children}
     assert len(clients | {client(broker)}) == 5
-    assert broker.queue_stats("default").ready == 41
+    eventually(lambda: broker.queue_stats("default").ready == 41)
 
 
 def test_a_broker_that_was_never_used_may_be_forked(make_broker):
@@ -153,7 +153,7 @@ def test_forking_in_the_middle_of_enqueueing(broker):
         stop.set()
         for thread in threads:
             thread.join(15)
-    assert broker.queue_stats("default").ready == 1 + len(sent) + 5
+    eventually(lambda: broker.queue_stats("default").ready == 1 + len(sent) + 5)
 
 
 @pytest.mark.parametrize("max_priority", [None, 3])
