@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Final
 
-from dramatiq.errors import BrokerConnectionError
+from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 
@@ -113,7 +113,7 @@ class Requests:
         record = _Record(digest, claim.order_id, claim.created_at, True, self._owner, 0)
         try:
             self._bucket.update(claim.key, _encode(record), revision=claim.revision)
-        except (BrokerConnectionError, RevisionConflict):
+        except BrokerError:
             # The order is accepted all the same. A repetition publishes the same event again, which changes
             # nothing.
             pass

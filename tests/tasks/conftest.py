@@ -13,8 +13,8 @@ from tests.web.stack import Stack
 
 @pytest.fixture(scope="package")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """The running service, which gives up a step after two retries."""
-    env = {"RETRY_LIMIT": "2", "PAYMENT_TIMEOUT": "500"}
+    """The running service, which gives up a step after three retries."""
+    env = {"RETRY_LIMIT": "3", "PAYMENT_TIMEOUT": "500"}
     with Stack(tmp_path_factory.mktemp("shop"), env=env) as stack:
         yield stack
 

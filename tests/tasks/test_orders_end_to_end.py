@@ -179,10 +179,11 @@ def test_every_event_again_in_any_order(producer: Producer) -> None:
 
 def test_gateway_down_for_a_moment(producer: Producer) -> None:
     """A payment that fails is tried again with backoff, and charged once although it was answered with 500."""
-    producer.shop.knobs(failure_after_charge_rate=1.0)
+    # Slow too, so that the gateway is well again before the retries are used up.
+    producer.shop.knobs(failure_after_charge_rate=1.0, latency_ms=350)
     order_id = producer.publish(created())
     eventually(lambda: producer.charges(order_id))
-    producer.shop.knobs(failure_after_charge_rate=0.0)
+    producer.shop.knobs(failure_after_charge_rate=0.0, latency_ms=0)
     order = producer.wait(order_id, "confirmed")
     assert events_of(order) == ["created", "reserved", "paid", "confirmed"]
     assert len(producer.charges(order_id)) == 1
