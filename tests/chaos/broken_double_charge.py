@@ -7,12 +7,14 @@ from typing import Any
 
 import requests
 
-_post = requests.Session.post
+_send = requests.Session.send
 
 
-def _forgetful(self: requests.Session, url: str, **options: Any) -> requests.Response:
-    options["headers"] = {**(options.get("headers") or {}), "Idempotency-Key": uuid.uuid4().hex}
-    return _post(self, url, **options)
+def _forgetful(
+    self: requests.Session, request: requests.PreparedRequest, **options: Any
+) -> requests.Response:
+    request.headers["Idempotency-Key"] = uuid.uuid4().hex
+    return _send(self, request, **options)
 
 
-requests.Session.post = _forgetful  # type: ignore[method-assign]
+requests.Session.send = _forgetful  # type: ignore[method-assign]
