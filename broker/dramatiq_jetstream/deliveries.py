@@ -9,9 +9,9 @@ message that arrives a second time while it is held is not handed over again, on
 noted; one that arrives again after its work was done is acked again without being run. A message is known by
 its place in the stream and the time it was stored: a stream that is deleted and made again counts from one.
 
-A server that crashes forgets the last acks it was sent, and even that it delivered those messages. So what was
-settled is remembered for a moment longer than its proof, and after a reconnect, when that may have happened,
-for two minutes.
+A server that crashes forgets the last acks it was sent, and even that it delivered those messages; so does a
+cluster whose leader dies. So what was settled is remembered for some seconds longer than its proof, and after a
+reconnect or a change of leader, when that may have happened, for two minutes.
 
 If the process dies, everything held is delivered again once its `ack_wait` is over; work whose ack had not
 arrived is repeated. All state here belongs to the loop thread, except for `settle`, which any thread calls.
@@ -37,8 +37,12 @@ NAK = b"-NAK"
 TERM = b"+TERM"
 WPI = b"+WPI"
 
-#: Seconds for which a proven ack is remembered, at least; and so long when a reconnect came after it.
-REMEMBER = 1.0
+#: Seconds for which a proven ack is remembered, as long as there are not more than so many of them: longer than
+#: it takes to notice that a leader is gone.
+REMEMBER = 8.0
+REMEMBER_MOST = 20_000
+
+#: Seconds for which it is remembered when a reconnect or a change of leader came after it.
 REMEMBER_OVER_RECONNECT = 120.0
 
 #: Stream, consumer, sequence, and the time of storing.
@@ -85,13 +89,13 @@ class Delivery:
         # and an account hash: $JS.ACK.<domain>.<hash>.<stream>. … .<pending>.<random>
         tokens = message.reply.split(".")
         start = 2 if len(tokens) == 9 else 4
-        self.stream = tokens[start]
+        self.stream = source.stream
         self.deliveries = int(tokens[start + 2])
         self.sequence = int(tokens[start + 3])
         stored = int(tokens[start + 5])
         self.timestamp = stored // 1_000_000
         self.pending = int(tokens[start + 6])
-        self.key: Key = (self.stream, tokens[start + 1], self.sequence, stored)
+        self.key: Key = (source.stream, source.durable, self.sequence, stored)
         self.settled = False
         self.touched = time.monotonic()
 
@@ -213,7 +217,7 @@ class Ledger:
             if unproven.pop(key)[2] == ACK:
                 self._done.add(key)
         now = time.monotonic()
-        if now - self._turned >= REMEMBER:
+        if now - self._turned >= REMEMBER or len(self._done) >= REMEMBER_MOST:
             self._turned = now
             self._done_before, self._done = self._done, set()
             for key, since in list(self._done_over_reconnect.items()):
@@ -240,11 +244,16 @@ class Ledger:
         for key, (_, ack_subject, answer) in list(self._unproven.items()):
             self._unproven[key] = (fence, ack_subject, answer)
             self._connection.write(ack_subject, answer)
+        self.remember()
+        now = time.monotonic()
+        for delivery in self._held.values():
+            delivery.touched = now
+            self._connection.write(delivery.ack_subject, WPI)
+
+    def remember(self) -> None:
+        """Keep in mind for long what was acked lately: the server may have forgotten it."""
         now = time.monotonic()
         acked = (key for key, (_, _, answer) in self._unproven.items() if answer == ACK)
         for key in (*self._done_before, *self._done, *acked):
             self._done_over_reconnect.pop(key, None)
             self._done_over_reconnect[key] = now
-        for delivery in self._held.values():
-            delivery.touched = now
-            self._connection.write(delivery.ack_subject, WPI)

@@ -237,6 +237,8 @@ class Puller:
             return
         # 404 answers a probe that took all there was, 408 a request that stood its time. After anything else (a
         # new leader, too many requests) the tick asks again.
+        if status == "409":
+            self._ledger.remember()
         feed.drained = status in ("404", "408")
         if feed.drained and not self._stopping:
             self._replenish()
@@ -297,6 +299,7 @@ class Puller:
         for feed in self._feeds:
             if feed.pulls and now - feed.heard > 2.5 * HEARTBEAT:
                 feed.pulls.clear()  # nobody knows of our requests any more: a new leader, or a restart
+                self._ledger.remember()
         if self._lookahead:
             self.window = self._prefetch + min(self._settled // 4, MAX_LOOKAHEAD)
         self._settled = 0
