@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
-from dramatiq.errors import ActorNotFound, BrokerConnectionError
+from dramatiq.errors import ActorNotFound, BrokerConnectionError, BrokerError
 from dramatiq.middleware import SkipMessage
 
 from . import dead_letters, schedules
@@ -111,8 +111,10 @@ class JetStreamUndertaker:
             self._broker.ledger.settle(delivery, NAK)
             return
         try:
+            if not self._broker.connection.is_connected:
+                raise BrokerConnectionError("there is no connection to give it back over")
             self._store_anew(delivery)
-        except BrokerConnectionError as error:
+        except BrokerError as error:  # whatever it is, there is nobody to handle it, and others to give back
             logger.warning("%s will be delivered again after its ack_wait: %s", delivery, error)
             self._broker.ledger.abandon(delivery)
         else:
