@@ -1,17 +1,17 @@
 """In-memory stand-ins for bucket, gateway, stream and clock that can crash a step before or after any effect.
 
-`World` runs real step code in threads of which exactly one runs at a time: each stops at every effect, and
-the test says which goes on next, and whether it crashes there. So a schedule is a list of numbers that
-hypothesis can draw, shrink and repeat.
+`World` runs real step code in greenlets: each stops at every effect, and the test says which goes on next, and
+whether it crashes there. So a schedule is a list of numbers that hypothesis can draw, shrink and repeat.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from google.protobuf.message import Message
+from greenlet import getcurrent, greenlet
 
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 from tasks.events import event_id, name_of
@@ -130,11 +130,8 @@ class Task:
     name: str
     run: Callable[[], None]
     where: str = "start"
-    error: BaseException | None = None
     done: bool = False
-    _crash: bool = False
-    _go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    _stopped: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    _greenlet: greenlet | None = None
 
 
 class World:
@@ -142,43 +139,37 @@ class World:
 
     def __init__(self) -> None:
         self._current: Task | None = None
+        self._test = getcurrent()
 
     def pause(self, where: str) -> None:
         """Called by the fakes at every effect."""
-        task = self._current
-        if task is None:
-            return
-        task.where = where
-        task._stopped.release()
-        task._go.acquire()
-        if task._crash:
-            raise Crash
+        if self._current is not None:
+            self._current.where = where
+            self._test.switch()
 
     def start(self, name: str, run: Callable[[], None]) -> Task:
         """Return a task that stands before its first effect."""
         task = Task(name, run)
 
         def body() -> None:
-            task._go.acquire()
             try:
-                if not task._crash:
-                    task.run()
-            except Crash:
-                task.error = None
-            except BaseException as error:  # noqa: BLE001 - `step` raises it
-                task.error = error
-            task.done = True
-            task._stopped.release()
+                task.run()
+            finally:
+                task.done = True
 
-        threading.Thread(target=body, daemon=True, name=name).start()
+        task._greenlet = greenlet(body, self._test)
         return task
 
     def step(self, task: Task, *, crash: bool = False) -> None:
         """Let a task go on to its next effect, or crash it where it stands."""
-        task._crash = crash
+        assert task._greenlet is not None
         self._current = task
-        task._go.release()
-        assert task._stopped.acquire(timeout=30), f"{task.name} hangs at {task.where}"
-        self._current = None
-        if task.error is not None:
-            raise task.error
+        try:
+            if crash:
+                task._greenlet.throw(Crash)
+            else:
+                task._greenlet.switch()
+        except Crash:
+            task.done = True
+        finally:
+            self._current = None
