@@ -42,7 +42,14 @@ from .deliveries import Delivery, Ledger
 from .envelope import Event, checked, event_of
 from .errors import InvalidOption, MessageNotUnique, TopologyMissing
 from .kv import Bucket
-from .naming import HEADER_MSG_ID, HEADER_TICK, Names, check_subject
+from .naming import (
+    HEADER_MSG_ID,
+    HEADER_TICK,
+    OPTION_TRACE_CONTEXT,
+    Names,
+    check_subject,
+    trace_headers,
+)
 from .queues import QueueStats
 from .undertaker import JetStreamUndertaker
 
@@ -141,7 +148,7 @@ class JetStreamBroker(Broker):
         self.max_in_flight = dict(max_in_flight or {})
         self.ledger = Ledger(self.connection)
         self.undertaker = JetStreamUndertaker(self)
-        self.dead_letters = DeadLetters(self.connection, self.names, self._ensure_dead_letters)
+        self.dead_letters = DeadLetters(self.connection, self.names, self._ensure_dead_letters, self.emit_own)
         self.subscriptions: dict[str, dict[str, Callable[[], Source]]] = {}
         self.event_decoders: dict[str, Callable[[Event], Any]] = {}
         self._ensured: set[str] = set()
@@ -337,8 +344,12 @@ class JetStreamBroker(Broker):
             stored = stored.copy(queue_name=queue_name)
         target = self.names.task(queue_name, self._priority(message))
         unique = self._unique_id(message)
+        headers = {HEADER_MSG_ID: unique}
+        context = message.options.get(OPTION_TRACE_CONTEXT)
+        if context is not None:
+            headers.update(trace_headers(context))
         if not delay:  # no delay, or one of 0, which needs no schedule
-            return Publication(target, stored.encode(), {HEADER_MSG_ID: unique})
+            return Publication(target, stored.encode(), headers)
         return schedules.publication(
             self.names,
             queue_name,
@@ -347,6 +358,7 @@ class JetStreamBroker(Broker):
             stored.encode(),
             eta=int(message.options["eta"]),
             target=target,
+            headers=headers,
         )
 
     def _unique_id(self, message: Message[Any]) -> str:

@@ -120,12 +120,20 @@ class DeadLetters:
 
     Parameters:
       ensure: Makes the stream of dead letters if it may and must; with True also if it was there once.
+      emit: Calls a hook of middleware.
     """
 
-    def __init__(self, connection: Connection, names: Names, ensure: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        names: Names,
+        ensure: Callable[[bool], None],
+        emit: Callable[..., None],
+    ) -> None:
         self._connection = connection
         self._names = names
         self._ensure = ensure
+        self._emit = emit
 
     def store(
         self,
@@ -247,16 +255,21 @@ class DeadLetters:
         headers = {**found.headers, naming.HEADER_MSG_ID: f"replay:{found.id}:{found.time}"}
         message = found.decode()
         if message is None:
-            body = found.data
             headers[naming.HEADER_DEAD_HISTORY] = json.dumps(history)
         else:
             marks = ("retries", "traceback", "requeue_timestamp")
             options = {name: value for name, value in message.options.items() if name not in marks}
             options[HISTORY_OPTION] = history
-            body = dataclasses.replace(
-                message, options=options, message_timestamp=int(time.time() * 1000)
-            ).encode()
-        self._connection.publish(found.subject, body, headers)
+            now = int(time.time() * 1000)
+            message = dataclasses.replace(message, options=options, message_timestamp=now)
+        self._emit("before_replay", found.queue, headers, message)
+        try:
+            body = found.data if message is None else message.encode()
+            self._connection.publish(found.subject, body, headers)
+        except BaseException as error:
+            self._emit("after_replay", found.queue, headers, message, exception=error)
+            raise
+        self._emit("after_replay", found.queue, headers, message, exception=None)
         self.drop(found)
         return True
 

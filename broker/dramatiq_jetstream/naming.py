@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import InvalidName
@@ -48,6 +49,11 @@ HEADER_BATCH_ID = "Nats-Batch-Id"
 HEADER_BATCH_SEQUENCE = "Nats-Batch-Sequence"
 HEADER_BATCH_COMMIT = "Nats-Batch-Commit"
 
+#: The message option in which a trace travels with whatever a broker moves, and W3C's headers, which it holds:
+#: on the wire they are headers as well, so that other programs find them.
+OPTION_TRACE_CONTEXT = "trace_context"
+TRACE_HEADERS = ("traceparent", "tracestate", "baggage")
+
 #: What the durable of a subscription says of itself: the namespace and queue of its actor.
 METADATA_SUBSCRIBER = "dramatiq-subscriber"
 
@@ -64,6 +70,16 @@ MAX_ID_BYTES = 200
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PLAIN = re.compile(rb"[A-Za-z0-9_-]")
 _SUBJECT_TOKEN = re.compile(r"[^\s.*>\x00-\x1f\x7f]+")
+
+
+def trace_headers(context: object) -> dict[str, str]:
+    """The headers in the option OPTION_TRACE_CONTEXT; what no header can carry is left out."""
+    if not isinstance(context, Mapping):
+        return {}
+    found = {name: context.get(name) for name in TRACE_HEADERS}
+    return {
+        name: text for name, text in found.items() if isinstance(text, str) and text and text.isprintable()
+    }
 
 
 def encode(name: str) -> str:

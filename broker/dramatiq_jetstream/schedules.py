@@ -11,7 +11,7 @@ published twice happens when the schedule is stored.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -65,14 +65,23 @@ def at(eta: int) -> str:
 
 
 def publication(
-    names: Names, queue: str, message_id: str, unique: str, body: bytes, *, eta: int, target: str
+    names: Names,
+    queue: str,
+    message_id: str,
+    unique: str,
+    body: bytes,
+    *,
+    eta: int,
+    target: str,
+    headers: Mapping[str, str] | None = None,
 ) -> Publication:
-    """The schedule that delivers `body` on `target` at `eta` (milliseconds since 1970)."""
-    return Publication(
-        names.delayed(queue, message_id, unique),
-        body,
-        {HEADER_MSG_ID: unique, HEADER_SCHEDULE: at(eta), HEADER_SCHEDULE_TARGET: target},
-    )
+    """The schedule that delivers `body` on `target` at `eta` (milliseconds since 1970).
+
+    Parameters:
+      headers: Further ones; what it delivers has them too, other than the `Nats-*` ones.
+    """
+    own = {HEADER_MSG_ID: unique, HEADER_SCHEDULE: at(eta), HEADER_SCHEDULE_TARGET: target}
+    return Publication(names.delayed(queue, message_id, unique), body, {**(headers or {}), **own})
 
 
 def cancel(connection: Connection, names: Names, queue: str, message_id: str) -> int:

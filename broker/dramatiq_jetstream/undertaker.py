@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dramatiq.errors import ActorNotFound, BrokerConnectionError, BrokerError
@@ -81,7 +82,7 @@ class JetStreamUndertaker:
             if message is None
             else dead_letters.history_of(message),
         )
-        self._broker.emit_own("after_dead_letter", source.queue, reason, message)
+        self._broker.emit_own("after_dead_letter", source.queue, reason, message, headers=delivery.headers)
 
     def postpone(self, message: JetStreamMessage) -> None:
         """Have the server keep a message that came before its time, as another program may have sent it."""
@@ -97,6 +98,7 @@ class JetStreamUndertaker:
                     dataclasses.replace(message._message, options=options).encode(),
                     eta=int(message.options["eta"]),
                     target=message._delivery.subject,
+                    headers=_without_nats(message._delivery.headers),
                 )
             ]
         )
@@ -126,9 +128,14 @@ class JetStreamUndertaker:
         if source.actor is not None:
             subject = self._broker.names.task(source.queue)
             body = to_message(event_in(delivery), queue=source.queue, actor=source.actor).encode()
-        headers = {name: value for name, value in delivery.headers.items() if not name.startswith("Nats-")}
+        headers = _without_nats(delivery.headers)
         headers[HEADER_MSG_ID] = f"anew:{delivery.origin}:{delivery.deliveries}"
         self._broker.connection.publish(subject, body, headers)
+
+
+def _without_nats(headers: Mapping[str, str]) -> dict[str, str]:
+    """A message's own headers: what the server has put there, or read, is about how it came."""
+    return {name: value for name, value in headers.items() if not name.startswith("Nats-")}
 
 
 def _describe(error: BaseException) -> str:

@@ -2,7 +2,8 @@
 
 Every broker moves a message's options, so that is where the context travels: under one option, a flat
 dictionary of the W3C headers, which any encoder can write. An event has real headers; its first attempt has
-them in the option `event`, and from its first retry on it is a message like any other.
+them in the option `event`, and from its first retry on it is a message like any other. JetStreamBroker stores
+the dictionary as headers too, for programs in other languages, and takes theirs where a message has no option.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from opentelemetry.context import Context
 from opentelemetry.propagators.textmap import TextMapPropagator
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
+from dramatiq_jetstream.naming import OPTION_TRACE_CONTEXT, TRACE_HEADERS
+
 #: The message option that holds the W3C headers (`traceparent`, `tracestate`, `baggage`).
-CARRIER_OPTION: Final = "trace_context"
+CARRIER_OPTION: Final = OPTION_TRACE_CONTEXT
 
 _USUAL: Final = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})").fullmatch
 
@@ -37,8 +40,16 @@ def extract(message: Any, options: Mapping[str, Any]) -> Context:
     if carrier is None:
         event = options.get("event")
         # Another program may have put a message on a queue of NATS by itself, with real headers.
-        carrier = event.get("headers") if isinstance(event, Mapping) else getattr(message, "headers", None)
+        delivery = getattr(message, "_delivery", None)
+        carrier = event.get("headers") if isinstance(event, Mapping) else getattr(delivery, "headers", None)
     return extract_headers(carrier)
+
+
+def replace(headers: MutableMapping[str, str], carrier: Mapping[str, str]) -> None:
+    """Have headers carry another context than they do, however theirs is spelt."""
+    for name in [name for name in headers if name.lower() in TRACE_HEADERS]:
+        del headers[name]
+    headers.update(carrier)
 
 
 def extract_headers(headers: object) -> Context:

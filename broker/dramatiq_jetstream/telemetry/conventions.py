@@ -29,6 +29,8 @@ ATTEMPT: Final = "dramatiq.attempt"
 DELAY: Final = "dramatiq.delay"
 OUTCOME: Final = "dramatiq.outcome"
 SKIP_REASON: Final = "dramatiq.skip_reason"
+#: Only there, and true, on the send that puts a dead letter back on its queue.
+REPLAY: Final = "dramatiq.replay"
 DEAD_LETTERED: Final = "dramatiq.dead_lettered"
 DEAD_LETTER_REASON: Final = "dramatiq.dead_letter.reason"
 #: How often the server has delivered the same message. Only there above 1: an earlier worker did not settle it.

@@ -24,7 +24,7 @@ from opentelemetry.context import Context, get_current
 from opentelemetry.trace import Link, Span, SpanKind, Tracer
 
 from . import conventions as c
-from .carrier import CARRIER_OPTION, extract, extract_headers, inject
+from .carrier import CARRIER_OPTION, extract, extract_headers, inject, replace
 from .flush import force_flush
 from .known import KnownAttributes
 from .logs import enter, leave
@@ -143,9 +143,59 @@ class TelemetryMiddleware(Middleware):
         exception: BaseException | None = None,
     ) -> None:
         """JetStreamBroker has published an event, or failed to."""
+        self._end_own_send(headers, exception)
+
+    def before_replay(
+        self,
+        broker: Broker,
+        queue_name: str,
+        headers: MutableMapping[str, str],
+        message: Message[Any] | None,
+    ) -> None:
+        """JetStreamBroker is about to put a dead letter back on its queue; without `message` it cannot read it."""
+        queue = q_name(queue_name)
+        history = Context() if message is None else extract(message, message.options)
+        if not trace.get_current_span(history).get_span_context().is_valid:
+            history = extract_headers(headers)
+        parent, links = self._continue(history)
+        attributes: dict[str, Any] = {
+            c.SYSTEM: self._system,
+            c.DESTINATION: queue,
+            c.OPERATION_NAME: "send",
+            c.OPERATION_TYPE: "send",
+            c.REPLAY: True,
+        }
+        if message is not None:
+            attributes[c.ACTOR] = message.actor_name
+            attributes[c.MESSAGE_ID] = message.message_id
+        span = self._tracer.start_span(
+            f"send {queue}", parent, SpanKind.PRODUCER, attributes=attributes, links=links
+        )
+        self._sends()[id(headers)] = Send(headers, None, queue, span, None)
+        carrier: dict[str, str] = {}
+        inject(carrier, trace.set_span_in_context(span, parent))
+        if carrier:
+            replace(headers, carrier)
+            if message is not None:
+                message.options[CARRIER_OPTION] = carrier
+
+    def after_replay(
+        self,
+        broker: Broker,
+        queue_name: str,
+        headers: MutableMapping[str, str],
+        message: Message[Any] | None,
+        *,
+        exception: BaseException | None = None,
+    ) -> None:
+        """JetStreamBroker has put a dead letter back on its queue, or failed to."""
+        self._end_own_send(headers, exception)
+
+    def _end_own_send(self, headers: object, error: BaseException | None) -> None:
+        """End a send that is known by its headers."""
         send = (self._thread.sends or {}).pop(id(headers), None)
         if send is not None:
-            self._end_send(send, exception, sent=exception is None)
+            self._end_send(send, error, sent=error is None)
 
     def _sends(self) -> dict[int, Send]:
         sends = self._thread.sends
@@ -169,13 +219,16 @@ class TelemetryMiddleware(Middleware):
         the message that this thread is working on. Any other message that carries a context already has a
         history, such as a dead letter that is replayed: it stays in its trace, and links to the replay.
         """
-        current = get_current()
         attempt = self._thread.attempt
         if CARRIER_OPTION not in message.options or (
             attempt is not None and attempt.message_id == message.message_id
         ):
-            return current, None
-        history = extract(message, message.options)
+            return get_current(), None
+        return self._continue(extract(message, message.options))
+
+    def _continue(self, history: Context) -> tuple[Context, list[Link] | None]:
+        """What the sending of a message with a history is part of, and what it is to be linked to."""
+        current = get_current()
         here = trace.get_current_span(current).get_span_context()
         there = trace.get_current_span(history).get_span_context()
         if not there.is_valid or here.trace_id == there.trace_id:

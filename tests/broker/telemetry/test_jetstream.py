@@ -176,7 +176,7 @@ def test_what_never_reaches_an_actor_is_counted_by_its_reason(
 def test_a_dead_letter_and_its_replay_stay_in_the_trace(
     fleet: JetStreamBroker, telemetry: Providers, queue: str
 ) -> None:
-    """The letter's span and the attempt after the replay belong to the order's trace."""
+    """send → attempt, letter; and from the same send: replay → attempt. Whoever replays is linked."""
     attempts: list[int] = []
 
     @dramatiq.actor(queue_name=queue, max_retries=0)
@@ -185,15 +185,81 @@ def test_a_dead_letter_and_its_replay_stay_in_the_trace(
         if len(attempts) == 1:
             raise ValueError("no")
 
-    pay.send()
+    message = pay.send()
+    tracer = telemetry.tracer_provider.get_tracer("test")
     with running(fleet):
         eventually(lambda: fleet.queue_stats(queue).dead == 1)
         (letter,) = fleet.dead_letters.list(queue)
+        with tracer.start_as_current_span("operator"):
+            assert fleet.dead_letters.replay(letter)
+        eventually(lambda: len(attempts) == 2)
+    send_name, process_name = f"send {queue}", f"process {queue}"
+    spans = telemetry.spans(
+        send_name, process_name, f"dead_letter {queue}", "operator", send_name, process_name
+    )
+    operator = next(span for span in spans if span.name == "operator")
+    assert len({span.trace_id for span in spans if span is not operator}) == 1
+    send, replay = (span for span in spans if span.name == send_name)
+    failed, done = (span for span in spans if span.name == process_name)
+    assert [s.attributes["dramatiq.outcome"] for s in (failed, done)] == ["failed", "done"]
+    assert replay.parent_id == failed.parent_id == send.span_id
+    assert done.parent_id == replay.span_id
+    assert replay.kind == "PRODUCER"
+    assert replay.links == ((operator.trace_id, operator.span_id),)
+    assert "dramatiq.replay" not in send.attributes
+    assert replay.attributes["dramatiq.replay"] is True
+    assert replay.attributes["messaging.message.id"] == message.message_id
+    assert replay.attributes["dramatiq.actor"] == "pay"
+
+
+def test_a_replay_of_an_event_stays_in_its_trace(
+    fleet: JetStreamBroker, telemetry: Providers, subject: str
+) -> None:
+    """The attempt is the replay's child, although the event itself carries the context of its publisher."""
+    fleet.add_middleware(Events(stream=subject, subjects=[f"{subject}.>"]))
+    attempts: list[bytes] = []
+
+    @dramatiq.actor(subscribe=subscription(f"{subject}.created", bytes), queue_name="pay", max_retries=0)
+    def pay(event: bytes) -> None:
+        attempts.append(event)
+        if len(attempts) == 1:
+            raise ValueError("no")
+
+    fleet.setup()
+    fleet.publish(f"{subject}.created", b"order")
+    with running(fleet):
+        eventually(lambda: fleet.queue_stats("pay").dead == 1)
+        (letter,) = fleet.dead_letters.list("pay")
         assert fleet.dead_letters.replay(letter)
         eventually(lambda: len(attempts) == 2)
-    spans = telemetry.spans(f"send {queue}", f"process {queue}", f"dead_letter {queue}", f"process {queue}")
+    spans = telemetry.spans(
+        f"send {subject}.created", "process pay", "dead_letter pay", "send pay", "process pay"
+    )
     assert len({span.trace_id for span in spans}) == 1
-    assert [s.attributes.get("dramatiq.outcome") for s in spans if s.kind == "CONSUMER"] == ["failed", "done"]
+    published, first, _, replay, second = spans
+    assert first.parent_id == replay.parent_id == published.span_id
+    assert second.parent_id == replay.span_id
+
+
+def test_a_replay_that_cannot_be_stored_is_an_error(
+    telemetry: Providers, own_nats_server: NatsServer, queue: str
+) -> None:
+    """The span of the replay is closed with the error that the caller got, and the letter is kept."""
+    broker = JetStreamBroker(own_nats_server.url, enqueue_timeout=1_000)
+    broker.declare_queue(queue)
+    broker.setup()
+    body = Message(queue, "pay", (), {}, {}).encode()
+    broker.dead_letters.store(
+        queue=queue, origin="1", subject="nobody.listens", data=body, headers={}, reason="rejected", error="",
+        deliveries=1,
+    )  # fmt: skip
+    (letter,) = broker.dead_letters.list(queue)
+    with pytest.raises(dramatiq.errors.DramatiqError):
+        broker.dead_letters.replay(letter)
+    (replay,) = telemetry.spans(f"send {queue}")
+    assert replay.is_error
+    assert len(broker.dead_letters.list(queue)) == 1
+    broker.close()
 
 
 def test_a_redelivered_message_says_so(
