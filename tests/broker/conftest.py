@@ -1,4 +1,7 @@
-"""Fixtures of the broker's tests: further brokers of a namespace, a proxy before the server, worker processes."""
+"""Fixtures of the broker's tests: further brokers of a namespace, a proxy before the server, worker processes.
+
+The servers that ours is compared with are started when the first test asks for them, and shared by all.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,30 @@ def make_broker(nats_url: str, namespace: str) -> Iterator[MakeBroker]:
     yield make
     for broker in brokers:
         broker.close()
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Redis that belongs to this run."""
+    from tests.broker.conformance import servers
+
+    program = servers.find_redis()
+    if program is None:
+        pytest.skip("redis-server is not installed")
+    with servers.redis_server(program, tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a RabbitMQ that belongs to this run."""
+    from tests.broker.conformance import servers
+
+    program = servers.find_rabbitmq()
+    if program is None:
+        pytest.skip("rabbitmq-server is not installed")
+    with servers.rabbitmq_server(program, tmp_path_factory.mktemp("rabbitmq")) as url:
+        yield url
 
 
 @pytest.fixture

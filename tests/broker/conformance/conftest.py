@@ -17,7 +17,6 @@ from dramatiq.rate_limits import RateLimiterBackend
 from dramatiq.results import ResultBackend
 from dramatiq_abort import EventBackend
 
-from tests.broker.conformance import servers
 from tests.broker.conformance.cable import Cable
 from tests.broker.conformance.implementations import (
     ABORTS,
@@ -79,26 +78,6 @@ def _fits(kind: Kind, wanted: Iterable[dict[str, Any]]) -> bool:
     return all(
         getattr(kind, trait) in (value if isinstance(value, set) else {value}) for trait, value in conditions
     )
-
-
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Redis that belongs to this run."""
-    program = servers.find_redis()
-    if program is None:
-        pytest.skip("redis-server is not installed")
-    with servers.redis_server(program, tmp_path_factory.mktemp("redis")) as url:
-        yield url
-
-
-@pytest.fixture(scope="session")
-def rabbitmq_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a RabbitMQ that belongs to this run."""
-    program = servers.find_rabbitmq()
-    if program is None:
-        pytest.skip("rabbitmq-server is not installed")
-    with servers.rabbitmq_server(program, tmp_path_factory.mktemp("rabbitmq")) as url:
-        yield url
 
 
 @pytest.fixture(autouse=True)

@@ -19,30 +19,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from dramatiq_jetstream.telemetry import DramatiqInstrumentor
-from tests.broker.conformance import servers
 from tests.broker.conformance.rigs import RabbitmqRig, RedisRig, Rig, StubRig
 from tests.broker.conformance.workers import running
 from tests.support.otlp import OtlpReceiver, Span
-
-
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Redis that belongs to this run."""
-    program = servers.find_redis()
-    if program is None:
-        pytest.skip("redis-server is not installed")
-    with servers.redis_server(program, tmp_path_factory.mktemp("redis")) as url:
-        yield url
-
-
-@pytest.fixture(scope="session")
-def rabbitmq_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a RabbitMQ that belongs to this run."""
-    program = servers.find_rabbitmq()
-    if program is None:
-        pytest.skip("rabbitmq-server is not installed")
-    with servers.rabbitmq_server(program, tmp_path_factory.mktemp("rabbitmq")) as url:
-        yield url
 
 
 @pytest.fixture(autouse=True)
