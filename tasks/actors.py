@@ -115,4 +115,5 @@ def _read(event: Event) -> Happened | None:
 def project_event(what: Happened | None) -> None:
     """Add an event to its order's record."""
     if what is not None:
+        bind_log_fields(order_id=order_id_of(what.event))
         app.orders_store().project(what)

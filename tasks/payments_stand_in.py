@@ -47,6 +47,7 @@ class Knobs:
     Attributes:
       latency_ms: How long it thinks about every charge.
       latency_jitter_ms: How much longer, at random, at most.
+      fail_next: To how many of the next charges it answers 500 before it charges; it counts down by itself.
       failure_rate: How often it answers 500 before it charges.
       failure_after_charge_rate: How often it answers 500 although it has charged.
       hang_after_charge_rate: How often it charges, and then says nothing for `hang_ms`.
@@ -56,6 +57,7 @@ class Knobs:
 
     latency_ms: int = 0
     latency_jitter_ms: int = 0
+    fail_next: int = 0
     failure_rate: float = 0.0
     failure_after_charge_rate: float = 0.0
     hang_after_charge_rate: float = 0.0
@@ -165,7 +167,22 @@ class StandIn(ThreadingHTTPServer):
     def __init__(self, host: str, port: int, database: str, knobs: Knobs) -> None:
         self.charges = Charges(database)
         self.knobs = knobs
+        self._lock = threading.Lock()
         super().__init__((host, port), Handler)
+
+    def change(self, changes: dict[str, Any]) -> None:
+        """Change knobs; raises ValueError that names the one that is wrong."""
+        with self._lock:
+            self.knobs = self.knobs.changed(changes)
+
+    def fails_next(self) -> bool:
+        """Tell whether the next charge is one of those that `fail_next` is about, and count it."""
+        if not self.knobs.fail_next:
+            return False
+        with self._lock:
+            left = self.knobs.fail_next
+            self.knobs = replace(self.knobs, fail_next=max(0, left - 1))
+            return left > 0
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing about a client that went away: tests and chaos do that all the time."""
@@ -208,7 +225,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(404, {"message": "there is nothing here"})
             return
         try:
-            self.server.knobs = self.server.knobs.changed(changes)
+            self.server.change(changes)
         except ValueError as error:
             self._answer(400, {"message": str(error)})
             return
@@ -231,7 +248,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(400, {"code": "invalid_request", "message": problem})
             return
         time.sleep((knobs.latency_ms + random.uniform(0, knobs.latency_jitter_ms)) / 1000)
-        if random.random() < knobs.failure_rate:
+        if self.server.fails_next() or random.random() < knobs.failure_rate:
             self._answer(500, {"code": "internal", "message": "something went wrong before the charge"})
             return
         decline = DECLINES.get(request["token"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -36,6 +38,8 @@ class Span:
     start: int
     end: int
     resource: dict[str, Any]
+    #: The package that made it.
+    scope: str
 
     @property
     def service(self) -> str:
@@ -162,6 +166,15 @@ class OtlpReceiver:
         self.stop()
 
 
+@contextmanager
+def silent_endpoint() -> Iterator[str]:
+    """An endpoint that accepts connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(128)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
 def _value(value: AnyValue) -> Any:
     kind = value.WhichOneof("value")
     if kind == "array_value":
@@ -191,6 +204,7 @@ def _spans(request: ExportTraceServiceRequest) -> Iterable[Span]:
                     start=span.start_time_unix_nano,
                     end=span.end_time_unix_nano,
                     resource=resource_attributes,
+                    scope=scope.scope.name,
                 )
 
 

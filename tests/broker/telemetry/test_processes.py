@@ -5,18 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import signal
-import socket
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.support.otlp import OtlpReceiver
+from tests.support.otlp import OtlpReceiver, silent_endpoint
 from tests.support.polling import eventually
 from tests.support.ports import free_port
 from tests.support.processes import WORKER_READY, Process, dramatiq_worker, python
@@ -252,22 +249,13 @@ def test_who_deploys_names_the_service(
     assert span.service == "theirs"
 
 
-@contextmanager
-def black_hole() -> Iterator[str]:
-    """An endpoint that accepts connections and never answers."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(128)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
 @pytest.mark.parametrize("kind", ["refused", "silent"])
 def test_an_endpoint_that_is_down_is_not_in_the_way(
     tmp_path: Path, environment: dict[str, str], kind: str
 ) -> None:
     """Orders flow as before, the log says so once, and the end of the processes is not held up."""
     write(tmp_path, "shop", BROKER, CONFIGURE, ACTORS)
-    with black_hole() as silent:
+    with silent_endpoint() as silent:
         endpoint = silent if kind == "silent" else f"http://127.0.0.1:{free_port()}"
         environment = environment | {
             "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
