@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,6 +84,43 @@ def test_every_line_of_an_actor_says_what_it_is_about(
     process = next(span for span in spans if span.span_id == first["span_id"])
     assert process.trace_id == first["trace_id"]
     assert process.attributes["order_id"] == "o-1"
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_no_line_of_an_actor_lacks_its_fields(
+    telemetry: Providers, output: io.StringIO, queue: str, log_format: str
+) -> None:
+    """Whatever logger and level, for programs and for people: trace id, message id, actor and order id."""
+    configure(output, log_format=log_format, level="DEBUG")
+    broker = stub_broker()
+
+    @dramatiq.actor(queue_name=queue, broker=broker, max_retries=1, min_backoff=10, max_backoff=10)
+    def pay(order_id: str) -> None:
+        bind_log_fields(order_id=order_id)
+        logger.debug("mark: details")
+        logging.getLogger("orders.gateway").info("mark: asking", extra={"gateway": "test"})
+        logging.getLogger().warning("mark: slow")
+        try:
+            raise ConnectionError("refused")
+        except ConnectionError:
+            logger.exception("mark: failed")
+            raise
+
+    messages = {pay.send(order_id).message_id: order_id for order_id in ("o-1", "o-2")}
+    with running(broker, threads=2):
+        broker.join(queue, timeout=10_000)
+    spans = telemetry.spans(*[f"send {queue}", f"process {queue}"] * 4)
+    attempts = {span.span_id: span for span in spans if span.kind == "CONSUMER"}
+
+    written = [line for line in output.getvalue().splitlines() if "mark: " in line]
+    assert len(written) == 2 * 2 * 4
+    for line in written:
+        fields = json.loads(line) if log_format == "json" else dict(re.findall(r"(\w+)=(\S+)", line))
+        attempt = attempts[fields["span_id"]]
+        assert fields["trace_id"] == attempt.trace_id
+        assert fields["message_id"] == attempt.attributes["messaging.message.id"]
+        assert fields["actor"] == "pay"
+        assert fields["order_id"] == messages[fields["message_id"]]
 
 
 def test_fields_do_not_outlive_their_message(output: io.StringIO, queue: str) -> None:
