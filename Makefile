@@ -14,6 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 ARGS ?=
 MINUTES ?= 2
+WORKERS ?= 3
 
 .PHONY: help up demo test lint proto bench chaos clean
 .DEFAULT_GOAL := help
@@ -37,7 +38,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m tasks.demo $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from dramatiq.errors import BrokerError
-from nats.aio.msg import Msg
+from nats.errors import BadHeaderError
 
+from .client import Headers, Msg, check_headers
 from .errors import (
     ApiError,
     InvalidName,
@@ -23,8 +24,6 @@ from .errors import (
 )
 
 __all__ = ["Headers", "Msg", "PubAck", "Publication"]
-
-Headers = Mapping[str, str]
 
 # The server's error numbers (nats-server, server/errors.json).
 _FULL: Final = frozenset({10002, 10023, 10028, 10047, 10077, 10122})
@@ -91,10 +90,11 @@ def check_size(item: Publication, limit: int) -> None:
     size = len(item.payload)
     if item.headers:
         try:
-            size += 12 + sum(len(k.encode()) + len(v.encode()) + 4 for k, v in item.headers.items())
-        except (UnicodeEncodeError, AttributeError):
+            size += check_headers(item.headers)
+        except (UnicodeEncodeError, AttributeError, TypeError, BadHeaderError):
             raise InvalidOption(
-                f"the headers {dict(item.headers)!r} cannot be sent: names and values must be Unicode text."
+                f"the headers {dict(item.headers)!r} cannot be sent: names must be tokens such as Content-Type, "
+                "and values Unicode text."
             ) from None
     if size > limit:
         raise MessageTooLarge(

@@ -19,15 +19,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import os
 import ssl
 import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from dramatiq.broker import Broker
 from dramatiq.common import current_millis, iter_queue, q_name
 from dramatiq.errors import DecodeError, QueueJoinTimeout, QueueNotFound
 from dramatiq.message import Message
@@ -39,6 +38,7 @@ from .connection import Connection, ConnectOptions, PubAck, Publication
 from .consumer import JetStreamConsumer, JetStreamMessage, Source
 from .dead_letters import DeadLetters
 from .deliveries import Delivery, Ledger
+from .emission import EmittingBroker
 from .envelope import Event, checked, event_of
 from .errors import InvalidOption, MessageNotUnique, TopologyMissing
 from .kv import Bucket
@@ -62,7 +62,7 @@ HIGHEST_PRIORITY = 32
 _FOLLOW_UPS = (Retries, Pipelines, Callbacks, GroupCallbacks)
 
 
-class JetStreamBroker(Broker):
+class JetStreamBroker(EmittingBroker):
     """A Dramatiq broker on NATS JetStream. All times are milliseconds.
 
     Parameters:
@@ -302,7 +302,9 @@ class JetStreamBroker(Broker):
         while True:
             left = max(1, int((deadline - time.monotonic()) * 1000))
             try:
-                self.connection.publish_many([publication], timeout=left)
+                self.connection.publish(
+                    publication.subject, publication.payload, publication.headers, timeout=left
+                )
                 return
             except TopologyMissing:
                 if not self.declare or time.monotonic() >= deadline:
@@ -365,7 +367,7 @@ class JetStreamBroker(Broker):
         """What tells one enqueue call from another; for what follows a message, the same at its every run."""
         current = getattr(self._after, "message", None)
         if not isinstance(current, JetStreamMessage):
-            return uuid.uuid4().hex
+            return os.urandom(16).hex()
         self._after.ids[message.message_id] += 1
         call = f"{current._delivery.origin}:{message.message_id}:{self._after.ids[message.message_id]}"
         return hashlib.sha256(call.encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -412,7 +414,7 @@ class JetStreamBroker(Broker):
         try:
             check_subject(subject)
             data = event if isinstance(event, bytes) else event.SerializeToString()
-            complete = {**(headers or {}), HEADER_MSG_ID: event_id or uuid.uuid4().hex}
+            complete = {**(headers or {}), HEADER_MSG_ID: event_id or os.urandom(16).hex()}
             self.emit_own("before_publish_event", subject, complete)
             try:
                 ack = self.connection.publish(subject, data, complete, timeout=timeout)
@@ -424,16 +426,6 @@ class JetStreamBroker(Broker):
         except Exception as error:
             self._note_follow_up_error(error)
             raise
-
-    def emit_own(self, hook: str, *args: Any, **kwargs: Any) -> None:
-        """Call a hook of this library's own, which a middleware need not have."""
-        for middleware in self.middleware:
-            call = getattr(middleware, hook, None)
-            if call is not None:
-                try:
-                    call(self, *args, **kwargs)
-                except Exception:
-                    self.logger.critical("Unexpected failure in %s of %r.", hook, middleware, exc_info=True)
 
     # Consuming
 
@@ -497,7 +489,7 @@ class JetStreamBroker(Broker):
     def _decode(self, delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:
         """Make a message of what a queue's stream delivered; one that carries an event gets it decoded."""
         message = checked(Message.decode(delivery.data), delivery.source.queue)
-        if HEADER_TICK in delivery.headers:
+        if delivery.mentions(HEADER_TICK) and HEADER_TICK in delivery.headers:
             # Every tick of a schedule has the same body; its place in the stream makes it a message of its own.
             message = dataclasses.replace(
                 message,
@@ -540,21 +532,16 @@ class JetStreamBroker(Broker):
         if signal != "process_message":
             super().emit_after(signal, *args, **kwargs)
             return
-        message = args[0]
-        self._after.message = message
+        self._after.message = args[0]
         self._after.ids = Counter()
         try:
-            for middleware in reversed(self.middleware):
-                try:
-                    middleware.after_process_message(self, *args, **kwargs)
-                except Exception as error:
-                    self.logger.critical(
-                        "Unexpected failure in after_process_message of %r.", middleware, exc_info=True
-                    )
-                    if isinstance(middleware, _FOLLOW_UPS):
-                        self._note_follow_up_error(error)
+            super().emit_after(signal, *args, **kwargs)
         finally:
             self._after.message = None
+
+    def failed_after(self, signal: str, middleware: Middleware, error: Exception) -> None:
+        if signal == "process_message" and isinstance(middleware, _FOLLOW_UPS):
+            self._note_follow_up_error(error)
 
     def _note_follow_up_error(self, error: Exception) -> None:
         """Mark the message whose after-run middleware failed to enqueue, so that it is not acked."""

@@ -37,6 +37,7 @@ from .errors import (
     ConnectionClosed,
     ServerUnsupported,
     StoreTimeout,
+    TopologyMissing,
 )
 from .link import ConnectionState, Link, Subscription
 from .options import ConnectOptions
@@ -114,7 +115,32 @@ class Connection(Link):
           StoreTimeout, ConnectionClosed: No acknowledgement in time.
           StoreFull, MessageTooLarge, TopologyMissing, PermissionDenied, ApiError: JetStream's refusal.
         """
-        return self.publish_many([Publication(subject, payload, headers)], timeout=timeout)[0]
+        self.connect()
+        item = Publication(subject, payload, headers)
+        check_size(item, self._max_payload)
+        milliseconds = self.timeout if timeout is None else timeout
+        started = time.monotonic()
+        answer = self.ask(subject, payload, headers, milliseconds / 1000)
+        if answer is not None:
+            outcome = read_puback(subject, answer, patient=True)
+            if isinstance(outcome, PubAck):
+                return outcome
+            if outcome is not None:
+                raise outcome
+        left = milliseconds - int((time.monotonic() - started) * 1000)
+        try:
+            return self.publish_many([item], timeout=max(1, left))[0]
+        except TopologyMissing:
+            if not self._has_stream(subject):
+                raise
+        raise StoreTimeout(f"The stream of {subject} has no leader now; nothing was stored.")
+
+    def _has_stream(self, subject: str) -> bool:
+        """Whether a stream takes `subject`, as far as we may know."""
+        try:
+            return bool(self.api("STREAM.NAMES", {"subject": subject}, timeout=2_000).get("streams"))
+        except BrokerError:
+            return False
 
     def publish_many(
         self, publications: Iterable[Publication], *, timeout: int | None = None
@@ -220,6 +246,12 @@ class Connection(Link):
         """
         self.connect()
         seconds = (self.timeout if timeout is None else timeout) / 1000
+        if resend:
+            started = time.monotonic()
+            answer = self.ask(subject, payload, headers, seconds)
+            if answer is not None and not is_no_responders(answer):
+                return answer
+            seconds = max(0.001, seconds - (time.monotonic() - started))
         future: concurrent.futures.Future[Msg] = concurrent.futures.Future()
         grace = time.monotonic() + min(seconds, NO_RESPONDERS_GRACE / 1000)
 

@@ -25,13 +25,13 @@ from typing import Any, Protocol
 
 from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.common import current_millis
-from dramatiq.errors import ActorNotFound, ConnectionClosed, DecodeError
+from dramatiq.errors import ActorNotFound, BrokerError, ConnectionClosed, DecodeError
 from dramatiq.message import Message
 
 from . import dead_letters
 from .connection import Connection
 from .deliveries import ACK, Delivery, Ledger, nak_after
-from .errors import ApiError, BrokerConnectionError, MessageTooLarge
+from .errors import ApiError, BrokerConnectionError, MessageTooLarge, NotFound
 from .pulling import Puller, Source
 
 __all__ = ["JetStreamConsumer", "JetStreamMessage", "Source"]
@@ -137,7 +137,7 @@ class JetStreamConsumer(Consumer):
         self.undertaker = undertaker
         self.give_back = give_back
         self.stopping = False
-        self._handover: SimpleQueue[list[Delivery] | ConnectionClosed] = SimpleQueue()
+        self._handover: SimpleQueue[list[Delivery] | Source] = SimpleQueue()
         self._ready: list[tuple[int, int, Delivery]] = []  # the consumer thread's own
         self._order = itertools.count()
         self._handed = 0  # counted by the consumer thread
@@ -176,13 +176,25 @@ class JetStreamConsumer(Consumer):
                 arrived = self._handover.get(timeout=max(0.0, deadline - time.monotonic()))
             except Empty:
                 return None
-            if isinstance(arrived, ConnectionClosed):
-                raise arrived
+            if isinstance(arrived, Source):
+                self._check(arrived)
+                continue
             for delivery in arrived:
                 heappush(self._ready, (delivery.source.rank, next(self._order), delivery))
         self._empty()
         time.sleep(min(self.timeout, 0.1))
         return None
+
+    def _check(self, source: Source) -> None:
+        """Whether a source that refuses us exists; a stream without a leader refuses for a while, too."""
+        try:
+            self.connection.api(f"CONSUMER.INFO.{source.stream}.{source.durable}", timeout=2_000)
+        except NotFound:
+            raise ConnectionClosed(
+                f"There is no consumer {source}: prepare it with `fleet setup`, or let the broker declare it."
+            ) from None
+        except BrokerError as error:
+            self.logger.warning("The consumer %s does not answer now: %s", source, error)
 
     def _hand_over(self, delivery: Delivery) -> JetStreamMessage | None:
         self._handed += 1

@@ -58,11 +58,11 @@ class Delivery:
     """One delivered message and its place in the stream; what it says comes from its ack subject (ADR-15)."""
 
     __slots__ = (
+        "_message",
         "ack_subject",
         "ack_wait",
         "data",
         "deliveries",
-        "headers",
         "key",
         "on_settled",
         "owner",
@@ -79,7 +79,7 @@ class Delivery:
     def __init__(self, message: Msg, source: Source, owner: Puller) -> None:
         self.subject = message.subject
         self.data = message.data
-        self.headers: Mapping[str, str] = message.headers or {}
+        self._message = message
         self.ack_subject = message.reply
         self.source = source
         self.owner = owner
@@ -101,6 +101,14 @@ class Delivery:
 
     def __str__(self) -> str:
         return f"Message {self.sequence} of {self.stream}"
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self._message.headers
+
+    def mentions(self, header: str) -> bool:
+        """Whether the headers may have this one; much cheaper than to look."""
+        return self._message.mentions(header)
 
     @property
     def origin(self) -> str:

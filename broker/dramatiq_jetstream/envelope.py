@@ -35,31 +35,40 @@ EVENT_OPTION = "event"
 _LATEST = 10_000_000_000_000
 
 
+_TYPES: tuple[tuple[str, Any], ...] = (
+    ("actor_name", str),
+    ("message_id", str),
+    ("message_timestamp", (int, float)),
+    ("kwargs", dict),
+    ("options", dict),
+)
+
+
 def checked(message: Message[Any], queue: str) -> Message[Any]:
     """Return a decoded message as one of `queue` that Dramatiq's worker can take.
 
     Raises:
       DecodeError: When a part of it has a type that would trip the worker; the error says which.
     """
-    for name, value, kind in (
-        ("actor_name", message.actor_name, str),
-        ("message_id", message.message_id, str),
-        ("message_timestamp", message.message_timestamp, (int, float)),
-        ("kwargs", message.kwargs, dict),
-        ("options", message.options, dict),
-    ):
+    for name, kind in _TYPES:
+        value = getattr(message, name)
         if not isinstance(value, kind):
             raise _refusal(f"its {name} is a {type(value).__name__}")
-    if not all(isinstance(key, str) for mapping in (message.kwargs, message.options) for key in mapping):
+    if not (_keys_are_text(message.kwargs) and _keys_are_text(message.options)):
         raise _refusal("its kwargs or options have keys that are not text")
     eta = message.options.get("eta")
     if isinstance(eta, (int, float)) and not (math.isfinite(eta) and eta < _LATEST):
         raise _refusal(f"its eta {eta!r} is not a time in milliseconds since 1970")
-    throws = message.options.get("throws") or ()
-    for error in throws if isinstance(throws, tuple) else (throws,):
-        if not (isinstance(error, type) and issubclass(error, BaseException)):
-            raise _refusal(f"its option throws has {error!r}, which is not an exception class")
+    throws = message.options.get("throws")
+    if throws:
+        for error in throws if isinstance(throws, tuple) else (throws,):
+            if not (isinstance(error, type) and issubclass(error, BaseException)):
+                raise _refusal(f"its option throws has {error!r}, which is not an exception class")
     return message if message.queue_name == queue else dataclasses.replace(message, queue_name=queue)
+
+
+def _keys_are_text(mapping: Mapping[Any, Any]) -> bool:
+    return not mapping or all(isinstance(key, str) for key in mapping)
 
 
 def _refusal(what: str) -> DecodeError:

@@ -4,9 +4,9 @@ Everything else in the library is called from Dramatiq's threads and calls in he
 on first use and made anew after a fork, because nats-py is neither thread-safe nor fork-safe.
 
 What is sent goes one way: a thread leaves a *call* in the mailbox and wakes the loop, at most once for many
-calls; the loop runs the calls, and one writer task hands what they produced to nats-py, in order. nats-py's
-own buffer for a lost connection is switched off, because it would send what the caller was already told had
-failed; what must survive a reconnect is kept by whoever sent it, and sent again from `on_reconnect`.
+calls; the loop runs the calls and writes what they produced, in order and at once. nats-py's own buffer for a
+lost connection is switched off, because it would send what the caller was already told had failed; what must
+survive a reconnect is kept by whoever sent it, and sent again from `on_reconnect`.
 
 A *fence* is a message to ourselves, once a second. A server handles one client's messages in order, so when
 a fence comes back, everything sent before it has arrived: consumers forget the acks they kept for sending
@@ -31,10 +31,11 @@ from typing import Any, Final, cast
 
 import nats.errors
 from dramatiq.errors import BrokerError
-from nats.aio.client import Client
 
-from .answers import Headers, Msg, read_permission_error
+from .answers import read_permission_error
+from .client import DirectClient, Headers, Msg, Outgoing
 from .errors import ConnectionClosed, ConnectionFailed, ServerUnsupported
+from .lanes import Lanes
 from .options import ConnectOptions
 
 __all__ = ["ConnectionState", "Link", "Subscription"]
@@ -48,6 +49,9 @@ FENCES_MISSED: Final = 6
 
 #: After a connection that could not be opened anew, in seconds.
 REOPEN_PAUSE: Final = 1.0
+
+#: After so many bytes the socket is waited for before more is written.
+BACKLOG: Final = 1_048_576
 
 #: How often callbacks of `on_tick` are called, in seconds.
 TICK: Final = 0.1
@@ -124,15 +128,17 @@ class Link:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._nc: Client | None = None
+        self._nc: DirectClient | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._opening: asyncio.Task[None] | None = None
         self._max_payload = 1_048_576
         self._mailbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        self._outgoing: deque[tuple[str, bytes, str, Headers | None]] = deque()
+        self._outgoing: list[Outgoing] = []
         self._woken = False
         self._draining = False
-        self._wake: asyncio.Event | None = None
+        self._backlog = 0
+        self._relieving: asyncio.Task[None] | None = None
+        self._lanes = Lanes()
         self.inbox = ""
         self._fence_sent = 0
         self._fence_seen = 0
@@ -193,7 +199,6 @@ class Link:
     def _start_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
             self._loop = _new_event_loop()
-            self._wake = asyncio.Event()
             self._thread = threading.Thread(
                 target=self._loop.run_forever, name="dramatiq-jetstream", daemon=True
             )
@@ -202,7 +207,7 @@ class Link:
 
     async def _open(self) -> None:
         """Open the first connection. Nothing is left behind when it fails: the next call starts again."""
-        nc = Client()
+        nc = DirectClient()
         refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         failures = 0
 
@@ -228,6 +233,7 @@ class Link:
 
         async def on_disconnect() -> None:
             self.state.connected = False
+            self._lanes.clear()
             self._outgoing.clear()
             if not self._closed and self._nc is nc:  # not when the first connection fails: that raises
                 self.logger.warning(
@@ -289,7 +295,7 @@ class Link:
                 await nc.close()
             raise
         self.inbox = nc.new_inbox()
-        await nc.subscribe(f"{self.inbox}.*", cb=self._receive)
+        await nc.listen(f"{self.inbox}.*", self._receive)
         self._fences_missed = 0
         self._fence_seen = self._fence_sent
         for subscription in self._subscriptions:
@@ -297,11 +303,10 @@ class Link:
         self._nc = nc
         self._note_server(nc)
         if not self._tasks:
-            self._tasks = [asyncio.ensure_future(self._write()), asyncio.ensure_future(self._watch())]
-        self._woken = False
-        self._wake_writer()
+            self._tasks = [asyncio.ensure_future(self._watch())]
+        self._drain()
 
-    def _check_server(self, nc: Client) -> None:
+    def _check_server(self, nc: DirectClient) -> None:
         version = nc.connected_server_version
         if (version.major, version.minor, version.patch) < MINIMUM_SERVER:
             raise ServerUnsupported(
@@ -315,7 +320,7 @@ class Link:
                 "start it with --jetstream, or add a jetstream block to its configuration."
             )
 
-    def _note_server(self, nc: Client) -> None:
+    def _note_server(self, nc: DirectClient) -> None:
         self.state.connected = True
         self.state.server = nc.connected_url.netloc.rpartition("@")[2] if nc.connected_url else None
         self.state.server_version = str(nc._server_info.get("version"))
@@ -341,13 +346,16 @@ class Link:
 
     async def _shut(self) -> None:
         nc = self._nc
-        for task in (*self._tasks, *([self._opening] if self._opening else [])):
-            task.cancel()
+        for task in (*self._tasks, self._opening, self._relieving):
+            if task is not None:
+                task.cancel()
         if nc is not None:
-            await self._drain_mailbox(nc)
+            self._backlog = 0
+            self._drain()
             # A broken connection has nothing left to save; closing it may also end the task that reconnects.
             with contextlib.suppress(Exception, asyncio.CancelledError):
                 await nc.close()
+        self._lanes.clear()
         self.closing()
         self.state.connected = False
 
@@ -358,10 +366,10 @@ class Link:
         self._mailbox.append((call, args))
         if not self._woken:
             self._woken = True
-            loop, wake = self._loop, self._wake
-            if loop is not None and wake is not None:
+            loop = self._loop
+            if loop is not None:
                 with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to hear
-                    loop.call_soon_threadsafe(wake.set)
+                    loop.call_soon_threadsafe(self._drain)
 
     def send(
         self, subject: str, payload: bytes = b"", headers: Headers | None = None, reply: str = ""
@@ -373,23 +381,24 @@ class Link:
     def write(
         self, subject: str, payload: bytes = b"", reply: str = "", headers: Headers | None = None
     ) -> None:
-        """Hand a message to the writer; only on the loop thread. Without a connection it is dropped."""
+        """Write a message soon; only on the loop thread. Without a connection it is dropped."""
         if self.is_open:
             self._outgoing.append((subject, payload, reply, headers))
-            if not self._draining:
-                self._wake_writer()
+            if not self._draining and not self._woken:
+                self._woken = True
+                cast(asyncio.AbstractEventLoop, self._loop).call_soon(self._drain)
 
     def new_inbox(self) -> str:
         """Return a fresh subject for answers; add tokens to it as needed."""
         self.connect()
-        return cast(Client, self._nc).new_inbox()
+        return cast(DirectClient, self._nc).new_inbox()
 
     def subscribe(self, subject: str, callback: Callable[[Msg], None]) -> Subscription:
         """Call `callback` on the loop thread for each message on `subject`; it must neither block nor raise."""
         self.connect()
         subscription = Subscription(subject, callback, self)
         self._subscriptions.append(subscription)
-        self.run(self._attach(cast(Client, self._nc), subscription))
+        self.run(self._attach_for_sure(cast(DirectClient, self._nc), subscription))
         return subscription
 
     def run(self, coroutine: Coroutine[Any, Any, None], timeout: int | None = None) -> None:
@@ -415,20 +424,22 @@ class Link:
     def _withdraw(self, subscription: Subscription) -> None:
         nc, native = self._nc, subscription._nats
         if nc is not None and native is not None and nc.is_connected:
-            # nats-py's own unsubscribe would also drop what is on its way.
-            self._withdrawing = asyncio.ensure_future(nc._send_unsubscribe(native._id))
+            self._withdrawing = asyncio.ensure_future(nc.withdraw(native))
 
-    async def _attach(self, nc: Client, subscription: Subscription) -> None:
-        callback = subscription.callback
+    async def _attach_for_sure(self, nc: DirectClient, subscription: Subscription) -> None:
+        await self._attach(nc, subscription)
+        if nc.is_connected:
+            # What is asked next may take another way to the server, and must not get there first.
+            with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError):
+                await nc.flush(2)
 
-        async def deliver(message: Msg) -> None:
-            callback(message)
-
-        subscription._nats = await nc.subscribe(subscription.subject, cb=deliver)
+    async def _attach(self, nc: DirectClient, subscription: Subscription) -> None:
+        subscription._nats = await nc.listen(subscription.subject, subscription.callback)
 
     async def _detach(self, native: Any) -> None:
-        with contextlib.suppress(nats.errors.Error):  # a closed connection has no subscriptions left
-            await native.unsubscribe()
+        if self._nc is not None:
+            with contextlib.suppress(nats.errors.Error):  # a closed connection has no subscriptions left
+                await self._nc.unlisten(native)
 
     def on_reconnect(self, callback: Callable[[], None]) -> None:
         """Call `callback` on the loop thread after each reconnect, once unanswered publishes were sent again."""
@@ -451,6 +462,15 @@ class Link:
         for callbacks in (self._on_reconnect, self._on_fence, self._on_tick, self._on_fork):
             with contextlib.suppress(ValueError):
                 callbacks.remove(callback)
+
+    def ask(self, subject: str, payload: bytes, headers: Headers | None, seconds: float) -> Msg | None:
+        """Send a request that may be sent twice by a lane; None when it has to be sent by the loop after all."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("A blocking call was made on the connection's own thread.")
+        nc = self._nc
+        if nc is None or not self.is_connected:
+            return None
+        return self._lanes.ask(nc, subject, payload, headers, seconds)
 
     def soon(self, call: Callable[[], None], delay: float = 0.0) -> None:
         """Run `call` on the loop thread after this turn, or after `delay` seconds; only on the loop thread."""
@@ -486,7 +506,7 @@ class Link:
     def closing(self) -> None:
         """Called when the connection was closed."""
 
-    async def _receive(self, message: Msg) -> None:
+    def _receive(self, message: Msg) -> None:
         token = message.subject[len(self.inbox) + 1 :]
         if token == "fence":
             self._fence_seen = max(self._fence_seen, int(message.data))
@@ -507,48 +527,45 @@ class Link:
         if nc is None:
             return
         self.state.reconnects += 1
+        self._lanes.clear()
         self._note_server(nc)
         self._fences_missed = 0
         self._fence_seen = self._fence_sent
         self.logger.info("Reconnected to NATS at %s.", self.state.server)
         self._call_all(self._on_reconnect)
-        self._wake_writer()
+        self._drain()
 
-    def _wake_writer(self) -> None:
-        if self._wake is not None:
-            self._wake.set()
-
-    async def _write(self) -> None:
-        """Run what threads posted and hand what that produced to nats-py."""
-        wake = cast(asyncio.Event, self._wake)
-        while True:
-            await wake.wait()
-            wake.clear()
-            nc = self._nc
-            if nc is not None:
-                self._draining = True
-                await self._drain_mailbox(nc)
-                self._draining = False
-
-    async def _drain_mailbox(self, nc: Client) -> None:
+    def _drain(self) -> None:
+        """Run what threads posted and write what that produced."""
         self._woken = False
-        mailbox, outgoing = self._mailbox, self._outgoing
-        while mailbox or outgoing:
+        nc = self._nc
+        if nc is None or self._draining or self._backlog > BACKLOG:
+            return  # whoever ends that comes here again
+        self._draining = True
+        mailbox = self._mailbox
+        while mailbox or self._outgoing:
             while mailbox:
                 call, args = mailbox.popleft()
                 try:
                     call(*args)
                 except Exception:
                     self.logger.exception("A call on the connection's thread failed.")
-            while outgoing:
-                subject, payload, reply, headers = outgoing.popleft()
-                try:
-                    await nc.publish(subject, payload, reply, cast("dict[str, str] | None", headers))
-                except (nats.errors.OutboundBufferLimitError, nats.errors.ConnectionClosedError):
-                    # Not connected: publishes are sent again on reconnect, acks by their consumer.
-                    outgoing.clear()
-                except Exception:
-                    self.logger.exception("A message for %s could not be sent.", subject)
+            outgoing, self._outgoing = self._outgoing, []
+            try:
+                self._backlog += nc.write_all(outgoing)
+            except nats.errors.ConnectionClosedError:
+                continue  # publishes are sent again on reconnect, acks by their consumer
+            if self._backlog > BACKLOG:
+                self._relieving = asyncio.ensure_future(self._relieve(nc))
+                break
+        self._draining = False
+
+    async def _relieve(self, nc: DirectClient) -> None:
+        try:
+            await nc.written()
+        finally:
+            self._backlog = 0
+        self._drain()
 
     async def _watch(self) -> None:
         """Call the ticks, send the fences, and replace a connection from which none comes back."""
@@ -556,6 +573,7 @@ class Link:
         while True:
             await asyncio.sleep(TICK)
             self._call_all(self._on_tick)
+            self._lanes.close_unused()
             nc = self._nc
             now = time.monotonic()
             if nc is None:
@@ -584,11 +602,8 @@ class Link:
         else:
             self._reconnected()
 
-    async def _replace(self, nc: Client) -> None:
-        # Closing in good order would wait for a peer that may never take what is buffered.
-        writer = getattr(nc._transport, "_io_writer", None)
-        if writer is not None:
-            writer.transport.abort()
+    async def _replace(self, nc: DirectClient) -> None:
+        nc.abort()  # closing in good order would wait for a peer that may never take what is buffered
         await nc.force_reconnect()
 
 

@@ -129,6 +129,8 @@ class Periodic(Middleware):
         if not isinstance(message, JetStreamMessage) or not isinstance(broker, JetStreamBroker):
             return
         delivery = message._delivery
+        if not delivery.mentions(HEADER_TICK):
+            return
         name = delivery.headers.get(HEADER_TICK)
         if name is None:
             return

@@ -24,7 +24,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dramatiq.errors import ConnectionClosed
 from dramatiq.message import Message
 
 from .connection import Connection, Msg, Subscription
@@ -103,7 +102,7 @@ class Puller:
     Parameters:
       prefetch: How many messages may be here at once, those that are worked on included.
       lookahead: Whether more may come while messages are short.
-      deliver: Gets what arrived in one turn of the loop, or the error that ends it.
+      deliver: Gets what arrived in one turn of the loop, or a source that may not exist.
       surplus: Called when more is in hand than can be worked off soon.
     """
 
@@ -115,7 +114,7 @@ class Puller:
         *,
         prefetch: int,
         lookahead: bool,
-        deliver: Callable[[list[Delivery] | ConnectionClosed], None],
+        deliver: Callable[[list[Delivery] | Source], None],
         surplus: Callable[[], None],
     ) -> None:
         self._connection = connection
@@ -187,7 +186,7 @@ class Puller:
             feed.heard = time.monotonic()
             if message.reply.startswith("$JS.ACK."):
                 self._receive(feed, message)
-            elif message.headers and "Status" in message.headers:
+            elif "Status" in message.headers:
                 self._answered(feed, message, message.headers)
 
         return receive
@@ -226,14 +225,9 @@ class Puller:
         deleted = status == "409" and "Deleted" in headers.get("Description", "")
         if deleted or status == "503":
             feed.refused += 1
-            # A stream that is starting answers so too; the tick asks again, ten times a second.
-            if deleted or feed.refused == 20:
-                self._deliver(
-                    ConnectionClosed(
-                        f"There is no consumer {feed.source}: prepare it with `fleet setup`, "
-                        "or let the broker declare it."
-                    )
-                )
+            # A stream that is starting, or has no leader, answers so too; the tick asks again, ten times a second.
+            if deleted or feed.refused % 20 == 0:
+                self._deliver(feed.source)
             return
         # 404 answers a probe that took all there was, 408 a request that stood its time. After anything else (a
         # new leader, too many requests) the tick asks again.

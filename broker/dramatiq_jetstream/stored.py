@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from .client import parse_headers
 from .connection import Connection
 from .errors import NotFound
 
@@ -31,15 +32,6 @@ def parse_time(text: str) -> int:
     """Milliseconds since 1970 of the server's RFC 3339 time, which has up to nine decimals."""
     text = re.sub(r"(\.\d{1,6})\d*", lambda m: m[1].ljust(7, "0"), text).replace("Z", "+00:00")
     return int(datetime.fromisoformat(text).timestamp() * 1000)
-
-
-def parse_headers(raw: bytes) -> dict[str, str]:
-    headers: dict[str, str] = {}
-    for line in raw.decode("utf-8", "replace").split("\r\n")[1:]:
-        name, separator, value = line.partition(":")
-        if separator:
-            headers[name.strip()] = value.strip()
-    return headers
 
 
 def _get(

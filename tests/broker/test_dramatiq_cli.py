@@ -98,7 +98,6 @@ def test_sighup_finishes_what_runs_and_goes_on(make_fleet):
 
 def test_gevent_is_refused_with_a_reason(make_fleet, nats_url, namespace, tmp_path):
     """`dramatiq-gevent` replaces the threads that this broker needs: it says so and what to use instead."""
-    pytest.importorskip("gevent")
     fleet = make_fleet()
     command = [Path(sys.executable).parent / "dramatiq-gevent", "tests.broker.fleet_app", "--processes", "1"]
     env = {"FLEET_RUNS": str(fleet.runs), "FLEET_BROKER": json.dumps(fleet.options)}

@@ -14,7 +14,9 @@ ROOT = Path(dramatiq_jetstream.__file__).parent
 #: A module may import from the lines above its own, and from its own line.
 LAYERS = [
     ["errors"],
-    ["naming", "options", "answers"],
+    ["naming", "options", "client"],
+    ["lanes", "emission"],
+    ["answers"],
     ["link"],
     ["connection"],
     ["topology", "stored", "envelope"],

@@ -1,0 +1,134 @@
+"""What we reach into nats-py for: messages straight to their callbacks, publishes straight to the socket."""
+
+from __future__ import annotations
+
+import asyncio
+import string
+import subprocess
+
+import pytest
+from dramatiq import Message
+from hypothesis import given
+from hypothesis import strategies as st
+from nats.aio.client import Client
+
+from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.client import Msg, check_headers, encode_headers, parse_headers
+from dramatiq_jetstream.connection import Connection, ConnectOptions
+from dramatiq_jetstream.link import BACKLOG
+from dramatiq_jetstream.server import NatsServer
+from tests.support.polling import eventually
+from tests.support.skips import needs
+
+KEYS = st.text(string.ascii_letters + string.digits + "-_.!", min_size=1, max_size=20)
+VALUES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=40)
+
+
+@pytest.fixture
+def connection(nats_url):
+    connection = Connection(ConnectOptions.of(nats_url))
+    yield connection
+    connection.close()
+
+
+def listen(connection: Connection) -> tuple[str, list[Msg]]:
+    inbox, arrived = connection.new_inbox(), []
+    connection.subscribe(inbox, arrived.append)
+    return inbox, arrived
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=6))
+def test_headers_survive_the_wire(headers):
+    """What is encoded is parsed again, but for space at the ends, which the protocol does not keep."""
+    block = encode_headers(headers)
+    assert len(block) <= check_headers(headers) or any(v != v.strip() for v in headers.values())
+    assert parse_headers(block) == {key: value.strip() for key, value in headers.items()}
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"NATS/1.0\r\n\r\n",
+        b"NATS/1.0\r\nA: 1\r\nb:2\r\n\r\n",
+        b"NATS/1.0 503\r\n\r\n",
+        b"NATS/1.0 404 No Messages\r\n\r\n",
+        b"NATS/1.0 408 Request Timeout\r\nNats-Pending-Messages: 1\r\nNats-Pending-Bytes: 0\r\n\r\n",
+        b"NATS/1.0 409 Leadership Change\r\n\r\n",
+        b"NATS/1.0 100 Idle Heartbeat\r\nNats-Last-Consumer: 12\r\n\r\n",
+    ],
+)
+def test_headers_are_parsed_as_nats_py_parses_them(block):
+    """Status lines of the server and ordinary headers, on their own and together."""
+    theirs = asyncio.run(Client()._process_headers(block))
+    assert parse_headers(block) == dict(theirs or {})
+
+
+def test_messages_arrive_in_order_beyond_the_backlog(connection):
+    """More than the socket takes at once: nothing is lost or overtaken, and headers come with it."""
+    inbox, arrived = listen(connection)
+    body = b"x" * 50_000
+    count = 3 * BACKLOG // len(body) + 10
+    for number in range(count):
+        connection.send(inbox, body, {"Number": str(number)})
+    eventually(lambda: len(arrived) == count)
+    assert [int(message.headers["Number"]) for message in arrived] == list(range(count))
+    assert {len(message.data) for message in arrived} == {len(body)}
+
+
+def test_a_callback_that_fails_does_not_end_the_reader(connection, caplog):
+    """Its error is a line in the log; the next message arrives."""
+    inbox, arrived = connection.new_inbox(), []
+
+    def fails_once(message: Msg) -> None:
+        arrived.append(message)
+        if len(arrived) == 1:
+            raise RuntimeError("broken")
+
+    connection.subscribe(inbox, fails_once)
+    connection.send(inbox)
+    connection.send(inbox)
+    eventually(lambda: len(arrived) == 2)
+    assert "broken" in caplog.text
+
+
+def test_a_line_break_in_a_header_ends_nothing(connection):
+    """It would start a header, or a command of the protocol."""
+    inbox, arrived = listen(connection)
+    connection.send(inbox, b"1", {"A": "x\r\nB: y\r\n\r\nPUB evil 0"})
+    eventually(lambda: arrived)
+    assert arrived[0].headers == {"A": "x  B: y    PUB evil 0"}
+    assert arrived[0].data == b"1"
+
+
+def test_a_message_that_cannot_be_sent_takes_nothing_with_it(connection, caplog):
+    """Too large, or with a header that is none: left out, and said."""
+    inbox, arrived = listen(connection)
+    connection.send(inbox, b"1")
+    connection.send(inbox, b"x" * (connection.max_payload + 1))
+    connection.send(inbox, b"2", {"not a token": "x"})
+    connection.send(inbox, b"3")
+    eventually(lambda: len(arrived) == 2)
+    assert [message.data for message in arrived] == [b"1", b"3"]
+    assert caplog.text.count("could not be sent") == 2
+
+
+@needs("openssl")
+def test_tls(tmp_path):
+    """The connection and its lanes are encrypted, with a certificate that is checked."""
+    import ssl
+
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    options = "-x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    files = ["-keyout", key, "-out", certificate]
+    subprocess.run(["openssl", "req", *options.split(), *files], check=True, capture_output=True)
+    tls = f'tls {{ cert_file: "{certificate}", key_file: "{key}" }}\n'
+    with NatsServer(store_dir=tmp_path / "nats", sync="2m", config=tls, monitor_port=0) as server:
+        url = server.url.replace("nats://", "tls://")
+        broker = JetStreamBroker(url, tls=ssl.create_default_context(cafile=str(certificate)))
+        broker.declare_queue("q")
+        for _ in range(3):
+            broker.enqueue(Message("q", "actor", (), {}, {}))
+        assert broker.queue_stats("q").ready == 3
+        clients = server.monitor("/connz")["connections"]
+        assert [client["tls_version"] for client in clients] == ["1.3", "1.3"]
+        broker.close()
