@@ -181,7 +181,10 @@ class DirectClient(Client):
         chunk = b"".join(pending)
         self._pending = []
         self._pending_data_size = 0
-        self._transport.write(chunk)
+        try:
+            self._transport.write(chunk)
+        except (OSError, RuntimeError, AttributeError) as error:  # it was closed, and nobody has noticed yet
+            raise nats.errors.ConnectionClosedError from error
         return len(chunk)
 
     async def written(self) -> None:
@@ -190,7 +193,7 @@ class DirectClient(Client):
         if transport is not None:
             try:
                 await transport.drain()
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
                 await self._process_op_err(error)
 
     def abort(self) -> None:

@@ -100,6 +100,12 @@ class Connection(Link):
         super()._forget()
         self._pending: dict[str, _Pending] = {}
         self._counter = 0
+        self._resent = 0
+
+    @property
+    def repeats(self) -> int:
+        """How many requests of this process were sent again so far."""
+        return self._resent + self._lanes.failures
 
     def publish(
         self, subject: str, payload: bytes, headers: Headers | None = None, *, timeout: int | None = None
@@ -320,6 +326,7 @@ class Connection(Link):
 
     def _transmit(self, token: str, pending: _Pending) -> None:
         if self.is_open:
+            self._resent += pending.sent is not None
             pending.sent = time.monotonic()
             self.write(pending.subject, pending.payload, f"{self.inbox}.{token}", pending.headers)
 

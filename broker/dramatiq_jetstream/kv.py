@@ -41,7 +41,6 @@ HEADER_OPERATION = "KV-Operation"
 HEADER_MARKER_REASON = "Nats-Marker-Reason"
 HEADER_ROLLUP = "Nats-Rollup"
 HEADER_EXPECTED_SUBJECT = "Nats-Expected-Last-Subject-Sequence-Subject"
-HEADER_EXPECTED_LAST_MSG_ID = "Nats-Expected-Last-Msg-Id"
 
 #: How long the mark of a deleted key is kept, in seconds: long enough for watches to see it.
 MARK_TTL = 60
@@ -49,10 +48,7 @@ MARK_TTL = 60
 # The server's error numbers.
 _WRONG_LAST_SEQUENCE = 10071
 _OTHER_WRITE_IN_FLIGHT = 10164
-_WRONG_LAST_MSG_ID = 10070
-
-#: The connection sends an unanswered publish again after this many seconds at the soonest.
-_SOONEST_RESEND = 0.09
+_ROLLUP_FAILED = 10111
 
 
 @dataclass(frozen=True)
@@ -344,7 +340,7 @@ class Bucket:
         headers[HEADER_MSG_ID] = secrets.token_hex(12)
         deadline = time.monotonic() + self.connection.timeout / 1000
         while True:
-            reconnects, started = self.connection.state.reconnects, time.monotonic()
+            repeats = self.connection.repeats
             try:
                 return self._publish(subject, value, headers).seq
             except ApiError as error:
@@ -353,11 +349,9 @@ class Bucket:
                     continue
                 if error.err_code not in (_WRONG_LAST_SEQUENCE, _OTHER_WRITE_IN_FLIGHT):
                     raise
-            sent_again = (
-                self.connection.state.reconnects != reconnects
-                or time.monotonic() - started >= _SOONEST_RESEND
-            )
-            own = self._stored_as(subject, headers[HEADER_MSG_ID]) if sent_again else None
+            own = None
+            if self.connection.repeats != repeats:  # of this write, perhaps
+                own = self._stored_as(subject, headers[HEADER_MSG_ID])
             if own is None:
                 raise _Conflict
             return own
@@ -365,13 +359,14 @@ class Bucket:
     def _stored_as(self, subject: str, write: str) -> int | None:
         """Ask whether a write was stored, without writing: return its revision, or None.
 
-        The server looks for duplicates before it compares the last message's id, and nothing has this one.
+        The server looks for duplicates before it looks at rollups, alone and in a cluster, and there is no rollup
+        of this kind. (Not every header will do: expecting another last message id stops the stream of a cluster,
+        whose servers notice only when they apply it; expecting a revision is checked before duplicates elsewhere.)
         """
-        headers = {HEADER_MSG_ID: write, HEADER_EXPECTED_LAST_MSG_ID: f"not-{write}"}
         try:
-            return self.connection.publish(subject, b"", headers).seq
+            return self.connection.publish(subject, b"", {HEADER_MSG_ID: write, HEADER_ROLLUP: "none"}).seq
         except ApiError as error:
-            if error.err_code != _WRONG_LAST_MSG_ID:
+            if error.err_code != _ROLLUP_FAILED:
                 raise
             return None
 

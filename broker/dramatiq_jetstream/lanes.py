@@ -158,7 +158,11 @@ def _context(client: DirectClient) -> ssl.SSLContext:
 
 
 class Lanes:
-    """The lanes of one connection; any thread may ask."""
+    """The lanes of one connection; any thread may ask.
+
+    Attributes:
+      failures: How many requests failed on a lane, and may have arrived all the same.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -166,6 +170,7 @@ class Lanes:
         # Weakly: an exception that Dramatiq raises in a thread may strike before the lane is given back.
         self._lanes: weakref.WeakSet[_Lane] = weakref.WeakSet()
         self._opening = 0
+        self.failures = 0
         self._not_before = 0.0
 
     def ask(
@@ -189,6 +194,7 @@ class Lanes:
                 lane.close()
                 raise
         except (OSError, ValueError, _Broken) as error:
+            self.failures += 1
             self._not_before = time.monotonic() + PAUSE
             logger.debug("A lane to NATS failed: %s", error)
             return None

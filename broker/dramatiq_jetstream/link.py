@@ -542,6 +542,12 @@ class Link:
         if nc is None or self._draining or self._backlog > BACKLOG:
             return  # whoever ends that comes here again
         self._draining = True
+        try:
+            self._empty_mailbox(nc)
+        finally:
+            self._draining = False
+
+    def _empty_mailbox(self, nc: DirectClient) -> None:
         mailbox = self._mailbox
         while mailbox or self._outgoing:
             while mailbox:
@@ -551,6 +557,8 @@ class Link:
                 except Exception:
                     self.logger.exception("A call on the connection's thread failed.")
             outgoing, self._outgoing = self._outgoing, []
+            if not outgoing:
+                continue
             try:
                 self._backlog += nc.write_all(outgoing)
             except nats.errors.ConnectionClosedError:
@@ -558,14 +566,13 @@ class Link:
             if self._backlog > BACKLOG:
                 self._relieving = asyncio.ensure_future(self._relieve(nc))
                 break
-        self._draining = False
 
     async def _relieve(self, nc: DirectClient) -> None:
         try:
             await nc.written()
         finally:
             self._backlog = 0
-        self._drain()
+            self._drain()
 
     async def _watch(self) -> None:
         """Call the ticks, send the fences, and replace a connection from which none comes back."""

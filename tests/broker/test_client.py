@@ -112,6 +112,23 @@ def test_a_message_that_cannot_be_sent_takes_nothing_with_it(connection, caplog)
     assert caplog.text.count("could not be sent") == 2
 
 
+def test_a_transport_that_was_closed_behind_our_back(connection, monkeypatch):
+    """uvloop raises RuntimeError for it; what was written is lost with the connection, what comes later is not."""
+    inbox, arrived = listen(connection)
+    client = connection._nc
+
+    def closed(chunk: bytes) -> None:
+        monkeypatch.undo()
+        raise RuntimeError("the handler is closed")
+
+    monkeypatch.setattr(client._transport, "write", closed)
+    connection.send(inbox, b"lost")
+    eventually(lambda: "write" not in vars(client._transport))
+    connection.send(inbox, b"later")
+    eventually(lambda: arrived)
+    assert [message.data for message in arrived] == [b"later"]
+
+
 @needs("openssl")
 def test_tls(tmp_path):
     """The connection and its lanes are encrypted, with a certificate that is checked."""

@@ -23,6 +23,7 @@ from dramatiq_jetstream.errors import (
 from dramatiq_jetstream.kv import Bucket, Entry
 from dramatiq_jetstream.naming import Names, bucket_subject
 from dramatiq_jetstream.server import NatsServer
+from dramatiq_jetstream.stored import message_at
 from tests.broker.cables import DeafCable
 from tests.support.polling import eventually
 
@@ -468,3 +469,19 @@ def test_three_replicas_are_read_as_they_were_written(
 
     with ThreadPoolExecutor(4) as pool:
         assert sum(pool.map(take, buckets * 2)) == 5
+
+
+def test_asking_for_a_write_leaves_a_cluster_alone(
+    make_bucket: MakeBucket, nats_cluster: NatsCluster
+) -> None:
+    """After a write was repeated the server is asked whether it has it: an answer, and no harm to the stream."""
+    bucket = make_bucket(nats_cluster.urls[0], replicas=3)
+    revision = bucket.put("k", b"1")
+    subject = bucket._subject("k")
+    written = message_at(bucket.connection, bucket.stream, revision)
+    assert written is not None
+    for _ in range(3):
+        assert bucket._stored_as(subject, written.headers["Nats-Msg-Id"]) == revision
+        assert bucket._stored_as(subject, "nobody-wrote-this") is None
+    assert bucket.update("k", b"2", revision=revision) == revision + 1
+    assert value(bucket, "k") == b"2"
