@@ -234,17 +234,29 @@ def watch_order(order_id: str, callback: Callable[[Order], None]) -> Watch:
 
 
 _connecting = threading.Lock()
+_attempt: threading.Thread | None = None
 
 
 def nats_connected() -> bool:
-    """Whether this process is connected to NATS now. The first call makes the connection, for a second at most."""
+    """Whether this process is connected to NATS now.
+
+    The first call makes the connection, for a second at most; calls that come meanwhile wait for it as well, or a
+    burst of requests would be refused by a process that has just begun.
+    """
+    global _attempt
     connection = app.broker.connection
     if connection.is_connected:
         return True
-    if connection.state.server is None and _connecting.acquire(blocking=False):
-        attempt = threading.Thread(target=_connect, name="connect", daemon=True)
-        attempt.start()
-        attempt.join(1.0)
+    if connection.state.server is None:
+        first = connection.state.last_error is None
+        with _connecting:
+            mine = _attempt is None or not _attempt.is_alive()
+            if mine:
+                _attempt = threading.Thread(target=_connect, name="connect", daemon=True)
+                _attempt.start()
+            attempt = _attempt
+        if attempt is not None and (first or mine):
+            attempt.join(1.0)
     return connection.is_connected
 
 
@@ -253,8 +265,6 @@ def _connect() -> None:
         app.broker.connection.connect()
     except BrokerError as error:
         logger.warning("%s", error)
-    finally:
-        _connecting.release()
 
 
 def health() -> dict[str, Any]:

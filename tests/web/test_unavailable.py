@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 import uuid
 from collections import Counter
@@ -13,6 +15,7 @@ import pytest
 import requests
 
 from tests.support.polling import eventually
+from tests.support.processes import children
 from tests.web.stack import Stack, order_body
 
 
@@ -84,6 +87,19 @@ def test_without_nats_nothing_is_accepted(own: Stack) -> None:
     assert own.final(str(order["order_id"]), timeout=30)["status"] == "confirmed"
     orders = own.get("/api/orders?limit=100").json()["orders"]
     assert sum(found["customer_id"] == customer for found in orders) == 1
+
+
+def test_a_burst_at_the_start_is_accepted(tmp_path: Path) -> None:
+    """The first requests of a new process come all at once, before it has a connection."""
+    with Stack(tmp_path, workers=False) as stack, ThreadPoolExecutor(16) as pool:
+        (worker,) = children(stack.web.pid)
+        os.kill(worker, signal.SIGKILL)  # what comes now waits for the next one
+
+        def post(_: int) -> int:
+            body = order_body(("MUG-01", 1))
+            return requests.post(f"{stack.url}/api/orders", json=body, timeout=20).status_code
+
+        assert Counter(pool.map(post, range(32))) == {202: 32}
 
 
 def test_health_is_answered_while_requests_wait(own: Stack) -> None:
