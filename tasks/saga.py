@@ -80,7 +80,7 @@ class Saga:
     def pay(self, event: OrderReserved) -> None:
         """Capture the payment of an order whose items are held."""
         order_id = order_id_of(event)
-        found = self._recorded(order_id, event)
+        found = self._recorded(order_id, event, "held")
         record = found.record
         if record.state == "held":
             outcome = self._gateway.charge(order_id, record.total, record.currency, record.payment_token)
@@ -95,7 +95,7 @@ class Saga:
     def confirm(self, event: OrderPaid) -> None:
         """Confirm an order that is paid."""
         order_id = order_id_of(event)
-        found = self._recorded(order_id, event)
+        found = self._recorded(order_id, event, "paid")
         if found.record.state == "paid":
             found = self._stock.forward(order_id, found, found.record.forward("confirmed", self._now()))
         self._expect(found, event, "confirmed")
@@ -104,7 +104,7 @@ class Saga:
     def release(self, event: OrderDeclined) -> None:
         """Give back what is held for an order whose payment was declined, and reject it."""
         order_id = order_id_of(event)
-        found = self._recorded(order_id, event)
+        found = self._recorded(order_id, event, "declined")
         if found.record.state == "declined":
             found = self._stock.release(order_id, self._now())
         self._expect(found, event, "released")
@@ -120,8 +120,11 @@ class Saga:
         )
         self._publish(event, at)
 
-    def _recorded(self, order_id: str, event: Message) -> Found:
-        found = self._stock.find(order_id)
+    def _recorded(self, order_id: str, event: Message, state: str) -> Found:
+        # What this process remembers is good enough to go on from: whoever did so before made it outdated.
+        found = self._stock.recall(order_id)
+        if found is None or found.record.state != state:
+            found = self._stock.find(order_id)
         if found is None:
             raise UnusableEvent(
                 f"order {order_id} is {name_of(event)}, says the event, but was never created."

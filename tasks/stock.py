@@ -24,7 +24,7 @@ import json
 import random
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -39,6 +39,10 @@ LEVELS: Final = "levels.all"
 
 #: How many decisions are made at once, which bounds the size of a value.
 MAX_BATCH: Final = 100
+
+#: How many records a process remembers that it wrote, at most, and for how many seconds.
+REMEMBERED: Final = 5_000
+RECALLED: Final = 60.0
 
 #: How many notes that others have left behind are cleared up with one decision.
 _SWEPT_AT_ONCE: Final = 3
@@ -138,6 +142,8 @@ class Stock:
         # Decisions of pending whose records we have written, by order and state.
         self._written: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
+        # Records as this process last wrote them, oldest first; others may have gone on from there.
+        self._recent: OrderedDict[str, tuple[Found, float]] = OrderedDict()
 
     # Reading
 
@@ -150,6 +156,24 @@ class Stock:
         """Return the record of an order."""
         entry = self._bucket.get(f"order.{order_id}")
         return None if entry is None else Found(Record.decode(entry.value), entry.revision)
+
+    def recall(self, order_id: str) -> Found | None:
+        """Return the record of an order as this process wrote it a moment ago.
+
+        Others may have gone on from there; `forward` finds out. Not older, because whoever goes on from an outdated
+        record asks the gateway again, which knows the charge for a limited time only.
+        """
+        with self._lock:
+            found, written = self._recent.get(order_id, (None, 0.0))
+        return found if time.monotonic() - written < RECALLED else None
+
+    def _remember(self, order_id: str, found: Found) -> Found:
+        with self._lock:
+            self._recent.pop(order_id, None)
+            self._recent[order_id] = Found(found.record, found.revision), time.monotonic()
+            if len(self._recent) > REMEMBERED:
+                self._recent.popitem(last=False)
+        return found
 
     def heard(self, entry: Entry) -> None:
         """Take note of newer levels; for a watch, so that fewer decisions are made on outdated ones.
@@ -202,7 +226,7 @@ class Stock:
             if current is None:
                 raise
             return current
-        return Found(record, revision, fresh=True)
+        return self._remember(order_id, Found(record, revision, fresh=True))
 
     # Deciding
 
@@ -290,7 +314,8 @@ class Stock:
         if existing is not None:
             return self.forward(order_id, existing, decided)
         try:
-            return Found(decided, self._bucket.create(f"order.{order_id}", decided.encode()), fresh=True)
+            revision = self._bucket.create(f"order.{order_id}", decided.encode())
+            return self._remember(order_id, Found(decided, revision, fresh=True))
         except KeyExists:
             # Somebody who did the step again has written it, and may have gone on from there.
             found = self.find(order_id)

@@ -1,7 +1,8 @@
 """Key-value buckets: compare-and-set, time to live per key, consistent listings, watches (ADR-8, ADR-43).
 
 The server holds all state: a bucket is a stream, a key is a subject, a revision is a stream sequence and is
-never used twice. Reads go to the stream's leader, so whoever wrote a key also reads it.
+never used twice. Reads go to the stream's leader, so whoever wrote a key also reads it; when a bucket's
+replicas were changed, programs that declared it before must be started again.
 
 Each write carries an id of its own. A write whose acknowledgement got lost is sent again by the connection
 and is then either known to the server as a duplicate, or refused because its own first copy changed the key.
@@ -32,7 +33,7 @@ from .naming import (
     decode_key,
     encode_key,
 )
-from .stored import StoredMessage, last_message
+from .stored import StoredMessage, last_message, last_message_direct
 from .topology import StreamConfig, ensure_stream
 
 __all__ = ["Bucket", "Entry", "Snapshot"]
@@ -100,6 +101,7 @@ class Bucket:
         self._declare = declare
         self._declared = False
         self._listing = Listing(connection, self.stream)
+        self._last = last_message
 
     def __repr__(self) -> str:
         return f"Bucket({self.name!r})"
@@ -113,7 +115,7 @@ class Bucket:
           timeout: Milliseconds to wait for the server; None takes the connection's own.
         """
         self._ensure()
-        stored = last_message(self.connection, self.stream, self._subject(key), timeout=timeout)
+        stored = self._last(self.connection, self.stream, self._subject(key), timeout=timeout)
         return None if stored is None or _is_mark(stored) else self._entry(stored)
 
     def snapshot(self, prefix: str = "") -> Snapshot:
@@ -192,7 +194,7 @@ class Bucket:
             try:
                 return self._compare_and_set(subject, value, self._headers(ttl), expected)
             except _Conflict:
-                stored = last_message(self.connection, self.stream, subject)
+                stored = self._last(self.connection, self.stream, subject)
             if stored is not None and not _is_mark(stored):
                 raise KeyExists(f"Key {key!r} exists already in bucket {self.name}.")
             expected = 0 if stored is None else stored.sequence
@@ -288,6 +290,8 @@ class Bucket:
     def declare(self) -> str:
         """Create the bucket if it is missing; returns what `topology.ensure_stream` says."""
         outcome = ensure_stream(self.connection, self.config)
+        if outcome in ("created", "unchanged") and self.config.settings["num_replicas"] == 1:
+            self._last = last_message_direct
         self._declared = True
         return outcome
 

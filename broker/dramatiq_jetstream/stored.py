@@ -1,4 +1,8 @@
-"""Reading single stored messages back from a stream, from its leader (`STREAM.MSG.GET`)."""
+"""Reading single stored messages back from a stream.
+
+From its leader (`STREAM.MSG.GET`), unless the stream is known to have one server only: then `DIRECT.GET` (ADR-31) says
+the same at half the cost, because it answers with the message instead of describing it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,22 @@ from .client import parse_headers
 from .connection import Connection
 from .errors import NotFound
 
-__all__ = ["StoredMessage", "first_message", "last_message", "message_at", "messages", "parse_time"]
+__all__ = [
+    "StoredMessage",
+    "first_message",
+    "last_message",
+    "last_message_direct",
+    "message_at",
+    "messages",
+    "parse_time",
+]
+
+
+#: The server cuts the connection at a protocol line of 4,096 bytes.
+_MAX_DIRECT = 3_000
+
+# What a direct answer says of the message, beside the message's own headers.
+_DIRECT_HEADERS = frozenset({"Nats-Stream", "Nats-Subject", "Nats-Sequence", "Nats-Time-Stamp"})
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,28 @@ def last_message(
 ) -> StoredMessage | None:
     """The newest message on a subject (wildcards allowed), or None."""
     return _get(connection, stream, {"last_by_subj": subject}, timeout=timeout)
+
+
+def last_message_direct(
+    connection: Connection, stream: str, subject: str, *, timeout: int | None = None
+) -> StoredMessage | None:
+    """The newest message on a subject, or None; for a stream of one server, where no other can be behind."""
+    if len(subject) + len(stream) > _MAX_DIRECT:
+        return last_message(connection, stream, subject, timeout=timeout)
+    answer = connection.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", timeout=timeout, resend=True)
+    headers = answer.headers
+    if headers.get("Status") == "404":
+        return None
+    if "Nats-Sequence" not in headers:  # not served directly, or not now
+        return last_message(connection, stream, subject, timeout=timeout)
+    return StoredMessage(
+        stream=stream,
+        sequence=int(headers["Nats-Sequence"]),
+        subject=headers["Nats-Subject"],
+        data=answer.data,
+        headers={name: value for name, value in headers.items() if name not in _DIRECT_HEADERS},
+        time=parse_time(headers["Nats-Time-Stamp"]),
+    )
 
 
 def message_at(connection: Connection, stream: str, sequence: int) -> StoredMessage | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections import Counter
+from collections import Counter, OrderedDict
 from typing import Any
 
 import pytest
@@ -51,8 +51,9 @@ class Service:
         self.orders_bucket = FakeBucket(self.world.pause)
         self.gateway = FakeGateway(self.world.pause)
         self.stream = FakeStream(self.world.pause, window=window)
-        # Two processes that keep the read model; each remembers what it saw.
+        # Two processes; each remembers what it saw and wrote.
         self.projectors = itertools.cycle([Orders(self.orders_bucket), Orders(self.orders_bucket)])
+        self.memories: Any = itertools.cycle([OrderedDict(), OrderedDict()])
         self.clock = itertools.count(1_000)
         self.pending: list[tuple[str, FakeStored]] = []
         self.running: list[tuple[Task, tuple[str, FakeStored]]] = []
@@ -63,6 +64,7 @@ class Service:
             return next(self.clock)
 
         stock = Stock(self.stock_bucket, INITIAL, now, sweep_after=self.sweep_after)
+        stock._recent = next(self.memories)
         return Saga(stock, self.gateway, self.stream, Orders(self.orders_bucket), now)
 
     def deliver_new(self) -> None:
