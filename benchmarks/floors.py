@@ -77,6 +77,10 @@ def _enqueue(contender: str, case: str) -> Value:
     return Value("enqueue", contender, "per_second", case)
 
 
+def _telemetry(case: str) -> Value:
+    return Value("telemetry", OURS_1S, "per_second", case)
+
+
 FLOORS = (
     Floor("drain beside Dramatiq / RabbitMQ", 2.5, _drain(OURS), _drain("dramatiq-rabbitmq")),
     Floor(
@@ -142,6 +146,7 @@ FLOORS = (
         at_most=True,
         unit="MB",
     ),
+    Floor("drain with telemetry beside that without", 0.7, _telemetry("on"), _telemetry("without")),
     Floor(
         "orders accepted beside the empty Flask endpoint",
         0.4,

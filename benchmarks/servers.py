@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -140,6 +141,26 @@ class NatsServer(Server):
     @classmethod
     def version(cls) -> str:
         return _output([cls.program(), "--version"]).split("v")[-1]
+
+
+class Sink(Server):
+    """An OTLP/HTTP endpoint that keeps nothing; see `benchmarks.sink`."""
+
+    name = "sink"
+    variable = "OTEL_EXPORTER_OTLP_ENDPOINT"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "benchmarks.sink", str(self.port)]
+
+    def environment(self) -> dict[str, str]:
+        return {"PYTHONPATH": str(REPOSITORY)}
+
+    def answers(self) -> bool:
+        return self._exchange(b"POST / HTTP/1.1\r\nContent-Length: 0\r\n\r\n", b" 200 ")
 
 
 class RedisServer(Server):

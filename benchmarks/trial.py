@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.contenders.contender import PROCESSES, THREADS, Contender
 from benchmarks.processes import BenchmarkError, Process, Usage, usage_of, wait_until
-from benchmarks.servers import REPOSITORY, settle
+from benchmarks.servers import REPOSITORY, Server, settle
 from benchmarks.tally import Tally
 
 DRIVER_TIMEOUT = 900.0
@@ -32,6 +32,8 @@ class Trial:
         self.directory = Path(tempfile.mkdtemp(prefix="bench-"))
         self.tally = Tally(self.directory / "tally", samples)
         self.servers = contender.servers(self.directory, measurement)
+        self.helpers: list[Server] = []  # further servers, whose use of the machine is nobody's
+        self.variables: dict[str, str] = {}  # further ones for drivers and workers
         self.workers: list[Process] = []
         self.drivers: list[Process] = []
         self.fleets = 0
@@ -54,7 +56,7 @@ class Trial:
     ) -> None:
         for process in (*self.drivers, *self.workers):
             process.kill()
-        for server in self.servers:
+        for server in (*self.servers, *self.helpers):
             server.stop()
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -68,6 +70,7 @@ class Trial:
             "BENCH_MEASUREMENT": self.measurement,
             "BENCH_TALLY": str(self.tally.directory),
             **{server.variable: server.url for server in self.servers},
+            **self.variables,
         }
 
     def start_driver(self, operation: str, **options: Any) -> Process:

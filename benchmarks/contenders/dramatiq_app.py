@@ -42,6 +42,10 @@ class DramatiqApp(App):
         import dramatiq
         from dramatiq.results import Results
 
+        if os.environ.get("BENCH_TELEMETRY"):
+            from dramatiq_jetstream.telemetry import configure_telemetry
+
+            configure_telemetry("bench")
         tasks = Tasks()
         self.broker = contender.make_broker()
         results = os.environ.get("BENCH_MEASUREMENT") == "roundtrip"

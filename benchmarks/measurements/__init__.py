@@ -12,6 +12,7 @@ from benchmarks.measurements.measurement import Measurement
 from benchmarks.measurements.orders import Orders
 from benchmarks.measurements.recovery import Recovery
 from benchmarks.measurements.roundtrip import Roundtrip
+from benchmarks.measurements.telemetry import Telemetry
 
 MEASUREMENTS: tuple[Measurement, ...] = (
     Enqueue(),
@@ -22,5 +23,6 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     Delayed(),
     Growth(),
     Recovery(),
+    Telemetry(),
     Orders(),
 )
