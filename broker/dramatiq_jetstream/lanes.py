@@ -40,8 +40,9 @@ MOST: Final = 8
 #: Seconds until a request goes the long way instead.
 PATIENCE: Final = 1.0
 
-#: Seconds without lanes after one failed.
+#: Seconds without lanes after one failed; doubled each time that none can be opened, up to the second.
 PAUSE: Final = 5.0
+LONGEST_PAUSE: Final = 300.0
 
 #: Seconds after which a lane that nobody used is closed.
 IDLE: Final = 20.0
@@ -74,7 +75,9 @@ class _Lane:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             info = json.loads(self._line().partition(b" ")[2])
             if info.get("tls_required"):
-                name = client.options.get("tls_hostname") or url.hostname
+                # A server that was discovered is known by its address, and certified by the name of the first one.
+                first = getattr(client._current_server, "tls_name", None)
+                name = client.options.get("tls_hostname") or first or url.hostname
                 self._socket = _context(client).wrap_socket(self._socket, server_hostname=name)
             # nats-py signs the server's nonce; a copy of its client does it for ours.
             greeter = copy.copy(client)
@@ -172,6 +175,7 @@ class Lanes:
         self._opening = 0
         self.failures = 0
         self._not_before = 0.0
+        self._pause = PAUSE
 
     def ask(
         self,
@@ -195,7 +199,7 @@ class Lanes:
                 raise
         except (OSError, ValueError, _Broken) as error:
             self.failures += 1
-            self._not_before = time.monotonic() + PAUSE
+            self._not_before = time.monotonic() + self._pause
             logger.debug("A lane to NATS failed: %s", error)
             return None
         with self._lock:
@@ -213,6 +217,7 @@ class Lanes:
             if full or time.monotonic() < self._not_before:
                 return None
             self._opening += 1
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
         try:
             lane = _Lane(client, patience)
             with self._lock:
@@ -220,6 +225,7 @@ class Lanes:
         finally:
             with self._lock:
                 self._opening -= 1
+        self._pause = PAUSE
         return lane
 
     def close_unused(self) -> None:
@@ -236,6 +242,6 @@ class Lanes:
         with self._lock:
             idle, self._idle = self._idle, deque()
             self._lanes = weakref.WeakSet()
-            self._not_before = 0.0
+            self._not_before, self._pause = 0.0, PAUSE
         for lane in idle:
             lane.close()

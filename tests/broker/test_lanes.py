@@ -75,9 +75,9 @@ def test_an_answer_that_is_lost_is_asked_for_the_long_way(make_broker, proxy):
     timer.join()
 
 
-def test_a_lane_that_broke_is_replaced(used, monkeypatch):
+def test_a_lane_that_broke_is_replaced(used):
     """Closed by the server or by something between: that request goes the long way, later ones a new lane."""
-    monkeypatch.setattr(lanes, "PAUSE", 0.0)
+    used.connection._lanes._pause = 0.0
     (lane,) = lanes_of(used)
     lane._socket.shutdown(2)
     used.enqueue(message())

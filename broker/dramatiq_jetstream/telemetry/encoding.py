@@ -77,23 +77,30 @@ def encode(spans: Iterable[ReadableSpan]) -> bytes:
 
 
 def _encode(span: ReadableSpan) -> bytes:
-    context, parent = span.get_span_context(), span.parent
+    # A span's properties copy what they give; of our own spans we read what is behind them.
+    quick = isinstance(span, QuickSpan)
+    context, parent = span._context, span._parent
     if context is None or context.trace_state or not _is_plain(span):
         return _encode_unusual(span)
     parts = [
-        _pack_fixed(
+        _FIXED.pack(  # fields 1 and 2, both bytes; 7 and 8, both fixed64; 16, fixed32
+            b"\x0a\x10",
             context.trace_id.to_bytes(16, "big"),
+            b"\x12\x08",
             context.span_id.to_bytes(8, "big"),
-            span.start_time or 0,
-            span.end_time or 0,
+            b"\x39",
+            span._start_time or 0,
+            b"\x41",
+            span._end_time or 0,
+            b"\x85\x01",
             _IS_REMOTE if parent is not None and parent.is_remote else _IS_LOCAL,
         ),
-        _name_and_kind(span.name, span.kind),
+        _name_and_kind(span._name, span._kind),
     ]
     if parent is not None:
         parts.append(_PARENT + parent.span_id.to_bytes(8, "big"))
-    attributes = iter((span.attributes or {}).items())
-    known = span.known if isinstance(span, QuickSpan) else None
+    attributes: Iterable[tuple[str, object]] = (span._attributes or {}).items()
+    known = span.known if quick else None  # type: ignore[attr-defined]
     if known is not None:
         if known.encoded is None:
             known.encoded = b"".join(_encode_attribute(*item) or b"" for item in known.attributes.items())
@@ -105,13 +112,6 @@ def _encode(span: ReadableSpan) -> bytes:
             return _encode_unusual(span)
         parts.append(encoded)
     return b"".join(parts)
-
-
-def _pack_fixed(trace_id: bytes, span_id: bytes, start: int, end: int, flags: int) -> bytes:
-    """The fields that have a fixed length: 1 and 2, both bytes; 7 and 8, both fixed64; 16, fixed32."""
-    return _FIXED.pack(
-        b"\x0a\x10", trace_id, b"\x12\x08", span_id, b"\x39", start, b"\x41", end, b"\x85\x01", flags
-    )
 
 
 def _is_plain(span: ReadableSpan) -> bool:
@@ -140,7 +140,8 @@ def _encode_attribute(name: str, value: object) -> bytes | None:
     """An attribute as a field of a span; None for a value that is left to the library."""
     if name == c.MESSAGE_ID and type(value) is str:
         # Not worth remembering: it occurs once or twice.
-        return _field(_ATTRIBUTE, _MESSAGE_ID + _field(b"\x12", _field(b"\x0a", value.encode())))
+        text = value.encode()
+        return _before_message_id(len(text)) + text
     if isinstance(value, (str, bool, int)):
         # To a cache 1 and True are the same, and they are not the same attribute: hence the type.
         return _attribute(name, type(value).__name__, value)
@@ -156,6 +157,14 @@ def _attribute(name: str, kind: str, value: str | bool | int) -> bytes:
     else:
         encoded = AnyValue(int_value=int(value))
     return _field(_ATTRIBUTE, KeyValue(key=name, value=encoded).SerializeToString())
+
+
+@lru_cache(maxsize=256)
+def _before_message_id(length: int) -> bytes:
+    """What stands before a message id of so many bytes: it is the last thing in the field."""
+    placeholder = bytes(length)
+    field = _field(_ATTRIBUTE, _MESSAGE_ID + _field(b"\x12", _field(b"\x0a", placeholder)))
+    return field[: len(field) - length]
 
 
 def _field(tag: bytes, content: bytes) -> bytes:
