@@ -107,6 +107,13 @@ def _distributions(contender: Contender) -> dict[str, str]:
 
 def measure(run: Run, measurements: Sequence[Measurement], repeat: int, options: Options, say: Say) -> None:
     began = time.monotonic()
+    try:
+        _measure(run, measurements, repeat, options, say)
+    finally:
+        run.seconds = time.monotonic() - began
+
+
+def _measure(run: Run, measurements: Sequence[Measurement], repeat: int, options: Options, say: Say) -> None:
     for measurement in measurements:
         rows = [
             Row(contender, case)
@@ -127,7 +134,6 @@ def measure(run: Run, measurements: Sequence[Measurement], repeat: int, options:
             row.add(figures)
             first = measurement.figures[0]
             say(f"{name}: {figures[first.key]:,.4g} {first.unit or first.title}")
-    run.seconds = time.monotonic() - began
 
 
 def _interleaved(rows: Sequence[Row], repetitions: int) -> Iterator[tuple[int, Row]]:

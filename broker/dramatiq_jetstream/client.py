@@ -144,9 +144,14 @@ class DirectClient(Client):
         self._callbacks.pop(subscription._id, None)
         await subscription.unsubscribe()
 
-    async def withdraw(self, subscription: Subscription) -> None:
-        """Tell the server to send no more; what is still on its way is delivered."""
-        await self._send_unsubscribe(subscription._id)  # nats-py's own unsubscribe drops that
+    def withdraw(self, subscription: Subscription) -> None:
+        """Tell the server to send no more; what is still on its way is delivered.
+
+        It is told before anything that is written later: what is given back then goes to somebody else.
+        """
+        # nats-py's own unsubscribe drops what is on its way.
+        self._pending.append(b"UNSUB %d\r\n" % subscription._id)
+        self.write_all(())
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         callback = self._callbacks.get(sid)

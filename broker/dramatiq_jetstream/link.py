@@ -424,7 +424,8 @@ class Link:
     def _withdraw(self, subscription: Subscription) -> None:
         nc, native = self._nc, subscription._nats
         if nc is not None and native is not None and nc.is_connected:
-            self._withdrawing = asyncio.ensure_future(nc.withdraw(native))
+            with contextlib.suppress(nats.errors.ConnectionClosedError):
+                nc.withdraw(native)
 
     async def _attach_for_sure(self, nc: DirectClient, subscription: Subscription) -> None:
         await self._attach(nc, subscription)

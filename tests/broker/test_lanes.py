@@ -9,6 +9,7 @@ import pytest
 from dramatiq import Message
 
 from dramatiq_jetstream import JetStreamBroker, lanes
+from dramatiq_jetstream.errors import ConnectionFailed
 from dramatiq_jetstream.server import NatsServer
 from tests.support.polling import eventually
 
@@ -166,9 +167,18 @@ def test_lanes_are_who_the_connection_is(tmp_path, config, credentials):
 
 def test_a_server_with_no_room_for_lanes(tmp_path):
     """Where each client counts, the one connection does all."""
+
+    def connects() -> bool:
+        try:
+            broker.connection.connect()
+        except ConnectionFailed:
+            return False
+        return True
+
     with NatsServer(store_dir=tmp_path / "nats", sync="2m", config="max_connections: 1\n") as server:
         broker = JetStreamBroker(server.url)
         broker.declare_queue("default")
+        eventually(connects)  # for a moment the one is who asked whether the server is up
         for _ in range(5):
             broker.enqueue(message())
         assert not lanes_of(broker)
