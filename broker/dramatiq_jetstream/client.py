@@ -12,6 +12,10 @@ This reaches into nats-py 2.16: `_process_msg`, `_pending` and `_transport`. A n
 
 from __future__ import annotations
 
+# What looking up a host imports when it is first needed, on any thread. A process that is forked in the middle of
+# that would find the module's lock taken for ever.
+import concurrent.futures.thread  # noqa: F401
+import encodings.idna  # noqa: F401
 import functools
 import logging
 import re

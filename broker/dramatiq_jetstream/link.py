@@ -21,6 +21,7 @@ import concurrent.futures
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -624,11 +625,8 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
 
 
 def _refuse_gevent() -> None:
-    try:
-        from gevent import monkey
-    except ImportError:
-        return
-    if monkey.is_module_patched("threading"):
+    monkey = sys.modules.get("gevent.monkey")  # nobody has patched anything without importing it
+    if monkey is not None and monkey.is_module_patched("threading"):
         raise BrokerError(
             "dramatiq-jetstream does not run under gevent, which replaces the threads it needs: "
             "start workers with `dramatiq` instead of `dramatiq-gevent`."

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import dramatiq
@@ -15,6 +16,7 @@ from dramatiq import Message
 from dramatiq_jetstream import JetStreamBroker
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually
+from tests.support.processes import python
 
 forking = multiprocessing.get_context("fork")
 
@@ -207,3 +209,32 @@ def test_closing_the_broker_in_the_child_leaves_the_parent_alone(broker):
     broker.enqueue(message("parent 2"))
     assert names(broker, 3) == ["child", "parent 1", "parent 2"]
     assert broker.connection.state.reconnects == 0
+
+
+IMPORTS = """
+import sys
+from dramatiq import Message
+from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.results import JetStreamBackend
+
+sys.modules["uvloop"] = None if sys.argv[3] == "asyncio" else __import__("uvloop")
+before = set(sys.modules)
+broker = JetStreamBroker(sys.argv[1], namespace=sys.argv[2], middleware=[])
+broker.declare_queue("default")
+message = Message("default", "work", (), {}, {})
+broker.enqueue(message)
+results = JetStreamBackend(broker)
+results.store_result(message, "done", 60_000)
+assert results.get_result(message, block=True) == "done"
+broker.close()
+assert set(sys.modules) == before, sorted(set(sys.modules) - before)
+"""
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_nothing_is_imported_while_a_broker_is_used(
+    nats_url: str, namespace: str, tmp_path: Path, loop: str
+) -> None:
+    """A fork in the middle of an import by our threads leaves its child waiting for the module's lock for ever."""
+    with python("-c", IMPORTS, nats_url, namespace, loop, log=tmp_path / "log") as process:
+        assert process.wait() == 0, process.output
