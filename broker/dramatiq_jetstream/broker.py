@@ -52,6 +52,7 @@ from .naming import (
 )
 from .queues import QueueStats
 from .undertaker import JetStreamUndertaker
+from .work_queue import WorkQueue
 
 __all__ = ["JetStreamBroker"]
 
@@ -522,10 +523,11 @@ class JetStreamBroker(EmittingBroker):
     # Dramatiq's signals
 
     def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
-        super().emit_before(signal, *args, **kwargs)
         if signal == "worker_boot":
             self._worker = args[0]
-        elif signal == "worker_shutdown":
+            self._worker.work_queue = WorkQueue()  # its threads, which take it from here, are not made yet
+        super().emit_before(signal, *args, **kwargs)
+        if signal == "worker_shutdown":
             self._stop_consuming(args[0])
 
     def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(dramatiq_jetstream.__file__).parent
 LAYERS = [
     ["errors"],
     ["naming", "options", "client"],
-    ["lanes", "emission"],
+    ["lanes", "emission", "work_queue"],
     ["answers"],
     ["link"],
     ["connection"],
