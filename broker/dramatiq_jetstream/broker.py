@@ -51,6 +51,7 @@ from .naming import (
     trace_headers,
 )
 from .queues import QueueStats
+from .time_limits import keep_time_of
 from .undertaker import JetStreamUndertaker
 from .work_queue import WorkQueue
 
@@ -520,7 +521,17 @@ class JetStreamBroker(EmittingBroker):
         except Exception as error:
             raise DecodeError(f"Failed to decode the event {event.subject}.", event.data, error) from error
 
-    # Dramatiq's signals
+    # Dramatiq's middleware and signals
+
+    def add_middleware(
+        self,
+        middleware: Middleware,
+        *,
+        before: type[Middleware] | None = None,
+        after: type[Middleware] | None = None,
+    ) -> None:
+        keep_time_of(middleware)
+        super().add_middleware(middleware, before=before, after=after)
 
     def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
         if signal == "worker_boot":

@@ -15,7 +15,7 @@ ROOT = Path(dramatiq_jetstream.__file__).parent
 LAYERS = [
     ["errors"],
     ["naming", "options", "client"],
-    ["lanes", "emission", "work_queue"],
+    ["lanes", "emission", "work_queue", "time_limits"],
     ["answers"],
     ["link"],
     ["connection"],

@@ -1,0 +1,72 @@
+"""Keeps time for Dramatiq's `TimeLimit`, without the lock that all worker threads would take twice for a message.
+
+A thread that has to yield the interpreter while it holds that lock is run into by all others, as with the queue
+between them (see `work_queue`). Here each running message has a deadline of its own, put into a dict by its thread
+and replaced as a whole when the thread is done, which is a single step each.
+
+As in Dramatiq, the exception is raised in a thread, not in an actor: when an actor ends at the moment at which its
+time is over, what the thread does next may be struck.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from threading import Thread
+
+from dramatiq.middleware import Middleware, TimeLimit, TimeLimitExceeded, raise_thread_exception
+from dramatiq.middleware.time_limit import _CtypesTimeoutManager
+
+__all__ = ["TimeLimits", "keep_time_of"]
+
+
+def keep_time_of(middleware: Middleware) -> None:
+    """Have a `TimeLimit` of Dramatiq's that has not started yet use this module; anything else stays as it is."""
+    manager = getattr(middleware, "manager", None)
+    if (
+        isinstance(middleware, TimeLimit)
+        and type(manager) is _CtypesTimeoutManager
+        and not manager.is_alive()
+    ):
+        middleware.manager = TimeLimits(manager.interval, middleware.logger)  # type: ignore[assignment]
+
+
+class TimeLimits(Thread):
+    """Raises TimeLimitExceeded in threads whose time is over; looks every `interval` seconds."""
+
+    def __init__(self, interval: float, logger: logging.Logger) -> None:
+        super().__init__(name="time-limits", daemon=True)
+        self._interval = interval
+        self._logger = logger
+        self._deadlines: dict[int, float | None] = {}
+        self._struck: dict[int, float] = {}
+
+    def add_timeout(self, thread_id: int, ttl: float) -> None:
+        """A thread begins something that may take `ttl` milliseconds."""
+        self._deadlines[thread_id] = time.monotonic() + ttl / 1000
+
+    def remove_timeout(self, thread_id: int) -> None:
+        """A thread is done with it."""
+        self._deadlines[thread_id] = None
+
+    def run(self) -> None:
+        while True:
+            try:
+                self._interrupt()
+            except Exception:
+                # The limits of all further messages depend on this thread.
+                self._logger.exception("Time limits could not be looked after; trying again.")
+            time.sleep(self._interval)
+
+    def _interrupt(self) -> None:
+        now = time.monotonic()
+        for thread_id, deadline in self._deadlines.copy().items():
+            # What is over is remembered here, not in the dict, which belongs to the threads: each is struck once.
+            if deadline is None or now < deadline or self._struck.get(thread_id) == deadline:
+                continue
+            self._struck[thread_id] = deadline
+            self._logger.warning(
+                "The time limit of what thread %r works on is over; interrupting it.", thread_id
+            )
+            if self._deadlines.get(thread_id) == deadline:
+                raise_thread_exception(thread_id, TimeLimitExceeded)
