@@ -24,6 +24,7 @@ from dramatiq_jetstream.naming import OPTION_TRACE_CONTEXT, TRACE_HEADERS
 CARRIER_OPTION: Final = OPTION_TRACE_CONTEXT
 
 _USUAL: Final = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})").fullmatch
+_SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
 
 
 def inject(carrier: MutableMapping[str, str], context: Context) -> None:
@@ -54,10 +55,9 @@ def replace(headers: MutableMapping[str, str], carrier: Mapping[str, str]) -> No
 
 def extract_headers(headers: object) -> Context:
     """The context that W3C headers describe; unusable headers count as none."""
-    if type(headers) is dict and len(headers) == 1:
-        context = _plain(headers.get("traceparent"))
-        if context is not None:
-            return context
+    remote = _usual(headers)
+    if remote is not None:
+        return set_span_in_context(NonRecordingSpan(remote), Context())
     if not isinstance(headers, Mapping) or not headers:
         return Context()
     # Publishers in other languages may have written `Traceparent`, and NATS does not fold cases. Whatever
@@ -66,16 +66,25 @@ def extract_headers(headers: object) -> Context:
     return propagate.extract(usable, Context())
 
 
-def _plain(traceparent: object) -> Context | None:
-    """The context of a `traceparent` in its usual form; None leaves it to the propagators.
+def remote_parent(options: Mapping[str, Any]) -> SpanContext | None:
+    """The span that created a message, if that is all that its options carry and in its usual form.
 
-    That is what nearly every message has, and the general way takes twice as long.
+    That is what nearly every message has, and the general way takes several times as long.
     """
+    return _usual(options.get(CARRIER_OPTION))
+
+
+def _usual(headers: object) -> SpanContext | None:
+    if type(headers) is not dict or len(headers) != 1:
+        return None
+    traceparent = headers.get("traceparent")
     found = _USUAL(traceparent) if isinstance(traceparent, str) else None
     if found is None or not _reads_traceparent(propagate.get_global_textmap()):
         return None
-    context = SpanContext(int(found[1], 16), int(found[2], 16), True, TraceFlags(int(found[3], 16)))
-    return set_span_in_context(NonRecordingSpan(context), Context()) if context.is_valid else None
+    trace_id, span_id, flags = found.groups()
+    sampled = _SAMPLED if flags == "01" else TraceFlags(int(flags, 16))
+    context = SpanContext(int(trace_id, 16), int(span_id, 16), True, sampled)
+    return context if context.is_valid else None
 
 
 @lru_cache(maxsize=8)

@@ -78,7 +78,6 @@ def encode(spans: Iterable[ReadableSpan]) -> bytes:
 
 def _encode(span: ReadableSpan) -> bytes:
     # A span's properties copy what they give; of our own spans we read what is behind them.
-    quick = isinstance(span, QuickSpan)
     context, parent = span._context, span._parent
     if context is None or context.trace_state or not _is_plain(span):
         return _encode_unusual(span)
@@ -94,16 +93,18 @@ def _encode(span: ReadableSpan) -> bytes:
             span._end_time or 0,
             b"\x85\x01",
             _IS_REMOTE if parent is not None and parent.is_remote else _IS_LOCAL,
-        ),
-        _name_and_kind(span._name, span._kind),
+        )
     ]
     if parent is not None:
         parts.append(_PARENT + parent.span_id.to_bytes(8, "big"))
     attributes: Iterable[tuple[str, object]] = (span._attributes or {}).items()
-    known = span.known if quick else None  # type: ignore[attr-defined]
-    if known is not None:
+    known = span.known if isinstance(span, QuickSpan) else None
+    if known is None:
+        parts.append(_name_and_kind(span._name, span._kind))
+    else:
         if known.encoded is None:
-            known.encoded = b"".join(_encode_attribute(*item) or b"" for item in known.attributes.items())
+            common = [_encode_attribute(*item) or b"" for item in known.attributes.items()]
+            known.encoded = b"".join([_name_and_kind(span._name, span._kind), *common])
         parts.append(known.encoded)
         attributes = islice(attributes, len(known.attributes), None)
     for name, value in attributes:
@@ -170,7 +171,9 @@ def _before_message_id(length: int) -> bytes:
 def _field(tag: bytes, content: bytes) -> bytes:
     length = len(content)
     if length < 0x80:
-        return tag + bytes([length]) + content
+        return tag + bytes((length,)) + content
+    if length < 0x4000:
+        return tag + bytes((length & 0x7F | 0x80, length >> 7)) + content
     size = bytearray()
     while length >= 0x80:
         size.append(length & 0x7F | 0x80)

@@ -1,15 +1,17 @@
-"""Attributes that many spans have in common."""
+"""What many spans have in common."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-class KnownAttributes:
-    """What the spans of one kind begin with, and room for it in the form in which it is exported."""
+class Known:
+    """What the spans of one operation, queue and actor begin with, and room for it in the form that is exported."""
 
-    __slots__ = ("attributes", "encoded")
+    __slots__ = ("attributes", "encoded", "queue", "span_name")
 
-    def __init__(self, attributes: dict[str, Any]) -> None:
+    def __init__(self, span_name: str, queue: str, attributes: dict[str, Any]) -> None:
+        self.span_name = span_name
+        self.queue = queue
         self.attributes = attributes
         self.encoded: bytes | None = None

@@ -21,12 +21,12 @@ from dramatiq.common import q_name
 from dramatiq.worker import ConsumerThread
 from opentelemetry import trace
 from opentelemetry.context import Context, get_current
-from opentelemetry.trace import Link, Span, SpanKind, Tracer
+from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Tracer
 
 from . import conventions as c
-from .carrier import CARRIER_OPTION, extract, extract_headers, inject, replace
+from .carrier import CARRIER_OPTION, extract, extract_headers, inject, remote_parent, replace
 from .flush import force_flush
-from .known import KnownAttributes
+from .known import Known
 from .logs import enter, leave
 from .metrics import Instruments
 from .spans import Attempt, Send, ThreadState, is_expected, outcome_of, skipped_by_abort
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .quick_spans import QuickTracer
 
 _NO_ATTRIBUTES: dict[str, Any] = {}
+_NO_CONTEXT = Context()
 
 
 class TelemetryMiddleware(Middleware):
@@ -53,9 +54,10 @@ class TelemetryMiddleware(Middleware):
     ) -> None:
         self._tracer = tracer
         self._quick_tracer = quick_tracer
-        self._known_attributes: dict[tuple[str, str, str], KnownAttributes] = {}
+        self._known_spans: dict[tuple[str, str, str], Known] = {}
         self._instruments = instruments
         self._link_parents = link_parents
+        self._takes_remote_parents = quick_tracer is not None and not link_parents
         self._providers = providers
         self._flush_timeout = flush_timeout
         self._system = c.messaging_system(broker)
@@ -86,16 +88,16 @@ class TelemetryMiddleware(Middleware):
         if id(message) in sends:
             # RabbitMQ announces a message once more when it tries again after losing its connection.
             return
-        queue = q_name(message.queue_name)
         parent, links = self._parent_of_send(message)
-        known = self._known("send", queue, message.actor_name)
+        known = self._known("send", message.queue_name, message.actor_name)
+        queue = known.queue
         attributes = {**known.attributes, c.MESSAGE_ID: message.message_id}
         retries = message.options.get("retries")
         if retries:
             attributes[c.ATTEMPT] = retries + 1
         if delay:
             attributes[c.DELAY] = delay
-        span = self._start(f"send {queue}", parent, SpanKind.PRODUCER, attributes, links, known)
+        span = self._start(known, SpanKind.PRODUCER, attributes, parent, links)
         previous = message.options.get(CARRIER_OPTION)
         sends[id(message)] = Send(message, message.message_id, queue, span, previous)
         carrier: dict[str, str] = {}
@@ -246,8 +248,9 @@ class TelemetryMiddleware(Middleware):
         # A proxy looks up what it is asked for in three steps, a message in one.
         plain: Any = getattr(message, "_message", message)
         options = plain.options
-        message_id, actor, queue = plain.message_id, plain.actor_name, q_name(plain.queue_name)
-        parent = extract(message, options)
+        message_id, actor = plain.message_id, plain.actor_name
+        remote = remote_parent(options) if self._takes_remote_parents else None
+        parent = _NO_CONTEXT if remote is not None else extract(message, options)
         links: list[Link] | None = None
         if self._link_parents:
             created_by = trace.get_current_span(parent).get_span_context()
@@ -255,7 +258,8 @@ class TelemetryMiddleware(Middleware):
                 links = [Link(created_by)]
                 # Baggage is no matter of parents: it goes on with the message.
                 parent = trace.set_span_in_context(trace.INVALID_SPAN, parent)
-        known = self._known("process", queue, actor)
+        known = self._known("process", plain.queue_name, actor)
+        queue = known.queue
         attributes = {
             **known.attributes,
             c.MESSAGE_ID: message_id,
@@ -267,7 +271,7 @@ class TelemetryMiddleware(Middleware):
         event = options.get("event")
         if event is not None and isinstance(event, dict) and "subject" in event:
             attributes[c.EVENT_SUBJECT] = str(event["subject"])
-        span = self._start(f"process {queue}", parent, SpanKind.CONSUMER, attributes, links, known)
+        span = self._start(known, SpanKind.CONSUMER, attributes, parent, links, remote)
         # Remembered first and attached second: were it the other way round, an exception in between would
         # leave the context attached for good.
         attempt = self._thread.attempt = Attempt(message, message_id, queue, actor, span)
@@ -358,34 +362,35 @@ class TelemetryMiddleware(Middleware):
                 self._system, attempt.queue, attempt.actor, seconds, outcome, error_type
             )
 
-    def _known(self, operation: str, queue: str, actor: str) -> KnownAttributes:
-        known = self._known_attributes.get((operation, queue, actor))
+    def _known(self, operation: str, queue_name: str, actor: str) -> Known:
+        known = self._known_spans.get((operation, queue_name, actor))
         if known is None:
-            known = self._known_attributes[operation, queue, actor] = KnownAttributes(
+            queue = q_name(queue_name)
+            known = self._known_spans[operation, queue_name, actor] = Known(
+                f"{operation} {queue}",
+                queue,
                 {
                     c.SYSTEM: self._system,
                     c.DESTINATION: queue,
                     c.OPERATION_NAME: operation,
                     c.OPERATION_TYPE: operation,
                     c.ACTOR: actor,
-                }
+                },
             )
         return known
 
     def _start(
         self,
-        name: str,
-        parent: Context,
+        known: Known,
         kind: SpanKind,
         attributes: dict[str, Any],
+        parent: Context,
         links: list[Link] | None,
-        known: KnownAttributes,
+        remote: SpanContext | None = None,
     ) -> Span:
         if self._quick_tracer is not None:
-            return self._quick_tracer.start_span(
-                name, parent, kind, attributes=attributes, links=links, known=known
-            )
-        return self._tracer.start_span(name, parent, kind, attributes=attributes, links=links)
+            return self._quick_tracer.start_span(known, kind, attributes, parent, links, remote)
+        return self._tracer.start_span(known.span_name, parent, kind, attributes=attributes, links=links)
 
     # ---- the end of the worker ----------------------------------------------------------------------------
 

@@ -10,41 +10,53 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import time_ns
 from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.attributes import BoundedAttributes
 from opentelemetry.context import Context
-from opentelemetry.sdk.trace import Event, ReadableSpan, SpanLimits, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import (
+    Event,
+    ReadableSpan,
+    SpanLimits,
+    SpanProcessor,
+    SynchronousMultiSpanProcessor,
+    TracerProvider,
+)
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.sampling import DEFAULT_ON, Decision
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 from opentelemetry.util.types import Attributes, AttributeValue
 
 from . import conventions as c
-from .known import KnownAttributes
+from .known import Known
 
 logger = logging.getLogger(__name__)
 
 _UNSET = Status(StatusCode.UNSET)
 #: W3C's second flag, which says that the trace id is random.
 _RANDOM = 0x02
+_FLAGS = tuple(TraceFlags(flags) for flags in range(4))
 
 
 class QuickTracer:
-    """Starts spans on an SDK provider. Only start_span, with the arguments that the middleware uses."""
+    """Starts spans on an SDK provider. Only start_span, with what the middleware knows of them."""
 
     def __init__(self, provider: TracerProvider, processor: SpanProcessor) -> None:
         self.resource = provider.resource
-        self.processor = processor
         self.scope = InstrumentationScope(c.SCOPE, c.version(), c.SCHEMA_URL)
         self.limits = SpanLimits()
         self._sampler = provider.sampler
         self._ids = provider.id_generator
         is_random = getattr(self._ids, "is_trace_id_random", None)
         self._root_flags = _RANDOM if is_random is not None and is_random() else 0
+        self._processor = processor
+        self._processors: object = None
+        self._at_start: list[Callable[..., None]] = []
+        self.at_end: list[Callable[..., None]] = []
 
     @classmethod
     def of(cls, provider: object) -> QuickTracer | None:
@@ -58,31 +70,49 @@ class QuickTracer:
 
     def _fits(self) -> bool:
         """Whether what a QuickSpan writes is where this version of the SDK reads it."""
-        span = QuickSpan(self, "a", trace.INVALID_SPAN_CONTEXT, None, SpanKind.CONSUMER, {"a": 1}, (), None)
+        known = Known("a", "", {"a": 1})
+        span = QuickSpan(self, known, trace.INVALID_SPAN_CONTEXT, None, SpanKind.CONSUMER, {"a": 1}, ())
         span.update_name("b")
         span.note({"b": 2})
         span.add_event("e")
         span.set_status(StatusCode.ERROR)
         span._end_time = 1
         read = (span.name, dict(span.attributes or {}), len(span.events), span.status.is_ok, span.end_time)
-        return read == ("b", {"a": 1, "b": 2}, 1, False, 1)
+        more = (
+            span.context,
+            span.parent,
+            span.kind,
+            span.resource,
+            span.instrumentation_scope,
+            len(span.links),
+        )
+        return read == ("b", {"a": 1, "b": 2}, 1, False, 1) and more == (
+            trace.INVALID_SPAN_CONTEXT,
+            None,
+            SpanKind.CONSUMER,
+            self.resource,
+            self.scope,
+            0,
+        )
 
     def start_span(
         self,
-        name: str,
-        context: Context,
+        known: Known,
         kind: SpanKind,
-        *,
         attributes: dict[str, Any],
-        links: Sequence[Link] | None = None,
-        known: KnownAttributes | None = None,
+        context: Context,
+        links: Sequence[Link] | None,
+        remote: SpanContext | None,
     ) -> Span:
-        """Begin a span. The attributes become the span's own, so they must be new for each.
+        """Begin a span. Its parent is `remote`, or else the span of the context.
 
-        Those that are `known` must be the first of them, in the same order.
+        The attributes become the span's own, so they must be new for each. Those that are `known` must be the
+        first of them, in the same order.
         """
-        parent: SpanContext | None = trace.get_current_span(context).get_span_context()
-        if parent is not None and parent.is_valid:
+        parent = remote
+        if parent is None:
+            parent = trace.get_current_span(context).get_span_context()
+        if parent.is_valid:
             trace_id, flags = parent.trace_id, parent.trace_flags & _RANDOM
         else:
             parent, trace_id, flags = None, self._ids.generate_trace_id(), self._root_flags
@@ -91,7 +121,11 @@ class QuickTracer:
             state = None if parent is None else parent.trace_state
             flags |= TraceFlags.SAMPLED
         else:
-            result = self._sampler.should_sample(context, trace_id, name, kind, attributes, links or ())
+            if remote is not None:
+                context = trace.set_span_in_context(trace.NonRecordingSpan(remote), context)
+            result = self._sampler.should_sample(
+                context, trace_id, known.span_name, kind, attributes, links or ()
+            )
             state = result.trace_state
             if result.decision is Decision.RECORD_AND_SAMPLE:
                 flags |= TraceFlags.SAMPLED
@@ -99,46 +133,61 @@ class QuickTracer:
                 dropped = SpanContext(trace_id, self._ids.generate_span_id(), False, TraceFlags(flags), state)
                 return trace.NonRecordingSpan(dropped)
             if len(result.attributes or ()) != len(attributes):
-                attributes, known = dict(result.attributes or {}), None
-        span_context = SpanContext(trace_id, self._ids.generate_span_id(), False, TraceFlags(flags), state)
-        span = QuickSpan(self, name, span_context, parent, kind, attributes, links or (), known)
-        self.processor.on_start(span, context)  # type: ignore[arg-type]
+                attributes = dict(result.attributes or {})
+                known = Known(known.span_name, known.queue, {})
+        span_context = SpanContext(trace_id, self._ids.generate_span_id(), False, _FLAGS[flags], state)
+        span = QuickSpan(self, known, span_context, parent, kind, attributes, links or ())
+        if getattr(self._processor, "_span_processors", self._processor) is not self._processors:
+            self._look_at_processors()
+        for on_start in self._at_start:
+            if remote is not None:
+                context = trace.set_span_in_context(trace.NonRecordingSpan(remote), context)
+            on_start(span, context)
         return span
+
+    def _look_at_processors(self) -> None:
+        """Note whom to tell of spans; the provider's tuple of processors is replaced when one is added."""
+        self._processors = getattr(self._processor, "_span_processors", self._processor)
+        told: Sequence[SpanProcessor] = (self._processor,)
+        if type(self._processor) is SynchronousMultiSpanProcessor:
+            told = self._processor._span_processors
+        # Those that export do nothing when a span starts.
+        exporting = (BatchSpanProcessor, SimpleSpanProcessor)
+        self._at_start = [processor.on_start for processor in told if type(processor) not in exporting]
+        self.at_end = [processor.on_end for processor in told]
 
 
 class QuickSpan(Span, ReadableSpan):
     """A span that records, and that is what processors and exporters read once it has ended."""
 
+    # What few spans have is here for all of them. The names are those of the SDK's ReadableSpan.
+    _instrumentation_info = None
+    _events: Sequence[Event] = ()
+    _status = _UNSET
+    _end_time: int | None = None
+
     def __init__(
         self,
         tracer: QuickTracer,
-        name: str,
+        known: Known,
         context: SpanContext,
         parent: SpanContext | None,
         kind: SpanKind,
         attributes: dict[str, Any],
         links: Sequence[Link],
-        known: KnownAttributes | None,
     ) -> None:
-        ReadableSpan.__init__(
-            self,
-            name,
-            context,
-            parent,
-            tracer.resource,
-            attributes,
-            (),
-            links,
-            kind,
-            None,
-            _UNSET,
-            time_ns(),
-            None,
-            tracer.scope,
-        )
+        self._name = known.span_name
+        self._context = context
+        self._parent = parent
+        self._kind = kind
+        self._attributes = attributes
+        self._links = links
+        self._resource = tracer.resource
+        self._instrumentation_scope = tracer.scope
         self._tracer = tracer
-        #: The attributes with which it began, as long as they are the first of those that it has.
-        self.known = known
+        #: What it began with, as long as its name is that and the attributes are the first of those that it has.
+        self.known: Known | None = known
+        self._start_time = time_ns()
 
     def note(self, attributes: dict[str, Any]) -> None:
         """Add attributes that are known to be right."""
@@ -153,7 +202,8 @@ class QuickSpan(Span, ReadableSpan):
     def end(self, end_time: int | None = None) -> None:
         if not self._is_over("end"):
             self._end_time = end_time or time_ns()
-            self._tracer.processor.on_end(self)
+            for on_end in self._tracer.at_end:
+                on_end(self)
 
     # What actors, other instrumentations and processors may do to it.
 
@@ -181,6 +231,7 @@ class QuickSpan(Span, ReadableSpan):
     def update_name(self, name: str) -> None:
         if not self._is_over("update_name"):
             self._name = name
+            self.known = None
 
     def set_status(self, status: Status | StatusCode, description: str | None = None) -> None:
         # As the specification has it: what was called fine stays so, and nothing is unset again.

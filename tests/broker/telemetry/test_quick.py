@@ -33,8 +33,8 @@ from dramatiq_jetstream.telemetry import conventions as c
 from dramatiq_jetstream.telemetry.carrier import extract_headers
 from dramatiq_jetstream.telemetry.encoding import encode
 from dramatiq_jetstream.telemetry.histograms import HistogramFeed
-from dramatiq_jetstream.telemetry.known import KnownAttributes
-from dramatiq_jetstream.telemetry.quick_spans import QuickTracer
+from dramatiq_jetstream.telemetry.known import Known
+from dramatiq_jetstream.telemetry.quick_spans import QuickSpan, QuickTracer
 from dramatiq_jetstream.telemetry.tallies import Tallies
 
 REMOTE = SpanContext(7, 8, True, TraceFlags(TraceFlags.SAMPLED), TraceState([("vendor", "x")]))
@@ -52,22 +52,26 @@ class Pipeline:
         self.provider.add_span_processor(SimpleSpanProcessor(self.exporter))
         quick = QuickTracer.of(self.provider)
         assert quick is not None
-        self.tracers: list[Any] = [
-            self.provider.get_tracer(c.SCOPE, c.version(), c.SCHEMA_URL),
-            quick,
-        ]
+        self.theirs = self.provider.get_tracer(c.SCOPE, c.version(), c.SCHEMA_URL)
+        self.ours = quick
 
-    def both(self, parent: SpanContext | None, links: list[Link] | None = None) -> tuple[Span, Span]:
-        context = Context()
+    def both(
+        self, parent: SpanContext | None, links: list[Link] | None = None, *, in_context: bool = True
+    ) -> tuple[Span, Span]:
+        """A span of each, whose parent we are given in a context or by itself."""
+        empty = context = Context()
         if parent is not None:
             context = trace.set_span_in_context(NonRecordingSpan(parent), context)
-        first, second = (
-            tracer.start_span(
-                "process q", context, SpanKind.CONSUMER, attributes={"a": "b", "n": 1}, links=links
-            )
-            for tracer in self.tracers
+        attributes = {"a": "b", "n": 1}
+        theirs = self.theirs.start_span(
+            "process q", context, SpanKind.CONSUMER, attributes=attributes, links=links
         )
-        return first, second
+        known, kind = Known("process q", "q", {}), SpanKind.CONSUMER
+        if in_context:
+            ours = self.ours.start_span(known, kind, dict(attributes), context, links, None)
+        else:
+            ours = self.ours.start_span(known, kind, dict(attributes), empty, links, parent)
+        return theirs, ours
 
 
 def essence(span: ReadableSpan) -> dict[str, Any]:
@@ -133,11 +137,14 @@ ACTIONS: dict[str, Callable[[Span], object]] = {
 
 
 @pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("in_context", [True, False], ids=["context", "remote"])
 @pytest.mark.parametrize("parent", [None, REMOTE], ids=["root", "child"])
-def test_a_quick_span_is_what_the_sdk_would_have_made(action: str, parent: SpanContext | None) -> None:
+def test_a_quick_span_is_what_the_sdk_would_have_made(
+    action: str, parent: SpanContext | None, in_context: bool
+) -> None:
     """Whatever an actor does to its span, the exporter gets the same; and so does the receiver."""
     pipeline = Pipeline()
-    for span in pipeline.both(parent, [Link(REMOTE)]):
+    for span in pipeline.both(parent, [Link(REMOTE)], in_context=in_context):
         assert span.is_recording()
         ACTIONS[action](span)
         span.end()
@@ -188,11 +195,11 @@ def test_many_spans_are_encoded_as_the_library_does() -> None:
 def test_known_attributes_are_encoded_once_and_right(action: str) -> None:
     """Also when an actor has changed one of them: what is exported is what the span has."""
     pipeline = Pipeline()
-    known = KnownAttributes({"a": "b", "queue": "q"})
+    known = Known("process q", "q", {"a": "b", "queue": "q"})
     for n in range(2):
-        span = pipeline.tracers[1].start_span(
-            "process q", Context(), SpanKind.CONSUMER, attributes={**known.attributes, "n": n}, known=known
-        )
+        attributes = {**known.attributes, "n": n}
+        span = pipeline.ours.start_span(known, SpanKind.CONSUMER, attributes, Context(), None, None)
+        assert isinstance(span, QuickSpan)
         span.note({"outcome": "done"})
         ACTIONS[action](span)
         span.end()
@@ -212,10 +219,11 @@ def test_known_attributes_are_encoded_once_and_right(action: str) -> None:
     ],
     ids=["default", "off", "parent or off", "parent or ratio", "ratio 0"],
 )
-def test_the_sampler_is_asked(sampler: Sampler, parent: SpanContext | None) -> None:
+@pytest.mark.parametrize("in_context", [True, False], ids=["context", "remote"])
+def test_the_sampler_is_asked(sampler: Sampler, parent: SpanContext | None, in_context: bool) -> None:
     """What is recorded, and what is passed on about it, is the sampler's decision."""
     pipeline = Pipeline(sampler)
-    theirs, ours = pipeline.both(parent)
+    theirs, ours = pipeline.both(parent, in_context=in_context)
     assert ours.is_recording() == theirs.is_recording()
     a, b = theirs.get_span_context(), ours.get_span_context()
     assert a.trace_flags == b.trace_flags
@@ -231,6 +239,7 @@ def test_other_processors_are_told() -> None:
     class Marks(SpanProcessor):
         def on_start(self, span: Any, parent_context: Context | None = None) -> None:
             seen.append("start")
+            assert trace.get_current_span(parent_context).get_span_context() == REMOTE
             span.set_attribute("marked", True)
 
         def on_end(self, span: ReadableSpan) -> None:
@@ -238,9 +247,10 @@ def test_other_processors_are_told() -> None:
 
     pipeline = Pipeline()
     pipeline.provider.add_span_processor(Marks())
-    for span in pipeline.both(None):
-        span.end()
-    assert seen == ["start", "start", "end", "end"]
+    for in_context in (True, False):
+        for span in pipeline.both(REMOTE, in_context=in_context):
+            span.end()
+    assert seen == 2 * ["start", "start", "end", "end"]
     assert all((span.attributes or {})["marked"] is True for span in pipeline.exporter.get_finished_spans())
 
 
