@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.events import Events
-from dramatiq_jetstream.kv import Bucket
+from dramatiq_jetstream.kv import DEPOSED, Bucket
 from dramatiq_jetstream.telemetry import configure_telemetry, telemetry_enabled
 from dramatiq_jetstream.topology import StreamConfig, dead_letters, ensure_stream
 
@@ -133,7 +133,9 @@ def requests_bucket() -> Bucket:
 @_once
 def stock_store() -> Stock:
     """Return the stock, which all threads share so that their decisions can be made together."""
-    return Stock(stock_bucket(), {entry.sku: entry.initial_stock for entry in CATALOGUE.values()}, now)
+    initial = {entry.sku: entry.initial_stock for entry in CATALOGUE.values()}
+    patience = int(DEPOSED * 1000) if SETTINGS.replicas > 1 else 0
+    return Stock(stock_bucket(), initial, now, patience=patience)
 
 
 @_once

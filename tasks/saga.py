@@ -124,7 +124,10 @@ class Saga:
         # What this process remembers is good enough to go on from: whoever did so before made it outdated.
         found = self._stock.recall(order_id)
         if found is None or found.record.state != state:
-            found = self._stock.find(order_id)
+            found = self._stock.find_newer(
+                order_id,
+                lambda now: now is not None and (now.record.state != "held" or state == "held"),
+            )
         if found is None:
             raise UnusableEvent(
                 f"order {order_id} is {name_of(event)}, says the event, but was never created."

@@ -14,6 +14,10 @@ A decision is made once because of an order of things: know `levels.all` at some
 order's record and note, then compare-and-set from that revision. Whoever decides in between changes the
 revision, and a note is dropped only after its record was written, so one of the two is always seen.
 
+In a cluster a server that was the leader may answer reads for some seconds from what it had (see the library's
+`kv`). Decisions do not suffer, because they compare-and-set; a record that is behind what is known of it is read
+again, until it is not.
+
 The decisions that the threads of one process want at the same time are made in one compare-and-set: a product
 that everybody wants costs one for all of them, instead of a race that all but one lose.
 """
@@ -56,6 +60,10 @@ Decision = Callable[[Record | None, Pieces], Record | None]
 
 class StockBusy(Exception):
     """Others kept changing the stock for the whole time allowed; trying again is safe."""
+
+
+class RecordBehind(Exception):
+    """A server answers with a record that is older than what is known of it; trying again is safe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +127,7 @@ class Stock:
       now: The time in milliseconds.
       timeout: Milliseconds for which a decision competes with others before StockBusy.
       sweep_after: Milliseconds after which a note that nobody has dropped is taken for one left behind.
+      patience: Milliseconds for which a record that is behind what is known of it is read again; 0 for one server.
     """
 
     def __init__(
@@ -129,12 +138,14 @@ class Stock:
         *,
         timeout: int = 10_000,
         sweep_after: int = 30_000,
+        patience: int = 0,
     ) -> None:
         self._bucket = bucket
         self._initial = initial
         self._now = now
         self._timeout = timeout
         self._sweep_after = sweep_after
+        self._patience = patience
         self._levels: Levels | None = None
         self._heard: Entry | None = None
         self._waiting: deque[_Change] = deque()
@@ -156,6 +167,15 @@ class Stock:
         """Return the record of an order."""
         entry = self._bucket.get(f"order.{order_id}")
         return None if entry is None else Found(Record.decode(entry.value), entry.revision)
+
+    def find_newer(self, order_id: str, is_newer: Callable[[Found | None], bool]) -> Found | None:
+        """Return the record of an order, waiting for one that is not behind; after that time, what there is."""
+        deadline = time.monotonic() + self._patience / 1000
+        while True:
+            found = self.find(order_id)
+            if is_newer(found) or time.monotonic() >= deadline:
+                return found
+            time.sleep(random.uniform(0.005, 0.05))
 
     def recall(self, order_id: str) -> Found | None:
         """Return the record of an order as this process wrote it a moment ago.
@@ -206,7 +226,11 @@ class Stock:
         return self._settle(_Change(order_id, decide))
 
     def release(self, order_id: str, at: int) -> Found:
-        """Give back what a declined order holds, and record that; returns what is recorded then."""
+        """Give back what a declined order holds, and record that; returns what is recorded then.
+
+        Raises:
+          RecordBehind: When the record says nothing of the payment that was declined.
+        """
 
         def decide(existing: Record | None, pieces: Pieces) -> Record | None:
             if existing is None or existing.state != "declined":
@@ -215,16 +239,25 @@ class Stock:
                 pieces[line.sku] += line.quantity
             return existing.forward("released", at)
 
-        return self._settle(_Change(order_id, decide))
+        found = self._settle(_Change(order_id, decide))
+        if found.record.state == "held":
+            raise RecordBehind(f"the record of order {order_id} cannot be read as it is now.")
+        return found
 
     def forward(self, order_id: str, found: Found, record: Record) -> Found:
-        """Replace the record that was found; returns the newer one when somebody else was faster."""
+        """Replace the record that was found; returns the newer one when somebody else was faster.
+
+        Raises:
+          RecordBehind: When it is said that somebody was, and the record does not show it.
+        """
         try:
             revision = self._bucket.update(f"order.{order_id}", record.encode(), revision=found.revision)
-        except RevisionConflict:
-            current = self.find(order_id)
-            if current is None:
-                raise
+        except RevisionConflict as conflict:
+            current = self.find_newer(order_id, lambda now: now is not None and now.revision > found.revision)
+            if current is None or current.revision <= found.revision:
+                raise RecordBehind(
+                    f"the record of order {order_id} cannot be read as it is now."
+                ) from conflict
             return current
         return self._remember(order_id, Found(record, revision, fresh=True))
 

@@ -8,6 +8,12 @@ Each write carries an id of its own. A write whose acknowledgement got lost is s
 and is then either known to the server as a duplicate, or refused because its own first copy changed the key.
 Before such a refusal becomes a conflict, the server is asked whether it has stored that id: a writer never
 loses against itself.
+
+In a cluster a server that was the leader may not know for a while that it is not any more. It still answers, from
+what it has, and its answer may come before the true leader's: a write is refused although it is being stored, and
+a read gives what was there before. So a refusal is believed only when the key has a revision that is newer than
+the expected one and is not ours; otherwise the write is sent again under its id. A read may be outdated for that
+while: whoever acts on one has to compare-and-set.
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ from .naming import (
 from .stored import StoredMessage, last_message, last_message_direct
 from .topology import StreamConfig, ensure_stream
 
-__all__ = ["Bucket", "Entry", "Snapshot"]
+__all__ = ["DEPOSED", "Bucket", "Entry", "Snapshot"]
 
 HEADER_OPERATION = "KV-Operation"
 HEADER_MARKER_REASON = "Nats-Marker-Reason"
@@ -50,6 +56,9 @@ MARK_TTL = 60
 _WRONG_LAST_SEQUENCE = 10071
 _OTHER_WRITE_IN_FLIGHT = 10164
 _ROLLUP_FAILED = 10111
+
+#: Seconds for which a server may believe to be the leader although it is not.
+DEPOSED = 5.0
 
 
 @dataclass(frozen=True)
@@ -194,7 +203,7 @@ class Bucket:
             try:
                 return self._compare_and_set(subject, value, self._headers(ttl), expected)
             except _Conflict:
-                stored = self._last(self.connection, self.stream, subject)
+                stored = self._newest(subject)
             if stored is not None and not _is_mark(stored):
                 raise KeyExists(f"Key {key!r} exists already in bucket {self.name}.")
             expected = 0 if stored is None else stored.sequence
@@ -253,16 +262,20 @@ class Bucket:
         last = publications[-1]
         last.headers = {**(last.headers or {}), HEADER_BATCH_COMMIT: "1"}
         try:
-            ack = self.connection.publish_batch(publications)
+            final = self.connection.publish_batch(publications).seq
         except ApiError as error:
             if error.err_code not in (_WRONG_LAST_SEQUENCE, _OTHER_WRITE_IN_FLIGHT):
                 raise
-            raise RevisionConflict(
-                f"At least one of {', '.join(updates)} in bucket {self.name} was changed by another writer: "
-                "read them again and repeat the change."
-            ) from None
+            stored = self._newest(last.subject)
+            if stored is not None and stored.headers.get(HEADER_BATCH_ID) == batch:
+                final = stored.sequence
+            else:
+                raise RevisionConflict(
+                    f"At least one of {', '.join(updates)} in bucket {self.name} was changed by another writer: "
+                    "read them again and repeat the change."
+                ) from None
         # A batch is stored without gaps.
-        first = ack.seq - len(publications) + 1
+        first = final - len(publications) + 1
         return {key: first + position for position, key in enumerate(updates)}
 
     def delete(self, key: str, *, revision: int | None = None) -> None:
@@ -296,6 +309,11 @@ class Bucket:
         return outcome
 
     # Inside
+
+    @property
+    def _alone(self) -> bool:
+        """Whether there is one server only, which cannot be behind another."""
+        return self._last is last_message_direct
 
     def _ensure(self) -> None:
         if self._declare and not self._declared:
@@ -342,9 +360,10 @@ class Bucket:
     def _compare_and_set(self, subject: str, value: bytes, headers: dict[str, str], expected: int) -> int:
         headers = {**headers, HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE: str(expected)}
         headers[HEADER_MSG_ID] = secrets.token_hex(12)
-        deadline = time.monotonic() + self.connection.timeout / 1000
+        began = time.monotonic()
+        deadline = began + self.connection.timeout / 1000
+        repeats = self.connection.repeats
         while True:
-            repeats = self.connection.repeats
             try:
                 return self._publish(subject, value, headers).seq
             except ApiError as error:
@@ -353,12 +372,24 @@ class Bucket:
                     continue
                 if error.err_code not in (_WRONG_LAST_SEQUENCE, _OTHER_WRITE_IN_FLIGHT):
                     raise
+            newest = self._newest(headers.get(HEADER_EXPECTED_SUBJECT, subject))
+            if newest is not None and newest.headers.get(HEADER_MSG_ID) == headers[HEADER_MSG_ID]:
+                return newest.sequence
+            outdated = newest is None or newest.sequence <= expected
+            if outdated and not self._alone and time.monotonic() - began < DEPOSED:
+                time.sleep(random.uniform(0.005, 0.05))
+                continue
             own = None
-            if self.connection.repeats != repeats:  # of this write, perhaps
+            if not self._alone or self.connection.repeats != repeats:  # of this write, perhaps
                 own = self._stored_as(subject, headers[HEADER_MSG_ID])
             if own is None:
                 raise _Conflict
             return own
+
+    def _newest(self, subject: str) -> StoredMessage | None:
+        """The newest message on a subject, which may have wildcards."""
+        last = last_message if subject.endswith(">") else self._last
+        return last(self.connection, self.stream, subject)
 
     def _stored_as(self, subject: str, write: str) -> int | None:
         """Ask whether a write was stored, without writing: return its revision, or None.

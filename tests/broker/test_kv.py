@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from dramatiq_jetstream import topology
+from dramatiq_jetstream import kv, topology
 from dramatiq_jetstream.cluster import NatsCluster
 from dramatiq_jetstream.connection import Connection, ConnectOptions, Publication
 from dramatiq_jetstream.errors import (
+    ApiError,
     BrokerConnectionError,
     InvalidOption,
     KeyExists,
@@ -240,6 +241,76 @@ def test_a_writer_whose_acknowledgement_got_lost_does_not_lose_against_itself(
 
     assert lose_the_answer(cable, seen, writes[way], meanwhile) == stored[0].revision
     assert value(reader, "g.k") == (b"theirs" if overwritten else b"mine")
+
+
+@pytest.mark.parametrize("way", ["create", "update", "within", "delete"])
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "not stored"])
+@pytest.mark.parametrize("outdated_reads", [0, 2])
+def test_a_leader_of_yesterday_is_not_believed(
+    make_bucket: MakeBucket, monkeypatch: pytest.MonkeyPatch, way: str, stored: bool, outdated_reads: int
+) -> None:
+    """It refuses a write that the true leader stores, or that is lost, and reads what was there before.
+
+    A mock: when a cluster has such a server among it cannot be chosen. This is what was seen of one.
+    """
+    writer, reader = make_bucket(), make_bucket()
+    before = writer.put("g.k", b"before") if way != "create" else 0
+    writer.get("g.k")
+    publish, last = writer.connection.publish, kv.last_message
+    refusals = []
+
+    def refuse_once(*args: Any, **kwargs: Any) -> Any:
+        if refusals:
+            return publish(*args, **kwargs)
+        refusals.append(args)
+        if stored:
+            publish(*args, **kwargs)
+        raise ApiError(400, kv._WRONG_LAST_SEQUENCE, "wrong last sequence")
+
+    reads = [last(writer.connection, writer.stream, writer._subject("g.k"))] * outdated_reads
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        return reads.pop() if reads else last(*args, **kwargs)
+
+    monkeypatch.setattr(writer.connection, "publish", refuse_once)
+    monkeypatch.setattr(kv, "last_message", read)
+    monkeypatch.setattr(writer, "_last", read)
+    writes: dict[str, Callable[[], int | None]] = {
+        "create": lambda: writer.create("g.k", b"mine"),
+        "update": lambda: writer.update("g.k", b"mine", revision=before),
+        "within": lambda: writer.update("g.k", b"mine", revision=before, within="g."),
+        "delete": lambda: writer.delete("g.k", revision=before),
+    }
+    revision = writes[way]()
+
+    assert len(refusals) == 1
+    entry = reader.get("g.k")
+    if way == "delete":
+        assert entry is None
+    else:
+        assert entry is not None
+        assert (entry.value, entry.revision) == (b"mine", revision)
+    newest = last(reader.connection, reader.stream, reader._subject("g.k"))
+    assert newest is not None
+    assert newest.sequence == before + 1, "stored once"
+
+
+def test_a_leader_of_yesterday_does_not_hide_who_was_first(
+    make_bucket: MakeBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the first reads do not show it."""
+    writer, other = make_bucket(), make_bucket()
+    before = writer.put("k", b"before")
+    outdated = [kv.last_message(writer.connection, writer.stream, writer._subject("k"))] * 3
+    other.put("k", b"theirs")
+    monkeypatch.setattr(
+        writer, "_last", lambda *args, **more: outdated.pop() if outdated else kv.last_message(*args, **more)
+    )
+
+    with pytest.raises(RevisionConflict):
+        writer.update("k", b"mine", revision=before)
+    assert not outdated
+    assert value(other, "k") == b"theirs"
 
 
 def test_a_lost_conflict_is_still_a_conflict(make_bucket: MakeBucket, cable: DeafCable) -> None:
