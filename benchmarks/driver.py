@@ -13,7 +13,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -44,16 +45,29 @@ def batch(app: App, options: argparse.Namespace) -> Figures:
     return clocked(lambda: store(range(options.messages)), options.messages)
 
 
+def in_shares(enqueue: Callable[[Sequence[int]], None], indices: range) -> None:
+    """Enqueue from as many threads as the contender fills its queue with."""
+    threads = contenders.find(os.environ["BENCH_CONTENDER"]).fill_threads
+    if threads == 1:
+        enqueue(indices)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for future in [pool.submit(enqueue, indices[start::threads]) for start in range(threads)]:
+            future.result()
+
+
 def fill(app: App, options: argparse.Namespace) -> Figures:
     """Only fills the queue: the fastest way there is, nothing is measured."""
     fill_with = app.enqueue_atomic_batch if options.atomic else app.enqueue_batch
-    fill_with(range(options.messages))
+    in_shares(fill_with, range(options.messages))
     return {}
 
 
 def delayed(app: App, options: argparse.Namespace) -> Figures:
     work = range(options.first, options.first + options.messages)
-    return clocked(lambda: app.enqueue_delayed(work, options.due_ns), options.messages)
+    return clocked(
+        lambda: in_shares(lambda part: app.enqueue_delayed(part, options.due_ns), work), options.messages
+    )
 
 
 def probe(app: App, options: argparse.Namespace) -> Figures:

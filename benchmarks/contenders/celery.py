@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.contenders.contender import WAIT_SECONDS, App, Contender, Tasks, delay_until
+from benchmarks.contenders.contender import THREADS, WAIT_SECONDS, App, Contender, Tasks, delay_until
 from benchmarks.servers import RabbitServer, RedisServer, Server
 
 QUEUE = "bench"
@@ -16,6 +16,7 @@ QUEUE = "bench"
 class Celery(Contender):
     environment = "celery"
     packages = ("celery[redis]",)
+    fill_threads = THREADS
 
     def workers(self, python: str, processes: int, threads: int) -> list[list[str]]:
         quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "WARNING"]

@@ -39,6 +39,7 @@ class Contender(ABC):
     only: tuple[str, ...] = ()  # the measurements that it is made for; empty: all but `orders`
     left_out: Mapping[str, str] = MappingProxyType({})  # measurement -> why this contender is not part of it
     atomic_batches = False  # can store many messages all or none
+    fill_threads = 1  # how many enqueue at a time where only the queue is to be filled, or many are delayed
     fills_fast = False  # a million messages are enqueued within a minute or two
     ours = False  # drawn as the one that the report is about
     bound = False  # not a peer: what the machine or a library allows at best

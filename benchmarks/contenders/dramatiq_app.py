@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.contenders.contender import WAIT_SECONDS, App, Contender, Tasks, delay_until
+from benchmarks.contenders.contender import THREADS, WAIT_SECONDS, App, Contender, Tasks, delay_until
 
 if TYPE_CHECKING:
     from dramatiq import Broker
@@ -20,6 +20,7 @@ class DramatiqContender(Contender):
     """A Dramatiq contender; its subclasses make the broker."""
 
     distributions: tuple[str, ...] = ("dramatiq",)
+    fill_threads = THREADS
 
     def make_broker(self) -> Broker:
         raise NotImplementedError

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class Jetstream(DramatiqContender):
     distributions = ("dramatiq", "dramatiq-jetstream", "nats-py", "uvloop")
     fills_fast = True
+    fill_threads = 1  # enqueue_many is the fastest way
     ours = True
     atomic_batches = True
 
