@@ -23,8 +23,7 @@ class Telemetry(Measurement):
     figures = (Figure("per_second", "messages/s", plotted=True), *CPU)
 
     def cases(self, options: Options, contender: Contender) -> list[str]:
-        # Where the fewest other things are waited for, telemetry shows most.
-        return [WITHOUT, OFF, ON] if contender.name == "jetstream-1s" else []
+        return [WITHOUT, OFF, ON] if contender.ours and not contender.only else []
 
     def run(self, contender: Contender, case: str, options: Options) -> dict[str, float]:
         messages = options.count(2 * MESSAGES)
