@@ -223,6 +223,9 @@ def test_setup_prepares_what_a_module_declares(
     with pytest.raises(Refused, match="--update"):
         fleet("setup", program(45_000))
     assert "updated" in fleet("setup", program(60_000), "--update", "--json").values()
+    for option, other in (("--url", "nats://127.0.0.1:1"), ("--namespace", "elsewhere")):
+        with pytest.raises(Refused, match=f"whatever {option} says"):
+            fleet(option, other, "setup", program(60_000))
 
 
 def test_schedules_are_listed_and_orphans_removed(

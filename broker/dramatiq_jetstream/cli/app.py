@@ -21,16 +21,16 @@ __all__ = ["fleet", "main"]
 @click.option(
     "--url", metavar="URL", help="Server addresses, separated by commas. [NATS_URL, then localhost]"
 )
-@click.option("--namespace", default="dramatiq", show_default=True, help="Whose queues.")
+@click.option("--namespace", help="Whose queues. [dramatiq]")
 @click.option("--credentials", metavar="FILE", help="Path of a .creds file. [NATS_CREDS]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.version_option(package_name="dramatiq-jetstream")
 @click.pass_context
 def fleet(
-    context: click.Context, url: str | None, namespace: str, credentials: str | None, as_json: bool
+    context: click.Context, url: str | None, namespace: str | None, credentials: str | None, as_json: bool
 ) -> None:
     """Look after Dramatiq queues on NATS JetStream."""
-    context.obj = Fleet(url=url, namespace=namespace, credentials=credentials, as_json=as_json)
+    context.obj = Fleet(url=url, given_namespace=namespace, credentials=credentials, as_json=as_json)
     context.call_on_close(context.obj.close)
 
 

@@ -23,10 +23,14 @@ class Fleet:
     """The options given before the command, and the broker made of them on first use."""
 
     url: str | None
-    namespace: str
+    given_namespace: str | None
     credentials: str | None
     as_json: bool
     _broker: JetStreamBroker | None = field(default=None, repr=False)
+
+    @property
+    def namespace(self) -> str:
+        return "dramatiq" if self.given_namespace is None else self.given_namespace
 
     @property
     def console(self) -> Console:

@@ -9,14 +9,18 @@ import click
 import dramatiq
 
 from dramatiq_jetstream.broker import JetStreamBroker
+from dramatiq_jetstream.options import ConnectOptions
 
 from .context import Fleet, pass_fleet, table
 
 COMMANDS: list[click.Command] = []
 
 
-def load(module: str) -> JetStreamBroker:
-    """Import a program as `dramatiq` does (`module` or `module:broker`) and return its broker."""
+def load(fleet: Fleet, module: str) -> JetStreamBroker:
+    """Import a program as `dramatiq` does (`module` or `module:broker`) and return its broker.
+
+    A program says itself where its queues are; options that say otherwise are refused.
+    """
     name, _, attribute = module.partition(":")
     sys.path.insert(0, "")
     try:
@@ -33,6 +37,16 @@ def load(module: str) -> JetStreamBroker:
             f"{module!r} uses a {type(broker).__name__}, not a JetStreamBroker: "
             "call dramatiq.set_broker in it before actors are declared."
         )
+    if fleet.url is not None and ConnectOptions.of(fleet.url).servers != broker.connection.options.servers:
+        raise click.ClickException(
+            f"{module!r} connects to {broker.connection.options.display}, whatever --url says: "
+            "leave it out, or change what the program connects to."
+        )
+    if fleet.given_namespace not in (None, broker.names.namespace):
+        raise click.ClickException(
+            f"{module!r} has its queues in the namespace {broker.names.namespace!r}, whatever --namespace says: "
+            "leave it out, or change the program's."
+        )
     return broker
 
 
@@ -45,7 +59,7 @@ def setup(fleet: Fleet, module: str, update: bool) -> None:
 
     It may run as often as wanted. Without --update nothing that exists is changed; what differs is reported.
     """
-    broker = load(module)
+    broker = load(fleet, module)
     declare, broker.declare = broker.declare, True
     try:
         outcome = broker.setup(update=update)

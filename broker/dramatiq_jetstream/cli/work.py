@@ -63,7 +63,7 @@ def schedules(fleet: Fleet, module: str | None, remove_orphans: bool) -> None:
     """List periodic tasks with their last and next tick."""
     if remove_orphans and module is None:
         raise click.UsageError("--remove-orphans needs --module, to know what is not one.")
-    broker = fleet.broker if module is None else load(module)
+    broker = fleet.broker if module is None else load(fleet, module)
     found = list_schedules(broker)
     removed = []
     if remove_orphans:
