@@ -57,11 +57,12 @@ class Stack:
     def __enter__(self) -> Stack:
         with ExitStack() as starting:
             starting.enter_context(self.nats)
-            starting.enter_context(self._gateway())
+            gateway = starting.enter_context(self._gateway())
             if self._with_workers:
                 self.workers = starting.enter_context(self._workers())
             self.web = starting.enter_context(self._web())
             starting.callback(self.session.close)
+            gateway.wait_for_output("payments stand-in on", timeout=40)
             if self._with_workers:
                 self.workers.wait_for_output(WORKER_READY, timeout=40)
             eventually(
