@@ -59,7 +59,8 @@ from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.rate_limits import JetStreamBackend
 
 url, namespace, threads, place = sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
-backend = JetStreamBackend(JetStreamBroker(url, namespace=namespace, middleware=[]))
+broker = JetStreamBroker(url, namespace=namespace, middleware=[])
+backend = JetStreamBackend(broker)
 backend.bucket.get("connect")
 print("ready", flush=True)
 while not (place / "go").exists():
@@ -68,6 +69,7 @@ while not (place / "go").exists():
 def run(work):
     with ThreadPoolExecutor(threads) as pool:
         print("outcome", json.dumps(list(pool.map(work, range(threads)))), flush=True)
+    broker.close()
 """
 
 
