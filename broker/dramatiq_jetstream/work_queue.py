@@ -2,7 +2,7 @@
 
 Dramatiq uses `queue.PriorityQueue`, whose lock is held while Python compares messages. A thread that has to yield the
 interpreter in there keeps the lock; all others run into it one after the other, and from then on every message costs
-several switches between threads. Short messages spend a third of their time on that, and twice as much with telemetry.
+several switches between threads.
 
 Here every step is one call of C, which is done before another thread can run: a deque for each priority holds the
 items, and a `SimpleQueue` holds a token for each of them. A token is put after its item, and whoever has got a token
