@@ -20,7 +20,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
-from queue import Empty, SimpleQueue
+from queue import Empty
 from typing import Any, Protocol
 
 from dramatiq.broker import Consumer, MessageProxy
@@ -32,6 +32,7 @@ from . import dead_letters
 from .connection import Connection
 from .deliveries import ACK, Delivery, Ledger, nak_after
 from .errors import ApiError, BrokerConnectionError, MessageTooLarge, NotFound
+from .handover import Handover
 from .pulling import Puller, Source
 
 __all__ = ["JetStreamConsumer", "JetStreamMessage", "Source"]
@@ -137,7 +138,7 @@ class JetStreamConsumer(Consumer):
         self.undertaker = undertaker
         self.give_back = give_back
         self.stopping = False
-        self._handover: SimpleQueue[list[Delivery] | Source] = SimpleQueue()
+        self._handover: Handover[list[Delivery] | Source] = Handover()
         self._ready: list[tuple[int, int, Delivery]] = []  # the consumer thread's own
         self._order = itertools.count()
         self._handed = 0  # counted by the consumer thread

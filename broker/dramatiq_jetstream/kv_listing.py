@@ -7,13 +7,14 @@ goes, and a listing that ends before that is continued until it has caught up.
 from __future__ import annotations
 
 import json
-import queue
 import secrets
 import time
 from collections.abc import Iterator
+from queue import Empty
 
 from .connection import Connection, Msg, Subscription
 from .errors import BrokerConnectionError, TopologyMissing
+from .handover import Handover
 from .stored import StoredMessage, last_message, parse_time
 
 __all__ = ["Listing"]
@@ -37,7 +38,7 @@ class Listing:
         self._stream = stream
         self._inbox = ""
         self._subscription: Subscription | None = None
-        self._pages: dict[str, queue.SimpleQueue[Msg]] = {}
+        self._pages: dict[str, Handover[Msg]] = {}
 
     def read(
         self, subject: str, *, start: int = 1, page: int = PAGE, timeout: int | None = None
@@ -90,11 +91,11 @@ class Listing:
         inbox = self._listen()
         while True:
             token = secrets.token_hex(8)
-            answers = self._pages[token] = queue.SimpleQueue()
+            answers = self._pages[token] = Handover()
             try:
                 self._connection.send(f"$JS.API.DIRECT.GET.{self._stream}", request, reply=f"{inbox}.{token}")
                 return self._collect(answers, deadline)
-            except queue.Empty:
+            except Empty:
                 if time.monotonic() > deadline:
                     raise BrokerConnectionError(
                         f"No answer to a listing of stream {self._stream} in time."
@@ -102,7 +103,7 @@ class Listing:
             finally:
                 del self._pages[token]
 
-    def _collect(self, answers: queue.SimpleQueue[Msg], deadline: float) -> list[StoredMessage]:
+    def _collect(self, answers: Handover[Msg], deadline: float) -> list[StoredMessage]:
         found: list[StoredMessage] = []
         while True:
             answer = answers.get(timeout=max(0.01, min(SILENCE, deadline - time.monotonic())))

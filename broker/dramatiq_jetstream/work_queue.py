@@ -1,12 +1,7 @@
-"""The queue between a worker's consumer threads and its worker threads, made of parts that Python cannot interrupt.
+"""The queue between a worker's consumer threads and its worker threads: lowest priority first.
 
-Dramatiq uses `queue.PriorityQueue`, whose lock is held while Python compares messages. A thread that has to yield the
-interpreter in there keeps the lock; all others run into it one after the other, and from then on every message costs
-several switches between threads.
-
-Here every step is one call of C, which is done before another thread can run: a deque for each priority holds the
-items, and a `SimpleQueue` holds a token for each of them. A token is put after its item, and whoever has got a token
-takes one item, so there is always one to be found.
+Dramatiq uses `queue.PriorityQueue`, whose lock is held while Python compares messages; `handover` says what comes of
+it. Here a deque for each priority holds the items, so nothing is compared and nothing is locked.
 
 A process that dies loses nothing with it: what is in here is held, not settled (see `deliveries`).
 """
@@ -15,8 +10,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from queue import SimpleQueue
 from typing import Protocol
+
+from .handover import Handover
 
 __all__ = ["WorkQueue"]
 
@@ -26,11 +22,11 @@ class Item(Protocol):
     def priority(self) -> int: ...
 
 
-class WorkQueue:
+class WorkQueue(Handover[Item]):
     """What a Dramatiq worker needs of `queue.PriorityQueue`: lowest priority first, and then first in, first out."""
 
     def __init__(self) -> None:
-        self._tokens: SimpleQueue[None] = SimpleQueue()
+        super().__init__()
         self._by_priority: dict[int, deque[Item]] = {}
         self._in_order: list[deque[Item]] = []  # replaced as a whole, so that it can be read without a lock
         self._adding = threading.Lock()
@@ -38,13 +34,12 @@ class WorkQueue:
         self._finished = threading.Condition()
         self._joining = 0
 
-    def put(self, item: Item) -> None:
+    def _add(self, item: Item) -> None:
         items = self._by_priority.get(item.priority)
         if items is None:
             items = self._add_priority(item.priority)
         self._unfinished.append(None)
         items.append(item)
-        self._tokens.put(None)
 
     def _add_priority(self, priority: int) -> deque[Item]:
         with self._adding:
@@ -52,18 +47,14 @@ class WorkQueue:
             self._in_order = [self._by_priority[known] for known in sorted(self._by_priority)]
         return items
 
-    def get(self, block: bool = True, timeout: float | None = None) -> Item:
-        """Take an item, waiting for one up to `timeout` seconds. Raises queue.Empty."""
-        self._tokens.get(block, timeout)
-        while True:
-            for items in self._in_order:
+    def _take(self) -> Item:
+        for items in self._in_order:
+            if items:
                 try:
                     return items.popleft()
-                except IndexError:
+                except IndexError:  # somebody else was faster
                     continue
-
-    def get_nowait(self) -> Item:
-        return self.get(block=False)
+        raise IndexError
 
     def task_done(self) -> None:
         """Say that an item that was taken has been worked off."""
@@ -91,7 +82,7 @@ class WorkQueue:
         return len(self._unfinished)
 
     def qsize(self) -> int:
-        return self._tokens.qsize()
+        return sum(map(len, self._in_order))
 
     def empty(self) -> bool:
-        return self._tokens.empty()
+        return not any(self._in_order)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from queue import Empty
+from queue import Empty, SimpleQueue
 
 import dramatiq
 import pytest
@@ -23,7 +24,7 @@ from dramatiq_jetstream.work_queue import WorkQueue
 @dataclass(frozen=True)
 class Item:
     priority: int
-    number: int
+    number: float
 
 
 @given(st.lists(st.integers(-3, 3)))
@@ -46,6 +47,100 @@ def test_get_waits_for_an_item_and_not_for_ever() -> None:
     threading.Timer(0.05, queue.put, [Item(0, 1)]).start()
 
     assert queue.get(timeout=10) == Item(0, 1)
+
+
+def test_every_wait_ends_when_its_time_is_over() -> None:
+    """Also when, at that very moment, somebody else takes the item it was woken for."""
+    queue, timeout, waits = WorkQueue(), 0.002, Counter[int]()
+    end = time.monotonic() + 3
+
+    def take(number: int) -> None:
+        while time.monotonic() < end:
+            with suppress(Empty):
+                queue.get(timeout=timeout)
+            waits[number] += 1
+
+    takers = [threading.Thread(target=take, args=(number,), daemon=True) for number in range(4)]
+    with switching_often():
+        for thread in takers:
+            thread.start()
+        while time.monotonic() < end:
+            queue.put(Item(0, 0))
+            time.sleep(timeout)
+        for thread in takers:  # from here on nobody puts anything that would wake them
+            thread.join(5)
+    assert not any(thread.is_alive() for thread in takers)
+    assert min(waits.values()) > 10
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_no_item_lies_there_while_a_thread_waits(at_once: int) -> None:
+    """The next items come when the last have been taken: at whatever moment threads begin to wait for them."""
+    queue, taken = WorkQueue(), SimpleQueue[None]()
+    busy = threading.Barrier(at_once)
+
+    def take() -> None:
+        while queue.get(timeout=60).priority < 9:
+            busy.wait(30)  # whoever took one does not come for the other
+            taken.put(None)
+
+    takers = [threading.Thread(target=take, daemon=True) for _ in range(at_once)]
+    with switching_often():
+        for thread in takers:
+            thread.start()
+        for number in range(5_000):
+            for _ in takers:
+                queue.put(Item(0, number))
+            for _ in takers:
+                taken.get(timeout=10)
+        for _ in takers:
+            queue.put(Item(9, 0))
+        for thread in takers:
+            thread.join(30)
+    assert not any(thread.is_alive() for thread in takers)
+
+
+def test_who_was_woken_for_another_item_wakes_the_next() -> None:
+    """`quick` and `slow` begin to wait; `quick` finds an item itself just before it is woken for a second one."""
+    steps: dict[str, threading.Event] = defaultdict(threading.Event)
+    looks: Counter[str] = Counter()
+    taken: dict[str, Item] = {}
+
+    class Paced(WorkQueue):
+        def _take(self) -> Item:
+            look = threading.current_thread().name, looks[threading.current_thread().name]
+            looks[look[0]] += 1
+            if look == ("slow", 1):
+                steps["slow is listed"].set()
+                steps["quick has the first"].wait(10)
+            try:
+                item = super()._take()
+            except IndexError:
+                steps[f"{look[0]} found nothing {look[1]}"].set()
+                if look[1] == 0:
+                    steps[f"{look[0]} may wait"].wait(10)
+                raise
+            if look == ("quick", 1):
+                steps["quick has the first"].set()
+                steps["slow found nothing 1"].wait(10)
+                self.put(Item(0, 2))  # this wakes `quick`, the last one that was listed
+            return item
+
+    queue = Paced()
+    threads = [
+        threading.Thread(target=lambda n=n: taken.update({n: queue.get(timeout=30)}), name=n, daemon=True)
+        for n in ("slow", "quick")
+    ]
+    for thread in threads:
+        thread.start()
+        assert steps[f"{thread.name} found nothing 0"].wait(10)
+    queue.put(Item(0, 1))
+    for thread in threads:
+        steps[f"{thread.name} may wait"].set()
+        assert steps["slow is listed"].wait(10)
+    for thread in threads:
+        thread.join(5)
+    assert taken == {"quick": Item(0, 1), "slow": Item(0, 2)}
 
 
 def test_join_waits_until_all_is_worked_off() -> None:
