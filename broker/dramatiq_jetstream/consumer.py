@@ -182,8 +182,7 @@ class JetStreamConsumer(Consumer):
                 continue
             for delivery in arrived:
                 heappush(self._ready, (delivery.source.rank, next(self._order), delivery))
-        self._empty()
-        time.sleep(min(self.timeout, 0.1))
+        self._empty(min(self.timeout, 0.1))
         return None
 
     def _check(self, source: Source) -> None:
@@ -317,11 +316,12 @@ class JetStreamConsumer(Consumer):
         self._empty()
         self._puller.close()
 
-    def _empty(self) -> None:
+    def _empty(self, timeout: float = 0.0) -> None:
+        """Give back what has arrived, until nothing came for `timeout` seconds."""
         self._give_back_all()
         while True:
             try:
-                arrived = self._handover.get_nowait()
+                arrived = self._handover.get(timeout=timeout)
             except Empty:
                 return
             if isinstance(arrived, list):

@@ -27,7 +27,7 @@ from typing import Any
 from dramatiq.message import Message
 
 from .connection import Connection, Msg, Subscription
-from .deliveries import NAK, Delivery, Ledger
+from .deliveries import Delivery, Ledger
 
 __all__ = ["Puller", "Source"]
 
@@ -146,7 +146,7 @@ class Puller:
     # From any thread
 
     def stop(self) -> None:
-        """Ask for nothing more; what is still on its way is given back as it arrives."""
+        """Ask for nothing more; what is still on its way is delivered, to be given back."""
         self._stopping = True
         for feed in self._feeds:
             if feed.subscription is not None:
@@ -206,7 +206,7 @@ class Puller:
             return
         self._in_hand += 1
         if self._stopping:
-            self._ledger.settle(delivery, NAK)
+            self._deliver([delivery])  # before the fence that a closing consumer waits for is answered
             return
         self._arrived.append(delivery)
         if len(self._arrived) == 1:

@@ -7,6 +7,7 @@ import threading
 import dramatiq
 import pytest
 
+from dramatiq_jetstream.connection import Subscription
 from dramatiq_jetstream.errors import MessageTooLarge, TopologyMissing
 from dramatiq_jetstream.events import current_event, subscription
 from orders.v1.events_pb2 import OrderCreated
@@ -204,3 +205,33 @@ def test_large_events_of_stopping_workers_are_given_back(make_service, topic):
         eventually(lambda: seen == [b"small"])
         (letter,) = eventually(last.dead_letters.list)
     assert (letter.reason, len(letter.data)) == ("delivered too often", 900_000)
+
+
+def test_what_a_stopping_worker_is_still_sent_does_not_count_as_a_try(make_service, topic, monkeypatch):
+    """What is given back is stored over another connection, and may come back before the server was told to stop."""
+    publisher = make_service(max_deliveries=1)
+    publisher.setup()
+    publisher.publish(f"{topic}.created", b"small")
+    stopping = make_service(max_deliveries=1)
+    subscribe(stopping, f"{topic}.created")
+    at_once, stored = Subscription.withdraw, []
+
+    def later(subscription):
+        threading.Timer(0.05, at_once, [subscription]).start()
+
+    def store(delivery, inner=stopping.undertaker._store_anew):
+        stored.append(delivery.stream)
+        inner(delivery)
+
+    monkeypatch.setattr(stopping.undertaker, "_store_anew", store)
+    with running(stopping, threads=0, prefetch=4):
+        eventually(lambda: stopping.ledger.held == 1)
+        monkeypatch.setattr(Subscription, "withdraw", later)
+    monkeypatch.undo()
+    assert len(set(stored)) == 2, "what came back was not stored anew"
+    last = make_service(max_deliveries=1)
+    seen = subscribe(last, f"{topic}.created")
+    with running(last):
+        eventually(lambda: seen == [b"small"])
+        holds(lambda: seen == [b"small"], 0.3)
+    assert last.dead_letters.list() == []
