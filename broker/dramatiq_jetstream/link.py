@@ -17,6 +17,7 @@ silently), and is replaced.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import concurrent.futures
 import contextlib
 import logging
@@ -97,7 +98,14 @@ def _after_fork() -> None:
             callback()
 
 
+def _close_all() -> None:
+    """End the loops of a program that does not close its brokers; taken down while they run, one in C may crash."""
+    for link in list(_links):
+        link.close()
+
+
 os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_close_all)
 
 
 class Link:

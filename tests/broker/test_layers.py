@@ -15,7 +15,8 @@ ROOT = Path(dramatiq_jetstream.__file__).parent
 LAYERS = [
     ["errors"],
     ["naming", "options", "client"],
-    ["lanes", "emission", "work_queue", "time_limits"],
+    ["lanes", "emission", "handover", "time_limits"],
+    ["work_queue"],
     ["answers"],
     ["link"],
     ["connection"],

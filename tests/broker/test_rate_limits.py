@@ -59,8 +59,7 @@ from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.rate_limits import JetStreamBackend
 
 url, namespace, threads, place = sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
-broker = JetStreamBroker(url, namespace=namespace, middleware=[])
-backend = JetStreamBackend(broker)
+backend = JetStreamBackend(JetStreamBroker(url, namespace=namespace, middleware=[]))
 backend.bucket.get("connect")
 print("ready", flush=True)
 while not (place / "go").exists():
@@ -69,7 +68,6 @@ while not (place / "go").exists():
 def run(work):
     with ThreadPoolExecutor(threads) as pool:
         print("outcome", json.dumps(list(pool.map(work, range(threads)))), flush=True)
-    broker.close()
 """
 
 

@@ -12,6 +12,7 @@ import pytest
 from dramatiq_jetstream.events import Events, subscription
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually
+from tests.support.processes import python
 
 #: Far longer than any test runs: whatever waits for it has been lost on the way.
 ACK_WAIT = 600_000
@@ -124,3 +125,25 @@ def test_closing_the_broker_under_a_running_worker_loses_nothing(make_broker):
     with running(other):
         other.join("default", timeout=20_000)
     assert set(ran) == set(range(300))
+
+
+PROGRAM = """
+import atexit, sys, threading
+atexit.register(lambda: print("left:", *(t.name for t in threading.enumerate()), flush=True))  # runs as the last one
+import dramatiq
+from dramatiq_jetstream import JetStreamBroker
+
+broker = JetStreamBroker(sys.argv[1], namespace=sys.argv[2])
+dramatiq.set_broker(broker)
+dramatiq.actor(lambda number: None, actor_name="work").send(1)
+"""
+
+
+def test_a_program_that_does_not_close_its_broker_leaves_no_loop_running(nats_url, namespace, tmp_path):
+    """A loop in C that still runs while the interpreter is taken down under it has crashed."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    process = python(program, nats_url, namespace, log=tmp_path / "log")
+    process.start()
+    assert process.popen.wait(30) == 0
+    assert process.output == "left: MainThread\n"
