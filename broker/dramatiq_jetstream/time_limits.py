@@ -4,6 +4,8 @@ A thread that has to yield the interpreter while it holds that lock is run into 
 between them (see `work_queue`). Here each running message has a deadline of its own, put into a dict by its thread
 and replaced as a whole when the thread is done, which is a single step each.
 
+The identifier of a thread that died is soon that of another one, so a deadline belongs to the thread itself.
+
 As in Dramatiq, the exception is raised in a thread, not in an actor: when an actor ends at the moment at which its
 time is over, what the thread does next may be struck.
 """
@@ -12,12 +14,16 @@ from __future__ import annotations
 
 import logging
 import time
-from threading import Thread
+from threading import Thread, current_thread
+from weakref import ref
 
 from dramatiq.middleware import Middleware, TimeLimit, TimeLimitExceeded, raise_thread_exception
 from dramatiq.middleware.time_limit import _CtypesTimeoutManager
 
 __all__ = ["TimeLimits", "keep_time_of"]
+
+#: The monotonic time in seconds, and whose it is.
+_Deadline = tuple[float, ref[Thread]]
 
 
 def keep_time_of(middleware: Middleware) -> None:
@@ -38,15 +44,15 @@ class TimeLimits(Thread):
         super().__init__(name="time-limits", daemon=True)
         self._interval = interval
         self._logger = logger
-        self._deadlines: dict[int, float | None] = {}
-        self._struck: dict[int, float] = {}
+        self._deadlines: dict[int, _Deadline | None] = {}
+        self._struck: dict[int, _Deadline] = {}
 
     def add_timeout(self, thread_id: int, ttl: float) -> None:
-        """A thread begins something that may take `ttl` milliseconds."""
-        self._deadlines[thread_id] = time.monotonic() + ttl / 1000
+        """The calling thread begins something that may take `ttl` milliseconds."""
+        self._deadlines[thread_id] = time.monotonic() + ttl / 1000, ref(current_thread())
 
     def remove_timeout(self, thread_id: int) -> None:
-        """A thread is done with it."""
+        """The calling thread is done with it."""
         self._deadlines[thread_id] = None
 
     def run(self) -> None:
@@ -62,11 +68,14 @@ class TimeLimits(Thread):
         now = time.monotonic()
         for thread_id, deadline in self._deadlines.copy().items():
             # What is over is remembered here, not in the dict, which belongs to the threads: each is struck once.
-            if deadline is None or now < deadline or self._struck.get(thread_id) == deadline:
+            if deadline is None or now < deadline[0] or self._struck.get(thread_id) is deadline:
                 continue
             self._struck[thread_id] = deadline
+            thread = deadline[1]()
+            if thread is None or not thread.is_alive():
+                continue
             self._logger.warning(
                 "The time limit of what thread %r works on is over; interrupting it.", thread_id
             )
-            if self._deadlines.get(thread_id) == deadline:
+            if self._deadlines.get(thread_id) is deadline:
                 raise_thread_exception(thread_id, TimeLimitExceeded)
