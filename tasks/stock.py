@@ -102,7 +102,7 @@ class Levels:
 class _Change:
     """A decision about one order that waits to be made with others."""
 
-    __slots__ = ("decide", "error", "existing", "fresh", "order_id", "result", "seen_at")
+    __slots__ = ("decide", "error", "existing", "order_id", "result", "seen_at")
 
     def __init__(self, order_id: str, decide: Decision) -> None:
         self.order_id = order_id
@@ -110,7 +110,6 @@ class _Change:
         self.existing: Found | None = None
         self.seen_at = 0  # `existing` was looked for when the levels were known at this revision
         self.result: Record | None = None
-        self.fresh = False
         self.error: BaseException | None = None
 
     @property
@@ -304,7 +303,7 @@ class Stock:
         levels = self._known()
         pieces = {**self._initial, **levels.pieces}
         decisions: dict[str, Record] = {}
-        results: list[tuple[_Change, Record, bool]] = []
+        results: list[tuple[_Change, Record]] = []
         for change in batch:
             if change.seen_at < levels.revision:
                 self._look(change)
@@ -316,7 +315,7 @@ class Stock:
                 decisions[change.order_id] = decided
             result = decided or current
             assert result is not None, "what is not decided is recorded"
-            results.append((change, result, decided is not None))
+            results.append((change, result))
         if decisions:
             kept = self._without_written(levels, decisions)
             pending = {**kept, **{order_id: record.to_json() for order_id, record in decisions.items()}}
@@ -328,8 +327,8 @@ class Stock:
             self._learn(Levels(pieces, pending, revision))
             with self._lock:
                 self._written &= {(order_id, noted["state"]) for order_id, noted in pending.items()}
-        for change, result, fresh in results:
-            change.result, change.fresh = result, fresh
+        for change, result in results:
+            change.result = result
         return True
 
     def _record(self, change: _Change) -> Found:
@@ -341,7 +340,7 @@ class Stock:
         found = self._write(change.order_id, existing, result)
         with self._lock:
             self._written.add((change.order_id, result.state))
-        return Found(found.record, found.revision, fresh=change.fresh and found.fresh)
+        return found
 
     def _write(self, order_id: str, existing: Found | None, decided: Record) -> Found:
         if existing is not None:

@@ -97,6 +97,8 @@ def read_books(nats_url: str, gateway_url: str, log: Path, stock_before: dict[st
     """Read everything."""
 
     async def read(js: JetStreamContext) -> Books:
+        # First: when nothing waits, nothing of what is read afterwards changes any more.
+        queues = await _waiting(js)
         events = [event for stored in await _stream(js, "ORDERS") for event in _event(stored)]
         model = {
             stored.subject.removeprefix("$KV.dramatiq-orders."): frozenset(
@@ -119,7 +121,7 @@ def read_books(nats_url: str, gateway_url: str, log: Path, stock_before: dict[st
                 }
                 for stored in await _stream(js, "dramatiq_dead")
             ],
-            queues=await _waiting(js),
+            queues=queues,
         )
 
     return _run(nats_url, read)
