@@ -13,6 +13,7 @@ from orders.v1.events_pb2 import OrderCreated, OrderItem
 from tasks import money
 from tasks.catalogue import CATALOGUE
 from tasks.ledger import Record
+from tests.support.orders import check_whole
 from tests.support.polling import eventually
 from tests.web.stack import Stack
 
@@ -51,13 +52,14 @@ class Producer:
         return str(answer.json()["status"]) if answer.status_code == 200 else None
 
     def wait(self, order_id: str, *statuses: str, timeout: float = 20.0) -> dict[str, Any]:
-        """Wait until the order has one of the statuses; returns the order."""
+        """Wait until the order has one of the statuses, and its whole history; returns the order."""
 
         def order() -> dict[str, Any] | None:
             answer = self.shop.get(f"/api/orders/{order_id}")
             body: dict[str, Any] = answer.json()
             assert answer.status_code == 200, body
             assert body["status"] in statuses, body
+            check_whole(body)
             return body
 
         return eventually(order, timeout=timeout, interval=0.05)  # type: ignore[return-value]

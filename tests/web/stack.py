@@ -12,6 +12,7 @@ from typing import Any
 import requests
 
 from dramatiq_jetstream.server import NatsServer
+from tests.support.orders import check_whole
 from tests.support.polling import eventually
 from tests.support.ports import free_port
 from tests.support.processes import WORKER_READY, Process, dramatiq_worker, python
@@ -125,13 +126,14 @@ class Stack:
         return order
 
     def final(self, order_id: str, timeout: float = 20.0) -> dict[str, Any]:
-        """Wait until the order is confirmed or rejected; returns it."""
+        """Wait until the order is confirmed or rejected, with its whole history; returns it."""
 
         def order() -> dict[str, Any] | None:
             answer = self.get(f"/api/orders/{order_id}")
             assert answer.status_code == 200, f"{answer.status_code}: {answer.text}"
             body: dict[str, Any] = answer.json()
             assert body["status"] in FINAL, f"the order is {body['status']}"
+            check_whole(body)
             return body
 
         return eventually(order, timeout=timeout, interval=0.1)  # type: ignore[return-value]
