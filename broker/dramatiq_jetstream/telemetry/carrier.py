@@ -24,6 +24,7 @@ from dramatiq_jetstream.naming import OPTION_TRACE_CONTEXT, TRACE_HEADERS
 CARRIER_OPTION: Final = OPTION_TRACE_CONTEXT
 
 _USUAL: Final = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})").fullmatch
+_USUAL_SAMPLED: Final = re.compile("00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-0[13]").fullmatch
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
 
 
@@ -64,6 +65,17 @@ def extract_headers(headers: object) -> Context:
     # is not text came from a stranger and must not break the attempt.
     usable = {k.lower(): v for k, v in headers.items() if isinstance(k, str) and isinstance(v, str)}
     return propagate.extract(usable, Context())
+
+
+def sampled_traceparent(options: Mapping[str, Any]) -> str | None:
+    """The header of the span that created a message, if it is all that its options carry, usual, and sampled."""
+    carrier = options.get(CARRIER_OPTION)
+    if type(carrier) is not dict or len(carrier) != 1:
+        return None
+    traceparent = carrier.get("traceparent")
+    if type(traceparent) is not str or _USUAL_SAMPLED(traceparent) is None:
+        return None
+    return traceparent if _reads_traceparent(propagate.get_global_textmap()) else None
 
 
 def remote_parent(options: Mapping[str, Any]) -> SpanContext | None:

@@ -26,7 +26,7 @@ from .middleware import TelemetryMiddleware
 from .tallies import Tallies
 
 if TYPE_CHECKING:
-    from .quick_spans import QuickTracer
+    from .quick_tracer import QuickTracer
 
 #: The methods that send: enqueue_many is JetStreamBroker's.
 _SENDING = ("enqueue", "enqueue_many")
@@ -145,7 +145,7 @@ class _SendingMethod:
 
 def _quick_tracer(provider: TracerProvider) -> QuickTracer | None:
     try:
-        from .quick_spans import QuickTracer
+        from .quick_tracer import QuickTracer
     except ImportError:
         # Without the SDK nothing is recorded anyway.
         return None

@@ -8,10 +8,11 @@ from typing import Any
 class Known:
     """What the spans of one operation, queue and actor begin with, and room for it in the form that is exported."""
 
-    __slots__ = ("attributes", "encoded", "queue", "span_name")
+    __slots__ = ("attributes", "encoded", "queue", "span_name", "templates")
 
     def __init__(self, span_name: str, queue: str, attributes: dict[str, Any]) -> None:
         self.span_name = span_name
         self.queue = queue
         self.attributes = attributes
         self.encoded: bytes | None = None
+        self.templates: dict[tuple[int, str | None, int], Any] = {}

@@ -24,7 +24,15 @@ from opentelemetry.context import Context, get_current
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Tracer
 
 from . import conventions as c
-from .carrier import CARRIER_OPTION, extract, extract_headers, inject, remote_parent, replace
+from .carrier import (
+    CARRIER_OPTION,
+    extract,
+    extract_headers,
+    inject,
+    remote_parent,
+    replace,
+    sampled_traceparent,
+)
 from .flush import force_flush
 from .known import Known
 from .logs import enter, leave
@@ -32,7 +40,7 @@ from .metrics import Instruments
 from .spans import Attempt, Send, ThreadState, is_expected, outcome_of, skipped_by_abort
 
 if TYPE_CHECKING:
-    from .quick_spans import QuickTracer
+    from .quick_tracer import QuickTracer
 
 _NO_ATTRIBUTES: dict[str, Any] = {}
 _NO_CONTEXT = Context()
@@ -249,6 +257,33 @@ class TelemetryMiddleware(Middleware):
         plain: Any = getattr(message, "_message", message)
         options = plain.options
         message_id, actor = plain.message_id, plain.actor_name
+        known = self._known("process", plain.queue_name, actor)
+        deliveries = getattr(message, "delivery_count", 1)
+        parent = _NO_CONTEXT
+        span: Span | None = None
+        if self._takes_remote_parents and deliveries == 1 and "event" not in options:
+            span = self._start_usual_attempt(known, options, message_id)
+        if span is None:
+            span, parent = self._start_attempt(known, message, options, message_id, deliveries)
+        # Remembered first and attached second: were it the other way round, an exception in between would
+        # leave the context attached for good.
+        queue = known.queue
+        attempt = self._thread.attempt = Attempt(message, message_id, queue, actor, span)
+        attempt.attach(trace.set_span_in_context(span, parent))
+        enter(message)
+        self._instruments.consumed(self._system, queue, actor, redelivered=deliveries > 1)
+
+    def _start_usual_attempt(self, known: Known, options: dict[str, Any], message_id: str) -> Span | None:
+        traceparent = sampled_traceparent(options)
+        if traceparent is None or self._quick_tracer is None:
+            return None
+        number = (options.get("retries") or 0) + 1
+        return self._quick_tracer.start_attempt(known, traceparent, message_id, number)
+
+    def _start_attempt(
+        self, known: Known, message: MessageProxy, options: dict[str, Any], message_id: str, deliveries: int
+    ) -> tuple[Span, Context]:
+        """Begin the span of an attempt; returns it and the context that it is begun in."""
         remote = remote_parent(options) if self._takes_remote_parents else None
         parent = _NO_CONTEXT if remote is not None else extract(message, options)
         links: list[Link] | None = None
@@ -258,26 +293,17 @@ class TelemetryMiddleware(Middleware):
                 links = [Link(created_by)]
                 # Baggage is no matter of parents: it goes on with the message.
                 parent = trace.set_span_in_context(trace.INVALID_SPAN, parent)
-        known = self._known("process", plain.queue_name, actor)
-        queue = known.queue
         attributes = {
             **known.attributes,
             c.MESSAGE_ID: message_id,
             c.ATTEMPT: (options.get("retries") or 0) + 1,
         }
-        deliveries = getattr(message, "delivery_count", 1)
         if deliveries > 1:
             attributes[c.DELIVERY_COUNT] = deliveries
         event = options.get("event")
         if event is not None and isinstance(event, dict) and "subject" in event:
             attributes[c.EVENT_SUBJECT] = str(event["subject"])
-        span = self._start(known, SpanKind.CONSUMER, attributes, parent, links, remote)
-        # Remembered first and attached second: were it the other way round, an exception in between would
-        # leave the context attached for good.
-        attempt = self._thread.attempt = Attempt(message, message_id, queue, actor, span)
-        attempt.attach(trace.set_span_in_context(span, parent))
-        enter(message)
-        self._instruments.consumed(self._system, queue, actor, redelivered=deliveries > 1)
+        return self._start(known, SpanKind.CONSUMER, attributes, parent, links, remote), parent
 
     def after_process_message(
         self,

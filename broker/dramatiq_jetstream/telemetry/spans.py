@@ -85,8 +85,12 @@ class Attempt:
             if span is not None:
                 seconds = perf_counter() - self.started
                 if span.is_recording():
-                    note = getattr(span, "note", span.set_attributes)
-                    note({c.OUTCOME: outcome, **attributes})
+                    conclude = None if attributes else getattr(span, "conclude", None)
+                    if conclude is not None:
+                        conclude(outcome)
+                    else:
+                        note = getattr(span, "note", span.set_attributes)
+                        note({c.OUTCOME: outcome, **attributes})
                     if error is not None:
                         record_error(span, error)
                 span.end()

@@ -30,11 +30,13 @@ from opentelemetry.trace import (
 )
 
 from dramatiq_jetstream.telemetry import conventions as c
+from dramatiq_jetstream.telemetry.attempt_spans import AttemptSpan
 from dramatiq_jetstream.telemetry.carrier import extract_headers
-from dramatiq_jetstream.telemetry.encoding import encode
+from dramatiq_jetstream.telemetry.encoding import MAX_TEMPLATES, encode
 from dramatiq_jetstream.telemetry.histograms import HistogramFeed
 from dramatiq_jetstream.telemetry.known import Known
-from dramatiq_jetstream.telemetry.quick_spans import QuickSpan, QuickTracer
+from dramatiq_jetstream.telemetry.quick_spans import QuickSpan
+from dramatiq_jetstream.telemetry.quick_tracer import QuickTracer
 from dramatiq_jetstream.telemetry.tallies import Tallies
 
 REMOTE = SpanContext(7, 8, True, TraceFlags(TraceFlags.SAMPLED), TraceState([("vendor", "x")]))
@@ -74,6 +76,21 @@ class Pipeline:
         return theirs, ours
 
 
+class Marks(SpanProcessor):
+    """Somebody's own processor, which notes what it is told."""
+
+    def __init__(self, seen: list[str]) -> None:
+        self.seen = seen
+
+    def on_start(self, span: Any, parent_context: Context | None = None) -> None:
+        self.seen.append("start")
+        assert trace.get_current_span(parent_context).get_span_context() == REMOTE
+        span.set_attribute("marked", True)
+
+    def on_end(self, span: ReadableSpan) -> None:
+        self.seen.append("end")
+
+
 def essence(span: ReadableSpan) -> dict[str, Any]:
     """What must be the same; ids and times are not."""
     assert span.context is not None
@@ -94,6 +111,15 @@ def essence(span: ReadableSpan) -> dict[str, Any]:
         "scope": span.instrumentation_scope,
         "dropped": (span.dropped_attributes, span.dropped_events, span.dropped_links),
     }
+
+
+def in_any_order(request: ExportTraceServiceRequest) -> ExportTraceServiceRequest:
+    """A request whose attributes are sorted: they are a set."""
+    for resource in request.resource_spans:
+        for scope in resource.scope_spans:
+            for span in scope.spans:
+                span.attributes.sort(key=lambda attribute: attribute.key)
+    return request
 
 
 def fail(span: Span) -> None:
@@ -153,6 +179,75 @@ def test_a_quick_span_is_what_the_sdk_would_have_made(
     assert essence(ours) == essence(theirs)
     for span in (theirs, ours):
         assert ExportTraceServiceRequest.FromString(encode([span])) == encode_spans([span])
+
+
+def asks_for_its_ids(span: Span) -> None:
+    assert span.get_span_context() == span.get_span_context()
+
+
+ATTEMPT_ACTIONS = {**ACTIONS, "ids": asks_for_its_ids}
+
+
+@pytest.mark.parametrize("action", ATTEMPT_ACTIONS)
+@pytest.mark.parametrize("outcome", [None, c.Outcome.DONE])
+@pytest.mark.parametrize("flags", ["01", "03"])
+def test_the_span_of_an_attempt_is_what_the_sdk_would_have_made(
+    action: str, outcome: str | None, flags: str
+) -> None:
+    """Of nothing but the header of its message; whatever is done to it, before or after it has ended."""
+    pipeline = Pipeline()
+    header = f"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-{flags}"
+    known = Known("process q", "q", {"a": "b", "queue": "q"})
+    attributes = {**known.attributes, c.MESSAGE_ID: "mé-1", c.ATTEMPT: 3}
+    theirs = pipeline.theirs.start_span(
+        "process q", extract_headers({"traceparent": header}), SpanKind.CONSUMER, attributes=attributes
+    )
+    ours = pipeline.ours.start_attempt(known, header, "mé-1", 3)
+    again = pipeline.ours.start_attempt(known, header, "mé-1", 3)  # from the same template
+    assert isinstance(ours, AttemptSpan)
+    assert isinstance(again, AttemptSpan)
+    for span in (theirs, ours, again):
+        ATTEMPT_ACTIONS[action](span)
+        if outcome is not None and span is theirs:
+            span.set_attribute(c.OUTCOME, outcome)
+        elif outcome is not None and span.is_recording():
+            span.conclude(outcome)
+        if span.is_recording():
+            span.end()
+    assert (action in ("nothing", "ids")) is (ours.is_untouched and again.is_untouched)
+    encoded = encode([ours, again])
+    spans = pipeline.exporter.get_finished_spans()
+    assert essence(spans[1]) == essence(spans[2]) == essence(spans[0])
+    assert spans[1].context != spans[2].context
+    assert in_any_order(ExportTraceServiceRequest.FromString(encoded)) == in_any_order(
+        encode_spans(spans[1:])
+    )
+
+
+def test_templates_are_not_kept_without_end() -> None:
+    """Whoever numbers its attempts or message ids without bounds costs time, not memory."""
+    pipeline = Pipeline()
+    known = Known("process q", "q", {"a": "b"})
+    for attempt in range(3 * MAX_TEMPLATES):
+        span = pipeline.ours.start_attempt(known, f"00-{1:032x}-{2:016x}-01", "m", attempt)
+        assert span is not None
+        span.end()
+    spans = pipeline.exporter.get_finished_spans()
+    for _ in range(2):
+        encoded = encode(spans)
+    assert in_any_order(ExportTraceServiceRequest.FromString(encoded)) == in_any_order(encode_spans(spans))
+    assert len(known.templates) <= MAX_TEMPLATES
+
+
+@pytest.mark.parametrize("sampler", [ALWAYS_OFF, TraceIdRatioBased(0), None], ids=["off", "ratio", "default"])
+def test_an_attempt_is_begun_the_short_way_only_if_nobody_has_to_be_asked_or_told(
+    sampler: Sampler | None,
+) -> None:
+    pipeline = Pipeline(sampler)
+    short = Known("process q", "q", {}), f"00-{1:032x}-{2:016x}-01", "m", 1
+    assert (pipeline.ours.start_attempt(*short) is not None) is (sampler is None)
+    pipeline.provider.add_span_processor(Marks([]))
+    assert pipeline.ours.start_attempt(*short) is None
 
 
 def test_many_spans_are_encoded_as_the_library_does() -> None:
@@ -235,18 +330,8 @@ def test_the_sampler_is_asked(sampler: Sampler, parent: SpanContext | None, in_c
 def test_other_processors_are_told() -> None:
     """A processor that a program adds later sees the span begin, may write on it, and sees it end."""
     seen: list[str] = []
-
-    class Marks(SpanProcessor):
-        def on_start(self, span: Any, parent_context: Context | None = None) -> None:
-            seen.append("start")
-            assert trace.get_current_span(parent_context).get_span_context() == REMOTE
-            span.set_attribute("marked", True)
-
-        def on_end(self, span: ReadableSpan) -> None:
-            seen.append("end")
-
     pipeline = Pipeline()
-    pipeline.provider.add_span_processor(Marks())
+    pipeline.provider.add_span_processor(Marks(seen))
     for in_context in (True, False):
         for span in pipeline.both(REMOTE, in_context=in_context):
             span.end()

@@ -1,0 +1,124 @@
+"""Spans of attempts that are looked at by nobody but the exporter, as most are.
+
+Such a span keeps what it is made of: the `traceparent` of its message, the message's id, the number of the attempt and
+how it ended. What OpenTelemetry shows of a span is made of that when somebody asks for it: an actor that logs or sends
+asks for the ids, one that sets an attribute asks for the attributes. A span that is untouched at its end is exported
+as one piece of bytes, of which only ids and times differ from the last one (`encode`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from struct import Struct
+from time import time_ns
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry.trace import SpanContext, SpanKind, TraceFlags
+
+from . import conventions as c
+from .known import Known
+from .quick_spans import FLAGS, UNSET, QuickSpan
+
+if TYPE_CHECKING:
+    from .quick_tracer import QuickTracer
+
+
+class AttemptSpan(QuickSpan):
+    """A sampled span whose parent is the send that its message names.
+
+    Attributes:
+      outcome: How the attempt ended, or None.
+    """
+
+    _kind = SpanKind.CONSUMER
+    _links = ()
+    #: Whether somebody asked for the attributes.
+    _has_attributes = False
+
+    def __init__(
+        self, tracer: QuickTracer, known: Known, span_id: int, traceparent: str, message_id: str, attempt: int
+    ) -> None:
+        self._tracer = tracer
+        self._resource = tracer.resource
+        self._instrumentation_scope = tracer.scope
+        self._name = known.span_name
+        self.known = known
+        self.span_id = span_id
+        self.traceparent = traceparent
+        self.message_id = message_id
+        self.attempt = attempt
+        self.outcome: str | None = None
+        self._start_time = time_ns()
+
+    def __getattr__(self, name: str) -> Any:
+        """Make what is missing. Two threads that do so at once make the same."""
+        if name == "_context" or name == "_parent":
+            trace_id = int(self.traceparent[3:35], 16)
+            flags = int(self.traceparent[53:], 16)
+            self._parent = SpanContext(trace_id, int(self.traceparent[36:52], 16), True, TraceFlags(flags))
+            self._context = SpanContext(trace_id, self.span_id, False, FLAGS[flags], self._parent.trace_state)
+        elif name == "_attributes":
+            assert self.known is not None, "what makes it unknown has asked for the attributes first"
+            made = {**self.known.attributes, c.MESSAGE_ID: self.message_id, c.ATTEMPT: self.attempt}
+            if self.outcome is not None:
+                made[c.OUTCOME] = self.outcome
+            self._attributes = made
+            self._has_attributes = True
+        else:
+            raise AttributeError(name)
+        return self.__dict__[name]
+
+    def update_name(self, name: str) -> None:
+        self._attributes  # noqa: B018 - asked for while it is known what they begin with
+        super().update_name(name)
+
+    def conclude(self, outcome: str) -> None:
+        if self._has_attributes:
+            super().conclude(outcome)
+        else:
+            self.outcome = outcome
+
+    def end(self, end_time: int | None = None) -> None:
+        if not self._is_over("end"):
+            self._end_time = end_time or time_ns()
+            for on_end in self._tracer.at_end_of_sampled:
+                on_end(self)
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether it says nothing but what it was made of."""
+        return not (self._has_attributes or self._events or self._links or self._status is not UNSET)
+
+
+class Template:
+    """The encoded form of all spans that have everything in common but ids and times.
+
+    Parameters:
+      before_ids: The fields' beginning, up to the trace id.
+      before_parent: What stands between the end time and the parent's id.
+      rest: What follows the parent's id, up to the message id, which is the last thing.
+      length: Of the message id.
+    """
+
+    def __init__(self, before_ids: bytes, before_parent: bytes, rest: bytes, length: int) -> None:
+        self._before_ids, self._before_parent, self._rest = before_ids, before_parent, rest
+        layout = f"<{len(before_ids)}s16s2s8scQcQ{len(before_parent)}s8s{len(rest)}s{length}s"
+        self._pack: Callable[..., bytes] = Struct(layout).pack
+
+    def encode(self, span: AttemptSpan, message_id: bytes) -> bytes:
+        """Return the span in a request, with the tag of its field."""
+        traceparent = span.traceparent
+        return self._pack(
+            self._before_ids,
+            bytes.fromhex(traceparent[3:35]),
+            b"\x12\x08",
+            span.span_id.to_bytes(8, "big"),
+            b"\x39",
+            span._start_time,
+            b"\x41",
+            span._end_time,
+            self._before_parent,
+            bytes.fromhex(traceparent[36:52]),
+            self._rest,
+            message_id,
+        )
