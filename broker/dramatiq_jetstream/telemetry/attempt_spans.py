@@ -75,14 +75,18 @@ class AttemptSpan(QuickSpan):
     def conclude(self, outcome: str) -> None:
         if self._has_attributes:
             super().conclude(outcome)
-        else:
+            return
+        if self._end_time is None:
             self.outcome = outcome
+        self.end()
 
     def end(self, end_time: int | None = None) -> None:
-        if not self._is_over("end"):
-            self._end_time = end_time or time_ns()
-            for on_end in self._tracer.at_end_of_sampled:
-                on_end(self)
+        if self._end_time is not None:
+            self._is_over("end")
+            return
+        self._end_time = end_time or time_ns()
+        for on_end in self._tracer.at_end_of_sampled:
+            on_end(self)
 
     @property
     def is_untouched(self) -> bool:

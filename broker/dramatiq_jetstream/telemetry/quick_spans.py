@@ -66,8 +66,10 @@ class QuickSpan(Span, ReadableSpan):
         self._start_time = time_ns()
 
     def conclude(self, outcome: str) -> None:
-        """Say how the attempt ended."""
-        self.note({c.OUTCOME: outcome})
+        """End the span of an attempt, of which nothing is to be said but how that ended."""
+        if self._end_time is None:
+            self.note({c.OUTCOME: outcome})
+        self.end()
 
     def note(self, attributes: dict[str, Any]) -> None:
         """Add attributes that are known to be right."""

@@ -7,7 +7,9 @@ from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.context import Context
+from opentelemetry.sdk._shared_internal import BatchProcessor
 from opentelemetry.sdk.trace import (
+    ReadableSpan,
     SpanLimits,
     SpanProcessor,
     SynchronousMultiSpanProcessor,
@@ -153,6 +155,19 @@ class QuickTracer:
 
 
 def _on_end_of_sampled(processor: SpanProcessor) -> Callable[..., None]:
-    # All that BatchSpanProcessor does beyond this is to look whether the span is sampled.
-    inner = getattr(processor, "_batch_processor", None) if type(processor) is BatchSpanProcessor else None
-    return getattr(inner, "emit", processor.on_end)
+    """How to tell a processor that a sampled span has ended."""
+    inner = getattr(processor, "_batch_processor", None)
+    if type(processor) is not BatchSpanProcessor or type(inner) is not BatchProcessor:
+        return processor.on_end
+    batch: BatchProcessor[ReadableSpan] = inner
+    queue, enough = batch._queue, min(batch._max_export_batch_size, batch._max_queue_size) - 1
+
+    def put(span: ReadableSpan) -> None:
+        # As long as nobody has to be woken, and nothing is dropped, this is all that the processor does with it,
+        # but for asking the system whether the process was forked; then the queue is emptied anyway.
+        if len(queue) < enough and not batch._shutdown:
+            queue.appendleft(span)
+        else:
+            batch.emit(span)
+
+    return put

@@ -84,22 +84,25 @@ class Attempt:
             span = self.span
             if span is not None:
                 seconds = perf_counter() - self.started
-                if span.is_recording():
-                    conclude = None if attributes else getattr(span, "conclude", None)
-                    if conclude is not None:
-                        conclude(outcome)
-                    else:
-                        note = getattr(span, "note", span.set_attributes)
-                        note({c.OUTCOME: outcome, **attributes})
-                    if error is not None:
-                        record_error(span, error)
-                span.end()
+                conclude = getattr(span, "conclude", None) if error is None and not attributes else None
+                if conclude is not None:
+                    conclude(outcome)
+                else:
+                    self._end(span, outcome, error, attributes)
                 self.span = None
         finally:
             token, self.token = self.token, None
             if token is not None:
                 otel_context.detach(token)
         return seconds
+
+    def _end(self, span: Span, outcome: str, error: BaseException | None, attributes: dict[str, Any]) -> None:
+        if span.is_recording():
+            note = getattr(span, "note", span.set_attributes)
+            note({c.OUTCOME: outcome, **attributes})
+            if error is not None:
+                record_error(span, error)
+        span.end()
 
 
 class ThreadState(threading.local):

@@ -211,7 +211,7 @@ def test_the_span_of_an_attempt_is_what_the_sdk_would_have_made(
         if outcome is not None and span is theirs:
             span.set_attribute(c.OUTCOME, outcome)
         elif outcome is not None and span.is_recording():
-            span.conclude(outcome)
+            span.conclude(outcome)  # and ends it
         if span.is_recording():
             span.end()
     assert (action in ("nothing", "ids")) is (ours.is_untouched and again.is_untouched)
