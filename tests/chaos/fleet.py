@@ -16,9 +16,10 @@ from typing import Literal
 import requests
 
 from dramatiq_jetstream.cluster import NatsCluster
-from dramatiq_jetstream.server import NatsServer, free_port
+from dramatiq_jetstream.server import NatsServer
 from tests.chaos.network import CLIENTS, NODES, IsolatedCluster, Network
 from tests.support.polling import eventually
+from tests.support.ports import free_port
 from tests.support.processes import REPOSITORY, WORKER_READY, Process, children
 
 Topology = Literal["single", "cluster"]
