@@ -15,4 +15,5 @@ class Known:
         self.queue = queue
         self.attributes = attributes
         self.encoded: bytes | None = None
+        #: For attempts that nobody looked at, by number, outcome and length of the message id.
         self.templates: dict[tuple[int, str | None, int], Any] = {}

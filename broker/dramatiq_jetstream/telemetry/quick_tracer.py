@@ -27,7 +27,7 @@ from .quick_spans import FLAGS, RANDOM, QuickSpan
 
 
 class QuickTracer:
-    """Starts spans on an SDK provider. Only start_span, with what the middleware knows of them."""
+    """Starts spans on an SDK provider, with what the middleware knows of them."""
 
     def __init__(self, provider: TracerProvider, processor: SpanProcessor) -> None:
         self.resource = provider.resource
