@@ -88,6 +88,14 @@ class JetStreamMessage(MessageProxy):
         self._delivery = delivery
         self._arguments = arguments
         self.follow_up_error: Exception | None = None
+        # Dramatiq and its middleware read these twenty times for a message that does nothing; the proxy would first
+        # fail to find them, each time.
+        self.queue_name = message.queue_name
+        self.actor_name = message.actor_name
+        self.kwargs = message.kwargs
+        self.options = message.options
+        self.message_id = message.message_id
+        self.message_timestamp = message.message_timestamp
 
     @property
     def args(self) -> tuple[Any, ...]:  # type: ignore[override]

@@ -7,6 +7,7 @@ has of its own is looked up when the list of middleware changes, so a method mus
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from dramatiq.broker import Broker
@@ -16,49 +17,70 @@ __all__ = ["EmittingBroker"]
 
 _UNEXPECTED = "Unexpected failure in %s of %r."  # in the words of Dramatiq
 
+#: The methods to call at a hook, in order, each with its middleware.
+_Listeners = list[tuple[Callable[..., Any], Middleware]]
+
+
+class _Hooks:
+    """What a list of middleware does at each signal, looked up when it is first emitted."""
+
+    def __init__(self, middleware: list[Middleware]) -> None:
+        self.middleware = middleware
+        self.before: dict[str, _Listeners] = {}
+        self.after: dict[str, _Listeners] = {}
+        self.own: dict[str, _Listeners] = {}
+
+    def listeners(self, hook: str) -> _Listeners:
+        return [(getattr(one, hook), one) for one in self.middleware if _listens(one, hook)]
+
 
 class EmittingBroker(Broker):
     """A broker that emits signals with the same order, arguments and handling of errors as Dramatiq's."""
 
     def __init__(self, middleware: list[Middleware] | None = None) -> None:
-        self._listened_to: list[Middleware] = []
-        self._listeners: dict[str, list[Middleware]] = {}
+        self._hooks = _Hooks([])
         super().__init__(middleware=middleware)
 
-    def listeners(self, hook: str) -> list[Middleware]:
-        """The middleware with a method of its own for a hook, such as "before_ack"."""
-        if self._listened_to != self.middleware:
-            self._listened_to = list(self.middleware)
-            self._listeners = {}
-        found = self._listeners.get(hook)
-        if found is None:
-            found = self._listeners[hook] = [m for m in self.middleware if _listens(m, hook)]
-        return found
+    def _look(self) -> _Hooks:
+        hooks = self._hooks
+        if hooks.middleware != self.middleware:
+            hooks = self._hooks = _Hooks(list(self.middleware))
+        return hooks
 
     def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
-        hook = "before_" + signal
-        for middleware in self.listeners(hook):
+        hooks = self._look()
+        listeners = hooks.before.get(signal)
+        if listeners is None:
+            listeners = hooks.before[signal] = hooks.listeners("before_" + signal)
+        for method, middleware in listeners:
             try:
-                getattr(middleware, hook)(self, *args, **kwargs)
+                method(self, *args, **kwargs)
             except MiddlewareError:
                 raise
             except Exception:
-                self.logger.critical(_UNEXPECTED, hook, middleware, exc_info=True)
+                self.logger.critical(_UNEXPECTED, "before_" + signal, middleware, exc_info=True)
 
     def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
-        hook = "after_" + signal
-        for middleware in reversed(self.listeners(hook)):
+        hooks = self._look()
+        listeners = hooks.after.get(signal)
+        if listeners is None:
+            listeners = hooks.after[signal] = hooks.listeners("after_" + signal)[::-1]
+        for method, middleware in listeners:
             try:
-                getattr(middleware, hook)(self, *args, **kwargs)
+                method(self, *args, **kwargs)
             except Exception as error:
-                self.logger.critical(_UNEXPECTED, hook, middleware, exc_info=True)
+                self.logger.critical(_UNEXPECTED, "after_" + signal, middleware, exc_info=True)
                 self.failed_after(signal, middleware, error)
 
     def emit_own(self, hook: str, *args: Any, **kwargs: Any) -> None:
         """Call a hook of this library's own, which a middleware need not have."""
-        for middleware in self.listeners(hook):
+        hooks = self._look()
+        listeners = hooks.own.get(hook)
+        if listeners is None:
+            listeners = hooks.own[hook] = hooks.listeners(hook)
+        for method, middleware in listeners:
             try:
-                getattr(middleware, hook)(self, *args, **kwargs)
+                method(self, *args, **kwargs)
             except Exception:
                 self.logger.critical(_UNEXPECTED, hook, middleware, exc_info=True)
 

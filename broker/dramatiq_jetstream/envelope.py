@@ -50,21 +50,37 @@ def checked(message: Message[Any], queue: str) -> Message[Any]:
     Raises:
       DecodeError: When a part of it has a type that would trip the worker; the error says which.
     """
-    for name, kind in _TYPES:
-        value = getattr(message, name)
-        if not isinstance(value, kind):
-            raise _refusal(f"its {name} is a {type(value).__name__}")
-    if not (_keys_are_text(message.kwargs) and _keys_are_text(message.options)):
+    kwargs, options = message.kwargs, message.options
+    if not (
+        isinstance(message.actor_name, str)
+        and isinstance(message.message_id, str)
+        and isinstance(message.message_timestamp, (int, float))
+        and isinstance(kwargs, dict)
+        and isinstance(options, dict)
+    ):
+        raise _refusal(_wrong_type(message))
+    if kwargs or options:
+        _check_contents(kwargs, options)
+    return message if message.queue_name == queue else dataclasses.replace(message, queue_name=queue)
+
+
+def _wrong_type(message: Message[Any]) -> str:
+    values = ((name, getattr(message, name), kind) for name, kind in _TYPES)
+    name, value = next((name, value) for name, value, kind in values if not isinstance(value, kind))
+    return f"its {name} is a {type(value).__name__}"
+
+
+def _check_contents(kwargs: dict[Any, Any], options: dict[Any, Any]) -> None:
+    if not (_keys_are_text(kwargs) and _keys_are_text(options)):
         raise _refusal("its kwargs or options have keys that are not text")
-    eta = message.options.get("eta")
+    eta = options.get("eta")
     if isinstance(eta, (int, float)) and not (math.isfinite(eta) and eta < _LATEST):
         raise _refusal(f"its eta {eta!r} is not a time in milliseconds since 1970")
-    throws = message.options.get("throws")
+    throws = options.get("throws")
     if throws:
         for error in throws if isinstance(throws, tuple) else (throws,):
             if not (isinstance(error, type) and issubclass(error, BaseException)):
                 raise _refusal(f"its option throws has {error!r}, which is not an exception class")
-    return message if message.queue_name == queue else dataclasses.replace(message, queue_name=queue)
 
 
 def _keys_are_text(mapping: Mapping[Any, Any]) -> bool:
@@ -131,6 +147,8 @@ def to_message(event: Event, *, queue: str, actor: str) -> Message[Any]:
 def event_of(message: Any) -> Event | None:
     """The event that a message carries, or None for an ordinary message."""
     carried = message.options.get(EVENT_OPTION)
+    if carried is None:
+        return None
     if not isinstance(carried, Mapping) or "data" not in carried:
         return None
     return Event(
