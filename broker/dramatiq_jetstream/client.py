@@ -2,11 +2,11 @@
 
 nats-py puts every message that arrives into a queue, from which a task hands it on, and every publish wakes a
 task that writes. Each costs a turn of the event loop, which is most of the time between an enqueue and its
-acknowledgement. Here a message goes to its callback while it is parsed, its headers are parsed when somebody
-asks for them, and what is published together is written at once. Everything else (connecting, TLS,
-authentication, reconnecting, the protocol's parser) is nats-py's.
+acknowledgement. Here a message goes to its callback while it is parsed (see `parser`), its headers are parsed when
+somebody asks for them, and what is published together is written at once. Everything else (connecting, TLS,
+authentication, reconnecting) is nats-py's.
 
-This reaches into nats-py 2.16: `_process_msg`, `_pending` and `_transport`. A newer one is let in when
+This reaches into nats-py 2.16: `_ps`, `_process_msg`, `_pending` and `_transport`. A newer one is let in when
 `tests/broker/test_client.py` has passed with it.
 """
 
@@ -25,6 +25,8 @@ from typing import Any
 import nats.errors
 from nats.aio.client import Client
 from nats.aio.subscription import Subscription
+
+from .parser import DirectParser, HandOver
 
 __all__ = ["DirectClient", "Headers", "Msg", "Outgoing", "parse_headers"]
 
@@ -129,18 +131,30 @@ def encode(message: Outgoing) -> bytes:
     )
 
 
+def _guarded(callback: Callable[[Msg], None]) -> HandOver:
+    def hand_over(subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+        try:
+            callback(Msg(subject.decode(), reply.decode(), data, headers))
+        except Exception:
+            # It would end nats-py's reader, and with it everything.
+            logger.exception("A callback for a message on %s failed.", subject.decode("utf-8", "replace"))
+
+    return hand_over
+
+
 class DirectClient(Client):
     """A client whose callbacks are plain functions, called on the loop thread; they must not block."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._callbacks: dict[int, Callable[[Msg], None]] = {}
+        self._callbacks: dict[int, HandOver] = {}
+        self._ps = DirectParser(self, self._callbacks)
 
     async def listen(self, subject: str, callback: Callable[[Msg], None]) -> Subscription:
         """Subscribe; `callback` gets each message as it is parsed, through every reconnect."""
         subscription = await self.subscribe(subject)
         # nothing can have arrived: the request for it has not left this process
-        self._callbacks[subscription._id] = callback
+        self._callbacks[subscription._id] = _guarded(callback)
         return subscription
 
     async def unlisten(self, subscription: Subscription) -> None:
@@ -162,11 +176,7 @@ class DirectClient(Client):
         if callback is None:
             await super()._process_msg(sid, subject, reply, data, headers)
             return
-        try:
-            callback(Msg(subject.decode(), reply.decode(), data, headers))
-        except Exception:
-            # It would end nats-py's reader, and with it everything.
-            logger.exception("A callback for a message on %s failed.", subject.decode())
+        callback(subject, reply, data, headers)
 
     def write_all(self, messages: Iterable[Outgoing]) -> int:
         """Write publishes to the socket now, in order, after whatever nats-py still has; returns their bytes.
