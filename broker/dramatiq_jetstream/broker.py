@@ -39,8 +39,9 @@ from .consumer import JetStreamConsumer, JetStreamMessage, Source
 from .dead_letters import DeadLetters
 from .deliveries import Delivery, Ledger
 from .emission import EmittingBroker
-from .envelope import Event, checked, event_of
+from .envelope import Event, checked, decode, event_of
 from .errors import InvalidOption, MessageNotUnique, TopologyMissing
+from .handover import Handover
 from .kv import Bucket
 from .naming import (
     HEADER_MSG_ID,
@@ -492,7 +493,7 @@ class JetStreamBroker(EmittingBroker):
 
     def _decode(self, delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:
         """Make a message of what a queue's stream delivered; one that carries an event gets it decoded."""
-        message = checked(Message.decode(delivery.data), delivery.source.queue)
+        message = checked(decode(delivery.data), delivery.source.queue)
         if delivery.mentions(HEADER_TICK) and HEADER_TICK in delivery.headers:
             # Every tick of a schedule has the same body; its place in the stream makes it a message of its own.
             message = dataclasses.replace(
@@ -545,6 +546,9 @@ class JetStreamBroker(EmittingBroker):
 
     def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
         if signal != "process_message":
+            if signal == "consumer_thread_boot":
+                # What is delayed is with the server, so this one is always empty; it is looked into for each message.
+                args[0].delay_queue = Handover()
             super().emit_after(signal, *args, **kwargs)
             return
         self._followed.message = args[0]

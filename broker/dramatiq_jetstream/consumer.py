@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 from queue import Empty
+from types import NoneType
 from typing import Any, Protocol
 
 from dramatiq.broker import Consumer, MessageProxy
@@ -239,11 +240,17 @@ class JetStreamConsumer(Consumer):
             self._bury(delivery, dead_letters.UNDECODABLE, f"{type(cause).__name__}: {cause}")
             return None
         proxy = JetStreamMessage(message, delivery, arguments)
-        eta = message.options.get("eta")
-        if isinstance(eta, (int, float)) and eta > current_millis():
-            # From another program: ours are never delivered early. Dramatiq would hold it in its memory.
-            self._put_away(delivery, lambda: self.undertaker.postpone(proxy))
-            return None
+        if "eta" in message.options:  # from another program: ours have none when they are delivered
+            eta = message.options["eta"]
+            if isinstance(eta, (int, float)) and eta > current_millis():
+                # Dramatiq would hold it in its memory.
+                self._put_away(delivery, lambda: self.undertaker.postpone(proxy))
+                return None
+            if not isinstance(eta, (int, float, NoneType)):
+                self.logger.warning(
+                    "Message %s has an eta that is no time, %r; running it now.", message, eta
+                )
+            del message.options["eta"]  # Dramatiq would enqueue the message once more for it
         return proxy
 
     def _bury(self, delivery: Delivery, reason: str, error: str) -> None:

@@ -16,7 +16,8 @@ from dramatiq_jetstream.parser import DirectParser
 OURS, THEIRS = 1, 2
 WORDS = st.text("abc.$_é", min_size=1, max_size=8).map(str.encode)
 BODIES = st.one_of(
-    st.binary(max_size=40), st.sampled_from([b"", b"\r\n", b"MSG a 1 3\r\nabc\r\n", b"PING\r\n", b"x" * 5_000])
+    st.binary(max_size=40),
+    st.sampled_from([b"", b"\r\n", b"MSG a 1 3\r\nabc\r\n", b"PING\r\n", b"x" * 5_000]),
 )
 LINES = st.sampled_from([b"PING\r\n", b"PONG\r\n", b"+OK\r\n", b'INFO {"a":1}\r\n', b"-ERR 'Slow'\r\n"])
 
