@@ -167,7 +167,9 @@ class Ledger:
         """Give the server its answer to a delivery, once; any thread may call it and does not wait."""
         if not delivery.settled:
             delivery.settled = True
-            self._connection.post(self._settle, delivery, answer)
+            connection = self._connection
+            post = connection.post_lazily if delivery.owner.patient else connection.post
+            post(self._settle, delivery, answer)
 
     def _settle(self, delivery: Delivery, answer: bytes) -> None:
         self._held.pop(delivery.key, None)

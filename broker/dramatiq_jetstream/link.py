@@ -55,6 +55,11 @@ REOPEN_PAUSE: Final = 1.0
 #: After so many bytes the socket is waited for before more is written.
 BACKLOG: Final = 1_048_576
 
+#: When the loop finds so many calls at once, those after them that are not urgent may wait for others, for so many
+#: seconds: a turn of the loop costs as much as a dozen of them.
+BUSY: Final = 4
+COMPANY: Final = 0.002
+
 #: How often callbacks of `on_tick` are called, in seconds.
 TICK: Final = 0.1
 
@@ -144,6 +149,7 @@ class Link:
         self._mailbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._outgoing: list[Outgoing] = []
         self._woken = False
+        self._coming = False
         self._draining = False
         self._backlog = 0
         self._relieving: asyncio.Task[None] | None = None
@@ -374,11 +380,20 @@ class Link:
         """Run `call(*args)` on the loop thread soon, in the order posted. It must neither block nor raise."""
         self._mailbox.append((call, args))
         if not self._woken:
-            self._woken = True
-            loop = self._loop
-            if loop is not None:
-                with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to hear
-                    loop.call_soon_threadsafe(self._drain)
+            self._wake()
+
+    def _wake(self) -> None:
+        self._woken = True
+        loop = self._loop
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to hear
+                loop.call_soon_threadsafe(self._drain)
+
+    def post_lazily(self, call: Callable[..., None], *args: Any) -> None:
+        """As `post`, but in busy times a moment later, together with others (see `COMPANY`)."""
+        self._mailbox.append((call, args))
+        if not (self._woken or self._coming):
+            self._wake()
 
     def send(
         self, subject: str, payload: bytes = b"", headers: Headers | None = None, reply: str = ""
@@ -553,15 +568,25 @@ class Link:
             return  # whoever ends that comes here again
         self._draining = True
         try:
-            self._empty_mailbox(nc)
+            busy = self._empty_mailbox(nc) >= BUSY
         finally:
             self._draining = False
+        if busy and not self._coming:
+            self._coming = True
+            self.soon(self._come, COMPANY)
 
-    def _empty_mailbox(self, nc: DirectClient) -> None:
+    def _come(self) -> None:
+        self._coming = False  # before looking, so that whoever leaves something after the look wakes us
+        self._drain()
+
+    def _empty_mailbox(self, nc: DirectClient) -> int:
+        """Returns how many calls were in it."""
         mailbox = self._mailbox
+        calls = 0
         while mailbox or self._outgoing:
             while mailbox:
                 call, args = mailbox.popleft()
+                calls += 1
                 try:
                     call(*args)
                 except Exception:
@@ -576,6 +601,7 @@ class Link:
             if self._backlog > BACKLOG:
                 self._relieving = asyncio.ensure_future(self._relieve(nc))
                 break
+        return calls
 
     async def _relieve(self, nc: DirectClient) -> None:
         try:

@@ -121,6 +121,8 @@ class Puller:
         self._ledger = ledger
         self._prefetch = prefetch
         self._lookahead = lookahead
+        #: Whether it hardly matters when the server hears that a message is done, because others are here already.
+        self.patient = lookahead
         self._deliver = deliver
         self._surplus = surplus
         self._surplus_ticks = 0
