@@ -8,6 +8,11 @@ negative rest and waits for ever.
 Here every step is one call of C, which is done before another thread can run. Who finds nothing puts a lock of its
 own on a list, looks again, and waits for that lock; who puts an item takes a lock from the list and opens it. So an
 item is either seen by the second look, or its lock is opened.
+
+Only one thread is woken at a time, and it wakes the next when it has taken its item and sees another. Only one can
+run in the interpreter anyway; the rest would come to find that there is nothing left. An item that was put while a
+thread was on its way is seen by that thread, which looks after it has said that it is there. Should a thread be
+interrupted in between, the next one whose time is over puts that right.
 """
 
 from __future__ import annotations
@@ -29,10 +34,12 @@ class Handover(Generic[T]):
     def __init__(self) -> None:
         self._items: deque[T] = deque()
         self._waiting: deque[LockType] = deque()
+        self._coming = False  # whether a thread was woken that has not looked yet
 
     def put(self, item: T) -> None:
         self._add(item)
-        self._wake()
+        if not self._coming:
+            self._wake()
 
     def get(self, block: bool = True, timeout: float | None = None) -> T:
         """Take an item, waiting for one up to `timeout` seconds, or for ever. Raises queue.Empty."""
@@ -60,11 +67,13 @@ class Handover(Generic[T]):
         return self._items.popleft()
 
     def _wake(self) -> None:
+        self._coming = True  # before it can come
         try:
             lock = self._waiting.pop()  # who waits the shortest is the quickest to start
         except IndexError:
-            return
-        lock.release()
+            self._coming = False
+        else:
+            lock.release()
 
     def _wait(self, deadline: float | None) -> T:
         lock = allocate_lock()
@@ -77,17 +86,30 @@ class Handover(Generic[T]):
                 pass
             else:
                 if not self._withdraw(lock):
-                    self._wake()  # we were woken for another item, which somebody else may be waiting for
+                    self._came()  # we were woken for another item, which somebody else may be waiting for
                 return item
             rest = -1 if deadline is None else max(0.0, deadline - time.monotonic())
-            woken = lock.acquire(timeout=rest)
+            try:
+                woken = lock.acquire(timeout=rest)
+            finally:
+                self._coming = False  # also when the thread is interrupted
             if not woken and self._withdraw(lock):
                 raise Empty
             try:
-                return self._take()
+                item = self._take()
             except IndexError:  # a thread that did not have to wait was faster
+                self._coming = False
                 if not woken:
                     raise Empty from None
+            else:
+                self._came()
+                return item
+
+    def _came(self) -> None:
+        """A thread that was woken has what it came for: wake the next, if there is more."""
+        self._coming = False
+        if not self.empty():
+            self._wake()
 
     def _withdraw(self, lock: LockType) -> bool:
         """Wait no longer; False when somebody has woken us already."""

@@ -14,11 +14,13 @@ from queue import Empty, SimpleQueue
 import dramatiq
 import pytest
 from dramatiq.common import iter_queue
+from dramatiq.middleware import Interrupt, raise_thread_exception
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.work_queue import WorkQueue
+from tests.support.polling import eventually
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,59 @@ def test_no_item_lies_there_while_a_thread_waits(at_once: int) -> None:
         for thread in takers:
             thread.join(30)
     assert not any(thread.is_alive() for thread in takers)
+
+
+def test_as_many_threads_come_as_there_are_items() -> None:
+    """Although one wakes the next: they wait for each other, so none takes two."""
+    queue, meet = WorkQueue(), threading.Barrier(8)
+    met: SimpleQueue[None] = SimpleQueue()
+
+    def take() -> None:
+        while queue.get(timeout=60).priority < 9:
+            meet.wait(30)
+            met.put(None)
+
+    takers = [threading.Thread(target=take, daemon=True) for _ in range(8)]
+    for thread in takers:
+        thread.start()
+    for number in range(200):
+        for item in range(8):
+            queue.put(Item(item % 3, number))
+        for _ in takers:
+            met.get(timeout=10)
+    for _ in takers:
+        queue.put(Item(9, 0))
+    for thread in takers:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in takers)
+
+
+def test_a_thread_that_is_interrupted_when_it_is_woken_does_not_stop_the_others() -> None:
+    """As by a time limit that strikes too late: what was put is taken when somebody's time is over, at the latest."""
+    queue, taken = WorkQueue(), SimpleQueue[Item]()
+
+    def take() -> None:
+        while True:
+            with suppress(Empty):
+                taken.put(queue.get(timeout=0.3))
+
+    def wait() -> None:
+        with suppress(Interrupt):
+            queue.get(timeout=30)
+
+    other, struck = (threading.Thread(target=target, daemon=True) for target in (take, wait))
+    other.start()
+    eventually(lambda: queue._waiting)
+    struck.start()
+    eventually(lambda: len(queue._waiting) == 2)
+    assert struck.ident is not None
+    raise_thread_exception(struck.ident, Interrupt)
+    queue.put(Item(0, 1))
+    struck.join(10)
+    assert taken.get(timeout=5) == Item(0, 1)
+    for number in range(2, 50):
+        queue.put(Item(0, number))
+        assert taken.get(timeout=0.25) == Item(0, number), "it had to wait for its time to be over"
 
 
 def test_who_was_woken_for_another_item_wakes_the_next() -> None:
