@@ -111,7 +111,10 @@ def _check_contents(kwargs: dict[Any, Any], options: dict[Any, Any]) -> None:
 
 
 def _keys_are_text(mapping: Mapping[Any, Any]) -> bool:
-    return not mapping or all(isinstance(key, str) for key in mapping)
+    for key in mapping:  # noqa: SIM110 - there are few, and a generator takes longer to begin than they take
+        if not isinstance(key, str):
+            return False
+    return True
 
 
 def _refusal(what: str) -> DecodeError:
