@@ -1,9 +1,9 @@
 """Spans of attempts that are looked at by nobody but the exporter, as most are.
 
-Such a span keeps what it is made of: the `traceparent` of its message, the message's id, the number of the attempt and
-how it ended. What OpenTelemetry shows of a span is made of that when somebody asks for it: an actor that logs or sends
-asks for the ids, one that sets an attribute asks for the attributes. A span that is untouched at its end is exported
-as one piece of bytes, of which only ids and times differ from the last one (`encode`).
+Such a span keeps what it is made of: the ids of the span that sent its message, the message's id, the number of the
+attempt and how it ended. What OpenTelemetry shows of a span is made of that when somebody asks for it: an actor that
+logs or sends asks for the ids, one that sets an attribute asks for the attributes. A span that is untouched at its end
+is exported as one piece of bytes, of which only ids and times differ from the last one (`encode`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class AttemptSpan(QuickSpan):
     """A sampled span whose parent is the send that its message names.
 
     Attributes:
+      sent_by: That parent: its trace id, its span id, its flags (see `carrier.sampled_parent`).
       outcome: How the attempt ended, or None.
     """
 
@@ -36,7 +37,7 @@ class AttemptSpan(QuickSpan):
     _has_attributes = False
 
     def __init__(
-        self, tracer: QuickTracer, known: Known, span_id: int, traceparent: str, message_id: str, attempt: int
+        self, tracer: QuickTracer, known: Known, span_id: int, parent: bytes, message_id: str, attempt: int
     ) -> None:
         self._tracer = tracer
         self._resource = tracer.resource
@@ -44,7 +45,7 @@ class AttemptSpan(QuickSpan):
         self._name = known.span_name
         self.known = known
         self.span_id = span_id
-        self.traceparent = traceparent
+        self.sent_by = parent
         self.message_id = message_id
         self.attempt = attempt
         self.outcome: str | None = None
@@ -53,9 +54,12 @@ class AttemptSpan(QuickSpan):
     def __getattr__(self, name: str) -> Any:
         """Make what is missing. Two threads that do so at once make the same."""
         if name == "_context" or name == "_parent":
-            trace_id = int(self.traceparent[3:35], 16)
-            flags = int(self.traceparent[53:], 16)
-            self._parent = SpanContext(trace_id, int(self.traceparent[36:52], 16), True, TraceFlags(flags))
+            trace_id, sender = (
+                int.from_bytes(self.sent_by[:16], "big"),
+                int.from_bytes(self.sent_by[16:24], "big"),
+            )
+            flags = self.sent_by[24]
+            self._parent = SpanContext(trace_id, sender, True, TraceFlags(flags))
             self._context = SpanContext(trace_id, self.span_id, False, FLAGS[flags], self._parent.trace_state)
         elif name == "_attributes":
             assert self.known is not None, "what makes it unknown has asked for the attributes first"
@@ -111,10 +115,10 @@ class Template:
 
     def encode(self, span: AttemptSpan, message_id: bytes) -> bytes:
         """Return the span in a request, with the tag of its field."""
-        traceparent = span.traceparent
+        parent = span.sent_by
         return self._pack(
             self._before_ids,
-            bytes.fromhex(traceparent[3:35]),
+            parent[:16],
             b"\x12\x08",
             span.span_id.to_bytes(8, "big"),
             b"\x39",
@@ -122,7 +126,7 @@ class Template:
             b"\x41",
             span._end_time,
             self._before_parent,
-            bytes.fromhex(traceparent[36:52]),
+            parent[16:24],
             self._rest,
             message_id,
         )

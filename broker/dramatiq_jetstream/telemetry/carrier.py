@@ -24,8 +24,10 @@ from dramatiq_jetstream.naming import OPTION_TRACE_CONTEXT, TRACE_HEADERS
 CARRIER_OPTION: Final = OPTION_TRACE_CONTEXT
 
 _USUAL: Final = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})").fullmatch
-_USUAL_SAMPLED: Final = re.compile("00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-0[13]").fullmatch
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
+_SAMPLED_FLAGS: Final = (1, 3)  # sampled, and with a random trace id
+_NO_TRACE: Final = 32 * "0"
+_NO_SPAN: Final = 16 * "0"
 
 
 def inject(carrier: MutableMapping[str, str], context: Context) -> None:
@@ -67,15 +69,32 @@ def extract_headers(headers: object) -> Context:
     return propagate.extract(usable, Context())
 
 
-def sampled_traceparent(options: Mapping[str, Any]) -> str | None:
-    """The header of the span that created a message, if it is all that its options carry, usual, and sampled."""
+def sampled_parent(options: Mapping[str, Any]) -> bytes | None:
+    """The span that created a message, if it is all that its options carry, usual, and sampled.
+
+    16 bytes of trace id, 8 of span id, one of flags.
+    """
     carrier = options.get(CARRIER_OPTION)
     if type(carrier) is not dict or len(carrier) != 1:
         return None
     traceparent = carrier.get("traceparent")
-    if type(traceparent) is not str or _USUAL_SAMPLED(traceparent) is None:
+    if type(traceparent) is not str or not _reads_traceparent(propagate.get_global_textmap()):
         return None
-    return traceparent if _reads_traceparent(propagate.get_global_textmap()) else None
+    return read_sampled(traceparent)
+
+
+def read_sampled(traceparent: str) -> bytes | None:
+    """The ids and flags of a usual and sampled header; None for any other, and for one in a million without letters."""
+    if len(traceparent) != 55 or not traceparent.islower():
+        return None
+    try:
+        version, trace_id, span_id, flags = traceparent.split("-")
+        parent = bytes.fromhex(trace_id + span_id + flags)
+    except ValueError:
+        return None
+    usual = version == "00" and len(trace_id) == 32 and len(span_id) == 16 and len(parent) == 25
+    nothing = trace_id == _NO_TRACE or span_id == _NO_SPAN
+    return parent if usual and not nothing and parent[24] in _SAMPLED_FLAGS else None
 
 
 def remote_parent(options: Mapping[str, Any]) -> SpanContext | None:

@@ -31,7 +31,7 @@ from .carrier import (
     inject,
     remote_parent,
     replace,
-    sampled_traceparent,
+    sampled_parent,
 )
 from .flush import force_flush
 from .known import Known
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 _NO_ATTRIBUTES: dict[str, Any] = {}
 _NO_CONTEXT = Context()
+(_SPAN,) = trace.set_span_in_context(trace.INVALID_SPAN, _NO_CONTEXT)  # the key of a span in a context
 
 
 class TelemetryMiddleware(Middleware):
@@ -269,16 +270,16 @@ class TelemetryMiddleware(Middleware):
         # leave the context attached for good.
         queue = known.queue
         attempt = self._thread.attempt = Attempt(message, message_id, queue, actor, span)
-        attempt.attach(trace.set_span_in_context(span, parent))
+        attempt.attach(Context({_SPAN: span}) if not parent else trace.set_span_in_context(span, parent))
         enter(message)
         self._instruments.consumed(self._system, queue, actor, redelivered=deliveries > 1)
 
     def _start_usual_attempt(self, known: Known, options: dict[str, Any], message_id: str) -> Span | None:
-        traceparent = sampled_traceparent(options)
-        if traceparent is None or self._quick_tracer is None:
+        parent = sampled_parent(options)
+        if parent is None or self._quick_tracer is None:
             return None
         number = (options.get("retries") or 0) + 1
-        return self._quick_tracer.start_attempt(known, traceparent, message_id, number)
+        return self._quick_tracer.start_attempt(known, parent, message_id, number)
 
     def _start_attempt(
         self, known: Known, message: MessageProxy, options: dict[str, Any], message_id: str, deliveries: int

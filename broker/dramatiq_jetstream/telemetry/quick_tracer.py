@@ -129,11 +129,11 @@ class QuickTracer:
             on_start(span, context)
         return span
 
-    def start_attempt(self, known: Known, traceparent: str, message_id: str, attempt: int) -> Span | None:
+    def start_attempt(self, known: Known, parent: bytes, message_id: str, attempt: int) -> Span | None:
         """Begin the span of an attempt if nobody has to be asked or told: as a rule. Otherwise return None."""
         if self._sampler is not DEFAULT_ON or self._listeners():
             return None
-        return AttemptSpan(self, known, self._ids.generate_span_id(), traceparent, message_id, attempt)
+        return AttemptSpan(self, known, self._ids.generate_span_id(), parent, message_id, attempt)
 
     def _listeners(self) -> list[Callable[..., None]]:
         """Whom to tell that a span starts."""

@@ -6,7 +6,7 @@ All of it lives on the thread that works: Dramatiq emits the two ends of an oper
 from __future__ import annotations
 
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from contextvars import Token
 from time import perf_counter
 from typing import Any
@@ -14,10 +14,18 @@ from typing import Any
 from dramatiq.errors import RateLimitExceeded, Retry
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
+from opentelemetry.context.contextvars_context import ContextVarsRuntimeContext
 from opentelemetry.trace import Span, Status, StatusCode
 
 from . import conventions as c
 from .carrier import CARRIER_OPTION
+
+_attach: Callable[[Context], Token[Context]] = otel_context.attach
+_detach: Callable[[Token[Context]], None] = otel_context.detach
+_runtime = otel_context._RUNTIME_CONTEXT
+if type(_runtime) is ContextVarsRuntimeContext:
+    # What they come down to, without the calls in between.
+    _attach, _detach = _runtime._current_context.set, _runtime._current_context.reset
 
 
 class Send:
@@ -71,7 +79,7 @@ class Attempt:
 
     def attach(self, context: Context) -> None:
         """Make the attempt's context the current one of this thread."""
-        self.token = otel_context.attach(context)
+        self.token = _attach(context)
 
     def finish(self, outcome: str, error: BaseException | None, attributes: dict[str, Any]) -> float | None:
         """End the span and detach the context; returns the seconds, or None when that was done before.
@@ -93,7 +101,10 @@ class Attempt:
         finally:
             token, self.token = self.token, None
             if token is not None:
-                otel_context.detach(token)
+                try:
+                    _detach(token)
+                except (ValueError, RuntimeError):
+                    otel_context.detach(token)  # which says what is wrong with it
         return seconds
 
     def _end(self, span: Span, outcome: str, error: BaseException | None, attributes: dict[str, Any]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
@@ -31,7 +34,7 @@ from opentelemetry.trace import (
 
 from dramatiq_jetstream.telemetry import conventions as c
 from dramatiq_jetstream.telemetry.attempt_spans import AttemptSpan
-from dramatiq_jetstream.telemetry.carrier import extract_headers
+from dramatiq_jetstream.telemetry.carrier import extract_headers, read_sampled
 from dramatiq_jetstream.telemetry.encoding import MAX_TEMPLATES, encode
 from dramatiq_jetstream.telemetry.histograms import HistogramFeed
 from dramatiq_jetstream.telemetry.known import Known
@@ -188,6 +191,28 @@ def asks_for_its_ids(span: Span) -> None:
 ATTEMPT_ACTIONS = {**ACTIONS, "ids": asks_for_its_ids}
 
 
+#: As `read_sampled` returns it.
+PARENT = bytes(15) + b"\x01" + bytes(7) + b"\x02\x01"
+
+HEX = st.text("0123456789abcdef", min_size=16, max_size=16)
+ODD = st.sampled_from([" ", "_", "A", "+", "x", "é", "-", "0" * 16, ""])
+
+
+@given(
+    st.lists(st.one_of(HEX, HEX, HEX, ODD), min_size=3, max_size=5), st.sampled_from(["00", "01", "03", "1"])
+)
+def test_a_sampled_parent_is_read_as_the_conventions_have_it(parts: list[str], flags: str) -> None:
+    """Right headers, and such as look like them; one without letters may be left to the longer way."""
+    parts = [part if len(part) in (0, 16) else part + "a" * (16 - len(part)) for part in parts]
+    header = f"00-{parts[0]}{parts[1]}-{''.join(parts[2:])}-{flags}"
+    usual = re.fullmatch("00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-0[13]", header)
+    read = read_sampled(header)
+    if usual is not None and header.islower():
+        assert read == bytes.fromhex(header[3:].replace("-", ""))
+    else:
+        assert read is None
+
+
 @pytest.mark.parametrize("action", ATTEMPT_ACTIONS)
 @pytest.mark.parametrize("outcome", [None, c.Outcome.DONE])
 @pytest.mark.parametrize("flags", ["01", "03"])
@@ -202,8 +227,10 @@ def test_the_span_of_an_attempt_is_what_the_sdk_would_have_made(
     theirs = pipeline.theirs.start_span(
         "process q", extract_headers({"traceparent": header}), SpanKind.CONSUMER, attributes=attributes
     )
-    ours = pipeline.ours.start_attempt(known, header, "mé-1", 3)
-    again = pipeline.ours.start_attempt(known, header, "mé-1", 3)  # from the same template
+    parent = read_sampled(header)
+    assert parent is not None
+    ours = pipeline.ours.start_attempt(known, parent, "mé-1", 3)
+    again = pipeline.ours.start_attempt(known, parent, "mé-1", 3)  # from the same template
     assert isinstance(ours, AttemptSpan)
     assert isinstance(again, AttemptSpan)
     for span in (theirs, ours, again):
@@ -229,7 +256,7 @@ def test_templates_are_not_kept_without_end() -> None:
     pipeline = Pipeline()
     known = Known("process q", "q", {"a": "b"})
     for attempt in range(3 * MAX_TEMPLATES):
-        span = pipeline.ours.start_attempt(known, f"00-{1:032x}-{2:016x}-01", "m", attempt)
+        span = pipeline.ours.start_attempt(known, PARENT, "m", attempt)
         assert span is not None
         span.end()
     spans = pipeline.exporter.get_finished_spans()
@@ -244,7 +271,7 @@ def test_an_attempt_is_begun_the_short_way_only_if_nobody_has_to_be_asked_or_tol
     sampler: Sampler | None,
 ) -> None:
     pipeline = Pipeline(sampler)
-    short = Known("process q", "q", {}), f"00-{1:032x}-{2:016x}-01", "m", 1
+    short = Known("process q", "q", {}), PARENT, "m", 1
     assert (pipeline.ours.start_attempt(*short) is not None) is (sampler is None)
     pipeline.provider.add_span_processor(Marks([]))
     assert pipeline.ours.start_attempt(*short) is None
