@@ -11,8 +11,9 @@ import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -65,6 +66,11 @@ class Contender(ABC):
     def workers(self, python: str, processes: int, threads: int) -> list[list[str]]:
         """The commands that together are one fleet of `processes` × `threads`."""
         return []
+
+    @contextmanager
+    def asking(self, urls: list[str]) -> Iterator[Callable[[], int] | None]:
+        """Asks the broker how many messages are not settled; None where it cannot say."""
+        yield None
 
     @abstractmethod
     def app(self) -> App:

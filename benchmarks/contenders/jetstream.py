@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.contenders.contender import App, delay_until
-from benchmarks.contenders.dramatiq_app import BATCH, DramatiqApp, DramatiqContender
+from benchmarks.contenders.dramatiq_app import BATCH, QUEUE, DramatiqApp, DramatiqContender
 from benchmarks.servers import NatsServer, Server
 
 if TYPE_CHECKING:
@@ -37,6 +38,22 @@ class Jetstream(DramatiqContender):
 
     def unavailable(self) -> str | None:
         return NatsServer.missing()
+
+    @contextmanager
+    def asking(self, urls: list[str]) -> Iterator[Callable[[], int]]:
+        from dramatiq_jetstream import JetStreamBroker
+
+        broker = JetStreamBroker(urls)
+        try:
+            broker.declare_queue(QUEUE)
+
+            def unsettled() -> int:
+                stats = broker.queue_stats(QUEUE)
+                return stats.ready + stats.in_flight
+
+            yield unsettled
+        finally:
+            broker.close()
 
     def make_broker(self) -> Broker:
         from dramatiq_jetstream import JetStreamBroker

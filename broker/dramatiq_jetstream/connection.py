@@ -276,6 +276,17 @@ class Connection(Link):
         except concurrent.futures.TimeoutError:
             raise BrokerConnectionError(f"No answer on {subject} within {seconds * 1000:.0f} ms.") from None
 
+    def query(self, subject: str, payload: bytes, over: Callable[[], None], seconds: float) -> None:
+        """Send a request from the loop thread; `over` is called there when an answer came, or none in that time."""
+
+        def receive(answer: Msg | BaseException) -> bool:
+            if isinstance(answer, Msg) and is_no_responders(answer):
+                return True  # no leader now: again, soon
+            over()
+            return False
+
+        self._start(_Pending(subject, payload, None, receive, time.monotonic() + seconds, resend=False))
+
     def api(
         self, verb: str, body: Mapping[str, Any] | None = None, *, timeout: int | None = None
     ) -> dict[str, Any]:

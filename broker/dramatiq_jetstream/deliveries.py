@@ -3,13 +3,17 @@
 A `Delivery` is *held* from its arrival until it is settled. While it is held, an in-progress signal every
 third of its `ack_wait` keeps the server from giving it to somebody else, however long its actor runs.
 
-An ack is a plain publish, so it can be lost with the connection. The ledger keeps every settlement until a
-fence (see `connection`) proves that it arrived, and sends those without proof again after a reconnect. A
-message that arrives a second time while it is held is not handed over again, only its new ack subject is
-noted; one that arrives again after its work was done is acked again without being run. A message is known by
-its place in the stream and the time it was stored: a stream that is deleted and made again counts from one.
+An ack is a plain publish, so it can be lost with the connection, and it waits in the server's memory until the server
+has worked it off: one that syncs each of them to disk (`sync_interval: always`) gets some thousands a second done,
+and a fleet sends more. So the ledger keeps every settlement until there is proof. Once a second it asks of each
+consumer: an in-progress signal for the last settled message, which changes nothing, is answered when the server has
+come to it, and that is after everything sent before. What has no proof is sent again after a reconnect, and when there
+is too much of it nothing more is asked for (see `pulling`). A message that arrives a second time while it is held is
+not handed over again, only its new ack subject is noted; one that arrives again after its work was done is acked again
+without being run. A message is known by its place in the stream and the time it was stored: a stream that is deleted
+and made again counts from one.
 
-A server that crashes forgets the last acks it was sent, and even that it delivered those messages; so does a
+A server that crashes forgets the last acks it worked off, and even that it delivered those messages; so does a
 cluster whose leader dies. So what was settled is remembered for some seconds longer than its proof, and after a
 reconnect or a change of leader, when that may have happened, for two minutes.
 
@@ -44,6 +48,14 @@ REMEMBER_MOST = 20_000
 
 #: Seconds for which it is remembered when a reconnect or a change of leader came after it.
 REMEMBER_OVER_RECONNECT = 120.0
+
+#: How often, in seconds, the server is asked how far it has come with the acks, and how long an answer is awaited
+#: before a consumer is taken to be gone, with nobody left to hear an ack.
+PROBE_INTERVAL = 1.0
+PROBE_TIMEOUT = 120.0
+
+#: With so many settlements that are not proven, no further messages are asked for.
+MAX_UNPROVEN = 50_000
 
 #: Stream, consumer, sequence, and the time of storing.
 Key = tuple[str, str, int, int]
@@ -123,15 +135,23 @@ class Ledger:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._held: dict[Key, Delivery] = {}
-        self._unproven: OrderedDict[Key, tuple[int, str, bytes]] = OrderedDict()
+        # In the order of sending: the round of questions that will prove it, whose it is, where it went, and what.
+        self._unproven: OrderedDict[Key, tuple[int, Source, str, bytes]] = OrderedDict()
+        self._round = 0
+        self._proven: dict[Source, int] = {}  # the last round that was answered
+        self._asked: dict[Source, int] = {}  # the round for which an answer is awaited
+        self._latest: dict[
+            Source, str
+        ] = {}  # where the last settlement went that no question has followed yet
+        self._probed = 0.0
         # Two generations: when the newer is old enough, the older one is dropped as a whole.
         self._done: set[Key] = set()
         self._done_before: set[Key] = set()
         self._turned = 0.0
         self._done_over_reconnect: dict[Key, float] = {}
         self.redeliveries = 0
-        connection.on_fence(self._fenced)
         connection.on_tick(self._signal)
+        connection.on_tick(self._probe)
         connection.on_reconnect(self._reconnected)
         connection.on_fork(self._forget)
 
@@ -148,8 +168,8 @@ class Ledger:
             return False
         settled = self._unproven.get(delivery.key)
         if settled is not None:
-            if settled[2] == ACK:
-                self._resolve(delivery.key, delivery.ack_subject, ACK)
+            if settled[-1] == ACK:
+                self._resolve(delivery, ACK)
                 return False
             # It was given back and came again; sent once more, that answer would give away what we hold now.
             del self._unproven[delivery.key]
@@ -158,7 +178,7 @@ class Ledger:
             or delivery.key in self._done_before
             or delivery.key in self._done_over_reconnect
         ):
-            self._resolve(delivery.key, delivery.ack_subject, ACK)
+            self._resolve(delivery, ACK)
             return False
         self._held[delivery.key] = delivery
         return True
@@ -173,12 +193,14 @@ class Ledger:
 
     def _settle(self, delivery: Delivery, answer: bytes) -> None:
         self._held.pop(delivery.key, None)
-        self._resolve(delivery.key, delivery.ack_subject, answer)
+        self._resolve(delivery, answer)
         self._release(delivery, done=answer == ACK)
 
-    def _resolve(self, key: Key, ack_subject: str, answer: bytes) -> None:
-        self._unproven[key] = (self._connection.next_fence, ack_subject, answer)
+    def _resolve(self, delivery: Delivery, answer: bytes) -> None:
+        key, source, ack_subject = delivery.key, delivery.source, delivery.ack_subject
+        self._unproven[key] = (self._round, source, ack_subject, answer)
         self._unproven.move_to_end(key)
+        self._latest[source] = ack_subject
         self._connection.write(ack_subject, answer)
 
     def abandon(self, delivery: Delivery) -> None:
@@ -218,13 +240,39 @@ class Ledger:
                 break
         self._connection.forget(note)
 
-    def _fenced(self, fence: int) -> None:
+    def _probe(self) -> None:
+        """Ask each consumer whose messages were settled since the last time how far it has come."""
+        now = time.monotonic()
+        if now - self._probed < PROBE_INTERVAL or not self._latest or not self._connection.is_open:
+            return
+        self._probed = now
+        waiting = {source: subject for source, subject in self._latest.items() if source in self._asked}
+        for source, ack_subject in self._latest.items():
+            if source not in waiting:
+                self._asked[source] = self._round
+                self._connection.query(ack_subject, WPI, self._prover(source, self._round), PROBE_TIMEOUT)
+        self._latest = waiting
+        self._round += 1
+
+    def _prover(self, source: Source, asked: int) -> Callable[[], None]:
+        def prove() -> None:
+            if self._asked.get(source) != asked:
+                return  # asked before a reconnect, after which everything was sent again
+            del self._asked[source]
+            # Without an answer in all that time there is nobody whom a settlement could reach.
+            self._proven[source] = asked
+            self._forget_proven()
+
+        return prove
+
+    def _forget_proven(self) -> None:
         unproven = self._unproven
         while unproven:
-            key = next(iter(unproven))
-            if unproven[key][0] > fence:
+            key, (sent, source, _, answer) = next(iter(unproven.items()))
+            if sent > self._proven.get(source, -1):
                 break
-            if unproven.pop(key)[2] == ACK:
+            del unproven[key]
+            if answer == ACK:
                 self._done.add(key)
         now = time.monotonic()
         if now - self._turned >= REMEMBER or len(self._done) >= REMEMBER_MOST:
@@ -237,8 +285,10 @@ class Ledger:
 
     def _forget(self) -> None:
         """In the child of a fork: what the parent holds is the parent's to settle."""
-        for kept in (self._held, self._unproven, self._done, self._done_before, self._done_over_reconnect):
+        for kept in (self._held, self._unproven, self._proven, self._asked, self._latest):
             kept.clear()
+        for remembered in (self._done, self._done_before, self._done_over_reconnect):
+            remembered.clear()
 
     def _signal(self) -> None:
         """Send the in-progress signals that are due."""
@@ -250,9 +300,10 @@ class Ledger:
 
     def _reconnected(self) -> None:
         # In this order: what is done must be known before anything is asked for.
-        fence = self._connection.next_fence
-        for key, (_, ack_subject, answer) in list(self._unproven.items()):
-            self._unproven[key] = (fence, ack_subject, answer)
+        self._asked.clear()
+        for key, (_, source, ack_subject, answer) in list(self._unproven.items()):
+            self._unproven[key] = (self._round, source, ack_subject, answer)
+            self._latest[source] = ack_subject
             self._connection.write(ack_subject, answer)
         self.remember()
         now = time.monotonic()
@@ -263,7 +314,7 @@ class Ledger:
     def remember(self) -> None:
         """Keep in mind for long what was acked lately: the server may have forgotten it."""
         now = time.monotonic()
-        acked = (key for key, (_, _, answer) in self._unproven.items() if answer == ACK)
+        acked = (key for key, (*_, answer) in self._unproven.items() if answer == ACK)
         for key in (*self._done_before, *self._done, *acked):
             self._done_over_reconnect.pop(key, None)
             self._done_over_reconnect[key] = now

@@ -125,6 +125,62 @@ def test_consumers_resume_after_the_server_was_killed(own_nats_server, make_brok
     assert len({id(consumer) for consumer in consumers}) == 1
 
 
+def test_acks_that_a_killed_server_had_not_come_to_are_sent_again(own_nats_server, make_broker, monkeypatch):
+    """It syncs each ack to disk, so they wait in its memory long after they arrived; what was done stays done."""
+    monkeypatch.setattr(
+        "dramatiq_jetstream.deliveries.REMEMBER", 0.2
+    )  # as if the backlog were ten times as long
+    monkeypatch.setattr("dramatiq_jetstream.deliveries.REMEMBER_MOST", 100)
+    monkeypatch.setattr("dramatiq_jetstream.deliveries.PROBE_INTERVAL", 0.1)
+    broker = make_broker(own_nats_server.url, ack_wait=2_000)
+    ran = Counter()
+
+    @dramatiq.actor(broker=broker)
+    def work(number):
+        ran[number] += 1
+
+    with running(broker):
+        broker.enqueue_many([work.message(number) for number in range(6_000)])
+        eventually(lambda: len(ran) == 6_000, timeout=30)
+        time.sleep(0.7)  # all acks have arrived, and by far not all are worked off
+        left = broker.queue_stats("default").in_flight
+        own_nats_server.kill()
+        own_nats_server.start()
+        broker.join("default", timeout=60_000)
+    assert ran == Counter(range(6_000)), f"{left} were left"
+    assert broker.ledger.unproven < 6_000
+
+
+def test_what_is_settled_is_proven_within_seconds(nats_url, make_broker):
+    """So that a long-lived worker does not keep a note of every message it ever ran."""
+    broker = make_broker(nats_url)
+    work = dramatiq.actor(lambda: None, broker=broker, actor_name="work")
+    with running(broker):
+        broker.enqueue_many([work.message() for _ in range(300)])
+        broker.join("default", timeout=20_000)
+        eventually(lambda: broker.ledger.unproven == 0, timeout=5)
+
+
+def test_nothing_more_is_asked_for_while_too_many_acks_wait(own_nats_server, make_broker, monkeypatch):
+    """A worker faster than the server waits for it, and then goes on."""
+    monkeypatch.setattr("dramatiq_jetstream.pulling.MAX_UNPROVEN", 100)
+    broker = make_broker(own_nats_server.url)
+    ran = []
+    most = 0
+
+    def work(number):
+        nonlocal most
+        most = max(most, broker.ledger.unproven)
+        ran.append(number)
+
+    actor = dramatiq.actor(work, broker=broker)
+    broker.enqueue_many([actor.message(number) for number in range(600)])
+    with running(broker):
+        eventually(lambda: len(ran) == 600, timeout=60)
+    assert sorted(ran) == list(range(600))
+    assert 50 < most < 300
+
+
 def test_consumers_resume_after_the_server_was_frozen(own_nats_server, make_broker, fast_fences):
     """SIGSTOP and SIGCONT: the connection is given up, and made again when the server answers."""
     broker = make_broker(own_nats_server.url, ack_wait=ACK_WAIT)
