@@ -90,6 +90,18 @@ FLOORS = (
         _drain("dramatiq-rabbitmq"),
     ),
     Floor(
+        "drain until all acks are worked off, beside Dramatiq / RabbitMQ",
+        2.5,
+        Value("drain", OURS, "settled_per_second"),
+        _drain("dramatiq-rabbitmq"),
+    ),
+    Floor(
+        "the same with sync_interval 1s, where acks are not synced, as in RabbitMQ",
+        2.5,
+        Value("drain", OURS_1S, "settled_per_second"),
+        _drain("dramatiq-rabbitmq"),
+    ),
+    Floor(
         "drain beside Dramatiq / Redis, both every second",
         6,
         _drain(OURS_1S),

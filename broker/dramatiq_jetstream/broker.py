@@ -41,7 +41,6 @@ from .deliveries import Delivery, Ledger
 from .emission import EmittingBroker
 from .envelope import Event, checked, decode, event_of
 from .errors import InvalidOption, MessageNotUnique, TopologyMissing
-from .handover import Handover
 from .kv import Bucket
 from .naming import (
     HEADER_MSG_ID,
@@ -548,7 +547,7 @@ class JetStreamBroker(EmittingBroker):
         if signal != "process_message":
             if signal == "consumer_thread_boot":
                 # What is delayed is with the server, so this one is always empty; it is looked into for each message.
-                args[0].delay_queue = Handover()
+                args[0].delay_queue = WorkQueue()
             super().emit_after(signal, *args, **kwargs)
             return
         self._followed.message = args[0]

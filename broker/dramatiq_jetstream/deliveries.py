@@ -6,12 +6,14 @@ third of its `ack_wait` keeps the server from giving it to somebody else, howeve
 An ack is a plain publish, so it can be lost with the connection, and it waits in the server's memory until the server
 has worked it off: one that syncs each of them to disk (`sync_interval: always`) gets some thousands a second done,
 and a fleet sends more. So the ledger keeps every settlement until there is proof. Once a second it asks of each
-consumer: an in-progress signal for the last settled message, which changes nothing, is answered when the server has
-come to it, and that is after everything sent before. What has no proof is sent again after a reconnect, and when there
-is too much of it nothing more is asked for (see `pulling`). A message that arrives a second time while it is held is
-not handed over again, only its new ack subject is noted; one that arrives again after its work was done is acked again
-without being run. A message is known by its place in the stream and the time it was stored: a stream that is deleted
-and made again counts from one.
+consumer: an in-progress signal for the last message that is done, which changes nothing, is answered when the server
+has come to it, and that is after everything sent before. (For one that was given back it would put off its next
+delivery; if such a settlement is lost, the message comes when its `ack_wait` is over.) What has no proof is sent again
+after a reconnect, and when there is too much of it nothing more is asked for (see `pulling`).
+
+A message that arrives a second time while it is held is not handed over again, only its new ack subject is noted; one
+that arrives again after its work was done is acked again without being run. A message is known by its place in the
+stream and the time it was stored: a stream that is deleted and made again counts from one.
 
 A server that crashes forgets the last acks it worked off, and even that it delivered those messages; so does a
 cluster whose leader dies. So what was settled is remembered for some seconds longer than its proof, and after a
@@ -200,8 +202,14 @@ class Ledger:
         key, source, ack_subject = delivery.key, delivery.source, delivery.ack_subject
         self._unproven[key] = (self._round, source, ack_subject, answer)
         self._unproven.move_to_end(key)
-        self._latest[source] = ack_subject
+        self._note_latest(source, ack_subject, answer)
         self._connection.write(ack_subject, answer)
+
+    def _note_latest(self, source: Source, ack_subject: str, answer: bytes) -> None:
+        if answer == ACK:
+            self._latest[source] = ack_subject
+        else:
+            self._latest.setdefault(source, "")
 
     def abandon(self, delivery: Delivery) -> None:
         """Stop holding a delivery without an answer: it is delivered again when its `ack_wait` is over."""
@@ -248,9 +256,14 @@ class Ledger:
         self._probed = now
         waiting = {source: subject for source, subject in self._latest.items() if source in self._asked}
         for source, ack_subject in self._latest.items():
-            if source not in waiting:
-                self._asked[source] = self._round
-                self._connection.query(ack_subject, WPI, self._prover(source, self._round), PROBE_TIMEOUT)
+            if source in waiting:
+                continue
+            self._asked[source] = self._round
+            prove = self._prover(source, self._round)
+            if ack_subject:
+                self._connection.query(ack_subject, WPI, prove, PROBE_TIMEOUT)
+            else:
+                prove()
         self._latest = waiting
         self._round += 1
 
@@ -303,7 +316,7 @@ class Ledger:
         self._asked.clear()
         for key, (_, source, ack_subject, answer) in list(self._unproven.items()):
             self._unproven[key] = (self._round, source, ack_subject, answer)
-            self._latest[source] = ack_subject
+            self._note_latest(source, ack_subject, answer)
             self._connection.write(ack_subject, answer)
         self.remember()
         now = time.monotonic()

@@ -53,9 +53,6 @@ class Handover(Generic[T]):
     def get_nowait(self) -> T:
         return self.get(block=False)
 
-    def task_done(self) -> None:
-        """For Dramatiq, which says so of a `queue.Queue`."""
-
     def empty(self) -> bool:
         return not self._items
 

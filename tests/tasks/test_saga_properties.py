@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import time
 from collections import Counter, OrderedDict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -343,5 +345,6 @@ def test_failure_is_superseded_by_the_replay() -> None:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two fakes that conflict need not wait for each other."""
-    monkeypatch.setattr(tasks.stock.time, "sleep", lambda seconds: None)
+    """Two fakes that conflict need not wait for each other; threads of earlier tests must, or they run in circles."""
+    hurried = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    monkeypatch.setattr(tasks.stock, "time", hurried)
