@@ -56,8 +56,10 @@ REMEMBER_OVER_RECONNECT = 120.0
 PROBE_INTERVAL = 1.0
 PROBE_TIMEOUT = 120.0
 
-#: With so many settlements that are not proven, no further messages are asked for.
+#: With so many settlements that are not proven, or after so many seconds without an answer, a consumer is asked for no
+#: further messages.
 MAX_UNPROVEN = 50_000
+MAX_LAG = 20.0
 
 #: Stream, consumer, sequence, and the time of storing.
 Key = tuple[str, str, int, int]
@@ -141,7 +143,9 @@ class Ledger:
         self._unproven: OrderedDict[Key, tuple[int, Source, str, bytes]] = OrderedDict()
         self._round = 0
         self._proven: dict[Source, int] = {}  # the last round that was answered
-        self._asked: dict[Source, int] = {}  # the round for which an answer is awaited
+        self._asked: dict[
+            Source, tuple[int, float]
+        ] = {}  # the round for which an answer is awaited, and since when
         self._latest: dict[
             Source, str
         ] = {}  # where the last settlement went that no question has followed yet
@@ -230,6 +234,13 @@ class Ledger:
     def unproven(self) -> int:
         return len(self._unproven)
 
+    def is_behind(self, source: Source) -> bool:
+        """Whether the server has too much left to work off to be sent more."""
+        if len(self._unproven) > MAX_UNPROVEN:
+            return True
+        asked = self._asked.get(source)
+        return asked is not None and time.monotonic() - asked[1] > MAX_LAG
+
     def flush(self, seconds: float) -> None:
         """Wait until the server has all that was posted so far, if it can be reached, up to so long."""
         arrived = threading.Event()
@@ -258,7 +269,7 @@ class Ledger:
         for source, ack_subject in self._latest.items():
             if source in waiting:
                 continue
-            self._asked[source] = self._round
+            self._asked[source] = self._round, now
             prove = self._prover(source, self._round)
             if ack_subject:
                 self._connection.query(ack_subject, WPI, prove, PROBE_TIMEOUT)
@@ -269,7 +280,7 @@ class Ledger:
 
     def _prover(self, source: Source, asked: int) -> Callable[[], None]:
         def prove() -> None:
-            if self._asked.get(source) != asked:
+            if self._asked.get(source, (None, 0))[0] != asked:
                 return  # asked before a reconnect, after which everything was sent again
             del self._asked[source]
             # Without an answer in all that time there is nobody whom a settlement could reach.

@@ -27,7 +27,7 @@ from typing import Any
 from dramatiq.message import Message
 
 from .connection import Connection, Msg, Subscription
-from .deliveries import MAX_UNPROVEN, Delivery, Ledger
+from .deliveries import Delivery, Ledger
 
 __all__ = ["Puller", "Source"]
 
@@ -243,7 +243,7 @@ class Puller:
         """Ask for as many messages as there is room for, highest rank first."""
         self._replenishing = False
         free = self.window - self._in_hand
-        if free <= 0 or self._stopping or self._ledger.unproven > MAX_UNPROVEN:
+        if free <= 0 or self._stopping or any(self._ledger.is_behind(feed.source) for feed in self._feeds):
             for feed in self._feeds:
                 feed.drained = False  # as time passes without a standing request
             return

@@ -163,7 +163,7 @@ def test_what_is_settled_is_proven_within_seconds(nats_url, make_broker):
 
 def test_nothing_more_is_asked_for_while_too_many_acks_wait(own_nats_server, make_broker, monkeypatch):
     """A worker faster than the server waits for it, and then goes on."""
-    monkeypatch.setattr("dramatiq_jetstream.pulling.MAX_UNPROVEN", 100)
+    monkeypatch.setattr("dramatiq_jetstream.deliveries.MAX_UNPROVEN", 100)
     broker = make_broker(own_nats_server.url)
     ran = []
     most = 0
@@ -179,6 +179,25 @@ def test_nothing_more_is_asked_for_while_too_many_acks_wait(own_nats_server, mak
         eventually(lambda: len(ran) == 600, timeout=60)
     assert sorted(ran) == list(range(600))
     assert 50 < most < 300
+
+
+def test_nothing_more_is_asked_for_while_the_server_says_nothing_of_acks(nats_url, make_broker, monkeypatch):
+    """One whose disk takes long for each; the worker goes on when it has answered."""
+    broker = make_broker(nats_url)
+    ran = []
+    work = dramatiq.actor(ran.append, broker=broker, actor_name="work")
+    with running(broker):
+        work.send(1)
+        eventually(lambda: ran == [1] and broker.ledger.unproven == 0)
+        (source,) = broker.ledger._proven
+        broker.connection.post(lambda: broker.ledger._asked.update({source: (-1, time.monotonic() - 21)}))
+        eventually(lambda: broker.ledger.is_behind(source))
+        broker.enqueue_many([work.message(number) for number in range(100)])
+        time.sleep(0.5)
+        already = len(ran)
+        assert already < 100, "all but what had been asked for already waits"
+        broker.connection.post(broker.ledger._asked.clear)
+        eventually(lambda: len(ran) == 101)
 
 
 def test_consumers_resume_after_the_server_was_frozen(own_nats_server, make_broker, fast_fences):
