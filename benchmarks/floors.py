@@ -96,7 +96,7 @@ FLOORS = (
         _drain("dramatiq-rabbitmq"),
     ),
     Floor(
-        "the same with sync_interval 1s, where acks are not synced, as in RabbitMQ",
+        "the same with sync_interval 1s, where acks are not synced",
         2.5,
         Value("drain", OURS_1S, "settled_per_second"),
         _drain("dramatiq-rabbitmq"),

@@ -11,9 +11,8 @@ import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -67,10 +66,9 @@ class Contender(ABC):
         """The commands that together are one fleet of `processes` × `threads`."""
         return []
 
-    @contextmanager
-    def asking(self, urls: list[str]) -> Iterator[Callable[[], int] | None]:
-        """Asks the broker how many messages are not settled; None where it cannot say."""
-        yield None
+    def wait_until_settled(self, urls: list[str], timeout: int) -> bool:
+        """Waits up to `timeout` ms until the broker has worked off all acks; False where it is not asked."""
+        return False
 
     @abstractmethod
     def app(self) -> App:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,21 +38,16 @@ class Jetstream(DramatiqContender):
     def unavailable(self) -> str | None:
         return NatsServer.missing()
 
-    @contextmanager
-    def asking(self, urls: list[str]) -> Iterator[Callable[[], int]]:
+    def wait_until_settled(self, urls: list[str], timeout: int) -> bool:
         from dramatiq_jetstream import JetStreamBroker
 
         broker = JetStreamBroker(urls)
         try:
             broker.declare_queue(QUEUE)
-
-            def unsettled() -> int:
-                stats = broker.queue_stats(QUEUE)
-                return stats.ready + stats.in_flight
-
-            yield unsettled
+            broker.join(QUEUE, interval=20, timeout=timeout)
         finally:
             broker.close()
+        return True
 
     def make_broker(self) -> Broker:
         from dramatiq_jetstream import JetStreamBroker

@@ -15,6 +15,7 @@ from benchmarks.trial import Trial
 
 MESSAGES = 20_000
 WARM_UP = 45.0
+SETTLE = 45_000
 
 
 class Drain(Measurement):
@@ -45,10 +46,8 @@ class Drain(Measurement):
 
 def _settle(trial: Trial, messages: int) -> dict[str, float]:
     """Waits until the broker has worked off all acks, where it can be asked."""
-    with trial.contender.asking([server.url for server in trial.servers]) as unsettled:
-        if unsettled is None:
-            return {}
-        wait_until(lambda: unsettled() == 0, WARM_UP, "all acks are worked off")
+    if not trial.contender.wait_until_settled([server.url for server in trial.servers], SETTLE):
+        return {}
     return {"settled_per_second": messages / ((time.monotonic_ns() - trial.tally.read().first_ns) / 1e9)}
 
 

@@ -156,7 +156,7 @@ class JetStreamBroker(EmittingBroker):
         self._ensured: set[str] = set()
         self._buckets: dict[str, Bucket] = {}
         self._consumers: list[JetStreamConsumer] = []
-        self._followed = threading.local()
+        self._after = threading.local()
         self._worker: Worker | None = None
         self.connection.on_fork(self._forget_worker)
         super().__init__(middleware=middleware)
@@ -367,13 +367,13 @@ class JetStreamBroker(EmittingBroker):
 
     def _unique_id(self, message: Message[Any]) -> str:
         """What tells one enqueue call from another; for what follows a message, the same at its every run."""
-        current = getattr(self._followed, "message", None)
+        current = getattr(self._after, "message", None)
         if not isinstance(current, JetStreamMessage):
             return os.urandom(16).hex()
-        if self._followed.ids is None:
-            self._followed.ids = Counter()
-        self._followed.ids[message.message_id] += 1
-        call = f"{current._delivery.origin}:{message.message_id}:{self._followed.ids[message.message_id]}"
+        if self._after.ids is None:
+            self._after.ids = Counter()
+        self._after.ids[message.message_id] += 1
+        call = f"{current._delivery.origin}:{message.message_id}:{self._after.ids[message.message_id]}"
         return hashlib.sha256(call.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     def _priority(self, message: Message[Any]) -> int | None:
@@ -544,18 +544,18 @@ class JetStreamBroker(EmittingBroker):
             self._stop_consuming(args[0])
 
     def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        if signal == "consumer_thread_boot":
+            # What is delayed is with the server, so this one is always empty; it is looked into for each message.
+            args[0].delay_queue = WorkQueue()
         if signal != "process_message":
-            if signal == "consumer_thread_boot":
-                # What is delayed is with the server, so this one is always empty; it is looked into for each message.
-                args[0].delay_queue = WorkQueue()
             super().emit_after(signal, *args, **kwargs)
             return
-        self._followed.message = args[0]
-        self._followed.ids = None
+        self._after.message = args[0]
+        self._after.ids = None
         try:
             super().emit_after(signal, *args, **kwargs)
         finally:
-            self._followed.message = None
+            self._after.message = None
 
     def failed_after(self, signal: str, middleware: Middleware, error: Exception) -> None:
         if signal == "process_message" and isinstance(middleware, _FOLLOW_UPS):
@@ -563,7 +563,7 @@ class JetStreamBroker(EmittingBroker):
 
     def _note_follow_up_error(self, error: Exception) -> None:
         """Mark the message whose after-run middleware failed to enqueue, so that it is not acked."""
-        message = getattr(self._followed, "message", None)
+        message = getattr(self._after, "message", None)
         if isinstance(error, MessageNotUnique):
             return  # what should follow is there already, which is what its unique key is for
         if isinstance(message, JetStreamMessage):
@@ -571,7 +571,7 @@ class JetStreamBroker(EmittingBroker):
 
     def is_running(self, message: Message[Any]) -> bool:
         """Whether a message has just been worked on by this thread, so that enqueueing it is a retry."""
-        current = getattr(self._followed, "message", None)
+        current = getattr(self._after, "message", None)
         return current is not None and current.message_id == message.message_id
 
     def _forget_worker(self) -> None:

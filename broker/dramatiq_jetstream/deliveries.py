@@ -194,7 +194,8 @@ class Ledger:
         if not delivery.settled:
             delivery.settled = True
             connection = self._connection
-            post = connection.post_lazily if delivery.owner.patient else connection.post
+            # With a lookahead it hardly matters when the server hears of it: other messages are here already.
+            post = connection.post_lazily if delivery.owner.lookahead else connection.post
             post(self._settle, delivery, answer)
 
     def _settle(self, delivery: Delivery, answer: bytes) -> None:

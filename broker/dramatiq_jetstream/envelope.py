@@ -52,7 +52,7 @@ _decode_json = json.JSONDecoder().raw_decode
 
 
 def decode(data: bytes) -> Message[Any]:
-    """What `Message.decode` returns, in a third of its time where the bytes are what Dramatiq's own encoder writes.
+    """What `Message.decode` returns, in fewer steps where the bytes are what Dramatiq's own encoder writes.
 
     Raises:
       DecodeError: When the bytes are not a message.

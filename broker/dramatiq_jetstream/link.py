@@ -9,8 +9,8 @@ lost connection is switched off, because it would send what the caller was alrea
 survive a reconnect is kept by whoever sent it, and sent again from `on_reconnect`.
 
 A *fence* is a message to ourselves, once a second. A server handles one client's messages in order, so when
-a fence comes back, everything sent before it has arrived: consumers forget the acks they kept for sending
-again. When fences stop coming back the connection is dead, whatever nats-py believes (its reader can die
+a fence comes back, everything sent before it has arrived; what the server has done with it is another matter (see
+`deliveries`). When fences stop coming back the connection is dead, whatever nats-py believes (its reader can die
 silently), and is replaced.
 """
 

@@ -120,9 +120,7 @@ class Puller:
         self._connection = connection
         self._ledger = ledger
         self._prefetch = prefetch
-        self._lookahead = lookahead
-        #: Whether it hardly matters when the server hears that a message is done, because others are here already.
-        self.patient = lookahead
+        self.lookahead = lookahead
         self._deliver = deliver
         self._surplus = surplus
         self._surplus_ticks = 0
@@ -296,7 +294,7 @@ class Puller:
             if feed.pulls and now - feed.heard > 2.5 * HEARTBEAT:
                 feed.pulls.clear()  # nobody knows of our requests any more: a new leader, or a restart
                 self._ledger.remember()
-        if self._lookahead:
+        if self.lookahead:
             self.window = self._prefetch + min(self._settled // 4, MAX_LOOKAHEAD)
         self._settled = 0
         self._surplus_ticks = self._surplus_ticks + 1 if self._in_hand > self.window else 0

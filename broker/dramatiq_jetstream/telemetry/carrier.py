@@ -84,7 +84,7 @@ def sampled_parent(options: Mapping[str, Any]) -> bytes | None:
 
 
 def read_sampled(traceparent: str) -> bytes | None:
-    """The ids and flags of a usual and sampled header; None for any other, and for one in a million without letters."""
+    """The ids and flags of a usual and sampled header; None for any other, and for one without letters."""
     if len(traceparent) != 55 or not traceparent.islower():
         return None
     try:
