@@ -11,7 +11,7 @@ from typing import Any, Final
 from dramatiq.errors import BrokerError
 from nats.errors import BadHeaderError
 
-from .client import Headers, Msg, check_headers
+from .client import Headers, Msg, encode_headers
 from .errors import (
     ApiError,
     InvalidName,
@@ -37,6 +37,9 @@ TRANSIENT: Final = frozenset({10008, 10009, 10118, 10119, 10158, 10163, 10176, 1
 #: The server cuts the connection at a protocol line of 4,096 bytes, which has more than the subject.
 MAX_SUBJECT: Final = 3_500
 
+# What the server says of almost every message; anything more than that is read as JSON.
+_STORED = re.compile(rb'\{"stream":"([\w-]+)",\s*"seq":(\d+)\}', re.ASCII)
+
 _PERMISSION = re.compile(r'permissions violation for (publish|subscription) to "([^"]*)"', re.IGNORECASE)
 
 
@@ -54,7 +57,7 @@ class Publication:
 
     __slots__ = ("headers", "payload", "subject")
 
-    def __init__(self, subject: str, payload: bytes, headers: Headers | None = None) -> None:
+    def __init__(self, subject: str, payload: bytes, headers: Headers | bytes | None = None) -> None:
         self.subject = subject
         self.payload = payload
         self.headers = headers
@@ -75,8 +78,8 @@ def permission_denied(verb: str, subject: str) -> PermissionDenied:
     )
 
 
-def check_size(item: Publication, limit: int) -> None:
-    """Refuse what the server would cut the connection for.
+def checked(item: Publication, limit: int) -> Publication:
+    """Return a message with its headers encoded; refuse one for which the server would cut the connection.
 
     Raises:
       MessageTooLarge: For a message over the server's `max_payload`.
@@ -88,19 +91,23 @@ def check_size(item: Publication, limit: int) -> None:
             f"{MAX_SUBJECT} are possible."
         )
     size = len(item.payload)
-    if item.headers:
+    block = item.headers or None
+    if block is not None and not isinstance(block, bytes):
         try:
-            size += check_headers(item.headers)
+            block = encode_headers(block)
         except (UnicodeEncodeError, AttributeError, TypeError, BadHeaderError):
             raise InvalidOption(
-                f"the headers {dict(item.headers)!r} cannot be sent: names must be tokens such as Content-Type, "
-                "and values Unicode text."
+                f"the headers {dict(item.headers or {})!r} cannot be sent: names must be tokens such as "
+                "Content-Type, and values Unicode text."
             ) from None
+    if block is not None:
+        size += len(block)
     if size > limit:
         raise MessageTooLarge(
             f"A message of {size} bytes for {item.subject} is over the server's max_payload of {limit} bytes: "
             "store large data elsewhere and send a reference, or raise max_payload."
         )
+    return Publication(item.subject, item.payload, block)
 
 
 def is_no_responders(answer: Msg) -> bool:
@@ -111,6 +118,9 @@ def read_puback(subject: str, answer: Msg | BaseException, *, patient: bool) -> 
     """Return what an answer to a publish says, or None when it says "try again"."""
     if isinstance(answer, BaseException):
         return answer if isinstance(answer, BrokerError) else BrokerError(str(answer))
+    stored = _STORED.fullmatch(answer.data)
+    if stored is not None:
+        return PubAck(stored[1].decode(), int(stored[2]))
     if is_no_responders(answer):
         if patient:
             return None

@@ -12,7 +12,6 @@ the server answers that it has those message ids already, which says that the fi
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from dramatiq.message import Message
 
 from .connection import PubAck, Publication
 from .errors import ApiError, BrokerConnectionError, BrokerError, InvalidOption
+from .ids import new_id
 from .naming import HEADER_BATCH_COMMIT, HEADER_BATCH_ID, HEADER_BATCH_SEQUENCE
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _store_atomically(broker: JetStreamBroker, publications: list[Publication]) 
         if attempts:
             time.sleep(0.1)
         attempts += 1
-        batch = uuid.uuid4().hex
+        batch = new_id()
         numbered = []
         for sequence, publication in enumerate(publications, start=1):
             headers = {

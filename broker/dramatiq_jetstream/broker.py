@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
 import ssl
 import threading
 import time
@@ -39,8 +38,9 @@ from .consumer import JetStreamConsumer, JetStreamMessage, Source
 from .dead_letters import DeadLetters
 from .deliveries import Delivery, Ledger
 from .emission import EmittingBroker
-from .envelope import Event, checked, decode, event_of
+from .envelope import Event, checked, decode, encode, event_of
 from .errors import InvalidOption, MessageNotUnique, TopologyMissing
+from .ids import new_id
 from .kv import Bucket
 from .naming import (
     HEADER_MSG_ID,
@@ -293,8 +293,12 @@ class JetStreamBroker(EmittingBroker):
         announced = self._announce(message, delay)
         self._ensure_queue(queue_name)
         self.emit_before("enqueue", announced, delay)
-        with queues.unique(self, announced):
-            self._store(queue_name, self._publication(announced, delay))
+        publication = self._publication(announced, delay)
+        if "unique_key" in announced.options:
+            with queues.unique(self, announced):
+                self._store(queue_name, publication)
+        else:
+            self._store(queue_name, publication)
         self.emit_after("enqueue", announced, delay)
         return announced
 
@@ -353,13 +357,13 @@ class JetStreamBroker(EmittingBroker):
         if context is not None:
             headers.update(trace_headers(context))
         if not delay:  # no delay, or one of 0, which needs no schedule
-            return Publication(target, stored.encode(), headers)
+            return Publication(target, encode(stored), headers)
         return schedules.publication(
             self.names,
             queue_name,
             message.message_id,
             unique,
-            stored.encode(),
+            encode(stored),
             eta=int(message.options["eta"]),
             target=target,
             headers=headers,
@@ -369,7 +373,7 @@ class JetStreamBroker(EmittingBroker):
         """What tells one enqueue call from another; for what follows a message, the same at its every run."""
         current = getattr(self._after, "message", None)
         if not isinstance(current, JetStreamMessage):
-            return os.urandom(16).hex()
+            return new_id()
         if self._after.ids is None:
             self._after.ids = Counter()
         self._after.ids[message.message_id] += 1
@@ -418,7 +422,7 @@ class JetStreamBroker(EmittingBroker):
         try:
             check_subject(subject)
             data = event if isinstance(event, bytes) else event.SerializeToString()
-            complete = {**(headers or {}), HEADER_MSG_ID: event_id or os.urandom(16).hex()}
+            complete = {**(headers or {}), HEADER_MSG_ID: event_id or new_id()}
             self.emit_own("before_publish_event", subject, complete)
             try:
                 ack = self.connection.publish(subject, data, complete, timeout=timeout)

@@ -32,8 +32,8 @@ __all__ = ["DirectClient", "Headers", "Msg", "Outgoing", "parse_headers"]
 
 Headers = Mapping[str, str]
 
-#: Subject, payload, the subject for answers or "", headers.
-Outgoing = tuple[str, bytes, str, Headers | None]
+#: Subject, payload, the subject for answers or "", headers: as they are, or encoded already.
+Outgoing = tuple[str, bytes, str, Headers | bytes | None]
 
 _VERSION = b"NATS/1.0"
 _STATUS = re.compile(rb"NATS/1\.0[ \t]+(\d{3})[ \t]*([^\r\n]*)")
@@ -91,14 +91,6 @@ def _encoded_key(key: str) -> bytes:
     return b"\r\n" + stripped.encode() + b": "
 
 
-def check_headers(headers: Headers) -> int:
-    """How many bytes the headers take; raises for those that `encode_headers` cannot encode."""
-    size = len(_VERSION) + 4
-    for key, value in headers.items():
-        size += len(_encoded_key(key)) + (len(value) if value.isascii() else len(value.encode()))
-    return size
-
-
 def encode_headers(headers: Headers) -> bytes:
     """A block of headers as it goes over the wire (ADR-4). A line break in a value becomes a space.
 
@@ -120,7 +112,7 @@ def encode(message: Outgoing) -> bytes:
     subject, payload, reply, headers = message
     if headers is None:
         return b"PUB %b %b %d\r\n%b\r\n" % (subject.encode(), reply.encode(), len(payload), payload)
-    block = encode_headers(headers)
+    block = headers if isinstance(headers, bytes) else encode_headers(headers)
     return b"HPUB %b %b %d %d\r\n%b%b\r\n" % (
         subject.encode(),
         reply.encode(),

@@ -26,7 +26,7 @@ from .answers import (
     Msg,
     PubAck,
     Publication,
-    check_size,
+    checked,
     is_no_responders,
     permission_denied,
     read_puback,
@@ -66,7 +66,7 @@ class _Pending:
         self,
         subject: str,
         payload: bytes,
-        headers: Headers | None,
+        headers: Headers | bytes | None,
         answer: Callable[[Msg | BaseException], bool],
         deadline: float,
         resend: bool,
@@ -122,11 +122,10 @@ class Connection(Link):
           StoreFull, MessageTooLarge, TopologyMissing, PermissionDenied, ApiError: JetStream's refusal.
         """
         self.connect()
-        item = Publication(subject, payload, headers)
-        check_size(item, self._max_payload)
+        item = checked(Publication(subject, payload, headers), self._max_payload)
         milliseconds = self.timeout if timeout is None else timeout
         started = time.monotonic()
-        answer = self.ask(subject, payload, headers, milliseconds / 1000)
+        answer = self.ask(subject, payload, item.headers, milliseconds / 1000)
         if answer is not None:
             outcome = read_puback(subject, answer, patient=True)
             if isinstance(outcome, PubAck):
@@ -172,10 +171,8 @@ class Connection(Link):
     ) -> list[PubAck | BrokerError]:
         """Store many messages as `publish_many` does, and return an outcome for each instead of raising."""
         self.connect()
-        items = list(publications)
         limit = self.max_payload
-        for item in items:
-            check_size(item, limit)
+        items = [checked(item, limit) for item in publications]
         outcomes: list[PubAck | BrokerError] = []
         for start in range(0, len(items), BATCH_WINDOW):
             outcomes += self._publish_window(items[start : start + BATCH_WINDOW], timeout)
@@ -217,9 +214,7 @@ class Connection(Link):
         It is not sent again: after a failure the caller makes a new batch of it.
         """
         limit = self.max_payload
-        for item in publications:
-            check_size(item, limit)
-        *parts, commit = publications
+        *parts, commit = [checked(item, limit) for item in publications]
 
         def send() -> None:
             for part in parts:
@@ -236,7 +231,7 @@ class Connection(Link):
         self,
         subject: str,
         payload: bytes = b"",
-        headers: Headers | None = None,
+        headers: Headers | bytes | None = None,
         *,
         timeout: int | None = None,
         resend: bool = False,
@@ -320,7 +315,7 @@ class Connection(Link):
         self,
         subject: str,
         payload: bytes,
-        headers: Headers | None,
+        headers: Headers | bytes | None,
         answer: Callable[[Msg | BaseException], bool],
         deadline: float,
         resend: bool,

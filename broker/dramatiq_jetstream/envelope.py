@@ -27,7 +27,7 @@ from dramatiq.message import Message, get_encoder
 if TYPE_CHECKING:
     from .deliveries import Delivery
 
-__all__ = ["EVENT_OPTION", "Event", "checked", "decode", "event_in", "event_of", "to_message"]
+__all__ = ["EVENT_OPTION", "Event", "checked", "decode", "encode", "event_in", "event_of", "to_message"]
 
 #: The message option that carries an event.
 EVENT_OPTION = "event"
@@ -49,6 +49,7 @@ _TYPES: tuple[tuple[str, Any], ...] = (
 _FIELDS = {field.name for field in dataclasses.fields(Message)}
 
 _decode_json = json.JSONDecoder().raw_decode
+_encode_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def decode(data: bytes) -> Message[Any]:
@@ -69,6 +70,22 @@ def decode(data: bytes) -> Message[Any]:
         except Exception:  # noqa: BLE001, S110 - what is wrong with it is said below
             pass
     return Message.decode(data)
+
+
+def encode(message: Message[Any]) -> bytes:
+    """What `message.encode` returns, in fewer steps for Dramatiq's own encoder."""
+    if type(message) is Message and type(get_encoder()) is JSONEncoder:
+        fields = {
+            "queue_name": message.queue_name,
+            "actor_name": message.actor_name,
+            "args": message.args,
+            "kwargs": message.kwargs,
+            "options": message.options,
+            "message_id": message.message_id,
+            "message_timestamp": message.message_timestamp,
+        }
+        return _encode_json(fields).encode()
+    return message.encode()
 
 
 def checked(message: Message[Any], queue: str) -> Message[Any]:

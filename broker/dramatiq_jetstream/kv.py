@@ -19,13 +19,13 @@ while: whoever acts on one has to compare-and-set.
 from __future__ import annotations
 
 import random
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from .connection import Connection, PubAck, Publication
 from .errors import ApiError, InvalidOption, KeyExists, RevisionConflict, TopologyMissing
+from .ids import new_id
 from .kv_listing import Listing
 from .kv_watch import Watch
 from .naming import (
@@ -246,7 +246,7 @@ class Bucket:
         if not updates:
             return {}
         self._ensure()
-        batch = secrets.token_hex(12)
+        batch = new_id()
         publications = [
             Publication(
                 self._subject(key),
@@ -347,7 +347,8 @@ class Bucket:
         return headers
 
     def _publish(self, subject: str, value: bytes, headers: dict[str, str]) -> PubAck:
-        headers.setdefault(HEADER_MSG_ID, secrets.token_hex(12))
+        if HEADER_MSG_ID not in headers:
+            headers[HEADER_MSG_ID] = new_id()
         self._ensure()
         try:
             return self.connection.publish(subject, value, headers)
@@ -358,8 +359,8 @@ class Bucket:
             return self.connection.publish(subject, value, headers)
 
     def _compare_and_set(self, subject: str, value: bytes, headers: dict[str, str], expected: int) -> int:
-        headers = {**headers, HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE: str(expected)}
-        headers[HEADER_MSG_ID] = secrets.token_hex(12)
+        write = new_id()
+        headers = {**headers, HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE: str(expected), HEADER_MSG_ID: write}
         began = time.monotonic()
         deadline = began + self.connection.timeout / 1000
         repeats = self.connection.repeats
@@ -373,7 +374,7 @@ class Bucket:
                 if error.err_code not in (_WRONG_LAST_SEQUENCE, _OTHER_WRITE_IN_FLIGHT):
                     raise
             newest = self._newest(headers.get(HEADER_EXPECTED_SUBJECT, subject))
-            if newest is not None and newest.headers.get(HEADER_MSG_ID) == headers[HEADER_MSG_ID]:
+            if newest is not None and newest.headers.get(HEADER_MSG_ID) == write:
                 return newest.sequence
             outdated = newest is None or newest.sequence <= expected
             if outdated and not self._alone and time.monotonic() - began < DEPOSED:
@@ -381,7 +382,7 @@ class Bucket:
                 continue
             own = None
             if not self._alone or self.connection.repeats != repeats:  # of this write, perhaps
-                own = self._stored_as(subject, headers[HEADER_MSG_ID])
+                own = self._stored_as(subject, write)
             if own is None:
                 raise _Conflict
             return own

@@ -93,7 +93,7 @@ class _Lane:
             self.close()
             raise
 
-    def ask(self, subject: str, payload: bytes, headers: Headers | None, patience: float) -> Msg:
+    def ask(self, subject: str, payload: bytes, headers: Headers | bytes | None, patience: float) -> Msg:
         """Send a request and wait for its answer.
 
         Raises:
@@ -182,7 +182,7 @@ class Lanes:
         client: DirectClient,
         subject: str,
         payload: bytes,
-        headers: Headers | None,
+        headers: Headers | bytes | None,
         seconds: float,
     ) -> Msg | None:
         """The answer to a request, or None when it must go the long way; it may have arrived even then."""

@@ -396,14 +396,14 @@ class Link:
             self._wake()
 
     def send(
-        self, subject: str, payload: bytes = b"", headers: Headers | None = None, reply: str = ""
+        self, subject: str, payload: bytes = b"", headers: Headers | bytes | None = None, reply: str = ""
     ) -> None:
         """Publish without JetStream: lost when nobody listens or the connection is down."""
         self.connect()
         self.post(self.write, subject, payload, reply, headers)
 
     def write(
-        self, subject: str, payload: bytes = b"", reply: str = "", headers: Headers | None = None
+        self, subject: str, payload: bytes = b"", reply: str = "", headers: Headers | bytes | None = None
     ) -> None:
         """Write a message soon; only on the loop thread. Without a connection it is dropped."""
         if self.is_open:
@@ -488,7 +488,7 @@ class Link:
             with contextlib.suppress(ValueError):
                 callbacks.remove(callback)
 
-    def ask(self, subject: str, payload: bytes, headers: Headers | None, seconds: float) -> Msg | None:
+    def ask(self, subject: str, payload: bytes, headers: Headers | bytes | None, seconds: float) -> Msg | None:
         """Send a request that may be sent twice by a lane; None when it has to be sent by the loop after all."""
         if threading.current_thread() is self._thread:
             raise RuntimeError("A blocking call was made on the connection's own thread.")

@@ -7,6 +7,7 @@ leaves ordinary names as they are, so that `nats stream ls` stays readable.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
@@ -120,6 +121,11 @@ def check_subject(subject: str, *, wildcards: bool = False) -> str:
       InvalidName: When it is empty, has empty tokens, white space, or wildcards where none are allowed, or
         is longer than 1,000 bytes.
     """
+    return _checked_subject(subject, wildcards)
+
+
+@functools.lru_cache(maxsize=1_000)
+def _checked_subject(subject: str, wildcards: bool) -> str:
     if len(subject.encode("utf-8", "surrogatepass")) > MAX_SUBJECT_BYTES:
         raise InvalidName(
             f"the subject {subject[:40]!r}… is too long for NATS: {MAX_SUBJECT_BYTES} bytes are possible."
@@ -134,6 +140,18 @@ def check_subject(subject: str, *, wildcards: bool = False) -> str:
                 "and free of white space and wildcards."
             )
     return subject
+
+
+@functools.lru_cache(maxsize=1_000)
+def _queue_token(namespace: str, queue: str) -> str:
+    token = encode(queue)
+    possible = MAX_NAME_BYTES - len(f"{namespace}_q_")
+    if len(token) > possible:
+        raise InvalidName(
+            f"queue name {queue[:40]!r}… is too long for JetStream: it takes {len(token)} bytes there, "
+            f"{possible} are possible beside the namespace."
+        )
+    return token
 
 
 @dataclass(frozen=True)
@@ -151,14 +169,7 @@ class Names:
     def _queue(self, queue: str) -> str:
         if not isinstance(queue, str) or not queue:
             raise InvalidName(f"queue name {queue!r} cannot be used: it must be a non-empty string.")
-        token = encode(queue)
-        possible = MAX_NAME_BYTES - len(f"{self.namespace}_q_")
-        if len(token) > possible:
-            raise InvalidName(
-                f"queue name {queue[:40]!r}… is too long for JetStream: it takes {len(token)} bytes there, "
-                f"{possible} are possible beside the namespace."
-            )
-        return token
+        return _queue_token(self.namespace, queue)
 
     # Streams
 

@@ -13,7 +13,7 @@ ROOT = Path(dramatiq_jetstream.__file__).parent
 
 #: A module may import from the lines above its own, and from its own line.
 LAYERS = [
-    ["errors", "parser"],
+    ["errors", "ids", "parser"],
     ["naming", "options", "client"],
     ["lanes", "emission", "handover", "time_limits"],
     ["work_queue"],
