@@ -53,14 +53,15 @@ class PubAck:
 
 
 class Publication:
-    """One message on its way to a stream."""
+    """One message on its way to a stream; `block` is its headers as they go over the wire, once it was checked."""
 
-    __slots__ = ("headers", "payload", "subject")
+    __slots__ = ("block", "headers", "payload", "subject")
 
-    def __init__(self, subject: str, payload: bytes, headers: Headers | bytes | None = None) -> None:
+    def __init__(self, subject: str, payload: bytes, headers: Headers | None = None) -> None:
         self.subject = subject
         self.payload = payload
         self.headers = headers
+        self.block: bytes | None = None
 
 
 def read_permission_error(text: str) -> tuple[str, str] | None:
@@ -78,8 +79,8 @@ def permission_denied(verb: str, subject: str) -> PermissionDenied:
     )
 
 
-def checked(item: Publication, limit: int) -> Publication:
-    """Return a message with its headers encoded; refuse one for which the server would cut the connection.
+def check(item: Publication, limit: int) -> None:
+    """Encode the headers of a message, and refuse one for which the server would cut the connection.
 
     Raises:
       MessageTooLarge: For a message over the server's `max_payload`.
@@ -91,23 +92,20 @@ def checked(item: Publication, limit: int) -> Publication:
             f"{MAX_SUBJECT} are possible."
         )
     size = len(item.payload)
-    block = item.headers or None
-    if block is not None and not isinstance(block, bytes):
+    if item.headers:
         try:
-            block = encode_headers(block)
+            item.block = encode_headers(item.headers)
         except (UnicodeEncodeError, AttributeError, TypeError, BadHeaderError):
             raise InvalidOption(
-                f"the headers {dict(item.headers or {})!r} cannot be sent: names must be tokens such as "
-                "Content-Type, and values Unicode text."
+                f"the headers {dict(item.headers)!r} cannot be sent: names must be tokens such as Content-Type, "
+                "and values Unicode text."
             ) from None
-    if block is not None:
-        size += len(block)
+        size += len(item.block)
     if size > limit:
         raise MessageTooLarge(
             f"A message of {size} bytes for {item.subject} is over the server's max_payload of {limit} bytes: "
             "store large data elsewhere and send a reference, or raise max_payload."
         )
-    return Publication(item.subject, item.payload, block)
 
 
 def is_no_responders(answer: Msg) -> bool:

@@ -26,7 +26,7 @@ from .answers import (
     Msg,
     PubAck,
     Publication,
-    checked,
+    check,
     is_no_responders,
     permission_denied,
     read_puback,
@@ -122,10 +122,11 @@ class Connection(Link):
           StoreFull, MessageTooLarge, TopologyMissing, PermissionDenied, ApiError: JetStream's refusal.
         """
         self.connect()
-        item = checked(Publication(subject, payload, headers), self._max_payload)
+        item = Publication(subject, payload, headers)
+        check(item, self._max_payload)
         milliseconds = self.timeout if timeout is None else timeout
         started = time.monotonic()
-        answer = self.ask(subject, payload, item.headers, milliseconds / 1000)
+        answer = self.ask(subject, payload, item.block, milliseconds / 1000)
         if answer is not None:
             outcome = read_puback(subject, answer, patient=True)
             if isinstance(outcome, PubAck):
@@ -171,8 +172,10 @@ class Connection(Link):
     ) -> list[PubAck | BrokerError]:
         """Store many messages as `publish_many` does, and return an outcome for each instead of raising."""
         self.connect()
+        items = list(publications)
         limit = self.max_payload
-        items = [checked(item, limit) for item in publications]
+        for item in items:
+            check(item, limit)
         outcomes: list[PubAck | BrokerError] = []
         for start in range(0, len(items), BATCH_WINDOW):
             outcomes += self._publish_window(items[start : start + BATCH_WINDOW], timeout)
@@ -202,7 +205,7 @@ class Connection(Link):
         deadline = time.monotonic() + seconds
         grace = time.monotonic() + min(seconds - 0.5, NO_RESPONDERS_GRACE / 1000)
         for position, item in enumerate(items):
-            self._ask(item.subject, item.payload, item.headers, receiver(position), deadline, resend=True)
+            self._ask(item.subject, item.payload, item.block, receiver(position), deadline, resend=True)
         if not done.acquire(timeout=seconds + 2):
             late = StoreTimeout(f"JetStream did not acknowledge within {seconds * 1000:.0f} ms.")
             return [outcome or late for outcome in outcomes]
@@ -214,14 +217,16 @@ class Connection(Link):
         It is not sent again: after a failure the caller makes a new batch of it.
         """
         limit = self.max_payload
-        *parts, commit = [checked(item, limit) for item in publications]
+        for item in publications:
+            check(item, limit)
+        *parts, commit = publications
 
         def send() -> None:
             for part in parts:
-                self.write(part.subject, part.payload, "", part.headers)
+                self.write(part.subject, part.payload, "", part.block)
 
         self.post(send)
-        answer = self.request(commit.subject, commit.payload, commit.headers, timeout=timeout)
+        answer = self.request(commit.subject, commit.payload, commit.block, timeout=timeout)
         outcome = read_puback(commit.subject, answer, patient=False)
         if isinstance(outcome, PubAck):
             return outcome

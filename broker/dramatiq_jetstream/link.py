@@ -488,7 +488,9 @@ class Link:
             with contextlib.suppress(ValueError):
                 callbacks.remove(callback)
 
-    def ask(self, subject: str, payload: bytes, headers: Headers | bytes | None, seconds: float) -> Msg | None:
+    def ask(
+        self, subject: str, payload: bytes, headers: Headers | bytes | None, seconds: float
+    ) -> Msg | None:
         """Send a request that may be sent twice by a lane; None when it has to be sent by the loop after all."""
         if threading.current_thread() is self._thread:
             raise RuntimeError("A blocking call was made on the connection's own thread.")

@@ -104,7 +104,6 @@ def test_a_message_is_encoded_as_dramatiq_does(fields):
     assert encode(Other(**fields)) == b"as I like it"
 
 
-
 @pytest.mark.parametrize("encoder", [PickleEncoder(), Reversed()])
 def test_another_encoder_encodes(encoder, monkeypatch):
     monkeypatch.setattr(dramatiq.message, "global_encoder", encoder)

@@ -9,32 +9,47 @@ is exported as one piece of bytes, of which only ids and times differ from the l
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import Token
 from struct import Struct
-from time import time_ns
+from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any
 
+from dramatiq import MessageProxy
+from opentelemetry.context import Context
 from opentelemetry.trace import SpanContext, SpanKind, TraceFlags
 
 from . import conventions as c
 from .known import Known
 from .quick_spans import FLAGS, UNSET, QuickSpan
+from .spans import detach, record_error
 
 if TYPE_CHECKING:
+    from .metrics import AttemptTally
     from .quick_tracer import QuickTracer
 
 
 class AttemptSpan(QuickSpan):
-    """A sampled span whose parent is the send that its message names.
+    """A sampled span whose parent is the send that its message names, and the attempt itself (see `spans.Attempt`).
 
     Attributes:
-      sent_by: That parent: its trace id, its span id, its flags (see `carrier.sampled_parent`).
+      sent_by: That parent: its trace id, its span id, its flags (see `carrier.read_sampled`).
       outcome: How the attempt ended, or None.
+      message, token, retry_stored, fields: As long as it is under way; `fields` are those of its log lines.
+      tally: Where its thread counts it.
+      finished: Whether the attempt is over, which somebody may have said of the span before.
     """
 
     _kind = SpanKind.CONSUMER
     _links = ()
     #: Whether somebody asked for the attributes.
     _has_attributes = False
+    outcome: str | None = None
+    message: MessageProxy | None = None
+    tally: AttemptTally
+    token: Token[Context] | None = None
+    retry_stored = False
+    fields: dict[str, Any] | None = None
+    finished = False
 
     def __init__(
         self, tracer: QuickTracer, known: Known, span_id: int, parent: bytes, message_id: str, attempt: int
@@ -48,8 +63,8 @@ class AttemptSpan(QuickSpan):
         self.sent_by = parent
         self.message_id = message_id
         self.attempt = attempt
-        self.outcome: str | None = None
         self._start_time = time_ns()
+        self.started = perf_counter()
 
     def __getattr__(self, name: str) -> Any:
         """Make what is missing. Two threads that do so at once make the same."""
@@ -91,6 +106,45 @@ class AttemptSpan(QuickSpan):
         self._end_time = end_time or time_ns()
         for on_end in self._tracer.at_end_of_sampled:
             on_end(self)
+
+    # As an attempt
+
+    @property
+    def queue(self) -> str:
+        return self.tally.queue
+
+    @property
+    def actor(self) -> str:
+        return self.tally.actor
+
+    @property
+    def failed(self) -> bool:
+        return self.message is not None and self.message.failed
+
+    def finish(self, outcome: str, error: BaseException | None, attributes: dict[str, Any]) -> float | None:
+        """As `Attempt.finish`."""
+        seconds: float | None = None
+        try:
+            if not self.finished:
+                seconds = perf_counter() - self.started
+                if error is None and not attributes:
+                    self.conclude(outcome)
+                else:
+                    if self.is_recording():
+                        self.note({c.OUTCOME: outcome, **attributes})
+                        if error is not None:
+                            record_error(self, error)
+                    self.end()
+                self.finished = True
+        finally:
+            self.detach()
+        return seconds
+
+    def detach(self) -> None:
+        """Make the context of before the current one of this thread again."""
+        if self.token is not None:
+            detach(self.token)
+            self.token = None
 
     @property
     def is_untouched(self) -> bool:

@@ -26,8 +26,8 @@ CARRIER_OPTION: Final = OPTION_TRACE_CONTEXT
 _USUAL: Final = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})").fullmatch
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
 _SAMPLED_FLAGS: Final = (1, 3)  # sampled, and with a random trace id
-_NO_TRACE: Final = 32 * "0"
-_NO_SPAN: Final = 16 * "0"
+_NO_TRACE: Final = bytes(16)
+_NO_SPAN: Final = bytes(8)
 
 
 def inject(carrier: MutableMapping[str, str], context: Context) -> None:
@@ -69,32 +69,27 @@ def extract_headers(headers: object) -> Context:
     return propagate.extract(usable, Context())
 
 
-def sampled_parent(options: Mapping[str, Any]) -> bytes | None:
-    """The span that created a message, if it is all that its options carry, usual, and sampled.
-
-    16 bytes of trace id, 8 of span id, one of flags.
-    """
-    carrier = options.get(CARRIER_OPTION)
-    if type(carrier) is not dict or len(carrier) != 1:
-        return None
-    traceparent = carrier.get("traceparent")
-    if type(traceparent) is not str or not _reads_traceparent(propagate.get_global_textmap()):
-        return None
-    return read_sampled(traceparent)
+def reads_traceparent() -> bool:
+    """Whether the program's propagator is one that reads W3C's header."""
+    return _reads_traceparent(propagate.get_global_textmap())
 
 
 def read_sampled(traceparent: str) -> bytes | None:
-    """The ids and flags of a usual and sampled header; None for any other, and for one without letters."""
-    if len(traceparent) != 55 or not traceparent.islower():
+    """The ids and flags of a usual and sampled header; None for any other, and for one without letters.
+
+    16 bytes of trace id, 8 of span id, one of flags.
+    """
+    if len(traceparent) != 55 or traceparent[:3] != "00-" or not traceparent.islower():
+        return None
+    if traceparent[35] != "-" or traceparent[52] != "-":
         return None
     try:
-        version, trace_id, span_id, flags = traceparent.split("-")
-        parent = bytes.fromhex(trace_id + span_id + flags)
+        parent = bytes.fromhex(traceparent[3:].replace("-", " "))
     except ValueError:
         return None
-    usual = version == "00" and len(trace_id) == 32 and len(span_id) == 16 and len(parent) == 25
-    nothing = trace_id == _NO_TRACE or span_id == _NO_SPAN
-    return parent if usual and not nothing and parent[24] in _SAMPLED_FLAGS else None
+    # Of 52 characters two are no digits, or there would be fewer bytes.
+    usual = len(parent) == 25 and parent[24] in _SAMPLED_FLAGS
+    return parent if usual and parent[:16] != _NO_TRACE and parent[16:24] != _NO_SPAN else None
 
 
 def remote_parent(options: Mapping[str, Any]) -> SpanContext | None:

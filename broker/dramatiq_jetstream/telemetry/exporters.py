@@ -119,9 +119,21 @@ class _PerProcess(Generic[T]):
 class _ForkSafeSpanExporter(SpanExporter):
     def __init__(self, factory: Callable[[], SpanExporter]) -> None:
         self._exporter = _PerProcess(factory)
+        self._origin: Any = None
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        return self._exporter.get().export(spans)
+        exporter = self._exporter.get()
+        if self._origin is not None:
+            exporter.origin = self._origin  # type: ignore[attr-defined]  # that of a forked child has not heard of it
+        return exporter.export(spans)
+
+    def early_encoder(self, origin: Any) -> Callable[[Any], Any] | None:
+        """As `QuickSpanExporter.early_encoder`; None for an exporter that has no such thing."""
+        asked = getattr(self._exporter.get(), "early_encoder", None)
+        encoder: Callable[[Any], Any] | None = None if asked is None else asked(origin)
+        if encoder is not None:
+            self._origin = origin
+        return encoder
 
     def shutdown(self) -> None:
         self._exporter.get().shutdown()

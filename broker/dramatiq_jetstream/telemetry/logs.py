@@ -17,38 +17,38 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from dramatiq import Broker, MessageProxy, Middleware
 
 from dramatiq_jetstream.errors import InvalidOption
 
 
-class _Scope:
+class Scope(Protocol):
     """What log lines are about right now. Shared with the coroutine of an async actor, so it is mutable."""
 
-    __slots__ = ("fields", "message")
-
-    def __init__(self, message: MessageProxy | None, fields: dict[str, Any] | None = None) -> None:
-        self.message = message
-        self.fields = fields
+    message: MessageProxy | None
+    fields: dict[str, Any] | None
 
 
-_scope: ContextVar[_Scope | None] = ContextVar("dramatiq_jetstream_log_scope", default=None)
+@dataclass(slots=True)
+class About:
+    """A message and what is bound while it is worked on; or only what is bound."""
+
+    message: MessageProxy | None
+    fields: dict[str, Any] | None = None
 
 
-def enter(message: MessageProxy) -> None:
-    """From here on the log lines of this thread are about a message."""
-    _scope.set(_Scope(message))
+_scope: ContextVar[Scope | None] = ContextVar("dramatiq_jetstream_log_scope", default=None)
 
 
-def leave() -> None:
-    """The log lines of this thread are about nothing in particular."""
-    _scope.set(None)
+#: Says what the log lines of this thread are about from here on; None: about nothing in particular.
+enter: Callable[[Scope | None], object] = _scope.set
 
 
 class LogContext(Middleware):
@@ -58,7 +58,7 @@ class LogContext(Middleware):
     """
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
-        enter(message)
+        enter(About(message))
 
     def after_process_message(
         self,
@@ -68,10 +68,10 @@ class LogContext(Middleware):
         result: Any | None = None,
         exception: BaseException | None = None,
     ) -> None:
-        leave()
+        enter(None)
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
-        leave()
+        enter(None)
 
 
 def bind_log_fields(**fields: Any) -> None:
@@ -81,7 +81,7 @@ def bind_log_fields(**fields: Any) -> None:
     """
     scope = _scope.get()
     if scope is None:
-        scope = _Scope(None)
+        scope = About(None)
         _scope.set(scope)
     if scope.fields is None:
         scope.fields = fields
@@ -97,7 +97,7 @@ def bind_log_fields(**fields: Any) -> None:
 def log_fields(**fields: Any) -> Iterator[None]:
     """Fields for the log lines inside a `with` block, such as one web request."""
     outer = _scope.get()
-    inner = _Scope(None) if outer is None else _Scope(outer.message, dict(outer.fields or {}))
+    inner = About(None) if outer is None else About(outer.message, dict(outer.fields or {}))
     token = _scope.set(inner)
     try:
         bind_log_fields(**fields)

@@ -6,14 +6,26 @@ What the fleet as a whole is doing (queue lengths, connection) is observed in `g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from opentelemetry.metrics import CallbackOptions, Histogram, Meter, Observation
 from opentelemetry.util.types import AttributeValue
 
 from . import conventions as c
-from .tallies import Key, Tallies
+from .tallies import Count, Durations, Key, Tallies
 
 Attributes = dict[str, AttributeValue]
+
+
+@dataclass(slots=True)
+class AttemptTally:
+    """Where one thread counts the attempts of one actor, and times those that did their work."""
+
+    queue: str
+    actor: str
+    consumed: Count
+    done: Durations
+
 
 SEND = "send"
 PROCESS = "process"
@@ -79,6 +91,17 @@ class Instruments:
         self._record((PROCESS, system, queue, error, actor, outcome), seconds)
         if outcome == c.Outcome.RETRIED:
             self.tallies.count((_RETRIED, system, queue, actor))
+
+    @property
+    def are_tallied(self) -> bool:
+        """Whether it is enough to tally attempts, because nobody wants each value."""
+        return not self._histograms
+
+    def attempts(self, system: str, queue: str, actor: str) -> AttemptTally:
+        """What the calling thread may count an actor's attempts with, instead of `consumed` and `processed`."""
+        done = (PROCESS, system, queue, None, actor, c.Outcome.DONE)
+        consumed = self.tallies.counter((_CONSUMED, system, queue, actor))
+        return AttemptTally(queue, actor, consumed, self.tallies.timer(done))
 
     def dead_lettered(self, system: str, queue: str, reason: str) -> None:
         """One message was moved to the dead letters."""

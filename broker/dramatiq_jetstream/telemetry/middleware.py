@@ -31,20 +31,20 @@ from .carrier import (
     inject,
     remote_parent,
     replace,
-    sampled_parent,
 )
 from .flush import force_flush
 from .known import Known
-from .logs import enter, leave
+from .logs import About, enter
 from .metrics import Instruments
-from .spans import Attempt, Send, ThreadState, is_expected, outcome_of, skipped_by_abort
+from .spans import Attempt, Send, ThreadState, attach, is_expected, outcome_of, skipped_by_abort
+from .usual_attempts import UsualAttempts, is_usual
 
 if TYPE_CHECKING:
+    from .attempt_spans import AttemptSpan
     from .quick_tracer import QuickTracer
 
 _NO_ATTRIBUTES: dict[str, Any] = {}
 _NO_CONTEXT = Context()
-(_SPAN,) = trace.set_span_in_context(trace.INVALID_SPAN, _NO_CONTEXT)  # the key of a span in a context
 
 
 class TelemetryMiddleware(Middleware):
@@ -74,6 +74,9 @@ class TelemetryMiddleware(Middleware):
         # reached a worker thread. From other brokers all there is to see is the rejection.
         self._names_dead_letters = self._system == "nats"
         self._thread = ThreadState()
+        self._usual: UsualAttempts | None = None
+        if quick_tracer is not None and not link_parents and instruments.are_tallied:
+            self._usual = UsualAttempts(self._system, quick_tracer, instruments, self._thread, self._known)
 
     # ---- sending ------------------------------------------------------------------------------------------
 
@@ -254,32 +257,17 @@ class TelemetryMiddleware(Middleware):
         if self._thread.attempt is not None:
             # An exception that struck outside the actor kept Dramatiq from reporting the end.
             self._end_attempt(self._thread.attempt, c.Outcome.UNRESOLVED, None)
-        # A proxy looks up what it is asked for in three steps, a message in one.
-        plain: Any = getattr(message, "_message", message)
-        options = plain.options
-        message_id, actor = plain.message_id, plain.actor_name
-        known = self._known("process", plain.queue_name, actor)
+        if self._usual is not None and self._usual.begin(message):
+            return
+        known = self._known("process", message.queue_name, message.actor_name)
         deliveries = getattr(message, "delivery_count", 1)
-        parent = _NO_CONTEXT
-        span: Span | None = None
-        if self._takes_remote_parents and deliveries == 1 and "event" not in options:
-            span = self._start_usual_attempt(known, options, message_id)
-        if span is None:
-            span, parent = self._start_attempt(known, message, options, message_id, deliveries)
-        # Remembered first and attached second: were it the other way round, an exception in between would
-        # leave the context attached for good.
-        queue = known.queue
-        attempt = self._thread.attempt = Attempt(message, message_id, queue, actor, span)
-        attempt.attach(Context({_SPAN: span}) if not parent else trace.set_span_in_context(span, parent))
-        enter(message)
+        span, parent = self._start_attempt(known, message, message.options, message.message_id, deliveries)
+        queue, actor = known.queue, message.actor_name
+        # In this order for the same reason as a usual attempt.
+        attempt = self._thread.attempt = Attempt(message, message.message_id, queue, actor, span)
+        attempt.token = attach(trace.set_span_in_context(span, parent))
+        enter(About(message))
         self._instruments.consumed(self._system, queue, actor, redelivered=deliveries > 1)
-
-    def _start_usual_attempt(self, known: Known, options: dict[str, Any], message_id: str) -> Span | None:
-        parent = sampled_parent(options)
-        if parent is None or self._quick_tracer is None:
-            return None
-        number = (options.get("retries") or 0) + 1
-        return self._quick_tracer.start_attempt(known, parent, message_id, number)
 
     def _start_attempt(
         self, known: Known, message: MessageProxy, options: dict[str, Any], message_id: str, deliveries: int
@@ -315,7 +303,12 @@ class TelemetryMiddleware(Middleware):
         exception: BaseException | None = None,
     ) -> None:
         attempt = self._thread.attempt
-        if attempt is not None and attempt.message is message:
+        if attempt is None or attempt.message is not message:
+            return
+        usual = self._usual
+        if usual is not None and is_usual(attempt, message, exception):
+            usual.end(attempt)
+        else:
             self._end_attempt(attempt, outcome_of(attempt, exception), exception)
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
@@ -329,7 +322,8 @@ class TelemetryMiddleware(Middleware):
         self._end_attempt(attempt, outcome, None, attributes)
 
     def after_ack(self, broker: Broker, message: MessageProxy) -> None:
-        self._end_abandoned(message)
+        if self._thread.attempt is not None:
+            self._end_abandoned(message)
 
     def after_nack(self, broker: Broker, message: MessageProxy) -> None:
         if not self._names_dead_letters:
@@ -371,19 +365,20 @@ class TelemetryMiddleware(Middleware):
 
     def _end_attempt(
         self,
-        attempt: Attempt,
+        attempt: Attempt | AttemptSpan,
         outcome: str,
         error: BaseException | None,
         attributes: dict[str, Any] = _NO_ATTRIBUTES,
     ) -> None:
-        if attempt.message.failed:
+        if attempt.failed:
             attributes = {**attributes, c.DEAD_LETTERED: True}
         if error is not None and is_expected(error, outcome):
             error = None
         error_type = None if error is None else c.error_type(error)
-        leave()
+        enter(None)
         seconds = attempt.finish(outcome, error, attributes)
         self._thread.attempt = None
+        attempt.message = None
         if seconds is not None:
             self._instruments.processed(
                 self._system, attempt.queue, attempt.actor, seconds, outcome, error_type

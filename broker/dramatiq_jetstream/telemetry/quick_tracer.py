@@ -129,7 +129,7 @@ class QuickTracer:
             on_start(span, context)
         return span
 
-    def start_attempt(self, known: Known, parent: bytes, message_id: str, attempt: int) -> Span | None:
+    def start_attempt(self, known: Known, parent: bytes, message_id: str, attempt: int) -> AttemptSpan | None:
         """Begin the span of an attempt if nobody has to be asked or told: as a rule. Otherwise return None."""
         if self._sampler is not DEFAULT_ON or self._listeners():
             return None
@@ -151,23 +151,25 @@ class QuickTracer:
         exporting = (BatchSpanProcessor, SimpleSpanProcessor)
         self._at_start = [processor.on_start for processor in told if type(processor) not in exporting]
         self.at_end = [processor.on_end for processor in told]
-        self.at_end_of_sampled = [_on_end_of_sampled(processor) for processor in told]
+        self.at_end_of_sampled = [self._on_end_of_sampled(processor) for processor in told]
 
+    def _on_end_of_sampled(self, processor: SpanProcessor) -> Callable[..., None]:
+        """How to tell a processor that a sampled span has ended."""
+        inner = getattr(processor, "_batch_processor", None)
+        if type(processor) is not BatchSpanProcessor or type(inner) is not BatchProcessor:
+            return processor.on_end
+        batch: BatchProcessor[Any] = inner
+        queue, enough = batch._queue, min(batch._max_export_batch_size, batch._max_queue_size) - 1
+        early_encoder = getattr(batch._exporter, "early_encoder", None)
+        encode = early_encoder and early_encoder(self)
 
-def _on_end_of_sampled(processor: SpanProcessor) -> Callable[..., None]:
-    """How to tell a processor that a sampled span has ended."""
-    inner = getattr(processor, "_batch_processor", None)
-    if type(processor) is not BatchSpanProcessor or type(inner) is not BatchProcessor:
-        return processor.on_end
-    batch: BatchProcessor[ReadableSpan] = inner
-    queue, enough = batch._queue, min(batch._max_export_batch_size, batch._max_queue_size) - 1
+        def put(span: ReadableSpan) -> None:
+            waiting = span if encode is None else encode(span)
+            # As long as nobody has to be woken, and nothing is dropped, this is all that the processor does with it,
+            # but for asking the system whether the process was forked; then the queue is emptied anyway.
+            if len(queue) < enough and not batch._shutdown:
+                queue.appendleft(waiting)
+            else:
+                batch.emit(waiting)
 
-    def put(span: ReadableSpan) -> None:
-        # As long as nobody has to be woken, and nothing is dropped, this is all that the processor does with it,
-        # but for asking the system whether the process was forked; then the queue is emptied anyway.
-        if len(queue) < enough and not batch._shutdown:
-            queue.appendleft(span)
-        else:
-            batch.emit(span)
-
-    return put
+        return put

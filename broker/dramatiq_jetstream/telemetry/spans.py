@@ -9,10 +9,11 @@ import threading
 from collections.abc import Callable, MutableMapping
 from contextvars import Token
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dramatiq.errors import RateLimitExceeded, Retry
 from opentelemetry import context as otel_context
+from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.context.contextvars_context import ContextVarsRuntimeContext
 from opentelemetry.trace import Span, Status, StatusCode
@@ -20,12 +21,31 @@ from opentelemetry.trace import Span, Status, StatusCode
 from . import conventions as c
 from .carrier import CARRIER_OPTION
 
-_attach: Callable[[Context], Token[Context]] = otel_context.attach
-_detach: Callable[[Token[Context]], None] = otel_context.detach
+if TYPE_CHECKING:
+    from .attempt_spans import AttemptSpan
+    from .known import Known
+    from .metrics import AttemptTally
+
+#: The key of a span in a context.
+(SPAN_KEY,) = trace.set_span_in_context(trace.INVALID_SPAN, Context())
+
+#: Makes a context the current one of this thread; `detach` takes what it returns.
+attach: Callable[[Context], Token[Context]] = otel_context.attach
+_reset: Callable[[Token[Context]], None] = otel_context.detach
 _runtime = otel_context._RUNTIME_CONTEXT
 if type(_runtime) is ContextVarsRuntimeContext:
     # What they come down to, without the calls in between.
-    _attach, _detach = _runtime._current_context.set, _runtime._current_context.reset
+    attach, _reset = _runtime._current_context.set, _runtime._current_context.reset
+
+
+def detach(token: Token[Context]) -> None:
+    """Make the context of before `attach` the current one again; nothing happens when that was done before."""
+    try:
+        _reset(token)
+    except RuntimeError:
+        pass  # an asynchronous exception struck after the first time, before anybody could note that
+    except ValueError:
+        otel_context.detach(token)  # which says what is wrong with it
 
 
 class Send:
@@ -77,9 +97,10 @@ class Attempt:
         self.retry_stored = False
         self.started = perf_counter()
 
-    def attach(self, context: Context) -> None:
-        """Make the attempt's context the current one of this thread."""
-        self.token = _attach(context)
+    @property
+    def failed(self) -> bool:
+        """Whether something has rejected the message."""
+        return bool(self.message.failed)
 
     def finish(self, outcome: str, error: BaseException | None, attributes: dict[str, Any]) -> float | None:
         """End the span and detach the context; returns the seconds, or None when that was done before.
@@ -99,12 +120,9 @@ class Attempt:
                     self._end(span, outcome, error, attributes)
                 self.span = None
         finally:
-            token, self.token = self.token, None
-            if token is not None:
-                try:
-                    _detach(token)
-                except (ValueError, RuntimeError):
-                    otel_context.detach(token)  # which says what is wrong with it
+            if self.token is not None:
+                detach(self.token)
+                self.token = None
         return seconds
 
     def _end(self, span: Span, outcome: str, error: BaseException | None, attributes: dict[str, Any]) -> None:
@@ -119,20 +137,24 @@ class Attempt:
 class ThreadState(threading.local):
     """What the current thread is in the middle of."""
 
-    attempt: Attempt | None = None
+    attempt: Attempt | AttemptSpan | None = None
     #: The sends between before_enqueue and after_enqueue by the id of the message object; replaced for the
     #: duration of each call of enqueue, so that a call knows which of them are its own.
     sends: dict[int, Send] | None = None
 
+    def __init__(self) -> None:
+        #: What its usual attempts have in common and are counted with, by queue and actor.
+        self.actors: dict[tuple[str, str], tuple[Known, AttemptTally]] = {}
 
-def outcome_of(attempt: Attempt, error: BaseException | None) -> str:
+
+def outcome_of(attempt: Attempt | AttemptSpan, error: BaseException | None) -> str:
     """How an attempt ended that was not skipped."""
     if error is None:
         # The actor did its work, yet something rejected the message all the same.
-        return c.Outcome.FAILED if attempt.message.failed else c.Outcome.DONE
+        return c.Outcome.FAILED if attempt.failed else c.Outcome.DONE
     if is_abort(error):
         return c.Outcome.ABORTED
-    if attempt.message.failed:
+    if attempt.failed:
         return c.Outcome.FAILED
     if attempt.retry_stored:
         return c.Outcome.RETRIED

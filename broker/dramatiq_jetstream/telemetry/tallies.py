@@ -48,19 +48,26 @@ class Durations:
         self.longest = max(self.longest, other.longest)
 
 
+@dataclass(slots=True)
+class Count:
+    """How often something happened."""
+
+    number: int = 0
+
+
 class _Table:
     """What one thread has counted."""
 
     __slots__ = ("counts", "durations")
 
     def __init__(self) -> None:
-        self.counts: dict[Key, int] = {}
+        self.counts: dict[Key, Count] = {}
         self.durations: dict[Key, Durations] = {}
 
     def add(self, other: _Table) -> None:
         # list() takes what is there in one step, while the other thread may go on.
         for key, count in list(other.counts.items()):
-            self.counts[key] = self.counts.get(key, 0) + count
+            self.counts.setdefault(key, Count()).number += count.number
         for key, durations in list(other.durations.items()):
             self.durations.setdefault(key, Durations()).add(durations)
 
@@ -79,18 +86,23 @@ class Tallies:
         #: What threads have counted that are no more.
         self._past = _Table()
 
+    def counter(self, key: Key) -> Count:
+        """Where the calling thread counts something; nobody else may."""
+        counts = (self._own.table or self._make_table()).counts
+        return counts.get(key) or counts.setdefault(key, Count())
+
+    def timer(self, key: Key) -> Durations:
+        """Where the calling thread records durations of something; nobody else may."""
+        durations = (self._own.table or self._make_table()).durations
+        return durations.get(key) or durations.setdefault(key, Durations())
+
     def count(self, key: Key) -> None:
         """Add one."""
-        counts = (self._own.table or self._make_table()).counts
-        counts[key] = counts.get(key, 0) + 1
+        self.counter(key).number += 1
 
     def record(self, key: Key, seconds: float) -> None:
         """Add one duration."""
-        durations = (self._own.table or self._make_table()).durations
-        found = durations.get(key)
-        if found is None:
-            found = durations[key] = Durations()
-        found.record(seconds)
+        self.timer(key).record(seconds)
 
     def totals(self) -> tuple[Mapping[Key, int], Mapping[Key, Durations]]:
         """Everything counted so far."""
@@ -107,7 +119,7 @@ class Tallies:
             sum_.add(self._past)
             for _, table in alive:
                 sum_.add(table)
-        return sum_.counts, sum_.durations
+        return {key: count.number for key, count in sum_.counts.items()}, sum_.durations
 
     def _make_table(self) -> _Table:
         table = self._own.table = _Table()

@@ -12,7 +12,6 @@ from dramatiq import Broker, MessageProxy
 from dramatiq.middleware import Interrupt, Shutdown, TimeLimit, TimeLimitExceeded, raise_thread_exception
 from dramatiq_abort import Abortable, abort
 from dramatiq_abort.backends import StubBackend
-from opentelemetry import context
 
 from tests.broker.conformance.workers import running
 from tests.broker.telemetry.conftest import Fleet, Providers
@@ -160,42 +159,3 @@ def test_an_exception_that_kills_the_worker_thread_leaves_no_open_span(
     (process,) = telemetry.receiver.named(f"process {queue}")
     assert process.attributes["dramatiq.outcome"] == "unresolved"
     assert process.attributes["error.type"] == f"{Interrupt.__module__}.Interrupt"
-
-
-def test_the_instrumentation_itself_may_be_struck(
-    stub: Fleet, telemetry: Providers, queue: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An exception between the end of the span and the detaching still detaches."""
-    from dramatiq_jetstream.telemetry import spans as module
-
-    struck: list[int] = []
-    left: list[object] = []
-    detach = context.detach
-
-    def strike(token: Any) -> None:
-        if not struck:
-            struck.append(1)
-            detach(token)
-            raise TimeLimitExceeded
-        detach(token)
-
-    monkeypatch.setattr(module.otel_context, "detach", strike)
-
-    class Watch(dramatiq.Middleware):
-        def after_ack(self, broker: Broker, message: MessageProxy) -> None:
-            left.append(dict(context.get_current()))
-
-        after_nack = after_ack
-
-    stub.broker.add_middleware(Watch())
-
-    @dramatiq.actor(queue_name=queue, max_retries=0)
-    def act() -> None:
-        pass
-
-    act.send()
-    act.send()
-    with running(stub.broker, threads=1):
-        stub.broker.join(queue, timeout=10_000)  # type: ignore[attr-defined]
-    telemetry.spans(*[f"send {queue}", f"process {queue}"] * 2)
-    assert left == [{}, {}]
