@@ -76,7 +76,8 @@ class Acceptance:
         if key is None and request.order_id is not None:
             key = f"order:{request.order_id}"
         if key is None:
-            order_id, created_at = new_order_id(self._now()), self._now()
+            created_at = self._now()
+            order_id = new_order_id(created_at)
             self._store(order_id, created_at, request, lines, deadline)
             return AcceptedOrder(_order(order_id, created_at, request, lines))
         digest = _digest(request)
@@ -103,10 +104,12 @@ class Acceptance:
 
 def new_order_id(at: int) -> str:
     """Return a new id (UUID version 7): unique, and it begins with the time, so that the order can be found by it."""
-    value = (
-        (at & (2**48 - 1)) << 80 | 0x7 << 76 | secrets.randbits(12) << 64 | 0b10 << 62 | secrets.randbits(62)
-    )
-    return str(uuid.UUID(int=value))
+    random = secrets.token_bytes(10)
+    value = bytearray((at & (2**48 - 1)).to_bytes(6, "big") + random)
+    value[6] = 0x70 | value[6] & 0x0F  # the version
+    value[8] = 0x80 | value[8] & 0x3F  # the variant
+    text = value.hex()
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 def time_of(order_id: str) -> int | None:

@@ -104,11 +104,12 @@ dramatiq.set_broker(broker)
 def publish(event: Message, at: int, *, timeout: int | None = None) -> None:
     """Store an event that happened at `at` (milliseconds), once however often it is repeated."""
     event_stream.ensure(broker)
+    event_id = events.event_id(event)
     broker.publish(
         events.subject_of(event),
         event,
-        event_id=events.event_id(event),
-        headers=events.headers(event, at),
+        event_id=event_id,
+        headers=events.headers(event, event_id, at),
         timeout=timeout,
     )
 

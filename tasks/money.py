@@ -26,7 +26,7 @@ def from_float(amount: float, currency: str) -> int | None:
 
 def to_float(minor: int, currency: str) -> float:
     """Return the amount in major units, as the events' `total_amount` carries it."""
-    return float(Decimal(minor) / MINOR_UNITS[currency])
+    return minor / MINOR_UNITS[currency]  # the division is rounded once, to the float nearest to the amount
 
 
 def to_text(minor: int, currency: str) -> str:

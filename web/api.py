@@ -133,11 +133,11 @@ def _limit() -> int:
 
 
 def _idempotency_key() -> str | None:
-    keys = request.headers.getlist("Idempotency-Key")
-    if not keys:
+    given = request.headers.get("Idempotency-Key")
+    if given is None:
         return None
-    key = keys[0].strip()
-    if len(keys) > 1 or not 1 <= len(key) <= 255 or not key.isascii() or not key.isprintable():
+    key = given.strip()
+    if not 1 <= len(key) <= 255 or not key.isascii() or not key.isprintable():
         raise Problem(
             "malformed-request", "Idempotency-Key must be one value of 1 to 255 printable ASCII characters."
         )
