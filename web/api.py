@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NoReturn
 from urllib.parse import quote, urlencode
 
-from flask import Blueprint, Response, jsonify, request
+from flask import Blueprint, Response, current_app, jsonify, request
 
 from tasks import service
 from tasks.events import usable_order_id
@@ -49,12 +49,11 @@ def place_order() -> Response:
         accepted = accept(order_request, key)
     except InvalidOrder as error:
         refuse(error)
-    response = jsonify(order_json(accepted.order))
-    response.status_code = 202
-    response.headers["Location"] = f"/api/orders/{quote(accepted.order.order_id, safe='')}"
+    headers = {"Location": f"/api/orders/{quote(accepted.order.order_id, safe='')}"}
     if accepted.repeated:
-        response.headers["Idempotency-Replayed"] = "true"
-    return response
+        headers["Idempotency-Replayed"] = "true"
+    body = current_app.json.dumps(order_json(accepted.order), separators=(",", ":"))
+    return Response(f"{body}\n", 202, headers, mimetype="application/json")
 
 
 @blueprint.get("/api/orders/<path:order_id>")

@@ -53,7 +53,7 @@ from .naming import (
 from .queues import QueueStats
 from .time_limits import keep_time_of
 from .undertaker import JetStreamUndertaker
-from .work_queue import WorkQueue
+from .work_queue import DelayQueue, WorkQueue
 
 __all__ = ["JetStreamBroker"]
 
@@ -549,8 +549,7 @@ class JetStreamBroker(EmittingBroker):
 
     def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
         if signal == "consumer_thread_boot":
-            # What is delayed is with the server, so this one is always empty; it is looked into for each message.
-            args[0].delay_queue = WorkQueue()
+            args[0].delay_queue = DelayQueue()
         if signal != "process_message":
             super().emit_after(signal, *args, **kwargs)
             return

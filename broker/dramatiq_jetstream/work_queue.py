@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from queue import SimpleQueue
 from typing import Protocol
 
 from .handover import Handover
 
-__all__ = ["WorkQueue"]
+__all__ = ["DelayQueue", "WorkQueue"]
 
 
 class Item(Protocol):
@@ -86,3 +87,18 @@ class WorkQueue(Handover[Item]):
 
     def empty(self) -> bool:
         return not any(self._in_order)
+
+
+class DelayQueue(WorkQueue):
+    """A consumer's delay queue, into which nothing comes, because what is delayed is with the server.
+
+    Dramatiq looks into it before each message. One call of C tells it that there is nothing, until there is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.get_nowait = SimpleQueue[Item]().get_nowait  # type: ignore[method-assign]
+
+    def put(self, item: Item) -> None:
+        vars(self).pop("get_nowait", None)
+        super().put(item)
