@@ -62,7 +62,7 @@ def create_app(app_settings: Settings | None = None) -> Flask:
 
 def _refuse_endless_body() -> None:
     """Refuse a body without a length that is too large: the framework would cut it off, and take the rest."""
-    if "CONTENT_LENGTH" in request.environ:
+    if request.environ.get("CONTENT_LENGTH"):
         return
     limit = request.max_content_length
     if limit is not None and len(request.get_data()) >= limit:

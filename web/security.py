@@ -54,7 +54,7 @@ class _Protected:
         def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
             present = {name.lower() for name, _ in headers}
             added = [header for header in _HEADERS if header[0].lower() not in present]
-            if not environ["PATH_INFO"].startswith(self._static):
+            if not environ.get("PATH_INFO", "").startswith(self._static):
                 if "cache-control" not in present:
                     added.append(_NOT_KEPT)
             elif status.startswith("200") and "v" in parse_qs(environ.get("QUERY_STRING", "")):
