@@ -51,6 +51,7 @@ from .naming import (
     trace_headers,
 )
 from .queues import QueueStats
+from .running import running_message
 from .time_limits import keep_time_of
 from .undertaker import JetStreamUndertaker
 from .work_queue import DelayQueue, WorkQueue
@@ -540,7 +541,9 @@ class JetStreamBroker(EmittingBroker):
         super().add_middleware(middleware, before=before, after=after)
 
     def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
-        if signal == "worker_boot":
+        if signal == "process_message":
+            running_message.set(args[0])
+        elif signal == "worker_boot":
             self._worker = args[0]
             self._worker.work_queue = WorkQueue()  # its threads, which take it from here, are not made yet
         super().emit_before(signal, *args, **kwargs)
@@ -552,6 +555,8 @@ class JetStreamBroker(EmittingBroker):
             args[0].delay_queue = DelayQueue()
         if signal != "process_message":
             super().emit_after(signal, *args, **kwargs)
+            if signal == "skip_message":
+                running_message.set(None)
             return
         self._after.message = args[0]
         self._after.ids = None
@@ -559,6 +564,7 @@ class JetStreamBroker(EmittingBroker):
             super().emit_after(signal, *args, **kwargs)
         finally:
             self._after.message = None
+            running_message.set(None)
 
     def failed_after(self, signal: str, middleware: Middleware, error: Exception) -> None:
         if signal == "process_message" and isinstance(middleware, _FOLLOW_UPS):

@@ -12,12 +12,11 @@ the event itself is acked, and the retry carries it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from dramatiq.actor import Actor
-from dramatiq.broker import Broker, MessageProxy
+from dramatiq.broker import Broker
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware, MiddlewareError
 
@@ -28,6 +27,7 @@ from .deliveries import Delivery
 from .envelope import Event, event_in, event_of, to_message
 from .errors import InvalidName, InvalidOption
 from .naming import check_subject
+from .running import running_message
 
 __all__ = ["Event", "Events", "Subscription", "current_event", "subscription"]
 
@@ -105,15 +105,13 @@ class _ByType:
         return decode(event)
 
 
-_current: ContextVar[Event | None] = ContextVar("dramatiq_jetstream_event", default=None)
-
-
 def current_event() -> Event | None:
     """The event that the running actor was called for, with its headers and place in the stream.
 
     None outside of actors and for ordinary messages.
     """
-    return _current.get()
+    message = running_message.get()
+    return None if message is None else event_of(message)
 
 
 class InvalidSubscription(InvalidOption, MiddlewareError):
@@ -238,22 +236,6 @@ class Events(Middleware):
         broker.event_decoders[actor.actor_name] = wanted.decode
         makers = broker.subscriptions.setdefault(actor.queue_name, {})
         makers[actor.actor_name] = lambda: self._source(broker, actor.actor_name)
-
-    def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
-        _current.set(event_of(message))
-
-    def after_process_message(
-        self,
-        broker: Broker,
-        message: MessageProxy,
-        *,
-        result: Any = None,
-        exception: BaseException | None = None,
-    ) -> None:
-        _current.set(None)
-
-    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
-        _current.set(None)
 
     def _source(self, broker: JetStreamBroker, actor_name: str) -> Source:
         actor, wanted = self._subscriptions[actor_name]

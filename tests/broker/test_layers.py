@@ -13,7 +13,7 @@ ROOT = Path(dramatiq_jetstream.__file__).parent
 
 #: A module may import from the lines above its own, and from its own line.
 LAYERS = [
-    ["errors", "ids", "parser"],
+    ["errors", "ids", "parser", "running"],
     ["naming", "options", "client"],
     ["lanes", "emission", "handover", "time_limits"],
     ["work_queue"],

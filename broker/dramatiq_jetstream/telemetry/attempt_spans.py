@@ -92,12 +92,13 @@ class AttemptSpan(QuickSpan):
         super().update_name(name)
 
     def conclude(self, outcome: str) -> None:
-        if self._has_attributes:
+        if self._has_attributes or self._end_time is not None:
             super().conclude(outcome)
             return
-        if self._end_time is None:
-            self.outcome = outcome
-        self.end()
+        self.outcome = outcome
+        self._end_time = time_ns()
+        for on_end in self._tracer.at_end_of_sampled:
+            on_end(self)
 
     def end(self, end_time: int | None = None) -> None:
         if self._end_time is not None:

@@ -22,11 +22,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, cast
 
 from dramatiq import Broker, MessageProxy, Middleware
 
 from dramatiq_jetstream.errors import InvalidOption
+from dramatiq_jetstream.running import running_message
 
 
 class Scope(Protocol):
@@ -37,28 +38,43 @@ class Scope(Protocol):
 
 
 @dataclass(slots=True)
-class About:
-    """A message and what is bound while it is worked on; or only what is bound."""
+class _Fields:
+    """A scope outside of actors."""
 
     message: MessageProxy | None
     fields: dict[str, Any] | None = None
 
 
-_scope: ContextVar[Scope | None] = ContextVar("dramatiq_jetstream_log_scope", default=None)
-
+# A message is its own scope, because nothing has to be made for it: what is bound is kept on it.
+_scope: ContextVar[Scope | MessageProxy | None] = ContextVar("dramatiq_jetstream_log_scope", default=None)
+_BOUND = "_bound_log_fields"
 
 #: Says what the log lines of this thread are about from here on; None: about nothing in particular.
-enter: Callable[[Scope | None], object] = _scope.set
+enter: Callable[[Scope | MessageProxy | None], object] = _scope.set
+
+
+def _current_scope() -> Scope | MessageProxy | None:
+    scope, message = _scope.get(), running_message.get()
+    # A scope of before the message does not cover it; one that was made while it runs knows it.
+    return scope if message is None or (scope is not None and _message_of(scope) is message) else message
+
+
+def _message_of(scope: Scope | MessageProxy) -> MessageProxy | None:
+    return scope if isinstance(scope, MessageProxy) else scope.message
+
+
+def _fields_in(scope: Scope | MessageProxy) -> dict[str, Any] | None:
+    return vars(scope).get(_BOUND) if isinstance(scope, MessageProxy) else scope.fields
 
 
 class LogContext(Middleware):
     """Notes which message a worker thread is working on, for its log lines.
 
-    For programs whose brokers are not instrumented: DramatiqInstrumentor does the same.
+    For brokers that are neither instrumented nor JetStreamBrokers, which do it by themselves.
     """
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
-        enter(About(message))
+        enter(message)
 
     def after_process_message(
         self,
@@ -79,14 +95,13 @@ def bind_log_fields(**fields: Any) -> None:
 
     In an actor they are forgotten when the message is done. Elsewhere use `log_fields`.
     """
-    scope = _scope.get()
-    if scope is None:
-        scope = About(None)
-        _scope.set(scope)
-    if scope.fields is None:
-        scope.fields = fields
+    scope = _current_scope()
+    if isinstance(scope, MessageProxy):
+        vars(scope).setdefault(_BOUND, {}).update(fields)
     else:
-        scope.fields.update(fields)
+        own: Scope = cast("Scope | None", scope) or _Fields(None)
+        own.fields = {**(own.fields or {}), **fields}
+        _scope.set(own)
     span = _current_span()
     if span is not None and span.is_recording():
         for name, value in fields.items():
@@ -96,8 +111,8 @@ def bind_log_fields(**fields: Any) -> None:
 @contextmanager
 def log_fields(**fields: Any) -> Iterator[None]:
     """Fields for the log lines inside a `with` block, such as one web request."""
-    outer = _scope.get()
-    inner = About(None) if outer is None else About(outer.message, dict(outer.fields or {}))
+    outer = _current_scope()
+    inner = _Fields(None) if outer is None else _Fields(_message_of(outer), dict(_fields_in(outer) or {}))
     token = _scope.set(inner)
     try:
         bind_log_fields(**fields)
@@ -109,13 +124,13 @@ def log_fields(**fields: Any) -> Iterator[None]:
 def current_log_fields() -> dict[str, Any]:
     """What a line logged at this point carries besides its text."""
     fields: dict[str, Any] = {}
-    scope = _scope.get()
+    scope = _current_scope()
     if scope is not None:
-        if scope.fields:
-            fields.update(scope.fields)
-        if scope.message is not None:
-            fields["actor"] = scope.message.actor_name
-            fields["message_id"] = scope.message.message_id
+        fields.update(_fields_in(scope) or {})
+        message = _message_of(scope)
+        if message is not None:
+            fields["actor"] = message.actor_name
+            fields["message_id"] = message.message_id
     span = _current_span()
     context = span.get_span_context() if span is not None else None
     if context is not None and context.is_valid:

@@ -34,7 +34,7 @@ from .carrier import (
 )
 from .flush import force_flush
 from .known import Known
-from .logs import About, enter
+from .logs import enter
 from .metrics import Instruments
 from .spans import Attempt, Send, ThreadState, attach, is_expected, outcome_of, skipped_by_abort
 from .usual_attempts import UsualAttempts, is_usual
@@ -266,7 +266,7 @@ class TelemetryMiddleware(Middleware):
         # In this order for the same reason as a usual attempt.
         attempt = self._thread.attempt = Attempt(message, message.message_id, queue, actor, span)
         attempt.token = attach(trace.set_span_in_context(span, parent))
-        enter(About(message))
+        enter(message)
         self._instruments.consumed(self._system, queue, actor, redelivered=deliveries > 1)
 
     def _start_attempt(

@@ -38,7 +38,7 @@ class QuickTracer:
         is_random = getattr(self._ids, "is_trace_id_random", None)
         self._root_flags = RANDOM if is_random is not None and is_random() else 0
         self._processor = processor
-        self._processors: object = None
+        self._processors: object = object()  # not looked at yet
         self._at_start: list[Callable[..., None]] = []
         self.at_end: list[Callable[..., None]] = []
         #: The same for spans that are known to be sampled.
@@ -131,7 +131,8 @@ class QuickTracer:
 
     def start_attempt(self, known: Known, parent: bytes, message_id: str, attempt: int) -> AttemptSpan | None:
         """Begin the span of an attempt if nobody has to be asked or told: as a rule. Otherwise return None."""
-        if self._sampler is not DEFAULT_ON or self._listeners():
+        as_before = getattr(self._processor, "_span_processors", None) is self._processors
+        if self._sampler is not DEFAULT_ON or (self._at_start if as_before else self._listeners()):
             return None
         return AttemptSpan(self, known, self._ids.generate_span_id(), parent, message_id, attempt)
 

@@ -30,6 +30,7 @@ from dramatiq import Broker, Middleware
 
 from . import environment
 from .brokers import BrokerHook
+from .conventions import messaging_system
 from .logs import LogContext, configure_logging
 
 if TYPE_CHECKING:
@@ -229,7 +230,8 @@ def _at_sigterm(number: int, _frame: FrameType | None) -> None:
 
 
 def _add_log_context(broker: Broker) -> None:
-    broker.middleware.insert(0, LogContext())
+    if messaging_system(broker) != "nats":  # a JetStreamBroker says by itself which message is worked on
+        broker.middleware.insert(0, LogContext())
 
 
 def _remove_log_context(broker: Broker) -> None:

@@ -11,12 +11,15 @@ from typing import Any
 
 import dramatiq
 import pytest
+from dramatiq import Broker, MessageProxy
 
+from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.errors import InvalidOption
 from dramatiq_jetstream.telemetry import LogContext, bind_log_fields, configure_logging, log_fields
 from dramatiq_jetstream.telemetry.logs import current_log_fields
 from tests.broker.conformance.workers import running
 from tests.broker.telemetry.conftest import Providers, stub_broker
+from tests.support.polling import eventually
 
 logger = logging.getLogger("orders")
 
@@ -241,3 +244,35 @@ def test_a_wrong_value_names_the_variable(
     monkeypatch.setenv(variable, "yaml")
     with pytest.raises(InvalidOption, match=variable):
         configure_logging()
+
+
+def test_what_was_bound_outside_stays_outside(broker: JetStreamBroker, queue: str) -> None:
+    """Also where telemetry is off: the lines of a message have its own fields, and only its own."""
+    seen: list[dict[str, Any]] = []
+
+    class Binds(dramatiq.Middleware):
+        def after_worker_thread_boot(self, broker: Broker, thread: Any) -> None:
+            bind_log_fields(thread=thread.name)
+
+        def after_ack(self, broker: Broker, message: MessageProxy) -> None:
+            seen.append(current_log_fields())
+
+    broker.add_middleware(Binds())
+
+    @dramatiq.actor(queue_name=queue)
+    def act(number: int) -> None:
+        if number == 0:
+            bind_log_fields(order_id="o-0")
+        with log_fields(step="s"):
+            seen.append(current_log_fields())
+        seen.append(current_log_fields())
+
+    messages = [act.send(number) for number in range(2)]
+    with running(broker, threads=1):
+        broker.join(queue, timeout=10_000)
+        eventually(lambda: len(seen) == 6)
+    about = [{"actor": "act", "message_id": message.message_id} for message in messages]
+    first = {"order_id": "o-0", **about[0]}
+    thread = {"thread": seen[2]["thread"]}
+    assert seen[:3] == [{"step": "s", **first}, first, thread]
+    assert seen[3:] == [{"step": "s", **about[1]}, about[1], thread]
