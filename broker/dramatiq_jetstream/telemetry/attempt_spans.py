@@ -21,7 +21,7 @@ from opentelemetry.trace import SpanContext, SpanKind, TraceFlags
 from . import conventions as c
 from .known import Known
 from .quick_spans import FLAGS, UNSET, QuickSpan
-from .spans import detach, record_error
+from .spans import detach, end_span
 
 if TYPE_CHECKING:
     from .metrics import AttemptTally
@@ -131,11 +131,7 @@ class AttemptSpan(QuickSpan):
                 if error is None and not attributes:
                     self.conclude(outcome)
                 else:
-                    if self.is_recording():
-                        self.note({c.OUTCOME: outcome, **attributes})
-                        if error is not None:
-                            record_error(self, error)
-                    self.end()
+                    end_span(self, outcome, error, attributes)
                 self.finished = True
         finally:
             self.detach()

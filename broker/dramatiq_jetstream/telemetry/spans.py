@@ -117,21 +117,13 @@ class Attempt:
                 if conclude is not None:
                     conclude(outcome)
                 else:
-                    self._end(span, outcome, error, attributes)
+                    end_span(span, outcome, error, attributes)
                 self.span = None
         finally:
             if self.token is not None:
                 detach(self.token)
                 self.token = None
         return seconds
-
-    def _end(self, span: Span, outcome: str, error: BaseException | None, attributes: dict[str, Any]) -> None:
-        if span.is_recording():
-            note = getattr(span, "note", span.set_attributes)
-            note({c.OUTCOME: outcome, **attributes})
-            if error is not None:
-                record_error(span, error)
-        span.end()
 
 
 class ThreadState(threading.local):
@@ -182,6 +174,16 @@ def skipped_by_abort(error: BaseException | None) -> bool:
 def is_expected(error: BaseException, outcome: str) -> bool:
     """Whether the actor asked to be run again, which Dramatiq does not log as an error either."""
     return outcome == c.Outcome.RETRIED and isinstance(error, (Retry, RateLimitExceeded))
+
+
+def end_span(span: Span, outcome: str, error: BaseException | None, attributes: dict[str, Any]) -> None:
+    """End the span of an attempt of which there is more to say than that it is over."""
+    if span.is_recording():
+        note = getattr(span, "note", span.set_attributes)
+        note({c.OUTCOME: outcome, **attributes})
+        if error is not None:
+            record_error(span, error)
+    span.end()
 
 
 def record_error(span: Span, error: BaseException) -> None:
