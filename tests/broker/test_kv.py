@@ -422,14 +422,18 @@ def test_a_watch_misses_nothing_over_reconnects(make_bucket: MakeBucket, cable: 
     bucket, writer = make_bucket(cable.url), make_bucket()
     seen = Seen()
     watch = bucket.watch("", seen)
-    for n in range(60):
-        writer.put(f"k{n}", b"")
-        if n % 20 == 10:
-            cable.deaf = True
-        if n % 20 == 15:
-            cable.cut()
-            cable.deaf = False
-    assert cable.lost
+    for start in range(0, 60, 20):
+        for n in range(start, start + 10):
+            writer.put(f"k{n}", b"")
+        # Reconnected and caught up, so that the next entries are on their way when they get lost.
+        assert eventually(lambda end=start + 10: len(seen.entries) >= end, timeout=20)
+        cable.lost = b""
+        with cable.deafness():
+            for n in range(start + 10, start + 15):
+                writer.put(f"k{n}", b"")
+            assert eventually(lambda: bool(cable.lost))
+        for n in range(start + 15, start + 20):
+            writer.put(f"k{n}", b"")
     assert eventually(lambda: len(seen.entries) >= 60, timeout=20)
     assert [key for key, _ in seen.values] == [f"k{n}" for n in range(60)]
     watch.close()

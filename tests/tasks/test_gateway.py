@@ -144,10 +144,11 @@ def test_connection_is_kept_open() -> None:
 
         def answer(connection: socket.socket) -> None:
             body = b'{"id": "ch_1", "status": "captured", "amount": 100, "currency": "EUR"}'
-            while connection.recv(65_536):
-                connection.sendall(
-                    b"HTTP/1.1 201 Created\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-                )
+            with connection:
+                while connection.recv(65_536):
+                    connection.sendall(
+                        b"HTTP/1.1 201 Created\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+                    )
 
         threading.Thread(target=serve, daemon=True).start()
         gateway = HttpGateway(f"http://127.0.0.1:{server.getsockname()[1]}", timeout=2_000)
@@ -157,7 +158,7 @@ def test_connection_is_kept_open() -> None:
             gateway.charge("o-1", 200, "EUR", "tok")
         assert len(accepted) == 1
         for connection in accepted:
-            connection.close()
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize(
