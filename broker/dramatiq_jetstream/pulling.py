@@ -128,8 +128,6 @@ class Puller:
         self._in_hand = 0
         self._settled = 0
         self.window = prefetch
-        # Under load, asking for a few at a time saves requests; a tick later any free place is used.
-        self._worth_asking = max(1, prefetch // 4)
         self._numbers = itertools.count(1)
         self._replenishing = False
         self._arrived: list[Delivery] = []
@@ -175,11 +173,22 @@ class Puller:
         if self.window - self._in_hand >= self._worth_asking:
             self._replenish_soon()
 
+    @property
+    def _worth_asking(self) -> int:
+        """How many to ask for at least, under load: a message that comes alone costs three threads a wake-up.
+
+        A tick later any free place is used.
+        """
+        return max(1, self.window // 4)
+
     def _replenish_soon(self) -> None:
         # Many are settled in one turn of the loop; one look at what to ask for is enough.
         if not self._replenishing:
             self._replenishing = True
-            self._connection.soon(self._replenish)
+            self._connection.soon(self._replenish_under_load)
+
+    def _replenish_under_load(self) -> None:
+        self._replenish(self._worth_asking)
 
     def _receiver(self, feed: _Feed) -> Callable[[Msg], None]:
         def receive(message: Msg) -> None:
@@ -237,8 +246,8 @@ class Puller:
         if feed.drained and not self._stopping:
             self._replenish()
 
-    def _replenish(self) -> None:
-        """Ask for as many messages as there is room for, highest rank first."""
+    def _replenish(self, least: int = 1) -> None:
+        """Ask for as many messages as there is room for, highest rank first; a single source for `least` or more."""
         self._replenishing = False
         free = self.window - self._in_hand
         if free <= 0 or self._stopping or any(self._ledger.is_behind(feed.source) for feed in self._feeds):
@@ -247,7 +256,9 @@ class Puller:
             return
         if len(self._feeds) == 1:
             (feed,) = self._feeds
-            self._pull(feed, free - feed.outstanding, probe=False)
+            unasked = free - feed.outstanding
+            if unasked >= least:
+                self._pull(feed, unasked, probe=False)
             return
         free -= sum(pull.left for feed in self._feeds for pull in feed.pulls if pull.probe)
         for feeds in self._ranks:
