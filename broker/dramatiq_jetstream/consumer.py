@@ -89,6 +89,7 @@ class JetStreamMessage(MessageProxy):
         self._delivery = delivery
         self._arguments = arguments
         self.follow_up_error: Exception | None = None
+        self.delivery_count = delivery.deliveries
         # Dramatiq and its middleware read these twenty times for a message that does nothing; the proxy would first
         # fail to find them, each time.
         self.queue_name = message.queue_name
@@ -104,12 +105,8 @@ class JetStreamMessage(MessageProxy):
         return self._message.args if self._arguments is None else self._arguments
 
     @property
-    def delivery_count(self) -> int:
-        return self._delivery.deliveries
-
-    @property
     def redelivered(self) -> bool:
-        return self._delivery.deliveries > 1
+        return self.delivery_count > 1
 
 
 class JetStreamConsumer(Consumer):

@@ -1,26 +1,30 @@
 """Spans of attempts that are looked at by nobody but the exporter, as most are.
 
-Such a span keeps what it is made of: the ids of the span that sent its message, the message's id, the number of the
+Such a span keeps what it is made of: the header that came with its message, the message's id, the number of the
 attempt and how it ended. What OpenTelemetry shows of a span is made of that when somebody asks for it: an actor that
 logs or sends asks for the ids, one that sets an attribute asks for the attributes. A span that is untouched at its end
-is exported as one piece of bytes, of which only ids and times differ from the last one (`encode`).
+is exported as one piece of bytes, of which only ids and times differ from the last one (see `encoding`).
+
+What is made late is behind properties and not in a `__getattr__`: a class that has one makes Python look up everything
+else the long way, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import Token
-from struct import Struct
-from time import perf_counter, time_ns
-from typing import TYPE_CHECKING, Any
+from time import perf_counter_ns, time_ns
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from dramatiq import MessageProxy
 from opentelemetry.context import Context
-from opentelemetry.trace import SpanContext, SpanKind, TraceFlags
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode
+from opentelemetry.util.types import Attributes
 
 from . import conventions as c
+from .carrier import read_sampled
 from .known import Known
-from .quick_spans import FLAGS, UNSET, QuickSpan
+from .quick_spans import FLAGS, QuickSpan
 from .spans import detach, end_span
 
 if TYPE_CHECKING:
@@ -28,75 +32,110 @@ if TYPE_CHECKING:
     from .quick_tracer import QuickTracer
 
 
+@final
 class AttemptSpan(QuickSpan):
     """A sampled span whose parent is the send that its message names, and the attempt itself (see `spans.Attempt`).
 
     Attributes:
-      sent_by: That parent: its trace id, its span id, its flags (see `carrier.read_sampled`).
+      is_untouched: Whether it says nothing but what it was made of.
+      sent_by: The header that names that parent (see `carrier.is_sampled`).
       outcome: How the attempt ended, or None.
       message, token, retry_stored, fields: As long as it is under way; `fields` are those of its log lines.
       tally: Where its thread counts it.
       finished: Whether the attempt is over, which somebody may have said of the span before.
     """
 
+    _start_time: int
     _kind = SpanKind.CONSUMER
     _links = ()
-    #: Whether somebody asked for the attributes.
-    _has_attributes = False
-    outcome: str | None = None
+    #: What somebody asked for.
+    _made_attributes: Any = None
+    _made_context: SpanContext | None = None
     message: MessageProxy | None = None
     tally: AttemptTally
-    token: Token[Context] | None = None
     retry_stored = False
     fields: dict[str, Any] | None = None
     finished = False
 
-    def __init__(
-        self, tracer: QuickTracer, known: Known, span_id: int, parent: bytes, message_id: str, attempt: int
-    ) -> None:
+    # A class with an `__init__` of its own takes twice as long to call. This one's is `start`.
+    if TYPE_CHECKING:
+
+        def __init__(self) -> None: ...
+
+    else:
+        __init__ = object.__init__
+
+    def start(self, tracer: QuickTracer, known: Known, sent_by: str, message_id: str, attempt: int) -> None:
+        """Begin. Its end is measured, because the clock may be set in between."""
         self._tracer = tracer
         self._resource = tracer.resource
         self._instrumentation_scope = tracer.scope
         self._name = known.span_name
         self.known = known
-        self.span_id = span_id
-        self.sent_by = parent
+        self.sent_by = sent_by
         self.message_id = message_id
         self.attempt = attempt
+        # What each span is asked for is on it: Python takes longer to find it on the class.
+        self.is_untouched = True
+        self.outcome: str | None = None
+        self.token: Token[Context] | None = None
+        self._end_time = None
+        self.span_id = tracer.ids.generate_span_id()
         self._start_time = time_ns()
-        self.started = perf_counter()
+        self.started = perf_counter_ns()
 
-    def __getattr__(self, name: str) -> Any:
-        """Make what is missing. Two threads that do so at once make the same."""
-        if name == "_context" or name == "_parent":
-            trace_id, sender = (
-                int.from_bytes(self.sent_by[:16], "big"),
-                int.from_bytes(self.sent_by[16:24], "big"),
+    # Two threads that ask at once make the same.
+
+    @property
+    def _parent(self) -> SpanContext:  # type: ignore[override]
+        return read_sampled(self.sent_by)
+
+    @property
+    def _context(self) -> SpanContext:  # type: ignore[override]
+        if self._made_context is None:
+            parent = self._parent
+            self._made_context = SpanContext(
+                parent.trace_id, self.span_id, False, FLAGS[parent.trace_flags], parent.trace_state
             )
-            flags = self.sent_by[24]
-            self._parent = SpanContext(trace_id, sender, True, TraceFlags(flags))
-            self._context = SpanContext(trace_id, self.span_id, False, FLAGS[flags], self._parent.trace_state)
-        elif name == "_attributes":
+        return self._made_context
+
+    @property
+    def _attributes(self) -> Any:
+        if self._made_attributes is None:
+            self.is_untouched = False
             assert self.known is not None, "what makes it unknown has asked for the attributes first"
             made = {**self.known.attributes, c.MESSAGE_ID: self.message_id, c.ATTEMPT: self.attempt}
             if self.outcome is not None:
                 made[c.OUTCOME] = self.outcome
-            self._attributes = made
-            self._has_attributes = True
-        else:
-            raise AttributeError(name)
-        return self.__dict__[name]
+            self._made_attributes = made
+        return self._made_attributes
+
+    @_attributes.setter
+    def _attributes(self, attributes: Any) -> None:
+        self._made_attributes = attributes
+
+    def add_event(self, name: str, attributes: Attributes = None, timestamp: int | None = None) -> None:
+        self.is_untouched = False
+        super().add_event(name, attributes, timestamp)
+
+    def add_link(self, context: SpanContext, attributes: Attributes = None) -> None:
+        self.is_untouched = False
+        super().add_link(context, attributes)
+
+    def set_status(self, status: Status | StatusCode, description: str | None = None) -> None:
+        self.is_untouched = False
+        super().set_status(status, description)
 
     def update_name(self, name: str) -> None:
         self._attributes  # noqa: B018 - asked for while it is known what they begin with
         super().update_name(name)
 
     def conclude(self, outcome: str) -> None:
-        if self._has_attributes or self._end_time is not None:
+        if self._end_time is not None or not self.is_untouched:
             super().conclude(outcome)
             return
         self.outcome = outcome
-        self._end_time = time_ns()
+        self._end_time = self._start_time + perf_counter_ns() - self.started
         for on_end in self._tracer.at_end_of_sampled:
             on_end(self)
 
@@ -104,7 +143,7 @@ class AttemptSpan(QuickSpan):
         if self._end_time is not None:
             self._is_over("end")
             return
-        self._end_time = end_time or time_ns()
+        self._end_time = end_time or self._start_time + perf_counter_ns() - self.started
         for on_end in self._tracer.at_end_of_sampled:
             on_end(self)
 
@@ -127,7 +166,7 @@ class AttemptSpan(QuickSpan):
         seconds: float | None = None
         try:
             if not self.finished:
-                seconds = perf_counter() - self.started
+                seconds = (perf_counter_ns() - self.started) * 1e-9
                 if error is None and not attributes:
                     self.conclude(outcome)
                 else:
@@ -143,41 +182,18 @@ class AttemptSpan(QuickSpan):
             detach(self.token)
             self.token = None
 
-    @property
-    def is_untouched(self) -> bool:
-        """Whether it says nothing but what it was made of."""
-        return not (self._has_attributes or self._events or self._links or self._status is not UNSET)
 
-
-class Template:
+class Template(NamedTuple):
     """The encoded form of all spans that have everything in common but ids and times.
 
-    Parameters:
+    Attributes:
+      pack: Puts it together.
       before_ids: The fields' beginning, up to the trace id.
       before_parent: What stands between the end time and the parent's id.
       rest: What follows the parent's id, up to the message id, which is the last thing.
-      length: Of the message id.
     """
 
-    def __init__(self, before_ids: bytes, before_parent: bytes, rest: bytes, length: int) -> None:
-        self._before_ids, self._before_parent, self._rest = before_ids, before_parent, rest
-        layout = f"<{len(before_ids)}s16s2s8scQcQ{len(before_parent)}s8s{len(rest)}s{length}s"
-        self._pack: Callable[..., bytes] = Struct(layout).pack
-
-    def encode(self, span: AttemptSpan, message_id: bytes) -> bytes:
-        """Return the span in a request, with the tag of its field."""
-        parent = span.sent_by
-        return self._pack(
-            self._before_ids,
-            parent[:16],
-            b"\x12\x08",
-            span.span_id.to_bytes(8, "big"),
-            b"\x39",
-            span._start_time,
-            b"\x41",
-            span._end_time,
-            self._before_parent,
-            parent[16:24],
-            self._rest,
-            message_id,
-        )
+    pack: Callable[..., bytes]
+    before_ids: bytes
+    before_parent: bytes
+    rest: bytes

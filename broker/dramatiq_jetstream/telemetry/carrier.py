@@ -25,9 +25,7 @@ CARRIER_OPTION: Final = OPTION_TRACE_CONTEXT
 
 _USUAL: Final = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})").fullmatch
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
-_SAMPLED_FLAGS: Final = (1, 3)  # sampled, and with a random trace id
-_NO_TRACE: Final = bytes(16)
-_NO_SPAN: Final = bytes(8)
+_SAMPLED_FLAGS: Final = {"1": _SAMPLED, "3": TraceFlags(3)}  # 3: the trace id is random, too
 
 
 def inject(carrier: MutableMapping[str, str], context: Context) -> None:
@@ -74,22 +72,15 @@ def reads_traceparent() -> bool:
     return _reads_traceparent(propagate.get_global_textmap())
 
 
-def read_sampled(traceparent: str) -> bytes | None:
-    """The ids and flags of a usual and sampled header; None for any other, and for one without letters.
+#: Whether a header names a span that is sampled, in the form of version 00 and no other. A match, or None.
+is_sampled: Final = re.compile("00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-0[13]").fullmatch
 
-    16 bytes of trace id, 8 of span id, one of flags.
-    """
-    if len(traceparent) != 55 or traceparent[:3] != "00-" or not traceparent.islower():
-        return None
-    if traceparent[35] != "-" or traceparent[52] != "-":
-        return None
-    try:
-        parent = bytes.fromhex(traceparent[3:].replace("-", " "))
-    except ValueError:
-        return None
-    # Of 52 characters two are no digits, or there would be fewer bytes.
-    usual = len(parent) == 25 and parent[24] in _SAMPLED_FLAGS
-    return parent if usual and parent[:16] != _NO_TRACE and parent[16:24] != _NO_SPAN else None
+
+def read_sampled(traceparent: str) -> SpanContext:
+    """The span that such a header names."""
+    return SpanContext(
+        int(traceparent[3:35], 16), int(traceparent[36:52], 16), True, _SAMPLED_FLAGS[traceparent[-1]]
+    )
 
 
 def remote_parent(options: Mapping[str, Any]) -> SpanContext | None:

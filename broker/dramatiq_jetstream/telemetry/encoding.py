@@ -44,6 +44,7 @@ _RESOURCE_SPANS = _tag(ExportTraceServiceRequest.RESOURCE_SPANS_FIELD_NUMBER)
 _MESSAGE_ID = KeyValue(key=c.MESSAGE_ID).SerializeToString()
 
 _FIXED = Struct("<2s16s2s8scQcQ2sI")
+_fromhex = bytes.fromhex
 
 #: How many kinds of attempts are remembered for each actor, by number, outcome and length of the message id.
 MAX_TEMPLATES = 256
@@ -138,7 +139,7 @@ def _bare(resource: Resource, scope: InstrumentationScope | None) -> ReadableSpa
 
 
 def _encode_field(span: ReadableSpan) -> bytes:
-    if type(span) is not AttemptSpan or not span.is_untouched:
+    if not isinstance(span, AttemptSpan) or not span.is_untouched:
         return _field(_SPAN, _encode(span))
     return _encode_untouched(span)
 
@@ -153,7 +154,22 @@ def _encode_untouched(span: AttemptSpan) -> bytes:
         if len(known.templates) >= MAX_TEMPLATES:
             known.templates.clear()
         template = known.templates[key] = _template(known, *key)
-    return template.encode(span, message_id)
+    pack, before_ids, before_parent, rest = template
+    sent_by = span.sent_by
+    return pack(
+        before_ids,
+        _fromhex(sent_by[3:35]),
+        b"\x12\x08",
+        span.span_id.to_bytes(8, "big"),
+        b"\x39",
+        span._start_time,
+        b"\x41",
+        span._end_time,
+        before_parent,
+        _fromhex(sent_by[36:52]),
+        rest,
+        message_id,
+    )
 
 
 def _template(known: Known, attempt: int, outcome: str | None, length: int) -> Template:
@@ -167,7 +183,8 @@ def _template(known: Known, attempt: int, outcome: str | None, length: int) -> T
     # The same fields as in `_encode`; the ids have 16 and 8 bytes, the parent's 8.
     content = b"\x0a\x10" + bytes(16 + 10 + 9 + 9) + before_parent + bytes(8) + rest + bytes(length)
     before_ids = _field(_SPAN, content)[: -len(content)] + b"\x0a\x10"
-    return Template(before_ids, before_parent, rest, length)
+    layout = f"<{len(before_ids)}s16s2s8scQcQ{len(before_parent)}s8s{len(rest)}s{length}s"
+    return Template(Struct(layout).pack, before_ids, before_parent, rest)
 
 
 def _encode(span: ReadableSpan) -> bytes:

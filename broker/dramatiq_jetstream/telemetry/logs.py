@@ -53,6 +53,12 @@ _BOUND = "_bound_log_fields"
 enter: Callable[[Scope | MessageProxy | None], object] = _scope.set
 
 
+def leave() -> None:
+    """Say that the log lines of this thread are about nothing in particular from here on."""
+    if _scope.get() is not None:
+        enter(None)
+
+
 def _current_scope() -> Scope | MessageProxy | None:
     scope, message = _scope.get(), running_message.get()
     # A scope of before the message does not cover it; one that was made while it runs knows it.

@@ -34,10 +34,19 @@ from .carrier import (
 )
 from .flush import force_flush
 from .known import Known
-from .logs import enter
+from .logs import enter, leave
 from .metrics import Instruments
-from .spans import Attempt, Send, ThreadState, attach, is_expected, outcome_of, skipped_by_abort
-from .usual_attempts import UsualAttempts, is_usual
+from .spans import (
+    Attempt,
+    CurrentThread,
+    Send,
+    ThreadState,
+    attach,
+    is_expected,
+    outcome_of,
+    skipped_by_abort,
+)
+from .usual_attempts import UsualAttempts
 
 if TYPE_CHECKING:
     from .attempt_spans import AttemptSpan
@@ -73,10 +82,16 @@ class TelemetryMiddleware(Middleware):
         # JetStreamBroker says why a message became a dead letter, and says so for those too that never
         # reached a worker thread. From other brokers all there is to see is the rejection.
         self._names_dead_letters = self._system == "nats"
-        self._thread = ThreadState()
+        self._current_thread = CurrentThread()
         self._usual: UsualAttempts | None = None
         if quick_tracer is not None and not link_parents and instruments.are_tallied:
-            self._usual = UsualAttempts(self._system, quick_tracer, instruments, self._thread, self._known)
+            self._usual = UsualAttempts(
+                self._system, quick_tracer, instruments, self._current_thread, self._known
+            )
+
+    @property
+    def _thread(self) -> ThreadState:
+        return self._current_thread.state
 
     # ---- sending ------------------------------------------------------------------------------------------
 
@@ -254,11 +269,11 @@ class TelemetryMiddleware(Middleware):
     # ---- processing ---------------------------------------------------------------------------------------
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
+        if self._usual is not None and self._usual.begin(message):
+            return
         if self._thread.attempt is not None:
             # An exception that struck outside the actor kept Dramatiq from reporting the end.
             self._end_attempt(self._thread.attempt, c.Outcome.UNRESOLVED, None)
-        if self._usual is not None and self._usual.begin(message):
-            return
         known = self._known("process", message.queue_name, message.actor_name)
         deliveries = getattr(message, "delivery_count", 1)
         span, parent = self._start_attempt(known, message, message.options, message.message_id, deliveries)
@@ -302,13 +317,10 @@ class TelemetryMiddleware(Middleware):
         result: Any | None = None,
         exception: BaseException | None = None,
     ) -> None:
-        attempt = self._thread.attempt
-        if attempt is None or attempt.message is not message:
+        if exception is None and self._usual is not None and self._usual.end(message):
             return
-        usual = self._usual
-        if usual is not None and is_usual(attempt, message, exception):
-            usual.end(attempt)
-        else:
+        attempt = self._thread.attempt
+        if attempt is not None and attempt.message is message:
             self._end_attempt(attempt, outcome_of(attempt, exception), exception)
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
@@ -322,7 +334,7 @@ class TelemetryMiddleware(Middleware):
         self._end_attempt(attempt, outcome, None, attributes)
 
     def after_ack(self, broker: Broker, message: MessageProxy) -> None:
-        if self._thread.attempt is not None:
+        if self._current_thread.state.attempt is not None:
             self._end_abandoned(message)
 
     def after_nack(self, broker: Broker, message: MessageProxy) -> None:
@@ -375,7 +387,7 @@ class TelemetryMiddleware(Middleware):
         if error is not None and is_expected(error, outcome):
             error = None
         error_type = None if error is None else c.error_type(error)
-        enter(None)
+        leave()
         seconds = attempt.finish(outcome, error, attributes)
         self._thread.attempt = None
         attempt.message = None

@@ -21,7 +21,6 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, StatusCode, TraceFlags
 
 from . import conventions as c
-from .attempt_spans import AttemptSpan
 from .known import Known
 from .quick_spans import FLAGS, RANDOM, QuickSpan
 
@@ -34,8 +33,8 @@ class QuickTracer:
         self.scope = InstrumentationScope(c.SCOPE, c.version(), c.SCHEMA_URL)
         self.limits = SpanLimits()
         self._sampler = provider.sampler
-        self._ids = provider.id_generator
-        is_random = getattr(self._ids, "is_trace_id_random", None)
+        self.ids = provider.id_generator
+        is_random = getattr(self.ids, "is_trace_id_random", None)
         self._root_flags = RANDOM if is_random is not None and is_random() else 0
         self._processor = processor
         self._processors: object = object()  # not looked at yet
@@ -101,7 +100,7 @@ class QuickTracer:
         if parent.is_valid:
             trace_id, flags = parent.trace_id, parent.trace_flags & RANDOM
         else:
-            parent, trace_id, flags = None, self._ids.generate_trace_id(), self._root_flags
+            parent, trace_id, flags = None, self.ids.generate_trace_id(), self._root_flags
         if self._sampler is DEFAULT_ON and (parent is None or parent.trace_flags & TraceFlags.SAMPLED):
             # The usual case, which needs no asking: everything is sampled, unless the parent was not.
             state = None if parent is None else parent.trace_state
@@ -116,12 +115,12 @@ class QuickTracer:
             if result.decision is Decision.RECORD_AND_SAMPLE:
                 flags |= TraceFlags.SAMPLED
             elif result.decision is Decision.DROP:
-                dropped = SpanContext(trace_id, self._ids.generate_span_id(), False, TraceFlags(flags), state)
+                dropped = SpanContext(trace_id, self.ids.generate_span_id(), False, TraceFlags(flags), state)
                 return trace.NonRecordingSpan(dropped)
             if len(result.attributes or ()) != len(attributes):
                 attributes = dict(result.attributes or {})
                 known = Known(known.span_name, known.queue, {})
-        span_context = SpanContext(trace_id, self._ids.generate_span_id(), False, FLAGS[flags], state)
+        span_context = SpanContext(trace_id, self.ids.generate_span_id(), False, FLAGS[flags], state)
         span = QuickSpan(self, known, span_context, parent, kind, attributes, links or ())
         for on_start in self._listeners():
             if remote is not None:
@@ -129,12 +128,10 @@ class QuickTracer:
             on_start(span, context)
         return span
 
-    def start_attempt(self, known: Known, parent: bytes, message_id: str, attempt: int) -> AttemptSpan | None:
-        """Begin the span of an attempt if nobody has to be asked or told: as a rule. Otherwise return None."""
+    def starts_unasked(self) -> bool:
+        """Whether a span whose parent is sampled begins without anybody to be asked or told: as a rule."""
         as_before = getattr(self._processor, "_span_processors", None) is self._processors
-        if self._sampler is not DEFAULT_ON or (self._at_start if as_before else self._listeners()):
-            return None
-        return AttemptSpan(self, known, self._ids.generate_span_id(), parent, message_id, attempt)
+        return self._sampler is DEFAULT_ON and not (self._at_start if as_before else self._listeners())
 
     def _listeners(self) -> list[Callable[..., None]]:
         """Whom to tell that a span starts."""

@@ -126,17 +126,29 @@ class Attempt:
         return seconds
 
 
-class ThreadState(threading.local):
-    """What the current thread is in the middle of."""
+class ThreadState:
+    """What a thread is in the middle of.
 
-    attempt: Attempt | AttemptSpan | None = None
-    #: The sends between before_enqueue and after_enqueue by the id of the message object; replaced for the
-    #: duration of each call of enqueue, so that a call knows which of them are its own.
-    sends: dict[int, Send] | None = None
+    Attributes:
+      attempt: The attempt that it works on.
+      sends: The sends between before_enqueue and after_enqueue by the id of the message object; replaced for the
+        duration of each call of enqueue, so that a call knows which of them are its own.
+      actors: What its usual attempts are made of and counted with, by queue and actor.
+    """
+
+    __slots__ = ("actors", "attempt", "sends")
 
     def __init__(self) -> None:
-        #: What its usual attempts have in common and are counted with, by queue and actor.
+        self.attempt: Attempt | AttemptSpan | None = None
+        self.sends: dict[int, Send] | None = None
         self.actors: dict[tuple[str, str], tuple[Known, AttemptTally]] = {}
+
+
+class CurrentThread(threading.local):
+    """Where a thread finds its own state; what is found in a `threading.local` takes long."""
+
+    def __init__(self) -> None:
+        self.state = ThreadState()
 
 
 def outcome_of(attempt: Attempt | AttemptSpan, error: BaseException | None) -> str:

@@ -2,8 +2,9 @@
 
 Usual is a message that is delivered for the first time, carries one sampled parent and nothing else, and whose actor
 does its work. What is done for it is what the middleware does for any other: span, context, log fields, metrics. But
-one object stands for all of them, the span itself, and each thread counts in places of its own that it has at hand,
-which saves a third of the time.
+one object stands for all of them, the span itself, and each thread counts in places of its own that it has at hand.
+A worker that is busy finds little of this in its caches, so what counts is how much there is to look at: the functions
+that are called, and the things that are asked for.
 
 Between any two lines an asynchronous exception may strike (time limit, shutdown, abort). Dramatiq then reports the
 end of the message with it, and the general way takes up what is left: it finds the attempt, as a rule unfinished.
@@ -11,24 +12,29 @@ end of the message with it, and the general way takes up what is left: it finds 
 
 from __future__ import annotations
 
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeGuard
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any
 
 from dramatiq import MessageProxy
 from opentelemetry.context import Context
 
+from dramatiq_jetstream.running import running_message
+
 from . import conventions as c
 from .attempt_spans import AttemptSpan
-from .carrier import CARRIER_OPTION, read_sampled, reads_traceparent
+from .carrier import CARRIER_OPTION, is_sampled, reads_traceparent
 from .known import Known
-from .logs import enter
+from .logs import enter, leave
 from .metrics import AttemptTally, Instruments
-from .spans import SPAN_KEY, ThreadState, attach
+from .spans import SPAN_KEY, CurrentThread, attach, detach
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .quick_tracer import QuickTracer
+
+
+_DONE = c.Outcome.DONE
 
 
 class UsualAttempts:
@@ -43,65 +49,65 @@ class UsualAttempts:
         system: str,
         tracer: QuickTracer,
         instruments: Instruments,
-        thread: ThreadState,
+        current_thread: CurrentThread,
         known: Callable[[str, str, str], Known],
     ) -> None:
         self._system = system
         self._tracer = tracer
         self._instruments = instruments
-        self._thread = thread
+        self._current_thread = current_thread
         self._known = known
 
     def begin(self, message: Any) -> bool:
         """Begin the attempt of a message; False when it is not a usual one, and nothing was done."""
-        sent = getattr(message, "_message", message)  # a proxy finds things in three steps
-        options = sent.options
+        options = message.options
         carrier = options.get(CARRIER_OPTION)
         if type(carrier) is not dict or len(carrier) != 1 or "event" in options:
             return False
         traceparent = carrier.get("traceparent")
-        if type(traceparent) is not str or getattr(message, "delivery_count", 1) != 1:
+        if type(traceparent) is not str or not is_sampled(traceparent):
             return False
-        parent = read_sampled(traceparent)
-        if parent is None or not reads_traceparent():
+        if getattr(message, "delivery_count", 1) != 1 or not reads_traceparent():
             return False
-        thread = self._thread
-        actor = sent.queue_name, sent.actor_name
-        found = thread.actors.get(actor)
-        if found is None:
-            found = thread.actors[actor] = self._find(*actor)
-        known, tally = found
-        span = self._tracer.start_attempt(known, parent, sent.message_id, (options.get("retries") or 0) + 1)
-        if span is None:
+        thread = self._current_thread.state
+        if thread.attempt is not None or not self._tracer.starts_unasked():
             return False
+        actor = message.queue_name, message.actor_name
+        known, tally = thread.actors.get(actor) or self._find(thread.actors, actor)
+        span = AttemptSpan()
+        span.start(self._tracer, known, traceparent, message.message_id, (options.get("retries") or 0) + 1)
         span.message = message
         span.tally = tally
         # Remembered first and attached second: were it the other way round, an exception in between would
         # leave the context attached for good.
         thread.attempt = span
         span.token = attach(Context({SPAN_KEY: span}))
-        enter(span)
+        if running_message.get() is not message:  # a JetStreamBroker has said so by itself
+            enter(span)
         tally.consumed.number += 1
         return True
 
-    def end(self, attempt: AttemptSpan) -> None:
-        """End an attempt whose actor did its work."""
-        seconds = perf_counter() - attempt.started
-        attempt.conclude(c.Outcome.DONE)
-        attempt.finished = True
-        attempt.detach()
-        enter(None)
-        self._thread.attempt = None
-        attempt.message = None  # the span may wait for the exporter for seconds
-        attempt.tally.done.record(seconds)
+    def end(self, message: MessageProxy) -> bool:
+        """End the attempt of a message whose actor did its work; False when it is to be ended in the general way."""
+        thread = self._current_thread.state
+        span = thread.attempt
+        if type(span) is not AttemptSpan or span.message is not message or message.failed:
+            return False
+        nanoseconds = perf_counter_ns() - span.started
+        span.conclude(_DONE)
+        span.finished = True
+        if span.token is not None:
+            detach(span.token)
+            span.token = None
+        leave()
+        thread.attempt = None
+        span.message = None  # the span may wait for the exporter for seconds
+        span.tally.done.record(nanoseconds * 1e-9)
+        return True
 
-    def _find(self, queue_name: str, actor: str) -> tuple[Known, AttemptTally]:
-        known = self._known("process", queue_name, actor)
-        return known, self._instruments.attempts(self._system, known.queue, actor)
-
-
-def is_usual(
-    attempt: object, message: MessageProxy, exception: BaseException | None
-) -> TypeGuard[AttemptSpan]:
-    """Whether an attempt that is over was begun here, and ended well."""
-    return exception is None and type(attempt) is AttemptSpan and not message.failed
+    def _find(
+        self, actors: dict[tuple[str, str], tuple[Known, AttemptTally]], actor: tuple[str, str]
+    ) -> tuple[Known, AttemptTally]:
+        known = self._known("process", *actor)
+        tally = self._instruments.attempts(self._system, known.queue, actor[1])
+        return actors.setdefault(actor, (known, tally))

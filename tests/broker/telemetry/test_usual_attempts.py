@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from dramatiq_jetstream.telemetry import attempt_spans, middleware, spans, usual_attempts
 from dramatiq_jetstream.telemetry import conventions as c
 from dramatiq_jetstream.telemetry.attempt_spans import AttemptSpan
-from dramatiq_jetstream.telemetry.carrier import CARRIER_OPTION, read_sampled
+from dramatiq_jetstream.telemetry.carrier import CARRIER_OPTION
 from dramatiq_jetstream.telemetry.encoding import QuickSpanExporter, encode, encode_early
 from dramatiq_jetstream.telemetry.known import Known
 from dramatiq_jetstream.telemetry.logs import current_log_fields
@@ -126,14 +126,13 @@ def test_what_is_encoded_at_the_end_of_a_span_is_what_is_encoded_later(touched: 
     """Alone and among spans that somebody has touched, which wait as they are."""
     provider = TracerProvider(resource=Resource.create({"service.name": "t"}), shutdown_on_exit=False)
     tracer = QuickTracer.of(provider)
-    parent = read_sampled(HEADER)
     assert tracer is not None
-    assert parent is not None
+    assert tracer.starts_unasked()
     known = Known("process q", "q", {"a": "b"})
     ended: list[AttemptSpan] = []
     for number in range(3):
-        span = tracer.start_attempt(known, parent, f"m{number}", 1)
-        assert span is not None
+        span = AttemptSpan()
+        span.start(tracer, known, HEADER, f"m{number}", 1)
         if number < touched:
             span.set_attribute("x", number)
         span.conclude(c.Outcome.DONE)
@@ -164,11 +163,10 @@ def test_a_processor_of_another_exporter_gets_spans() -> None:
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     tracer = QuickTracer.of(provider)
-    parent = read_sampled(HEADER)
     assert tracer is not None
-    assert parent is not None
-    span = tracer.start_attempt(Known("process q", "q", {}), parent, "m", 1)
-    assert span is not None
+    assert tracer.starts_unasked()
+    span = AttemptSpan()
+    span.start(tracer, Known("process q", "q", {}), HEADER, "m", 1)
     span.conclude(c.Outcome.DONE)
     provider.force_flush()
     assert exporter.get_finished_spans() == (span,)
