@@ -24,8 +24,6 @@ from dramatiq.encoder import JSONEncoder
 from dramatiq.errors import DecodeError
 from dramatiq.message import Message, get_encoder
 
-from .naming import OPTION_TRACE_CONTEXT
-
 if TYPE_CHECKING:
     from .deliveries import Delivery
 
@@ -105,8 +103,7 @@ def checked(message: Message[Any], queue: str) -> Message[Any]:
         and isinstance(options, dict)
     ):
         raise _refusal(_wrong_type(message))
-    # A trace context alone, which each message of a program with telemetry has, is of no harm whatever is in it.
-    if kwargs or (options and not (len(options) == 1 and OPTION_TRACE_CONTEXT in options)):
+    if kwargs or options:
         _check_contents(kwargs, options)
     return message if message.queue_name == queue else dataclasses.replace(message, queue_name=queue)
 

@@ -130,8 +130,7 @@ class QuickTracer:
 
     def starts_unasked(self) -> bool:
         """Whether a span whose parent is sampled begins without anybody to be asked or told: as a rule."""
-        as_before = getattr(self._processor, "_span_processors", None) is self._processors
-        return self._sampler is DEFAULT_ON and not (self._at_start if as_before else self._listeners())
+        return self._sampler is DEFAULT_ON and not self._listeners()
 
     def _listeners(self) -> list[Callable[..., None]]:
         """Whom to tell that a span starts."""

@@ -3,8 +3,6 @@
 Usual is a message that is delivered for the first time, carries one sampled parent and nothing else, and whose actor
 does its work. What is done for it is what the middleware does for any other: span, context, log fields, metrics. But
 one object stands for all of them, the span itself, and each thread counts in places of its own that it has at hand.
-A worker that is busy finds little of this in its caches, so what counts is how much there is to look at: the functions
-that are called, and the things that are asked for.
 
 Between any two lines an asynchronous exception may strike (time limit, shutdown, abort). Dramatiq then reports the
 end of the message with it, and the general way takes up what is left: it finds the attempt, as a rule unfinished.
@@ -26,7 +24,7 @@ from .carrier import CARRIER_OPTION, is_sampled, reads_traceparent
 from .known import Known
 from .logs import enter, leave
 from .metrics import AttemptTally, Instruments
-from .spans import SPAN_KEY, CurrentThread, attach, detach
+from .spans import SPAN_KEY, CurrentThread, attach
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,9 +94,7 @@ class UsualAttempts:
         nanoseconds = perf_counter_ns() - span.started
         span.conclude(_DONE)
         span.finished = True
-        if span.token is not None:
-            detach(span.token)
-            span.token = None
+        span.detach()
         leave()
         thread.attempt = None
         span.message = None  # the span may wait for the exporter for seconds
