@@ -19,7 +19,7 @@ import requests
 from nats.errors import TimeoutError as NatsTimeout
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.client import JetStreamContext
-from nats.js.errors import NotFoundError
+from nats.js.errors import NotFoundError, ServiceUnavailableError
 
 from orders.v1.events_pb2 import (
     OrderConfirmed,
@@ -44,7 +44,7 @@ EVENTS = {
 FINAL = frozenset({"confirmed", "rejected"})
 QUEUES = ("orders", "payments", "projection")
 
-# A consumer that reads a whole stream once may take this long altogether, in seconds.
+# One look may take this long altogether, in seconds.
 _PATIENCE = 30.0
 
 
@@ -178,7 +178,14 @@ def _run(url: str, read: Any) -> Any:
 
         client = await nats.connect(url.split(","), connect_timeout=5, allow_reconnect=False, error_cb=ignore)
         try:
-            return await asyncio.wait_for(read(client.jetstream(timeout=10)), _PATIENCE)
+            async with asyncio.timeout(_PATIENCE):
+                while True:
+                    try:
+                        return await read(client.jetstream(timeout=10))
+                    except ServiceUnavailableError:
+                        # In a cluster a consumer may have been made on a node of which the node that is asked
+                        # has not heard yet. Nothing is taken by reading, so it is read again from the start.
+                        await asyncio.sleep(0.1)
         finally:
             await client.close()
 
