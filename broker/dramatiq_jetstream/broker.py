@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from dramatiq.broker import MessageProxy
 from dramatiq.common import current_millis, iter_queue, q_name
 from dramatiq.errors import DecodeError, QueueJoinTimeout, QueueNotFound
 from dramatiq.message import Message
@@ -161,6 +162,7 @@ class JetStreamBroker(EmittingBroker):
         self._worker: Worker | None = None
         self.connection.on_fork(self._forget_worker)
         super().__init__(middleware=middleware)
+        self._react()
         self.queues: set[str] = set()
 
     # Declaring
@@ -540,31 +542,33 @@ class JetStreamBroker(EmittingBroker):
         keep_time_of(middleware)
         super().add_middleware(middleware, before=before, after=after)
 
-    def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
-        if signal == "process_message":
-            running_message.set(args[0])
-        elif signal == "worker_boot":
-            self._worker = args[0]
-            self._worker.work_queue = WorkQueue()  # its threads, which take it from here, are not made yet
-        super().emit_before(signal, *args, **kwargs)
-        if signal == "worker_shutdown":
-            self._stop_consuming(args[0])
+    def _react(self) -> None:
+        """Say what this broker does at Dramatiq's signals."""
+        self.first["before_worker_boot"] = self._replace_work_queue
+        self.last["before_worker_shutdown"] = self._stop_consuming
+        self.first["after_consumer_thread_boot"] = self._replace_delay_queue
+        self.first["before_process_message"] = running_message.set
+        self.first["after_process_message"] = self._note_done
+        self.last["after_process_message"] = self._forget_done
+        self.last["after_skip_message"] = self._forget_running
 
-    def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
-        if signal == "consumer_thread_boot":
-            args[0].delay_queue = DelayQueue()
-        if signal != "process_message":
-            super().emit_after(signal, *args, **kwargs)
-            if signal == "skip_message":
-                running_message.set(None)
-            return
-        self._after.message = args[0]
+    def _replace_work_queue(self, worker: Any) -> None:
+        self._worker = worker
+        worker.work_queue = WorkQueue()  # its threads, which take it from here, are not made yet
+
+    def _replace_delay_queue(self, consumer_thread: Any) -> None:
+        consumer_thread.delay_queue = DelayQueue()
+
+    def _note_done(self, message: MessageProxy) -> None:
+        self._after.message = message
         self._after.ids = None
-        try:
-            super().emit_after(signal, *args, **kwargs)
-        finally:
-            self._after.message = None
-            running_message.set(None)
+
+    def _forget_done(self, message: MessageProxy) -> None:
+        self._after.message = None
+        self._forget_running(message)
+
+    def _forget_running(self, message: MessageProxy) -> None:
+        running_message.set(None)
 
     def failed_after(self, signal: str, middleware: Middleware, error: Exception) -> None:
         if signal == "process_message" and isinstance(middleware, _FOLLOW_UPS):

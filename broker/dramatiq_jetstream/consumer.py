@@ -31,10 +31,11 @@ from dramatiq.message import Message
 
 from . import dead_letters
 from .connection import Connection
-from .deliveries import ACK, Delivery, Ledger, nak_after
+from .deliveries import Delivery, Ledger
 from .errors import ApiError, BrokerConnectionError, MessageTooLarge, NotFound
 from .handover import Handover
 from .pulling import Puller, Source
+from .settlements import ACK, nak_after
 
 __all__ = ["JetStreamConsumer", "JetStreamMessage", "Source"]
 

@@ -1,73 +1,30 @@
-"""What this process holds and what it owes the server: in-progress signals, acks, and acks sent again.
+"""What this process holds: deliveries that are on their way through Dramatiq.
 
 A `Delivery` is *held* from its arrival until it is settled. While it is held, an in-progress signal every
 third of its `ack_wait` keeps the server from giving it to somebody else, however long its actor runs.
 
-An ack is a plain publish, so it can be lost with the connection, and it waits in the server's memory until the server
-has worked it off: one that syncs each of them to disk (`sync_interval: always`) gets some thousands a second done,
-and a fleet sends more. So the ledger keeps every settlement until there is proof. Once a second it asks of each
-consumer: an in-progress signal for the last message that is done, which changes nothing, is answered when the server
-has come to it, and that is after everything sent before. (For one that was given back it would put off its next
-delivery; if such a settlement is lost, the message comes when its `ack_wait` is over.) What has no proof is sent again
-after a reconnect, and when there is too much of it nothing more is asked for (see `pulling`).
-
 A message that arrives a second time while it is held is not handed over again, only its new ack subject is noted; one
-that arrives again after its work was done is acked again without being run. A message is known by its place in the
-stream and the time it was stored: a stream that is deleted and made again counts from one.
+that arrives again after its work was done is acked again without being run (see `settlements`). A message is known by
+its place in the stream and the time it was stored: a stream that is deleted and made again counts from one.
 
-A server that crashes forgets the last acks it worked off, and even that it delivered those messages; so does a
-cluster whose leader dies. So what was settled is remembered for some seconds longer than its proof, and after a
-reconnect or a change of leader, when that may have happened, for two minutes.
-
-If the process dies, everything held is delivered again once its `ack_wait` is over; work whose ack had not
-arrived is repeated. All state here belongs to the loop thread, except for `settle`, which any thread calls.
+If the process dies, everything held is delivered again once its `ack_wait` is over. All state here belongs to the loop
+thread, except for `settle`, which any thread calls.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from .connection import Connection, Msg
+from .settlements import ACK, WPI, Key, Settlements
 
 if TYPE_CHECKING:
     from .pulling import Puller, Source
 
-__all__ = ["ACK", "NAK", "TERM", "WPI", "Delivery", "Ledger", "nak_after"]
-
-ACK = b"+ACK"
-NAK = b"-NAK"
-TERM = b"+TERM"
-WPI = b"+WPI"
-
-#: Seconds for which a proven ack is remembered, as long as there are not more than so many of them: longer than
-#: it takes to notice that a leader is gone.
-REMEMBER = 8.0
-REMEMBER_MOST = 20_000
-
-#: Seconds for which it is remembered when a reconnect or a change of leader came after it.
-REMEMBER_OVER_RECONNECT = 120.0
-
-#: How often, in seconds, the server is asked how far it has come with the acks, and how long an answer is awaited
-#: before a consumer is taken to be gone, with nobody left to hear an ack.
-PROBE_INTERVAL = 1.0
-PROBE_TIMEOUT = 120.0
-
-#: With so many settlements that are not proven, or after so many seconds without an answer, a consumer is asked for no
-#: further messages.
-MAX_UNPROVEN = 50_000
-MAX_LAG = 20.0
-
-#: Stream, consumer, sequence, and the time of storing.
-Key = tuple[str, str, int, int]
-
-
-def nak_after(delay: int) -> bytes:
-    """A settlement that asks for another delivery after `delay` milliseconds."""
-    return b'-NAK {"delay": %d}' % (delay * 1_000_000)
+__all__ = ["Delivery", "Ledger"]
 
 
 class Delivery:
@@ -139,27 +96,12 @@ class Ledger:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._held: dict[Key, Delivery] = {}
-        # In the order of sending: the round of questions that will prove it, whose it is, where it went, and what.
-        self._unproven: OrderedDict[Key, tuple[int, Source, str, bytes]] = OrderedDict()
-        self._round = 0
-        self._proven: dict[Source, int] = {}  # the last round that was answered
-        self._asked: dict[
-            Source, tuple[int, float]
-        ] = {}  # the round for which an answer is awaited, and since when
-        self._latest: dict[
-            Source, str
-        ] = {}  # where the last settlement went that no question has followed yet
-        self._probed = 0.0
-        # Two generations: when the newer is old enough, the older one is dropped as a whole.
-        self._done: set[Key] = set()
-        self._done_before: set[Key] = set()
-        self._turned = 0.0
-        self._done_over_reconnect: dict[Key, float] = {}
         self.redeliveries = 0
         connection.on_tick(self._signal)
-        connection.on_tick(self._probe)
+        # Before ours hears of a reconnect: what is done must be known before anything is asked for.
+        self.settlements = Settlements(connection)
         connection.on_reconnect(self._reconnected)
-        connection.on_fork(self._forget)
+        connection.on_fork(self._held.clear)
 
     @property
     def held(self) -> int:
@@ -172,20 +114,10 @@ class Ledger:
             held.ack_subject = delivery.ack_subject
             self._connection.write(held.ack_subject, WPI)
             return False
-        settled = self._unproven.get(delivery.key)
-        if settled is not None:
-            if settled[-1] == ACK:
-                self._resolve(delivery, ACK)
-                return False
-            # It was given back and came again; sent once more, that answer would give away what we hold now.
-            del self._unproven[delivery.key]
-        elif (
-            delivery.key in self._done
-            or delivery.key in self._done_before
-            or delivery.key in self._done_over_reconnect
-        ):
-            self._resolve(delivery, ACK)
+        if self.settlements.has_acked(delivery.source.name, delivery.key):
+            self._answer(delivery, ACK)
             return False
+        self.settlements.drop(delivery.source.name, delivery.key)
         self._held[delivery.key] = delivery
         return True
 
@@ -200,21 +132,11 @@ class Ledger:
 
     def _settle(self, delivery: Delivery, answer: bytes) -> None:
         self._held.pop(delivery.key, None)
-        self._resolve(delivery, answer)
+        self._answer(delivery, answer)
         self._release(delivery, done=answer == ACK)
 
-    def _resolve(self, delivery: Delivery, answer: bytes) -> None:
-        key, source, ack_subject = delivery.key, delivery.source, delivery.ack_subject
-        self._unproven[key] = (self._round, source, ack_subject, answer)
-        self._unproven.move_to_end(key)
-        self._note_latest(source, ack_subject, answer)
-        self._connection.write(ack_subject, answer)
-
-    def _note_latest(self, source: Source, ack_subject: str, answer: bytes) -> None:
-        if answer == ACK:
-            self._latest[source] = ack_subject
-        else:
-            self._latest.setdefault(source, "")
+    def _answer(self, delivery: Delivery, answer: bytes) -> None:
+        self.settlements.answer(delivery.source.name, delivery.key, delivery.ack_subject, answer)
 
     def abandon(self, delivery: Delivery) -> None:
         """Stop holding a delivery without an answer: it is delivered again when its `ack_wait` is over."""
@@ -230,17 +152,6 @@ class Ledger:
         delivery.owner.released(done=done)
         if delivery.on_settled is not None:
             delivery.on_settled()
-
-    @property
-    def unproven(self) -> int:
-        return len(self._unproven)
-
-    def is_behind(self, source: Source) -> bool:
-        """Whether the server has too much left to work off to be sent more."""
-        if len(self._unproven) > MAX_UNPROVEN:
-            return True
-        asked = self._asked.get(source)
-        return asked is not None and time.monotonic() - asked[1] > MAX_LAG
 
     def flush(self, seconds: float) -> None:
         """Wait until the server has all that was posted so far, if it can be reached, up to so long."""
@@ -260,61 +171,6 @@ class Ledger:
                 break
         self._connection.forget(note)
 
-    def _probe(self) -> None:
-        """Ask each consumer whose messages were settled since the last time how far it has come."""
-        now = time.monotonic()
-        if now - self._probed < PROBE_INTERVAL or not self._latest or not self._connection.is_open:
-            return
-        self._probed = now
-        waiting = {source: subject for source, subject in self._latest.items() if source in self._asked}
-        for source, ack_subject in self._latest.items():
-            if source in waiting:
-                continue
-            self._asked[source] = self._round, now
-            prove = self._prover(source, self._round)
-            if ack_subject:
-                self._connection.query(ack_subject, WPI, prove, PROBE_TIMEOUT)
-            else:
-                prove()
-        self._latest = waiting
-        self._round += 1
-
-    def _prover(self, source: Source, asked: int) -> Callable[[], None]:
-        def prove() -> None:
-            if self._asked.get(source, (None, 0))[0] != asked:
-                return  # asked before a reconnect, after which everything was sent again
-            del self._asked[source]
-            # Without an answer in all that time there is nobody whom a settlement could reach.
-            self._proven[source] = asked
-            self._forget_proven()
-
-        return prove
-
-    def _forget_proven(self) -> None:
-        unproven = self._unproven
-        while unproven:
-            key, (sent, source, _, answer) = next(iter(unproven.items()))
-            if sent > self._proven.get(source, -1):
-                break
-            del unproven[key]
-            if answer == ACK:
-                self._done.add(key)
-        now = time.monotonic()
-        if now - self._turned >= REMEMBER or len(self._done) >= REMEMBER_MOST:
-            self._turned = now
-            self._done_before, self._done = self._done, set()
-            for key, since in list(self._done_over_reconnect.items()):
-                if now - since < REMEMBER_OVER_RECONNECT:
-                    break  # they are in the order of time
-                del self._done_over_reconnect[key]
-
-    def _forget(self) -> None:
-        """In the child of a fork: what the parent holds is the parent's to settle."""
-        for kept in (self._held, self._unproven, self._proven, self._asked, self._latest):
-            kept.clear()
-        for remembered in (self._done, self._done_before, self._done_over_reconnect):
-            remembered.clear()
-
     def _signal(self) -> None:
         """Send the in-progress signals that are due."""
         now = time.monotonic()
@@ -324,22 +180,7 @@ class Ledger:
                 self._connection.write(delivery.ack_subject, WPI)
 
     def _reconnected(self) -> None:
-        # In this order: what is done must be known before anything is asked for.
-        self._asked.clear()
-        for key, (_, source, ack_subject, answer) in list(self._unproven.items()):
-            self._unproven[key] = (self._round, source, ack_subject, answer)
-            self._note_latest(source, ack_subject, answer)
-            self._connection.write(ack_subject, answer)
-        self.remember()
         now = time.monotonic()
         for delivery in self._held.values():
             delivery.touched = now
             self._connection.write(delivery.ack_subject, WPI)
-
-    def remember(self) -> None:
-        """Keep in mind for long what was acked lately: the server may have forgotten it."""
-        now = time.monotonic()
-        acked = (key for key, (*_, answer) in self._unproven.items() if answer == ACK)
-        for key in (*self._done_before, *self._done, *acked):
-            self._done_over_reconnect.pop(key, None)
-            self._done_over_reconnect[key] = now

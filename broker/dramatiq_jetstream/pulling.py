@@ -62,9 +62,14 @@ class Source:
     ack_wait: int
     decode: Callable[[Delivery], tuple[Message[Any], tuple[Any, ...] | None]]
     actor: str | None = None
+    #: Says which consumer of the server it is.
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name = f"{self.durable} of {self.stream}"
 
     def __str__(self) -> str:
-        return f"{self.durable} of {self.stream}"
+        return self.name
 
 
 @dataclass(eq=False)
@@ -241,7 +246,7 @@ class Puller:
         # 404 answers a probe that took all there was, 408 a request that stood its time. After anything else (a
         # new leader, too many requests) the tick asks again.
         if status == "409":
-            self._ledger.remember()
+            self._ledger.settlements.remember()
         feed.drained = status in ("404", "408")
         if feed.drained and not self._stopping:
             self._replenish()
@@ -250,7 +255,11 @@ class Puller:
         """Ask for as many messages as there is room for, highest rank first; a single source for `least` or more."""
         self._replenishing = False
         free = self.window - self._in_hand
-        if free <= 0 or self._stopping or any(self._ledger.is_behind(feed.source) for feed in self._feeds):
+        if (
+            free <= 0
+            or self._stopping
+            or any(self._ledger.settlements.is_behind(feed.source.name) for feed in self._feeds)
+        ):
             for feed in self._feeds:
                 feed.drained = False  # as time passes without a standing request
             return
@@ -304,7 +313,7 @@ class Puller:
         for feed in self._feeds:
             if feed.pulls and now - feed.heard > 2.5 * HEARTBEAT:
                 feed.pulls.clear()  # nobody knows of our requests any more: a new leader, or a restart
-                self._ledger.remember()
+                self._ledger.settlements.remember()
         if self.lookahead:
             self.window = self._prefetch + min(self._settled // 4, MAX_LOOKAHEAD)
         self._settled = 0

@@ -17,9 +17,10 @@ from dramatiq.middleware import SkipMessage
 
 from . import dead_letters, schedules
 from .consumer import JetStreamMessage, Source
-from .deliveries import ACK, NAK, Delivery
+from .deliveries import Delivery
 from .envelope import event_in, to_message
 from .naming import HEADER_MSG_ID
+from .settlements import ACK, NAK
 
 if TYPE_CHECKING:
     from .broker import JetStreamBroker

@@ -9,6 +9,7 @@ from collections import Counter
 import dramatiq
 import pytest
 
+from dramatiq_jetstream.settlements import _Round
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually, holds
 
@@ -127,11 +128,10 @@ def test_consumers_resume_after_the_server_was_killed(own_nats_server, make_brok
 
 def test_acks_that_a_killed_server_had_not_come_to_are_sent_again(own_nats_server, make_broker, monkeypatch):
     """It syncs each ack to disk, so they wait in its memory long after they arrived; what was done stays done."""
-    monkeypatch.setattr(
-        "dramatiq_jetstream.deliveries.REMEMBER", 0.2
-    )  # as if the backlog were ten times as long
-    monkeypatch.setattr("dramatiq_jetstream.deliveries.REMEMBER_MOST", 100)
-    monkeypatch.setattr("dramatiq_jetstream.deliveries.PROBE_INTERVAL", 0.1)
+    # As if the backlog were ten times as long.
+    monkeypatch.setattr("dramatiq_jetstream.settlements.REMEMBER", 0.2)
+    monkeypatch.setattr("dramatiq_jetstream.settlements.REMEMBER_MOST", 100)
+    monkeypatch.setattr("dramatiq_jetstream.settlements.PROBE_INTERVAL", 0.1)
     broker = make_broker(own_nats_server.url, ack_wait=2_000)
     ran = Counter()
 
@@ -148,7 +148,7 @@ def test_acks_that_a_killed_server_had_not_come_to_are_sent_again(own_nats_serve
         own_nats_server.start()
         broker.join("default", timeout=60_000)
     assert ran == Counter(range(6_000)), f"{left} were left"
-    assert broker.ledger.unproven < 6_000
+    assert broker.ledger.settlements.unproven < 6_000
 
 
 def test_what_is_settled_is_proven_within_seconds(nats_url, make_broker):
@@ -158,19 +158,19 @@ def test_what_is_settled_is_proven_within_seconds(nats_url, make_broker):
     with running(broker):
         broker.enqueue_many([work.message() for _ in range(300)])
         broker.join("default", timeout=20_000)
-        eventually(lambda: broker.ledger.unproven == 0, timeout=5)
+        eventually(lambda: broker.ledger.settlements.unproven == 0, timeout=5)
 
 
 def test_nothing_more_is_asked_for_while_too_many_acks_wait(own_nats_server, make_broker, monkeypatch):
     """A worker faster than the server waits for it, and then goes on."""
-    monkeypatch.setattr("dramatiq_jetstream.deliveries.MAX_UNPROVEN", 100)
+    monkeypatch.setattr("dramatiq_jetstream.settlements.MAX_UNPROVEN", 100)
     broker = make_broker(own_nats_server.url)
     ran = []
     most = 0
 
     def work(number):
         nonlocal most
-        most = max(most, broker.ledger.unproven)
+        most = max(most, broker.ledger.settlements.unproven)
         ran.append(number)
 
     actor = dramatiq.actor(work, broker=broker)
@@ -188,15 +188,15 @@ def test_nothing_more_is_asked_for_while_the_server_says_nothing_of_acks(nats_ur
     work = dramatiq.actor(ran.append, broker=broker, actor_name="work")
     with running(broker):
         work.send(1)
-        eventually(lambda: ran == [1] and broker.ledger.unproven == 0)
-        (source,) = broker.ledger._proven
-        broker.connection.post(lambda: broker.ledger._asked.update({source: (-1, time.monotonic() - 21)}))
-        eventually(lambda: broker.ledger.is_behind(source))
+        eventually(lambda: ran == [1] and broker.ledger.settlements.unproven == 0)
+        ((consumer, unproven),) = broker.ledger.settlements._unproven.items()
+        unproven.since, unproven.asked = time.monotonic() - 21, _Round()
+        assert broker.ledger.settlements.is_behind(consumer)
         broker.enqueue_many([work.message(number) for number in range(100)])
         time.sleep(0.5)
         already = len(ran)
         assert already < 100, "all but what had been asked for already waits"
-        broker.connection.post(broker.ledger._asked.clear)
+        unproven.asked = None
         eventually(lambda: len(ran) == 101)
 
 

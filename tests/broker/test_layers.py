@@ -20,7 +20,7 @@ LAYERS = [
     ["answers"],
     ["link"],
     ["connection"],
-    ["topology", "stored", "envelope"],
+    ["topology", "stored", "envelope", "settlements"],
     ["kv_listing", "kv_watch"],
     ["kv", "schedules", "dead_letters", "deliveries"],
     ["pulling"],
