@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from .quick_tracer import QuickTracer
 
 
+#: What an untouched span says: what is known of it, message id, attempt, outcome, sender's header, id, start, end.
+Abridged = tuple[Known, str, int, str | None, str, int, int, int | None]
+
+
 @final
 class AttemptSpan(QuickSpan):
     """A sampled span whose parent is the send that its message names, and the attempt itself (see `spans.Attempt`).
@@ -130,12 +134,15 @@ class AttemptSpan(QuickSpan):
         self._attributes  # noqa: B018 - asked for while it is known what they begin with
         super().update_name(name)
 
-    def conclude(self, outcome: str) -> None:
+    def conclude(self, outcome: str, nanoseconds: int | None = None) -> None:
+        """End it, that long after it began if somebody has measured that already."""
         if self._end_time is not None or not self.is_untouched:
             super().conclude(outcome)
             return
         self.outcome = outcome
-        self._end_time = self._start_time + perf_counter_ns() - self.started
+        if nanoseconds is None:
+            nanoseconds = perf_counter_ns() - self.started
+        self._end_time = self._start_time + nanoseconds
         for on_end in self._tracer.at_end_of_sampled:
             on_end(self)
 
@@ -175,6 +182,20 @@ class AttemptSpan(QuickSpan):
         finally:
             self.detach()
         return seconds
+
+    def abridged(self) -> Abridged:
+        """All that it says, of one that is untouched."""
+        assert self.known is not None, "who takes that from a span asks for its attributes first"
+        return (
+            self.known,
+            self.message_id,
+            self.attempt,
+            self.outcome,
+            self.sent_by,
+            self.span_id,
+            self._start_time,
+            self._end_time,
+        )
 
     def detach(self) -> None:
         """Make the context of before the current one of this thread again."""

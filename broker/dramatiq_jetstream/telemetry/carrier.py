@@ -67,9 +67,10 @@ def extract_headers(headers: object) -> Context:
     return propagate.extract(usable, Context())
 
 
-def reads_traceparent() -> bool:
-    """Whether the program's propagator is one that reads W3C's header."""
-    return _reads_traceparent(propagate.get_global_textmap())
+@lru_cache(maxsize=8)
+def reads_traceparent(propagator: TextMapPropagator) -> bool:
+    """Whether a propagator is one that reads W3C's header."""
+    return "traceparent" in propagator.fields
 
 
 #: Whether a header names a span that is sampled, in the form of version 00 and no other. A match, or None.
@@ -96,14 +97,9 @@ def _usual(headers: object) -> SpanContext | None:
         return None
     traceparent = headers.get("traceparent")
     found = _USUAL(traceparent) if isinstance(traceparent, str) else None
-    if found is None or not _reads_traceparent(propagate.get_global_textmap()):
+    if found is None or not reads_traceparent(propagate.get_global_textmap()):
         return None
     trace_id, span_id, flags = found.groups()
     sampled = _SAMPLED if flags == "01" else TraceFlags(int(flags, 16))
     context = SpanContext(int(trace_id, 16), int(span_id, 16), True, sampled)
     return context if context.is_valid else None
-
-
-@lru_cache(maxsize=8)
-def _reads_traceparent(propagator: TextMapPropagator) -> bool:
-    return "traceparent" in propagator.fields

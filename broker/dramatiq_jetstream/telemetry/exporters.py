@@ -127,13 +127,13 @@ class _ForkSafeSpanExporter(SpanExporter):
             exporter.origin = self._origin  # type: ignore[attr-defined]  # that of a forked child has not heard of it
         return exporter.export(spans)
 
-    def early_encoder(self, origin: Any) -> Callable[[Any], Any] | None:
-        """As `QuickSpanExporter.early_encoder`; None for an exporter that has no such thing."""
-        asked = getattr(self._exporter.get(), "early_encoder", None)
-        encoder: Callable[[Any], Any] | None = None if asked is None else asked(origin)
-        if encoder is not None:
+    def abridger(self, origin: Any) -> Callable[[Any], Any] | None:
+        """As `QuickSpanExporter.abridger`; None for an exporter that has no such thing."""
+        asked = getattr(self._exporter.get(), "abridger", None)
+        abridge: Callable[[Any], Any] | None = None if asked is None else asked(origin)
+        if abridge is not None:
             self._origin = origin
-        return encoder
+        return abridge
 
     def shutdown(self) -> None:
         self._exporter.get().shutdown()

@@ -157,11 +157,11 @@ class QuickTracer:
             return processor.on_end
         batch: BatchProcessor[Any] = inner
         queue, enough = batch._queue, min(batch._max_export_batch_size, batch._max_queue_size) - 1
-        early_encoder = getattr(batch._exporter, "early_encoder", None)
-        encode = early_encoder and early_encoder(self)
+        abridger = getattr(batch._exporter, "abridger", None)
+        abridge = abridger and abridger(self)
 
         def put(span: ReadableSpan) -> None:
-            waiting = span if encode is None else encode(span)
+            waiting = span if abridge is None else abridge(span)
             # As long as nobody has to be woken, and nothing is dropped, this is all that the processor does with it,
             # but for asking the system whether the process was forked; then the queue is emptied anyway.
             if len(queue) < enough and not batch._shutdown:

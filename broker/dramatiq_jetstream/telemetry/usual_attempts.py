@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq import MessageProxy
 from opentelemetry.context import Context
+from opentelemetry.propagate import get_global_textmap
 
 from dramatiq_jetstream.running import running_message
 
@@ -55,6 +56,8 @@ class UsualAttempts:
         self._instruments = instruments
         self._current_thread = current_thread
         self._known = known
+        #: The program's propagator when it was last seen to be one that reads W3C's header.
+        self._propagator: object = None
 
     def begin(self, message: Any) -> bool:
         """Begin the attempt of a message; False when it is not a usual one, and nothing was done."""
@@ -65,8 +68,13 @@ class UsualAttempts:
         traceparent = carrier.get("traceparent")
         if type(traceparent) is not str or not is_sampled(traceparent):
             return False
-        if getattr(message, "delivery_count", 1) != 1 or not reads_traceparent():
+        if getattr(message, "delivery_count", 1) != 1:
             return False
+        propagator = get_global_textmap()
+        if propagator is not self._propagator:
+            if not reads_traceparent(propagator):
+                return False
+            self._propagator = propagator
         thread = self._current_thread.state
         if thread.attempt is not None or not self._tracer.starts_unasked():
             return False
@@ -92,7 +100,7 @@ class UsualAttempts:
         if type(span) is not AttemptSpan or span.message is not message or message.failed:
             return False
         nanoseconds = perf_counter_ns() - span.started
-        span.conclude(_DONE)
+        span.conclude(_DONE, nanoseconds)
         span.finished = True
         span.detach()
         leave()

@@ -21,7 +21,7 @@ from dramatiq_jetstream.telemetry import attempt_spans, middleware, spans, usual
 from dramatiq_jetstream.telemetry import conventions as c
 from dramatiq_jetstream.telemetry.attempt_spans import AttemptSpan
 from dramatiq_jetstream.telemetry.carrier import CARRIER_OPTION
-from dramatiq_jetstream.telemetry.encoding import QuickSpanExporter, encode, encode_early
+from dramatiq_jetstream.telemetry.encoding import QuickSpanExporter, abridge, encode
 from dramatiq_jetstream.telemetry.known import Known
 from dramatiq_jetstream.telemetry.logs import current_log_fields
 from dramatiq_jetstream.telemetry.metrics import Instruments
@@ -122,7 +122,7 @@ def test_an_exception_between_any_two_lines_leaves_nothing_open(usual: bool) -> 
 
 
 @pytest.mark.parametrize("touched", [0, 1, 2])
-def test_what_is_encoded_at_the_end_of_a_span_is_what_is_encoded_later(touched: int) -> None:
+def test_an_abridged_span_is_exported_as_the_span(touched: int) -> None:
     """Alone and among spans that somebody has touched, which wait as they are."""
     provider = TracerProvider(resource=Resource.create({"service.name": "t"}), shutdown_on_exit=False)
     tracer = QuickTracer.of(provider)
@@ -137,23 +137,23 @@ def test_what_is_encoded_at_the_end_of_a_span_is_what_is_encoded_later(touched: 
             span.set_attribute("x", number)
         span.conclude(c.Outcome.DONE)
         ended.append(span)
-    early = [encode_early(span) for span in ended]
-    assert [isinstance(item, bytes) for item in early] == [number >= touched for number in range(3)]
+    abridged = [abridge(span) for span in ended]
+    assert [isinstance(item, tuple) for item in abridged] == [number >= touched for number in range(3)]
     assert ExportTraceServiceRequest.FromString(
-        encode(early, tracer)
+        encode(abridged, tracer)
     ) == ExportTraceServiceRequest.FromString(encode(ended))
 
 
-def test_an_exporter_encodes_early_what_comes_from_one_place() -> None:
-    """Bytes do not say which resource they belong to, so there can be one only."""
+def test_an_exporter_has_abridged_what_comes_from_one_place() -> None:
+    """An abridged span does not say which resource it belongs to, so there can be one only."""
     exporter = QuickSpanExporter()
     try:
         first, second = (QuickTracer.of(TracerProvider(shutdown_on_exit=False)) for _ in range(2))
         assert first is not None
         assert second is not None
-        assert exporter.early_encoder(first) is encode_early
-        assert exporter.early_encoder(first) is encode_early
-        assert exporter.early_encoder(second) is None
+        assert exporter.abridger(first) is abridge
+        assert exporter.abridger(first) is abridge
+        assert exporter.abridger(second) is None
     finally:
         exporter.shutdown()
 
