@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dramatiq.broker import MessageProxy
-from dramatiq.common import current_millis, iter_queue, q_name
+from dramatiq.common import iter_queue, q_name
 from dramatiq.errors import DecodeError, QueueJoinTimeout, QueueNotFound
 from dramatiq.message import Message
 from dramatiq.middleware import Callbacks, GroupCallbacks, Middleware, Pipelines, Retries
@@ -342,7 +342,7 @@ class JetStreamBroker(EmittingBroker):
         """The message as middleware and the caller see it: a delayed one with its `eta`."""
         if delay is None:
             return message
-        return message.copy(options={"eta": current_millis() + schedules.check_delay(delay)})
+        return message.copy(options={"eta": schedules.eta_after(schedules.check_delay(delay))})
 
     def _publication(self, message: Message[Any], delay: int | None) -> Publication:
         queue_name = q_name(message.queue_name)

@@ -58,6 +58,14 @@ def check_delay(delay: object) -> int:
     return int(delay)
 
 
+def eta_after(delay: int) -> int:
+    """Return when a delay that begins now is over, in milliseconds since 1970.
+
+    It is rounded up, because a delay is a lower bound and the server fires within a millisecond of its time.
+    """
+    return -(-time.time_ns() // 1_000_000) + delay
+
+
 def at(eta: int) -> str:
     """The schedule expression for a time in milliseconds since 1970."""
     moment = datetime.fromtimestamp(eta / 1000, tz=UTC)

@@ -9,10 +9,11 @@ from collections import Counter
 from pathlib import Path
 
 import dramatiq
+import pytest
 from dramatiq import Message
 from dramatiq.middleware import CurrentMessage
 
-from dramatiq_jetstream import stored
+from dramatiq_jetstream import schedules, stored
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually, holds
 
@@ -24,6 +25,13 @@ def rss(pid: int) -> int:
     return int(found[1]) * 1024
 
 
+@pytest.mark.parametrize(("now", "eta"), [(7_000_000, 307), (7_000_001, 308), (7_999_999, 308)])
+def test_a_delay_is_rounded_up(monkeypatch, now, eta):
+    """The server fires at whole milliseconds: a time that was cut off would be too early."""
+    monkeypatch.setattr(time, "time_ns", lambda: now)
+    assert schedules.eta_after(300) == eta
+
+
 def test_a_delay_is_a_schedule_on_the_server(broker):
     """What is stored is the message without `eta`, on a subject of its own, with its time and target."""
     broker.add_middleware(CurrentMessage())
@@ -33,9 +41,11 @@ def test_a_delay_is_a_schedule_on_the_server(broker):
     def work():
         seen.append(dict(CurrentMessage.get_current_message().options))
 
-    before = int(time.time() * 1000)
+    before = time.time() * 1000
     message = work.send_with_options(delay=700, color="red")
-    assert before + 700 <= message.options["eta"] <= time.time() * 1000 + 700
+    assert (
+        before + 700 <= message.options["eta"] < time.time() * 1000 + 701
+    )  # whole milliseconds, never early
     stream = broker.names.queue_stream("default")
     kept = stored.last_message(
         broker.connection, stream, broker.names.delayed_message("default", message.message_id)
