@@ -9,7 +9,7 @@ from benchmarks.contenders.dramatiq_redis import DramatiqRedis
 from benchmarks.contenders.jetstream import Jetstream
 from benchmarks.contenders.nats_bare import NatsBare
 from benchmarks.contenders.nats_socket import NatsSocket
-from benchmarks.contenders.order_service import FlaskEmpty, OrderService
+from benchmarks.contenders.order_service import FlaskEmpty, FlaskPublishing, OrderService
 from benchmarks.contenders.stub import Stub
 from benchmarks.contenders.taskiq_nats import TaskiqNats
 
@@ -26,6 +26,7 @@ CONTENDERS: tuple[Contender, ...] = (
     NatsBare(),
     NatsSocket(),
     OrderService(),
+    FlaskPublishing(),
     FlaskEmpty(),
 )
 

@@ -1,4 +1,4 @@
-"""The order service, whole, and the empty Flask endpoint that bounds what its front end can accept."""
+"""The order service, whole, and what bounds its front end: Flask endpoints that do nothing, and only publish."""
 
 from __future__ import annotations
 
@@ -116,6 +116,33 @@ class FlaskEmpty(Contender):
 
     def servers(self, store: Path, measurement: str) -> list[Server]:
         return [Gunicorn(store / "web", self.python, "benchmarks.empty_flask:create_app()")]
+
+    def app(self) -> App:
+        return Client()
+
+
+class FlaskPublishing(Contender):
+    name = "flask-publishing"
+    title = "bound: Flask endpoint that only publishes"
+    durability = "JetStream file storage, sync_interval always"
+    note = "the same gunicorn settings; one message made beforehand"
+    distributions = ("flask", "gunicorn", "nats-py")
+    only = ("orders",)
+    bound = True
+
+    def servers(self, store: Path, measurement: str) -> list[Server]:
+        nats = NatsServer(store / "nats")
+        nats.variable = "NATS_URL"
+        return [
+            nats,
+            Gunicorn(store / "web", self.python, "benchmarks.publishing_flask:create_app()", (nats,)),
+        ]
+
+    def server_versions(self) -> dict[str, str]:
+        return {NatsServer.name: NatsServer.version()}
+
+    def unavailable(self) -> str | None:
+        return NatsServer.missing()
 
     def app(self) -> App:
         return Client()

@@ -13,7 +13,7 @@ from benchmarks.measurements.measurement import CPU, MB, Figure, Measurement, Op
 from benchmarks.processes import BenchmarkError, wait_until
 from benchmarks.trial import Trial
 
-MESSAGES = 20_000
+MESSAGES = 50_000
 WARM_UP = 45.0
 SETTLE = 45_000
 

@@ -20,7 +20,6 @@ class Growth(Measurement):
     name = "growth"
     title = "Drain and enqueue with messages waiting"
     quick = False
-    repetitions = 1
     figures = (
         Figure("per_second", "drained/s", plotted=True),
         Figure("enqueue_us", "one enqueue", "µs"),

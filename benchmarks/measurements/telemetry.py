@@ -26,7 +26,7 @@ class Telemetry(Measurement):
         return [WITHOUT, OFF, ON] if contender.ours and not contender.only else []
 
     def run(self, contender: Contender, case: str, options: Options) -> dict[str, float]:
-        messages = options.count(2 * MESSAGES)
+        messages = options.count(MESSAGES)
         with Trial(contender, self.name) as trial:
             if case != WITHOUT:
                 trial.variables["BENCH_TELEMETRY"] = "1"
