@@ -62,7 +62,7 @@ def enqueue_many(
         )
     for queue_name in queue_names:
         broker.declare_queue(queue_name)
-        broker._ensure_queue(queue_name)
+        broker.declarations.ensure_queue(queue_name)
     for message in announced:
         broker.emit_before("enqueue", message, delay)
     publications = [broker._publication(message, delay) for message in announced]

@@ -33,10 +33,11 @@ from dramatiq.message import Message
 from dramatiq.middleware import Callbacks, GroupCallbacks, Middleware, Pipelines, Retries
 from dramatiq.worker import QUEUE_PREFETCH, Worker
 
-from . import batches, queues, schedules, topology
+from . import batches, queues, schedules
 from .connection import Connection, ConnectOptions, PubAck, Publication
 from .consumer import JetStreamConsumer, JetStreamMessage, Source
 from .dead_letters import DeadLetters
+from .declarations import Declarations
 from .deliveries import Delivery, Ledger
 from .emission import EmittingBroker
 from .envelope import Event, checked, decode, encode, event_of
@@ -152,11 +153,12 @@ class JetStreamBroker(EmittingBroker):
         self.max_in_flight = dict(max_in_flight or {})
         self.ledger = Ledger(self.connection)
         self.undertaker = JetStreamUndertaker(self)
-        self.dead_letters = DeadLetters(self.connection, self.names, self._ensure_dead_letters, self.emit_own)
+        self.declarations = Declarations(self)
+        self.dead_letters = DeadLetters(
+            self.connection, self.names, self.declarations.ensure_dead_letters, self.emit_own
+        )
         self.subscriptions: dict[str, dict[str, Callable[[], Source]]] = {}
         self.event_decoders: dict[str, Callable[[Event], Any]] = {}
-        self._ensured: set[str] = set()
-        self._buckets: dict[str, Bucket] = {}
         self._consumers: list[JetStreamConsumer] = []
         self._after = threading.local()
         self._worker: Worker | None = None
@@ -191,64 +193,7 @@ class JetStreamBroker(EmittingBroker):
         Raises:
           TopologyMismatch: When something exists that would lose or hold up messages, and `update` is False.
         """
-        outcome = {}
-        for stream in self._declared_streams():
-            outcome[f"stream {stream.name}"] = topology.ensure_stream(self.connection, stream, update=update)
-        for queue_name in sorted(self.queues):
-            for consumer in self._declared_consumers(queue_name):
-                outcome[f"consumer {consumer.name} of {consumer.stream}"] = topology.ensure_consumer(
-                    self.connection, consumer, update=update
-                )
-            self._ensured.add(queue_name)
-        for middleware in self.middleware:
-            setup = getattr(middleware, "setup_topology", None)
-            if setup is not None:
-                outcome.update(setup(self, update=update))
-        self.bucket("unique")
-        for bucket in self._buckets.values():
-            outcome.setdefault(f"bucket {bucket.name}", bucket.declare())
-        return outcome
-
-    def _declared_streams(self) -> list[topology.StreamConfig]:
-        return [
-            topology.dead_letters(self.names, ttl=self.dead_message_ttl, replicas=self.replicas),
-            *(topology.queue(self.names, name, replicas=self.replicas) for name in sorted(self.queues)),
-        ]
-
-    def _declared_consumers(self, queue_name: str) -> list[topology.ConsumerConfig]:
-        return [
-            topology.worker(
-                self.names,
-                queue_name,
-                priority=priority,
-                ack_wait=self.ack_wait,
-                max_in_flight=self.max_in_flight.get(queue_name),
-                replicas=self.replicas,
-            )
-            for priority in self._priorities
-        ]
-
-    @property
-    def _priorities(self) -> list[int | None]:
-        """The priorities of a queue, highest first; None is 0."""
-        return [*range(self.max_priority or 0, 0, -1), None]
-
-    def _ensure_queue(self, queue_name: str) -> None:
-        if queue_name in self._ensured:
-            return
-        if self.declare:
-            topology.ensure_stream(
-                self.connection, topology.queue(self.names, queue_name, replicas=self.replicas)
-            )
-            for consumer in self._declared_consumers(queue_name):
-                topology.ensure_consumer(self.connection, consumer)
-        self._ensured.add(queue_name)
-
-    def _ensure_dead_letters(self, again: bool = False) -> None:
-        stream = self.names.dead_stream
-        if (again or stream not in self._ensured) and self.declare:
-            topology.ensure_stream(self.connection, self._declared_streams()[0])
-        self._ensured.add(stream)
+        return self.declarations.setup(update=update)
 
     def bucket(
         self, name: str, *, history: int = 1, ttl: int | None = None, max_value_bytes: int | None = None
@@ -258,17 +203,7 @@ class JetStreamBroker(EmittingBroker):
         Parameters:
           ttl: Milliseconds that every key lives; None for ever, or as long as each write says.
         """
-        if name not in self._buckets:
-            config = topology.bucket(
-                self.names,
-                name,
-                history=history,
-                ttl=ttl,
-                max_value_bytes=max_value_bytes,
-                replicas=self.replicas,
-            )
-            self._buckets[name] = Bucket(self.connection, config, declare=self.declare)
-        return self._buckets[name]
+        return self.declarations.bucket(name, history=history, ttl=ttl, max_value_bytes=max_value_bytes)
 
     # Enqueueing
 
@@ -294,7 +229,7 @@ class JetStreamBroker(EmittingBroker):
         queue_name = q_name(message.queue_name)
         self.declare_queue(queue_name)
         announced = self._announce(message, delay)
-        self._ensure_queue(queue_name)
+        self.declarations.ensure_queue(queue_name)
         self.emit_before("enqueue", announced, delay)
         publication = self._publication(announced, delay)
         if "unique_key" in announced.options:
@@ -318,8 +253,7 @@ class JetStreamBroker(EmittingBroker):
             except TopologyMissing:
                 if not self.declare or time.monotonic() >= deadline:
                     raise
-                self._ensured.discard(queue_name)
-                self._ensure_queue(queue_name)
+                self.declarations.ensure_queue(queue_name, again=True)
 
     def enqueue_many(
         self, messages: Iterable[Message[Any]], *, atomic: bool = False, delay: int | None = None
@@ -449,9 +383,9 @@ class JetStreamBroker(EmittingBroker):
         """
         if queue_name not in self.queues:
             raise QueueNotFound(queue_name)
-        self._ensured.discard(queue_name)  # a new consumer may be needed because the queue disappeared
-        self._ensure_queue(queue_name)
-        self._ensure_dead_letters()
+        # A new consumer may be needed because the queue disappeared.
+        self.declarations.ensure_queue(queue_name, again=True)
+        self.declarations.ensure_dead_letters()
         consumer = JetStreamConsumer(
             self.connection,
             self.ledger,
@@ -479,23 +413,14 @@ class JetStreamBroker(EmittingBroker):
                 stream=self.names.queue_stream(queue_name),
                 durable=self.names.worker_durable(priority),
                 rank=rank,
-                ack_wait=self.ack_wait_of(
+                ack_wait=self.declarations.ack_wait_of(
                     self.names.queue_stream(queue_name), self.names.worker_durable(priority)
                 ),
                 decode=self._decode,
             )
-            for rank, priority in enumerate(self._priorities)
+            for rank, priority in enumerate(self.declarations.priorities)
         ]
         return own + [make() for make in self.subscriptions.get(queue_name, {}).values()]
-
-    def ack_wait_of(self, stream: str, durable: str) -> int:
-        """The time after which the server redelivers, which for an older durable may not be what was declared.
-
-        In-progress signals must come in time for it. Without the permission to ask, the declared one must do.
-        """
-        if not self.declare:
-            return self.ack_wait
-        return min(self.ack_wait, topology.ack_wait(self.connection, stream, durable))
 
     def _decode(self, delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:
         """Make a message of what a queue's stream delivered; one that carries an event gets it decoded."""
@@ -638,7 +563,7 @@ class JetStreamBroker(EmittingBroker):
         """Drop all messages of a queue: ready, in flight, delayed and dead. Periodic schedules stay."""
         if queue_name not in self.queues:
             raise QueueNotFound(queue_name)
-        self._ensure_queue(queue_name)
+        self.declarations.ensure_queue(queue_name)
         queues.purge(self, queue_name)
         self.dead_letters.flush(queue_name)
 
@@ -660,7 +585,7 @@ class JetStreamBroker(EmittingBroker):
         """
         if queue_name not in self.queues:
             raise QueueNotFound(queue_name)
-        self._ensure_queue(queue_name)
+        self.declarations.ensure_queue(queue_name)
         deadline = None if timeout is None else time.monotonic() + timeout / 1000
         sources = self._sources(queue_name)
         while queues.unfinished(self, queue_name, sources):

@@ -255,7 +255,7 @@ class Events(Middleware):
             stream=self.stream,
             durable=config.name,
             rank=broker.max_priority or 0,
-            ack_wait=broker.ack_wait_of(self.stream, config.name),
+            ack_wait=broker.declarations.ack_wait_of(self.stream, config.name),
             decode=decode,
             actor=actor_name,
         )

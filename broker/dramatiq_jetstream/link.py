@@ -36,14 +36,12 @@ from dramatiq.errors import BrokerError
 
 from .answers import read_permission_error
 from .client import DirectClient, Headers, Msg, Outgoing
-from .errors import ConnectionClosed, ConnectionFailed, ServerUnsupported
+from .errors import ConnectionClosed, ConnectionFailed
 from .lanes import Lanes
+from .opening import Listener, open_client
 from .options import ConnectOptions
 
 __all__ = ["ConnectionState", "Link", "Subscription"]
-
-#: The first server with every feature the library builds on (cron schedules, ADR-51).
-MINIMUM_SERVER: Final = (2, 14, 0)
 
 #: How often a fence is sent, in seconds, and after how many that did not come back the connection is replaced.
 FENCE_INTERVAL: Final = 1.0
@@ -129,6 +127,7 @@ class Link:
         self._on_fence: list[Callable[[int], None]] = []
         self._on_tick: list[Callable[[], None]] = []
         self._on_fork: list[Callable[[], None]] = []
+        self._listener = Listener(self._failed, self._lost, self._reconnected, self._ended)
         self._subscriptions: list[Subscription] = []
         self._forget()
         _links.add(self)
@@ -220,95 +219,9 @@ class Link:
             self._thread.start()
         return self._loop
 
-    async def _open(self) -> None:
-        """Open the first connection. Nothing is left behind when it fails: the next call starts again."""
-        nc = DirectClient()
-        refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        failures = 0
-
-        # nats-py's callbacks must not raise: that would end its reader.
-        async def on_error(error: Exception) -> None:
-            self.state.last_error = str(error) or type(error).__name__
-            if self._nc is not nc:
-                nonlocal failures
-                failures += 1
-                if refused.done():
-                    return
-                if "authorization" in str(error).lower():
-                    refused.set_result(
-                        f"NATS at {self.options.display} refused us ({error}): "
-                        "check the user, password, token or credentials."
-                    )
-                elif isinstance(error, OSError) and failures >= 2 * len(self.options.servers):
-                    refused.set_result(f"Could not connect to NATS at {self.options.display}: {error}.")
-                return
-            denied = read_permission_error(str(error))
-            if denied is not None:
-                self.refused(*denied)
-
-        async def on_disconnect() -> None:
-            self.state.connected = False
-            self._lanes.clear()
-            self._outgoing.clear()
-            if not self._closed and self._nc is nc:  # not when the first connection fails: that raises
-                self.logger.warning(
-                    "The connection to NATS was lost; reconnecting to %s.", self.options.display
-                )
-
-        async def on_reconnect() -> None:
-            self._reconnected()
-
-        async def on_close() -> None:
-            self.state.connected = False
-            if not self._closed and self._nc is nc:
-                self.logger.error("NATS ended the connection (%s); connecting anew.", self.state.last_error)
-                self._nc = None  # `_watch` does the rest
-
-        connecting = asyncio.ensure_future(
-            nc.connect(
-                **self.options.for_nats(),
-                error_cb=on_error,
-                disconnected_cb=on_disconnect,
-                reconnected_cb=on_reconnect,
-                closed_cb=on_close,
-                connect_timeout=2,
-                allow_reconnect=True,
-                max_reconnect_attempts=-1,
-                reconnect_time_wait=0.2,  # type: ignore[arg-type]
-                ping_interval=20,
-                max_outstanding_pings=3,
-                pending_size=0,
-                skip_subject_validation=True,
-            )
-        )
-        await asyncio.wait(
-            cast("set[asyncio.Future[Any]]", {connecting, refused}),
-            timeout=self.options.connect_timeout / 1000,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        try:
-            if refused.done():
-                raise ConnectionFailed(refused.result())
-            if not connecting.done():
-                cause = self.state.last_error or "no answer"
-                raise ConnectionFailed(
-                    f"Could not connect to NATS at {self.options.display} within "
-                    f"{self.options.connect_timeout} ms: {cause}."
-                )
-            try:
-                connecting.result()
-            except BrokerError:
-                raise
-            except Exception as error:
-                raise ConnectionFailed(
-                    f"Could not connect to NATS at {self.options.display}: {error}."
-                ) from error
-            self._check_server(nc)
-        except BaseException:
-            connecting.cancel()
-            with contextlib.suppress(Exception):
-                await nc.close()
-            raise
+    async def _open(self) -> DirectClient:
+        """Open a connection. Nothing is left behind when it fails: the next call starts again."""
+        nc = await open_client(self.options, self._listener)
         self.inbox = nc.new_inbox()
         await nc.listen(f"{self.inbox}.*", self._receive)
         self._fences_missed = 0
@@ -320,20 +233,26 @@ class Link:
         if not self._tasks:
             self._tasks = [asyncio.ensure_future(self._watch())]
         self._drain()
+        return nc
 
-    def _check_server(self, nc: DirectClient) -> None:
-        version = nc.connected_server_version
-        if (version.major, version.minor, version.patch) < MINIMUM_SERVER:
-            raise ServerUnsupported(
-                f"The NATS server at {self.options.display} is version {version.major}.{version.minor}."
-                f"{version.patch}, but {'.'.join(map(str, MINIMUM_SERVER))} or newer is needed "
-                "(message schedules): upgrade nats-server."
-            )
-        if not nc._server_info.get("jetstream"):
-            raise ServerUnsupported(
-                f"The NATS server at {self.options.display} has JetStream switched off: "
-                "start it with --jetstream, or add a jetstream block to its configuration."
-            )
+    def _failed(self, nc: DirectClient, error: Exception) -> None:
+        self.state.last_error = str(error) or type(error).__name__
+        denied = read_permission_error(str(error))
+        if denied is not None and self._nc is nc:
+            self.refused(*denied)
+
+    def _lost(self, nc: DirectClient) -> None:
+        self.state.connected = False
+        self._lanes.clear()
+        self._outgoing.clear()
+        if not self._closed and self._nc is nc:  # not while it is opened: that raises
+            self.logger.warning("The connection to NATS was lost; reconnecting to %s.", self.options.display)
+
+    def _ended(self, nc: DirectClient) -> None:
+        self.state.connected = False
+        if not self._closed and self._nc is nc:
+            self.logger.error("NATS ended the connection (%s); connecting anew.", self.state.last_error)
+            self._nc = None  # `_watch` does the rest
 
     def _note_server(self, nc: DirectClient) -> None:
         self.state.connected = True
@@ -549,9 +468,8 @@ class Link:
             except Exception:
                 self.logger.exception("A callback on the connection's thread failed.")
 
-    def _reconnected(self) -> None:
-        nc = self._nc
-        if nc is None:
+    def _reconnected(self, nc: DirectClient) -> None:
+        if self._nc is not nc:
             return
         self.state.reconnects += 1
         self._lanes.clear()
@@ -640,12 +558,12 @@ class Link:
     async def _open_anew(self) -> None:
         """Connect again after nats-py gave up, as it does at any error but a lost connection."""
         try:
-            await self._open()
+            nc = await self._open()
         except BrokerError as error:
             self.logger.error("%s", error)
             await asyncio.sleep(REOPEN_PAUSE)
         else:
-            self._reconnected()
+            self._reconnected(nc)
 
     async def _replace(self, nc: DirectClient) -> None:
         nc.abort()  # closing in good order would wait for a peer that may never take what is buffered

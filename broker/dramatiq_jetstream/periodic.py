@@ -153,7 +153,7 @@ def _ticks(broker: JetStreamBroker) -> Bucket:
 def _reconcile(broker: JetStreamBroker) -> dict[str, str]:
     outcome: dict[str, str] = {}
     for queue in sorted(broker.queues):
-        broker._ensure_queue(queue)
+        broker.declarations.ensure_queue(queue)
         for name in _scheduled(broker, queue):
             actor = broker.actors.get(name)
             if actor is not None and (actor.queue_name != queue or expression_of(actor) is None):

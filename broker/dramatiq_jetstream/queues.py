@@ -158,7 +158,7 @@ def pause(broker: JetStreamBroker, queue: str, *, paused: bool) -> None:
     """Pause or resume every durable that feeds a queue (ADR-42's consumer pause, nats-server 2.11)."""
     until = datetime.now(UTC) + PAUSE
     body: dict[str, Any] = {"pause_until": until.isoformat()} if paused else {}
-    broker._ensure_queue(queue)
+    broker.declarations.ensure_queue(queue)
     for info in list(feeding(broker, queue)):
         broker.connection.api(f"CONSUMER.PAUSE.{info['stream_name']}.{info['name']}", body)
 

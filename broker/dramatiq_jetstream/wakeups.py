@@ -43,7 +43,7 @@ def announcing_bucket(broker: JetStreamBroker, name: str) -> Bucket:
     config = topology.StreamConfig(config.name, {**config.settings, "republish": republish})
     bucket = Bucket(broker.connection, config, declare=broker.declare)
     # Known to the broker, so that `setup` prepares it and `broker.bucket(name)` is the same one.
-    return broker._buckets.setdefault(name, bucket)
+    return broker.declarations.buckets.setdefault(name, bucket)
 
 
 def announcements(bucket: Bucket) -> str:

@@ -15,7 +15,7 @@ ROOT = Path(dramatiq_jetstream.__file__).parent
 LAYERS = [
     ["errors", "ids", "parser", "running"],
     ["naming", "options", "client"],
-    ["lanes", "emission", "handover", "time_limits"],
+    ["lanes", "opening", "emission", "handover", "time_limits"],
     ["work_queue"],
     ["answers"],
     ["link"],
@@ -25,7 +25,7 @@ LAYERS = [
     ["kv", "schedules", "dead_letters", "deliveries"],
     ["pulling"],
     ["consumer"],
-    ["undertaker", "queues", "batches"],
+    ["declarations", "undertaker", "queues", "batches"],
     ["broker"],
     ["wakeups", "backends", "cron"],
     ["events", "results", "rate_limits", "abort", "periodic", "progress", "telemetry"],

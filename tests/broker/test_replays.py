@@ -227,7 +227,7 @@ def test_letters_of_a_queue_that_was_made_again_are_kept_apart(broker, work):
     """A queue's stream that is deleted and made again counts from one; its letters replace no older ones."""
     (first,) = bury(broker, work.message("before"))
     broker.connection.api(f"STREAM.DELETE.{broker.names.queue_stream('default')}")
-    broker._ensured.clear()
+    broker.declarations.ensure_queue("default", again=True)
     broker.enqueue(work.message("after"))
     with running(broker):
         eventually(lambda: broker.dead_letters.count() == 2)
