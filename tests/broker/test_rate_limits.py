@@ -255,7 +255,7 @@ def test_whoever_waits_is_woken_by_the_server(
             notifying.wait_notify(f"k{number}", 60_000)
             before = time.monotonic()
             assert woken.result(timeout=5) is True
-            assert time.monotonic() - before < 0.5
+            assert time.monotonic() - before < 3  # without it, 10 s
 
 
 def test_a_wait_without_a_timeout_ends_with_the_notification(make_backend: MakeBackend) -> None:

@@ -290,6 +290,6 @@ def test_declaring_contacts_nobody():
     broker = JetStreamBroker("nats://127.0.0.1:1")
     started = time.monotonic()
     dramatiq.actor(lambda: None, broker=broker, actor_name="work", queue_name="a.b")
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 2
     assert broker.get_declared_queues() == {"a.b"}
     broker.close()

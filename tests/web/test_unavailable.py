@@ -111,7 +111,7 @@ def test_health_is_answered_while_requests_wait(own: Stack) -> None:
         for path, status in (("/health/live", 200), ("/health", 503)) * 5:
             start = time.monotonic()
             assert health(own, path) == status
-            assert time.monotonic() - start < 1
+            assert time.monotonic() - start < 3
         answers = [future.result(timeout=60) for future in waiting]
     assert {answer.status_code for answer in answers} == {503}
     assert all(answer.headers["Retry-After"] for answer in answers)

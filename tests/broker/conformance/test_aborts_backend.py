@@ -23,7 +23,7 @@ def test_nothing_was_signalled(aborts, key):
     """Polling for a signal that nobody gave returns None at once."""
     before = time.monotonic()
     assert aborts.poll(key) is None
-    assert time.monotonic() - before < 1
+    assert time.monotonic() - before < 3
 
 
 @pytest.mark.parametrize("params", [{}, {"abort_timeout": 500}, {"deep": {"er": ["日本", None]}}], ids=str)
@@ -62,7 +62,7 @@ def test_a_signal_from_before_is_found_by_waiting(aborts, key):
     before = time.monotonic()
     event = aborts.wait_many([f"{key}-{number}" for number in range(4)], 10_000)
     assert event == Event(f"{key}-2", {"number": 2})
-    assert time.monotonic() - before < 1
+    assert time.monotonic() - before < 5
 
 
 def test_a_signal_ends_the_waiting(make_aborts, aborts_kind, key):
@@ -74,7 +74,7 @@ def test_a_signal_ends_the_waiting(make_aborts, aborts_kind, key):
     before = time.monotonic()
     timer.start()
     assert here.wait_many([f"{key}-{number}" for number in range(50)], 10_000) == event
-    assert time.monotonic() - before < 1.3
+    assert time.monotonic() - before < 5
     timer.join()
 
 

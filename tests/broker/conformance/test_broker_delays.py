@@ -192,7 +192,7 @@ def test_join_waits_for_delayed_messages(rig, broker, actor, queue):
     with running(broker):
         note.send_with_options(delay=400)
         broker.join(queue, timeout=10_000)
-        eventually(lambda: done == [1], timeout=1)
+        eventually(lambda: done == [1])
 
 
 def test_join_has_a_timeout_for_delayed_messages(broker, actor, queue):

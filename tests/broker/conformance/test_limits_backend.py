@@ -198,7 +198,7 @@ def test_a_notification_wakes_all_who_wait(pair, key):
         before = time.monotonic()
         pair[0].wait_notify(events, TTL)
         assert [bool(future.result(timeout=10)) for future in waiting] == [True] * 8
-        assert time.monotonic() - before < 1
+        assert time.monotonic() - before < 5
         assert not other.result(timeout=10)
 
 
@@ -206,11 +206,11 @@ def test_a_notification_wakes_all_who_wait(pair, key):
 def test_a_notification_is_there_for_those_who_come_late(limits, limits_kind, key):
     """Who begins to wait after the notification is not kept waiting, as long as its ttl lasts."""
     events = f"{key}@events"
-    ttl = max(1000, limits_kind.ttl_step)
+    ttl = max(3000, limits_kind.ttl_step)
     limits.wait_notify(events, ttl)
     notified_at = time.monotonic()
     for _ in range(2):
         assert limits.wait(events, 10_000)
-    assert time.monotonic() - notified_at < 1
+    assert time.monotonic() - notified_at < 3
     eventually(lambda: time.monotonic() > notified_at + ttl / 1000 + 1.2)
     assert not limits.wait(events, 1000)

@@ -28,7 +28,7 @@ def test_a_result_that_is_not_there_is_missing(results):
     before = time.monotonic()
     with pytest.raises(ResultMissing):
         results.get_result(message)
-    assert time.monotonic() - before < 1
+    assert time.monotonic() - before < 3
 
 
 @pytest.mark.parametrize(

@@ -356,12 +356,12 @@ def test_prometheus_text(broker: JetStreamBroker, queue: str) -> None:
 
 def test_prometheus_text_without_a_server(queue: str) -> None:
     """A scrape is answered while the server is away: no queues, and a connection that is down."""
-    broker = JetStreamBroker(f"nats://127.0.0.1:{free_port()}", enqueue_timeout=300)
+    broker = JetStreamBroker(f"nats://127.0.0.1:{free_port()}", enqueue_timeout=2_000)
     broker.declare_queue(queue)
     found = samples(prometheus_text(broker))
     assert found == {("dramatiq_connection_up", ""): 0, ("dramatiq_connection_reconnects_total", ""): 0}
     # The server that did not answer is not waited for again at once.
-    assert _seconds(lambda: prometheus_text(broker)) < 0.25
+    assert _seconds(lambda: prometheus_text(broker)) < 1
     broker.close()
 
 
