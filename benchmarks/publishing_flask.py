@@ -1,46 +1,30 @@
-"""The bound of accepting orders: a Flask endpoint that stores one message made beforehand, and does nothing else."""
+"""The bound of accepting orders: the empty Flask endpoint, which stores one message made beforehand."""
 
 from __future__ import annotations
 
 import itertools
 import os
 
-from flask import Flask, Response, jsonify, request
+from flask import Flask
 
+from benchmarks import empty_flask
 from dramatiq_jetstream.connection import Connection, ConnectOptions
-from tasks.events import STREAM, SUBJECTS
+from orders.v1.events_pb2 import OrderCreated
+from tasks.events import STREAM, SUBJECTS, headers, subject_of
 
-HEADERS = {
-    "ce-specversion": "1.0",
-    "ce-id": "0" * 36,
-    "ce-type": "orders.v1.OrderCreated",
-    "ce-source": "/orders",
-    "ce-subject": "0" * 36,
-    "ce-time": "2026-01-01T00:00:00.000Z",
-    "content-type": "application/protobuf",
-}
-PAYLOAD = b"0" * 120
+EVENT = OrderCreated(order_id="0" * 36)
+HEADERS = headers(EVENT, event_id="0" * 36, at=0)
+PAYLOAD = b"0" * 120  # about as much as an order of two products has
 
 
 def create_app() -> Flask:
-    app = Flask("publishing")
     connection = Connection(ConnectOptions.of(os.environ["NATS_URL"]))
+    connection.api(f"STREAM.CREATE.{STREAM}", {"name": STREAM, "subjects": [SUBJECTS], "storage": "file"})
+    subject = subject_of(EVENT)
     numbers = itertools.count()
 
-    @app.post("/api/orders")
-    def place_order() -> Response:
-        """Stores about as much as the order service does, under an id of its own."""
-        request.get_data()
-        event_id = f"{os.getpid()}.{next(numbers)}"
-        connection.publish("ORDER.created", PAYLOAD, {**HEADERS, "Nats-Msg-Id": event_id})
-        answer = jsonify(order_id="0" * 26, status="accepted", customer_id="c-42", items=[], history=[])
-        answer.status_code = 202
-        return answer
+    def store() -> None:
+        """Stores the message under an id of its own."""
+        connection.publish(subject, PAYLOAD, {**HEADERS, "Nats-Msg-Id": f"{os.getpid()}.{next(numbers)}"})
 
-    @app.get("/health")
-    def health() -> Response:
-        """Makes the stream, which is there when the first order comes."""
-        connection.api(f"STREAM.CREATE.{STREAM}", {"name": STREAM, "subjects": [SUBJECTS], "storage": "file"})
-        return jsonify(status="ok")
-
-    return app
+    return empty_flask.create_app(store)

@@ -121,14 +121,12 @@ class FlaskEmpty(Contender):
         return Client()
 
 
-class FlaskPublishing(Contender):
+class FlaskPublishing(FlaskEmpty):
     name = "flask-publishing"
     title = "bound: Flask endpoint that only publishes"
     durability = "JetStream file storage, sync_interval always"
     note = "the same gunicorn settings; one message made beforehand"
     distributions = ("flask", "gunicorn", "nats-py")
-    only = ("orders",)
-    bound = True
 
     def servers(self, store: Path, measurement: str) -> list[Server]:
         nats = NatsServer(store / "nats")
@@ -143,9 +141,6 @@ class FlaskPublishing(Contender):
 
     def unavailable(self) -> str | None:
         return NatsServer.missing()
-
-    def app(self) -> App:
-        return Client()
 
 
 class Client(App):

@@ -54,7 +54,7 @@ async def open_client(options: ConnectOptions, listener: Listener) -> DirectClie
         listener.failed(nc, error)
         failures += 1
         last_error = str(error) or type(error).__name__
-        if refused.done():
+        if refused.done() or connecting.done():
             return
         if "authorization" in str(error).lower():
             refused.set_result(
