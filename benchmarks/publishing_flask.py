@@ -8,7 +8,7 @@ import os
 from flask import Flask
 
 from benchmarks import empty_flask
-from dramatiq_jetstream.connection import Connection, ConnectOptions
+from dramatiq_jetstream.wire.connection import Connection, ConnectOptions
 from orders.v1.events_pb2 import OrderCreated
 from tasks.events import STREAM, SUBJECTS, headers, subject_of
 

@@ -17,9 +17,9 @@ from google.protobuf.message import Message
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.events import Events
+from dramatiq_jetstream.jetstream.topology import StreamConfig, dead_letters, ensure_stream
 from dramatiq_jetstream.kv import DEPOSED, Bucket
 from dramatiq_jetstream.telemetry import configure_telemetry, telemetry_enabled
-from dramatiq_jetstream.topology import StreamConfig, dead_letters, ensure_stream
 
 from . import events, idempotency, orders, stock
 from .catalogue import CATALOGUE

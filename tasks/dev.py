@@ -23,7 +23,7 @@ from typing import Any
 
 from dramatiq.errors import BrokerError
 
-from dramatiq_jetstream.connection import Connection, ConnectOptions
+from dramatiq_jetstream.wire.connection import Connection, ConnectOptions
 
 from .settings import Settings, settings
 

@@ -16,7 +16,7 @@ from typing import Any
 from dramatiq.errors import BrokerError
 from google.protobuf.message import Message
 
-from dramatiq_jetstream.naming import bucket_subject
+from dramatiq_jetstream.jetstream.names import bucket_subject
 
 from . import app
 from .accept import Acceptance, time_of

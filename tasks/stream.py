@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dramatiq_jetstream.connection import Connection
 from dramatiq_jetstream.errors import NotFound
-from dramatiq_jetstream.kv_listing import Listing
-from dramatiq_jetstream.stored import StoredMessage, last_message
+from dramatiq_jetstream.jetstream.listing import Listing
+from dramatiq_jetstream.jetstream.reading import StoredMessage, last_message
+from dramatiq_jetstream.wire.connection import Connection
 
 from .events import STREAM, SUBJECTS, DecodeError, UnusableEvent, decode, isoformat, order_id_of
 from .orders import Happened, happened

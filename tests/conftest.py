@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dramatiq_jetstream.cluster import NatsCluster
-from dramatiq_jetstream.server import NatsServer
+from dramatiq_jetstream.testing import NatsCluster, NatsServer
 from tests.support import skips
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import pytest
 from opentelemetry.sdk import environment_variables as sdk_variables
 
 from dramatiq_jetstream.cli.app import fleet
-from dramatiq_jetstream.server import find_executable
 from dramatiq_jetstream.telemetry import conventions
+from dramatiq_jetstream.testing import find_executable
 from tasks.payments_stand_in import Knobs
 
 ROOT = Path(__file__).resolve().parent.parent

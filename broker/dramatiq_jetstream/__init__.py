@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .batches import group
 from .broker import JetStreamBroker
+from .sending.batches import group
 
 __all__ = ["JetStreamBroker", "group"]

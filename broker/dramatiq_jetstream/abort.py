@@ -30,10 +30,10 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .backends import broker_for
-from .connection import Msg
 from .errors import PermissionDenied, RevisionConflict
-from .schedules import due
-from .wakeups import announced_key, announcements, announcing_bucket
+from .jetstream.wakeups import announced_key, announcements, announcing_bucket
+from .sending.delays import due
+from .wire.connection import Msg
 
 __all__ = ["JetStreamBackend", "abort_message"]
 

@@ -33,18 +33,11 @@ from dramatiq.message import Message
 from dramatiq.middleware import Callbacks, GroupCallbacks, Middleware, Pipelines, Retries
 from dramatiq.worker import QUEUE_PREFETCH, Worker
 
-from . import batches, queues, schedules
-from .connection import Connection, ConnectOptions, PubAck, Publication
-from .consumer import JetStreamConsumer, JetStreamMessage, Source
+from . import queues
 from .dead_letters import DeadLetters
-from .declarations import Declarations
-from .deliveries import Delivery, Ledger
-from .emission import EmittingBroker
-from .envelope import Event, checked, decode, encode, event_of
 from .errors import InvalidOption, MessageNotUnique, TopologyMissing
-from .ids import new_id
-from .kv import Bucket
-from .naming import (
+from .jetstream.declaring import Declarations
+from .jetstream.names import (
     HEADER_MSG_ID,
     HEADER_TICK,
     OPTION_TRACE_CONTEXT,
@@ -52,11 +45,19 @@ from .naming import (
     check_subject,
     trace_headers,
 )
+from .kv import Bucket
 from .queues import QueueStats
-from .running import running_message
-from .time_limits import keep_time_of
-from .undertaker import JetStreamUndertaker
-from .work_queue import DelayQueue, WorkQueue
+from .sending import batches, delays
+from .sending.envelope import Event, checked, decode, encode, event_of
+from .wire.connection import Connection, ConnectOptions, PubAck, Publication
+from .wire.ids import new_id
+from .worker.consumer import JetStreamConsumer, JetStreamMessage, Source
+from .worker.emission import EmittingBroker
+from .worker.ledger import Delivery, Ledger
+from .worker.running import running_message
+from .worker.time_limits import keep_time_of
+from .worker.undertaker import JetStreamUndertaker
+from .worker.work_queue import DelayQueue, WorkQueue
 
 __all__ = ["JetStreamBroker"]
 
@@ -276,7 +277,7 @@ class JetStreamBroker(EmittingBroker):
         """The message as middleware and the caller see it: a delayed one with its `eta`."""
         if delay is None:
             return message
-        return message.copy(options={"eta": schedules.eta_after(schedules.check_delay(delay))})
+        return message.copy(options={"eta": delays.eta_after(delays.check_delay(delay))})
 
     def _publication(self, message: Message[Any], delay: int | None) -> Publication:
         queue_name = q_name(message.queue_name)
@@ -295,7 +296,7 @@ class JetStreamBroker(EmittingBroker):
             headers.update(trace_headers(context))
         if not delay:  # no delay, or one of 0, which needs no schedule
             return Publication(target, encode(stored), headers)
-        return schedules.publication(
+        return delays.publication(
             self.names,
             queue_name,
             message.message_id,
@@ -335,7 +336,7 @@ class JetStreamBroker(EmittingBroker):
           queue_name: Where it waits; None looks in all declared queues.
         """
         wanted = self.queues if queue_name is None else {queue_name}
-        return sum(schedules.cancel(self.connection, self.names, name, message_id) for name in wanted)
+        return sum(delays.cancel(self.connection, self.names, name, message_id) for name in wanted)
 
     def publish(
         self,

@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.errors import DecodeError
 from dramatiq.message import Message
 
-from . import naming
-from .connection import Connection
-from .envelope import Event, checked, to_message
 from .errors import ApiError, InvalidOption, MessageTooLarge, NotFound, TopologyMissing
-from .naming import Names
-from .stored import StoredMessage, first_message, last_message, message_at, messages
+from .jetstream import names as wire_names
+from .jetstream.names import Names
+from .jetstream.reading import StoredMessage, first_message, last_message, message_at, messages
+from .sending.envelope import Event, checked, to_message
+from .wire.connection import Connection
 
 if TYPE_CHECKING:
-    from .deliveries import Delivery
+    from .worker.ledger import Delivery
 
 __all__ = [
     "DELIVERED_TOO_OFTEN",
@@ -165,25 +165,25 @@ class DeadLetters:
         }
         letter = {
             **kept,
-            naming.HEADER_MSG_ID: f"dead:{origin}:{deliveries}",
-            naming.HEADER_DEAD_REASON: reason,
-            naming.HEADER_DEAD_ERROR: _header(error),
-            naming.HEADER_DEAD_QUEUE: naming.encode(queue),
-            naming.HEADER_DEAD_SUBJECT: subject,
-            naming.HEADER_DEAD_DELIVERIES: str(deliveries),
-            naming.HEADER_DEAD_AT: str(int(time.time() * 1000)),
-            naming.HEADER_DEAD_WORKER: worker_name(),
+            wire_names.HEADER_MSG_ID: f"dead:{origin}:{deliveries}",
+            wire_names.HEADER_DEAD_REASON: reason,
+            wire_names.HEADER_DEAD_ERROR: _header(error),
+            wire_names.HEADER_DEAD_QUEUE: wire_names.encode(queue),
+            wire_names.HEADER_DEAD_SUBJECT: subject,
+            wire_names.HEADER_DEAD_DELIVERIES: str(deliveries),
+            wire_names.HEADER_DEAD_AT: str(int(time.time() * 1000)),
+            wire_names.HEADER_DEAD_WORKER: worker_name(),
         }
         if actor is not None:
-            letter[naming.HEADER_DEAD_ACTOR] = naming.encode(actor)
+            letter[wire_names.HEADER_DEAD_ACTOR] = wire_names.encode(actor)
         if message_id is not None:
-            letter[naming.HEADER_MESSAGE_ID] = naming.encode(message_id)
+            letter[wire_names.HEADER_MESSAGE_ID] = wire_names.encode(message_id)
         if event is not None:
             place = {"subject": event.subject, "stream": event.stream, "sequence": event.sequence}
             place.update(time=event.time, id=event.id)
-            letter[naming.HEADER_DEAD_EVENT] = json.dumps(place)
+            letter[wire_names.HEADER_DEAD_EVENT] = json.dumps(place)
         if history:
-            letter[naming.HEADER_DEAD_HISTORY] = json.dumps(list(history)[-MAX_HISTORY:])
+            letter[wire_names.HEADER_DEAD_HISTORY] = json.dumps(list(history)[-MAX_HISTORY:])
         try:
             self._put(queue, origin, data, letter, kept)
         except TopologyMissing:
@@ -199,7 +199,7 @@ class DeadLetters:
             return
         except MessageTooLarge:
             self._connection.publish(self._names.dead_body(queue, origin), data)
-        apart = {**letter, naming.HEADER_DEAD_BODY: "apart"}
+        apart = {**letter, wire_names.HEADER_DEAD_BODY: "apart"}
         try:
             self._connection.publish(subject, b"", apart)
         except MessageTooLarge:
@@ -252,10 +252,10 @@ class DeadLetters:
         entry = found.summary()
         del entry["history"], entry["id"], entry["queue"], entry["actor"], entry["message_id"]
         history = [*map(dict, found.history), entry][-MAX_HISTORY:]
-        headers = {**found.headers, naming.HEADER_MSG_ID: f"replay:{found.id}:{found.time}"}
+        headers = {**found.headers, wire_names.HEADER_MSG_ID: f"replay:{found.id}:{found.time}"}
         message = found.decode()
         if message is None:
-            headers[naming.HEADER_DEAD_HISTORY] = json.dumps(history)
+            headers[wire_names.HEADER_DEAD_HISTORY] = json.dumps(history)
         else:
             marks = ("retries", "traceback", "requeue_timestamp")
             options = {name: value for name, value in message.options.items() if name not in marks}
@@ -287,7 +287,7 @@ class DeadLetters:
             if not isinstance(error, NotFound) and error.err_code != _NO_SUCH_LETTER:
                 raise
             return False
-        if naming.HEADER_DEAD_BODY in stored.headers:
+        if wire_names.HEADER_DEAD_BODY in stored.headers:
             self._connection.api(f"STREAM.PURGE.{stream}", {"filter": f"{stored.subject}.body"})
         return True
 
@@ -313,7 +313,7 @@ class DeadLetters:
         return None if stored is None else self._read(stored)
 
     def _read(self, stored: StoredMessage) -> DeadLetter:
-        if naming.HEADER_DEAD_BODY in stored.headers:
+        if wire_names.HEADER_DEAD_BODY in stored.headers:
             body = last_message(self._connection, stored.stream, f"{stored.subject}.body")
             stored = dataclasses.replace(stored, data=b"" if body is None else body.data)
         letter = _read(stored)
@@ -342,31 +342,31 @@ def _header(text: str) -> str:
 def _read(stored: StoredMessage) -> DeadLetter:
     headers = stored.headers
     own = {name: value for name, value in headers.items() if not name.startswith(("Dramatiq-Dead-", "Nats-"))}
-    own.pop(naming.HEADER_MESSAGE_ID, None)
-    actor = headers.get(naming.HEADER_DEAD_ACTOR)
-    message_id = headers.get(naming.HEADER_MESSAGE_ID)
+    own.pop(wire_names.HEADER_MESSAGE_ID, None)
+    actor = headers.get(wire_names.HEADER_DEAD_ACTOR)
+    message_id = headers.get(wire_names.HEADER_MESSAGE_ID)
     event = None
-    if naming.HEADER_DEAD_EVENT in headers:
-        place = json.loads(headers[naming.HEADER_DEAD_EVENT])
+    if wire_names.HEADER_DEAD_EVENT in headers:
+        place = json.loads(headers[wire_names.HEADER_DEAD_EVENT])
         event = Event(
             subject=place["subject"],
             data=stored.data,
-            headers={naming.HEADER_MSG_ID: place["id"], **own},
+            headers={wire_names.HEADER_MSG_ID: place["id"], **own},
             stream=place["stream"],
             sequence=place["sequence"],
             time=place["time"],
         )
     return DeadLetter(
         id=str(stored.sequence),
-        queue=naming.decode(headers.get(naming.HEADER_DEAD_QUEUE, "")),
-        actor=None if actor is None else naming.decode(actor),
-        message_id=None if message_id is None else naming.decode(message_id),
-        reason=headers.get(naming.HEADER_DEAD_REASON, ""),
-        error=headers.get(naming.HEADER_DEAD_ERROR, ""),
-        deliveries=int(headers.get(naming.HEADER_DEAD_DELIVERIES, "0")),
-        time=int(headers.get(naming.HEADER_DEAD_AT, "0")),
-        worker=headers.get(naming.HEADER_DEAD_WORKER, ""),
-        subject=headers.get(naming.HEADER_DEAD_SUBJECT, ""),
+        queue=wire_names.decode(headers.get(wire_names.HEADER_DEAD_QUEUE, "")),
+        actor=None if actor is None else wire_names.decode(actor),
+        message_id=None if message_id is None else wire_names.decode(message_id),
+        reason=headers.get(wire_names.HEADER_DEAD_REASON, ""),
+        error=headers.get(wire_names.HEADER_DEAD_ERROR, ""),
+        deliveries=int(headers.get(wire_names.HEADER_DEAD_DELIVERIES, "0")),
+        time=int(headers.get(wire_names.HEADER_DEAD_AT, "0")),
+        worker=headers.get(wire_names.HEADER_DEAD_WORKER, ""),
+        subject=headers.get(wire_names.HEADER_DEAD_SUBJECT, ""),
         data=stored.data,
         headers=own,
         history=tuple(_history(headers)),
@@ -389,7 +389,7 @@ def history_in(delivery: Delivery) -> Sequence[Mapping[str, Any]]:
 
 def _history(headers: Mapping[str, str]) -> Sequence[Mapping[str, Any]]:
     try:
-        history = json.loads(headers.get(naming.HEADER_DEAD_HISTORY, "[]"))
+        history = json.loads(headers.get(wire_names.HEADER_DEAD_HISTORY, "[]"))
     except ValueError:
         return []  # not ours: anybody may publish
     return [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []

@@ -20,14 +20,14 @@ from dramatiq.broker import Broker
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware, MiddlewareError
 
-from . import topology
 from .broker import JetStreamBroker
-from .consumer import Source
-from .deliveries import Delivery
-from .envelope import Event, event_in, event_of, to_message
 from .errors import InvalidName, InvalidOption
-from .naming import check_subject
-from .running import running_message
+from .jetstream import topology
+from .jetstream.names import check_subject
+from .sending.envelope import Event, event_in, event_of, to_message
+from .worker.consumer import Source
+from .worker.ledger import Delivery
+from .worker.running import running_message
 
 __all__ = ["Event", "Events", "Subscription", "current_event", "subscription"]
 

@@ -23,12 +23,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .connection import Connection, PubAck, Publication
 from .errors import ApiError, InvalidOption, KeyExists, RevisionConflict, TopologyMissing
-from .ids import new_id
-from .kv_listing import Listing
-from .kv_watch import Watch
-from .naming import (
+from .jetstream.listing import Listing
+from .jetstream.names import (
     HEADER_BATCH_COMMIT,
     HEADER_BATCH_ID,
     HEADER_BATCH_SEQUENCE,
@@ -39,8 +36,11 @@ from .naming import (
     decode_key,
     encode_key,
 )
-from .stored import StoredMessage, last_message, last_message_direct
-from .topology import StreamConfig, ensure_stream
+from .jetstream.reading import StoredMessage, last_message, last_message_direct
+from .jetstream.topology import StreamConfig, ensure_stream
+from .jetstream.watching import Watch
+from .wire.connection import Connection, PubAck, Publication
+from .wire.ids import new_id
 
 __all__ = ["DEPOSED", "Bucket", "Entry", "Snapshot"]
 

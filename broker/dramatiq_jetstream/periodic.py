@@ -30,12 +30,11 @@ from dramatiq.errors import BrokerConnectionError, BrokerError
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware, MiddlewareError
 
-from . import cron, queues, schedules
+from . import queues
 from .broker import JetStreamBroker
-from .consumer import JetStreamMessage
 from .errors import ApiError, InvalidOption, NotFound
-from .kv import Bucket
-from .naming import (
+from .jetstream import cron
+from .jetstream.names import (
     HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE,
     HEADER_MSG_ID,
     HEADER_SCHEDULE,
@@ -47,7 +46,10 @@ from .naming import (
     decode,
     encode,
 )
-from .stored import StoredMessage, last_message
+from .jetstream.reading import StoredMessage, last_message
+from .kv import Bucket
+from .sending import delays
+from .worker.consumer import JetStreamMessage
 
 __all__ = ["InvalidSchedule", "Periodic", "Schedule", "list_schedules", "remove_schedule"]
 
@@ -169,7 +171,7 @@ def _reconcile(broker: JetStreamBroker) -> dict[str, str]:
 def _scheduled(broker: JetStreamBroker, queue: str) -> list[str]:
     stream = broker.names.queue_stream(queue)
     try:
-        subjects = list(schedules.subjects(broker.connection, stream, broker.names.all_periodic(queue)))
+        subjects = list(delays.subjects(broker.connection, stream, broker.names.all_periodic(queue)))
     except NotFound:
         return []
     return sorted(decode(subject.rpartition(".")[2]) for subject in subjects)
@@ -232,7 +234,7 @@ def _describe(broker: JetStreamBroker, queue: str, name: str, stored: StoredMess
         entry = None
     noted = {} if entry is None else json.loads(entry.value)
     last = noted.get("last")
-    next_tick = expression.next(schedules.now())
+    next_tick = expression.next(delays.now())
     if next_tick is None and noted.get("next"):
         next_tick = int(datetime.fromisoformat(noted["next"]).timestamp() * 1000)
     actor = broker.actors.get(name)

@@ -20,8 +20,8 @@ from dramatiq.middleware import Middleware
 
 from .broker import JetStreamBroker
 from .errors import InvalidOption
+from .jetstream.names import HEADER_TTL, bucket_subject
 from .kv import Bucket
-from .naming import HEADER_TTL, bucket_subject
 
 __all__ = ["Progress", "ProgressOf", "progress", "read_progress"]
 

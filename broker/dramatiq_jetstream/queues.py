@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.common import current_millis, q_name
 from dramatiq.message import Message
 
-from . import schedules
-from .connection import Connection
-from .consumer import Source
 from .errors import InvalidOption, KeyExists, MessageNotUnique, NotFound
-from .naming import METADATA_SUBSCRIBER, Names
-from .stored import first_message
+from .jetstream.names import METADATA_SUBSCRIBER, Names
+from .jetstream.reading import first_message
+from .sending import delays
+from .wire.connection import Connection
+from .worker.consumer import Source
 
 if TYPE_CHECKING:
     from .broker import JetStreamBroker
@@ -139,7 +139,7 @@ def stats(broker: JetStreamBroker, queue: str) -> QueueStats:
                 if waiting is not None:
                     oldest = min(oldest or waiting.time, waiting.time)
         total = connection.api(f"STREAM.INFO.{stream}")["state"]["messages"]
-        periodic = schedules.count(connection, stream, names.all_periodic(queue))
+        periodic = delays.count(connection, stream, names.all_periodic(queue))
     except NotFound:
         return QueueStats(queue, dead=broker.dead_letters.count(queue))
     return QueueStats(
@@ -191,7 +191,7 @@ def unfinished(broker: JetStreamBroker, queue: str, sources: Sequence[Source]) -
 
     def messages() -> int:
         count = int(connection.api(f"STREAM.INFO.{stream}")["state"]["messages"])
-        return count - schedules.count(connection, stream, names.all_periodic(queue)) if count else 0
+        return count - delays.count(connection, stream, names.all_periodic(queue)) if count else 0
 
     def events() -> int:
         count = 0

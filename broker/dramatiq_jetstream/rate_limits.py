@@ -19,7 +19,7 @@ from dramatiq.rate_limits import RateLimiterBackend
 
 from .backends import broker_for
 from .errors import BrokerConnectionError, RevisionConflict
-from .wakeups import Wakeups, announcing_bucket
+from .jetstream.wakeups import Wakeups, announcing_bucket
 
 __all__ = ["JetStreamBackend"]
 

@@ -20,9 +20,9 @@ from dramatiq.results.backend import DEFAULT_TIMEOUT, Missing
 
 from .backends import broker_for
 from .errors import BrokerConnectionError, MessageTooLarge
+from .jetstream.names import HEADER_PARTS
+from .jetstream.wakeups import Wakeups, announcing_bucket
 from .kv import Entry
-from .naming import HEADER_PARTS
-from .wakeups import Wakeups, announcing_bucket
 
 __all__ = ["JetStreamBackend"]
 

@@ -13,7 +13,7 @@ import pytest
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.events import Events
-from dramatiq_jetstream.server import NatsServer
+from dramatiq_jetstream.testing import NatsServer
 from tests.broker.fleet import Fleet, fleet
 from tests.support.proxy import Proxy
 

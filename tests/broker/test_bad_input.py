@@ -20,7 +20,7 @@ from dramatiq_jetstream.errors import (
     ServerUnsupported,
     StoreFull,
 )
-from dramatiq_jetstream.server import NatsServer, find_executable
+from dramatiq_jetstream.testing import NatsServer, find_executable
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually
 from tests.support.ports import free_port

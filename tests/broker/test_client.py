@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from nats.aio.client import Client
 
 from dramatiq_jetstream import JetStreamBroker
-from dramatiq_jetstream.client import Msg, encode_headers, parse_headers
-from dramatiq_jetstream.connection import Connection, ConnectOptions
-from dramatiq_jetstream.link import BACKLOG
-from dramatiq_jetstream.server import NatsServer
+from dramatiq_jetstream.testing import NatsServer
+from dramatiq_jetstream.wire.client import Msg, encode_headers, parse_headers
+from dramatiq_jetstream.wire.connection import Connection, ConnectOptions
+from dramatiq_jetstream.wire.link import BACKLOG
 from tests.support.polling import eventually
 from tests.support.skips import needs
 

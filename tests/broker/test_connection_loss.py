@@ -9,7 +9,7 @@ from collections import Counter
 import dramatiq
 import pytest
 
-from dramatiq_jetstream.settlements import _Round
+from dramatiq_jetstream.worker.settlements import _Round
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually, holds
 
@@ -19,8 +19,8 @@ ACK_WAIT = 1_000
 @pytest.fixture
 def fast_fences(monkeypatch):
     """A silent connection is given up after a second or two instead of six."""
-    monkeypatch.setattr("dramatiq_jetstream.link.FENCES_MISSED", 2)
-    monkeypatch.setattr("dramatiq_jetstream.link.FENCE_INTERVAL", 0.3)
+    monkeypatch.setattr("dramatiq_jetstream.wire.link.FENCES_MISSED", 2)
+    monkeypatch.setattr("dramatiq_jetstream.wire.link.FENCE_INTERVAL", 0.3)
 
 
 @pytest.fixture
@@ -129,9 +129,9 @@ def test_consumers_resume_after_the_server_was_killed(own_nats_server, make_brok
 def test_acks_that_a_killed_server_had_not_come_to_are_sent_again(own_nats_server, make_broker, monkeypatch):
     """It syncs each ack to disk, so they wait in its memory long after they arrived; what was done stays done."""
     # As if the backlog were ten times as long.
-    monkeypatch.setattr("dramatiq_jetstream.settlements.REMEMBER", 0.2)
-    monkeypatch.setattr("dramatiq_jetstream.settlements.REMEMBER_MOST", 100)
-    monkeypatch.setattr("dramatiq_jetstream.settlements.PROBE_INTERVAL", 0.1)
+    monkeypatch.setattr("dramatiq_jetstream.worker.settlements.REMEMBER", 0.2)
+    monkeypatch.setattr("dramatiq_jetstream.worker.settlements.REMEMBER_MOST", 100)
+    monkeypatch.setattr("dramatiq_jetstream.worker.settlements.PROBE_INTERVAL", 0.1)
     broker = make_broker(own_nats_server.url, ack_wait=2_000)
     ran = Counter()
 
@@ -163,7 +163,7 @@ def test_what_is_settled_is_proven_within_seconds(nats_url, make_broker):
 
 def test_nothing_more_is_asked_for_while_too_many_acks_wait(own_nats_server, make_broker, monkeypatch):
     """A worker faster than the server waits for it, and then goes on."""
-    monkeypatch.setattr("dramatiq_jetstream.settlements.MAX_UNPROVEN", 100)
+    monkeypatch.setattr("dramatiq_jetstream.worker.settlements.MAX_UNPROVEN", 100)
     broker = make_broker(own_nats_server.url)
     ran = []
     most = 0

@@ -8,8 +8,8 @@ import dramatiq
 import pytest
 
 from dramatiq_jetstream import JetStreamBroker
-from dramatiq_jetstream.cron import read
 from dramatiq_jetstream.errors import InvalidOption
+from dramatiq_jetstream.jetstream.cron import read
 from dramatiq_jetstream.periodic import Periodic
 
 

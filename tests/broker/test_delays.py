@@ -13,7 +13,8 @@ import pytest
 from dramatiq import Message
 from dramatiq.middleware import CurrentMessage
 
-from dramatiq_jetstream import schedules, stored
+from dramatiq_jetstream.jetstream import reading as stored
+from dramatiq_jetstream.sending import delays
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually, holds
 
@@ -29,7 +30,7 @@ def rss(pid: int) -> int:
 def test_a_delay_is_rounded_up(monkeypatch, now, eta):
     """The server fires at whole milliseconds: a time that was cut off would be too early."""
     monkeypatch.setattr(time, "time_ns", lambda: now)
-    assert schedules.eta_after(300) == eta
+    assert delays.eta_after(300) == eta
 
 
 def test_a_delay_is_a_schedule_on_the_server(broker):

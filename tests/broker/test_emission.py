@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from dramatiq.middleware import Middleware
 
-from dramatiq_jetstream.emission import EmittingBroker
+from dramatiq_jetstream.worker.emission import EmittingBroker
 
 
 class Noting(Middleware):

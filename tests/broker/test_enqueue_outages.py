@@ -201,7 +201,7 @@ def test_nothing_is_contacted_before_first_use():
 
 def test_wrong_credentials_are_one_clear_error(tmp_path, caplog):
     """The error says that we were refused and what to check, without quoting the password."""
-    from dramatiq_jetstream.server import NatsServer
+    from dramatiq_jetstream.testing import NatsServer
 
     config = 'authorization { user: "alice", password: "right" }\n'
     with NatsServer(store_dir=tmp_path / "nats", config=config, sync="2m") as server:

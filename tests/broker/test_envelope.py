@@ -15,7 +15,7 @@ from dramatiq.errors import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dramatiq_jetstream.envelope import decode, encode
+from dramatiq_jetstream.sending.envelope import decode, encode
 
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),

@@ -7,9 +7,9 @@ import threading
 import dramatiq
 import pytest
 
-from dramatiq_jetstream.connection import Subscription
 from dramatiq_jetstream.errors import MessageTooLarge, TopologyMissing
 from dramatiq_jetstream.events import current_event, subscription
+from dramatiq_jetstream.wire.connection import Subscription
 from orders.v1.events_pb2 import OrderCreated
 from tests.broker.conformance.workers import running
 from tests.broker.services import order, publish_raw, subscribe

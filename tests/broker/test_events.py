@@ -187,7 +187,7 @@ def test_a_flood_in_one_source_does_not_starve_the_others(make_broker, topic, pr
 
 
 def _publication(subject):
-    from dramatiq_jetstream.connection import Publication
+    from dramatiq_jetstream.wire.connection import Publication
 
     return Publication(subject, b"x")
 

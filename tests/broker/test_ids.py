@@ -6,7 +6,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
-from dramatiq_jetstream.ids import new_id
+from dramatiq_jetstream.wire.ids import new_id
 
 
 def test_no_id_is_given_twice_by_any_thread():

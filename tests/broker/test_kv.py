@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-from dramatiq_jetstream import kv, topology
-from dramatiq_jetstream.cluster import NatsCluster
-from dramatiq_jetstream.connection import Connection, ConnectOptions, Publication
+from dramatiq_jetstream import kv
 from dramatiq_jetstream.errors import (
     ApiError,
     BrokerConnectionError,
@@ -21,10 +19,12 @@ from dramatiq_jetstream.errors import (
     RevisionConflict,
     TopologyMissing,
 )
+from dramatiq_jetstream.jetstream import topology
+from dramatiq_jetstream.jetstream.names import Names, bucket_subject
+from dramatiq_jetstream.jetstream.reading import message_at
 from dramatiq_jetstream.kv import Bucket, Entry
-from dramatiq_jetstream.naming import Names, bucket_subject
-from dramatiq_jetstream.server import NatsServer
-from dramatiq_jetstream.stored import message_at
+from dramatiq_jetstream.testing import NatsCluster, NatsServer
+from dramatiq_jetstream.wire.connection import Connection, ConnectOptions, Publication
 from tests.broker.cables import DeafCable
 from tests.support.polling import eventually
 
@@ -331,7 +331,7 @@ def test_a_lost_conflict_is_still_a_conflict(make_bucket: MakeBucket, cable: Dea
 
 def test_a_listing_goes_over_many_pages(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every key under the prefix comes once, deleted ones do not, however small the pages are."""
-    monkeypatch.setattr("dramatiq_jetstream.kv_listing.PAGE", 7)
+    monkeypatch.setattr("dramatiq_jetstream.jetstream.listing.PAGE", 7)
     bucket.put("other.1", b"")
     bucket.connection.publish_many(
         Publication(bucket_subject(bucket.name, f"many.{n}"), b"%d" % n) for n in range(100)
@@ -443,7 +443,7 @@ def test_a_watch_goes_on_when_its_consumer_disappears(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A consumer that was deleted on the server is noticed by its silence and replaced."""
-    monkeypatch.setattr("dramatiq_jetstream.kv_watch.SILENCE", 0.5)
+    monkeypatch.setattr("dramatiq_jetstream.jetstream.watching.SILENCE", 0.5)
     bucket.put("k", b"1")
     seen = Seen()
     watch = bucket.watch("", seen)

@@ -8,9 +8,10 @@ import time
 import pytest
 from dramatiq import Message
 
-from dramatiq_jetstream import JetStreamBroker, lanes
+from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.errors import ConnectionFailed
-from dramatiq_jetstream.server import NatsServer
+from dramatiq_jetstream.testing import NatsServer
+from dramatiq_jetstream.wire import lanes
 from tests.support.polling import eventually
 
 

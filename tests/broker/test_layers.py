@@ -13,25 +13,26 @@ ROOT = Path(dramatiq_jetstream.__file__).parent
 
 #: A module may import from the lines above its own, and from its own line.
 LAYERS = [
-    ["errors", "ids", "parser", "running"],
-    ["naming", "options", "client"],
-    ["lanes", "opening", "emission", "handover", "time_limits"],
-    ["work_queue"],
-    ["answers"],
-    ["link"],
-    ["connection"],
-    ["topology", "stored", "envelope", "settlements"],
-    ["kv_listing", "kv_watch"],
-    ["kv", "schedules", "dead_letters", "deliveries"],
-    ["pulling"],
-    ["consumer"],
-    ["declarations", "undertaker", "queues", "batches"],
+    ["errors", "wire.ids", "wire.parser", "worker.running"],
+    ["jetstream.names", "config", "wire.client"],
+    ["wire.lanes", "wire.opening", "worker.emission", "wire.handover", "worker.time_limits"],
+    ["worker.work_queue"],
+    ["wire.answers"],
+    ["wire.link"],
+    ["wire.connection"],
+    ["jetstream.topology", "jetstream.reading", "sending.envelope", "worker.settlements"],
+    ["jetstream.listing", "jetstream.watching"],
+    ["kv", "sending.delays", "dead_letters", "worker.ledger"],
+    ["worker.pulling"],
+    ["worker.consumer"],
+    ["jetstream.declaring", "worker.undertaker", "queues", "sending.batches"],
     ["broker"],
-    ["wakeups", "backends", "cron"],
+    ["jetstream.wakeups", "backends", "jetstream.cron"],
     ["events", "results", "rate_limits", "abort", "periodic", "progress", "telemetry"],
-    ["child_process"],
-    ["server"],
-    ["cluster"],
+    ["testing.child_process"],
+    ["testing.server"],
+    ["testing.cluster"],
+    ["testing"],
     ["cli"],
 ]
 POSITION = {module: position for position, layer in enumerate(LAYERS) for module in layer}
@@ -40,10 +41,20 @@ POSITION = {module: position for position, layer in enumerate(LAYERS) for module
 def _modules() -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in ROOT.rglob("*.py"):
-        name = path.relative_to(ROOT).with_suffix("").parts[0]
-        if name != "__init__":
+        name = _place(path.relative_to(ROOT).with_suffix("").parts)
+        if name is not None:
             found.setdefault(name, []).append(path)
     return found
+
+
+def _place(parts: tuple[str, ...]) -> str | None:
+    """The name under which a module is listed: its own, its folder's, or None for a folder's docstring."""
+    dotted = ".".join(part for part in parts if part != "__init__")
+    if dotted in POSITION:
+        return dotted
+    if parts[0] in POSITION:
+        return parts[0]
+    return None if parts[-1] == "__init__" else dotted
 
 
 def _imports(path: Path) -> set[str]:
@@ -60,7 +71,10 @@ def _imports(path: Path) -> set[str]:
                 names = [[*base, alias.name] for alias in node.names]
         else:
             names = [[*(node.module or "").split("."), alias.name] for alias in node.names]
-        imported |= {name[1] for name in names if name[0] == "dramatiq_jetstream" and len(name) > 1}
+        for name in names:
+            if name[0] == "dramatiq_jetstream":
+                places = (".".join(name[1:end]) for end in range(len(name), 1, -1))
+                imported |= {next((place for place in places if place in POSITION), ".".join(name[1:]))}
     return imported
 
 

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from dramatiq_jetstream import link
-from dramatiq_jetstream.connection import Connection, ConnectOptions
+from dramatiq_jetstream.wire import link
+from dramatiq_jetstream.wire.connection import Connection, ConnectOptions
 from tests.support.polling import eventually
 
 

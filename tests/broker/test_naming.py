@@ -9,14 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dramatiq_jetstream.errors import InvalidName
-from dramatiq_jetstream.naming import (
-    Names,
-    check_subject,
-    decode,
-    decode_key,
-    encode,
-    encode_key,
-)
+from dramatiq_jetstream.jetstream.names import Names, check_subject, decode, decode_key, encode, encode_key
 
 #: What nats-server takes as one token of a subject, and as a name of a stream or consumer.
 TOKEN = re.compile(r"[^\s.*>/\\\x00-\x1f\x7f]+", re.ASCII)

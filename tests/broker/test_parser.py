@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nats.errors import ProtocolError
 from nats.protocol.parser import Parser
 
-from dramatiq_jetstream.parser import DirectParser
+from dramatiq_jetstream.wire.parser import DirectParser
 
 OURS, THEIRS = 1, 2
 WORDS = st.text("abc.$_é", min_size=1, max_size=8).map(str.encode)

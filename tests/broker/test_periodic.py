@@ -16,7 +16,7 @@ import pytest
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.periodic import Periodic, list_schedules, remove_schedule
-from dramatiq_jetstream.server import NatsServer
+from dramatiq_jetstream.testing import NatsServer
 from tests.support.polling import eventually
 from tests.support.processes import WORKER_READY, dramatiq_worker
 

@@ -12,7 +12,7 @@ import pytest
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.errors import ConnectionFailed, PermissionDenied
 from dramatiq_jetstream.events import Events, subscription
-from dramatiq_jetstream.server import NatsServer
+from dramatiq_jetstream.testing import NatsServer
 from tests.support.polling import eventually
 
 PERMISSIONS = files("dramatiq_jetstream").joinpath("permissions.conf").read_text()

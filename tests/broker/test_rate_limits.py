@@ -16,11 +16,11 @@ import pytest
 from dramatiq.rate_limits import Barrier, ConcurrentRateLimiter, WindowRateLimiter
 
 from dramatiq_jetstream import JetStreamBroker
-from dramatiq_jetstream.connection import Publication
 from dramatiq_jetstream.errors import BrokerConnectionError
-from dramatiq_jetstream.naming import bucket_subject
+from dramatiq_jetstream.jetstream.names import bucket_subject
 from dramatiq_jetstream.rate_limits import JetStreamBackend
-from dramatiq_jetstream.server import NatsServer
+from dramatiq_jetstream.testing import NatsServer
+from dramatiq_jetstream.wire.connection import Publication
 from tests.broker.cables import DeafCable
 from tests.support.polling import eventually
 from tests.support.processes import python
@@ -246,7 +246,7 @@ def test_whoever_waits_is_woken_by_the_server(
     make_backend: MakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wait ends within milliseconds of the notification, without looking again and again."""
-    monkeypatch.setattr("dramatiq_jetstream.wakeups.LOOK_AGAIN", 3600.0)
+    monkeypatch.setattr("dramatiq_jetstream.jetstream.wakeups.LOOK_AGAIN", 3600.0)
     waiting, notifying = make_backend(), make_backend()
     with ThreadPoolExecutor(1) as pool:
         for number in range(10):

@@ -18,8 +18,7 @@ import pytest
 from nats.js import JetStreamContext
 from nats.js.errors import APIError
 
-from dramatiq_jetstream.cluster import NatsCluster
-from dramatiq_jetstream.server import NatsServer, PortInUse, ServerError, free_port
+from dramatiq_jetstream.testing import NatsCluster, NatsServer, PortInUse, ServerError, free_port
 from tests.support.polling import eventually, holds
 from tests.support.processes import children, python
 
@@ -165,7 +164,7 @@ def test_a_free_port_that_was_lost_is_replaced(
 ) -> None:
     """When someone takes the chosen port first, start tries another one."""
     ports = iter([own_nats_server.port, free_port()])
-    monkeypatch.setattr("dramatiq_jetstream.server.free_port", lambda host: next(ports))
+    monkeypatch.setattr("dramatiq_jetstream.testing.server.free_port", lambda host: next(ports))
     with NatsServer(tmp_path / "second") as second:
         assert second.port != own_nats_server.port
 
@@ -254,7 +253,7 @@ def test_a_server_dies_with_the_process_that_started_it(tmp_path: Path, forked: 
     program.write_text(
         textwrap.dedent(f"""
             import os, sys, time
-            from dramatiq_jetstream.server import NatsServer
+            from dramatiq_jetstream.testing import NatsServer
             if {forked}:
                 with NatsServer({str(tmp_path / "first")!r}):
                     pass

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from dramatiq_jetstream import settlements
-from dramatiq_jetstream.deliveries import Ledger
-from dramatiq_jetstream.settlements import ACK, NAK, WPI, Settlements
+from dramatiq_jetstream.worker import settlements
+from dramatiq_jetstream.worker.ledger import Ledger
+from dramatiq_jetstream.worker.settlements import ACK, NAK, WPI, Settlements
 
 A, B, C = (("stream", "worker", number, 1_700_000_000) for number in (1, 2, 3))
 

@@ -12,7 +12,7 @@ import pytest
 from dramatiq.middleware import TimeLimit, TimeLimitExceeded
 
 from dramatiq_jetstream import JetStreamBroker
-from dramatiq_jetstream.time_limits import TimeLimits, keep_time_of
+from dramatiq_jetstream.worker.time_limits import TimeLimits, keep_time_of
 from tests.support.polling import eventually, holds
 
 

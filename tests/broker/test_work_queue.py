@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dramatiq_jetstream import JetStreamBroker
-from dramatiq_jetstream.work_queue import DelayQueue, WorkQueue
+from dramatiq_jetstream.worker.work_queue import DelayQueue, WorkQueue
 from tests.support.polling import eventually
 
 

@@ -15,8 +15,7 @@ from typing import Literal
 
 import requests
 
-from dramatiq_jetstream.cluster import NatsCluster
-from dramatiq_jetstream.server import NatsServer
+from dramatiq_jetstream.testing import NatsCluster, NatsServer
 from tests.chaos.network import CLIENTS, NODES, IsolatedCluster, Network
 from tests.support.polling import eventually
 from tests.support.ports import free_port

@@ -13,8 +13,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from dramatiq_jetstream.cluster import NatsCluster
-from dramatiq_jetstream.server import NatsServer, find_executable
+from dramatiq_jetstream.testing import NatsCluster, NatsServer, find_executable
 from tests.support.skips import find_program
 
 NODES = ("n1", "n2", "n3")

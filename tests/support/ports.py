@@ -9,8 +9,8 @@ import socket
 
 __all__ = ["free_port"]
 
-# Above what the system gives to outgoing connections and what `dramatiq_jetstream.server` chooses from. The processes
-# of a run take turns in it, so that a port is still free when, some seconds later, its server is up.
+# Above what the system gives to outgoing connections and what `dramatiq_jetstream.testing` chooses from. The
+# processes of a run take turns in it, so that a port is still free when, some seconds later, its server is up.
 _FIRST, _END = 61_000, 65_500
 _PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 from dramatiq_jetstream import JetStreamBroker
-from dramatiq_jetstream.stored import StoredMessage, messages
+from dramatiq_jetstream.jetstream.reading import StoredMessage, messages
 from orders.v1.events_pb2 import OrderCreated, OrderItem
 from tasks import money
 from tasks.catalogue import CATALOGUE

@@ -12,7 +12,7 @@ from pathlib import Path
 from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream import JetStreamBroker
-from dramatiq_jetstream.cluster import NatsCluster
+from dramatiq_jetstream.testing import NatsCluster
 from tasks.catalogue import CATALOGUE
 from tasks.events import subject_of
 from tasks.ledger import Record

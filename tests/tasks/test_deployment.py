@@ -14,7 +14,7 @@ import pytest
 import yaml
 from honcho.environ import parse_procfile
 
-from dramatiq_jetstream.server import NatsServer, find_executable
+from dramatiq_jetstream.testing import NatsServer, find_executable
 from tests.support.processes import REPOSITORY
 
 BIN = Path(sys.executable).parent

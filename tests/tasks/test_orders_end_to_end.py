@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dramatiq_jetstream.envelope import Event
+from dramatiq_jetstream.sending.envelope import Event
 from orders.v1.events_pb2 import (
     OrderConfirmed,
     OrderCreated,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from dramatiq_jetstream.server import NatsServer
+from dramatiq_jetstream.testing import NatsServer
 from tests.support.polling import eventually
 from tests.support.ports import free_port
 from tests.support.processes import REPOSITORY, Process

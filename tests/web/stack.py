@@ -11,7 +11,7 @@ from typing import Any
 
 import requests
 
-from dramatiq_jetstream.server import NatsServer
+from dramatiq_jetstream.testing import NatsServer
 from tests.support.orders import check_whole
 from tests.support.polling import eventually
 from tests.support.ports import free_port

@@ -9,7 +9,7 @@ import click
 from dramatiq.errors import DramatiqError
 
 from dramatiq_jetstream.errors import InvalidName, InvalidOption
-from dramatiq_jetstream.server import ServerError
+from dramatiq_jetstream.testing import ServerError
 
 from . import dead, delayed, doctor, queues, server, setup, work
 from .context import Fleet

@@ -7,7 +7,7 @@ import dataclasses
 import click
 from dramatiq.common import current_millis
 
-from dramatiq_jetstream import schedules
+from dramatiq_jetstream.sending import delays
 
 from .context import Fleet, age, moment, pass_fleet, table
 
@@ -30,7 +30,7 @@ def list_(fleet: Fleet, queue: str | None, limit: int) -> None:
     found = [
         message
         for name in wanted
-        for message in schedules.delayed_messages(broker.connection, broker.names, name, limit=limit)
+        for message in delays.delayed_messages(broker.connection, broker.names, name, limit=limit)
     ]
     found.sort(key=lambda message: message.eta)
     human = table("message id", "queue", "due", "in")
@@ -53,9 +53,7 @@ def cancel(fleet: Fleet, message_ids: tuple[str, ...], queue: str | None) -> Non
     broker = fleet.broker
     wanted = [fleet.check_queue(queue)] if queue else fleet.queue_names()
     cancelled = {
-        message_id: sum(
-            schedules.cancel(broker.connection, broker.names, name, message_id) for name in wanted
-        )
+        message_id: sum(delays.cancel(broker.connection, broker.names, name, message_id) for name in wanted)
         for message_id in message_ids
     }
     missing = [message_id for message_id, count in cancelled.items() if not count]

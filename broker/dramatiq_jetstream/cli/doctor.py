@@ -11,9 +11,10 @@ import click
 from dramatiq.common import current_millis
 from dramatiq.errors import DramatiqError
 
-from dramatiq_jetstream import queues, topology
-from dramatiq_jetstream.naming import HEADER_MSG_ID
-from dramatiq_jetstream.stored import last_message
+from dramatiq_jetstream import queues
+from dramatiq_jetstream.jetstream import topology
+from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID
+from dramatiq_jetstream.jetstream.reading import last_message
 
 from .context import Fleet, pass_fleet, table
 

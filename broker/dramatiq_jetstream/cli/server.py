@@ -7,7 +7,7 @@ import threading
 
 import click
 
-from dramatiq_jetstream.server import NatsServer
+from dramatiq_jetstream.testing import NatsServer
 
 from .context import Fleet, pass_fleet
 

@@ -9,7 +9,7 @@ import click
 import dramatiq
 
 from dramatiq_jetstream.broker import JetStreamBroker
-from dramatiq_jetstream.options import ConnectOptions
+from dramatiq_jetstream.config import ConnectOptions
 
 from .context import Fleet, pass_fleet, table
 

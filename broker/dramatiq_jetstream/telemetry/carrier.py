@@ -18,7 +18,7 @@ from opentelemetry.context import Context
 from opentelemetry.propagators.textmap import TextMapPropagator
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
-from dramatiq_jetstream.naming import OPTION_TRACE_CONTEXT, TRACE_HEADERS
+from dramatiq_jetstream.jetstream.names import OPTION_TRACE_CONTEXT, TRACE_HEADERS
 
 #: The message option that holds the W3C headers (`traceparent`, `tracestate`, `baggage`).
 CARRIER_OPTION: Final = OPTION_TRACE_CONTEXT

@@ -27,7 +27,7 @@ from typing import Any, Protocol, TextIO, cast
 from dramatiq import Broker, MessageProxy, Middleware
 
 from dramatiq_jetstream.errors import InvalidOption
-from dramatiq_jetstream.running import running_message
+from dramatiq_jetstream.worker.running import running_message
 
 
 class Scope(Protocol):

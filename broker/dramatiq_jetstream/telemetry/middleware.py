@@ -24,14 +24,7 @@ from opentelemetry.context import Context, get_current
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Tracer
 
 from . import conventions as c
-from .carrier import (
-    CARRIER_OPTION,
-    extract,
-    extract_headers,
-    inject,
-    remote_parent,
-    replace,
-)
+from .carrier import CARRIER_OPTION, extract, extract_headers, inject, remote_parent, replace
 from .flush import force_flush
 from .known import Known
 from .logs import enter, leave

@@ -17,7 +17,7 @@ from dramatiq import MessageProxy
 from opentelemetry.context import Context
 from opentelemetry.propagate import get_global_textmap
 
-from dramatiq_jetstream.running import running_message
+from dramatiq_jetstream.worker.running import running_message
 
 from . import conventions as c
 from .attempt_spans import AttemptSpan

@@ -9,8 +9,8 @@ import pytest
 from dramatiq import Message
 
 from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.jetstream.reading import StoredMessage, last_message, messages
 from dramatiq_jetstream.periodic import Periodic
-from dramatiq_jetstream.stored import StoredMessage, last_message, messages
 from dramatiq_jetstream.telemetry import DramatiqInstrumentor
 from tests.broker.conformance.workers import running
 from tests.broker.telemetry.conftest import Providers

@@ -14,9 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.events import Events, subscription
-from dramatiq_jetstream.server import NatsServer
 from dramatiq_jetstream.telemetry import prometheus_text
 from dramatiq_jetstream.telemetry.fleet import FleetReader
+from dramatiq_jetstream.testing import NatsServer
 from tests.broker.conformance.workers import running
 from tests.broker.telemetry.conftest import Providers
 from tests.support.polling import eventually

@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING
 from dramatiq.errors import ActorNotFound, BrokerConnectionError, BrokerError
 from dramatiq.middleware import SkipMessage
 
-from . import dead_letters, schedules
+from dramatiq_jetstream import dead_letters
+from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID
+from dramatiq_jetstream.sending import delays
+from dramatiq_jetstream.sending.envelope import event_in, to_message
+
 from .consumer import JetStreamMessage, Source
-from .deliveries import Delivery
-from .envelope import event_in, to_message
-from .naming import HEADER_MSG_ID
+from .ledger import Delivery
 from .settlements import ACK, NAK
 
 if TYPE_CHECKING:
-    from .broker import JetStreamBroker
+    from dramatiq_jetstream.broker import JetStreamBroker
 
 __all__ = ["JetStreamUndertaker"]
 
@@ -91,7 +93,7 @@ class JetStreamUndertaker:
         options = {name: value for name, value in message.options.items() if name != "eta"}
         self._broker.connection.publish_many(
             [
-                schedules.publication(
+                delays.publication(
                     self._broker.names,
                     message.queue_name,
                     message.message_id,

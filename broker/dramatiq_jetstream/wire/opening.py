@@ -14,9 +14,10 @@ from typing import Any, Final, cast
 
 from dramatiq.errors import BrokerError
 
+from dramatiq_jetstream.config import ConnectOptions
+from dramatiq_jetstream.errors import ConnectionFailed, ServerUnsupported
+
 from .client import DirectClient
-from .errors import ConnectionFailed, ServerUnsupported
-from .options import ConnectOptions
 
 __all__ = ["Listener", "open_client"]
 

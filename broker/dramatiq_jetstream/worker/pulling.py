@@ -26,8 +26,9 @@ from typing import Any
 
 from dramatiq.message import Message
 
-from .connection import Connection, Msg, Subscription
-from .deliveries import Delivery, Ledger
+from dramatiq_jetstream.wire.connection import Connection, Msg, Subscription
+
+from .ledger import Delivery, Ledger
 
 __all__ = ["Puller", "Source"]
 

@@ -16,8 +16,9 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
-from .connection import Connection, Msg
-from .stored import StoredMessage
+from dramatiq_jetstream.wire.connection import Connection, Msg
+
+from .reading import StoredMessage
 
 __all__ = ["Watch"]
 

@@ -15,16 +15,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from .connection import Connection, Publication
-from .errors import InvalidOption, NotFound
-from .naming import (
+from dramatiq_jetstream.errors import InvalidOption, NotFound
+from dramatiq_jetstream.jetstream.names import (
     HEADER_MSG_ID,
     HEADER_SCHEDULE,
     HEADER_SCHEDULE_TARGET,
     Names,
     decode,
 )
-from .stored import last_message
+from dramatiq_jetstream.jetstream.reading import last_message
+from dramatiq_jetstream.wire.connection import Connection, Publication
 
 __all__ = ["Delayed", "cancel", "count", "delayed_messages", "due", "publication"]
 

@@ -13,7 +13,7 @@ from collections import deque
 from queue import SimpleQueue
 from typing import Protocol
 
-from .handover import Handover
+from dramatiq_jetstream.wire.handover import Handover
 
 __all__ = ["DelayQueue", "WorkQueue"]
 

@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from .connection import Connection, Msg
+from dramatiq_jetstream.wire.connection import Connection, Msg
+
 from .settlements import ACK, WPI, Key, Settlements
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ import time
 from collections.abc import Iterator
 from queue import Empty
 
-from .connection import Connection, Msg, Subscription
-from .errors import BrokerConnectionError, TopologyMissing
-from .handover import Handover
-from .stored import StoredMessage, last_message, parse_time
+from dramatiq_jetstream.errors import BrokerConnectionError, TopologyMissing
+from dramatiq_jetstream.wire.connection import Connection, Msg, Subscription
+from dramatiq_jetstream.wire.handover import Handover
+
+from .reading import StoredMessage, last_message, parse_time
 
 __all__ = ["Listing"]
 

@@ -20,6 +20,15 @@ from typing import Any, Final, cast
 
 from dramatiq.errors import BrokerError
 
+from dramatiq_jetstream.config import ConnectOptions
+from dramatiq_jetstream.errors import (
+    BrokerConnectionError,
+    ConnectionClosed,
+    ServerUnsupported,
+    StoreTimeout,
+    TopologyMissing,
+)
+
 from .answers import (
     TRANSIENT,
     Headers,
@@ -32,15 +41,7 @@ from .answers import (
     read_puback,
     translate,
 )
-from .errors import (
-    BrokerConnectionError,
-    ConnectionClosed,
-    ServerUnsupported,
-    StoreTimeout,
-    TopologyMissing,
-)
 from .link import ConnectionState, Link, Subscription
-from .options import ConnectOptions
 
 __all__ = ["ConnectOptions", "Connection", "ConnectionState", "Msg", "PubAck", "Publication", "Subscription"]
 

@@ -25,7 +25,7 @@ from dramatiq.errors import DecodeError
 from dramatiq.message import Message, get_encoder
 
 if TYPE_CHECKING:
-    from .deliveries import Delivery
+    from dramatiq_jetstream.worker.ledger import Delivery
 
 __all__ = ["EVENT_OPTION", "Event", "checked", "decode", "encode", "event_in", "event_of", "to_message"]
 

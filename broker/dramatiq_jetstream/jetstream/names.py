@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .errors import InvalidName
+from dramatiq_jetstream.errors import InvalidName
 
 #: Headers that the library puts on messages. All are copied by the server from a schedule to the message
 #: that the schedule produces, other than the `Nats-*` ones (ADR-51).

@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 from cronsim import CronSim, CronSimError
 from cronsim.cronsim import Field
 
-from .errors import InvalidOption
+from dramatiq_jetstream.errors import InvalidOption
 
 __all__ = ["Expression", "read"]
 

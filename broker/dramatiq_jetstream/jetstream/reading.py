@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from .client import parse_headers
-from .connection import Connection
-from .errors import NotFound
+from dramatiq_jetstream.errors import NotFound
+from dramatiq_jetstream.wire.client import parse_headers
+from dramatiq_jetstream.wire.connection import Connection
 
 __all__ = [
     "StoredMessage",

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dramatiq_jetstream.kv import Bucket
+
 from . import topology
-from .kv import Bucket
 from .topology import ConsumerConfig, StreamConfig
 
 if TYPE_CHECKING:
-    from .broker import JetStreamBroker
+    from dramatiq_jetstream.broker import JetStreamBroker
 
 __all__ = ["Declarations"]
 

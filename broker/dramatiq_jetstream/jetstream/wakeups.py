@@ -16,11 +16,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from dramatiq_jetstream.broker import JetStreamBroker
+from dramatiq_jetstream.kv import Bucket
+from dramatiq_jetstream.wire.connection import Msg, Subscription
+
 from . import topology
-from .broker import JetStreamBroker
-from .connection import Msg, Subscription
-from .kv import Bucket
-from .naming import decode_key
+from .names import decode_key
 
 __all__ = ["Wakeups", "announced_key", "announcements", "announcing_bucket"]
 

@@ -11,8 +11,7 @@ from typing import Any, Final
 from dramatiq.errors import BrokerError
 from nats.errors import BadHeaderError
 
-from .client import Headers, Msg, encode_headers
-from .errors import (
+from dramatiq_jetstream.errors import (
     ApiError,
     InvalidName,
     InvalidOption,
@@ -22,6 +21,8 @@ from .errors import (
     StoreFull,
     TopologyMissing,
 )
+
+from .client import Headers, Msg, encode_headers
 
 __all__ = ["Headers", "Msg", "PubAck", "Publication"]
 

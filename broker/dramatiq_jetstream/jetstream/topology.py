@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .connection import Connection
-from .errors import ApiError, NotFound, TopologyMismatch
-from .naming import METADATA_SUBSCRIBER, Names, bucket_stream
+from dramatiq_jetstream.errors import ApiError, NotFound, TopologyMismatch
+from dramatiq_jetstream.wire.connection import Connection
+
+from .names import METADATA_SUBSCRIBER, Names, bucket_stream
 
 __all__ = [
     "ConsumerConfig",

@@ -29,11 +29,12 @@ from dramatiq.common import current_millis
 from dramatiq.errors import ActorNotFound, BrokerError, ConnectionClosed, DecodeError
 from dramatiq.message import Message
 
-from . import dead_letters
-from .connection import Connection
-from .deliveries import Delivery, Ledger
-from .errors import ApiError, BrokerConnectionError, MessageTooLarge, NotFound
-from .handover import Handover
+from dramatiq_jetstream import dead_letters
+from dramatiq_jetstream.errors import ApiError, BrokerConnectionError, MessageTooLarge, NotFound
+from dramatiq_jetstream.wire.connection import Connection
+from dramatiq_jetstream.wire.handover import Handover
+
+from .ledger import Delivery, Ledger
 from .pulling import Puller, Source
 from .settlements import ACK, nak_after
 

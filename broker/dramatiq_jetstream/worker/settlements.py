@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from .connection import Connection
+from dramatiq_jetstream.wire.connection import Connection
 
 __all__ = ["ACK", "NAK", "WPI", "Key", "Settlements", "nak_after"]
 

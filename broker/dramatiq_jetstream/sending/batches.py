@@ -19,13 +19,13 @@ from dramatiq.common import q_name
 from dramatiq.composition import group as dramatiq_group
 from dramatiq.message import Message
 
-from .connection import PubAck, Publication
-from .errors import ApiError, BrokerConnectionError, BrokerError, InvalidOption
-from .ids import new_id
-from .naming import HEADER_BATCH_COMMIT, HEADER_BATCH_ID, HEADER_BATCH_SEQUENCE
+from dramatiq_jetstream.errors import ApiError, BrokerConnectionError, BrokerError, InvalidOption
+from dramatiq_jetstream.jetstream.names import HEADER_BATCH_COMMIT, HEADER_BATCH_ID, HEADER_BATCH_SEQUENCE
+from dramatiq_jetstream.wire.connection import PubAck, Publication
+from dramatiq_jetstream.wire.ids import new_id
 
 if TYPE_CHECKING:
-    from .broker import JetStreamBroker
+    from dramatiq_jetstream.broker import JetStreamBroker
 
 __all__ = ["enqueue_many", "group"]
 
@@ -172,7 +172,7 @@ class group(dramatiq_group):  # noqa: N801 - the name that Dramatiq gives it
     """A `dramatiq.group` that enqueues its messages together when its broker is a `JetStreamBroker`."""
 
     def run(self, *, delay: int | None = None) -> group:
-        from .broker import JetStreamBroker
+        from dramatiq_jetstream.broker import JetStreamBroker
 
         broker = self.broker
         if not isinstance(broker, JetStreamBroker):

@@ -34,12 +34,13 @@ from typing import Any, Final, cast
 import nats.errors
 from dramatiq.errors import BrokerError
 
+from dramatiq_jetstream.config import ConnectOptions
+from dramatiq_jetstream.errors import ConnectionClosed, ConnectionFailed
+
 from .answers import read_permission_error
 from .client import DirectClient, Headers, Msg, Outgoing
-from .errors import ConnectionClosed, ConnectionFailed
 from .lanes import Lanes
 from .opening import Listener, open_client
-from .options import ConnectOptions
 
 __all__ = ["ConnectionState", "Link", "Subscription"]
 

@@ -1,0 +1,1 @@
+"""The server's nouns: names, configurations of streams and consumers, declaring, reading, watching. Private."""
