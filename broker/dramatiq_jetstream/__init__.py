@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .broker import JetStreamBroker
-from .sending.batches import group
+from .sending.composition import group
 
 __all__ = ["JetStreamBroker", "group"]

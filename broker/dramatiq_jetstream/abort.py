@@ -29,9 +29,10 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from .backends import broker_for
+from .broker import broker_for
 from .errors import PermissionDenied, RevisionConflict
-from .jetstream.wakeups import announced_key, announcements, announcing_bucket
+from .jetstream.inventory import queue_names
+from .jetstream.wakeups import announced_key, announcements
 from .sending.delays import due
 from .wire.connection import Msg
 
@@ -56,7 +57,7 @@ class JetStreamBackend(EventBackend):
 
     def __init__(self, broker: Broker | None = None, *, url: str | Iterable[str] | None = None) -> None:
         self.broker, self._own = broker_for(broker, url)
-        self.bucket = announcing_bucket(self.broker, "aborts")
+        self.bucket = self.broker.declarations.announcing_bucket("aborts")
         self._forget()
 
     def _forget(self) -> None:
@@ -155,18 +156,12 @@ class JetStreamBackend(EventBackend):
         try:
             etas = [
                 due(self.broker.connection, self.broker.names, queue, message_id)
-                for queue in self.broker.queues or self._all_queues()
+                for queue in self.broker.queues or queue_names(self.broker.connection, self.broker.names)
             ]
         except PermissionDenied as error:
             logger.warning("Whether %s is delayed cannot be seen: %s", message_id, error)
             return 0
         return max(0, max((eta for eta in etas if eta is not None), default=0) - current_millis())
-
-    def _all_queues(self) -> set[str]:
-        """The queues of the namespace, for a program that declares none, such as a command."""
-        names = self.broker.names
-        streams = self.broker.connection.api("STREAM.NAMES", {"subject": f"{names.namespace}.q.>"})["streams"]
-        return {queue for queue in map(names.queue_of_stream, streams or []) if queue is not None}
 
 
 def abort_message(

@@ -1,14 +1,8 @@
-"""The Dramatiq broker on NATS JetStream.
+"""The Dramatiq broker on NATS JetStream: Dramatiq's contract, put together from the library's rooms.
 
-`enqueue` returns once JetStream has stored the message. Its `Nats-Msg-Id` is made anew for each call and
-kept for every time that call's publish is repeated: a retry, which Dramatiq enqueues under the same message
-id, is not taken for a duplicate, and an acknowledgement that got lost does not store a message twice.
-
-Dramatiq acks a message even if its retry, its pipeline's next step or its callback could not be enqueued,
-because it swallows what middleware raises after the actor ran. Here such a message is marked, and its
-consumer keeps it on the queue (see `consumer`). When it then runs again, within JetStream's duplicate window,
-those of its follow-ups that carry a message id of their own (a retry, a pipeline's next step, the callbacks of a
-group) and were stored the first time are not stored again.
+`enqueue` returns once JetStream has stored the message. Its `Nats-Msg-Id` is made for each call and kept whenever
+that call's publish is repeated: a retry, which Dramatiq enqueues under the same message id, is not taken for a
+duplicate, and a lost acknowledgement does not store a message twice.
 
 If the process dies during `enqueue`, the message is stored or it is not, and the caller never learned that
 it was. If it dies between an actor's end and the ack, the actor runs again elsewhere.
@@ -17,55 +11,41 @@ it was. If it dies between an actor's end and the ack, the actor runs again else
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import ssl
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dramatiq.broker import MessageProxy
-from dramatiq.common import iter_queue, q_name
-from dramatiq.errors import DecodeError, QueueJoinTimeout, QueueNotFound
+from dramatiq.broker import Broker, MessageProxy
+from dramatiq.common import q_name
+from dramatiq.errors import BrokerError, QueueJoinTimeout, QueueNotFound
 from dramatiq.message import Message
-from dramatiq.middleware import Callbacks, GroupCallbacks, Middleware, Pipelines, Retries
-from dramatiq.worker import QUEUE_PREFETCH, Worker
+from dramatiq.middleware import Middleware
+from dramatiq.worker import QUEUE_PREFETCH
 
-from . import queues
+from .config import BrokerConfig, ConnectOptions
 from .dead_letters import DeadLetters
-from .errors import InvalidOption, MessageNotUnique, TopologyMissing
+from .errors import InvalidOption, TopologyMissing
 from .jetstream.declaring import Declarations
-from .jetstream.names import (
-    HEADER_MSG_ID,
-    HEADER_TICK,
-    OPTION_TRACE_CONTEXT,
-    Names,
-    check_subject,
-    trace_headers,
-)
+from .jetstream.names import HEADER_MSG_ID, Names, check_subject
 from .kv import Bucket
-from .queues import QueueStats
+from .queues import Queues, QueueStats
 from .sending import batches, delays
-from .sending.envelope import Event, checked, decode, encode, event_of
-from .wire.connection import Connection, ConnectOptions, PubAck, Publication
+from .sending.publications import Publications
+from .sending.unique import unique
+from .wire.connection import Connection, PubAck, Publication
 from .wire.ids import new_id
-from .worker.consumer import JetStreamConsumer, JetStreamMessage, Source
+from .worker.attachment import Attachment
+from .worker.consumer import JetStreamConsumer
 from .worker.emission import EmittingBroker
-from .worker.ledger import Delivery, Ledger
+from .worker.follow_ups import FollowUps
+from .worker.ledger import Ledger
 from .worker.running import running_message
+from .worker.sources import Sources
 from .worker.time_limits import keep_time_of
 from .worker.undertaker import JetStreamUndertaker
-from .worker.work_queue import DelayQueue, WorkQueue
 
-__all__ = ["JetStreamBroker"]
-
-#: RabbitMQ's advice is ten; each is a durable consumer here.
-HIGHEST_PRIORITY = 32
-
-# Middleware that enqueues what follows a message. An error in one of these must not be forgotten.
-_FOLLOW_UPS = (Retries, Pipelines, Callbacks, GroupCallbacks)
+__all__ = ["JetStreamBroker", "broker_for"]
 
 
 class JetStreamBroker(EmittingBroker):
@@ -115,25 +95,7 @@ class JetStreamBroker(EmittingBroker):
         max_in_flight: Mapping[str, int] | None = None,
         inbox_prefix: str = "_INBOX",
     ) -> None:
-        self.names = Names(namespace)
-        _at_least("replicas", replicas, 1)
-        _at_least("ack_wait", ack_wait, 1_000)
-        _at_least("max_deliveries", max_deliveries, 1)
-        _at_least("dead_message_ttl", dead_message_ttl, 1_000)
-        _at_least("enqueue_timeout", enqueue_timeout, 100)
-        if max_priority is not None and not 1 <= max_priority <= HIGHEST_PRIORITY:
-            raise InvalidOption(
-                f"max_priority={max_priority!r} cannot be used: choose 1 to {HIGHEST_PRIORITY}, "
-                "or None for no priorities."
-            )
-        for queue_name, limit in (max_in_flight or {}).items():
-            _at_least(f"max_in_flight[{queue_name!r}]", limit, 1)
-            if max_priority is not None:
-                raise InvalidOption(
-                    "max_in_flight and max_priority cannot be used together: JetStream counts messages in "
-                    "flight for each priority, so the limit of a queue would not hold."
-                )
-        options = ConnectOptions.of(
+        connect = ConnectOptions.of(
             url,
             credentials=credentials,
             user=user,
@@ -143,30 +105,49 @@ class JetStreamBroker(EmittingBroker):
             tls=tls,
             inbox_prefix=inbox_prefix,
         )
-        self.connection = Connection(options, timeout=enqueue_timeout)
-        self.replicas = replicas
-        self.declare = declare
-        self.ack_wait = ack_wait
-        self.max_deliveries = max_deliveries
-        self.dead_message_ttl = dead_message_ttl
-        self.enqueue_timeout = enqueue_timeout
-        self.max_priority = max_priority
-        self.max_in_flight = dict(max_in_flight or {})
-        self.ledger = Ledger(self.connection)
-        self.undertaker = JetStreamUndertaker(self)
-        self.declarations = Declarations(self)
+        self.config = BrokerConfig(
+            connect=connect,
+            namespace=namespace,
+            replicas=replicas,
+            declare=declare,
+            ack_wait=ack_wait,
+            max_deliveries=max_deliveries,
+            dead_message_ttl=dead_message_ttl,
+            enqueue_timeout=enqueue_timeout,
+            max_priority=max_priority,
+            max_in_flight=max_in_flight or {},
+        )
+        self.connection = Connection(connect, timeout=enqueue_timeout)
+        self.declarations = Declarations(self.config, self.connection)
         self.dead_letters = DeadLetters(
             self.connection, self.names, self.declarations.ensure_dead_letters, self.emit_own
         )
-        self.subscriptions: dict[str, dict[str, Callable[[], Source]]] = {}
-        self.event_decoders: dict[str, Callable[[Event], Any]] = {}
+        self.stored_queues = Queues(
+            self.config, self.connection, self.declarations, self.dead_letters, self._event_streams
+        )
+        self.ledger = Ledger(self.connection)
+        self.sources = Sources(self.config, self.declarations)
+        self._undertaker = JetStreamUndertaker(
+            self.config,
+            self.connection,
+            self.ledger,
+            self.dead_letters,
+            actor_options=lambda name: self.get_actor(name).options,
+            emit=self.emit_own,
+        )
+        self._attachment = Attachment(self._undertaker)
+        self._follow_ups = FollowUps()
+        self._publications = Publications(self.config, self._follow_ups.unique_id)
         self._consumers: list[JetStreamConsumer] = []
-        self._after = threading.local()
-        self._worker: Worker | None = None
         self.connection.on_fork(self._forget_worker)
         super().__init__(middleware=middleware)
         self._react()
         self.queues: set[str] = set()
+
+    @property
+    def names(self) -> Names:
+        """Every name on the wire."""
+        return self.config.names
 
     # Declaring
 
@@ -186,7 +167,7 @@ class JetStreamBroker(EmittingBroker):
             self.emit_after("declare_queue", queue_name)
 
     def setup(self, *, update: bool = False) -> dict[str, str]:
-        """Create what is declared and missing; with `update`, change what differs.
+        """Create what is declared and missing, whatever `declare` says; with `update`, change what differs.
 
         Returns:
           What became of each stream and consumer: "created", "unchanged", "updated" or "differs".
@@ -194,7 +175,13 @@ class JetStreamBroker(EmittingBroker):
         Raises:
           TopologyMismatch: When something exists that would lose or hold up messages, and `update` is False.
         """
-        return self.declarations.setup(update=update)
+        outcome = self.declarations.setup_queues(self.queues, update=update)
+        for middleware in self.middleware:
+            setup = getattr(middleware, "setup_topology", None)
+            if setup is not None:
+                outcome.update(setup(self, update=update))
+        self.bucket("unique")
+        return {**self.declarations.setup_buckets(), **outcome}
 
     def bucket(
         self, name: str, *, history: int = 1, ttl: int | None = None, max_value_bytes: int | None = None
@@ -223,18 +210,19 @@ class JetStreamBroker(EmittingBroker):
         try:
             return self._enqueue(message, delay)
         except Exception as error:
-            self._note_follow_up_error(error)
+            self._follow_ups.failed(error)
             raise
 
     def _enqueue(self, message: Message[Any], delay: int | None) -> Message[Any]:
         queue_name = q_name(message.queue_name)
         self.declare_queue(queue_name)
-        announced = self._announce(message, delay)
+        announced = self._publications.announced(message, delay)
         self.declarations.ensure_queue(queue_name)
         self.emit_before("enqueue", announced, delay)
-        publication = self._publication(announced, delay)
-        if "unique_key" in announced.options:
-            with queues.unique(self, announced):
+        publication = self._publications.publication(announced, delay)
+        # A retry is not another message, however late it comes.
+        if "unique_key" in announced.options and not self._follow_ups.is_retry(announced):
+            with unique(self.bucket("unique"), announced, enqueue_timeout=self.config.enqueue_timeout):
                 self._store(queue_name, publication)
         else:
             self._store(queue_name, publication)
@@ -243,7 +231,7 @@ class JetStreamBroker(EmittingBroker):
 
     def _store(self, queue_name: str, publication: Publication) -> None:
         """Publish to a queue, which is made again if it disappeared."""
-        deadline = time.monotonic() + self.enqueue_timeout / 1000
+        deadline = time.monotonic() + self.config.enqueue_timeout / 1000
         while True:
             left = max(1, int((deadline - time.monotonic()) * 1000))
             try:
@@ -252,7 +240,7 @@ class JetStreamBroker(EmittingBroker):
                 )
                 return
             except TopologyMissing:
-                if not self.declare or time.monotonic() >= deadline:
+                if not self.config.declare or time.monotonic() >= deadline:
                     raise
                 self.declarations.ensure_queue(queue_name, again=True)
 
@@ -268,66 +256,42 @@ class JetStreamBroker(EmittingBroker):
           As `enqueue`. Without `atomic`, the messages other than those that failed are stored.
         """
         try:
-            return batches.enqueue_many(self, list(messages), atomic=atomic, delay=delay)
+            return self._enqueue_many(list(messages), atomic=atomic, delay=delay)
         except Exception as error:
-            self._note_follow_up_error(error)
+            self._follow_ups.failed(error)
             raise
 
-    def _announce(self, message: Message[Any], delay: int | None) -> Message[Any]:
-        """The message as middleware and the caller see it: a delayed one with its `eta`."""
-        if delay is None:
-            return message
-        return message.copy(options={"eta": delays.eta_after(delays.check_delay(delay))})
-
-    def _publication(self, message: Message[Any], delay: int | None) -> Publication:
-        queue_name = q_name(message.queue_name)
-        stored = message
-        if "eta" in message.options:
-            # The server keeps the time; a worker that saw it would hold the message in its memory.
-            options = {name: value for name, value in message.options.items() if name != "eta"}
-            stored = dataclasses.replace(message.copy(), options=options)
-        if stored.queue_name != queue_name:
-            stored = stored.copy(queue_name=queue_name)
-        target = self.names.task(queue_name, self._priority(message))
-        unique = self._unique_id(message)
-        headers = {HEADER_MSG_ID: unique}
-        context = message.options.get(OPTION_TRACE_CONTEXT)
-        if context is not None:
-            headers.update(trace_headers(context))
-        if not delay:  # no delay, or one of 0, which needs no schedule
-            return Publication(target, encode(stored), headers)
-        return delays.publication(
-            self.names,
-            queue_name,
-            message.message_id,
-            unique,
-            encode(stored),
-            eta=int(message.options["eta"]),
-            target=target,
-            headers=headers,
-        )
-
-    def _unique_id(self, message: Message[Any]) -> str:
-        """What tells one enqueue call from another; for what follows a message, the same at its every run."""
-        current = getattr(self._after, "message", None)
-        if not isinstance(current, JetStreamMessage):
-            return new_id()
-        if self._after.ids is None:
-            self._after.ids = Counter()
-        self._after.ids[message.message_id] += 1
-        call = f"{current._delivery.origin}:{message.message_id}:{self._after.ids[message.message_id]}"
-        return hashlib.sha256(call.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-    def _priority(self, message: Message[Any]) -> int | None:
-        """The priority of a message; as in RabbitMQ, one above the highest is the highest."""
-        priority = message.options.get("broker_priority")
-        if priority is None or not self.max_priority:
-            return None
-        if isinstance(priority, bool) or not isinstance(priority, int) or priority < 0:
-            raise InvalidOption(
-                f"broker_priority={priority!r} cannot be used: give a whole number from 0 to {self.max_priority}."
+    def _enqueue_many(
+        self, messages: list[Message[Any]], *, atomic: bool, delay: int | None
+    ) -> list[Message[Any]]:
+        if atomic:
+            batches.check_atomic(messages)
+        elif any("unique_key" in message.options for message in messages):
+            return [self.enqueue(message, delay=delay) for message in messages]
+        announced = [self._publications.announced(message, delay) for message in messages]
+        for queue_name in {q_name(message.queue_name) for message in announced}:
+            self.declare_queue(queue_name)
+            self.declarations.ensure_queue(queue_name)
+        for message in announced:
+            self.emit_before("enqueue", message, delay)
+        publications = [self._publications.publication(message, delay) for message in announced]
+        outcomes: list[PubAck | BrokerError | None] = [None] * len(publications)
+        if atomic and len(publications) > 1:
+            batches.store_atomically(self.connection, publications, timeout=self.config.enqueue_timeout)
+        else:
+            queue_names = [q_name(message.queue_name) for message in announced]
+            outcomes = batches.store(
+                self.connection,
+                list(zip(queue_names, publications, strict=True)),
+                timeout=self.config.enqueue_timeout,
             )
-        return min(priority, self.max_priority) or None
+        for message, outcome in zip(announced, outcomes, strict=True):
+            if not isinstance(outcome, BrokerError):
+                self.emit_after("enqueue", message, delay)
+        for outcome in outcomes:
+            if isinstance(outcome, BrokerError):
+                raise outcome
+        return announced
 
     def cancel(self, message_id: str, queue_name: str | None = None) -> int:
         """Cancel the delays of a message; return how many were waiting.
@@ -370,7 +334,7 @@ class JetStreamBroker(EmittingBroker):
             self.emit_own("after_publish_event", subject, complete, exception=None)
             return ack
         except Exception as error:
-            self._note_follow_up_error(error)
+            self._follow_ups.failed(error)
             raise
 
     # Consuming
@@ -391,13 +355,13 @@ class JetStreamBroker(EmittingBroker):
             self.connection,
             self.ledger,
             queue_name,
-            self._sources(queue_name),
+            self.sources.of(queue_name),
             prefetch=max(1, prefetch),
             timeout=timeout,
-            lookahead=queue_name not in self.max_in_flight and not QUEUE_PREFETCH,
-            max_deliveries=self.max_deliveries,
-            undertaker=self.undertaker,
-            give_back=self._give_back,
+            lookahead=queue_name not in self.config.max_in_flight and not QUEUE_PREFETCH,
+            max_deliveries=self.config.max_deliveries,
+            undertaker=self._undertaker,
+            give_back=self._attachment.return_unstarted,
         )
         # Several consumer threads come here at once, so nothing but single steps.
         for other in list(self._consumers):
@@ -406,55 +370,6 @@ class JetStreamBroker(EmittingBroker):
                     self._consumers.remove(other)
         self._consumers.append(consumer)
         return consumer
-
-    def _sources(self, queue_name: str) -> list[Source]:
-        own = [
-            Source(
-                queue=queue_name,
-                stream=self.names.queue_stream(queue_name),
-                durable=self.names.worker_durable(priority),
-                rank=rank,
-                ack_wait=self.declarations.ack_wait_of(
-                    self.names.queue_stream(queue_name), self.names.worker_durable(priority)
-                ),
-                decode=self._decode,
-            )
-            for rank, priority in enumerate(self.declarations.priorities)
-        ]
-        return own + [make() for make in self.subscriptions.get(queue_name, {}).values()]
-
-    def _decode(self, delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:
-        """Make a message of what a queue's stream delivered; one that carries an event gets it decoded."""
-        message = checked(decode(delivery.data), delivery.source.queue)
-        if delivery.mentions(HEADER_TICK) and HEADER_TICK in delivery.headers:
-            # Every tick of a schedule has the same body; its place in the stream makes it a message of its own.
-            message = dataclasses.replace(
-                message,
-                message_id=f"{message.message_id}:{delivery.sequence}",
-                message_timestamp=delivery.timestamp,
-            )
-        event = event_of(message)
-        if event is None:
-            return message, None
-        return message, (self.decode_event(message.actor_name, event),)
-
-    def decode_event(self, actor_name: str, event: Event) -> Any:
-        """What an actor receives for an event.
-
-        Raises:
-          DecodeError: When the event's bytes are not what the actor's subscription says.
-        """
-        decode = self.event_decoders.get(actor_name)
-        if decode is None:
-            raise DecodeError(
-                f"Actor {actor_name!r} has no subscription here to decode {event.subject} with.",
-                event.data,
-                None,
-            )
-        try:
-            return decode(event)
-        except Exception as error:
-            raise DecodeError(f"Failed to decode the event {event.subject}.", event.data, error) from error
 
     # Dramatiq's middleware and signals
 
@@ -470,102 +385,57 @@ class JetStreamBroker(EmittingBroker):
 
     def _react(self) -> None:
         """Say what this broker does at Dramatiq's signals."""
-        self.first["before_worker_boot"] = self._replace_work_queue
-        self.last["before_worker_shutdown"] = self._stop_consuming
-        self.first["after_consumer_thread_boot"] = self._replace_delay_queue
+        self.first["before_worker_boot"] = self._attachment.attach
+        self.last["before_worker_shutdown"] = self._attachment.stop_consuming
+        self.first["after_consumer_thread_boot"] = self._attachment.replace_delay_queue
         self.first["before_process_message"] = running_message.set
-        self.first["after_process_message"] = self._note_done
+        self.first["after_process_message"] = self._follow_ups.begin
         self.last["after_process_message"] = self._forget_done
         self.last["after_skip_message"] = self._forget_running
 
-    def _replace_work_queue(self, worker: Any) -> None:
-        self._worker = worker
-        worker.work_queue = WorkQueue()  # its threads, which take it from here, are not made yet
-
-    def _replace_delay_queue(self, consumer_thread: Any) -> None:
-        consumer_thread.delay_queue = DelayQueue()
-
-    def _note_done(self, message: MessageProxy) -> None:
-        self._after.message = message
-        self._after.ids = None
-
     def _forget_done(self, message: MessageProxy) -> None:
-        self._after.message = None
+        self._follow_ups.end()
         self._forget_running(message)
 
     def _forget_running(self, message: MessageProxy) -> None:
         running_message.set(None)
 
     def failed_after(self, signal: str, middleware: Middleware, error: Exception) -> None:
-        if signal == "process_message" and isinstance(middleware, _FOLLOW_UPS):
-            self._note_follow_up_error(error)
-
-    def _note_follow_up_error(self, error: Exception) -> None:
-        """Mark the message whose after-run middleware failed to enqueue, so that it is not acked."""
-        message = getattr(self._after, "message", None)
-        if isinstance(error, MessageNotUnique):
-            return  # what should follow is there already, which is what its unique key is for
-        if isinstance(message, JetStreamMessage):
-            message.follow_up_error = message.follow_up_error or error
-
-    def is_running(self, message: Message[Any]) -> bool:
-        """Whether a message has just been worked on by this thread, so that enqueueing it is a retry."""
-        current = getattr(self._after, "message", None)
-        return current is not None and current.message_id == message.message_id
+        if signal == "process_message":
+            self._follow_ups.middleware_failed(middleware, error)
 
     def _forget_worker(self) -> None:
         """In the child of a fork, where the parent's worker has no threads."""
-        self._worker = None
+        self._attachment.detach()
         self._consumers = []
 
-    def _stop_consuming(self, worker: Worker) -> None:
-        """Give back at once what a stopping worker has not begun, however long its running actors take."""
-        threads = worker.consumers.values()
-        consumers = [t.consumer for t in threads if isinstance(t.consumer, JetStreamConsumer)]
-        for consumer in consumers:
-            consumer.stop_pulling()
-        self._worker = worker
-        for consumer in consumers:
-            self._give_back(consumer.queue_name, 0)
-
-    def _give_back(self, queue_name: str, keep: int) -> None:
-        """Give back messages of a queue that this process's worker has not begun, all but `keep` of them."""
-        if self._worker is None:
-            return
-        work_queue = self._worker.work_queue
-        for item in list(iter_queue(work_queue)):
-            message = item.message
-            mine = isinstance(message, JetStreamMessage) and message.queue_name == queue_name
-            if mine and keep <= 0:
-                self.undertaker.hand_back(message._delivery)
-            else:
-                keep -= mine
-                work_queue.put(item)
-            work_queue.task_done()
+    def _event_streams(self) -> set[str]:
+        streams = (getattr(middleware, "stream", None) for middleware in self.middleware)
+        return {stream for stream in streams if stream}
 
     # Queues
 
     def queue_stats(self, queue_name: str) -> QueueStats:
         """Count what is in a queue: ready, in flight, delayed, dead."""
-        return queues.stats(self, queue_name)
+        return self.stored_queues.stats(queue_name)
 
     def pause(self, queue_name: str) -> None:
-        """Stop delivery from a queue to the whole fleet, until `resume`; what was delivered is worked off."""
-        queues.pause(self, queue_name, paused=True)
+        """Stop delivery from a queue to the whole fleet, until `resume`; workers finish what they have."""
+        self.stored_queues.pause(queue_name, paused=True)
 
     def resume(self, queue_name: str) -> None:
         """End a `pause`."""
-        queues.pause(self, queue_name, paused=False)
+        self.stored_queues.pause(queue_name, paused=False)
 
     def is_paused(self, queue_name: str) -> bool:
-        return queues.is_paused(self, queue_name)
+        return self.stored_queues.is_paused(queue_name)
 
     def flush(self, queue_name: str) -> None:
         """Drop all messages of a queue: ready, in flight, delayed and dead. Periodic schedules stay."""
         if queue_name not in self.queues:
             raise QueueNotFound(queue_name)
         self.declarations.ensure_queue(queue_name)
-        queues.purge(self, queue_name)
+        self.stored_queues.purge(queue_name)
         self.dead_letters.flush(queue_name)
 
     def flush_all(self) -> None:
@@ -588,8 +458,8 @@ class JetStreamBroker(EmittingBroker):
             raise QueueNotFound(queue_name)
         self.declarations.ensure_queue(queue_name)
         deadline = None if timeout is None else time.monotonic() + timeout / 1000
-        sources = self._sources(queue_name)
-        while queues.unfinished(self, queue_name, sources):
+        sources = self.sources.of(queue_name)
+        while self.stored_queues.unfinished(queue_name, sources):
             if deadline is not None and time.monotonic() >= deadline:
                 raise QueueJoinTimeout(queue_name)
             time.sleep(interval / 1000)
@@ -602,6 +472,18 @@ class JetStreamBroker(EmittingBroker):
         self.connection.close()
 
 
-def _at_least(option: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise InvalidOption(f"{option}={value!r} cannot be used: give a whole number from {minimum} up.")
+def broker_for(broker: Broker | None, url: str | Iterable[str] | None) -> tuple[JetStreamBroker, bool]:
+    """Return the broker that a backend works with, and whether it is the backend's own to close.
+
+    Raises:
+      InvalidOption: When both or the wrong kind of broker are given.
+    """
+    if broker is None:
+        return JetStreamBroker(url, middleware=[]), True
+    if url is not None:
+        raise InvalidOption("Give a backend either a broker or a url: with a broker it uses the broker's.")
+    if not isinstance(broker, JetStreamBroker):
+        raise InvalidOption(
+            f"{type(broker).__name__} cannot be used: give a JetStreamBroker, or a url to connect to."
+        )
+    return broker, False

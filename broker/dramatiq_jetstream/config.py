@@ -1,20 +1,25 @@
-"""Where the NATS servers are and who we are there, checked before anything is contacted."""
+"""Every setting of a broker, checked once, before anything is contacted."""
 
 from __future__ import annotations
 
 import os
 import re
 import ssl
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nats.aio.client import RawCredentials
 
 from .errors import InvalidOption
+from .jetstream.names import Names
 
-__all__ = ["ConnectOptions"]
+__all__ = ["HIGHEST_PRIORITY", "BrokerConfig", "ConnectOptions"]
+
+#: RabbitMQ's advice is ten; each is a durable consumer here.
+HIGHEST_PRIORITY = 32
 
 
 @dataclass(frozen=True)
@@ -97,3 +102,58 @@ class ConnectOptions:
                 chosen[option] = getattr(self, option)
         chosen["inbox_prefix"] = self.inbox_prefix
         return chosen
+
+
+@dataclass(frozen=True)
+class BrokerConfig:
+    """The settings of a `JetStreamBroker`, which explains each. All times are milliseconds.
+
+    Attributes:
+      names: Every name on the wire, made from the namespace.
+
+    Raises:
+      InvalidName, InvalidOption: When a setting can never work.
+    """
+
+    connect: ConnectOptions = field(default_factory=ConnectOptions)
+    namespace: str = "dramatiq"
+    replicas: int = 1
+    declare: bool = True
+    ack_wait: int = 30_000
+    max_deliveries: int = 10
+    dead_message_ttl: int = 7 * 86_400_000
+    enqueue_timeout: int = 10_000
+    max_priority: int | None = None
+    max_in_flight: Mapping[str, int] = field(default_factory=dict)
+    names: Names = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", Names(self.namespace))
+        object.__setattr__(self, "max_in_flight", MappingProxyType(dict(self.max_in_flight)))
+        _at_least("replicas", self.replicas, 1)
+        _at_least("ack_wait", self.ack_wait, 1_000)
+        _at_least("max_deliveries", self.max_deliveries, 1)
+        _at_least("dead_message_ttl", self.dead_message_ttl, 1_000)
+        _at_least("enqueue_timeout", self.enqueue_timeout, 100)
+        if self.max_priority is not None and not 1 <= self.max_priority <= HIGHEST_PRIORITY:
+            raise InvalidOption(
+                f"max_priority={self.max_priority!r} cannot be used: choose 1 to {HIGHEST_PRIORITY}, "
+                "or None for no priorities."
+            )
+        for queue_name, limit in self.max_in_flight.items():
+            _at_least(f"max_in_flight[{queue_name!r}]", limit, 1)
+            if self.max_priority is not None:
+                raise InvalidOption(
+                    "max_in_flight and max_priority cannot be used together: JetStream counts messages in "
+                    "flight for each priority, so the limit of a queue would not hold."
+                )
+
+    @property
+    def priorities(self) -> list[int | None]:
+        """The priorities of a queue, highest first; None is 0."""
+        return [*range(self.max_priority or 0, 0, -1), None]
+
+
+def _at_least(option: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise InvalidOption(f"{option}={value!r} cannot be used: give a whole number from {minimum} up.")

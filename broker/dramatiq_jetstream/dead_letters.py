@@ -32,7 +32,7 @@ from .sending.envelope import Event, checked, to_message
 from .wire.connection import Connection
 
 if TYPE_CHECKING:
-    from .worker.ledger import Delivery
+    from .worker.delivery import Delivery
 
 __all__ = [
     "DELIVERED_TOO_OFTEN",

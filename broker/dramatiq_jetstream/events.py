@@ -24,9 +24,8 @@ from .broker import JetStreamBroker
 from .errors import InvalidName, InvalidOption
 from .jetstream import topology
 from .jetstream.names import check_subject
-from .sending.envelope import Event, event_in, event_of, to_message
-from .worker.consumer import Source
-from .worker.ledger import Delivery
+from .sending.envelope import Event, event_of, to_message
+from .worker.delivery import Delivery, Source, event_in
 from .worker.running import running_message
 
 __all__ = ["Event", "Events", "Subscription", "current_event", "subscription"]
@@ -160,12 +159,12 @@ class Events(Middleware):
             self.subjects,
             max_age=self.max_age,
             duplicate_window=self.duplicate_window,
-            replicas=self.replicas or broker.replicas,
+            replicas=self.replicas or broker.config.replicas,
         )
 
     def ensure(self, broker: JetStreamBroker) -> None:
         """Make the stream if it is missing; for programs that publish and have no worker."""
-        if not self._ensured and broker.declare:
+        if not self._ensured and broker.config.declare:
             topology.ensure_stream(broker.connection, self.config(broker))
         self._ensured = True
 
@@ -192,8 +191,8 @@ class Events(Middleware):
             actor_name,
             self._subscriptions[actor_name][0].queue_name,
             wanted.subject,
-            ack_wait=broker.ack_wait,
-            replicas=self.replicas or broker.replicas,
+            ack_wait=broker.config.ack_wait,
+            replicas=self.replicas or broker.config.replicas,
         )
 
     def before_declare_actor(self, broker: Broker, actor: Actor[Any, Any]) -> None:
@@ -215,7 +214,7 @@ class Events(Middleware):
                 f"Actor {actor.actor_name!r} subscribes to {wanted.subject!r}, which no stream of events keeps: "
                 f"there are {', '.join(kept)}."
             )
-        if actor.queue_name in broker.max_in_flight:
+        if actor.queue_name in broker.config.max_in_flight:
             raise InvalidSubscription(
                 f"Actor {actor.actor_name!r} subscribes to events on queue {actor.queue_name!r}, which has a "
                 "max_in_flight: JetStream counts the events apart, so the limit would not hold. Give the actor "
@@ -233,28 +232,31 @@ class Events(Middleware):
         if _events_for(broker, wanted.subject) is not self:
             return
         self._subscriptions[actor.actor_name] = (actor, wanted)
-        broker.event_decoders[actor.actor_name] = wanted.decode
-        makers = broker.subscriptions.setdefault(actor.queue_name, {})
-        makers[actor.actor_name] = lambda: self._source(broker, actor.actor_name)
+        broker.sources.subscribe(
+            actor.queue_name,
+            actor.actor_name,
+            lambda: self._source(broker, actor.actor_name),
+            wanted.decode,
+        )
 
     def _source(self, broker: JetStreamBroker, actor_name: str) -> Source:
         actor, wanted = self._subscriptions[actor_name]
         config = self._durable(broker, actor_name, wanted)
         self._ensured = False  # a new consumer may be needed because the stream disappeared
         self.ensure(broker)
-        if broker.declare:
+        if broker.config.declare:
             topology.ensure_consumer(broker.connection, config)
 
         def decode(delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:
             event = event_in(delivery)
             message = to_message(event, queue=actor.queue_name, actor=actor_name)
-            return message, (broker.decode_event(actor_name, event),)
+            return message, (broker.sources.decode_event(actor_name, event),)
 
         return Source(
             queue=actor.queue_name,
             stream=self.stream,
             durable=config.name,
-            rank=broker.max_priority or 0,
+            rank=broker.config.max_priority or 0,
             ack_wait=broker.declarations.ack_wait_of(self.stream, config.name),
             decode=decode,
             actor=actor_name,

@@ -30,10 +30,10 @@ from dramatiq.errors import BrokerConnectionError, BrokerError
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware, MiddlewareError
 
-from . import queues
 from .broker import JetStreamBroker
 from .errors import ApiError, InvalidOption, NotFound
 from .jetstream import cron
+from .jetstream.inventory import queue_names
 from .jetstream.names import (
     HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE,
     HEADER_MSG_ID,
@@ -106,7 +106,7 @@ class Periodic(Middleware):
 
     def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
         """Bring the schedules in line, now or as soon as NATS can be reached."""
-        if not isinstance(broker, JetStreamBroker) or not broker.declare:
+        if not isinstance(broker, JetStreamBroker) or not broker.config.declare:
             return
         try:
             self.setup_topology(broker)
@@ -215,7 +215,7 @@ def _same(existing: StoredMessage, wanted: dict[str, str]) -> bool:
 def list_schedules(broker: JetStreamBroker) -> list[Schedule]:
     """The schedules of all queues of the broker's namespace."""
     found: list[Schedule] = []
-    for queue in queues.queue_names(broker.connection, broker.names):
+    for queue in queue_names(broker.connection, broker.names):
         for name in _scheduled(broker, queue):
             stored = last_message(
                 broker.connection, broker.names.queue_stream(queue), broker.names.periodic(queue, name)

@@ -78,7 +78,7 @@ class Progress(Middleware):
         return {f"bucket {BUCKET}": _bucket(broker).declare()}
 
     def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
-        if isinstance(broker, JetStreamBroker) and broker.declare:
+        if isinstance(broker, JetStreamBroker) and broker.config.declare:
             _bucket(broker).declare()
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:

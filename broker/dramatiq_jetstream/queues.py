@@ -1,35 +1,27 @@
-"""What can be asked of and done to a whole queue: counts, pause, purge, unique messages.
-
-A unique message takes a key in the bucket `unique`, first for a short while, and for its whole window once
-it is stored. If the process dies in between, the key is free again after twice `enqueue_timeout`, so a
-crash delays the next message with that key but never forbids it.
-"""
+"""What can be asked of and done to a whole queue: counts, pause, purge."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dramatiq.common import current_millis, q_name
-from dramatiq.message import Message
+from dramatiq.common import current_millis
 
-from .errors import InvalidOption, KeyExists, MessageNotUnique, NotFound
-from .jetstream.names import METADATA_SUBSCRIBER, Names
+from .config import BrokerConfig
+from .dead_letters import DeadLetters
+from .errors import NotFound
+from .jetstream.declaring import Declarations
+from .jetstream.inventory import consumers, stream_names
+from .jetstream.names import METADATA_SUBSCRIBER
 from .jetstream.reading import first_message
 from .sending import delays
 from .wire.connection import Connection
-from .worker.consumer import Source
+from .worker.delivery import Source
 
-if TYPE_CHECKING:
-    from .broker import JetStreamBroker
-
-__all__ = ["QueueStats"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["QueueStats", "Queues"]
 
 #: A pause ends by itself after this long; JetStream wants an end.
 PAUSE = timedelta(days=3650)
@@ -59,192 +51,137 @@ class QueueStats:
         return self.oldest_ready_age
 
 
-def consumers(connection: Connection, stream: str) -> Iterator[dict[str, Any]]:
-    """What the server knows of every consumer of a stream."""
-    offset = 0
-    while True:
-        answer = connection.api(f"CONSUMER.LIST.{stream}", {"offset": offset})
-        found = answer.get("consumers") or []
-        yield from found
-        offset += len(found)
-        if not found or offset >= answer["total"]:
-            return
+class Queues:
+    """The queues of a broker's namespace, as the server has them.
 
-
-def stream_names(connection: Connection) -> list[str]:
-    """The names of all streams of the account."""
-    found: list[str] = []
-    while True:
-        answer = connection.api("STREAM.NAMES", {"offset": len(found)})
-        page = answer.get("streams") or []
-        found += page
-        if not page or len(found) >= answer["total"]:
-            return found
-
-
-def queue_names(connection: Connection, names: Names) -> list[str]:
-    """The queues of a namespace that exist on the server, whoever declared them."""
-    queues = map(names.queue_of_stream, stream_names(connection))
-    return sorted(queue for queue in queues if queue is not None)
-
-
-def feeding(broker: JetStreamBroker, queue: str) -> Iterator[dict[str, Any]]:
-    """What the server knows of every durable that feeds a queue: of its stream, and its actors' subscriptions.
-
-    Subscriptions say in their metadata whose they are, so a program that declares none of them finds them too.
+    Parameters:
+      event_streams: Names the streams of events that the program declared; none when it declared none.
     """
-    connection, names = broker.connection, broker.names
-    yield from consumers(connection, names.queue_stream(queue))
-    mine = names.subscriber(queue)
-    for stream in _event_streams(broker):
+
+    def __init__(
+        self,
+        config: BrokerConfig,
+        connection: Connection,
+        declarations: Declarations,
+        dead_letters: DeadLetters,
+        event_streams: Callable[[], set[str]],
+    ) -> None:
+        self._names = config.names
+        self._connection = connection
+        self._declarations = declarations
+        self._dead_letters = dead_letters
+        self._declared_event_streams = event_streams
+
+    def consumers(self, queue: str) -> Iterator[dict[str, Any]]:
+        """What the server knows of every consumer that feeds a queue: its stream's, and its actors' subscriptions.
+
+        Subscriptions say in their metadata whose they are, so a program that declares none of them finds them too.
+        """
+        yield from consumers(self._connection, self._names.queue_stream(queue))
+        mine = self._names.subscriber(queue)
+        for stream in self._event_streams():
+            with contextlib.suppress(NotFound):
+                for info in consumers(self._connection, stream):
+                    if (info["config"].get("metadata") or {}).get(METADATA_SUBSCRIBER) == mine:
+                        yield info
+
+    def _event_streams(self) -> list[str]:
+        declared = self._declared_event_streams()
+        if declared:
+            return sorted(declared)
+        return [
+            stream
+            for stream in stream_names(self._connection)
+            if self._names.queue_of_stream(stream) is None
+            and stream != self._names.dead_stream
+            and not stream.startswith("KV_")
+        ]
+
+    def stats(self, queue: str) -> QueueStats:
+        """Count the messages of a queue and the events for its actors; all zero when it does not exist yet."""
+        stream = self._names.queue_stream(queue)
+        ready = in_flight = redelivered = own = 0
+        paused = False
+        oldest: int | None = None
+        try:
+            for info in self.consumers(queue):
+                ready += info["num_pending"]
+                in_flight += info["num_ack_pending"]
+                redelivered += info.get("num_redelivered", 0)
+                paused = paused or bool(info.get("paused"))
+                if info["stream_name"] == stream:
+                    own += info["num_pending"] + info["num_ack_pending"]
+                if info["num_pending"]:
+                    start = info["delivered"]["stream_seq"] + 1
+                    subject = info["config"]["filter_subject"]
+                    waiting = first_message(self._connection, info["stream_name"], subject, start)
+                    if waiting is not None:
+                        oldest = min(oldest or waiting.time, waiting.time)
+            total = self._connection.api(f"STREAM.INFO.{stream}")["state"]["messages"]
+            periodic = delays.count(self._connection, stream, self._names.all_periodic(queue))
+        except NotFound:
+            return QueueStats(queue, dead=self._dead_letters.count(queue))
+        return QueueStats(
+            queue,
+            ready=ready,
+            in_flight=in_flight,
+            delayed=max(0, total - own - periodic),
+            dead=self._dead_letters.count(queue),
+            oldest_ready_age=None if oldest is None else max(0, current_millis() - oldest),
+            paused=paused,
+            redelivered=redelivered,
+        )
+
+    def pause(self, queue: str, *, paused: bool) -> None:
+        """Pause or resume every consumer that feeds a queue (ADR-42's consumer pause, nats-server 2.11)."""
+        until = datetime.now(UTC) + PAUSE
+        body: dict[str, Any] = {"pause_until": until.isoformat()} if paused else {}
+        self._declarations.ensure_queue(queue)
+        for info in list(self.consumers(queue)):
+            self._connection.api(f"CONSUMER.PAUSE.{info['stream_name']}.{info['name']}", body)
+
+    def is_paused(self, queue: str) -> bool:
+        """Whether any consumer that feeds a queue is paused."""
         with contextlib.suppress(NotFound):
-            for info in consumers(connection, stream):
-                if (info["config"].get("metadata") or {}).get(METADATA_SUBSCRIBER) == mine:
-                    yield info
+            return any(info.get("paused") for info in self.consumers(queue))
+        return False
 
+    def purge(self, queue: str, *, ready: bool = True, delayed: bool = True) -> int:
+        """Drop the ready (and running) and the delayed messages of a queue; return how many there were."""
+        subjects = [self._names.all_delayed(queue)] if delayed else []
+        if ready:
+            subjects += [self._names.task(queue), self._names.tasks(queue)]
+        stream = self._names.queue_stream(queue)
+        purged = 0
+        for subject in subjects:
+            with contextlib.suppress(NotFound):
+                answer = self._connection.api(f"STREAM.PURGE.{stream}", {"filter": subject})
+                purged += int(answer.get("purged", 0))
+        return purged
 
-def _event_streams(broker: JetStreamBroker) -> list[str]:
-    declared = {stream for middleware in broker.middleware if (stream := getattr(middleware, "stream", None))}
-    if declared:
-        return sorted(declared)
-    names = broker.names
-    return [
-        stream
-        for stream in stream_names(broker.connection)
-        if names.queue_of_stream(stream) is None
-        and stream != names.dead_stream
-        and not stream.startswith("KV_")
-    ]
+    def unfinished(self, queue: str, sources: Sequence[Source]) -> int:
+        """How many messages a queue has that are not done: ready, running or delayed, and its actors' events."""
+        stream = self._names.queue_stream(queue)
+        try:
+            # An event becomes a message by its retry, and a message may publish an event: between two looks work
+            # can move from one to the other, and is seen by the look after.
+            return (
+                self._messages(queue, stream)
+                or self._events(stream, sources)
+                or (self._messages(queue, stream) if len(sources) > 1 else 0)
+            )
+        except NotFound:
+            return 0
 
+    def _messages(self, queue: str, stream: str) -> int:
+        count = int(self._connection.api(f"STREAM.INFO.{stream}")["state"]["messages"])
+        periodic = self._names.all_periodic(queue)
+        return count - delays.count(self._connection, stream, periodic) if count else 0
 
-def stats(broker: JetStreamBroker, queue: str) -> QueueStats:
-    """Count the messages of a queue and the events for its actors; all zero when it does not exist yet."""
-    names, connection = broker.names, broker.connection
-    stream = names.queue_stream(queue)
-    ready = in_flight = redelivered = own = 0
-    paused = False
-    oldest: int | None = None
-    try:
-        for info in feeding(broker, queue):
-            ready += info["num_pending"]
-            in_flight += info["num_ack_pending"]
-            redelivered += info.get("num_redelivered", 0)
-            paused = paused or bool(info.get("paused"))
-            if info["stream_name"] == stream:
-                own += info["num_pending"] + info["num_ack_pending"]
-            if info["num_pending"]:
-                start = info["delivered"]["stream_seq"] + 1
-                subject = info["config"]["filter_subject"]
-                waiting = first_message(connection, info["stream_name"], subject, start)
-                if waiting is not None:
-                    oldest = min(oldest or waiting.time, waiting.time)
-        total = connection.api(f"STREAM.INFO.{stream}")["state"]["messages"]
-        periodic = delays.count(connection, stream, names.all_periodic(queue))
-    except NotFound:
-        return QueueStats(queue, dead=broker.dead_letters.count(queue))
-    return QueueStats(
-        queue,
-        ready=ready,
-        in_flight=in_flight,
-        delayed=max(0, total - own - periodic),
-        dead=broker.dead_letters.count(queue),
-        oldest_ready_age=None if oldest is None else max(0, current_millis() - oldest),
-        paused=paused,
-        redelivered=redelivered,
-    )
-
-
-def pause(broker: JetStreamBroker, queue: str, *, paused: bool) -> None:
-    """Pause or resume every durable that feeds a queue (ADR-42's consumer pause, nats-server 2.11)."""
-    until = datetime.now(UTC) + PAUSE
-    body: dict[str, Any] = {"pause_until": until.isoformat()} if paused else {}
-    broker.declarations.ensure_queue(queue)
-    for info in list(feeding(broker, queue)):
-        broker.connection.api(f"CONSUMER.PAUSE.{info['stream_name']}.{info['name']}", body)
-
-
-def is_paused(broker: JetStreamBroker, queue: str) -> bool:
-    """Whether any durable that feeds a queue is paused."""
-    with contextlib.suppress(NotFound):
-        return any(info.get("paused") for info in feeding(broker, queue))
-    return False
-
-
-def purge(broker: JetStreamBroker, queue: str, *, ready: bool = True, delayed: bool = True) -> int:
-    """Drop the ready (and running) and the delayed messages of a queue; return how many there were."""
-    names = broker.names
-    subjects = [names.all_delayed(queue)] if delayed else []
-    if ready:
-        subjects += [names.task(queue), names.tasks(queue)]
-    purged = 0
-    for subject in subjects:
-        with contextlib.suppress(NotFound):
-            answer = broker.connection.api(f"STREAM.PURGE.{names.queue_stream(queue)}", {"filter": subject})
-            purged += int(answer.get("purged", 0))
-    return purged
-
-
-def unfinished(broker: JetStreamBroker, queue: str, sources: Sequence[Source]) -> int:
-    """How many messages a queue has that are not done: ready, running or delayed, and events for its actors."""
-    names, connection = broker.names, broker.connection
-    stream = names.queue_stream(queue)
-
-    def messages() -> int:
-        count = int(connection.api(f"STREAM.INFO.{stream}")["state"]["messages"])
-        return count - delays.count(connection, stream, names.all_periodic(queue)) if count else 0
-
-    def events() -> int:
+    def _events(self, stream: str, sources: Sequence[Source]) -> int:
         count = 0
         for source in sources:
             if source.stream != stream:
-                info = connection.api(f"CONSUMER.INFO.{source.stream}.{source.durable}")
+                info = self._connection.api(f"CONSUMER.INFO.{source.stream}.{source.durable}")
                 count += info["num_pending"] + info["num_ack_pending"]
         return count
-
-    try:
-        # An event becomes a message by its retry, and a message may publish an event: between two looks work
-        # can move from one to the other, and is seen by the look after.
-        return messages() or events() or (messages() if len(sources) > 1 else 0)
-    except NotFound:
-        return 0
-
-
-@contextlib.contextmanager
-def unique(broker: JetStreamBroker, message: Message[Any]) -> Iterator[None]:
-    """Take the message's unique key around storing it.
-
-    Raises:
-      MessageNotUnique: When another message has it.
-    """
-    key = message.options.get("unique_key")
-    if key is None or broker.is_running(message):  # a retry is not another message, however late it comes
-        yield
-        return
-    window = message.options.get("unique_window", 60_000)
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1_000:
-        raise InvalidOption(f"unique_window={window!r} cannot be used: give milliseconds, 1000 or more.")
-    bucket = broker.bucket("unique")
-    name = f"{q_name(message.queue_name)}/{key}"
-    mine = message.message_id.encode()
-    revision = 0
-    while not revision:
-        try:
-            revision = bucket.create(name, mine, ttl=min(window, 2 * broker.enqueue_timeout))
-        except KeyExists:
-            holder = bucket.get(name)
-            if holder is None:
-                continue  # its window ended just now
-            if holder.value == mine:
-                break  # the same message again
-            raise MessageNotUnique(
-                f"A message with the unique key {key!r} was enqueued on {message.queue_name!r} within the last "
-                f"{window} ms; this one was not."
-            ) from None
-    try:
-        yield
-    except BaseException:
-        if revision:
-            bucket.delete(name, revision=revision)
-        raise
-    if revision:
-        bucket.put(name, mine, ttl=window)

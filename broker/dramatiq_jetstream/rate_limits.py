@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from dramatiq.broker import Broker
 from dramatiq.rate_limits import RateLimiterBackend
 
-from .backends import broker_for
+from .broker import broker_for
 from .errors import BrokerConnectionError, RevisionConflict
-from .jetstream.wakeups import Wakeups, announcing_bucket
+from .jetstream.wakeups import Wakeups
 
 __all__ = ["JetStreamBackend"]
 
@@ -48,7 +48,7 @@ class JetStreamBackend(RateLimiterBackend):
 
     def __init__(self, broker: Broker | None = None, *, url: str | Iterable[str] | None = None) -> None:
         self.broker, self._own = broker_for(broker, url)
-        self.bucket = announcing_bucket(self.broker, "rate-limits")
+        self.bucket = self.broker.declarations.announcing_bucket("rate-limits")
         self._wakeups = Wakeups(self.bucket)
         self._forget()
 

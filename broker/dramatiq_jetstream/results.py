@@ -18,10 +18,10 @@ from dramatiq.message import Message
 from dramatiq.results import ResultBackend, ResultMissing, ResultTimeout
 from dramatiq.results.backend import DEFAULT_TIMEOUT, Missing
 
-from .backends import broker_for
+from .broker import broker_for
 from .errors import BrokerConnectionError, MessageTooLarge
 from .jetstream.names import HEADER_PARTS
-from .jetstream.wakeups import Wakeups, announcing_bucket
+from .jetstream.wakeups import Wakeups
 from .kv import Entry
 
 __all__ = ["JetStreamBackend"]
@@ -66,7 +66,7 @@ class JetStreamBackend(ResultBackend):
         )
         self.broker, self._own = broker_for(broker, url)
         self.max_result_bytes = max_result_bytes
-        self.bucket = announcing_bucket(self.broker, "results")
+        self.bucket = self.broker.declarations.announcing_bucket("results")
         self._wakeups = Wakeups(self.bucket)
 
     def get_result(self, message: Message[Any], *, block: bool = False, timeout: int | None = None) -> Any:

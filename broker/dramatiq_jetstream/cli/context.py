@@ -12,8 +12,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from dramatiq_jetstream import queues
 from dramatiq_jetstream.broker import JetStreamBroker
+from dramatiq_jetstream.jetstream.inventory import queue_names
 
 __all__ = ["Fleet", "age", "moment", "pass_fleet"]
 
@@ -50,7 +50,7 @@ class Fleet:
         return self._broker
 
     def queue_names(self) -> list[str]:
-        return queues.queue_names(self.broker.connection, self.broker.names)
+        return queue_names(self.broker.connection, self.broker.names)
 
     def check_queue(self, queue: str) -> str:
         """Return `queue` if it exists on the server, else say which do."""

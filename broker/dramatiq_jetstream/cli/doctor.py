@@ -11,7 +11,6 @@ import click
 from dramatiq.common import current_millis
 from dramatiq.errors import DramatiqError
 
-from dramatiq_jetstream import queues
 from dramatiq_jetstream.jetstream import topology
 from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID
 from dramatiq_jetstream.jetstream.reading import last_message
@@ -136,7 +135,7 @@ def _queues(fleet: Fleet) -> Iterator[Finding]:
 
 def _queue(fleet: Fleet, name: str) -> Iterator[Finding]:
     broker = fleet.broker
-    consumers: list[dict[str, Any]] = list(queues.feeding(broker, name))
+    consumers: list[dict[str, Any]] = list(broker.stored_queues.consumers(name))
     waiting = sum(consumer.get("num_waiting", 0) for consumer in consumers)
     stats = broker.queue_stats(name)
     if not consumers:

@@ -10,8 +10,6 @@ import click
 from rich.live import Live
 from rich.table import Table
 
-from dramatiq_jetstream import queues as library
-
 from .context import Fleet, age, pass_fleet, table
 
 COMMANDS: list[click.Command] = []
@@ -84,7 +82,7 @@ def purge(fleet: Fleet, queue: str, ready: bool, delayed: bool, yes: bool) -> No
         ready = delayed = True
     if not yes:
         click.confirm(f"Drop the messages of {queue} for good?", abort=True, err=True)
-    purged = library.purge(fleet.broker, queue, ready=ready, delayed=delayed)
+    purged = fleet.broker.stored_queues.purge(queue, ready=ready, delayed=delayed)
     fleet.show({"queue": queue, "purged": purged}, f"{purged} messages dropped from {queue}.")
 
 

@@ -60,11 +60,9 @@ def setup(fleet: Fleet, module: str, update: bool) -> None:
     It may run as often as wanted. Without --update nothing that exists is changed; what differs is reported.
     """
     broker = load(fleet, module)
-    declare, broker.declare = broker.declare, True
     try:
         outcome = broker.setup(update=update)
     finally:
-        broker.declare = declare
         broker.close()
     human = table("", "")
     for name, became in outcome.items():

@@ -6,15 +6,14 @@ Everything is made by asking for exactly what is declared, so that two programs 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
+from dramatiq_jetstream.config import BrokerConfig
 from dramatiq_jetstream.kv import Bucket
+from dramatiq_jetstream.wire.connection import Connection
 
 from . import topology
 from .topology import ConsumerConfig, StreamConfig
-
-if TYPE_CHECKING:
-    from dramatiq_jetstream.broker import JetStreamBroker
 
 __all__ = ["Declarations"]
 
@@ -26,93 +25,92 @@ class Declarations:
       buckets: Those that were asked for, by name.
     """
 
-    def __init__(self, broker: JetStreamBroker) -> None:
-        self._broker = broker
+    def __init__(self, config: BrokerConfig, connection: Connection) -> None:
+        self._config = config
+        self._connection = connection
         self._ensured: set[str] = set()
         self.buckets: dict[str, Bucket] = {}
 
-    @property
-    def priorities(self) -> list[int | None]:
-        """The priorities of a queue, highest first; None is 0."""
-        return [*range(self._broker.max_priority or 0, 0, -1), None]
-
-    def setup(self, *, update: bool) -> dict[str, str]:
-        """Create what is declared and missing; see `JetStreamBroker.setup`."""
-        broker, connection = self._broker, self._broker.connection
+    def setup_queues(self, queues: Iterable[str], *, update: bool) -> dict[str, str]:
+        """Create what queues need and is missing; see `JetStreamBroker.setup`."""
         outcome = {}
-        for stream in [self._dead_letters(), *map(self._queue, sorted(broker.queues))]:
-            outcome[f"stream {stream.name}"] = topology.ensure_stream(connection, stream, update=update)
-        for queue_name in sorted(broker.queues):
+        declared = sorted(queues)
+        for stream in [self._dead_letters(), *map(self._queue, declared)]:
+            outcome[f"stream {stream.name}"] = topology.ensure_stream(self._connection, stream, update=update)
+        for queue_name in declared:
             for consumer in self._consumers(queue_name):
                 outcome[f"consumer {consumer.name} of {consumer.stream}"] = topology.ensure_consumer(
-                    connection, consumer, update=update
+                    self._connection, consumer, update=update
                 )
             self._ensured.add(queue_name)
-        for middleware in broker.middleware:
-            setup = getattr(middleware, "setup_topology", None)
-            if setup is not None:
-                outcome.update(setup(broker, update=update))
-        broker.bucket("unique")
-        for bucket in self.buckets.values():
-            outcome.setdefault(f"bucket {bucket.name}", bucket.declare())
         return outcome
+
+    def setup_buckets(self) -> dict[str, str]:
+        """Create the buckets that are missing."""
+        return {f"bucket {bucket.name}": bucket.declare() for bucket in self.buckets.values()}
 
     def ensure_queue(self, queue_name: str, *, again: bool = False) -> None:
         """Make a queue's stream and consumers; `again` when they may have disappeared."""
         if queue_name in self._ensured and not again:
             return
-        if self._broker.declare:
-            topology.ensure_stream(self._broker.connection, self._queue(queue_name))
+        if self._config.declare:
+            topology.ensure_stream(self._connection, self._queue(queue_name))
             for consumer in self._consumers(queue_name):
-                topology.ensure_consumer(self._broker.connection, consumer)
+                topology.ensure_consumer(self._connection, consumer)
         self._ensured.add(queue_name)
 
     def ensure_dead_letters(self, again: bool = False) -> None:
         """Make the stream of dead letters; `again` when it may have disappeared."""
-        stream = self._broker.names.dead_stream
-        if (again or stream not in self._ensured) and self._broker.declare:
-            topology.ensure_stream(self._broker.connection, self._dead_letters())
+        stream = self._config.names.dead_stream
+        if (again or stream not in self._ensured) and self._config.declare:
+            topology.ensure_stream(self._connection, self._dead_letters())
         self._ensured.add(stream)
 
     def bucket(self, name: str, *, history: int, ttl: int | None, max_value_bytes: int | None) -> Bucket:
         """The bucket of that name, which declares itself when it is first used."""
         if name not in self.buckets:
             config = topology.bucket(
-                self._broker.names,
+                self._config.names,
                 name,
                 history=history,
                 ttl=ttl,
                 max_value_bytes=max_value_bytes,
-                replicas=self._broker.replicas,
+                replicas=self._config.replicas,
             )
-            self.buckets[name] = Bucket(self._broker.connection, config, declare=self._broker.declare)
+            self.buckets[name] = Bucket(self._connection, config, declare=self._config.declare)
         return self.buckets[name]
+
+    def announcing_bucket(self, name: str) -> Bucket:
+        """The bucket of that name, which announces every key that is stored in it (see `wakeups`)."""
+        config = topology.announcing_bucket(self._config.names, name, replicas=self._config.replicas)
+        bucket = Bucket(self._connection, config, declare=self._config.declare)
+        return self.buckets.setdefault(name, bucket)
 
     def ack_wait_of(self, stream: str, durable: str) -> int:
         """The time after which the server redelivers, which for an older durable may not be what was declared.
 
         In-progress signals must come in time for it. Without the permission to ask, the declared one must do.
         """
-        if not self._broker.declare:
-            return self._broker.ack_wait
-        return min(self._broker.ack_wait, topology.ack_wait(self._broker.connection, stream, durable))
+        if not self._config.declare:
+            return self._config.ack_wait
+        return min(self._config.ack_wait, topology.ack_wait(self._connection, stream, durable))
 
     def _dead_letters(self) -> StreamConfig:
-        broker = self._broker
-        return topology.dead_letters(broker.names, ttl=broker.dead_message_ttl, replicas=broker.replicas)
+        config = self._config
+        return topology.dead_letters(config.names, ttl=config.dead_message_ttl, replicas=config.replicas)
 
     def _queue(self, queue_name: str) -> StreamConfig:
-        return topology.queue(self._broker.names, queue_name, replicas=self._broker.replicas)
+        return topology.queue(self._config.names, queue_name, replicas=self._config.replicas)
 
     def _consumers(self, queue_name: str) -> list[ConsumerConfig]:
         return [
             topology.worker(
-                self._broker.names,
+                self._config.names,
                 queue_name,
                 priority=priority,
-                ack_wait=self._broker.ack_wait,
-                max_in_flight=self._broker.max_in_flight.get(queue_name),
-                replicas=self._broker.replicas,
+                ack_wait=self._config.ack_wait,
+                max_in_flight=self._config.max_in_flight.get(queue_name),
+                replicas=self._config.replicas,
             )
-            for priority in self.priorities
+            for priority in self._config.priorities
         ]

@@ -186,6 +186,17 @@ def bucket(
     )
 
 
+def announcing_bucket(names: Names, name: str, *, replicas: int = 1) -> StreamConfig:
+    """A bucket that announces every key, without its value, after it is stored."""
+    config = bucket(names, name, replicas=replicas)
+    republish = {
+        "src": f"$KV.{names.bucket(name)}.>",
+        "dest": f"{names.namespace}.stored.{name}.>",
+        "headers_only": True,
+    }
+    return StreamConfig(config.name, {**config.settings, "republish": republish})
+
+
 def worker(
     names: Names,
     queue_name: str,

@@ -16,35 +16,18 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from dramatiq_jetstream.broker import JetStreamBroker
 from dramatiq_jetstream.kv import Bucket
 from dramatiq_jetstream.wire.connection import Msg, Subscription
 
-from . import topology
 from .names import decode_key
 
-__all__ = ["Wakeups", "announced_key", "announcements", "announcing_bucket"]
+__all__ = ["Wakeups", "announced_key", "announcements"]
 
 #: Seconds after which a waiter looks without having been woken.
 LOOK_AGAIN = 5.0
 
 #: Seconds that a subscription stays when nobody waits any more.
 LINGER = 30.0
-
-
-def announcing_bucket(broker: JetStreamBroker, name: str) -> Bucket:
-    """A bucket of the broker's namespace that announces what is stored in it."""
-    config = topology.bucket(broker.names, name, replicas=broker.replicas)
-    bucket_name = broker.names.bucket(name)
-    republish = {
-        "src": f"$KV.{bucket_name}.>",
-        "dest": f"{broker.names.namespace}.stored.{name}.>",
-        "headers_only": True,
-    }
-    config = topology.StreamConfig(config.name, {**config.settings, "republish": republish})
-    bucket = Bucket(broker.connection, config, declare=broker.declare)
-    # Known to the broker, so that `setup` prepares it and `broker.bucket(name)` is the same one.
-    return broker.declarations.buckets.setdefault(name, bucket)
 
 
 def announcements(bucket: Bucket) -> str:

@@ -13,21 +13,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dramatiq.common import q_name
-from dramatiq.composition import group as dramatiq_group
 from dramatiq.message import Message
 
 from dramatiq_jetstream.errors import ApiError, BrokerConnectionError, BrokerError, InvalidOption
 from dramatiq_jetstream.jetstream.names import HEADER_BATCH_COMMIT, HEADER_BATCH_ID, HEADER_BATCH_SEQUENCE
-from dramatiq_jetstream.wire.connection import PubAck, Publication
+from dramatiq_jetstream.wire.connection import Connection, PubAck, Publication
 from dramatiq_jetstream.wire.ids import new_id
 
-if TYPE_CHECKING:
-    from dramatiq_jetstream.broker import JetStreamBroker
-
-__all__ = ["enqueue_many", "group"]
+__all__ = ["check_atomic", "store", "store_atomically"]
 
 #: The server's limit for one atomic batch.
 MAX_ATOMIC = 1_000
@@ -45,44 +41,33 @@ _ALREADY_STORED = 10201  # a message id of the batch is in the duplicate window
 _PARTS_MISSING = frozenset({10175, 10176})  # some were lost with the connection
 
 
-def enqueue_many(
-    broker: JetStreamBroker, messages: list[Message[Any]], *, atomic: bool, delay: int | None
-) -> list[Message[Any]]:
-    """Store messages together; see `JetStreamBroker.enqueue_many`."""
+def check_atomic(messages: Sequence[Message[Any]]) -> None:
+    """Refuse messages that cannot be stored as all or none.
+
+    Raises:
+      InvalidOption: When they are too many, for several queues, or unique.
+    """
     if any("unique_key" in message.options for message in messages):
-        if atomic:
-            raise InvalidOption("unique_key cannot be used in an atomic batch.")
-        return [broker.enqueue(message, delay=delay) for message in messages]
-    announced = [broker._announce(message, delay) for message in messages]
-    queue_names = {q_name(message.queue_name) for message in announced}
-    if atomic and (len(queue_names) > 1 or len(announced) > MAX_ATOMIC):
+        raise InvalidOption("unique_key cannot be used in an atomic batch.")
+    queue_names = {q_name(message.queue_name) for message in messages}
+    if len(queue_names) > 1 or len(messages) > MAX_ATOMIC:
         raise InvalidOption(
-            f"atomic=True takes at most {MAX_ATOMIC} messages for one queue; these are {len(announced)} for "
+            f"atomic=True takes at most {MAX_ATOMIC} messages for one queue; these are {len(messages)} for "
             f"{len(queue_names)} queues. Enqueue them in parts, or without atomic."
         )
-    for queue_name in queue_names:
-        broker.declare_queue(queue_name)
-        broker.declarations.ensure_queue(queue_name)
-    for message in announced:
-        broker.emit_before("enqueue", message, delay)
-    publications = [broker._publication(message, delay) for message in announced]
-    outcomes: list[PubAck | BrokerError | None] = [None] * len(publications)
-    if atomic and len(publications) > 1:
-        _store_atomically(broker, publications)
-    else:
-        for positions in _chunks([q_name(message.queue_name) for message in announced], publications):
-            stored = _store_chunk(broker, [publications[position] for position in positions])
-            for position, outcome in zip(positions, stored, strict=True):
-                outcomes[position] = outcome
-    failures = []
-    for message, outcome in zip(announced, outcomes, strict=True):
-        if isinstance(outcome, BrokerError):
-            failures.append(outcome)
-        else:
-            broker.emit_after("enqueue", message, delay)
-    if failures:
-        raise failures[0]
-    return announced
+
+
+def store(
+    connection: Connection, by_queue: Sequence[tuple[str, Publication]], *, timeout: int
+) -> list[PubAck | BrokerError | None]:
+    """Store publications, each with its queue, that need not be stored together; return what became of each."""
+    outcomes: list[PubAck | BrokerError | None] = [None] * len(by_queue)
+    publications = [publication for _, publication in by_queue]
+    for positions in _chunks([queue for queue, _ in by_queue], publications):
+        chunk = [publications[position] for position in positions]
+        for position, outcome in zip(positions, _store_chunk(connection, chunk, timeout), strict=True):
+            outcomes[position] = outcome
+    return outcomes
 
 
 def _chunks(queue_names: list[str], publications: list[Publication]) -> Iterator[list[int]]:
@@ -103,7 +88,7 @@ def _chunks(queue_names: list[str], publications: list[Publication]) -> Iterator
 
 
 def _store_chunk(
-    broker: JetStreamBroker, publications: list[Publication]
+    connection: Connection, publications: list[Publication], timeout: int
 ) -> Sequence[PubAck | BrokerError | None]:
     """Store messages that need not be stored together, together if that is worth while.
 
@@ -111,18 +96,22 @@ def _store_chunk(
     """
     if len(publications) >= WORTH_A_BATCH:
         try:
-            _store_atomically(broker, publications)
+            store_atomically(connection, publications, timeout=timeout)
             return [None] * len(publications)
         except BrokerConnectionError as error:
             return [error] * len(publications)
         except BrokerError:
             pass  # one of them is refused; one by one tells which, and stores the others
-    return broker.connection.try_publish_many(publications)
+    return connection.try_publish_many(publications)
 
 
-def _store_atomically(broker: JetStreamBroker, publications: list[Publication]) -> None:
-    connection = broker.connection
-    deadline = time.monotonic() + broker.enqueue_timeout / 1000
+def store_atomically(connection: Connection, publications: Sequence[Publication], *, timeout: int) -> None:
+    """Store publications, at most 1,000 for one stream: all or none.
+
+    Parameters:
+      timeout: Milliseconds after which it raises.
+    """
+    deadline = time.monotonic() + timeout / 1000
     attempts = 0
     while True:
         if attempts:
@@ -151,46 +140,3 @@ def _store_atomically(broker: JetStreamBroker, publications: list[Publication]) 
         except BrokerConnectionError:
             if time.monotonic() >= deadline:
                 raise
-
-
-class _Collector:
-    """Stands in for a broker while a group runs, and keeps what it would have enqueued."""
-
-    def __init__(self, broker: JetStreamBroker) -> None:
-        self.broker = broker
-        self.collected: list[tuple[Message[Any], int | None]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.broker, name)
-
-    def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
-        self.collected.append((message, delay))
-        return message
-
-
-class group(dramatiq_group):  # noqa: N801 - the name that Dramatiq gives it
-    """A `dramatiq.group` that enqueues its messages together when its broker is a `JetStreamBroker`."""
-
-    def run(self, *, delay: int | None = None) -> group:
-        from dramatiq_jetstream.broker import JetStreamBroker
-
-        broker = self.broker
-        if not isinstance(broker, JetStreamBroker):
-            super().run(delay=delay)  # type: ignore[no-untyped-call]
-            return self
-        collector = _Collector(broker)
-        nested = [child for child in self.children if hasattr(child, "broker")]
-        owners = [child.broker for child in nested]
-        try:
-            self.broker = collector
-            for child in nested:
-                if child.broker is broker:
-                    child.broker = collector
-            super().run(delay=delay)  # type: ignore[no-untyped-call]
-        finally:
-            self.broker = broker
-            for child, owner in zip(nested, owners, strict=True):
-                child.broker = owner
-        for wanted in {delay for _, delay in collector.collected}:
-            broker.enqueue_many([m for m, delay in collector.collected if delay == wanted], delay=wanted)
-        return self

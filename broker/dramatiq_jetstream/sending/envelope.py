@@ -18,16 +18,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dramatiq.encoder import JSONEncoder
 from dramatiq.errors import DecodeError
 from dramatiq.message import Message, get_encoder
 
-if TYPE_CHECKING:
-    from dramatiq_jetstream.worker.ledger import Delivery
-
-__all__ = ["EVENT_OPTION", "Event", "checked", "decode", "encode", "event_in", "event_of", "to_message"]
+__all__ = ["EVENT_OPTION", "Event", "checked", "decode", "encode", "event_of", "to_message"]
 
 #: The message option that carries an event.
 EVENT_OPTION = "event"
@@ -155,18 +152,6 @@ class Event:
         return (
             self.headers.get("ce-id") or self.headers.get("Nats-Msg-Id") or f"{self.stream}:{self.sequence}"
         )
-
-
-def event_in(delivery: Delivery) -> Event:
-    """The event that a stream of events delivered."""
-    return Event(
-        delivery.subject,
-        delivery.data,
-        delivery.headers,
-        delivery.stream,
-        delivery.sequence,
-        delivery.timestamp,
-    )
 
 
 def to_message(event: Event, *, queue: str, actor: str) -> Message[Any]:

@@ -34,11 +34,12 @@ from dramatiq_jetstream.errors import ApiError, BrokerConnectionError, MessageTo
 from dramatiq_jetstream.wire.connection import Connection
 from dramatiq_jetstream.wire.handover import Handover
 
-from .ledger import Delivery, Ledger
-from .pulling import Puller, Source
+from .delivery import Delivery, Source
+from .ledger import Ledger
+from .pulling import Puller
 from .settlements import ACK, nak_after
 
-__all__ = ["JetStreamConsumer", "JetStreamMessage", "Source"]
+__all__ = ["JetStreamConsumer", "JetStreamMessage", "Undertaker"]
 
 #: A message whose follow-up could not be enqueued is delivered again after so many milliseconds, doubled each time.
 FOLLOW_UP_DELAY = 2_000

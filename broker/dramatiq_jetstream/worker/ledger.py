@@ -15,80 +15,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
-from dramatiq_jetstream.wire.connection import Connection, Msg
+from dramatiq_jetstream.wire.connection import Connection
 
+from .delivery import Delivery
 from .settlements import ACK, WPI, Key, Settlements
 
-if TYPE_CHECKING:
-    from .pulling import Puller, Source
-
-__all__ = ["Delivery", "Ledger"]
-
-
-class Delivery:
-    """One delivered message and its place in the stream; what it says comes from its ack subject (ADR-15)."""
-
-    __slots__ = (
-        "_message",
-        "ack_subject",
-        "ack_wait",
-        "data",
-        "deliveries",
-        "key",
-        "on_settled",
-        "owner",
-        "pending",
-        "sequence",
-        "settled",
-        "source",
-        "stream",
-        "subject",
-        "timestamp",
-        "touched",
-    )
-
-    def __init__(self, message: Msg, source: Source, owner: Puller) -> None:
-        self.subject = message.subject
-        self.data = message.data
-        self._message = message
-        self.ack_subject = message.reply
-        self.source = source
-        self.owner = owner
-        self.on_settled: Callable[[], None] | None = None
-        self.ack_wait = source.ack_wait
-        # $JS.ACK.<stream>.<consumer>.<deliveries>.<sequence>.<..>.<timestamp>.<pending>, and with a domain
-        # and an account hash: $JS.ACK.<domain>.<hash>.<stream>. … .<pending>.<random>
-        tokens = message.reply.split(".")
-        start = 2 if len(tokens) == 9 else 4
-        self.stream = source.stream
-        self.deliveries = int(tokens[start + 2])
-        self.sequence = int(tokens[start + 3])
-        stored = int(tokens[start + 5])
-        self.timestamp = stored // 1_000_000
-        self.pending = int(tokens[start + 6])
-        self.key: Key = (source.stream, source.durable, self.sequence, stored)
-        self.settled = False
-        self.touched = time.monotonic()
-
-    def __str__(self) -> str:
-        return f"Message {self.sequence} of {self.stream}"
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        return self._message.headers
-
-    def mentions(self, header: str) -> bool:
-        """Whether the headers may have this one; much cheaper than to look."""
-        return self._message.mentions(header)
-
-    @property
-    def origin(self) -> str:
-        """One token that identifies the message wherever it is delivered."""
-        _, consumer, sequence, stored = self.key
-        return f"{self.stream}-{consumer}-{sequence}-{stored:x}"
+__all__ = ["Ledger"]
 
 
 class Ledger:

@@ -22,15 +22,13 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
-
-from dramatiq.message import Message
 
 from dramatiq_jetstream.wire.connection import Connection, Msg, Subscription
 
-from .ledger import Delivery, Ledger
+from .delivery import Delivery, Source
+from .ledger import Ledger
 
-__all__ = ["Puller", "Source"]
+__all__ = ["Puller"]
 
 #: A pull request stands this long, and says every so often that it does; seconds.
 PULL_EXPIRES = 30
@@ -46,31 +44,6 @@ SURPLUS_TICKS = 5
 MAX_LOOKAHEAD = 256
 
 _NANOSECONDS = 1_000_000_000
-
-
-@dataclass(eq=False)
-class Source:
-    """Where messages of a queue come from; `rank` 0 is asked first.
-
-    `decode` makes the Dramatiq message and, for an event, the arguments that its actor receives; it raises
-    `DecodeError` for bytes that are not a message.
-    """
-
-    queue: str
-    stream: str
-    durable: str
-    rank: int
-    ack_wait: int
-    decode: Callable[[Delivery], tuple[Message[Any], tuple[Any, ...] | None]]
-    actor: str | None = None
-    #: Says which consumer of the server it is.
-    name: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.name = f"{self.durable} of {self.stream}"
-
-    def __str__(self) -> str:
-        return self.name
 
 
 @dataclass(eq=False)

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from dramatiq.errors import ActorNotFound, BrokerConnectionError, BrokerError
 from dramatiq.middleware import SkipMessage
 
 from dramatiq_jetstream import dead_letters
+from dramatiq_jetstream.config import BrokerConfig
+from dramatiq_jetstream.dead_letters import DeadLetters
 from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID
 from dramatiq_jetstream.sending import delays
-from dramatiq_jetstream.sending.envelope import event_in, to_message
+from dramatiq_jetstream.sending.envelope import to_message
+from dramatiq_jetstream.wire.connection import Connection
 
-from .consumer import JetStreamMessage, Source
-from .ledger import Delivery
+from .consumer import JetStreamMessage
+from .delivery import Delivery, Source, event_in
+from .ledger import Ledger
 from .settlements import ACK, NAK
-
-if TYPE_CHECKING:
-    from dramatiq_jetstream.broker import JetStreamBroker
 
 __all__ = ["JetStreamUndertaker"]
 
@@ -33,10 +34,29 @@ logger = logging.getLogger(__name__)
 
 
 class JetStreamUndertaker:
-    """The `Undertaker` of a broker's consumers."""
+    """The `Undertaker` of a broker's consumers.
 
-    def __init__(self, broker: JetStreamBroker) -> None:
-        self._broker = broker
+    Parameters:
+      actor_options: The options of the actor with that name.
+      emit: Calls a hook of this library's own (see `emission`).
+    """
+
+    def __init__(
+        self,
+        config: BrokerConfig,
+        connection: Connection,
+        ledger: Ledger,
+        letters: DeadLetters,
+        *,
+        actor_options: Callable[[str], Mapping[str, Any]],
+        emit: Callable[..., None],
+    ) -> None:
+        self._config = config
+        self._connection = connection
+        self._ledger = ledger
+        self._letters = letters
+        self._actor_options = actor_options
+        self._emit = emit
 
     def bury(self, delivery: Delivery, reason: str, error: str) -> None:
         """Store a dead letter for what never became a message here."""
@@ -57,9 +77,7 @@ class JetStreamUndertaker:
             return dead_letters.UNKNOWN_ACTOR, f"No actor {message.actor_name!r} is declared here."
         if error is None:
             return dead_letters.REJECTED, "A middleware rejected it."
-        throws = message.options.get("throws") or self._broker.get_actor(message.actor_name).options.get(
-            "throws"
-        )
+        throws = message.options.get("throws") or self._actor_options(message.actor_name).get("throws")
         if isinstance(error, SkipMessage) or (throws and isinstance(error, throws)):
             return dead_letters.REJECTED, _describe(error)
         return dead_letters.RETRIES_EXHAUSTED, _describe(error)
@@ -69,10 +87,10 @@ class JetStreamUndertaker:
     ) -> None:
         source: Source = delivery.source
         event = None if source.actor is None else event_in(delivery)
-        self._broker.dead_letters.store(
+        self._letters.store(
             queue=source.queue,
             origin=delivery.origin,
-            subject=delivery.subject if event is None else self._broker.names.task(source.queue),
+            subject=delivery.subject if event is None else self._config.names.task(source.queue),
             data=delivery.data,
             headers=delivery.headers,
             reason=reason,
@@ -85,16 +103,16 @@ class JetStreamUndertaker:
             if message is None
             else dead_letters.history_of(message),
         )
-        self._broker.emit_own("after_dead_letter", source.queue, reason, message, headers=delivery.headers)
+        self._emit("after_dead_letter", source.queue, reason, message, headers=delivery.headers)
 
     def postpone(self, message: JetStreamMessage) -> None:
         """Have the server keep a message that came before its time, as another program may have sent it."""
         unique = f"postponed:{message._delivery.origin}"
         options = {name: value for name, value in message.options.items() if name != "eta"}
-        self._broker.connection.publish_many(
+        self._connection.publish_many(
             [
                 delays.publication(
-                    self._broker.names,
+                    self._config.names,
                     message.queue_name,
                     message.message_id,
                     unique,
@@ -112,28 +130,28 @@ class JetStreamUndertaker:
         The server counts deliveries, and knows no difference between one that was given back and one whose
         worker died. What has come as often as is allowed is therefore stored anew, to be counted from one.
         """
-        if delivery.settled or delivery.deliveries < self._broker.max_deliveries:
-            self._broker.ledger.settle(delivery, NAK)
+        if delivery.settled or delivery.deliveries < self._config.max_deliveries:
+            self._ledger.settle(delivery, NAK)
             return
         try:
-            if not self._broker.connection.is_connected:
+            if not self._connection.is_connected:
                 raise BrokerConnectionError("there is no connection to give it back over")
             self._store_anew(delivery)
         except BrokerError as error:  # whatever it is, there is nobody to handle it, and others to give back
             logger.warning("%s will be delivered again after its ack_wait: %s", delivery, error)
-            self._broker.ledger.abandon(delivery)
+            self._ledger.abandon(delivery)
         else:
-            self._broker.ledger.settle(delivery, ACK)
+            self._ledger.settle(delivery, ACK)
 
     def _store_anew(self, delivery: Delivery) -> None:
         source: Source = delivery.source
         subject, body = delivery.subject, delivery.data
         if source.actor is not None:
-            subject = self._broker.names.task(source.queue)
+            subject = self._config.names.task(source.queue)
             body = to_message(event_in(delivery), queue=source.queue, actor=source.actor).encode()
         headers = _without_nats(delivery.headers)
         headers[HEADER_MSG_ID] = f"anew:{delivery.origin}:{delivery.deliveries}"
-        self._broker.connection.publish(subject, body, headers)
+        self._connection.publish(subject, body, headers)
 
 
 def _without_nats(headers: Mapping[str, str]) -> dict[str, str]:

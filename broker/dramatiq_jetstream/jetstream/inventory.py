@@ -1,0 +1,42 @@
+"""What exists on the server: streams, queues, consumers; read page by page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dramatiq_jetstream.wire.connection import Connection
+
+from .names import Names
+
+__all__ = ["consumers", "queue_names", "stream_names"]
+
+
+def consumers(connection: Connection, stream: str) -> Iterator[dict[str, Any]]:
+    """What the server knows of every consumer of a stream."""
+    offset = 0
+    while True:
+        answer = connection.api(f"CONSUMER.LIST.{stream}", {"offset": offset})
+        found = answer.get("consumers") or []
+        yield from found
+        offset += len(found)
+        if not found or offset >= answer["total"]:
+            return
+
+
+def stream_names(connection: Connection, subject: str | None = None) -> list[str]:
+    """The names of all streams of the account, or of those that keep something on `subject`."""
+    found: list[str] = []
+    body = {} if subject is None else {"subject": subject}
+    while True:
+        answer = connection.api("STREAM.NAMES", {**body, "offset": len(found)})
+        page = answer.get("streams") or []
+        found += page
+        if not page or len(found) >= answer["total"]:
+            return found
+
+
+def queue_names(connection: Connection, names: Names) -> list[str]:
+    """The queues of a namespace that exist on the server, declared here or elsewhere."""
+    queues = map(names.queue_of_stream, stream_names(connection))
+    return sorted(queue for queue in queues if queue is not None)

@@ -1,0 +1,57 @@
+"""`group`: Dramatiq's, with its messages enqueued together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from dramatiq.composition import group as dramatiq_group
+from dramatiq.message import Message
+
+__all__ = ["group"]
+
+
+class _Collector:
+    """Stands in for a broker while a group runs, and keeps what it would have enqueued."""
+
+    def __init__(self, broker: Any) -> None:
+        self.broker = broker
+        self.collected: list[tuple[Message[Any], int | None]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.broker, name)
+
+    def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+        self.collected.append((message, delay))
+        return message
+
+    def enqueue_many(self, messages: Iterable[Message[Any]], *, delay: int | None = None) -> None:
+        """Of a group inside the group."""
+        for message in messages:
+            self.enqueue(message, delay=delay)
+
+
+class group(dramatiq_group):  # noqa: N801 - the name that Dramatiq gives it
+    """A `dramatiq.group` that enqueues its messages together when its broker can, as a `JetStreamBroker` does."""
+
+    def run(self, *, delay: int | None = None) -> group:
+        broker = self.broker
+        if not hasattr(broker, "enqueue_many"):
+            super().run(delay=delay)  # type: ignore[no-untyped-call]
+            return self
+        collector = _Collector(broker)
+        nested = [child for child in self.children if hasattr(child, "broker")]
+        owners = [child.broker for child in nested]
+        try:
+            self.broker = collector
+            for child in nested:
+                if child.broker is broker:
+                    child.broker = collector
+            super().run(delay=delay)  # type: ignore[no-untyped-call]
+        finally:
+            self.broker = broker
+            for child, owner in zip(nested, owners, strict=True):
+                child.broker = owner
+        for wanted in {delay for _, delay in collector.collected}:
+            broker.enqueue_many([m for m, delay in collector.collected if delay == wanted], delay=wanted)
+        return self

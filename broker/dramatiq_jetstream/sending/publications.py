@@ -1,0 +1,80 @@
+"""Turns a message into what is published: subject, body and headers, at once or as a schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from dramatiq.common import q_name
+from dramatiq.message import Message
+
+from dramatiq_jetstream.config import BrokerConfig
+from dramatiq_jetstream.errors import InvalidOption
+from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID, OPTION_TRACE_CONTEXT, trace_headers
+from dramatiq_jetstream.wire.connection import Publication
+
+from . import delays
+from .envelope import encode
+
+__all__ = ["Publications"]
+
+
+class Publications:
+    """Makes the publications of one broker.
+
+    Parameters:
+      unique_id: Tells one enqueue call from another; becomes the call's `Nats-Msg-Id`.
+    """
+
+    def __init__(self, config: BrokerConfig, unique_id: Callable[[Message[Any]], str]) -> None:
+        self._config = config
+        self._unique_id = unique_id
+
+    @staticmethod
+    def announced(message: Message[Any], delay: int | None) -> Message[Any]:
+        """The message as middleware and the caller see it: a delayed one with its `eta`."""
+        if delay is None:
+            return message
+        return message.copy(options={"eta": delays.eta_after(delays.check_delay(delay))})
+
+    def publication(self, announced: Message[Any], delay: int | None) -> Publication:
+        """What to publish for a message that was announced."""
+        queue_name = q_name(announced.queue_name)
+        stored = announced
+        if "eta" in announced.options:
+            # The server keeps the time; a worker that saw it would hold the message in its memory.
+            options = {name: value for name, value in announced.options.items() if name != "eta"}
+            stored = dataclasses.replace(announced.copy(), options=options)
+        if stored.queue_name != queue_name:
+            stored = stored.copy(queue_name=queue_name)
+        target = self._config.names.task(queue_name, self._priority(announced))
+        unique = self._unique_id(announced)
+        headers = {HEADER_MSG_ID: unique}
+        context = announced.options.get(OPTION_TRACE_CONTEXT)
+        if context is not None:
+            headers.update(trace_headers(context))
+        if not delay:  # no delay, or one of 0, which needs no schedule
+            return Publication(target, encode(stored), headers)
+        return delays.publication(
+            self._config.names,
+            queue_name,
+            announced.message_id,
+            unique,
+            encode(stored),
+            eta=int(announced.options["eta"]),
+            target=target,
+            headers=headers,
+        )
+
+    def _priority(self, message: Message[Any]) -> int | None:
+        """The priority of a message; as in RabbitMQ, one above the highest is the highest."""
+        priority = message.options.get("broker_priority")
+        highest = self._config.max_priority
+        if priority is None or not highest:
+            return None
+        if isinstance(priority, bool) or not isinstance(priority, int) or priority < 0:
+            raise InvalidOption(
+                f"broker_priority={priority!r} cannot be used: give a whole number from 0 to {highest}."
+            )
+        return min(priority, highest) or None

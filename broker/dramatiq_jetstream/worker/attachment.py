@@ -1,0 +1,63 @@
+"""What a broker does to Dramatiq's `Worker`: the queues it replaces, and what it takes back.
+
+A worker that stops, or that is held up, has messages in its work queue that no thread has begun. They go back to the
+server at once, for other workers to take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dramatiq.common import iter_queue
+from dramatiq.worker import Worker
+
+from .consumer import JetStreamConsumer, JetStreamMessage, Undertaker
+from .work_queue import DelayQueue, WorkQueue
+
+__all__ = ["Attachment"]
+
+
+class Attachment:
+    """The worker of this process, if there is one."""
+
+    def __init__(self, undertaker: Undertaker) -> None:
+        self._undertaker = undertaker
+        self._worker: Worker | None = None
+
+    def detach(self) -> None:
+        """Know of no worker: in the child of a fork, the parent's has no threads."""
+        self._worker = None
+
+    def attach(self, worker: Any) -> None:
+        """Give a worker that boots our work queue; its threads, which take it from here, are not made yet."""
+        self._worker = worker
+        worker.work_queue = WorkQueue()
+
+    def replace_delay_queue(self, consumer_thread: Any) -> None:
+        """Give a consumer thread a delay queue that is always empty: the server holds delayed messages."""
+        consumer_thread.delay_queue = DelayQueue()
+
+    def stop_consuming(self, worker: Worker) -> None:
+        """Return what a stopping worker has not begun at once, however long its running actors take."""
+        threads = worker.consumers.values()
+        consumers = [t.consumer for t in threads if isinstance(t.consumer, JetStreamConsumer)]
+        for consumer in consumers:
+            consumer.stop_pulling()
+        self._worker = worker
+        for consumer in consumers:
+            self.return_unstarted(consumer.queue_name, 0)
+
+    def return_unstarted(self, queue_name: str, keep: int) -> None:
+        """Return unstarted messages of a queue to the server, keeping at most `keep`."""
+        if self._worker is None:
+            return
+        work_queue = self._worker.work_queue
+        for item in list(iter_queue(work_queue)):
+            message = item.message
+            ours = isinstance(message, JetStreamMessage) and message.queue_name == queue_name
+            if ours and keep <= 0:
+                self._undertaker.hand_back(message._delivery)
+            else:
+                keep -= ours
+                work_queue.put(item)
+            work_queue.task_done()

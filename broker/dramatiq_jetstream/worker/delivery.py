@@ -1,0 +1,126 @@
+"""A delivered message, the source that delivered it, and the event in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dramatiq.message import Message
+
+from dramatiq_jetstream.sending.envelope import Event
+from dramatiq_jetstream.wire.connection import Msg
+
+from .settlements import Key
+
+__all__ = ["Delivery", "Owner", "Source", "event_in"]
+
+
+class Owner(Protocol):
+    """What asked for a delivery, and has room for another one when it is settled."""
+
+    lookahead: bool
+
+    def released(self, *, done: bool) -> None:
+        """A delivery was settled: its work is done, or it was given back."""
+
+
+@dataclass(eq=False)
+class Source:
+    """Where messages of a queue come from; `rank` 0 is asked first.
+
+    `decode` makes the Dramatiq message and, for an event, the arguments that its actor receives; it raises
+    `DecodeError` for bytes that are not a message.
+    """
+
+    queue: str
+    stream: str
+    durable: str
+    rank: int
+    ack_wait: int
+    decode: Callable[[Delivery], tuple[Message[Any], tuple[Any, ...] | None]]
+    actor: str | None = None
+    #: Says which consumer of the server it is.
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name = f"{self.durable} of {self.stream}"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Delivery:
+    """One delivered message and its place in the stream; what it says comes from its ack subject (ADR-15)."""
+
+    __slots__ = (
+        "_message",
+        "ack_subject",
+        "ack_wait",
+        "data",
+        "deliveries",
+        "key",
+        "on_settled",
+        "owner",
+        "pending",
+        "sequence",
+        "settled",
+        "source",
+        "stream",
+        "subject",
+        "timestamp",
+        "touched",
+    )
+
+    def __init__(self, message: Msg, source: Source, owner: Owner) -> None:
+        self.subject = message.subject
+        self.data = message.data
+        self._message = message
+        self.ack_subject = message.reply
+        self.source = source
+        self.owner = owner
+        self.on_settled: Callable[[], None] | None = None
+        self.ack_wait = source.ack_wait
+        # $JS.ACK.<stream>.<consumer>.<deliveries>.<sequence>.<..>.<timestamp>.<pending>, and with a domain
+        # and an account hash: $JS.ACK.<domain>.<hash>.<stream>. … .<pending>.<random>
+        tokens = message.reply.split(".")
+        start = 2 if len(tokens) == 9 else 4
+        self.stream = source.stream
+        self.deliveries = int(tokens[start + 2])
+        self.sequence = int(tokens[start + 3])
+        stored = int(tokens[start + 5])
+        self.timestamp = stored // 1_000_000
+        self.pending = int(tokens[start + 6])
+        self.key: Key = (source.stream, source.durable, self.sequence, stored)
+        self.settled = False
+        self.touched = time.monotonic()
+
+    def __str__(self) -> str:
+        return f"Message {self.sequence} of {self.stream}"
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self._message.headers
+
+    def mentions(self, header: str) -> bool:
+        """Whether the headers may have this one; much cheaper than to look."""
+        return self._message.mentions(header)
+
+    @property
+    def origin(self) -> str:
+        """One token that identifies the message wherever it is delivered."""
+        _, consumer, sequence, stored = self.key
+        return f"{self.stream}-{consumer}-{sequence}-{stored:x}"
+
+
+def event_in(delivery: Delivery) -> Event:
+    """The event that a stream of events delivered."""
+    return Event(
+        delivery.subject,
+        delivery.data,
+        delivery.headers,
+        delivery.stream,
+        delivery.sequence,
+        delivery.timestamp,
+    )

@@ -1,0 +1,75 @@
+"""What follows a message that has just run: its retry, its pipeline's next step, its group's callback.
+
+Dramatiq acks a message even if what follows it could not be enqueued, because it swallows what middleware raises
+after the actor ran. Here such a message is marked, and its consumer keeps it on the queue (see `consumer`).
+
+When it then runs again, within JetStream's duplicate window, those of its follow-ups that carry a message id of their
+own (a retry, a pipeline's next step, the callbacks of a group) and were stored the first time are not stored again:
+their `Nats-Msg-Id` is made from the message they follow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import Counter
+from typing import Any
+
+from dramatiq.broker import MessageProxy
+from dramatiq.message import Message
+from dramatiq.middleware import Callbacks, GroupCallbacks, Middleware, Pipelines, Retries
+
+from dramatiq_jetstream.errors import MessageNotUnique
+from dramatiq_jetstream.wire.ids import new_id
+
+from .consumer import JetStreamMessage
+
+__all__ = ["FollowUps"]
+
+#: Middleware that enqueues what follows a message. An error in one of these must not be forgotten.
+_MIDDLEWARE = (Retries, Pipelines, Callbacks, GroupCallbacks)
+
+
+class FollowUps(threading.local):
+    """For each thread, the message whose actor has just returned, until Dramatiq settles it."""
+
+    def __init__(self) -> None:
+        self._message: MessageProxy | None = None
+        self._calls: Counter[str] | None = None
+
+    def begin(self, message: MessageProxy) -> None:
+        """Take what this thread enqueues from now on for a follow-up of `message`."""
+        self._message = message
+        self._calls = None
+
+    def end(self) -> None:
+        """Take what this thread enqueues from now on for messages of their own."""
+        self._message = None
+
+    def unique_id(self, message: Message[Any]) -> str:
+        """What tells one enqueue call from another; for a follow-up, the same at every run of its message."""
+        current = self._message
+        if not isinstance(current, JetStreamMessage):
+            return new_id()
+        if self._calls is None:
+            self._calls = Counter()
+        self._calls[message.message_id] += 1
+        call = f"{current._delivery.origin}:{message.message_id}:{self._calls[message.message_id]}"
+        return hashlib.sha256(call.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+    def is_retry(self, message: Message[Any]) -> bool:
+        """Whether this thread has just run `message`, so that enqueueing it is a retry."""
+        return self._message is not None and self._message.message_id == message.message_id
+
+    def middleware_failed(self, middleware: Middleware, error: Exception) -> None:
+        """Note that a middleware failed after the actor ran."""
+        if isinstance(middleware, _MIDDLEWARE):
+            self.failed(error)
+
+    def failed(self, error: Exception) -> None:
+        """Mark the message whose follow-up could not be enqueued, so that it is not acked."""
+        if isinstance(error, MessageNotUnique):
+            return  # what should follow is there already, which is what its unique key is for
+        message = self._message
+        if isinstance(message, JetStreamMessage):
+            message.follow_up_error = message.follow_up_error or error
