@@ -1,16 +1,18 @@
 """When a periodic task is due: reads `cron=`, `every=` and `timezone=`, and writes JetStream's schedules.
 
 The server knows six fields, the first of them seconds (ADR-51). What people write for crontab has five; names,
-and 7 for Sunday, are allowed there too. Every field that is not `*` is written out in numbers, so that the
-server and this library mean the same.
+and 7 for Sunday, are allowed there too. Fields are written out in numbers, so that the server and this library mean
+the same.
+
+The two day fields need more than that. In crontab a day must match both if one of them begins with `*`, and either
+otherwise. The server joins them with "and" only if one is a plain `*`, which matches every day anyway, so it cannot
+say "odd days that are Mondays". Such an expression is refused: any translation would run on other days.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
@@ -22,6 +24,7 @@ __all__ = ["Expression", "read"]
 
 _FIELDS = ("second", "minute", "hour", "day of month", "month", "day of week")
 _RANGES = ((0, 59), (0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
+_DAY, _WEEKDAY = 3, 5
 
 #: The shortest interval that the server takes, in milliseconds.
 SHORTEST = 1_000
@@ -111,7 +114,7 @@ def _cron(cron: object, zone: str | None) -> Expression:
         next(parsed)
     except (CronSimError, StopIteration):
         raise InvalidOption(f"cron={cron!r} names a day that never comes.") from None
-    values: list[Iterable[Any]] = [
+    values = [
         parsed.seconds,
         parsed.minutes,
         parsed.hours,
@@ -119,11 +122,32 @@ def _cron(cron: object, zone: str | None) -> Expression:
         parsed.months,
         {day % 7 for day in parsed.weekdays if isinstance(day, int)},
     ]
-    written = (
-        part if part == "*" else ",".join(map(str, sorted(numbers)))
+    written = [
+        "*" if part == "*" else ",".join(map(str, sorted(numbers)))
         for part, numbers in zip(parts, values, strict=True)
-    )
+    ]
+    if parsed.day_and:
+        unrestricted = [position for position in (_DAY, _WEEKDAY) if len(values[position]) == _size(position)]
+        if not unrestricted:
+            raise InvalidOption(_both_days(cron))
+        for position in unrestricted:
+            written[position] = "*"
     return Expression(cron, " ".join(written), zone)
+
+
+def _size(position: int) -> int:
+    low, high = _RANGES[position]
+    return high - low + 1
+
+
+def _both_days(cron: str) -> str:
+    *times, day, month, weekday = cron.split()
+    either = (day.replace("*", "1-31"), month, weekday.replace("*", "0-6"))
+    return (
+        f"cron={cron!r} cannot be used: one day field begins with '*', so a day has to match both {day!r} and "
+        f"{weekday!r}, which JetStream cannot do. Put '*' in one of the two and check the other in the actor; "
+        f"or, if either may match, write {' '.join([*times, *either])!r}."
+    )
 
 
 def _check(cron: str, position: int, part: str) -> None:
