@@ -33,6 +33,7 @@ from .queues import Queues, QueueStats
 from .sending import batches, delays
 from .sending.publications import Publications
 from .sending.unique import unique
+from .streams import Stream
 from .wire.connection import Connection, PubAck, Publication
 from .wire.ids import new_id
 from .worker.attachment import Attachment
@@ -192,6 +193,10 @@ class JetStreamBroker(EmittingBroker):
           ttl: Milliseconds that every key lives; None for ever, or as long as each write says.
         """
         return self.declarations.bucket(name, history=history, ttl=ttl, max_value_bytes=max_value_bytes)
+
+    def stream(self, name: str) -> Stream:
+        """A stream of the account, to read from."""
+        return Stream(self.connection, name)
 
     # Enqueueing
 

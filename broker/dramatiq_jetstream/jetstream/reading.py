@@ -20,6 +20,7 @@ from dramatiq_jetstream.wire.connection import Connection
 __all__ = [
     "StoredMessage",
     "first_message",
+    "first_message_since",
     "last_message",
     "last_message_direct",
     "message_at",
@@ -107,6 +108,13 @@ def message_at(connection: Connection, stream: str, sequence: int) -> StoredMess
 def first_message(connection: Connection, stream: str, subject: str, start: int = 1) -> StoredMessage | None:
     """The oldest message on a subject (wildcards allowed) from sequence `start` on, or None."""
     return _get(connection, stream, {"seq": max(1, start), "next_by_subj": subject})
+
+
+def first_message_since(
+    connection: Connection, stream: str, subject: str, since: datetime
+) -> StoredMessage | None:
+    """The oldest message on a subject (wildcards allowed) that was stored at `since` or later, or None."""
+    return _get(connection, stream, {"start_time": since.isoformat(), "next_by_subj": subject})
 
 
 def messages(connection: Connection, stream: str, subject: str, start: int = 1) -> Iterator[StoredMessage]:
