@@ -182,7 +182,7 @@ class JetStreamBroker(EmittingBroker):
             if setup is not None:
                 outcome.update(setup(self, update=update))
         self.bucket("unique")
-        return {**self.declarations.setup_buckets(), **outcome}
+        return {**self.declarations.setup_buckets(update=update), **outcome}
 
     def bucket(
         self, name: str, *, history: int = 1, ttl: int | None = None, max_value_bytes: int | None = None

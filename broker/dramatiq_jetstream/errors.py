@@ -28,6 +28,8 @@ so a program that handles them for another broker handles them for this one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dramatiq.errors import (
     BrokerConnectionError,
     BrokerError,
@@ -76,20 +78,14 @@ class ServerUnsupported(BrokerError):
 
 
 class TopologyMismatch(BrokerError):
-    """A stream or consumer exists with another configuration.
+    """A stream, consumer or bucket exists with a configuration that loses or holds up messages.
 
-    `differences` maps each setting to the pair (what exists, what was declared).
+    `differences` maps each setting to the pair (what exists, what was declared), durations in milliseconds.
     """
 
-    def __init__(self, what: str, differences: dict[str, tuple[object, object]]) -> None:
-        listed = ", ".join(
-            f"{k} is {have!r} but {want!r} was declared" for k, (have, want) in differences.items()
-        )
-        super().__init__(
-            f"{what} exists with another configuration: {listed}. "
-            "Change the declaration, or bring the server in line with `fleet setup --update`."
-        )
-        self.differences = differences
+    def __init__(self, text: str, differences: Mapping[str, tuple[object, object]]) -> None:
+        super().__init__(text)
+        self.differences = dict(differences)
 
 
 class PermissionDenied(BrokerError):

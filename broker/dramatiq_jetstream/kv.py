@@ -300,10 +300,10 @@ class Bucket:
                 f"{key!r} in bucket {self.name} was not deleted: it was changed since revision {revision}."
             ) from None
 
-    def declare(self) -> str:
-        """Create the bucket if it is missing; returns what `topology.ensure_stream` says."""
-        outcome = ensure_stream(self.connection, self.config)
-        if outcome in ("created", "unchanged") and self.config.settings["num_replicas"] == 1:
+    def declare(self, *, update: bool = False) -> str:
+        """Create the bucket if it is missing, with `update` change what differs; as `topology.ensure_stream`."""
+        outcome = ensure_stream(self.connection, self.config, update=update)
+        if outcome != "differs" and self.config.settings["num_replicas"] == 1:
             self._last = last_message_direct
         self._declared = True
         return outcome

@@ -101,7 +101,7 @@ class Periodic(Middleware):
 
     def setup_topology(self, broker: JetStreamBroker, *, update: bool = False) -> dict[str, str]:
         """Bring the schedules in line with the actors' options; called by `broker.setup`."""
-        _ticks(broker).declare()
+        _ticks(broker).declare(update=update)
         return _reconcile(broker)
 
     def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:

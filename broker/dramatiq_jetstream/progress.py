@@ -75,7 +75,7 @@ class Progress(Middleware):
 
     def setup_topology(self, broker: JetStreamBroker, *, update: bool = False) -> dict[str, str]:
         """Create the bucket; called by `broker.setup`."""
-        return {f"bucket {BUCKET}": _bucket(broker).declare()}
+        return {f"bucket {BUCKET}": _bucket(broker).declare(update=update)}
 
     def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
         if isinstance(broker, JetStreamBroker) and broker.config.declare:

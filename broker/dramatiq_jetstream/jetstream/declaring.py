@@ -45,9 +45,9 @@ class Declarations:
             self._ensured.add(queue_name)
         return outcome
 
-    def setup_buckets(self) -> dict[str, str]:
-        """Create the buckets that are missing."""
-        return {f"bucket {bucket.name}": bucket.declare() for bucket in self.buckets.values()}
+    def setup_buckets(self, *, update: bool) -> dict[str, str]:
+        """Create the buckets that are missing, with `update` change those that differ."""
+        return {f"bucket {bucket.name}": bucket.declare(update=update) for bucket in self.buckets.values()}
 
     def ensure_queue(self, queue_name: str, *, again: bool = False) -> None:
         """Make a queue's stream and consumers; `again` when they may have disappeared."""

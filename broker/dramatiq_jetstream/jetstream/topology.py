@@ -1,14 +1,15 @@
-"""Every stream and consumer configuration, and how declared topology is compared and created.
+"""Every stream and consumer configuration, and how declared topology is created.
 
-Creating is idempotent and never changes what exists: what differs is an error where it would lose or hold
-up messages (`TopologyMismatch`), and a warning with the difference where it would not. Bringing the server
-in line is a deliberate step, `fleet setup --update`.
+Creating is idempotent and never changes what exists: what differs is an error where it loses or holds up messages
+(`TopologyMismatch`), and a warning where it does not, given once in a process. `drift` says which is which. Bringing
+the server in line is a deliberate step, `fleet setup --update`.
 
 A crash between two creations leaves the rest to the next process that declares the same thing.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from typing import Any
 from dramatiq_jetstream.errors import ApiError, NotFound, TopologyMismatch
 from dramatiq_jetstream.wire.connection import Connection
 
+from .drift import MILLISECOND, Difference, Kind, Verdict, differences, in_line
 from .names import METADATA_SUBSCRIBER, Names, bucket_stream
 
 __all__ = [
@@ -36,8 +38,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MILLISECOND = 1_000_000  # JetStream's durations are nanoseconds
-
 #: How long JetStream remembers a `Nats-Msg-Id`; longer than any publish is repeated.
 DUPLICATE_WINDOW = 120_000
 
@@ -48,20 +48,6 @@ _REPLICAS_EXCEED_STREAM = 10126
 
 #: Requests that may wait at one consumer; the server's default of 512 is a hundred idle processes.
 MAX_WAITING = 8_192
-
-# Settings in which a difference loses messages or leaves them waiting for ever.
-_VITAL = frozenset(
-    {
-        "retention",
-        "subjects",
-        "allow_msg_schedules",
-        "allow_msg_ttl",
-        "ack_policy",
-        "filter_subject",
-        "filter_subjects",
-        "max_deliver",
-    }
-)
 
 # The server's error numbers.
 _STREAM_EXISTS = 10058
@@ -74,8 +60,12 @@ Json = dict[str, Any]
 class StreamConfig:
     """A stream as it is declared; settings that are not listed are the server's defaults."""
 
+    kind: Kind
     name: str
     settings: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"Stream {self.name}"
 
     def to_json(self) -> Json:
         return {"name": self.name, **self.settings}
@@ -85,9 +75,13 @@ class StreamConfig:
 class ConsumerConfig:
     """A durable pull consumer as it is declared."""
 
+    kind: Kind
     stream: str
     name: str
     settings: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"Consumer {self.name} of stream {self.stream}"
 
     def to_json(self) -> Json:
         return {"name": self.name, "durable_name": self.name, **self.settings}
@@ -96,6 +90,7 @@ class ConsumerConfig:
 def queue(names: Names, queue_name: str, *, replicas: int = 1) -> StreamConfig:
     """The stream of a queue: ready messages, delayed messages and periodic schedules."""
     return StreamConfig(
+        "queue",
         names.queue_stream(queue_name),
         {
             "subjects": [names.queue_subjects(queue_name)],
@@ -117,6 +112,7 @@ def dead_letters(names: Names, *, ttl: int, replicas: int = 1) -> StreamConfig:
     One message per subject: storing the same letter again after a crash replaces it.
     """
     return StreamConfig(
+        "dead letters",
         names.dead_stream,
         {
             "subjects": [names.all_dead_with_bodies],
@@ -141,6 +137,7 @@ def events(
 ) -> StreamConfig:
     """A stream of events, kept whoever has read them."""
     return StreamConfig(
+        "events",
         name,
         {
             "subjects": subjects,
@@ -166,6 +163,7 @@ def bucket(
     """The stream under a key-value bucket (ADR-8), with time to live per key (ADR-43)."""
     bucket_name = names.bucket(name)
     return StreamConfig(
+        "bucket",
         bucket_stream(bucket_name),
         {
             "subjects": [f"$KV.{bucket_name}.>"],
@@ -194,7 +192,7 @@ def announcing_bucket(names: Names, name: str, *, replicas: int = 1) -> StreamCo
         "dest": f"{names.namespace}.stored.{name}.>",
         "headers_only": True,
     }
-    return StreamConfig(config.name, {**config.settings, "republish": republish})
+    return replace(config, settings={**config.settings, "republish": republish})
 
 
 def worker(
@@ -208,6 +206,7 @@ def worker(
 ) -> ConsumerConfig:
     """The durable from which all workers of a queue pull; one per priority."""
     return _durable(
+        "worker",
         names.queue_stream(queue_name),
         names.worker_durable(priority),
         names.task(queue_name, priority),
@@ -230,6 +229,7 @@ def subscription(
 ) -> ConsumerConfig:
     """The durable of one actor on a stream of events; its metadata says for which queue it works."""
     durable = _durable(
+        "subscription",
         stream,
         names.subscription_durable(actor_name),
         subject,
@@ -242,9 +242,17 @@ def subscription(
 
 
 def _durable(
-    stream: str, name: str, subject: str, *, ack_wait: int, max_in_flight: int | None, replicas: int
+    kind: Kind,
+    stream: str,
+    name: str,
+    subject: str,
+    *,
+    ack_wait: int,
+    max_in_flight: int | None,
+    replicas: int,
 ) -> ConsumerConfig:
     return ConsumerConfig(
+        kind,
         stream,
         name,
         {
@@ -272,26 +280,25 @@ def ensure_stream(connection: Connection, config: StreamConfig, *, update: bool 
     """Create a stream if it is missing; return "created", "unchanged", "updated" or "differs".
 
     Raises:
-      TopologyMismatch: When it exists with settings that would lose or hold up messages.
+      TopologyMismatch: When it exists with settings that lose or hold up messages and that are not to be, or
+        cannot be, changed.
     """
     wanted = config.to_json()
     try:
         existing = connection.api(f"STREAM.INFO.{config.name}")["config"]
     except NotFound:
         try:
-            connection.api(f"STREAM.CREATE.{config.name}", wanted)
-            return "created"
+            existing = connection.api(f"STREAM.CREATE.{config.name}", wanted)["config"]
+            return _judge(config, existing, "created")
         except ApiError as error:
             if error.err_code != _STREAM_EXISTS:  # another process was first, with other settings
                 raise
             existing = connection.api(f"STREAM.INFO.{config.name}")["config"]
-    differences = _compare(existing, wanted)
-    if not differences:
-        return "unchanged"
-    if update:
-        connection.api(f"STREAM.UPDATE.{config.name}", {**existing, **wanted})
-        return "updated"
-    return _report(f"Stream {config.name}", differences)
+    found = differences(config.kind, existing, wanted)
+    if update and _changeable(found):
+        changed = connection.api(f"STREAM.UPDATE.{config.name}", in_line(existing, wanted, found))
+        return _judge(config, changed["config"], "updated")
+    return _judge(config, existing, "unchanged")
 
 
 def ensure_consumer(connection: Connection, config: ConsumerConfig, *, update: bool = False) -> str:
@@ -301,30 +308,27 @@ def ensure_consumer(connection: Connection, config: ConsumerConfig, *, update: b
         existing = connection.api(f"CONSUMER.INFO.{config.stream}.{config.name}")["config"]
     except NotFound:
         try:
-            _put_consumer(connection, config, wanted, "create")
-            return "created"
+            return _judge(config, _put_consumer(connection, config, wanted, "create"), "created")
         except ApiError as error:
             if error.err_code not in _CONSUMER_EXISTS:  # another process was first, with other settings
                 raise
             existing = connection.api(f"CONSUMER.INFO.{config.stream}.{config.name}")["config"]
-    differences = _compare(existing, wanted)
-    if not differences:
-        return "unchanged"
-    if update:
-        _put_consumer(connection, config, {**existing, **wanted}, "update")
-        return "updated"
-    return _report(f"Consumer {config.name} of stream {config.stream}", differences)
+    found = differences(config.kind, existing, wanted)
+    if update and _changeable(found):
+        changed = _put_consumer(connection, config, in_line(existing, wanted, found), "update")
+        return _judge(config, changed, "updated")
+    return _judge(config, existing, "unchanged")
 
 
-def _put_consumer(connection: Connection, config: ConsumerConfig, wanted: Json, action: str) -> None:
+def _put_consumer(connection: Connection, config: ConsumerConfig, wanted: Json, action: str) -> Json:
     deadline = time.monotonic() + SCALING / 1000
     while True:
         try:
-            connection.api(
+            answer = connection.api(
                 f"CONSUMER.CREATE.{config.stream}.{config.name}.{wanted['filter_subject']}",
                 {"stream_name": config.stream, "config": wanted, "action": action},
             )
-            return
+            return dict(answer["config"])
         except ApiError as error:
             # While a stream is copied to more servers, its consumers cannot have as many yet.
             if error.err_code != _REPLICAS_EXCEED_STREAM or time.monotonic() > deadline:
@@ -332,22 +336,32 @@ def _put_consumer(connection: Connection, config: ConsumerConfig, wanted: Json, 
             time.sleep(0.5)
 
 
-def _compare(existing: Json, wanted: Json) -> dict[str, tuple[object, object]]:
-    if "metadata" in wanted:
-        # The server adds entries of its own.
-        known = existing.get("metadata") or {}
-        existing = {**existing, "metadata": {name: known.get(name) for name in wanted["metadata"]}}
-    return {
-        setting: (existing.get(setting), value)
-        for setting, value in wanted.items()
-        # The server leaves out what is zero, false or empty.
-        if existing.get(setting) != value and (existing.get(setting) or value)
-    }
+def _changeable(found: list[Difference]) -> bool:
+    return any(difference.is_known and not difference.fixed for difference in found)
 
 
-def _report(what: str, differences: dict[str, tuple[object, object]]) -> str:
-    mismatch = TopologyMismatch(what, differences)
-    if not _VITAL.isdisjoint(differences):
+def _judge(config: StreamConfig | ConsumerConfig, existing: Json, outcome: str) -> str:
+    """Return `outcome`, or "differs" when what the server has still is not what was declared."""
+    found = differences(config.kind, existing, config.to_json())
+    found = [difference for difference in found if difference.verdict is not Verdict.UNKNOWN_OFF]
+    if not found:
+        return outcome
+    mismatch = TopologyMismatch(
+        f"{config} differs from its declaration: {'; '.join(map(str, found))}. {_advice(found)}",
+        {difference.setting: (difference.have, difference.want) for difference in found},
+    )
+    if any(difference.verdict is Verdict.REFUSED for difference in found):
         raise mismatch
-    logger.warning("%s", mismatch)
+    _warn_once(str(mismatch))
     return "differs"
+
+
+def _advice(found: list[Difference]) -> str:
+    if all(difference.fixed for difference in found):
+        return "The server cannot change that: when what it holds is no longer needed, delete it and run `fleet setup`."
+    return "Change the declaration, or bring the server in line with `fleet setup --update`."
+
+
+@functools.lru_cache(maxsize=1_000)
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
