@@ -22,13 +22,13 @@ WORKERS ?= 3
 help:
 	@sed -n 's/^#   //p' Makefile
 
-$(STAMP): pyproject.toml broker/pyproject.toml constraints.txt
+$(STAMP): pyproject.toml broker/pyproject.toml instrumentation/pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "Python 3.11 or newer is needed and '$(PYTHON)' was not found: install it, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed and '$(PYTHON)' is $$($(PYTHON) -c 'import platform; print(platform.python_version())'): name a newer one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "'$(PYTHON)' cannot make virtual environments: install its venv package (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@echo "Installing into $(VENV) (once, about a minute) ..."
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e './broker[server,otel,uvloop,abort,nkeys]' -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e './broker[server,otel,uvloop,abort,nkeys]' -e ./instrumentation -e '.[dev]'
 	@touch $@
 
 up: $(STAMP)
@@ -56,5 +56,5 @@ chaos: $(STAMP)
 
 # Leaves .data alone: it holds the orders.
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .artifacts build dist *.egg-info broker/*.egg-info
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .artifacts build dist *.egg-info broker/*.egg-info instrumentation/src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

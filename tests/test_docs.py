@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
+from opentelemetry import environment_variables as api_variables
 from opentelemetry.sdk import environment_variables as sdk_variables
 
 from dramatiq_jetstream.cli.app import fleet
@@ -123,7 +124,7 @@ def test_make_targets_and_modules_exist(document: Path) -> None:
 def known_variables() -> set[str]:
     """Every environment variable that something here reads, or that OpenTelemetry documents."""
     known = {f"PAYMENTS_{knob.name.upper()}" for knob in fields(Knobs)}
-    known |= {name for name in vars(sdk_variables) if name.startswith("OTEL_")}
+    known |= {name for name in {**vars(api_variables), **vars(sdk_variables)} if name.startswith("OTEL_")}
     for directory in ("tasks", "web", "broker/dramatiq_jetstream", "benchmarks", "tests"):
         for path in (ROOT / directory).rglob("*.py"):
             if path == Path(__file__) or any(part.startswith(".") for part in path.relative_to(ROOT).parts):

@@ -36,30 +36,6 @@ def make_broker(nats_url: str, namespace: str) -> Iterator[MakeBroker]:
         broker.close()
 
 
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Redis that belongs to this run."""
-    from tests.broker.conformance import servers
-
-    program = servers.find_redis()
-    if program is None:
-        pytest.skip("redis-server is not installed")
-    with servers.redis_server(program, tmp_path_factory.mktemp("redis")) as url:
-        yield url
-
-
-@pytest.fixture(scope="session")
-def rabbitmq_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a RabbitMQ that belongs to this run."""
-    from tests.broker.conformance import servers
-
-    program = servers.find_rabbitmq()
-    if program is None:
-        pytest.skip("rabbitmq-server is not installed")
-    with servers.rabbitmq_server(program, tmp_path_factory.mktemp("rabbitmq")) as url:
-        yield url
-
-
 @pytest.fixture
 def topic(namespace: str) -> str:
     """The first token of this test's subjects, which is also the name of its stream of events."""

@@ -24,6 +24,8 @@ from dramatiq.encoder import JSONEncoder
 from dramatiq.errors import DecodeError
 from dramatiq.message import Message, get_encoder
 
+from dramatiq_jetstream.jetstream.names import OPTION_TRACE_CONTEXT, trace_headers
+
 __all__ = ["EVENT_OPTION", "Event", "checked", "decode", "encode", "event_of", "to_message"]
 
 #: The message option that carries an event.
@@ -155,22 +157,31 @@ class Event:
 
 
 def to_message(event: Event, *, queue: str, actor: str) -> Message[Any]:
-    """The message that hands `event` to `actor`; the same event gives the same message id."""
+    """The message that hands `event` to `actor`; the same event gives the same message id.
+
+    The trace that the event is part of goes on with the message, where its retries, its dead letter and whatever
+    instruments the actor find it.
+    """
+    options: dict[str, Any] = {
+        EVENT_OPTION: {
+            "subject": event.subject,
+            "data": base64.b64encode(event.data).decode("ascii"),
+            "headers": dict(event.headers),
+            "stream": event.stream,
+            "sequence": event.sequence,
+            "time": event.time,
+        }
+    }
+    # Publishers in other languages may have written `Traceparent`, and NATS does not fold cases.
+    context = trace_headers({name.lower(): value for name, value in event.headers.items()})
+    if context:
+        options[OPTION_TRACE_CONTEXT] = context
     return Message(
         queue_name=queue,
         actor_name=actor,
         args=(),
         kwargs={},
-        options={
-            EVENT_OPTION: {
-                "subject": event.subject,
-                "data": base64.b64encode(event.data).decode("ascii"),
-                "headers": dict(event.headers),
-                "stream": event.stream,
-                "sequence": event.sequence,
-                "time": event.time,
-            }
-        },
+        options=options,
         message_id=f"{event.id}:{actor}",
         message_timestamp=event.time,
     )

@@ -18,7 +18,7 @@ import itertools
 import logging
 import pickle
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from heapq import heappop, heappush
 from queue import Empty
 from types import NoneType
@@ -106,6 +106,11 @@ class JetStreamMessage(MessageProxy):
     def args(self) -> tuple[Any, ...]:  # type: ignore[override]
         """The actor's arguments: for an event the decoded event, which is not part of the message."""
         return self._message.args if self._arguments is None else self._arguments
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The NATS headers that it was delivered with, in which another program may have put a trace context."""
+        return self._delivery.headers
 
     @property
     def redelivered(self) -> bool:

@@ -14,7 +14,7 @@ from dramatiq_abort import Abortable, abort
 from dramatiq_abort.backends import StubBackend
 
 from tests.broker.conformance.workers import running
-from tests.broker.telemetry.conftest import Fleet, Providers
+from tests.instrumentation.conftest import Fleet, Recorded
 from tests.support.polling import eventually
 
 
@@ -25,7 +25,7 @@ def wait_for(event: threading.Event) -> None:
         time.sleep(0.01)
 
 
-def test_the_time_limit_ends_the_attempt(stub: Fleet, telemetry: Providers, queue: str) -> None:
+def test_the_time_limit_ends_the_attempt(stub: Fleet, telemetry: Recorded, queue: str) -> None:
     """An actor that is cut off was an error, and its retry runs in the same trace."""
     limit = next(m for m in stub.broker.middleware if isinstance(m, TimeLimit))
     limit.manager.interval = 0.05
@@ -48,7 +48,7 @@ def test_the_time_limit_ends_the_attempt(stub: Fleet, telemetry: Providers, queu
     assert spans[3].attributes["dramatiq.outcome"] == "done"
 
 
-def test_a_shutdown_ends_the_attempt(stub: Fleet, telemetry: Providers, queue: str) -> None:
+def test_a_shutdown_ends_the_attempt(stub: Fleet, telemetry: Recorded, queue: str) -> None:
     """The attempt that the stopping worker interrupts is exported, and says why it ended."""
     started = threading.Event()
 
@@ -61,15 +61,14 @@ def test_a_shutdown_ends_the_attempt(stub: Fleet, telemetry: Providers, queue: s
     with running(stub.broker):
         assert started.wait(10)
 
-    telemetry.tracer_provider.force_flush()
-    spans = telemetry.receiver.wait_for(f"send {queue}", f"process {queue}", f"send {queue}")
+    spans = telemetry.spans(f"send {queue}", f"process {queue}", f"send {queue}")
     assert spans[1].attributes["error.type"] == f"{Shutdown.__module__}.Shutdown"
     assert spans[1].attributes["dramatiq.outcome"] == "retried"
 
 
 @pytest.mark.parametrize("while_it_runs", [True, False])
 def test_aborted_messages_are_told_apart(
-    stub: Fleet, telemetry: Providers, queue: str, while_it_runs: bool
+    stub: Fleet, telemetry: Recorded, queue: str, while_it_runs: bool
 ) -> None:
     """A message that somebody aborted is neither failed nor just skipped."""
     abortable = Abortable(backend=StubBackend())
@@ -115,7 +114,7 @@ class Strikes(dramatiq.Middleware):
 
 @pytest.mark.parametrize("signal", ["before_process_message", "after_process_message"])
 def test_an_exception_that_strikes_in_middleware_leaves_nothing_open(
-    stub: Fleet, telemetry: Providers, queue: str, signal: str
+    stub: Fleet, telemetry: Recorded, queue: str, signal: str
 ) -> None:
     """Dramatiq reports the end of such a message once more, with the exception."""
     stub.broker.add_middleware(Strikes(signal))
@@ -136,7 +135,7 @@ def test_an_exception_that_strikes_in_middleware_leaves_nothing_open(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_exception_that_kills_the_worker_thread_leaves_no_open_span(
-    stub: Fleet, telemetry: Providers, queue: str
+    stub: Fleet, telemetry: Recorded, queue: str
 ) -> None:
     """A second exception, while Dramatiq handles the first, ends the thread; the span ends before it."""
 
@@ -152,10 +151,7 @@ def test_an_exception_that_kills_the_worker_thread_leaves_no_open_span(
 
     act.send()
     with running(stub.broker, threads=1):
-        telemetry.tracer_provider.force_flush()
-        eventually(
-            lambda: telemetry.tracer_provider.force_flush() and telemetry.receiver.named(f"process {queue}")
-        )
-    (process,) = telemetry.receiver.named(f"process {queue}")
+        eventually(lambda: telemetry.named(f"process {queue}"))
+    (process,) = telemetry.named(f"process {queue}")
     assert process.attributes["dramatiq.outcome"] == "unresolved"
     assert process.attributes["error.type"] == f"{Interrupt.__module__}.Interrupt"

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 import dramatiq
 import pytest
 from dramatiq import Message
+from opentelemetry.instrumentation.dramatiq import DramatiqInstrumentor
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.jetstream.reading import StoredMessage, last_message, messages
 from dramatiq_jetstream.periodic import Periodic
-from dramatiq_jetstream.telemetry import DramatiqInstrumentor
 from tests.broker.conformance.workers import running
-from tests.broker.telemetry.conftest import Providers
+from tests.instrumentation.conftest import Recorded
 from tests.support.otlp import Span
 from tests.support.polling import eventually
 
@@ -22,7 +22,7 @@ TRACEPARENT = f"00-{TRACE_ID}-{SPAN_ID}-01"
 
 
 @pytest.fixture
-def fleet(telemetry: Providers, broker: JetStreamBroker) -> JetStreamBroker:
+def fleet(telemetry: Recorded, broker: JetStreamBroker) -> JetStreamBroker:
     """A JetStreamBroker, made after Dramatiq was instrumented."""
     return broker
 
@@ -46,10 +46,10 @@ def context_of(span: Span) -> str:
 
 @pytest.mark.parametrize("delay", [None, 60_000])
 @pytest.mark.parametrize("count", [1, 3, 20])
-def test_a_message_is_stored_with_the_context_of_its_send(
-    fleet: JetStreamBroker, telemetry: Providers, queue: str, delay: int | None, count: int
+def test_a_message_is_stored_with_its_own_context(
+    fleet: JetStreamBroker, telemetry: Recorded, queue: str, delay: int | None, count: int
 ) -> None:
-    """By enqueue and by enqueue_many, ready or delayed; each message has its own."""
+    """Ready or delayed: that of its send, or in a batch that of its creation."""
 
     @dramatiq.actor(queue_name=queue)
     def act() -> None:
@@ -57,15 +57,16 @@ def test_a_message_is_stored_with_the_context_of_its_send(
 
     if count == 1:
         act.send_with_options(delay=delay)
+        made = telemetry.spans(f"send {queue}")
     else:
         fleet.enqueue_many([act.message() for _ in range(count)], delay=delay)
+        *made, _ = telemetry.spans(*[f"create {queue}"] * count, f"send {queue}")
     headers = [own_headers(stored) for stored in stored_in(fleet, queue)]
-    sends = telemetry.spans(*[f"send {queue}"] * count)
-    assert sorted(map(context_in, headers)) == sorted(map(context_of, sends))
+    assert sorted(map(context_in, headers)) == sorted(map(context_of, made))
     assert all(set(found) <= {"traceparent", "tracestate", "baggage"} for found in headers)
 
 
-def test_a_schedule_hands_its_headers_on(fleet: JetStreamBroker, telemetry: Providers, queue: str) -> None:
+def test_a_schedule_hands_its_headers_on(fleet: JetStreamBroker, telemetry: Recorded, queue: str) -> None:
     """The message that a delay becomes has the headers of the send, which no worker put there."""
 
     @dramatiq.actor(queue_name=queue)
@@ -106,7 +107,7 @@ def test_only_what_is_a_header_becomes_one(
 
 
 def test_a_message_of_another_program_brings_its_context(
-    fleet: JetStreamBroker, telemetry: Providers, queue: str
+    fleet: JetStreamBroker, telemetry: Recorded, queue: str
 ) -> None:
     """Who puts a message on a queue in another language need not know of Dramatiq's options."""
 
@@ -124,7 +125,7 @@ def test_a_message_of_another_program_brings_its_context(
 
 
 def test_what_cannot_be_read_stays_in_its_trace(
-    fleet: JetStreamBroker, telemetry: Providers, queue: str
+    fleet: JetStreamBroker, telemetry: Recorded, queue: str
 ) -> None:
     """A dead letter that never became a message joins by its headers, and so does its replay."""
     fleet.declare_queue(queue)
@@ -145,7 +146,7 @@ def test_what_cannot_be_read_stays_in_its_trace(
 
 
 def test_every_tick_begins_a_trace(
-    providers: Providers,
+    recorded: Recorded,
     instrument: Callable[..., DramatiqInstrumentor],
     nats_url: str,
     namespace: str,
@@ -161,7 +162,7 @@ def test_every_tick_begins_a_trace(
     def tick() -> None:
         ticks.append(1)
 
-    with providers.tracer_provider.get_tracer("test").start_as_current_span("deployment"):
+    with recorded.tracer_provider.get_tracer("test").start_as_current_span("deployment"):
         broker.setup()
     (schedule,) = stored_in(broker, queue)
     assert not {"traceparent", "Traceparent"} & set(schedule.headers)
@@ -169,13 +170,12 @@ def test_every_tick_begins_a_trace(
     with running(broker):
         eventually(lambda: len(ticks) >= 2)
     broker.close()
-    providers.tracer_provider.force_flush()
-    processes = providers.receiver.wait_until(
+    processes = recorded.wait_until(
         lambda spans: [span.name for span in spans].count(f"process {queue}") >= 2
     )
     processes = [span for span in processes if span.kind == "CONSUMER"]
     assert [span.parent_id for span in processes] == [""] * len(processes)
     traces = {span.trace_id for span in processes}
     assert len(traces) == len(processes)
-    (deployment,) = providers.receiver.named("deployment")
+    (deployment,) = recorded.named("deployment")
     assert deployment.trace_id not in traces

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Iterator
 from uuid import uuid4
 
 import dramatiq
 import pytest
 from dramatiq import Message
-from prometheus_client.parser import text_string_to_metric_families
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.events import Events, subscription
-from dramatiq_jetstream.telemetry import prometheus_text
-from dramatiq_jetstream.telemetry.fleet import FleetReader
 from dramatiq_jetstream.testing import NatsServer
 from tests.broker.conformance.workers import running
-from tests.broker.telemetry.conftest import Providers
+from tests.instrumentation.conftest import Recorded
 from tests.support.polling import eventually
 from tests.support.ports import free_port
 
 
 @pytest.fixture
-def fleet(telemetry: Providers, broker: JetStreamBroker) -> JetStreamBroker:
+def fleet(telemetry: Recorded, broker: JetStreamBroker) -> JetStreamBroker:
     """A JetStreamBroker, made after Dramatiq was instrumented."""
     return broker
 
@@ -36,7 +31,7 @@ def subject() -> Iterator[str]:
 
 
 def test_an_order_is_one_trace_through_events_failures_and_retries(
-    fleet: JetStreamBroker, telemetry: Providers, subject: str
+    fleet: JetStreamBroker, telemetry: Recorded, subject: str
 ) -> None:
     """request → event → attempt fails → retry → attempt → next event → next actor, parent by parent."""
     fleet.add_middleware(Events(stream=subject, subjects=[f"{subject}.>"]))
@@ -91,7 +86,6 @@ def test_an_order_is_one_trace_through_events_failures_and_retries(
     assert created.attributes["messaging.destination.name"] == f"{subject}.created"
     assert created.attributes["messaging.message.id"] == "order-1"
     first, second = (span for span in spans if span.name == "process pay")
-    assert first.attributes["dramatiq.event.subject"] == f"{subject}.created"
     assert (first.attributes["dramatiq.attempt"], second.attributes["dramatiq.attempt"]) == (1, 2)
 
 
@@ -103,7 +97,7 @@ def _exists(broker: JetStreamBroker, stream: str) -> bool:
 
 
 def test_an_event_of_another_program_brings_its_context(
-    fleet: JetStreamBroker, telemetry: Providers, subject: str
+    fleet: JetStreamBroker, telemetry: Recorded, subject: str
 ) -> None:
     """A publisher in another language may write the header as its libraries do: capitalised."""
     fleet.add_middleware(Events(stream=subject, subjects=[f"{subject}.>"]))
@@ -117,15 +111,13 @@ def test_an_event_of_another_program_brings_its_context(
     headers = {"Traceparent": f"00-{trace_id}-{span_id}-01", "Nats-Msg-Id": "e1"}
     fleet.connection.publish(f"{subject}.created", b"order", headers)
     with running(fleet):
-        telemetry.receiver.wait_until(
-            lambda _: telemetry.tracer_provider.force_flush() and telemetry.receiver.spans
-        )
+        telemetry.wait_until(lambda _: telemetry.all)
     (process,) = telemetry.spans("process pay")
     assert (process.trace_id, process.parent_id) == (trace_id, span_id)
 
 
 def test_an_event_that_cannot_be_stored_is_an_error(
-    fleet: JetStreamBroker, telemetry: Providers, subject: str
+    fleet: JetStreamBroker, telemetry: Recorded, subject: str
 ) -> None:
     """The span of the publish is closed with the error that the caller got."""
     with pytest.raises(dramatiq.errors.DramatiqError):
@@ -135,20 +127,43 @@ def test_an_event_that_cannot_be_stored_is_an_error(
     assert send.attributes["error.type"].startswith("dramatiq_jetstream.errors.")
 
 
-def test_many_messages_have_a_send_each(fleet: JetStreamBroker, telemetry: Providers, queue: str) -> None:
-    """enqueue_many makes one span for each message, and each attempt is the child of its own."""
+def test_a_batch_is_created_one_by_one_and_sent_at_once(
+    fleet: JetStreamBroker, telemetry: Recorded, queue: str
+) -> None:
+    """Each message is the parent of its own attempt; the send of the batch links to all of them."""
 
     @dramatiq.actor(queue_name=queue)
     def act(n: int) -> None:
         pass
 
-    fleet.enqueue_many([act.message(n) for n in range(5)])
+    messages = [act.message(n) for n in range(5)]
+    fleet.enqueue_many(messages)
+    assert all(message.options == {} for message in messages)
     with running(fleet):
         fleet.join(queue, timeout=10_000)
-    spans = telemetry.spans(*[f"send {queue}", f"process {queue}"] * 5)
-    sends = {s.span_id: s.attributes["messaging.message.id"] for s in spans if s.kind == "PRODUCER"}
+    spans = telemetry.spans(*[f"create {queue}", f"process {queue}"] * 5, f"send {queue}")
+    created = {s.span_id: s.attributes["messaging.message.id"] for s in spans if s.kind == "PRODUCER"}
     attempts = {s.parent_id: s.attributes["messaging.message.id"] for s in spans if s.kind == "CONSUMER"}
-    assert sends == attempts
+    assert created == attempts
+    (send,) = telemetry.named(f"send {queue}")
+    assert send.kind == "CLIENT"
+    assert {span_id for _, span_id in send.links} == set(created)
+    assert send.attributes["messaging.batch.message_count"] == 5
+    (sent,) = telemetry.points("messaging.client.sent.messages", messaging__destination__name=queue)
+    assert sent.value == 5
+
+
+def test_a_batch_that_cannot_be_sent_is_an_error(telemetry: Recorded, queue: str) -> None:
+    """The error is the batch's, with the messages left as they were."""
+    broker = JetStreamBroker(f"nats://127.0.0.1:{free_port()}", enqueue_timeout=500)
+    messages = [Message(queue, "act", (), {}, {}) for _ in range(2)]
+    with pytest.raises(dramatiq.errors.DramatiqError):
+        broker.enqueue_many(messages)
+    *created, send = telemetry.spans(*[f"create {queue}"] * 2, f"send {queue}")
+    assert send.is_error
+    assert not any(span.is_error for span in created)
+    assert all(message.options == {} for message in messages)
+    broker.close()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +174,7 @@ def test_many_messages_have_a_send_each(fleet: JetStreamBroker, telemetry: Provi
     ],
 )
 def test_what_never_reaches_an_actor_is_counted_by_its_reason(
-    fleet: JetStreamBroker, telemetry: Providers, queue: str, body: bytes, reason: str
+    fleet: JetStreamBroker, telemetry: Recorded, queue: str, body: bytes, reason: str
 ) -> None:
     """Dead letters that no attempt was made for have a span and count as well."""
     fleet.declare_queue(queue)
@@ -169,12 +184,12 @@ def test_what_never_reaches_an_actor_is_counted_by_its_reason(
         eventually(lambda: fleet.queue_stats(queue).dead == 1)
         (span,) = telemetry.spans(f"dead_letter {queue}")
     assert span.attributes["dramatiq.dead_letter.reason"] == reason
-    (point,) = telemetry.metrics().points("dramatiq.messages.dead_lettered")
+    (point,) = telemetry.points("dramatiq.messages.dead_lettered")
     assert (point.value, point.attributes["dramatiq.dead_letter.reason"]) == (1, reason)
 
 
 def test_a_dead_letter_and_its_replay_stay_in_the_trace(
-    fleet: JetStreamBroker, telemetry: Providers, queue: str
+    fleet: JetStreamBroker, telemetry: Recorded, queue: str
 ) -> None:
     """send → attempt, letter; and from the same send: replay → attempt. Whoever replays is linked."""
     attempts: list[int] = []
@@ -213,7 +228,7 @@ def test_a_dead_letter_and_its_replay_stay_in_the_trace(
 
 
 def test_a_replay_of_an_event_stays_in_its_trace(
-    fleet: JetStreamBroker, telemetry: Providers, subject: str
+    fleet: JetStreamBroker, telemetry: Recorded, subject: str
 ) -> None:
     """The attempt is the replay's child, although the event itself carries the context of its publisher."""
     fleet.add_middleware(Events(stream=subject, subjects=[f"{subject}.>"]))
@@ -242,7 +257,7 @@ def test_a_replay_of_an_event_stays_in_its_trace(
 
 
 def test_a_replay_that_cannot_be_stored_is_an_error(
-    telemetry: Providers, own_nats_server: NatsServer, queue: str
+    telemetry: Recorded, own_nats_server: NatsServer, queue: str
 ) -> None:
     """The span of the replay is closed with the error that the caller got, and the letter is kept."""
     broker = JetStreamBroker(own_nats_server.url, enqueue_timeout=1_000)
@@ -263,7 +278,7 @@ def test_a_replay_that_cannot_be_stored_is_an_error(
 
 
 def test_a_redelivered_message_says_so(
-    telemetry: Providers, nats_url: str, namespace: str, queue: str
+    telemetry: Recorded, nats_url: str, namespace: str, queue: str
 ) -> None:
     """A message that an earlier worker did not settle has a delivery count above one."""
     gone, broker = (JetStreamBroker(nats_url, namespace=namespace, ack_wait=1_000) for _ in range(2))
@@ -281,133 +296,5 @@ def test_a_redelivered_message_says_so(
     broker.close()
     spans = telemetry.spans(f"send {queue}", f"process {queue}")
     assert spans[1].attributes["dramatiq.delivery_count"] >= 2
-    (redelivered,) = telemetry.metrics().points("dramatiq.messages.redelivered")
+    (redelivered,) = telemetry.points("dramatiq.messages.redelivered")
     assert redelivered.attributes["messaging.destination.name"] == queue
-
-
-def test_the_state_of_the_queues_is_observed(
-    fleet: JetStreamBroker, telemetry: Providers, namespace: str, queue: str
-) -> None:
-    """Ready, in flight, delayed, dead, age and connection arrive as metrics."""
-
-    @dramatiq.actor(queue_name=queue)
-    def act() -> None:
-        pass
-
-    act.send()
-    act.send()
-    act.send_with_options(delay=60_000)
-
-    def value(name: str, **attributes: str) -> float:
-        (point,) = telemetry.metrics().points(name, **attributes)
-        return point.value
-
-    of_broker = {"messaging__system": "nats", "dramatiq__namespace": namespace}
-    of_queue = of_broker | {"messaging__destination__name": queue}
-    assert value("dramatiq.queue.ready", **of_queue) == 2
-    assert value("dramatiq.queue.in_flight", **of_queue) == 0
-    assert value("dramatiq.queue.delayed", **of_queue) == 1
-    assert value("dramatiq.queue.dead", **of_queue) == 0
-    assert 0 <= value("dramatiq.queue.oldest_ready_age", **of_queue) < 60
-    assert value("dramatiq.connection.up", **of_broker) == 1
-    assert value("dramatiq.connection.reconnects", **of_broker) == 0
-
-
-def test_a_gauge_does_not_connect_a_process(
-    telemetry: Providers, nats_url: str, namespace: str, queue: str
-) -> None:
-    """A process that has not used its broker yet reports that it is not connected, and stays so."""
-    broker = JetStreamBroker(nats_url, namespace=namespace)
-    broker.declare_queue(queue)
-    metrics = telemetry.metrics()
-    assert metrics.points("dramatiq.queue.ready", messaging__destination__name=queue) == []
-    (up,) = metrics.points("dramatiq.connection.up", dramatiq__namespace=namespace)
-    assert up.value == 0
-    assert not broker.connection.state.connected
-    broker.close()
-
-
-def samples(text: str) -> dict[tuple[str, str], float]:
-    return {
-        (sample.name, sample.labels.get("queue", "")): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
-def test_prometheus_text(broker: JetStreamBroker, queue: str) -> None:
-    """The text parses, has every queue, and needs neither instrumentation nor exporters."""
-
-    @dramatiq.actor(queue_name=queue)
-    def act() -> None:
-        pass
-
-    broker.declare_queue("other")
-    act.send()
-    found = samples(prometheus_text(broker))
-    assert found["dramatiq_queue_ready", queue] == 1
-    assert found["dramatiq_queue_ready", "other"] == 0
-    assert found["dramatiq_queue_dead", queue] == 0
-    assert ("dramatiq_queue_oldest_ready_age_seconds", queue) in found
-    assert ("dramatiq_queue_oldest_ready_age_seconds", "other") not in found
-    assert found["dramatiq_connection_up", ""] == 1
-    assert found["dramatiq_connection_reconnects_total", ""] == 0
-
-
-def test_prometheus_text_without_a_server(queue: str) -> None:
-    """A scrape is answered while the server is away: no queues, and a connection that is down."""
-    broker = JetStreamBroker(f"nats://127.0.0.1:{free_port()}", enqueue_timeout=2_000)
-    broker.declare_queue(queue)
-    found = samples(prometheus_text(broker))
-    assert found == {("dramatiq_connection_up", ""): 0, ("dramatiq_connection_reconnects_total", ""): 0}
-    # The server that did not answer is not waited for again at once.
-    assert _seconds(lambda: prometheus_text(broker)) < 1
-    broker.close()
-
-
-def _seconds(action: Callable[[], object]) -> float:
-    """How long it took, once the reading of a moment ago is used no more."""
-    time.sleep(1.01)
-    began = time.monotonic()
-    action()
-    return time.monotonic() - began
-
-
-def test_prometheus_text_comes_back_with_the_server(own_nats_server: NatsServer, queue: str) -> None:
-    """The connection's fall and return are seen, and counted."""
-    broker = JetStreamBroker(own_nats_server.url, enqueue_timeout=500)
-
-    @dramatiq.actor(queue_name=queue, broker=broker)
-    def act() -> None:
-        pass
-
-    act.send()
-    own_nats_server.kill()
-    eventually(lambda: samples(prometheus_text(broker))["dramatiq_connection_up", ""] == 0)
-    own_nats_server.start()
-    eventually(lambda: samples(prometheus_text(broker)).get(("dramatiq_queue_ready", queue)) == 1, timeout=20)
-    found = samples(prometheus_text(broker))
-    assert found["dramatiq_connection_up", ""] == 1
-    assert found["dramatiq_connection_reconnects_total", ""] >= 1
-    broker.close()
-
-
-def test_one_reading_serves_for_a_moment() -> None:
-    """Seven gauges of one collection ask the server once."""
-    asked: list[str] = []
-
-    class Told:
-        connection = SimpleNamespace(state=SimpleNamespace(connected=True, reconnects=0))
-
-        def get_declared_queues(self) -> set[str]:
-            return {"a"}
-
-        def queue_stats(self, queue: str) -> object:
-            asked.append(queue)
-            return SimpleNamespace(ready=1)
-
-    reader = FleetReader(lambda: [Told()], max_age=60_000)
-    first, second = reader.read(), reader.read()
-    assert asked == ["a"]
-    assert first is second
-    assert (first[0].queues[0].ready, first[0].queues[0].dead) == (1, None)
