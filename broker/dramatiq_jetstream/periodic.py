@@ -45,6 +45,7 @@ from .jetstream.names import (
     bucket_subject,
     decode,
     encode,
+    queue_key,
 )
 from .jetstream.reading import StoredMessage, last_message
 from .kv import Bucket
@@ -138,7 +139,7 @@ class Periodic(Middleware):
             return
         # For people only, so nobody waits for it.
         noted = {"last": delivery.timestamp, "next": delivery.headers.get(HEADER_SCHEDULE_NEXT)}
-        subject = bucket_subject(_ticks(broker).name, f"{message.queue_name}/{decode(name)}")
+        subject = bucket_subject(_ticks(broker).name, queue_key(message.queue_name, decode(name)))
         broker.connection.send(subject, json.dumps(noted).encode())
 
 
@@ -229,7 +230,7 @@ def _describe(broker: JetStreamBroker, queue: str, name: str, stored: StoredMess
     zone = stored.headers.get(HEADER_SCHEDULE_ZONE)
     expression = cron.Expression("", stored.headers.get(HEADER_SCHEDULE, ""), zone)
     try:
-        entry = _ticks(broker).get(f"{queue}/{name}")
+        entry = _ticks(broker).get(queue_key(queue, name))
     except BrokerError:
         entry = None
     noted = {} if entry is None else json.loads(entry.value)

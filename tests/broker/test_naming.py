@@ -5,11 +5,20 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dramatiq_jetstream.errors import InvalidName
-from dramatiq_jetstream.jetstream.names import Names, check_subject, decode, decode_key, encode, encode_key
+from dramatiq_jetstream.jetstream.names import (
+    Names,
+    bucket_stream,
+    check_subject,
+    decode,
+    decode_key,
+    encode,
+    encode_key,
+    queue_key,
+)
 
 #: What nats-server takes as one token of a subject, and as a name of a stream or consumer.
 TOKEN = re.compile(r"[^\s.*>/\\\x00-\x1f\x7f]+", re.ASCII)
@@ -82,6 +91,71 @@ def test_a_stream_tells_its_queue(namespace, queue):
     assert names.queue_of_stream(names.queue_stream(queue)) == queue
     assert names.queue_of_stream(names.dead_stream) is None
     assert len(names.queue_stream(queue)) <= 255
+
+
+#: Namespaces, queues, buckets and actors that are made of separators, so that two pairs could easily be confused.
+parts = st.lists(
+    st.sampled_from(["shop", "q", "_", "-", "__", "_-", "_q", "_q_", "dead", "_dead", "eu"]),
+    min_size=1,
+    max_size=5,
+).map("".join)
+pairs = st.lists(
+    st.tuples(namespaces | parts, parts | st.text(min_size=1, max_size=8)),
+    min_size=2,
+    max_size=2,
+    unique=True,
+)
+
+
+def stream_names(namespace, name):
+    names = Names(namespace)
+    return {names.queue_stream(name), names.dead_stream}
+
+
+def bucket_name(namespace, name):
+    try:
+        return Names(namespace).bucket(name)
+    except InvalidName:
+        return None
+
+
+@given(pairs)
+@example([("shop", "q_mail"), ("shop_q", "mail")])
+@example([("shop", "dead"), ("shop_q", "mail")])
+@example([("shop", "eu-results"), ("shop-eu", "results")])
+@example([("shop_-eu", "results"), ("shop-eu", "results")])
+@example([("a", "_-b"), ("a_", "b")])
+def test_no_two_pairs_give_one_name(pairs):
+    """Different namespaces share no stream, bucket or consumer, and neither do two names in one namespace."""
+    (one, name), (other, other_name) = pairs
+    if one == other:
+        assert Names(one).queue_stream(name) != Names(one).queue_stream(other_name)
+        assert Names(one).dead_stream not in (
+            Names(one).queue_stream(name),
+            Names(one).queue_stream(other_name),
+        )
+    else:
+        assert stream_names(one, name).isdisjoint(stream_names(other, other_name))
+        assert Names(other).queue_of_stream(Names(one).queue_stream(name)) is None
+    buckets = bucket_name(one, name), bucket_name(other, other_name)
+    assert buckets == (None, None) or buckets[0] != buckets[1]
+    if one != other and buckets[0] is not None:
+        assert Names(other).bucket_of_stream(bucket_stream(buckets[0])) is None
+        assert Names(one).bucket_of_stream(bucket_stream(buckets[0])) == name
+    assert Names(one).subscription_durable(name) != Names(other).subscription_durable(other_name)
+    assert queue_key(one, name) != queue_key(other, other_name)
+
+
+def test_ordinary_names_on_the_wire():
+    """What an operator types stays what was declared."""
+    for namespace in ("dramatiq", "my_app", "shop-2"):
+        assert Names(namespace).queue_stream("mail") == f"{namespace}_q_mail"
+        assert Names(namespace).dead_stream == f"{namespace}_dead"
+    for namespace in ("dramatiq", "my_app"):
+        assert Names(namespace).bucket("results") == f"{namespace}-results"
+        assert Names(namespace).subscription_durable("reserve") == f"{namespace}-reserve"
+    assert Names("shop-eu").bucket("results") == "shop_-eu-results"
+    assert Names("shop_q").queue_stream("mail") == "shop=5Fq_q_mail"
 
 
 @given(st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=2, unique=True))

@@ -3,6 +3,9 @@
 Dramatiq allows any string as the name of a queue, an actor or a message id; JetStream reserves dots,
 spaces, slashes and wildcards. `encode` maps any string to one subject token and back, one to one, and
 leaves ordinary names as they are, so that `nats stream ls` stays readable.
+
+Streams, buckets and durables are called `{namespace}_q_{queue}`, `{namespace}-{bucket}` and `{namespace}-{actor}`.
+A namespace that itself contains such a separator has it marked, so that no two namespaces ever share a name.
 """
 
 from __future__ import annotations
@@ -106,6 +109,22 @@ def decode(token: str) -> str:
     return raw.decode("utf-8", "surrogatepass")
 
 
+def _before_queue(namespace: str) -> str:
+    """A namespace as it stands before `_q_` and `_dead`: the first `_q_` of the whole name is the separator.
+
+    `shop_q` becomes `shop=5Fq`; all others stay as they are.
+    """
+    return re.sub(r"_(?=q(_|$))", "=5F", namespace)
+
+
+def _before_dash(namespace: str) -> str:
+    """A namespace as it stands before `-`: the separator is the first dash after an even number of underscores.
+
+    `shop-eu` becomes `shop_-eu`. Tools restrict a bucket's name to letters, digits, `-` and `_`.
+    """
+    return re.sub(r"(_*)(-|$)", lambda found: found[1] * 2 + ("_-" if found[2] else ""), namespace)
+
+
 def _id_token(message_id: str) -> str:
     """A message id as a subject token of limited length; ids may come from anywhere and be of any length."""
     token = encode(message_id)
@@ -145,7 +164,7 @@ def _checked_subject(subject: str, wildcards: bool) -> str:
 @functools.lru_cache(maxsize=1_000)
 def _queue_token(namespace: str, queue: str) -> str:
     token = encode(queue)
-    possible = MAX_NAME_BYTES - len(f"{namespace}_q_")
+    possible = MAX_NAME_BYTES - len(f"{_before_queue(namespace)}_q_")
     if len(token) > possible:
         raise InvalidName(
             f"queue name {queue[:40]!r}… is too long for JetStream: it takes {len(token)} bytes there, "
@@ -174,16 +193,16 @@ class Names:
     # Streams
 
     def queue_stream(self, queue: str) -> str:
-        return f"{self.namespace}_q_{self._queue(queue)}"
+        return f"{_before_queue(self.namespace)}_q_{self._queue(queue)}"
 
     def queue_of_stream(self, stream: str) -> str | None:
         """Return the queue that `stream` holds, or None for a stream of another kind or namespace."""
-        prefix = f"{self.namespace}_q_"
+        prefix = f"{_before_queue(self.namespace)}_q_"
         return decode(stream[len(prefix) :]) if stream.startswith(prefix) else None
 
     @property
     def dead_stream(self) -> str:
-        return f"{self.namespace}_dead"
+        return f"{_before_queue(self.namespace)}_dead"
 
     # Subjects of a queue
 
@@ -220,7 +239,7 @@ class Names:
         return "worker" if priority is None else f"worker-{priority}"
 
     def subscription_durable(self, actor_name: str) -> str:
-        durable = f"{self.namespace}-{encode(actor_name)}"
+        durable = f"{_before_dash(self.namespace)}-{encode(actor_name)}"
         if len(durable) > MAX_NAME_BYTES:
             raise InvalidName(
                 f"the name {actor_name[:40]!r}… of an actor that subscribes to events is too long for JetStream: "
@@ -261,12 +280,22 @@ class Names:
             raise InvalidName(
                 f"bucket name {name!r} cannot be used: choose 1 to 64 letters, digits, '_' or '-'."
             )
-        return f"{self.namespace}-{name}"
+        return f"{_before_dash(self.namespace)}-{name}"
+
+    def bucket_of_stream(self, stream: str) -> str | None:
+        """Return the bucket of this namespace that `stream` holds, or None."""
+        prefix = bucket_stream(f"{_before_dash(self.namespace)}-")
+        return stream[len(prefix) :] if stream.startswith(prefix) else None
 
 
 def bucket_stream(bucket: str) -> str:
     """The stream under a key-value bucket (ADR-8)."""
     return f"KV_{bucket}"
+
+
+def queue_key(queue: str, name: str) -> str:
+    """The key of something that belongs to a queue."""
+    return f"{encode(queue)}/{name}"
 
 
 def bucket_subject(bucket: str, key: str) -> str:

@@ -15,6 +15,7 @@ from dramatiq.common import q_name
 from dramatiq.message import Message
 
 from dramatiq_jetstream.errors import InvalidOption, KeyExists, MessageNotUnique
+from dramatiq_jetstream.jetstream.names import queue_key
 from dramatiq_jetstream.kv import Bucket
 
 __all__ = ["unique"]
@@ -34,7 +35,7 @@ def unique(bucket: Bucket, message: Message[Any], *, enqueue_timeout: int) -> It
     window = message.options.get("unique_window", 60_000)
     if isinstance(window, bool) or not isinstance(window, int) or window < 1_000:
         raise InvalidOption(f"unique_window={window!r} cannot be used: give milliseconds, 1000 or more.")
-    name = f"{q_name(message.queue_name)}/{key}"
+    name = queue_key(q_name(message.queue_name), str(key))
     mine = message.message_id.encode()
     revision = 0
     while not revision:
