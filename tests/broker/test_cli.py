@@ -191,6 +191,39 @@ def test_doctor_finds_what_is_wrong(fleet: Fleet, work: dramatiq.Actor[..., Any]
     assert findings["queue mail"]["advice"]
 
 
+def test_doctor_compares_every_setting(
+    fleet: Fleet, work: dramatiq.Actor[..., Any], broker: JetStreamBroker
+) -> None:
+    """What an operator changed on a queue, its consumer, a bucket or the dead letters is found, and what else pulls."""
+    broker.bucket("limits").put("k", b"v")
+    work.send("a")
+    assert {f["status"] for f in fleet("doctor", "--json") if f["check"] == "settings"} == {"ok"}
+    api, names = broker.connection.api, broker.names
+    stream, dead, bucket = names.queue_stream("mail"), names.dead_stream, broker.bucket("limits").stream
+    for name, settings in ((stream, {"max_msgs": 10}), (bucket, {"max_msgs": 10, "deny_purge": False})):
+        api(f"STREAM.UPDATE.{name}", {**api(f"STREAM.INFO.{name}")["config"], **settings})
+    config = api(f"CONSUMER.INFO.{stream}.worker")["config"] | {"headers_only": True}
+    create = f"CONSUMER.CREATE.{stream}.worker.{config['filter_subject']}"
+    api(create, {"stream_name": stream, "config": config, "action": "update"})
+    subject = names.all_delayed("mail")
+    thief = {"name": "thief", "durable_name": "thief", "ack_policy": "explicit", "filter_subject": subject}
+    api(
+        f"CONSUMER.CREATE.{stream}.thief.{subject}",
+        {"stream_name": stream, "config": thief, "action": "create"},
+    )
+    with pytest.raises(Refused) as failed:
+        fleet("doctor", "--json")
+    findings = {finding["check"]: finding for finding in json.loads(str(failed.value))}
+    assert findings[f"stream {stream}"]["status"] == "failure"
+    assert "max_msgs is 10" in findings[f"stream {stream}"]["detail"]
+    assert "--update" in findings[f"stream {stream}"]["advice"]
+    assert findings[f"stream {bucket}"]["status"] == "warning"  # it refuses to store and loses nothing
+    assert "headers_only is True" in findings[f"consumer worker of stream {stream}"]["detail"]
+    assert findings[f"consumer thief of stream {stream}"]["status"] == "failure"
+    assert f"stream {dead}" not in findings
+    assert "settings" not in findings
+
+
 def test_setup_prepares_what_a_module_declares(
     fleet: Fleet, nats_url: str, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import click
 from dramatiq.common import current_millis
 from dramatiq.errors import DramatiqError
 
-from dramatiq_jetstream.jetstream import topology
+from dramatiq_jetstream.jetstream import drift, inventory, topology
 from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID
 from dramatiq_jetstream.jetstream.reading import last_message
 
@@ -41,7 +41,7 @@ class Finding:
 def doctor(fleet: Fleet) -> None:
     """Check the connection, the server, its limits and permissions, and the clock."""
     findings: list[Finding] = []
-    for check in (_connection, _account, _write, _queues):
+    for check in (_connection, _account, _write, _settings, _queues):
         try:
             findings += check(fleet)
         except DramatiqError as error:
@@ -118,6 +118,51 @@ def _write(fleet: Fleet) -> Iterator[Finding]:
             yield Finding("clock", OK, f"within {abs(skew) + int(taken)} ms of the server's")
     finally:
         connection.api(f"STREAM.DELETE.{config.name}")
+
+
+def _settings(fleet: Fleet) -> Iterator[Finding]:
+    """Compare every setting of the namespace's streams and consumers with what the library makes."""
+    broker = fleet.broker
+    compared = found = 0
+    for info in inventory.streams(broker.connection):
+        stream = info["config"]
+        declared = topology.recognise_stream(broker.names, stream)
+        consumers = []
+        if declared is None or declared.kind != "bucket":
+            consumers = [entry["config"] for entry in inventory.consumers(broker.connection, stream["name"])]
+        mine = [topology.recognise_consumer(broker.names, stream["name"], config) for config in consumers]
+        if declared is None:
+            if not any(mine):
+                continue
+            declared = topology.events(stream["name"], stream.get("subjects") or [])
+        for config, existing in [(declared, stream), *zip(mine, consumers, strict=True)]:
+            if config is None:
+                if declared.kind == "queue":
+                    found += 1
+                    yield Finding(
+                        f"consumer {existing['name']} of stream {stream['name']}",
+                        FAILURE,
+                        "is no worker's and takes messages of the queue",
+                        "delete it, if no program of yours needs it.",
+                    )
+                continue
+            compared += 1
+            differences = drift.without_program(config.kind, existing, config.to_json())
+            if differences:
+                found += 1
+                yield _differing(str(config), differences)
+    if not found:
+        yield Finding("settings", OK, f"{compared} streams and consumers are as the library makes them")
+
+
+def _differing(what: str, differences: list[drift.Difference]) -> Finding:
+    refused = any(difference.verdict is drift.Verdict.REFUSED for difference in differences)
+    return Finding(
+        what[0].lower() + what[1:],
+        FAILURE if refused else WARNING,
+        "; ".join(map(str, differences)),
+        topology.advice(differences),
+    )
 
 
 def _queues(fleet: Fleet) -> Iterator[Finding]:

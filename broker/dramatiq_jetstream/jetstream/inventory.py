@@ -9,7 +9,7 @@ from dramatiq_jetstream.wire.connection import Connection
 
 from .names import Names
 
-__all__ = ["consumers", "queue_names", "stream_names"]
+__all__ = ["consumers", "queue_names", "stream_names", "streams"]
 
 
 def consumers(connection: Connection, stream: str) -> Iterator[dict[str, Any]]:
@@ -18,6 +18,18 @@ def consumers(connection: Connection, stream: str) -> Iterator[dict[str, Any]]:
     while True:
         answer = connection.api(f"CONSUMER.LIST.{stream}", {"offset": offset})
         found = answer.get("consumers") or []
+        yield from found
+        offset += len(found)
+        if not found or offset >= answer["total"]:
+            return
+
+
+def streams(connection: Connection) -> Iterator[dict[str, Any]]:
+    """What the server knows of every stream of the account."""
+    offset = 0
+    while True:
+        answer = connection.api("STREAM.LIST", {"offset": offset})
+        found = answer.get("streams") or []
         yield from found
         offset += len(found)
         if not found or offset >= answer["total"]:

@@ -26,12 +26,15 @@ __all__ = [
     "ConsumerConfig",
     "StreamConfig",
     "ack_wait",
+    "advice",
     "bucket",
     "dead_letters",
     "ensure_consumer",
     "ensure_stream",
     "events",
     "queue",
+    "recognise_consumer",
+    "recognise_stream",
     "subscription",
     "worker",
 ]
@@ -270,6 +273,34 @@ def _durable(
     )
 
 
+def recognise_stream(names: Names, existing: Json) -> StreamConfig | None:
+    """The declaration that a stream of this namespace was made from, as far as its name tells; None for others."""
+    name = existing["name"]
+    queue_name = names.queue_of_stream(name)
+    if queue_name is not None:
+        return queue(names, queue_name)
+    if name == names.dead_stream:
+        return dead_letters(names, ttl=existing.get("max_age", 0) // MILLISECOND or DUPLICATE_WINDOW)
+    bucket_name = names.bucket_of_stream(name)
+    return None if bucket_name is None else bucket(names, bucket_name)
+
+
+def recognise_consumer(names: Names, stream: str, existing: Json) -> ConsumerConfig | None:
+    """The declaration that a consumer of this namespace was made from; None for another program's."""
+    name, wait = existing["name"], existing.get("ack_wait", 0) // MILLISECOND
+    queue_name = names.queue_of_stream(stream)
+    if queue_name is not None:
+        base, _, priority = name.partition("-")
+        if base != "worker" or not (priority.isdecimal() or name == base):
+            return None
+        return worker(names, queue_name, priority=int(priority) if priority else None, ack_wait=wait)
+    subscriber = names.subscriber("")
+    if not (existing.get("metadata") or {}).get(METADATA_SUBSCRIBER, "").startswith(subscriber):
+        return None
+    subject = existing.get("filter_subject", "")
+    return _durable("subscription", stream, name, subject, ack_wait=wait, max_in_flight=None, replicas=1)
+
+
 def ack_wait(connection: Connection, stream: str, durable: str) -> int:
     """The `ack_wait` of an existing durable in milliseconds, whatever was declared."""
     config = connection.api(f"CONSUMER.INFO.{stream}.{durable}")["config"]
@@ -347,7 +378,7 @@ def _judge(config: StreamConfig | ConsumerConfig, existing: Json, outcome: str) 
     if not found:
         return outcome
     mismatch = TopologyMismatch(
-        f"{config} differs from its declaration: {'; '.join(map(str, found))}. {_advice(found)}",
+        f"{config} differs from its declaration: {'; '.join(map(str, found))}. {advice(found)}",
         {difference.setting: (difference.have, difference.want) for difference in found},
     )
     if any(difference.verdict is Verdict.REFUSED for difference in found):
@@ -356,7 +387,8 @@ def _judge(config: StreamConfig | ConsumerConfig, existing: Json, outcome: str) 
     return "differs"
 
 
-def _advice(found: list[Difference]) -> str:
+def advice(found: list[Difference]) -> str:
+    """How to end differences."""
     if all(difference.fixed for difference in found):
         return "The server cannot change that: when what it holds is no longer needed, delete it and run `fleet setup`."
     return "Change the declaration, or bring the server in line with `fleet setup --update`."
