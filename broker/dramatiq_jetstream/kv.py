@@ -233,11 +233,14 @@ class Bucket:
                 "read it again and repeat the change."
             ) from None
 
-    def update_all(self, updates: Mapping[str, tuple[bytes, int]]) -> dict[str, int]:
+    def update_all(
+        self, updates: Mapping[str, tuple[bytes, int]], *, ttl: int | None = None
+    ) -> dict[str, int]:
         """Store several keys, all or none, if each still has its revision; return the new ones (ADR-50).
 
         Parameters:
           updates: For each key its value and the revision it must have; 0 for one that never was.
+          ttl: As for `put`, of all of them. Without it they no longer expire.
 
         Raises:
           RevisionConflict: When another writer was first at any of them; nothing was stored.
@@ -252,6 +255,7 @@ class Bucket:
                 self._subject(key),
                 value,
                 {
+                    **self._headers(ttl),
                     HEADER_BATCH_ID: batch,
                     HEADER_BATCH_SEQUENCE: str(number),
                     HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE: str(revision),

@@ -3,25 +3,38 @@
 Every counter is one key, changed by compare-and-set only, so the server decides who was first. Keys carry
 their time to live on the server: what a killed process held comes free when that is over, with no one left
 to do it. Threads of one process take turns for a counter, so that only processes compete for it.
+
+A barrier that an actor reaches, as members of a group do, counts the message and not the call, because every message
+may run twice. Its counter and a key for the member are changed together or not at all, and the key says whether this
+member was the last. If the process dies before that, the member is not counted; afterwards it is, and its next run is
+told what the first one was told. Once the message has succeeded and what follows it is stored, the last member is told
+so no more: a run after that would do again what waited for the barrier.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from dramatiq.broker import Broker
 from dramatiq.rate_limits import RateLimiterBackend
 
 from .broker import broker_for
-from .errors import BrokerConnectionError, RevisionConflict
+from .errors import BrokerConnectionError, BrokerError, RevisionConflict
+from .jetstream.names import HEADER_TTL, bucket_subject
 from .jetstream.wakeups import Wakeups
+from .worker.consumer import JetStreamMessage
+from .worker.running import running_message
 
 __all__ = ["JetStreamBackend"]
+
+logger = logging.getLogger(__name__)
 
 #: How many counters may be changed at once in one process; others wait for their turn.
 TURNS = 64
@@ -74,8 +87,56 @@ class JetStreamBackend(RateLimiterBackend):
         return self._change(key, amount, ttl, lambda value: value <= maximum)
 
     def decr(self, key: str, amount: int, minimum: int, ttl: int) -> bool:
-        """Subtract `amount`, unless that goes below `minimum`; returns whether it was subtracted."""
+        """Subtract `amount`, unless that goes below `minimum`; returns whether it was subtracted.
+
+        Counting one down to one is what barriers do, and no limiter: an actor's message is counted once, however
+        often it runs.
+        """
+        message = running_message.get()
+        if amount == minimum == 1 and isinstance(message, JetStreamMessage):
+            return not self._is_last(key, message, ttl)
         return self._change(key, -amount, ttl, lambda value: value >= minimum)
+
+    def _is_last(self, key: str, message: JetStreamMessage, ttl: int) -> bool:
+        """Count a message among the members of a barrier; returns whether it is the last that was missing."""
+        counter = _name(key)
+        digest = hashlib.sha256(message.message_id.encode("utf-8", "surrogatepass")).hexdigest()
+        member = f"{counter}.member.{digest[:32]}"
+        with self._turn(counter) as deadline:
+            for _ in self._attempts(key, deadline):
+                entry = self.bucket.get(counter)
+                if entry is not None:
+                    value = b"%d" % max(0, int(entry.value) - 1)
+                    try:
+                        changes = {counter: (value, entry.revision), member: (value, 0)}
+                        self.bucket.update_all(changes, ttl=ttl)
+                        return self._told(value, member, message, ttl)
+                    except RevisionConflict:
+                        pass  # this member was counted before, or another one was faster
+                    except BrokerConnectionError:
+                        if time.monotonic() >= deadline:
+                            raise
+                counted = self.bucket.get(member)
+                if counted is not None:
+                    return self._told(counted.value, member, message, ttl)
+                if entry is None:
+                    logger.error("Barrier %r has expired or was never made: nothing waits for it.", key)
+                    return False
+        raise AssertionError("unreachable: attempts end with an error")
+
+    def _told(self, missing: bytes, member: str, message: JetStreamMessage, ttl: int) -> bool:
+        """Whether a member is the last, by how many were missing after it; it is so until its work is done."""
+        if missing != b"0":
+            return False
+        message.once_followed_up += (lambda: self._note_done(member, ttl),)
+        return True
+
+    def _note_done(self, member: str, ttl: int) -> None:
+        # Nothing waits for this: without it, a further run of the message repeats what it did.
+        with suppress(BrokerError):
+            self.bucket.connection.send(
+                bucket_subject(self.bucket.name, member), b"done", {HEADER_TTL: f"{-(-ttl // 1000)}s"}
+            )
 
     def _change(self, key: str, amount: int, ttl: int, allowed: Callable[[int], bool]) -> bool:
         name = _name(key)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from dramatiq.composition import group as dramatiq_group
 from dramatiq.message import Message
+
+from dramatiq_jetstream.errors import InvalidOption
 
 __all__ = ["group"]
 
@@ -31,11 +34,29 @@ class _Collector:
             self.enqueue(message, delay=delay)
 
 
+def _check_ids(members: Iterable[Any]) -> None:
+    """Members are counted by their message's id, so two with the same would be one."""
+    last = [getattr(member, "messages", [member])[-1] for member in members]
+    ids = Counter(message.message_id for message in last if isinstance(message, Message))
+    if shared := [message_id for message_id, count in ids.items() if count > 1]:
+        raise InvalidOption(
+            f"Two members of the group have the message id {shared[0]!r}, so its callback would never come: make each "
+            "with actor.message() instead of copying one."
+        )
+
+
 class group(dramatiq_group):  # noqa: N801 - the name that Dramatiq gives it
     """A `dramatiq.group` that enqueues its messages together when its broker can, as a `JetStreamBroker` does."""
 
     def run(self, *, delay: int | None = None) -> group:
+        """Enqueue all members.
+
+        Raises:
+          As `JetStreamBroker.enqueue_many`; InvalidOption when the group has callbacks and two members share an id.
+        """
         broker = self.broker
+        if self.completion_callbacks:
+            _check_ids(self.children)
         if not hasattr(broker, "enqueue_many"):
             super().run(delay=delay)  # type: ignore[no-untyped-call]
             return self

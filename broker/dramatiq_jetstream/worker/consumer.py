@@ -83,6 +83,7 @@ class JetStreamMessage(MessageProxy):
     Attributes:
       delivery_count: How often the server has delivered it, this time included; 1 is the first.
       follow_up_error: Why a retry, pipeline step or callback of it could not be enqueued, if so.
+      once_followed_up: What to call when its actor has succeeded and all that follows is stored.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class JetStreamMessage(MessageProxy):
         self._delivery = delivery
         self._arguments = arguments
         self.follow_up_error: Exception | None = None
+        self.once_followed_up: tuple[Callable[[], None], ...] = ()
         self.delivery_count = delivery.deliveries
         # Dramatiq and its middleware read these twenty times for a message that does nothing; the proxy would first
         # fail to find them, each time.

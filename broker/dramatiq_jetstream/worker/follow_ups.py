@@ -44,7 +44,12 @@ class FollowUps(threading.local):
 
     def end(self) -> None:
         """Take what this thread enqueues from now on for messages of their own."""
-        self._message = None
+        message, self._message = self._message, None
+        if not isinstance(message, JetStreamMessage) or not message.once_followed_up:
+            return
+        if message.follow_up_error is None and message._exception is None:
+            for call in message.once_followed_up:
+                call()
 
     def unique_id(self, message: Message[Any]) -> str:
         """What tells one enqueue call from another; for a follow-up, the same at every run of its message."""
