@@ -21,8 +21,9 @@ from dramatiq_jetstream.jetstream.topology import StreamConfig, dead_letters, en
 from dramatiq_jetstream.kv import DEPOSED, Bucket
 from dramatiq_jetstream.telemetry import configure_telemetry, telemetry_enabled
 
-from . import events, idempotency, orders, stock
+from . import credentials, events, idempotency, orders, stock
 from .catalogue import CATALOGUE
+from .credentials import Keys, Operators
 from .gateway import HttpGateway
 from .orders import Orders
 from .saga import Saga
@@ -57,7 +58,7 @@ class Buckets(Middleware):
         """Create what is missing; called by `broker.setup`."""
         outcome = {
             f"bucket {bucket.name}": ensure_stream(broker.connection, bucket.config, update=update)
-            for bucket in (stock_bucket(), orders_bucket(), requests_bucket())
+            for bucket in (stock_bucket(), orders_bucket(), requests_bucket(), access_bucket())
         }
         levels = stock_store().available()
         return {**outcome, "stock": f"{len(levels)} products"}
@@ -129,6 +130,22 @@ def orders_bucket() -> Bucket:
 
 def requests_bucket() -> Bucket:
     return broker.bucket(idempotency.BUCKET, ttl=SETTINGS.idempotency_ttl)
+
+
+def access_bucket() -> Bucket:
+    return broker.bucket(credentials.BUCKET)
+
+
+@_once
+def keys() -> Keys:
+    """Return the API keys."""
+    return Keys(access_bucket(), now)
+
+
+@_once
+def operators() -> Operators:
+    """Return the people who sign in with a password."""
+    return Operators(access_bucket(), now)
 
 
 @_once

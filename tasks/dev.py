@@ -25,7 +25,7 @@ from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.wire.connection import Connection, ConnectOptions
 
-from .settings import Settings, settings
+from .settings import InvalidSetting, Settings, is_loopback, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,6 +51,10 @@ def up() -> int:
         _check_server(environment["NATS_URL"])
     if os.environ.get("PAYMENT_URL"):
         del processes["payments"]
+    try:
+        Settings.from_environment(environment).check_sign_in()
+    except InvalidSetting as error:
+        raise InTheWay(str(error)) from None
     _check_ports(processes, environment)
     os.chdir(ROOT)
     return _run(processes, environment, settings())
@@ -61,8 +65,11 @@ def _environment() -> dict[str, str]:
     environment = dict(os.environ)
     environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", "")))
     environment["PYTHONUNBUFFERED"] = "1"
+    host = os.environ.get("HOST") or "127.0.0.1"
     defaults = {
-        "HOST": "127.0.0.1",
+        "HOST": host,
+        # Nobody else reaches this machine's own addresses; one who sets a provider up wants to see people sign in.
+        "ACCESS": "open" if is_loopback(host) and not os.environ.get("OIDC_ISSUER") else "required",
         "PORT": str(settings().port),
         "NATS_URL": f"nats://127.0.0.1:{_port('NATS_PORT', 4222)}",
         "PAYMENT_URL": f"http://127.0.0.1:{_port('PAYMENTS_PORT', 8001)}",

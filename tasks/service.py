@@ -17,6 +17,7 @@ from dramatiq.errors import BrokerError
 from google.protobuf.message import Message
 
 from dramatiq_jetstream.jetstream.names import bucket_subject
+from orders.v1.events_pb2 import OrderCreated
 
 from . import app
 from .accept import Acceptance, time_of
@@ -74,6 +75,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+#: How many orders are looked through for a page of one customer's.
+_LOOKED_THROUGH = 4_000
+
 #: How often a watched order is looked at although nothing was heard of it, in seconds.
 _LOOK = 1.0
 
@@ -124,35 +128,45 @@ def get_order(order_id: str) -> Order | None:
     return None if created is None else order_of_events(order_id, [created])
 
 
-def list_orders(limit: int = 20, before: str | None = None) -> Page:
+def list_orders(limit: int = 20, before: str | None = None, *, customer_id: str | None = None) -> Page:
     """Return a page of orders, newest first.
 
     Parameters:
       before: The cursor `next` of the page before.
+      customer_id: Only this customer's orders; a page of them may be short, or empty, and have a next one.
 
     Raises:
       InvalidCursor: When it is not one.
     """
     if before is not None and not (before.isascii() and before.isdigit() and len(before) <= 18):
         raise InvalidCursor("the cursor was not made by this service")
-    found = _listed(None if before is None else int(before), limit)
     orders: list[Order] = []
     last = 0
-    for sequence, order in found:
+    for sequence, order in _listed(None if before is None else int(before), limit, customer_id):
         if len(orders) == limit:
             return Page(orders, str(last))
+        if order is None:
+            return Page(orders, str(sequence))
         orders.append(order)
         last = sequence
     return Page(orders, None)
 
 
-def _listed(before: int | None, limit: int) -> Iterator[tuple[int, Order]]:
-    for created in event_stream().newest_created(before, expected=limit):
-        order_id = created.event.order_id  # type: ignore[attr-defined]
-        order = app.orders_store().get(order_id) or order_of_events(order_id, [created])
+def _listed(before: int | None, limit: int, customer_id: str | None) -> Iterator[tuple[int, Order | None]]:
+    """Yield orders with their places in the stream; None instead of one when enough was looked through."""
+    expected = limit if customer_id is None else _LOOKED_THROUGH // 8
+    for looked, created in enumerate(event_stream().newest_created(before, expected=expected)):
+        if looked == _LOOKED_THROUGH:
+            yield created.sequence + 1, None
+        event: OrderCreated = created.event  # type: ignore[assignment]
+        if customer_id is not None and event.customer_id != customer_id:
+            continue
+        order = app.orders_store().get(event.order_id) or order_of_events(event.order_id, [created])
         # A second event with the same id is no second order.
         first = next((entry for entry in order.history if entry.event == "created"), None)
-        if first is None or first.sequence == created.sequence:
+        if first is not None and first.sequence != created.sequence:
+            continue
+        if customer_id is None or order.customer_id == customer_id:
             yield created.sequence, order
 
 

@@ -5,13 +5,14 @@ A wrong value stops the process with one line that names the variable. Times are
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
-__all__ = ["InvalidSetting", "Settings", "settings"]
+__all__ = ["InvalidSetting", "Settings", "front_end_settings", "is_loopback", "settings"]
 
 
 class InvalidSetting(ValueError):
@@ -32,6 +33,16 @@ class Settings:
       host, port: HOST and PORT, where the front end listens.
       web_processes, web_threads: WEB_CONCURRENCY and WEB_THREADS, of gunicorn.
       stream_duration: STREAM_DURATION, after which an open order page asks for a new stream.
+      access: ACCESS, `required` (who comes must sign in) or `open` (anyone on this machine may do everything;
+        on a loopback HOST alone).
+      secret_keys: SECRET_KEY, which signs the sessions of people; after a comma older ones, which still count.
+      session_lifetime: SESSION_LIFETIME, after which people sign in again.
+      public_url: PUBLIC_URL, the address of the front end as browsers see it.
+      oidc_issuer: OIDC_ISSUER, the OpenID provider.
+      oidc_audience: OIDC_AUDIENCE, which a bearer token must be meant for; without it none is accepted.
+      oidc_client_id, oidc_client_secret: OIDC_CLIENT_ID and OIDC_CLIENT_SECRET, with which people sign in there.
+      oidc_customer_claim: OIDC_CUSTOMER_CLAIM, the claim that is a customer's id.
+      oidc_roles_claim: OIDC_ROLES_CLAIM, the claim that lists what its bearer may do beyond ordering.
       trace_url_template: TRACE_URL_TEMPLATE, the address of a trace, with {trace_id} in it.
       accept_timeout: ACCEPT_TIMEOUT, how long a request waits for JetStream to store its order.
       idempotency_ttl: IDEMPOTENCY_TTL, how long an Idempotency-Key is remembered.
@@ -55,6 +66,16 @@ class Settings:
     web_processes: int = 2
     web_threads: int = 16
     stream_duration: int = 30_000
+    access: str = "required"
+    secret_keys: tuple[str, ...] = field(default=(), repr=False)
+    session_lifetime: int = 8 * 3_600_000
+    public_url: str | None = None
+    oidc_issuer: str | None = None
+    oidc_audience: str | None = None
+    oidc_client_id: str | None = None
+    oidc_client_secret: str | None = field(default=None, repr=False)
+    oidc_customer_claim: str = "sub"
+    oidc_roles_claim: str = "roles"
     trace_url_template: str | None = None
     accept_timeout: int = 5_000
     idempotency_ttl: int = 24 * 3_600_000
@@ -70,7 +91,7 @@ class Settings:
         """Return the settings, or raise InvalidSetting for the first variable that cannot work."""
         read = _Reader(environment)
         min_backoff = read.whole("RETRY_MIN_BACKOFF", cls.retry_min_backoff, 1, 3_600_000)
-        return cls(
+        chosen = cls(
             nats_url=read.servers("NATS_URL", cls.nats_url),
             nats_creds=read.text("NATS_CREDS"),
             replicas=int(read.choice("REPLICAS", str(cls.replicas), ("1", "3", "5"))),
@@ -83,6 +104,16 @@ class Settings:
             web_processes=read.whole("WEB_CONCURRENCY", cls.web_processes, 1, 256),
             web_threads=read.whole("WEB_THREADS", cls.web_threads, 4, 512),
             stream_duration=read.whole("STREAM_DURATION", cls.stream_duration, 1_000, 600_000),
+            access=read.choice("ACCESS", cls.access, ("required", "open")),
+            secret_keys=read.secrets("SECRET_KEY"),
+            session_lifetime=read.whole("SESSION_LIFETIME", cls.session_lifetime, 60_000, 30 * 86_400_000),
+            public_url=(read.https("PUBLIC_URL") or "").rstrip("/") or None,
+            oidc_issuer=read.https("OIDC_ISSUER"),
+            oidc_audience=read.text("OIDC_AUDIENCE"),
+            oidc_client_id=read.text("OIDC_CLIENT_ID"),
+            oidc_client_secret=read.text("OIDC_CLIENT_SECRET"),
+            oidc_customer_claim=read.text("OIDC_CUSTOMER_CLAIM") or cls.oidc_customer_claim,
+            oidc_roles_claim=read.text("OIDC_ROLES_CLAIM") or cls.oidc_roles_claim,
             trace_url_template=read.template("TRACE_URL_TEMPLATE", "trace_id"),
             accept_timeout=read.whole("ACCEPT_TIMEOUT", cls.accept_timeout, 100, 60_000),
             idempotency_ttl=read.whole("IDEMPOTENCY_TTL", cls.idempotency_ttl, 60_000, 30 * 86_400_000),
@@ -95,6 +126,47 @@ class Settings:
             ),
             log_format=read.choice("LOG_FORMAT", cls.log_format, ("text", "json")),
         )
+        chosen._check_provider()
+        return chosen
+
+    @property
+    def listens_on_loopback(self) -> bool:
+        """Whether only this machine can reach the front end."""
+        return is_loopback(self.host)
+
+    def check_sign_in(self) -> None:
+        """Check that strangers cannot use the front end.
+
+        Raises:
+          InvalidSetting: When it would be open to other machines, or to this one without being told to.
+        """
+        if self.access == "open" and not self.listens_on_loopback:
+            raise InvalidSetting(
+                f"ACCESS=open works on a loopback HOST such as 127.0.0.1 alone, and HOST is {self.host}: set "
+                "SECRET_KEY and leave ACCESS out, so that people and programs sign in."
+            )
+        if self.access == "required" and not self.secret_keys:
+            raise InvalidSetting(
+                f"The front end would listen on {self.host} without a way to sign in: set SECRET_KEY to 32 or more "
+                "random characters for API keys and operators, and OIDC_ISSUER for an OpenID provider."
+            )
+
+    def _check_provider(self) -> None:
+        """Check that the settings of the OpenID provider make sense together."""
+        if self.oidc_issuer is None:
+            for name in ("oidc_audience", "oidc_client_id", "oidc_client_secret"):
+                if getattr(self, name) is not None:
+                    raise InvalidSetting(
+                        f"{name.upper()} is set without OIDC_ISSUER, the provider it is for."
+                    )
+        elif self.oidc_client_id is None and self.oidc_audience is None:
+            raise InvalidSetting(
+                "OIDC_ISSUER needs OIDC_CLIENT_ID, for people who sign in, or OIDC_AUDIENCE, for bearer tokens."
+            )
+        elif self.oidc_client_id is not None:
+            for name in ("oidc_client_secret", "public_url"):
+                if getattr(self, name) is None:
+                    raise InvalidSetting(f"OIDC_CLIENT_ID needs {name.upper()} too.")
 
 
 class _Reader:
@@ -136,6 +208,26 @@ class _Reader:
             raise InvalidSetting(f"{name} must be an address such as http://localhost:8001, not {value!r}.")
         return value.rstrip("/")
 
+    def https(self, name: str) -> str | None:
+        value = self.text(name)
+        if value is None:
+            return None
+        match = re.fullmatch(r"(https?)://(\[[0-9A-Fa-f:]+\]|[^\s/?#:@]+)(:\d{1,5})?(/[^\s?#]*)?", value)
+        if match is None or (match[1] == "http" and not is_loopback(match[2])):
+            raise InvalidSetting(
+                f"{name} must be an address such as https://login.example.com, not {value!r}."
+            )
+        return value
+
+    def secrets(self, name: str) -> tuple[str, ...]:
+        values = tuple(part.strip() for part in (self.text(name) or "").split(",") if part.strip())
+        if any(len(value) < 32 for value in values):
+            # Not the value: it is a secret.
+            raise InvalidSetting(
+                f"{name} must have 32 or more random characters; `openssl rand -hex 32` makes some."
+            )
+        return values
+
     def template(self, name: str, field: str) -> str | None:
         value = self.text(name)
         if value is not None and re.fullmatch(rf"https?://[^\s{{}}]+{{{field}}}[^\s{{}}]*", value) is None:
@@ -145,6 +237,14 @@ class _Reader:
         return value
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can be meant by a host name or address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 @cache
 def settings() -> Settings:
     """Return this process's settings; a wrong value ends the process."""
@@ -152,3 +252,12 @@ def settings() -> Settings:
         return Settings.from_environment()
     except InvalidSetting as error:
         raise SystemExit(str(error)) from None
+
+
+def front_end_settings() -> Settings:
+    """Return this process's settings for the front end; it ends when strangers could use it."""
+    try:
+        settings().check_sign_in()
+    except InvalidSetting as error:
+        raise SystemExit(str(error)) from None
+    return settings()

@@ -11,6 +11,7 @@ from flask import Blueprint, Response, current_app, jsonify, request
 from tasks import service
 from tasks.events import usable_order_id
 from tasks.service import AcceptedOrder, InvalidCursor, InvalidOrder, Order, OrderRequest
+from web.access import caller, needs
 from web.problems import Problem
 from web.representation import order_json, page_json, product_json
 
@@ -26,6 +27,7 @@ _PARSERS: dict[str, Callable[[bytes], OrderRequest]] = {
 
 
 @blueprint.post("/api/orders")
+@needs("order")
 def place_order() -> Response:
     """Store the order in JetStream, then answer 202."""
     key = _idempotency_key()
@@ -57,16 +59,18 @@ def place_order() -> Response:
 
 
 @blueprint.get("/api/orders/<path:order_id>")
+@needs("order", "read")
 def show_order(order_id: str) -> Response:
     """Answer the order's status, items, total and history."""
     return jsonify(order_json(find_order(order_id)))
 
 
 @blueprint.get("/api/orders")
+@needs("order", "read")
 def list_orders() -> Response:
-    """Answer one page of orders, newest first."""
+    """Answer one page of the orders that the caller may see, newest first."""
     limit = _limit()
-    page = find_page(limit)
+    page = find_page(limit, request.args.get("before") or None)
     response = jsonify(page_json(page))
     if page.next is not None:
         query = urlencode({"limit": limit, "before": page.next})
@@ -75,15 +79,20 @@ def list_orders() -> Response:
 
 
 @blueprint.get("/api/products")
+@needs("order", "read")
 def list_products() -> Response:
     """Answer the catalogue with prices and stock."""
     return jsonify([product_json(product) for product in service.products()])
 
 
 def accept(order_request: OrderRequest, key: str | None) -> AcceptedOrder:
-    """Accept an order for the API or the form; what the key forbids becomes a problem."""
+    """Accept an order for the API or the form; what the caller or the key forbids becomes a problem."""
+    who = caller()
+    if not who.may_order_for(order_request.customer_id):
+        raise Problem("forbidden", f"You can order for customer {who.customer_id!r} alone.")
     try:
-        return service.accept_order(order_request, key)
+        # Two callers may use the same key and mean nothing by it.
+        return service.accept_order(order_request, None if key is None else f"{who.space}/{key}")
     except service.IdempotencyConflict as error:
         text = str(error)
         raise Problem("idempotency-key-reused", f"{text[:1].upper()}{text[1:]}.") from None
@@ -107,17 +116,23 @@ def refuse(error: InvalidOrder) -> NoReturn:
 
 
 def find_order(order_id: str) -> Order:
-    """Return the order, or raise the 404 problem; an id that no order can have is not even looked up."""
+    """Return the order if the caller may see it, or raise the 404 problem, which says the same for both reasons.
+
+    An id that no order can have is not even looked up.
+    """
     order = service.get_order(order_id) if usable_order_id(order_id) else None
-    if order is None:
+    if order is None or not caller().sees(order):
         raise Problem("not-found", f"There is no order {order_id[:64]!r}.")
     return order
 
 
-def find_page(limit: int) -> service.Page:
-    """Return the page of orders that the request asks for."""
+def find_page(limit: int, before: str | None) -> service.Page:
+    """Return a page of the orders that the caller may see; `before` is the cursor of the page before."""
+    who = caller()
+    if who.customer_id is None and not who.may("read"):
+        raise Problem("forbidden", "A list of all orders needs the scope read.")
     try:
-        return service.list_orders(limit, request.args.get("before") or None)
+        return service.list_orders(limit, before, customer_id=who.customer_id)
     except InvalidCursor:
         raise Problem(
             "malformed-request", "before must be the next cursor of an earlier page, as it was given."

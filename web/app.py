@@ -10,8 +10,8 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from dramatiq_jetstream.errors import MessageTooLarge
 from dramatiq_jetstream.telemetry import configure_telemetry, telemetry_enabled
-from tasks.settings import Settings, settings
-from web import admission, api, health, openapi, pages, security
+from tasks.settings import Settings, front_end_settings
+from web import access, admission, api, health, openapi, pages, security, sign_in
 from web.live import Streams
 from web.problems import Problem, from_status, unavailable
 
@@ -26,7 +26,8 @@ _DRAIN_LIMIT = 32_000_000
 
 def create_app(app_settings: Settings | None = None) -> Flask:
     """Return the application; it connects to NATS by itself, in this process, when it is first used."""
-    app_settings = app_settings or settings()
+    app_settings = app_settings or front_end_settings()
+    app_settings.check_sign_in()
     configure_telemetry("order-service-web")
     app = Flask("web")
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
@@ -42,9 +43,12 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     app.register_blueprint(pages.blueprint)
     app.register_blueprint(health.blueprint)
     app.register_blueprint(openapi.blueprint)
+    app.register_blueprint(sign_in.blueprint)
+    sign_in.configure(app, app_settings)
     security.protect(app)
     admission.bound(app, app_settings.web_threads)
 
+    access.enforce(app)
     app.before_request(_refuse_endless_body)
     app.register_error_handler(Problem, _answer)
     app.register_error_handler(BrokerError, _store_failed)
@@ -74,6 +78,8 @@ def _answer(problem: Problem) -> Response:
         _drain()
     if _wants_problem():
         return problem.response()
+    if problem.kind.slug == "unauthenticated" and _is_navigation():
+        return sign_in.invite()
     return pages.error_page(problem)
 
 
@@ -108,6 +114,15 @@ def _wants_problem() -> bool:
         return True
     best = request.accept_mimetypes.best_match(["text/html", "application/problem+json", "application/json"])
     return best is not None and best != "text/html"
+
+
+def _is_navigation() -> bool:
+    """Tell whether a person opens the page; scripts of a page that is open already cannot sign in."""
+    return (
+        request.method == "GET"
+        and "text/html" in request.headers.get("Accept", "")
+        and request.endpoint != "sign_in.callback"
+    )
 
 
 def _drain() -> None:

@@ -13,9 +13,9 @@ import socket
 import struct
 from typing import Any
 
-from tasks.settings import settings
+from tasks.settings import front_end_settings, is_loopback
 
-_settings = settings()
+_settings = front_end_settings()
 
 bind = [f"{_settings.host}:{_settings.port}"]
 worker_class = "gthread"
@@ -37,6 +37,17 @@ control_socket_disable = True
 # A client that stops in the middle of its request, or does not take its answer, holds a thread for no longer
 # than so many seconds: gunicorn itself would wait for it for ever.
 STALL_TIMEOUT = 10
+
+
+def on_starting(server: Any) -> None:
+    """Refuse to be open on an address of the command line that other machines reach."""
+    if _settings.access != "open":
+        return
+    for address in server.cfg.address:
+        if isinstance(address, tuple) and not is_loopback(address[0]):
+            raise SystemExit(
+                f"ACCESS=open works on a loopback address alone, and gunicorn binds {address[0]}."
+            )
 
 
 def when_ready(server: Any) -> None:

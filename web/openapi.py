@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from flask import Blueprint, Response, jsonify
+from flask import Blueprint, Response, current_app, jsonify
 
 from tasks.model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TOKEN_LENGTH
+from web.access import anyone
 from web.api import DEFAULT_LIMIT, MAX_LIMIT
 from web.problems import KINDS, MEDIA_TYPE
 
@@ -17,13 +18,14 @@ EXAMPLE_ORDER = {"customer_id": "c-42", "items": [{"sku": "MUG-01", "quantity": 
 
 
 @blueprint.get("/openapi.json")
+@anyone
 def description() -> Response:
     """Answer the description of the API."""
-    return jsonify(document())
+    return jsonify(document(is_open=current_app.extensions["settings"].access == "open"))
 
 
-def document() -> dict[str, Any]:
-    """Return the OpenAPI document."""
+def document(*, is_open: bool = False) -> dict[str, Any]:
+    """Return the OpenAPI document, of a service that is open to its machine or of one that asks who comes."""
     return {
         "openapi": "3.1.0",
         "info": {
@@ -46,11 +48,24 @@ def document() -> dict[str, Any]:
                     "operationId": "alive",
                     "summary": "Tell whether this process answers at all",
                     "tags": ["health"],
+                    "security": [],
                     "responses": {"200": _json("It does.", {"$ref": "#/components/schemas/Health"})},
                 }
             },
         },
-        "components": {"schemas": _SCHEMAS, "responses": _problem_responses(), "headers": _HEADERS},
+        "security": [] if is_open else [{"bearer": []}],
+        "components": {
+            "schemas": _SCHEMAS,
+            "responses": _problem_responses(),
+            "headers": _HEADERS,
+            "securitySchemes": {
+                "bearer": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "An API key, or a token of the OpenID provider.",
+                }
+            },
+        },
     }
 
 
@@ -129,7 +144,7 @@ def _place_order() -> dict[str, Any]:
                 },
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Order"}}},
             },
-            **_problems(400, 409, 413, 415, 422, 503),
+            **_problems(400, 401, 403, 409, 413, 415, 422, 503),
         },
     }
 
@@ -158,7 +173,7 @@ def _list_orders() -> dict[str, Any]:
                 "headers": {"Link": {"$ref": "#/components/headers/Link"}},
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/OrderPage"}}},
             },
-            **_problems(400, 503),
+            **_problems(400, 401, 403, 503),
         },
     }
 
@@ -171,7 +186,7 @@ def _show_order() -> dict[str, Any]:
         "parameters": [{"name": "order_id", "in": "path", "required": True, "schema": {"type": "string"}}],
         "responses": {
             "200": _json("The order as it is now.", {"$ref": "#/components/schemas/Order"}),
-            **_problems(404, 503),
+            **_problems(401, 403, 404, 503),
         },
     }
 
@@ -185,7 +200,7 @@ def _list_products() -> dict[str, Any]:
             "200": _json(
                 "All products.", {"type": "array", "items": {"$ref": "#/components/schemas/Product"}}
             ),
-            **_problems(503),
+            **_problems(401, 403, 503),
         },
     }
 
@@ -196,6 +211,7 @@ def _health(operation_id: str, summary: str) -> dict[str, Any]:
         "operationId": operation_id,
         "summary": summary,
         "tags": ["health"],
+        "security": [],
         "responses": {"200": _json("Yes.", schema), "503": _json("No.", schema)},
     }
 

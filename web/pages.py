@@ -22,10 +22,10 @@ from tasks.catalogue import CATALOGUE
 from tasks.service import InvalidOrder, Order
 from tasks.settings import Settings
 from web import live, openapi, representation
+from web.access import anyone, caller, needs, visitor
 from web.api import accept, find_order, find_page
 from web.assets import asset_url
 from web.problems import KINDS, Problem
-from web.security import refuse_cross_site
 
 blueprint = Blueprint("pages", __name__)
 
@@ -61,6 +61,8 @@ def helpers() -> dict[str, Any]:
     """Give every template what it draws with."""
     return {
         "asset": asset_url,
+        "visitor": visitor,
+        "open": current_app.extensions["settings"].access == "open",
         "money": representation.money,
         "short": short,
         "status_text": representation.STATUS_TEXT,
@@ -70,15 +72,16 @@ def helpers() -> dict[str, Any]:
 
 
 @blueprint.get("/")
+@needs("order")
 def home() -> Response:
     """Show the form, the catalogue and the newest orders."""
     return _home(Form())
 
 
 @blueprint.post("/orders")
+@needs("order")
 def place_order() -> Response:
     """Take the form; answer with the way to the order's page, or with the form and what is wrong with it."""
-    refuse_cross_site()
     form = _read_form(request.form)
     items = [
         {"sku": sku, "quantity": int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text}
@@ -111,25 +114,29 @@ def place_order() -> Response:
 
 
 @blueprint.get("/orders")
+@needs("order", "read")
 def list_orders() -> Response:
-    """Show all orders, newest first."""
-    page = find_page(PER_PAGE)
+    """Show the orders that the visitor may see, newest first."""
+    page = find_page(PER_PAGE, request.args.get("before") or None)
     return _page("orders.html", page=page, first=not request.args.get("before"))
 
 
 @blueprint.get("/orders/recent")
+@needs("order", "read")
 def recent_orders() -> Response:
     """Answer the table of the newest orders, which the home page shows again when it changes."""
-    return _page("_orders.html", orders=service.list_orders(RECENT).orders)
+    return _page("_orders.html", orders=find_page(RECENT, None).orders)
 
 
 @blueprint.get("/orders/<path:order_id>/state")
+@needs("order", "read")
 def order_state(order_id: str) -> Response:
     """Answer what an open order page shows, for a browser that cannot have a stream."""
     return _json(_state(find_order(order_id)))
 
 
 @blueprint.get("/orders/<path:order_id>/stream")
+@needs("order", "read")
 def order_stream(order_id: str) -> Response:
     """Follow the order: its state now and after each change."""
     order = find_order(order_id)
@@ -150,6 +157,7 @@ def order_stream(order_id: str) -> Response:
 
 
 @blueprint.get("/docs")
+@anyone
 def docs() -> Response:
     """Show the API, with a form to try each of its operations."""
     document = openapi.document()
@@ -159,6 +167,7 @@ def docs() -> Response:
 
 
 @blueprint.get("/orders/<path:order_id>")
+@needs("order", "read")
 def show_order(order_id: str) -> Response:
     """Show one order."""
     order = find_order(order_id)
@@ -198,7 +207,8 @@ def _see_other(location: str) -> Response:
 
 def _home(form: Form, status: int = 200) -> Response:
     products = service.products()
-    orders = service.list_orders(RECENT).orders
+    who = caller()
+    orders = find_page(RECENT, None).orders if who.customer_id is not None or who.may("read") else []
     response = _page(
         "home.html", form=form, products=products, orders=orders, test_cards=TEST_CARDS, pictures=PICTURES
     )
@@ -243,7 +253,7 @@ def _read_form(data: Mapping[str, str]) -> Form:
     submission = data.get("submission", "")
     return Form(
         submission=submission if _SUBMISSION.fullmatch(submission) else Form().submission,
-        customer_id=data.get("customer_id", "").strip(),
+        customer_id=caller().customer_id or data.get("customer_id", "").strip(),
         payment_token=data.get("payment_token", "").strip(),
         quantities={
             name.removeprefix("quantity-"): text.strip()

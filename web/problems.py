@@ -30,6 +30,18 @@ KINDS: dict[str, Kind] = {
     kind.slug: kind
     for kind in (
         Kind("malformed-request", 400, "The request cannot be read", "Correct what detail names."),
+        Kind(
+            "unauthenticated",
+            401,
+            "Sign in first",
+            "Send a valid API key or token as Authorization: Bearer, or sign in on the pages.",
+        ),
+        Kind(
+            "forbidden",
+            403,
+            "This is not yours to do",
+            "Ask an operator for a key with the scope that detail names.",
+        ),
         Kind("cross-site-request", 403, "The form was sent from another site", "Use this site's own form."),
         Kind("not-found", 404, "There is nothing at this address", "Check the order id or the path."),
         Kind("method-not-allowed", 405, "The method is not allowed here", "Use one from the Allow header."),

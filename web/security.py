@@ -1,7 +1,8 @@
 """Sets the headers that keep a page from doing anything it was not written to do, and refuses foreign forms.
 
-There are no cookies and no sessions here, so a foreign site could not act in a visitor's name; it could
-still make a visitor's browser place orders. Browsers say where a form comes from, and that is checked.
+A foreign site could have a visitor's browser send a request here, and the browser adds the visitor's session, or is on
+the machine for which the service is open. Browsers say where a request comes from, and that is checked for each one
+that changes anything. The session's cookie is `SameSite=Lax` as well.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def protect(app: Flask) -> None:
 
 
 def refuse_cross_site() -> None:
-    """Raise a problem when a browser says that the form came from another site; programs say nothing."""
+    """Raise a problem when a browser says that the request came from another site; programs say nothing."""
     site = request.headers.get("Sec-Fetch-Site")
     if site is not None:
         foreign = site not in ("same-origin", "none")
@@ -79,4 +80,7 @@ def refuse_cross_site() -> None:
         origin = request.headers.get("Origin")
         foreign = origin is not None and urlsplit(origin).netloc != request.host
     if foreign:
-        raise Problem("cross-site-request", "Orders are only taken from this site's own form.")
+        raise Problem(
+            "cross-site-request",
+            "Nothing is changed by a request from another site: use this site's own form.",
+        )

@@ -38,6 +38,7 @@ class Gunicorn(Server):
             **{server.variable: server.url for server in self.beside},
             "PYTHONPATH": ":".join(str(REPOSITORY / part) for part in (".", "broker", "proto")),
             "HOST": "127.0.0.1",
+            "ACCESS": "open",
             "PORT": str(self.port),
             "WEB_CONCURRENCY": str(WEB_PROCESSES),
             "WEB_THREADS": str(WEB_THREADS),

@@ -64,14 +64,16 @@ class Load:
 
     Parameters:
       url: The front end.
+      key: An API key that may place orders.
       nats_url: Where the bare events go.
       rate: Orders a second through the API; a fifth of that comes as bare events.
     """
 
     def __init__(
-        self, url: str, nats_url: str, log: Log, *, rate: float, seed: int, threads: int = 4
+        self, url: str, key: str, nats_url: str, log: Log, *, rate: float, seed: int, threads: int = 4
     ) -> None:
         self._url = url
+        self._key = key
         self._nats_url = nats_url
         self._log = log
         self._pause = threads / rate
@@ -106,6 +108,7 @@ class Load:
 
     def _post(self, number: int, choice: random.Random) -> None:
         session = requests.Session()
+        session.headers["Authorization"] = f"Bearer {self._key}"
         count = 0
         while not self._stop.wait(choice.uniform(0.5, 1.5) * self._pause):
             count += 1

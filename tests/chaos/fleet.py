@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import secrets
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -107,6 +109,7 @@ class Fleet:
         with ExitStack() as starting:
             starting.enter_context(self.nats)
             self._setup()
+            self.key = self._key()
             self.gateway = starting.enter_context(self._gateway())
             self.web = starting.enter_context(self._web())
             self.workers = [starting.enter_context(self._workers(number)) for number in (1, 2)]
@@ -137,6 +140,20 @@ class Fleet:
         code = setup.start().wait(timeout=60)
         assert code == 0, f"`fleet setup tasks` ended with {code}:\n{setup.output[-2000:]}"
 
+    def _key(self) -> str:
+        """Make the API key with which orders are placed, as an operator does."""
+        command = [sys.executable, "-m", "tasks.keys", "add", "chaos", "--scope", "order"]
+        made = subprocess.run(
+            self._isolated(command),
+            cwd=REPOSITORY,
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert made.returncode == 0, made.stderr
+        return made.stdout.strip()
+
     def _gateway(self) -> Process:
         command = [
             *(sys.executable, "-m", "tasks.payments_stand_in", "--host", self.host),
@@ -152,6 +169,7 @@ class Fleet:
             env={
                 **self.environment,
                 "HOST": self.host,
+                "SECRET_KEY": secrets.token_urlsafe(32),
                 "PORT": str(self._ports[1]),
                 "WEB_CONCURRENCY": "2",
                 "WEB_THREADS": "8",

@@ -174,7 +174,7 @@ def run(
         stock_before = read_stock(fleet.nats_url)
         trial = Trial(fleet, log, settle=settle, say=say)
         try:
-            with Load(fleet.url, fleet.nats_url, log, rate=rate, seed=seed):
+            with Load(fleet.url, fleet.key, fleet.nats_url, log, rate=rate, seed=seed):
                 trial.warm_up()
                 for fault in schedule:
                     measured = trial.measure(fault, random.Random(choice.randrange(2**32)))

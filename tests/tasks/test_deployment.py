@@ -53,6 +53,10 @@ COMMANDS = {
 }
 
 
+# What the front end does not start without.
+ENOUGH = {"PORT": "8000", "SECRET_KEY": "k" * 32}
+
+
 def test_processes_of_the_procfiles() -> None:
     """A PaaS finds release, web and worker; development adds nats and payments."""
     assert set(procfile("Procfile")) == {"release", "web", "worker"}
@@ -85,7 +89,12 @@ def test_each_command_is_understood(command: str) -> None:
         parse = "import sys; from dramatiq.cli import make_argument_parser as m; print(m().parse_args(sys.argv[1:]))"
         check = [BIN / "python", "-c", parse, *arguments]
     done = subprocess.run(
-        check, cwd=REPOSITORY, env={**os.environ, "PORT": "8000"}, capture_output=True, text=True, timeout=60
+        check,
+        cwd=REPOSITORY,
+        env={**os.environ, **ENOUGH},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -104,7 +113,7 @@ def test_release_prepares_everything(tmp_path: Path) -> None:
                 timeout=60,
             )
             assert done.returncode == 0, done.stdout + done.stderr
-        for name in ("ORDERS", "stock", "orders", "requests", "payments", "projection"):
+        for name in ("ORDERS", "stock", "orders", "requests", "access", "payments", "projection"):
             assert name in done.stdout
         assert "created" not in done.stdout
 

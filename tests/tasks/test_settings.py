@@ -27,6 +27,10 @@ WRONG = {
     "RETRY_MIN_BACKOFF": "",
     "RETRY_MAX_BACKOFF": "100",
     "LOG_FORMAT": "xml",
+    "ACCESS": "closed",
+    "SESSION_LIFETIME": "8h",
+    "PUBLIC_URL": "shop.example.com",
+    "OIDC_ISSUER": "http://login.example.com",
 }
 
 

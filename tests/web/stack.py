@@ -40,7 +40,7 @@ class Stack:
         self.gateway_url = f"http://127.0.0.1:{self.gateway_port}"
         self.web_processes = web_processes
         self._with_workers = workers
-        self._env = dict(env or {})
+        self.env = dict(env or {})
         self._exit = ExitStack()
         self.session = requests.Session()
 
@@ -50,9 +50,10 @@ class Stack:
         return {
             "NATS_URL": self.nats.url,
             "PAYMENT_URL": self.gateway_url,
+            "ACCESS": "open",
             "RETRY_MIN_BACKOFF": "50",
             "RETRY_MAX_BACKOFF": "500",
-            **self._env,
+            **self.env,
         }
 
     def __enter__(self) -> Stack:
