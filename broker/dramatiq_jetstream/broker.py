@@ -136,7 +136,7 @@ class JetStreamBroker(EmittingBroker):
             actor_options=lambda name: self.get_actor(name).options,
             emit=self.emit_own,
         )
-        self._attachment = Attachment(self._undertaker)
+        self.attachment = Attachment(self._undertaker)
         self._follow_ups = FollowUps()
         self._publications = Publications(self.config, self._follow_ups.unique_id)
         self._consumers: list[JetStreamConsumer] = []
@@ -366,7 +366,7 @@ class JetStreamBroker(EmittingBroker):
             lookahead=queue_name not in self.config.max_in_flight and not QUEUE_PREFETCH,
             max_deliveries=self.config.max_deliveries,
             undertaker=self._undertaker,
-            give_back=self._attachment.return_unstarted,
+            give_back=self.attachment.return_unstarted,
         )
         # Several consumer threads come here at once, so nothing but single steps.
         for other in list(self._consumers):
@@ -390,9 +390,9 @@ class JetStreamBroker(EmittingBroker):
 
     def _react(self) -> None:
         """Say what this broker does at Dramatiq's signals."""
-        self.first["before_worker_boot"] = self._attachment.attach
-        self.last["before_worker_shutdown"] = self._attachment.stop_consuming
-        self.first["after_consumer_thread_boot"] = self._attachment.replace_delay_queue
+        self.first["before_worker_boot"] = self.attachment.attach
+        self.last["before_worker_shutdown"] = self.attachment.stop_consuming
+        self.first["after_consumer_thread_boot"] = self.attachment.replace_delay_queue
         self.first["before_process_message"] = running_message.set
         self.first["after_process_message"] = self._follow_ups.begin
         self.last["after_process_message"] = self._forget_done
@@ -411,7 +411,7 @@ class JetStreamBroker(EmittingBroker):
 
     def _forget_worker(self) -> None:
         """In the child of a fork, where the parent's worker has no threads."""
-        self._attachment.detach()
+        self.attachment.detach()
         self._consumers = []
 
     def _event_streams(self) -> set[str]:

@@ -13,7 +13,7 @@ from dramatiq import Message
 
 from dramatiq_jetstream import JetStreamBroker
 from tests.support.polling import eventually
-from tests.support.processes import WORKER_READY, Process, dramatiq_worker
+from tests.support.processes import WORKER_READY, Process, dramatiq_worker, supervised_workers
 
 
 class Fleet:
@@ -37,10 +37,12 @@ class Fleet:
         threads: int = 2,
         wait: bool = True,
         env: dict[str, str] | None = None,
+        supervised: bool = False,
         **options: Any,
     ) -> Process:
-        """Run the dramatiq command, and wait until its processes are ready."""
-        process = dramatiq_worker(
+        """Run the dramatiq command, or `fleet work`, and wait until its processes are ready."""
+        command = supervised_workers if supervised else dramatiq_worker
+        process = command(
             "tests.broker.fleet_app",
             log=self.directory / f"workers-{len(self._processes)}.log",
             processes=processes,

@@ -168,6 +168,30 @@ def dramatiq_worker(
     return python(*command, log=log, **options)
 
 
+def supervised_workers(
+    module: str,
+    *,
+    log: Path,
+    processes: int = 1,
+    threads: int = 4,
+    arguments: Sequence[str] = (),
+    **options: object,
+) -> Process:
+    """The real `fleet work` command for a module; up once WORKER_READY was logged `processes` times."""
+    command = [
+        "-m",
+        "dramatiq_jetstream.cli",
+        "work",
+        module,
+        "-p",
+        str(processes),
+        "-t",
+        str(threads),
+        *arguments,
+    ]
+    return python(*command, log=log, **options)
+
+
 WORKER_READY = r"Worker process is ready for action"
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-
 import click
-import dramatiq
 
 from dramatiq_jetstream.broker import JetStreamBroker
 from dramatiq_jetstream.config import ConnectOptions
+from dramatiq_jetstream.fleet.program import ProgramError, load_broker, put_on_path
 
 from .context import Fleet, pass_fleet, table
 
@@ -21,22 +18,11 @@ def load(fleet: Fleet, module: str) -> JetStreamBroker:
 
     A program says itself where its queues are; options that say otherwise are refused.
     """
-    name, _, attribute = module.partition(":")
-    sys.path.insert(0, "")
+    put_on_path(["."])
     try:
-        loaded = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and name.split(".")[0] == error.name.split(".")[0]:
-            raise click.ClickException(
-                f"there is no module {name!r} here: run it where `dramatiq {name}` works."
-            ) from None
-        raise
-    broker = getattr(loaded, attribute) if attribute else dramatiq.get_broker()
-    if not isinstance(broker, JetStreamBroker):
-        raise click.ClickException(
-            f"{module!r} uses a {type(broker).__name__}, not a JetStreamBroker: "
-            "call dramatiq.set_broker in it before actors are declared."
-        )
+        broker = load_broker(module)
+    except ProgramError as error:
+        raise click.ClickException(str(error)) from None
     if fleet.url is not None and ConnectOptions.of(fleet.url).servers != broker.connection.options.servers:
         raise click.ClickException(
             f"{module!r} connects to {broker.connection.options.display}, whatever --url says: "

@@ -66,6 +66,7 @@ class Delivery:
         "pending",
         "sequence",
         "settled",
+        "slot",
         "source",
         "stream",
         "subject",
@@ -94,6 +95,8 @@ class Delivery:
         self.pending = int(tokens[start + 6])
         self.key: Key = (source.stream, source.durable, self.sequence, stored)
         self.settled = False
+        #: Where this process noted that it holds it, if it has a supervisor.
+        self.slot: int | None = None
         self.touched = time.monotonic()
 
     def __str__(self) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Protocol
 
 from dramatiq_jetstream.wire.connection import Connection
 
@@ -24,6 +25,19 @@ from .settlements import ACK, WPI, Key, Settlements
 __all__ = ["Ledger"]
 
 
+class HeldBoard(Protocol):
+    """Where a process notes what it holds, for the supervisor that outlives it; on the loop thread."""
+
+    def hold(self, ack_subject: str) -> int | None:
+        """Note a delivery; returns its slot, None when there is none."""
+
+    def move(self, slot: int, ack_subject: str) -> None:
+        """Note the ack subject under which a delivery came again."""
+
+    def release(self, slot: int) -> None:
+        """Forget a delivery that was settled."""
+
+
 class Ledger:
     """The deliveries of one process, over all its consumers and reconnects."""
 
@@ -31,6 +45,7 @@ class Ledger:
         self._connection = connection
         self._held: dict[Key, Delivery] = {}
         self.redeliveries = 0
+        self.board: HeldBoard | None = None
         connection.on_tick(self._signal)
         # Before ours hears of a reconnect: what is done must be known before anything is asked for.
         self.settlements = Settlements(connection)
@@ -46,6 +61,7 @@ class Ledger:
         held = self._held.get(delivery.key)
         if held is not None:
             held.ack_subject = delivery.ack_subject
+            self._note_moved(held)
             self._connection.write(held.ack_subject, WPI)
             return False
         if self.settlements.has_acked(delivery.source.name, delivery.key):
@@ -53,7 +69,14 @@ class Ledger:
             return False
         self.settlements.drop(delivery.source.name, delivery.key)
         self._held[delivery.key] = delivery
+        if self.board is not None:
+            delivery.slot = self.board.hold(delivery.ack_subject)
         return True
+
+    def _note_moved(self, held: Delivery) -> None:
+        """Note the new ack subject of a delivery that came again."""
+        if self.board is not None and held.slot is not None:
+            self.board.move(held.slot, held.ack_subject)
 
     def settle(self, delivery: Delivery, answer: bytes) -> None:
         """Give the server its answer to a delivery, once; any thread may call it and does not wait."""
@@ -83,6 +106,9 @@ class Ledger:
         self._release(delivery, done=False)
 
     def _release(self, delivery: Delivery, *, done: bool) -> None:
+        if self.board is not None and delivery.slot is not None:
+            self.board.release(delivery.slot)
+            delivery.slot = None
         delivery.owner.released(done=done)
         if delivery.on_settled is not None:
             delivery.on_settled()

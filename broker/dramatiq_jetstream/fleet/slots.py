@@ -1,0 +1,196 @@
+"""One place in a fleet: the process that serves there, the one that is to replace it, and when to start another.
+
+A process that was ready and dies is replaced at once. One that dies before it is ready, or within a second of it, is
+replaced after a pause that doubles up to half a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .board import Board
+from .channel import Channel
+from .options import WorkOptions
+
+__all__ = ["Slot", "WorkerProcess"]
+
+#: A process that lived this long after it was ready is replaced at once, in seconds.
+LIVED_SECONDS = 1.0
+
+#: The longest pause before a process is started again, in seconds.
+MAX_PAUSE_SECONDS = 30.0
+
+#: How long a process that is to stop now may take, in seconds.
+STOP_NOW_SECONDS = 2.0
+
+#: Lines of a process's output that are kept for when it dies.
+LAST_WORDS = 20
+
+#: A limit that recycles processes differs by up to this share, so that they are not replaced all at once.
+JITTER = 0.1
+
+
+class WorkerProcess:
+    """A worker process, its output, its channel and its board.
+
+    Attributes:
+      ready: What it said of itself when its worker had started; None before.
+      stopping: Whether it was told to stop.
+      last_words: The end of what it printed.
+    """
+
+    def __init__(self, options: WorkOptions) -> None:
+        ours, theirs = socket.socketpair()
+        self.board = Board.create()
+        self.channel = Channel(ours)
+        with theirs:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "dramatiq_jetstream.fleet.child",
+                    options.to_json(),
+                    str(theirs.fileno()),
+                    str(self.board.descriptor),
+                ],
+                pass_fds=(theirs.fileno(), self.board.descriptor),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        assert self._process.stdout is not None
+        self.output = self._process.stdout
+        os.set_blocking(self.output.fileno(), False)
+        self.pid = self._process.pid
+        self.started = time.monotonic()
+        self.ready: dict[str, Any] | None = None
+        self.ready_at = 0.0
+        self.failed: str | None = None
+        self.stopping = False
+        self.stop_by = 0.0
+        self.kill_at: float | None = None
+        self.killed = False
+        self.last_words: deque[str] = deque(maxlen=LAST_WORDS)
+        self._jitter = 1 - JITTER * random.random()
+        self._options = options
+
+    @property
+    def exit_status(self) -> int | None:
+        """Its exit status, negative for the signal that ended it; None while it runs."""
+        return self._process.poll()
+
+    def signal(self, number: int) -> None:
+        """Send a signal, if it still runs."""
+        self._process.send_signal(number)
+
+    def stop(self) -> None:
+        """Have it finish what runs, and end; it is killed when that takes longer than it may."""
+        if not self.stopping:
+            self.stopping = True
+            self.stop_by = time.monotonic() + self._options.shutdown_timeout / 1000 + 5
+            self._process.terminate()
+
+    def stop_now(self) -> None:
+        """Have it return all that it holds, also what runs, and end; it is killed when it does not."""
+        if self.kill_at is None:
+            self.stopping = True
+            self.kill_at = time.monotonic() + STOP_NOW_SECONDS
+            self.channel.say(stop_now=True)
+
+    def kill(self) -> None:
+        """End it without a word."""
+        self.killed = True
+        self._process.kill()
+
+    def read_output(self) -> bytes:
+        """What it printed since the last call; complete lines are kept as its last words."""
+        try:
+            text = self.output.read() or b""
+        except (BlockingIOError, ValueError):
+            return b""
+        self.last_words.extend(text.decode("utf-8", "replace").splitlines())
+        return text
+
+    def memory(self) -> int:
+        """Its resident memory in bytes, 0 where the system does not say."""
+        try:
+            return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, IndexError, ValueError):
+            return 0
+
+    def worn(self) -> str | None:
+        """Why it is to be replaced now, None if it is not."""
+        options = self._options
+        if self.ready is None or self.stopping:
+            return None
+        if options.max_tasks is not None and self.board.finished >= options.max_tasks * self._jitter:
+            return f"it has done {self.board.finished} tasks"
+        age = time.monotonic() - self.started
+        if options.max_age is not None and age >= options.max_age * self._jitter:
+            return f"it is {age:.0f} s old"
+        if options.max_memory is not None and (memory := self.memory()) >= options.max_memory * self._jitter:
+            return f"it has {memory / 1e6:.0f} MB"
+        return None
+
+    def close(self) -> None:
+        """Release what belongs to a process that has ended."""
+        self.channel.close()
+        self.board.close()
+        self.output.close()
+
+
+@dataclass(eq=False)
+class Slot:
+    """One place in the fleet.
+
+    Attributes:
+      current: The process that serves, or is starting to; None while the place waits for `not_before`.
+      successor: The process that takes its place as soon as it is ready.
+      deaths: How many processes in a row died before they had served.
+      restarts: How often a process was replaced because it had died.
+    """
+
+    number: int
+    current: WorkerProcess | None = None
+    successor: WorkerProcess | None = None
+    retiring: list[WorkerProcess] = field(default_factory=list)
+    not_before: float = 0.0
+    deaths: int = 0
+    restarts: int = 0
+
+    def processes(self) -> list[WorkerProcess]:
+        return [p for p in (self.current, self.successor, *self.retiring) if p is not None]
+
+    def lost(self, process: WorkerProcess) -> None:
+        """Note that a process has ended, and when the next one may start."""
+        if process in self.retiring:
+            self.retiring.remove(process)
+            return
+        if process is self.successor:
+            self.successor = None
+        else:
+            self.current, self.successor = self.successor, None
+            self.restarts += 1
+        now = time.monotonic()
+        if process.ready is not None and now - process.ready_at >= LIVED_SECONDS:
+            self.deaths = 0
+            return
+        self.deaths += 1
+        self.not_before = now + min(MAX_PAUSE_SECONDS, 0.5 * 2 ** (self.deaths - 1))
+
+    def promote(self) -> None:
+        """Put a successor that is ready in place, and have the process before it finish."""
+        if self.successor is not None and self.successor.ready is not None:
+            if self.current is not None:
+                self.current.stop()
+                self.retiring.append(self.current)
+            self.current, self.successor = self.successor, None

@@ -1,0 +1,239 @@
+"""`fleet work` with real processes: replacement, handing on, recycling, reloading, stopping, probes, errors."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.support.polling import eventually, holds
+from tests.support.ports import free_port
+from tests.support.processes import WORKER_READY, supervised_workers
+
+#: Far longer than a handed-on message needs, far shorter than `ack_wait`, after which it would come again anyway.
+SOON = 10.0
+
+
+def runner(fleet, name):
+    """The process in which the `hold` of that name began last."""
+    began = [
+        line.split() for line in fleet.runs.read_text().splitlines() if line.startswith(f"began {name} ")
+    ]
+    return int(began[-1][2]) if began else None
+
+
+def began(fleet, name):
+    return fleet.counts()[f"began {name}"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_what_a_killed_worker_ran_begins_elsewhere_at_once(make_fleet, number):
+    """Its message does not wait for `ack_wait`, and its neighbour's is left alone."""
+    fleet = make_fleet(ack_wait=120_000)
+    workers = fleet.start(supervised=True, processes=2, threads=1)
+    fleet.send("hold", "a")
+    fleet.send("hold", "b")
+    eventually(lambda: runner(fleet, "a") and runner(fleet, "b"))
+    victim = runner(fleet, "a")
+    os.kill(victim, number)
+    fleet.open("b")
+    eventually(lambda: began(fleet, "a") == 2, timeout=SOON)
+    assert runner(fleet, "a") != victim
+    fleet.open("a")
+    fleet.broker.join("default", timeout=20_000)
+    assert began(fleet, "b") == 1
+    workers.wait_for_output(WORKER_READY, count=3)
+    assert "died: killed by" in workers.output
+    assert workers.running
+
+
+def test_a_worker_that_leaves_is_replaced_alone(make_fleet):
+    """`os._exit` in an actor takes one process; the others stay, and the fleet is complete again."""
+    fleet = make_fleet(max_deliveries=1)
+    workers = fleet.start(supervised=True, processes=2, threads=1)
+    before = set(workers.children())
+    fleet.send("die", "x")
+    workers.wait_for_output(WORKER_READY, count=3)
+    after = eventually(lambda: len(workers.children()) == 2 and set(workers.children()))
+    assert len(before & after) == 1
+
+
+def test_the_messages_that_were_not_begun_are_handed_on_too(make_fleet):
+    """A worker fetches ahead; what it had not begun runs elsewhere at once, and is no nearer to a dead letter."""
+    fleet = make_fleet(ack_wait=120_000)
+    first = fleet.start(supervised=True, processes=1, threads=1)
+    for name in "abc":
+        fleet.send("hold", name)
+    eventually(lambda: runner(fleet, "a"))
+    second = fleet.start(supervised=True, processes=1, threads=2)
+    os.kill(first.children()[0], signal.SIGKILL)
+    for name in "abc":
+        fleet.open(name)
+    fleet.broker.join("default", timeout=20_000)
+    assert {began(fleet, name) for name in "bc"} == {1}
+    assert second.running
+
+
+def test_a_program_that_does_not_import_is_one_error(tmp_path):
+    """No loop, one sentence, the exit status of the `dramatiq` command."""
+    process = supervised_workers("no_such_program", log=tmp_path / "log", processes=3).start()
+    assert process.wait() == 2
+    assert process.output.count("there is no module 'no_such_program' here") == 1
+    assert "Traceback" not in process.output
+
+
+def test_a_program_that_raises_shows_its_own_traceback_once(tmp_path):
+    """What the program raises is shown, because it is the program's to mend."""
+    (tmp_path / "broken_program.py").write_text("1 / 0\n")
+    process = supervised_workers(
+        "broken_program", log=tmp_path / "log", arguments=["-P", str(tmp_path)]
+    ).start()
+    assert process.wait() == 2
+    assert process.output.count("ZeroDivisionError") == 1
+
+
+def test_a_crash_loop_ends_the_fleet_with_the_last_words(tmp_path):
+    """Workers that die before they are ready are tried again a few times, with growing pauses."""
+    (tmp_path / "dying_program.py").write_text(
+        "import os, sys\nprint('my last words', flush=True)\nos._exit(7)\n"
+    )
+    process = supervised_workers(
+        "dying_program", log=tmp_path / "log", arguments=["-P", str(tmp_path)]
+    ).start()
+    assert process.wait(timeout=60) == 1
+    assert "5 workers in a row died before they were ready; the last (exit status 7) said:" in process.output
+    assert process.output.rstrip().endswith("my last words")
+
+
+def test_reloading_leaves_no_gap(make_fleet):
+    """New workers are ready before the old ones finish; what runs is not cut off."""
+    fleet = make_fleet()
+    workers = fleet.start(supervised=True, processes=2, threads=1)
+    old = set(workers.children())
+    fleet.send("hold", "a")
+    eventually(lambda: runner(fleet, "a"))
+    workers.send_signal(signal.SIGHUP)
+    workers.wait_for_output(WORKER_READY, count=4)
+    fleet.send("mark", "m")
+    fleet.wait_for("ran m")
+    assert runner(fleet, "a") in workers.children()
+    fleet.open("a")
+    fleet.wait_for("ended a")
+    eventually(lambda: len(workers.children()) == 2 and not old & set(workers.children()))
+    assert began(fleet, "a") == 1
+
+
+def test_a_worker_is_replaced_after_its_tasks(make_fleet):
+    """One after the other, the successor first; nothing is lost and nothing runs twice."""
+    fleet = make_fleet()
+    workers = fleet.start("--max-tasks", "20", supervised=True, processes=2, threads=2)
+    for number in range(200):
+        fleet.send("mark", f"m{number}")
+    workers.wait_for_output("is replaced: it has done", count=2)
+    fleet.broker.join("default", timeout=60_000)
+    assert set(fleet.counts().values()) == {1}
+    assert len(fleet.counts()) == 200
+
+
+def test_a_quiet_fleet_takes_nothing_more(make_fleet):
+    """What runs goes on, what waits stays on the server for others."""
+    fleet = make_fleet()
+    workers = fleet.start(supervised=True, processes=1, threads=1)
+    fleet.send("hold", "a")
+    eventually(lambda: runner(fleet, "a"))
+    workers.send_signal(signal.SIGUSR1)
+    workers.wait_for_output("Taking nothing more")
+    fleet.send("mark", "m")
+    fleet.open("a")
+    fleet.wait_for("ended a")
+    holds(lambda: fleet.counts()["ran m"] == 0, 1.0)
+    assert fleet.broker.queue_stats("default").ready == 1
+    assert workers.running
+
+
+def test_a_second_signal_returns_what_runs(make_fleet):
+    """The first waits for the actor; after the second its message begins elsewhere at once."""
+    fleet = make_fleet(ack_wait=120_000)
+    workers = fleet.start(supervised=True, processes=1, threads=1)
+    fleet.send("hold", "a")
+    eventually(lambda: runner(fleet, "a"))
+    workers.send_signal(signal.SIGTERM)
+    workers.wait_for_output("Stopping worker process")
+    assert workers.running
+    other = fleet.start(supervised=True, processes=1, threads=1)
+    workers.send_signal(signal.SIGTERM)
+    workers.wait()
+    eventually(lambda: began(fleet, "a") == 2, timeout=SOON)
+    fleet.open("a")
+    fleet.wait_for("ended a")
+    assert other.running
+
+
+def test_workers_stop_when_their_supervisor_is_killed(make_fleet):
+    """kill -9 of the parent leaves no worker behind."""
+    fleet = make_fleet()
+    workers = fleet.start(supervised=True, processes=2, threads=1)
+    children = workers.children()
+    os.kill(workers.pid, signal.SIGKILL)
+
+    def alive(pid):
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    eventually(lambda: not any(map(alive, children)), timeout=20)
+
+
+def test_the_probes_tell_a_stuck_worker_from_a_busy_one(make_fleet):
+    """A worker that runs a long actor is alive; one that is stopped in its tracks is not, after a while."""
+    fleet = make_fleet()
+    port = free_port()
+
+    def status(path):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    workers = fleet.start("--http", f"127.0.0.1:{port}", supervised=True, processes=1, threads=1)
+    eventually(lambda: status("/health/ready") == 200)
+    fleet.send("hold", "a")
+    eventually(lambda: runner(fleet, "a"))
+    assert status("/health/live") == 200
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        metrics = answer.read().decode()
+    assert re.search(r"^fleet_in_flight 1$", metrics, re.MULTILINE)
+    assert re.search(r"^fleet_workers 1$", metrics, re.MULTILINE)
+    (child,) = workers.children()
+    os.kill(child, signal.SIGSTOP)
+    try:
+        eventually(lambda: status("/health/live") == 503, timeout=30)
+    finally:
+        os.kill(child, signal.SIGCONT)
+    eventually(lambda: status("/health/live") == 200)
+    fleet.open("a")
+
+
+def test_wrong_options_are_one_sentence(tmp_path):
+    """A wrong size, address or PID file says what to give instead, without a traceback."""
+    taken = tmp_path / "pid"
+    taken.write_text("not a pid")
+    for arguments, sentence in (
+        (["--max-memory", "much"], "is not a size: give bytes, such as 512M or 2G"),
+        (["--http", "8080"], "is not an address: give HOST:PORT"),
+        (["--pid-file", str(taken)], "is not a PID file"),
+        (["--log-file", str(tmp_path / "no" / "log")], "cannot be written"),
+    ):
+        log = tmp_path / f"log{time.monotonic_ns()}"
+        process = supervised_workers("tests.broker.fleet_app", log=log, arguments=arguments).start()
+        assert process.wait() != 0
+        assert sentence in " ".join(process.output.split())
+        assert "Traceback" not in process.output
