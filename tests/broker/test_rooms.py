@@ -23,7 +23,7 @@ ROOMS = {
 }
 
 #: Folders that stand on top: nothing below imports them.
-ON_TOP = {"cli", "fleet", "testing"}
+ON_TOP = {"cli", "fleet", "telemetry", "testing"}
 
 
 def _module(path: Path) -> str:
