@@ -11,6 +11,7 @@ from datetime import datetime
 FINAL_STATUSES = frozenset({"confirmed", "rejected"})
 
 MAX_ITEMS = 100
+#: Pieces of one order, however many lines they are spread over.
 MAX_QUANTITY = 1_000
 MAX_ID_LENGTH = 64
 MAX_TOKEN_LENGTH = 255

@@ -47,7 +47,7 @@ def parse_order_json(body: bytes) -> OrderRequest:
     _check_count(items)
     return OrderRequest(
         customer_id=check_customer_id(data.get("customer_id")),
-        items=[_json_item(f"items[{position}]", item) for position, item in enumerate(items)],
+        items=_check_pieces([_json_item(f"items[{position}]", item) for position, item in enumerate(items)]),
         payment_token=_check_token(data.get("payment_token")),
     )
 
@@ -70,13 +70,15 @@ def parse_order_protobuf(body: bytes) -> OrderRequest:
     _check_count(event.items)
     request = OrderRequest(
         customer_id=check_customer_id(event.customer_id),
-        items=[
-            Item(
-                _check_sku(f"items[{position}].sku", item.sku),
-                _check_quantity(f"items[{position}].quantity", item.quantity),
-            )
-            for position, item in enumerate(event.items)
-        ],
+        items=_check_pieces(
+            [
+                Item(
+                    _check_sku(f"items[{position}].sku", item.sku),
+                    _check_quantity(f"items[{position}].quantity", item.quantity),
+                )
+                for position, item in enumerate(event.items)
+            ]
+        ),
         payment_token=_check_token(event.payment_token or None),
         order_id=event.order_id or None,
     )
@@ -116,6 +118,14 @@ def _check_quantity(field: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_QUANTITY:
         raise InvalidOrder(field, f"must be a whole number from 1 to {MAX_QUANTITY}.")
     return value
+
+
+def _check_pieces(items: list[Item]) -> list[Item]:
+    """Return the items if they are not more pieces than one order may take, over all its lines."""
+    pieces = sum(item.quantity for item in items)
+    if pieces > MAX_QUANTITY:
+        raise InvalidOrder("items", f"must have {MAX_QUANTITY} pieces at most over all lines, not {pieces}.")
+    return items
 
 
 def _check_count(items: Any) -> None:

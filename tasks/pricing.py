@@ -55,6 +55,11 @@ def _check_form(event: OrderCreated) -> None:
                 "INVALID",
                 f"the quantity of {_shown(item.sku)} must be 1 to {MAX_QUANTITY}, not {item.quantity}",
             )
+    pieces = sum(item.quantity for item in event.items)
+    if pieces > MAX_QUANTITY:
+        raise Refused(
+            "INVALID", f"an order has at most {MAX_QUANTITY} pieces over all its lines, not {pieces}"
+        )
     if event.currency and event.currency != CURRENCY:
         raise Refused("INVALID", f"orders are in {CURRENCY}, not in {_shown(event.currency)}")
 

@@ -38,6 +38,9 @@ class Settings:
       secret_keys: SECRET_KEY, which signs the sessions of people; after a comma older ones, which still count.
       session_lifetime: SESSION_LIFETIME, after which people sign in again.
       public_url: PUBLIC_URL, the address of the front end as browsers see it.
+      proxies: PROXIES, how many proxies stand before the front end and add to X-Forwarded-For.
+      rate_limit: RATE_LIMIT, requests a minute of each customer and each person, in each process.
+      program_rate_limit: PROGRAM_RATE_LIMIT, the same of a program that acts for all customers.
       oidc_issuer: OIDC_ISSUER, the OpenID provider.
       oidc_audience: OIDC_AUDIENCE, which a bearer token must be meant for; without it none is accepted.
       oidc_client_id, oidc_client_secret: OIDC_CLIENT_ID and OIDC_CLIENT_SECRET, with which people sign in there.
@@ -70,6 +73,9 @@ class Settings:
     secret_keys: tuple[str, ...] = field(default=(), repr=False)
     session_lifetime: int = 8 * 3_600_000
     public_url: str | None = None
+    proxies: int = 0
+    rate_limit: int = 300
+    program_rate_limit: int = 60_000
     oidc_issuer: str | None = None
     oidc_audience: str | None = None
     oidc_client_id: str | None = None
@@ -108,6 +114,9 @@ class Settings:
             secret_keys=read.secrets("SECRET_KEY"),
             session_lifetime=read.whole("SESSION_LIFETIME", cls.session_lifetime, 60_000, 30 * 86_400_000),
             public_url=(read.https("PUBLIC_URL") or "").rstrip("/") or None,
+            proxies=read.whole("PROXIES", cls.proxies, 0, 10),
+            rate_limit=read.whole("RATE_LIMIT", cls.rate_limit, 1, 1_000_000),
+            program_rate_limit=read.whole("PROGRAM_RATE_LIMIT", cls.program_rate_limit, 1, 10_000_000),
             oidc_issuer=read.https("OIDC_ISSUER"),
             oidc_audience=read.text("OIDC_AUDIENCE"),
             oidc_client_id=read.text("OIDC_CLIENT_ID"),

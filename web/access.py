@@ -17,6 +17,7 @@ from tasks import service
 from tasks.settings import Settings
 from web.identity import Caller, identify, unauthenticated
 from web.problems import Problem
+from web.rates import Rates
 from web.security import refuse_cross_site
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,8 @@ def _admit(scopes: frozenset[str]) -> None:
         raise unauthenticated(
             "Send an API key or a token as `Authorization: Bearer …`, or sign in on the pages."
         )
+    rates: Rates = current_app.extensions["rates"]
+    rates.check(found)
     if not found.may(*scopes):
         raise Problem("forbidden", f"That needs the scope {' or '.join(sorted(scopes))}.")
 

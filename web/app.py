@@ -7,6 +7,7 @@ import logging
 from dramatiq.errors import BrokerError
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 from dramatiq_jetstream.errors import MessageTooLarge
 from dramatiq_jetstream.telemetry import configure_telemetry, telemetry_enabled
@@ -14,6 +15,7 @@ from tasks.settings import Settings, front_end_settings
 from web import access, admission, api, health, openapi, pages, security, sign_in
 from web.live import Streams
 from web.problems import Problem, from_status, unavailable
+from web.rates import Rates
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     app.extensions["settings"] = app_settings
+    app.extensions["rates"] = Rates(app_settings)
     app.extensions["streams"] = Streams(max(1, app_settings.web_threads // 2), app_settings.stream_duration)
 
     app.register_blueprint(api.blueprint)
@@ -46,6 +49,9 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     app.register_blueprint(sign_in.blueprint)
     sign_in.configure(app, app_settings)
     security.protect(app)
+    if app_settings.proxies:
+        hops = app_settings.proxies
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops)  # type: ignore[method-assign]
     admission.bound(app, app_settings.web_threads)
 
     access.enforce(app)

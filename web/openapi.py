@@ -144,7 +144,7 @@ def _place_order() -> dict[str, Any]:
                 },
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Order"}}},
             },
-            **_problems(400, 401, 403, 409, 413, 415, 422, 503),
+            **_problems(400, 401, 403, 409, 413, 415, 422, 429, 503),
         },
     }
 
@@ -173,7 +173,7 @@ def _list_orders() -> dict[str, Any]:
                 "headers": {"Link": {"$ref": "#/components/headers/Link"}},
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/OrderPage"}}},
             },
-            **_problems(400, 401, 403, 503),
+            **_problems(400, 401, 403, 429, 503),
         },
     }
 
@@ -186,7 +186,7 @@ def _show_order() -> dict[str, Any]:
         "parameters": [{"name": "order_id", "in": "path", "required": True, "schema": {"type": "string"}}],
         "responses": {
             "200": _json("The order as it is now.", {"$ref": "#/components/schemas/Order"}),
-            **_problems(401, 403, 404, 503),
+            **_problems(401, 403, 404, 429, 503),
         },
     }
 
@@ -200,7 +200,7 @@ def _list_products() -> dict[str, Any]:
             "200": _json(
                 "All products.", {"type": "array", "items": {"$ref": "#/components/schemas/Product"}}
             ),
-            **_problems(401, 403, 503),
+            **_problems(401, 403, 429, 503),
         },
     }
 
@@ -235,7 +235,7 @@ def _problem_responses() -> dict[str, Any]:
             },
         )
         response["description"] = f"{response['description']} {kind.title}.".strip()
-        if kind.status in (409, 503):
+        if kind.status in (409, 429, 503):
             response["headers"] = {"Retry-After": {"$ref": "#/components/headers/RetryAfter"}}
     return responses
 

@@ -65,6 +65,9 @@ KINDS: dict[str, Kind] = {
             "The Idempotency-Key or the order id was used for another order",
             "Use a new one for a new order.",
         ),
+        Kind(
+            "too-many-requests", 429, "Too many requests", "Send the request again after Retry-After seconds."
+        ),
         Kind("internal-error", 500, "Something went wrong here", "Try again; tell us if it goes on."),
         Kind(
             "unavailable",

@@ -23,6 +23,7 @@ from tasks.settings import Settings
 from web.access import anyone
 from web.identity import caller_of_claims, kept_claims
 from web.problems import Problem, unavailable
+from web.rates import Rates
 from web.tokens import Provider
 
 logger = logging.getLogger(__name__)
@@ -83,9 +84,12 @@ def with_password() -> Response:
     """Sign an operator in who gave a name and a password."""
     _can_sign_in()
     way_back = _local(request.form.get("next"))
+    rates: Rates = current_app.extensions["rates"]
+    rates.check_failures(request.remote_addr or "")
     name = request.form.get("name", "")[:_MAX_FIELD].strip()
     operator = app.operators().check(name, request.form.get("password", ""))
     if operator is None:
+        rates.failed(request.remote_addr or "")
         logger.warning("Sign-in refused for %r from %s", name[:64], request.remote_addr)
         return _form(way_back, name=name, wrong=True)
     logger.info("%s signed in with a password", operator.name)

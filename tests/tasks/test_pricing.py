@@ -70,6 +70,7 @@ BAD: dict[str, tuple[OrderCreated, str, str]] = {
     "negative quantity": (event(items=mugs(-1), total_amount=-12.9), "INVALID", "not -1"),
     "zero quantity": (event(items=mugs(0), total_amount=0), "INVALID", "not 0"),
     "huge quantity": (event(items=mugs(2**31 - 1)), "INVALID", "not 2147483647"),
+    "many pieces over many lines": (event(items=mugs(11) * 100), "INVALID", "1000 pieces"),
     "another currency": (event(currency="USD"), "INVALID", "'USD'"),
     "unknown sku": (event(items=[OrderItem(sku="NOPE", quantity=1)]), "UNKNOWN_SKU", "'NOPE'"),
     "a sku of 1 MB": (event(items=[OrderItem(sku="x" * 10**6, quantity=1)]), "UNKNOWN_SKU", "…"),

@@ -33,6 +33,11 @@ PAGE = {"Accept": "text/html"}
 SAME_SITE = {"Sec-Fetch-Site": "same-origin"}
 
 
+def somewhere() -> str:
+    """Return the address of a client that was not seen before."""
+    return f"10.{secrets.randbelow(256)}.{secrets.randbelow(256)}.{secrets.randbelow(256)}"
+
+
 class TrustsThisMachine(HTTPAdapter):
     """Keeps a browser's habit that requests has not: a Secure cookie is sent to this machine without TLS."""
 
@@ -95,6 +100,7 @@ class Closed:
         session = requests.Session()
         session.headers.update(PAGE)
         session.mount("http://", TrustsThisMachine())
+        session.headers["X-Forwarded-For"] = somewhere()
         return session
 
 
@@ -109,6 +115,7 @@ def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Closed]:
             "OIDC_CLIENT_ID": CLIENT_ID,
             "OIDC_CLIENT_SECRET": CLIENT_SECRET,
             "OIDC_ROLES_CLAIM": "realm_access.roles",
+            "PROXIES": "1",
         }
         stack = Stack(tmp_path_factory.mktemp("closed"), web_processes=2, env=env)
         # The port is known once the stack is made.
@@ -529,3 +536,43 @@ def test_an_open_service_is_open_to_this_machine_alone(service: Stack) -> None:
         assert service.get("/api/orders", headers={"Host": host}).status_code == 401
     for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
         assert service.get("/api/orders", headers={"Host": host}).status_code == 200
+
+
+def test_a_caller_who_asks_too_often_waits(tmp_path: Path) -> None:
+    """Beyond the rate a customer gets 429 with the seconds to wait; others, and programs, are not affected."""
+    env = {"ACCESS": "required", "SECRET_KEY": secrets.token_urlsafe(32), "RATE_LIMIT": "5"}
+    with Stack(tmp_path, env=env, workers=False) as stack, Provider() as provider:
+        closed = Closed(stack, provider)
+        answers = [closed.order("alice", "alice") for _ in range(6)]
+        assert [answer.status_code for answer in answers] == [202] * 5 + [429]
+        assert 1 <= int(answers[-1].headers["Retry-After"]) <= 15
+        assert answers[-1].json()["type"] == "/docs#too-many-requests"
+        assert closed.order("bob", "bob").status_code == 202
+        assert {closed.order("shop", "alice").status_code for _ in range(10)} == {202}
+        browser = closed.browser()
+        guess = {"name": "olga", "password": "a guess"}
+        guesses = [
+            browser.post(f"{stack.url}/sign-in", data=guess, timeout=20).status_code for _ in range(60)
+        ]
+        assert guesses[:20] == [401] * 20
+        assert 429 in guesses
+
+
+def test_one_order_takes_no_more_than_one_order_may(closed: Closed) -> None:
+    """The limit of pieces is the order's, over all its lines, in JSON and in protobuf."""
+    lines = [("MUG-01", 500), ("MUG-01", 500), ("TEE-01", 1)]
+    body = order_body(*lines, customer_id="alice")
+    answer = closed.ask("alice", "POST", "/api/orders", json=body)
+    assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "items")
+    event = OrderCreated(
+        customer_id="alice", items=[OrderItem(sku=sku, quantity=count) for sku, count in lines]
+    )
+    headers = {"Content-Type": "application/x-protobuf"}
+    sent = closed.ask("alice", "POST", "/api/orders", data=event.SerializeToString(), headers=headers)
+    assert sent.status_code == 422
+    assert (
+        closed.ask(
+            "alice", "POST", "/api/orders", json=order_body(*lines[:2], customer_id="alice")
+        ).status_code
+        == 202
+    )
