@@ -30,6 +30,7 @@ from .jetstream.names import Names
 from .jetstream.reading import StoredMessage, first_message, last_message, message_at, messages
 from .sending.envelope import Event, checked, to_message
 from .wire.connection import Connection
+from .wire.error_numbers import NO_MESSAGE_TO_DELETE
 
 if TYPE_CHECKING:
     from .worker.delivery import Delivery
@@ -58,8 +59,6 @@ HISTORY_OPTION = "dead_history"
 #: An error's text is kept up to this many characters, and so many of the last failures of a message.
 MAX_ERROR = 2_000
 MAX_HISTORY = 10
-
-_NO_SUCH_LETTER = 10057  # the answer to deleting what is not there
 
 
 def worker_name() -> str:
@@ -284,7 +283,7 @@ class DeadLetters:
         try:
             self._connection.api(f"STREAM.MSG.DELETE.{stream}", {"seq": stored.sequence, "no_erase": True})
         except ApiError as error:
-            if not isinstance(error, NotFound) and error.err_code != _NO_SUCH_LETTER:
+            if not isinstance(error, NotFound) and error.err_code != NO_MESSAGE_TO_DELETE:
                 raise
             return False
         if wire_names.HEADER_DEAD_BODY in stored.headers:

@@ -39,7 +39,9 @@ from .jetstream.names import (
 from .jetstream.reading import StoredMessage, last_message, last_message_direct
 from .jetstream.topology import StreamConfig, ensure_stream
 from .jetstream.watching import Watch
-from .wire.connection import Connection, PubAck, Publication
+from .wire.answers import is_no_responders
+from .wire.connection import Connection, Msg, PubAck, Publication
+from .wire.error_numbers import CONFLICT, OTHER_WRITE_IN_FLIGHT, ROLLUP_FAILED
 from .wire.ids import new_id
 
 __all__ = ["DEPOSED", "Bucket", "Entry", "Snapshot"]
@@ -51,11 +53,6 @@ HEADER_EXPECTED_SUBJECT = "Nats-Expected-Last-Subject-Sequence-Subject"
 
 #: How long the mark of a deleted key is kept, in seconds: long enough for watches to see it.
 MARK_TTL = 60
-
-# The server's error numbers.
-_WRONG_LAST_SEQUENCE = 10071
-_OTHER_WRITE_IN_FLIGHT = 10164
-_ROLLUP_FAILED = 10111
 
 #: Seconds for which a server may believe to be the leader although it is not.
 DEPOSED = 5.0
@@ -111,6 +108,7 @@ class Bucket:
         self._declared = False
         self._listing = Listing(connection, self.stream)
         self._last = last_message
+        self._gone = False
 
     def __repr__(self) -> str:
         return f"Bucket({self.name!r})"
@@ -124,7 +122,13 @@ class Bucket:
           timeout: Milliseconds to wait for the server; None takes the connection's own.
         """
         self._ensure()
-        stored = self._last(self.connection, self.stream, self._subject(key), timeout=timeout)
+        try:
+            stored = self._last(
+                self.connection, self.stream, self._subject(key), timeout=timeout, must_exist=self._declare
+            )
+        except TopologyMissing:
+            self.declare()  # it was deleted on the server
+            return None
         return None if stored is None or _is_mark(stored) else self._entry(stored)
 
     def snapshot(self, prefix: str = "") -> Snapshot:
@@ -190,6 +194,21 @@ class Bucket:
           headers: NATS headers to keep with the value.
         """
         return self._publish(self._subject(key), value, {**(headers or {}), **self._headers(ttl)}).seq
+
+    def note(self, key: str, value: bytes, *, ttl: int | None = None) -> None:
+        """Store a value without waiting; it may get lost. For what only informs people, from any thread.
+
+        A bucket that was deleted is made again by the call after the one that found it missing.
+        """
+        self._ensure()
+        if self._gone:
+            self._gone = False
+            self.declare()
+        self.connection.tell(self._subject(key), value, self._headers(ttl), self._noted)
+
+    def _noted(self, answer: Msg | BaseException) -> None:
+        if self._declare and not isinstance(answer, BaseException) and is_no_responders(answer):
+            self._gone = True
 
     def create(self, key: str, value: bytes, *, ttl: int | None = None) -> int:
         """Store a key that is missing, deleted or expired, and return its revision.
@@ -268,7 +287,7 @@ class Bucket:
         try:
             final = self.connection.publish_batch(publications).seq
         except ApiError as error:
-            if error.err_code not in (_WRONG_LAST_SEQUENCE, _OTHER_WRITE_IN_FLIGHT):
+            if error.err_code not in CONFLICT:
                 raise
             stored = self._newest(last.subject)
             if stored is not None and stored.headers.get(HEADER_BATCH_ID) == batch:
@@ -372,10 +391,10 @@ class Bucket:
             try:
                 return self._publish(subject, value, headers).seq
             except ApiError as error:
-                if error.err_code == _OTHER_WRITE_IN_FLIGHT and time.monotonic() < deadline:
+                if error.err_code == OTHER_WRITE_IN_FLIGHT and time.monotonic() < deadline:
                     time.sleep(random.uniform(0.001, 0.01))  # how it ends decides
                     continue
-                if error.err_code not in (_WRONG_LAST_SEQUENCE, _OTHER_WRITE_IN_FLIGHT):
+                if error.err_code not in CONFLICT:
                     raise
             newest = self._newest(headers.get(HEADER_EXPECTED_SUBJECT, subject))
             if newest is not None and newest.headers.get(HEADER_MSG_ID) == write:
@@ -406,7 +425,7 @@ class Bucket:
         try:
             return self.connection.publish(subject, b"", {HEADER_MSG_ID: write, HEADER_ROLLUP: "none"}).seq
         except ApiError as error:
-            if error.err_code != _ROLLUP_FAILED:
+            if error.err_code != ROLLUP_FAILED:
                 raise
             return None
 

@@ -42,7 +42,6 @@ from .jetstream.names import (
     HEADER_SCHEDULE_TARGET,
     HEADER_SCHEDULE_ZONE,
     HEADER_TICK,
-    bucket_subject,
     decode,
     encode,
     queue_key,
@@ -50,6 +49,7 @@ from .jetstream.names import (
 from .jetstream.reading import StoredMessage, last_message
 from .kv import Bucket
 from .sending import delays
+from .wire.error_numbers import CONFLICT
 from .worker.consumer import JetStreamMessage
 
 __all__ = ["InvalidSchedule", "Periodic", "Schedule", "list_schedules", "remove_schedule"]
@@ -61,8 +61,6 @@ BUCKET = "ticks"
 
 #: Seconds between two tries to store the schedules when NATS cannot be reached at boot.
 RETRY = 2.0
-
-_CONFLICT = frozenset({10071, 10164})
 
 
 class InvalidSchedule(InvalidOption, MiddlewareError):
@@ -137,10 +135,11 @@ class Periodic(Middleware):
         name = delivery.headers.get(HEADER_TICK)
         if name is None:
             return
-        # For people only, so nobody waits for it.
         noted = {"last": delivery.timestamp, "next": delivery.headers.get(HEADER_SCHEDULE_NEXT)}
-        subject = bucket_subject(_ticks(broker).name, queue_key(message.queue_name, decode(name)))
-        broker.connection.send(subject, json.dumps(noted).encode())
+        try:
+            _ticks(broker).note(queue_key(message.queue_name, decode(name)), json.dumps(noted).encode())
+        except BrokerError as error:
+            logger.warning("The tick of %s was not noted: %s", decode(name), error)
 
 
 def expression_of(actor: Actor[Any, Any]) -> cron.Expression | None:
@@ -202,7 +201,7 @@ def _store(broker: JetStreamBroker, actor: Actor[Any, Any], expression: cron.Exp
         try:
             broker.connection.publish(subject, message.encode(), headers)
         except ApiError as error:
-            if error.err_code not in _CONFLICT:
+            if error.err_code not in CONFLICT:
                 raise
         else:
             return "created" if existing is None else "updated"

@@ -9,6 +9,7 @@ is sent again.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,8 +20,7 @@ from dramatiq.broker import Broker, MessageProxy
 from dramatiq.middleware import Middleware
 
 from .broker import JetStreamBroker
-from .errors import InvalidOption
-from .jetstream.names import HEADER_TTL, bucket_subject
+from .errors import BrokerError, InvalidOption
 from .kv import Bucket
 
 __all__ = ["Progress", "ProgressOf", "progress", "read_progress"]
@@ -32,6 +32,8 @@ INTERVAL = 250
 TTL = 86_400_000
 
 BUCKET = "progress"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,10 @@ def progress(done: float, total: float | None = None, note: str = "") -> None:
         return
     running.sent = now
     said = {"done": done, "total": total, "note": note, "at": int(time.time() * 1000)}
-    bucket = _bucket(running.broker)
-    running.broker.connection.send(
-        bucket_subject(bucket.name, running.message_id),
-        json.dumps(said).encode(),
-        {HEADER_TTL: f"{running.ttl // 1000}s"},
-    )
+    try:
+        _bucket(running.broker).note(running.message_id, json.dumps(said).encode(), ttl=running.ttl)
+    except BrokerError as error:
+        logger.warning("The progress of %s was not stored: %s", running.message_id, error)
 
 
 def read_progress(message_id: str, broker: JetStreamBroker | None = None) -> ProgressOf | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,6 +26,7 @@ from dramatiq_jetstream.jetstream.reading import message_at
 from dramatiq_jetstream.kv import Bucket, Entry
 from dramatiq_jetstream.testing import NatsCluster, NatsServer
 from dramatiq_jetstream.wire.connection import Connection, ConnectOptions, Publication
+from dramatiq_jetstream.wire.error_numbers import WRONG_LAST_SEQUENCE
 from tests.broker.cables import DeafCable
 from tests.support.polling import eventually
 
@@ -265,7 +267,7 @@ def test_a_leader_of_yesterday_is_not_believed(
         refusals.append(args)
         if stored:
             publish(*args, **kwargs)
-        raise ApiError(400, kv._WRONG_LAST_SEQUENCE, "wrong last sequence")
+        raise ApiError(400, WRONG_LAST_SEQUENCE, "wrong last sequence")
 
     reads = [last(writer.connection, writer.stream, writer._subject("g.k"))] * outdated_reads
 
@@ -453,6 +455,47 @@ def test_a_watch_goes_on_when_its_consumer_disappears(
     bucket.put("k", b"2")
     assert eventually(lambda: seen.values == [("k", b"1"), ("k", b"2")])
     watch.close()
+
+
+def test_a_watch_sees_a_bucket_that_was_made_again(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sequences begin again, far below those that the watch has seen."""
+    monkeypatch.setattr("dramatiq_jetstream.jetstream.watching.SILENCE", 0.5)
+    for number in range(20):
+        bucket.put("k", b"%d" % number)
+    seen = Seen()
+    watch = bucket.watch("", seen)
+    eventually(lambda: seen.values == [("k", b"19")])
+    bucket.connection.api(f"STREAM.DELETE.{bucket.stream}")
+    bucket.put("k", b"after")
+    eventually(lambda: seen.values == [("k", b"19"), ("k", b"after")])
+    bucket.put("k", b"later")
+    eventually(lambda: seen.values[2:] == [("k", b"later")])
+    watch.close()
+
+
+def test_reading_a_bucket_that_was_deleted_makes_it_again_at_once(bucket: Bucket) -> None:
+    """A worker that only reads does not wait for a stream that is gone, message after message."""
+    bucket.put("k", b"1")
+    bucket.connection.api(f"STREAM.DELETE.{bucket.stream}")
+    started = time.monotonic()
+    assert bucket.get("k") is None
+    assert time.monotonic() - started < 1.5  # a stream that is starting would be waited for, 2 s
+    assert bucket.stream in bucket.connection.api("STREAM.NAMES")["streams"]
+
+
+def test_a_note_makes_a_deleted_bucket_again(bucket: Bucket) -> None:
+    """The first is lost with the bucket, those that come after are kept."""
+    bucket.note("k", b"0")
+    eventually(lambda: bucket.get("k"))
+    bucket.connection.api(f"STREAM.DELETE.{bucket.stream}")
+
+    def kept() -> bool:
+        bucket.note("k", b"1")
+        return bucket.stream in bucket.connection.api("STREAM.NAMES")["streams"]
+
+    eventually(kept)
+    bucket.note("k", b"2")
+    eventually(lambda: (bucket.get("k") or Entry("k", b"", 0, 0)).value == b"2")
 
 
 def test_a_failing_callback_does_not_end_the_watch(bucket: Bucket, caplog: pytest.LogCaptureFixture) -> None:

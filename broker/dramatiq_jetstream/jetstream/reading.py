@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from dramatiq_jetstream.errors import NotFound
+from dramatiq_jetstream.errors import NotFound, TopologyMissing
 from dramatiq_jetstream.wire.client import parse_headers
 from dramatiq_jetstream.wire.connection import Connection
+from dramatiq_jetstream.wire.error_numbers import STREAM_NOT_FOUND
 
 __all__ = [
     "StoredMessage",
@@ -55,11 +56,20 @@ def parse_time(text: str) -> int:
 
 
 def _get(
-    connection: Connection, stream: str, request: Mapping[str, Any], *, timeout: int | None = None
+    connection: Connection,
+    stream: str,
+    request: Mapping[str, Any],
+    *,
+    timeout: int | None = None,
+    must_exist: bool = False,
 ) -> StoredMessage | None:
     try:
         message = connection.api(f"STREAM.MSG.GET.{stream}", request, timeout=timeout)["message"]
-    except NotFound:
+    except NotFound as error:
+        if must_exist and error.err_code == STREAM_NOT_FOUND:
+            raise TopologyMissing(
+                f"There is no stream {stream}: prepare it with `fleet setup`, or let the broker declare it."
+            ) from None
         return None
     return StoredMessage(
         stream=stream,
@@ -72,24 +82,32 @@ def _get(
 
 
 def last_message(
-    connection: Connection, stream: str, subject: str, *, timeout: int | None = None
+    connection: Connection, stream: str, subject: str, *, timeout: int | None = None, must_exist: bool = False
 ) -> StoredMessage | None:
-    """The newest message on a subject (wildcards allowed), or None."""
-    return _get(connection, stream, {"last_by_subj": subject}, timeout=timeout)
+    """The newest message on a subject (wildcards allowed), or None.
+
+    Raises:
+      TopologyMissing: When there is no such stream and it `must_exist`.
+    """
+    request = {"last_by_subj": subject}
+    return _get(connection, stream, request, timeout=timeout, must_exist=must_exist)
 
 
 def last_message_direct(
-    connection: Connection, stream: str, subject: str, *, timeout: int | None = None
+    connection: Connection, stream: str, subject: str, *, timeout: int | None = None, must_exist: bool = False
 ) -> StoredMessage | None:
-    """The newest message on a subject, or None; for a stream of one server, where no other can be behind."""
+    """As `last_message`, for a stream of one server, where no other can be behind."""
     if len(subject) + len(stream) > _MAX_DIRECT:
-        return last_message(connection, stream, subject, timeout=timeout)
-    answer = connection.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", timeout=timeout, resend=True)
+        return last_message(connection, stream, subject, timeout=timeout, must_exist=must_exist)
+    # The leader knows at once whether a stream that does not answer exists.
+    answer = connection.request(
+        f"$JS.API.DIRECT.GET.{stream}.{subject}", timeout=timeout, resend=True, patient=False
+    )
     headers = answer.headers
     if headers.get("Status") == "404":
         return None
     if "Nats-Sequence" not in headers:  # not served directly, or not now
-        return last_message(connection, stream, subject, timeout=timeout)
+        return last_message(connection, stream, subject, timeout=timeout, must_exist=must_exist)
     return StoredMessage(
         stream=stream,
         sequence=int(headers["Nats-Sequence"]),

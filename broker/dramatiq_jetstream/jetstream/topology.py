@@ -18,6 +18,7 @@ from typing import Any
 
 from dramatiq_jetstream.errors import ApiError, NotFound, TopologyMismatch
 from dramatiq_jetstream.wire.connection import Connection
+from dramatiq_jetstream.wire.error_numbers import CONSUMER_EXISTS, REPLICAS_EXCEED_STREAM, STREAM_EXISTS
 
 from .drift import MILLISECOND, Difference, Kind, Verdict, differences, in_line
 from .names import METADATA_SUBSCRIBER, Names, bucket_stream
@@ -47,14 +48,9 @@ DUPLICATE_WINDOW = 120_000
 #: How long consumers wait for their stream to be copied to more servers; milliseconds.
 SCALING = 60_000
 
-_REPLICAS_EXCEED_STREAM = 10126
-
 #: Requests that may wait at one consumer; the server's default of 512 is a hundred idle processes.
 MAX_WAITING = 8_192
 
-# The server's error numbers.
-_STREAM_EXISTS = 10058
-_CONSUMER_EXISTS = frozenset({10013, 10105, 10148})
 
 Json = dict[str, Any]
 
@@ -322,7 +318,7 @@ def ensure_stream(connection: Connection, config: StreamConfig, *, update: bool 
             existing = connection.api(f"STREAM.CREATE.{config.name}", wanted)["config"]
             return _judge(config, existing, "created")
         except ApiError as error:
-            if error.err_code != _STREAM_EXISTS:  # another process was first, with other settings
+            if error.err_code != STREAM_EXISTS:  # another process was first, with other settings
                 raise
             existing = connection.api(f"STREAM.INFO.{config.name}")["config"]
     found = differences(config.kind, existing, wanted)
@@ -341,7 +337,7 @@ def ensure_consumer(connection: Connection, config: ConsumerConfig, *, update: b
         try:
             return _judge(config, _put_consumer(connection, config, wanted, "create"), "created")
         except ApiError as error:
-            if error.err_code not in _CONSUMER_EXISTS:  # another process was first, with other settings
+            if error.err_code not in CONSUMER_EXISTS:  # another process was first, with other settings
                 raise
             existing = connection.api(f"CONSUMER.INFO.{config.stream}.{config.name}")["config"]
     found = differences(config.kind, existing, wanted)
@@ -362,7 +358,7 @@ def _put_consumer(connection: Connection, config: ConsumerConfig, wanted: Json, 
             return dict(answer["config"])
         except ApiError as error:
             # While a stream is copied to more servers, its consumers cannot have as many yet.
-            if error.err_code != _REPLICAS_EXCEED_STREAM or time.monotonic() > deadline:
+            if error.err_code != REPLICAS_EXCEED_STREAM or time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
 

@@ -4,6 +4,9 @@ The server holds the consumer, this process holds the sequence of the last entry
 reconnect or silence (the server sends heartbeats) ends the consumer and starts another one behind that
 sequence, so no entry is missed and none comes twice. The server forgets a consumer whose reader died.
 
+Sequences belong to one life of the stream. After each consumer was made, the server is asked when its stream was
+made and how far it goes: a stream that was deleted and made again, or came back with less, is read from its start.
+
 Everything here runs on the connection's loop thread, except `Watch`'s constructor and `close`.
 """
 
@@ -51,6 +54,8 @@ class Watch:
         self._stream = stream
         self._callback = callback
         self._sequence = 0
+        self._behind = 0  # what had been seen when the consumer was asked for
+        self._created = ""
         self._name = ""
         self._generation = 0
         self._delivered = 0
@@ -61,6 +66,7 @@ class Watch:
         self._subscriptions = (
             connection.subscribe(self._inbox, self._receive),
             connection.subscribe(f"{self._inbox}.made.*", self._receive_made),
+            connection.subscribe(f"{self._inbox}.life.*", self._receive_life),
         )
         connection.on_reconnect(self._restart)
         connection.post(self._restart)
@@ -90,6 +96,7 @@ class Watch:
         self._stop()
         self._generation += 1
         self._delivered = 0
+        self._behind = self._sequence
         self._name = f"watch-{secrets.token_hex(8)}"
         config: dict[str, Any] = {
             "name": self._name,
@@ -168,6 +175,23 @@ class Watch:
                 error.get("description"),
             )
             self._restart_in(RETRY)
+            return
+        self._connection.write(
+            f"$JS.API.STREAM.INFO.{self._stream}", b"", f"{self._inbox}.life.{self._generation}"
+        )
+
+    def _receive_life(self, message: Msg) -> None:
+        """Start over when the consumer stands on another stream than the entries came from that were seen."""
+        if self._closed or message.subject != f"{self._inbox}.life.{self._generation}":
+            return
+        info = json.loads(message.data or b"{}")
+        if "created" not in info:
+            return  # no answer now; the consumer's end will tell
+        another = self._created not in ("", info["created"])
+        self._created = info["created"]
+        if another or info["state"]["last_seq"] < self._behind:
+            self._sequence = 0
+            self._restart()
 
     def _handle_status(self, message: Msg) -> None:
         headers = dict(message.headers or {})

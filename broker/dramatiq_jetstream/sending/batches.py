@@ -21,6 +21,7 @@ from dramatiq.message import Message
 from dramatiq_jetstream.errors import ApiError, BrokerConnectionError, BrokerError, InvalidOption
 from dramatiq_jetstream.jetstream.names import HEADER_BATCH_COMMIT, HEADER_BATCH_ID, HEADER_BATCH_SEQUENCE
 from dramatiq_jetstream.wire.connection import Connection, PubAck, Publication
+from dramatiq_jetstream.wire.error_numbers import BATCH_ALREADY_STORED, BATCH_PARTS_MISSING
 from dramatiq_jetstream.wire.ids import new_id
 
 __all__ = ["check_atomic", "store", "store_atomically"]
@@ -36,9 +37,6 @@ WORTH_A_BATCH = 16
 
 #: So long, in milliseconds, the first commit is waited for before the batch is sent again; it doubles each time.
 COMMIT_WAIT = 2_000
-
-_ALREADY_STORED = 10201  # a message id of the batch is in the duplicate window
-_PARTS_MISSING = frozenset({10175, 10176})  # some were lost with the connection
 
 
 def check_atomic(messages: Sequence[Message[Any]]) -> None:
@@ -133,9 +131,9 @@ def store_atomically(connection: Connection, publications: Sequence[Publication]
             connection.publish_batch(numbered, timeout=max(1, min(left, COMMIT_WAIT << attempts - 1)))
             return
         except ApiError as error:
-            if error.err_code == _ALREADY_STORED and attempts > 1:
+            if error.err_code == BATCH_ALREADY_STORED and attempts > 1:
                 return
-            if error.err_code not in _PARTS_MISSING or time.monotonic() >= deadline:
+            if error.err_code not in BATCH_PARTS_MISSING or time.monotonic() >= deadline:
                 raise
         except BrokerConnectionError:
             if time.monotonic() >= deadline:

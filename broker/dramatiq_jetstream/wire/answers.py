@@ -22,18 +22,10 @@ from dramatiq_jetstream.errors import (
     TopologyMissing,
 )
 
+from . import error_numbers
 from .client import Headers, Msg, encode_headers
 
 __all__ = ["Headers", "Msg", "PubAck", "Publication"]
-
-# The server's error numbers (nats-server, server/errors.json).
-_FULL: Final = frozenset({10002, 10023, 10028, 10047, 10077, 10122})
-_NOT_FOUND: Final = frozenset({10014, 10037, 10059})
-_TOO_LARGE: Final = frozenset({10054, 10097})
-
-#: Errors that pass by themselves: no leader yet, a stream that is starting, a write under way, a batch of which
-#: a part was lost on the way.
-TRANSIENT: Final = frozenset({10008, 10009, 10118, 10119, 10158, 10163, 10176, 10194, 10195, 10210})
 
 #: The server cuts the connection at a protocol line of 4,096 bytes, which has more than the subject.
 MAX_SUBJECT: Final = 3_500
@@ -130,7 +122,7 @@ def read_puback(subject: str, answer: Msg | BaseException, *, patient: bool) -> 
     error = reply.get("error")
     if error is None:
         return PubAck(reply["stream"], reply["seq"], reply.get("duplicate", False))
-    if error.get("err_code") in TRANSIENT:
+    if error.get("err_code") in error_numbers.TRANSIENT:
         return None
     return translate(error)
 
@@ -138,10 +130,10 @@ def read_puback(subject: str, answer: Msg | BaseException, *, patient: bool) -> 
 def translate(error: Mapping[str, Any]) -> BrokerError:
     code, err_code = int(error.get("code", 0)), int(error.get("err_code", 0))
     description = str(error.get("description", "unknown error"))
-    if err_code in _FULL:
+    if err_code in error_numbers.FULL:
         return StoreFull(f"JetStream has no room ({description}): raise its limits or let workers catch up.")
-    if err_code in _TOO_LARGE:
+    if err_code in error_numbers.TOO_LARGE:
         return MessageTooLarge(f"JetStream refused the message: {description}.")
-    if err_code in _NOT_FOUND or code == 404:
+    if err_code in error_numbers.MISSING or code == 404:
         return NotFound(code, err_code, description)
     return ApiError(code, err_code, description)

@@ -30,7 +30,6 @@ from dramatiq_jetstream.errors import (
 )
 
 from .answers import (
-    TRANSIENT,
     Headers,
     Msg,
     PubAck,
@@ -41,6 +40,7 @@ from .answers import (
     read_puback,
     translate,
 )
+from .error_numbers import TRANSIENT
 from .link import ConnectionState, Link, Subscription
 
 __all__ = ["ConnectOptions", "Connection", "ConnectionState", "Msg", "PubAck", "Publication", "Subscription"]
@@ -241,11 +241,13 @@ class Connection(Link):
         *,
         timeout: int | None = None,
         resend: bool = False,
+        patient: bool = True,
     ) -> Msg:
         """Send a request and wait for its first answer.
 
         Parameters:
           resend: Send it again after a reconnect; only for requests that may be repeated.
+          patient: Take "no responders" for a stream that is starting, and ask again for a while.
 
         Raises:
           BrokerConnectionError: When no answer came in time.
@@ -256,11 +258,11 @@ class Connection(Link):
         if resend:
             started = time.monotonic()
             answer = self.ask(subject, payload, headers, seconds)
-            if answer is not None and not is_no_responders(answer):
+            if answer is not None and not (patient and is_no_responders(answer)):
                 return answer
             seconds = max(0.001, seconds - (time.monotonic() - started))
         future: concurrent.futures.Future[Msg] = concurrent.futures.Future()
-        grace = time.monotonic() + min(seconds, NO_RESPONDERS_GRACE / 1000)
+        grace = time.monotonic() + (min(seconds, NO_RESPONDERS_GRACE / 1000) if patient else 0)
 
         def receive(answer: Msg | BaseException) -> bool:
             if isinstance(answer, BaseException):
@@ -276,6 +278,25 @@ class Connection(Link):
             return future.result(seconds + 2)
         except concurrent.futures.TimeoutError:
             raise BrokerConnectionError(f"No answer on {subject} within {seconds * 1000:.0f} ms.") from None
+
+    def tell(
+        self,
+        subject: str,
+        payload: bytes,
+        headers: Headers | bytes | None,
+        told: Callable[[Msg | BaseException], None],
+        *,
+        timeout: int | None = None,
+    ) -> None:
+        """Send a request without waiting; `told` gets the answer, or why there is none, on the loop thread."""
+        self.connect()
+        seconds = (self.timeout if timeout is None else timeout) / 1000
+
+        def receive(answer: Msg | BaseException) -> bool:
+            told(answer)
+            return False
+
+        self._ask(subject, payload, headers, receive, time.monotonic() + seconds, resend=False)
 
     def query(self, subject: str, payload: bytes, over: Callable[[], None], seconds: float) -> None:
         """Send a request from the loop thread; `over` is called there when an answer came, or none in that time."""
