@@ -127,7 +127,7 @@ class JetStreamBroker(EmittingBroker):
             self.config, self.connection, self.declarations, self.dead_letters, self._event_streams
         )
         self.ledger = Ledger(self.connection)
-        self.sources = Sources(self.config, self.declarations)
+        self.sources = Sources(self.config, self.ledger.durables)
         self._undertaker = JetStreamUndertaker(
             self.config,
             self.connection,

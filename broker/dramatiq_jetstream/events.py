@@ -254,10 +254,8 @@ class Events(Middleware):
 
         return Source(
             queue=actor.queue_name,
-            stream=self.stream,
-            durable=config.name,
+            durable=broker.sources.durable(self.stream, config.name),
             rank=broker.config.max_priority or 0,
-            ack_wait=broker.declarations.ack_wait_of(self.stream, config.name),
             decode=decode,
             actor=actor_name,
         )

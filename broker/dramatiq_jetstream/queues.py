@@ -182,6 +182,6 @@ class Queues:
         count = 0
         for source in sources:
             if source.stream != stream:
-                info = self._connection.api(f"CONSUMER.INFO.{source.stream}.{source.durable}")
+                info = self._connection.api(f"CONSUMER.INFO.{source.stream}.{source.durable.name}")
                 count += info["num_pending"] + info["num_ack_pending"]
         return count

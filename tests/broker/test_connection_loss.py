@@ -189,14 +189,14 @@ def test_nothing_more_is_asked_for_while_the_server_says_nothing_of_acks(nats_ur
     with running(broker):
         work.send(1)
         eventually(lambda: ran == [1] and broker.ledger.settlements.unproven == 0)
-        ((consumer, unproven),) = broker.ledger.settlements._unproven.items()
-        unproven.since, unproven.asked = time.monotonic() - 21, _Round()
-        assert broker.ledger.settlements.is_behind(consumer)
+        ((durable, book),) = broker.ledger.settlements._books.items()
+        book.since, book.asked = time.monotonic() - 21, _Round()
+        assert broker.ledger.settlements.is_behind(durable)
         broker.enqueue_many([work.message(number) for number in range(100)])
         time.sleep(0.5)
         already = len(ran)
         assert already < 100, "all but what had been asked for already waits"
-        unproven.asked = None
+        book.asked = None
         eventually(lambda: len(ran) == 101)
 
 

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from dramatiq_jetstream.errors import BrokerConnectionError
 from dramatiq_jetstream.worker import settlements
+from dramatiq_jetstream.worker.durables import Durable
 from dramatiq_jetstream.worker.ledger import Ledger
 from dramatiq_jetstream.worker.settlements import ACK, NAK, WPI, Settlements
 
@@ -25,6 +27,9 @@ class NotingConnection:
     def on_tick(self, call):
         self.tick = call
 
+    def on_lost(self, call):
+        self.lose = call
+
     def on_reconnect(self, call):
         self.reconnect = call
 
@@ -36,7 +41,7 @@ class NotingConnection:
 
     def query(self, subject, payload, over, seconds):
         self.questions.append((subject, payload))
-        self.answer = over
+        self.answer = lambda answer=None: over(answer)
 
 
 @pytest.fixture
@@ -46,30 +51,43 @@ def connection(monkeypatch):
 
 
 @pytest.fixture
-def settled(connection):
-    return Settlements(connection)
+def durable():
+    """A durable that the server has spoken of."""
+    durable = Durable("stream", "worker", 30_000)
+    durable.certain, durable.life = True, object()
+    return durable
 
 
-def acked(settled, *keys):
-    return [settled.has_acked("worker", key) for key in keys]
+@pytest.fixture
+def doubts():
+    return []
 
 
-def test_what_is_acked_counts_as_acked_before_and_after_its_proof(connection, settled):
-    settled.answer("worker", A, "ack.1", ACK)
-    assert acked(settled, A, B) == [True, False]
+@pytest.fixture
+def settled(connection, doubts):
+    return Settlements(connection, doubts.append)
+
+
+def acked(settled, durable, *keys):
+    return [settled.has_acked(durable, key) for key in keys]
+
+
+def test_what_is_acked_counts_as_acked_before_and_after_its_proof(connection, durable, settled):
+    settled.answer(durable, A, "ack.1", ACK)
+    assert acked(settled, durable, A, B) == [True, False]
     connection.tick()
     assert connection.questions == [("ack.1", WPI)]
-    assert acked(settled, A, B) == [True, False]
+    assert acked(settled, durable, A, B) == [True, False]
     assert settled.unproven == 1
     connection.answer()
     assert settled.unproven == 0
-    assert acked(settled, A, B) == [True, False]
+    assert acked(settled, durable, A, B) == [True, False]
 
 
-def test_an_answer_proves_what_was_sent_before_its_question_alone(connection, settled):
-    settled.answer("worker", A, "ack.1", ACK)
+def test_an_answer_proves_what_was_sent_before_its_question_alone(connection, durable, settled):
+    settled.answer(durable, A, "ack.1", ACK)
     connection.tick()
-    settled.answer("worker", B, "ack.2", ACK)
+    settled.answer(durable, B, "ack.2", ACK)
     connection.tick()
     assert len(connection.questions) == 1, "there is one question to a consumer at a time"
     connection.answer()
@@ -78,14 +96,14 @@ def test_an_answer_proves_what_was_sent_before_its_question_alone(connection, se
     assert connection.questions[1:] == [("ack.2", WPI)]
 
 
-def test_what_is_not_proven_is_sent_again_after_a_reconnect(connection, settled):
-    settled.answer("worker", A, "ack.1", ACK)
+def test_what_is_not_proven_is_sent_again_after_a_reconnect(connection, durable, settled):
+    settled.answer(durable, A, "ack.1", ACK)
     connection.tick()
     answer_of_before = connection.answer
-    settled.answer("worker", B, "ack.2", NAK)
-    settled.answer("worker", C, "ack.3", ACK)
+    settled.answer(durable, B, "ack.2", NAK)
+    settled.answer(durable, C, "ack.3", ACK)
     connection.written.clear()
-    connection.reconnect()
+    settled.resume(durable, same=True)
     assert sorted(connection.written) == [("ack.1", ACK), ("ack.2", NAK), ("ack.3", ACK)]
     connection.tick()
     answer_of_before()
@@ -93,51 +111,90 @@ def test_what_is_not_proven_is_sent_again_after_a_reconnect(connection, settled)
     connection.answer()
     assert settled.unproven == 0
     connection.written.clear()
-    connection.reconnect()
+    settled.resume(durable, same=True)
     assert connection.written == []
 
 
-def test_what_was_given_back_and_comes_again_is_not_given_back_once_more(connection, settled):
-    settled.answer("worker", A, "ack.1", NAK)
-    assert acked(settled, A) == [False]
-    settled.drop("worker", A)
+def test_what_was_given_back_and_comes_again_is_not_given_back_once_more(connection, durable, settled):
+    settled.answer(durable, A, "ack.1", NAK)
+    assert acked(settled, durable, A) == [False]
+    settled.drop(durable, A)
     connection.written.clear()
-    connection.reconnect()
+    settled.resume(durable, same=True)
     assert connection.written == []
 
 
-def test_what_is_held_again_is_given_back_no_more(connection):
+def test_what_is_held_again_is_given_back_no_more(connection, durable):
     ledger = Ledger(connection)
-    ledger.settlements.answer("worker", A, "ack.1", NAK)
-    delivery = SimpleNamespace(key=A, source=SimpleNamespace(name="worker"), ack_subject="ack.2")
+    ledger.settlements.answer(durable, A, "ack.1", NAK)
+    delivery = SimpleNamespace(key=A, source=SimpleNamespace(durable=durable), ack_subject="ack.2")
     assert ledger.receive(delivery)
     assert ledger.settlements.unproven == 0
 
 
-def test_what_is_given_back_is_not_asked_about(connection, settled):
+def test_in_doubt_answers_are_kept_and_sent_when_the_life_goes_on(connection, durable, settled):
+    durable.certain = False
+    settled.answer(durable, A, "ack.1", ACK)
+    settled.answer(durable, B, "ack.2", NAK)
+    connection.tick()
+    assert (connection.written, connection.questions) == ([], [])
+    durable.certain = True
+    settled.resume(durable, same=True)
+    assert connection.written == [("ack.1", ACK), ("ack.2", NAK)]
+
+
+def test_answers_of_a_life_that_is_over_are_dropped_and_what_was_done_is_remembered(
+    connection, durable, settled
+):
+    settled.answer(durable, A, "ack.1", ACK)
+    connection.tick()
+    durable.certain = False
+    settled.answer(durable, B, "ack.2", ACK)
+    settled.answer(durable, C, "ack.3", NAK)
+    connection.written.clear()
+    durable.certain = True
+    settled.resume(durable, same=False)
+    assert connection.written == []
+    assert settled.unproven == 0
+    assert acked(settled, durable, A, B, C) == [True, True, False]
+
+
+def test_a_question_without_an_answer_raises_a_doubt_and_the_next_is_given_more_time(
+    connection, durable, doubts, settled
+):
+    settled.answer(durable, A, "ack.1", ACK)
+    connection.tick()
+    connection.answer(BrokerConnectionError("none in time"))
+    assert doubts == [durable]
+    assert settled.unproven == 1, "it is no proof"
+    settled.resume(durable, same=True)
+    assert settled._books[durable].patience == 2 * settlements.PROBE_TIMEOUT
+
+
+def test_what_is_given_back_is_not_asked_about(connection, durable, settled):
     """A question is an in-progress signal: it would put off the next delivery."""
-    settled.answer("worker", A, "ack.1", NAK)
+    settled.answer(durable, A, "ack.1", NAK)
     connection.tick()
     assert connection.questions == []
     assert settled.unproven == 0
-    assert acked(settled, A) == [False]
+    assert acked(settled, durable, A) == [False]
 
 
-def test_what_was_acked_before_a_reconnect_outlasts_the_usual_time(connection, settled, monkeypatch):
+def test_what_was_acked_before_a_reconnect_outlasts_the_usual_time(connection, durable, settled, monkeypatch):
     monkeypatch.setattr(settlements, "REMEMBER", 0.0)
     for number, key in enumerate((A, B, C)):
-        settled.answer("worker", key, f"ack.{number}", ACK)
+        settled.answer(durable, key, f"ack.{number}", ACK)
         connection.tick()
         connection.answer()
         if key == A:
-            connection.reconnect()
-    assert acked(settled, A, B, C) == [True, False, True], "what came last is always remembered"
+            settled.resume(durable, same=True)
+    assert acked(settled, durable, A, B, C) == [True, False, True], "what came last is always remembered"
 
 
-def test_a_child_of_a_fork_owes_nothing(connection, settled):
-    settled.answer("worker", A, "ack.1", ACK)
+def test_a_child_of_a_fork_owes_nothing(connection, durable, settled):
+    settled.answer(durable, A, "ack.1", ACK)
     connection.fork()
     connection.written.clear()
-    connection.reconnect()
+    settled.resume(durable, same=True)
     assert connection.written == []
-    assert acked(settled, A) == [False]
+    assert acked(settled, durable, A) == [False]

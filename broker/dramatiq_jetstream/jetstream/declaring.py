@@ -86,15 +86,6 @@ class Declarations:
         bucket = Bucket(self._connection, config, declare=self._config.declare)
         return self.buckets.setdefault(name, bucket)
 
-    def ack_wait_of(self, stream: str, durable: str) -> int:
-        """The time after which the server redelivers, which for an older durable may not be what was declared.
-
-        In-progress signals must come in time for it. Without the permission to ask, the declared one must do.
-        """
-        if not self._config.declare:
-            return self._config.ack_wait
-        return min(self._config.ack_wait, topology.ack_wait(self._connection, stream, durable))
-
     def _dead_letters(self) -> StreamConfig:
         config = self._config
         return topology.dead_letters(config.names, ttl=config.dead_message_ttl, replicas=config.replicas)

@@ -26,7 +26,6 @@ from .names import METADATA_SUBSCRIBER, Names, bucket_stream
 __all__ = [
     "ConsumerConfig",
     "StreamConfig",
-    "ack_wait",
     "advice",
     "bucket",
     "dead_letters",
@@ -295,12 +294,6 @@ def recognise_consumer(names: Names, stream: str, existing: Json) -> ConsumerCon
         return None
     subject = existing.get("filter_subject", "")
     return _durable("subscription", stream, name, subject, ack_wait=wait, max_in_flight=None, replicas=1)
-
-
-def ack_wait(connection: Connection, stream: str, durable: str) -> int:
-    """The `ack_wait` of an existing durable in milliseconds, whatever was declared."""
-    config = connection.api(f"CONSUMER.INFO.{stream}.{durable}")["config"]
-    return int(config["ack_wait"]) // MILLISECOND
 
 
 def ensure_stream(connection: Connection, config: StreamConfig, *, update: bool = False) -> str:

@@ -298,13 +298,18 @@ class Connection(Link):
 
         self._ask(subject, payload, headers, receive, time.monotonic() + seconds, resend=False)
 
-    def query(self, subject: str, payload: bytes, over: Callable[[], None], seconds: float) -> None:
-        """Send a request from the loop thread; `over` is called there when an answer came, or none in that time."""
+    def query(
+        self, subject: str, payload: bytes, over: Callable[[Msg | BaseException], None], seconds: float
+    ) -> None:
+        """Send a request from the loop thread; `over` is called there with the answer, or an error without one.
+
+        It is not sent again when the connection was lost.
+        """
 
         def receive(answer: Msg | BaseException) -> bool:
             if isinstance(answer, Msg) and is_no_responders(answer):
                 return True  # no leader now: again, soon
-            over()
+            over(answer)
             return False
 
         self._start(_Pending(subject, payload, None, receive, time.monotonic() + seconds, resend=False))

@@ -124,6 +124,7 @@ class Link:
         self.options = options
         self.logger = logging.getLogger(__name__)
         self._closed = False
+        self._on_lost: list[Callable[[], None]] = []
         self._on_reconnect: list[Callable[[], None]] = []
         self._on_fence: list[Callable[[int], None]] = []
         self._on_tick: list[Callable[[], None]] = []
@@ -246,11 +247,13 @@ class Link:
         self.state.connected = False
         self._lanes.clear()
         self._outgoing.clear()
+        self._call_all(self._on_lost)
         if not self._closed and self._nc is nc:  # not while it is opened: that raises
             self.logger.warning("The connection to NATS was lost; reconnecting to %s.", self.options.display)
 
     def _ended(self, nc: DirectClient) -> None:
         self.state.connected = False
+        self._call_all(self._on_lost)
         if not self._closed and self._nc is nc:
             self.logger.error("NATS ended the connection (%s); connecting anew.", self.state.last_error)
             self._nc = None  # `_watch` does the rest
@@ -386,6 +389,10 @@ class Link:
             with contextlib.suppress(nats.errors.Error):  # a closed connection has no subscriptions left
                 await self._nc.unlisten(native)
 
+    def on_lost(self, callback: Callable[[], None]) -> None:
+        """Call `callback` on the loop thread when a connection is lost, before anything is sent over another one."""
+        self._on_lost.append(callback)
+
     def on_reconnect(self, callback: Callable[[], None]) -> None:
         """Call `callback` on the loop thread after each reconnect, once unanswered publishes were sent again."""
         self._on_reconnect.append(callback)
@@ -404,7 +411,7 @@ class Link:
 
     def forget(self, callback: Callable[..., None]) -> None:
         """Undo every `on_…` for a callback."""
-        for callbacks in (self._on_reconnect, self._on_fence, self._on_tick, self._on_fork):
+        for callbacks in (self._on_lost, self._on_reconnect, self._on_fence, self._on_tick, self._on_fork):
             with contextlib.suppress(ValueError):
                 callbacks.remove(callback)
 

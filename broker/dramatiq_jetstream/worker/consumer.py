@@ -204,7 +204,7 @@ class JetStreamConsumer(Consumer):
     def _check(self, source: Source) -> None:
         """Whether a source that refuses us exists; a stream without a leader refuses for a while, too."""
         try:
-            self.connection.api(f"CONSUMER.INFO.{source.stream}.{source.durable}", timeout=2_000)
+            self.connection.api(f"CONSUMER.INFO.{source.stream}.{source.durable.name}", timeout=2_000)
         except NotFound:
             raise ConnectionClosed(
                 f"There is no consumer {source}: prepare it with `fleet setup`, or let the broker declare it."

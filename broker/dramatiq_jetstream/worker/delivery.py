@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dramatiq.message import Message
@@ -12,6 +12,7 @@ from dramatiq.message import Message
 from dramatiq_jetstream.sending.envelope import Event
 from dramatiq_jetstream.wire.connection import Msg
 
+from .durables import Durable
 from .settlements import Key
 
 __all__ = ["Delivery", "Owner", "Source", "event_in"]
@@ -35,20 +36,17 @@ class Source:
     """
 
     queue: str
-    stream: str
-    durable: str
+    durable: Durable
     rank: int
-    ack_wait: int
     decode: Callable[[Delivery], tuple[Message[Any], tuple[Any, ...] | None]]
     actor: str | None = None
-    #: Says which consumer of the server it is.
-    name: str = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.name = f"{self.durable} of {self.stream}"
+    @property
+    def stream(self) -> str:
+        return self.durable.stream
 
     def __str__(self) -> str:
-        return self.name
+        return self.durable.label
 
 
 class Delivery:
@@ -57,10 +55,10 @@ class Delivery:
     __slots__ = (
         "_message",
         "ack_subject",
-        "ack_wait",
         "data",
         "deliveries",
         "key",
+        "life",
         "on_settled",
         "owner",
         "pending",
@@ -82,18 +80,19 @@ class Delivery:
         self.source = source
         self.owner = owner
         self.on_settled: Callable[[], None] | None = None
-        self.ack_wait = source.ack_wait
         # $JS.ACK.<stream>.<consumer>.<deliveries>.<sequence>.<..>.<timestamp>.<pending>, and with a domain
         # and an account hash: $JS.ACK.<domain>.<hash>.<stream>. … .<pending>.<random>
         tokens = message.reply.split(".")
         start = 2 if len(tokens) == 9 else 4
-        self.stream = source.stream
+        durable = source.durable
+        self.life = durable.life
+        self.stream = durable.stream
         self.deliveries = int(tokens[start + 2])
         self.sequence = int(tokens[start + 3])
         stored = int(tokens[start + 5])
         self.timestamp = stored // 1_000_000
         self.pending = int(tokens[start + 6])
-        self.key: Key = (source.stream, source.durable, self.sequence, stored)
+        self.key: Key = (durable.stream, durable.name, self.sequence, stored)
         self.settled = False
         #: Where this process noted that it holds it, if it has a supervisor.
         self.slot: int | None = None

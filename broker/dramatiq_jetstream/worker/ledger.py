@@ -20,6 +20,7 @@ from typing import Protocol
 from dramatiq_jetstream.wire.connection import Connection
 
 from .delivery import Delivery
+from .durables import LOOK_AFTER_SECONDS, Durable, Durables
 from .settlements import ACK, WPI, Key, Settlements
 
 __all__ = ["Ledger"]
@@ -46,10 +47,12 @@ class Ledger:
         self._held: dict[Key, Delivery] = {}
         self.redeliveries = 0
         self.board: HeldBoard | None = None
+        self.durables = Durables(connection, self._newest)
+        self.settlements = Settlements(connection, self.durables.doubt)
         connection.on_tick(self._signal)
-        # Before ours hears of a reconnect: what is done must be known before anything is asked for.
-        self.settlements = Settlements(connection)
-        connection.on_reconnect(self._reconnected)
+        # Before the pullers hear of it: what is done must be known before anything is asked for.
+        self.durables.on_certain(self._resume)
+        self.durables.on_missing(self._end_life)
         connection.on_fork(self._held.clear)
 
     @property
@@ -60,23 +63,32 @@ class Ledger:
         """Note a delivery; False when it is one that we hold or have settled, and must not run again."""
         held = self._held.get(delivery.key)
         if held is not None:
-            held.ack_subject = delivery.ack_subject
-            self._note_moved(held)
-            self._connection.write(held.ack_subject, WPI)
+            held.ack_subject, held.life = delivery.ack_subject, delivery.life
+            self._note_on_board(held)
+            self._keep(held)
             return False
-        if self.settlements.has_acked(delivery.source.name, delivery.key):
+        durable = delivery.source.durable
+        if self.settlements.has_acked(durable, delivery.key):
             self._answer(delivery, ACK)
             return False
-        self.settlements.drop(delivery.source.name, delivery.key)
+        self.settlements.drop(durable, delivery.key)
         self._held[delivery.key] = delivery
-        if self.board is not None:
-            delivery.slot = self.board.hold(delivery.ack_subject)
+        self._note_on_board(delivery)
         return True
 
-    def _note_moved(self, held: Delivery) -> None:
-        """Note the new ack subject of a delivery that came again."""
-        if self.board is not None and held.slot is not None:
-            self.board.move(held.slot, held.ack_subject)
+    def _note_on_board(self, delivery: Delivery) -> None:
+        """Note how to give a delivery back, should this process die."""
+        if self.board is None:
+            return
+        if delivery.slot is None:
+            delivery.slot = self.board.hold(delivery.ack_subject)
+        else:
+            self.board.move(delivery.slot, delivery.ack_subject)
+
+    def _take_off_board(self, delivery: Delivery) -> None:
+        if self.board is not None and delivery.slot is not None:
+            self.board.release(delivery.slot)
+            delivery.slot = None
 
     def settle(self, delivery: Delivery, answer: bytes) -> None:
         """Give the server its answer to a delivery, once; any thread may call it and does not wait."""
@@ -93,7 +105,11 @@ class Ledger:
         self._release(delivery, done=answer == ACK)
 
     def _answer(self, delivery: Delivery, answer: bytes) -> None:
-        self.settlements.answer(delivery.source.name, delivery.key, delivery.ack_subject, answer)
+        durable = delivery.source.durable
+        if delivery.life is durable.life:
+            self.settlements.answer(durable, delivery.key, delivery.ack_subject, answer)
+        elif answer == ACK:
+            self.settlements.note_done(durable, delivery.key)
 
     def abandon(self, delivery: Delivery) -> None:
         """Stop holding a delivery without an answer: it is delivered again when its `ack_wait` is over."""
@@ -106,9 +122,7 @@ class Ledger:
         self._release(delivery, done=False)
 
     def _release(self, delivery: Delivery, *, done: bool) -> None:
-        if self.board is not None and delivery.slot is not None:
-            self.board.release(delivery.slot)
-            delivery.slot = None
+        self._take_off_board(delivery)
         delivery.owner.released(done=done)
         if delivery.on_settled is not None:
             delivery.on_settled()
@@ -132,15 +146,48 @@ class Ledger:
         self._connection.forget(note)
 
     def _signal(self) -> None:
-        """Send the in-progress signals that are due."""
+        """Send the in-progress signals that are due, and look at the durables whose messages take long."""
         now = time.monotonic()
         for delivery in self._held.values():
-            if now - delivery.touched >= delivery.ack_wait / 3000:
-                delivery.touched = now
-                self._connection.write(delivery.ack_subject, WPI)
+            waited = now - delivery.touched
+            durable = delivery.source.durable
+            if waited >= durable.ack_wait / 3000:
+                self._keep(delivery)
+            if waited >= LOOK_AFTER_SECONDS:
+                self.durables.look(durable)
 
-    def _reconnected(self) -> None:
-        now = time.monotonic()
-        for delivery in self._held.values():
-            delivery.touched = now
+    def _keep(self, delivery: Delivery) -> None:
+        """Have the server wait for a delivery as long as it did at first."""
+        durable = delivery.source.durable
+        if durable.certain and delivery.life is durable.life:
+            delivery.touched = time.monotonic()
             self._connection.write(delivery.ack_subject, WPI)
+
+    def _newest(self, durable: Durable) -> tuple[int, int] | None:
+        """The highest sequence and the latest time of storing of what is still to be answered."""
+        held = (
+            key
+            for key, delivery in self._held.items()
+            if delivery.source.durable is durable and delivery.life is durable.life
+        )
+        places = [
+            (sequence, stored) for _, _, sequence, stored in (*held, *self.settlements.unproven_of(durable))
+        ]
+        if not places:
+            return None
+        return max(sequence for sequence, _ in places), max(stored for _, stored in places)
+
+    def _resume(self, durable: Durable, same: bool) -> None:
+        self.settlements.resume(durable, same=same)
+        if not same:
+            self._end_life(durable)
+            return
+        for delivery in self._held.values():
+            if delivery.source.durable is durable:
+                self._keep(delivery)
+
+    def _end_life(self, durable: Durable) -> None:
+        """Let no supervisor give back what it would give back in another life."""
+        for delivery in self._held.values():
+            if delivery.source.durable is durable and delivery.life is not durable.life:
+                self._take_off_board(delivery)

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from dramatiq_jetstream.wire.connection import Connection, Msg, Subscription
 
 from .delivery import Delivery, Source
+from .durables import Durable
 from .ledger import Ledger
 
 __all__ = ["Puller"]
@@ -63,7 +64,6 @@ class _Feed:
     pulls: list[_Pull] = field(default_factory=list)
     heard: float = 0.0
     drained: bool = False
-    refused: int = 0
 
     @property
     def outstanding(self) -> int:
@@ -115,10 +115,12 @@ class Puller:
         self._ranks = [[feed for feed in self._feeds if feed.source.rank == rank] for rank in ranks]
         for feed in self._feeds:
             feed.subscription = connection.subscribe(f"{feed.inbox}.*", self._receiver(feed))
-        connection.on_reconnect(self._start_over)
+        ledger.durables.listen()
         connection.on_tick(self._tick)
         connection.on_fork(self._forsake)
-        connection.post(self._replenish)
+        ledger.durables.on_certain(self._certain)
+        ledger.durables.on_missing(self._missing)
+        connection.post(self._begin)
 
     # From any thread
 
@@ -137,7 +139,8 @@ class Puller:
     def _forsake(self) -> None:
         """Want nothing any more; also in the child of a fork, where these are the parent's messages."""
         self._stopping = True
-        self._connection.forget(self._start_over)
+        self._ledger.durables.forget(self._certain)
+        self._ledger.durables.forget(self._missing)
         self._connection.forget(self._tick)
         for feed in self._feeds:
             if feed.subscription is not None:
@@ -181,7 +184,6 @@ class Puller:
 
     def _receive(self, feed: _Feed, message: Msg) -> None:
         delivery = Delivery(message, feed.source, self)
-        feed.refused = 0
         if feed.pulls:
             pull = feed.pulls[0]
             pull.left -= 1
@@ -210,19 +212,12 @@ class Puller:
             return
         number = int(message.subject.rpartition(".")[2])
         feed.pulls = [pull for pull in feed.pulls if pull.number != number]
-        deleted = status == "409" and "Deleted" in headers.get("Description", "")
-        if deleted or status == "503":
-            feed.refused += 1
-            # A stream that is starting, or has no leader, answers so too; the tick asks again, ten times a second.
-            if deleted or feed.refused % 20 == 0:
-                self._deliver(feed.source)
-            return
-        # 404 answers a probe that took all there was, 408 a request that stood its time. After anything else (a
-        # new leader, too many requests) the tick asks again.
-        if status == "409":
-            self._ledger.settlements.remember()
+        # 404 answers a probe that took all there was, 408 a request that stood its time.
         feed.drained = status in ("404", "408")
-        if feed.drained and not self._stopping:
+        if not feed.drained:
+            # Deleted, no leader now, a new leader, too many requests: it may be another consumer by now.
+            self._ledger.durables.doubt(feed.source.durable)
+        elif not self._stopping:
             self._replenish()
 
     def _replenish(self, least: int = 1) -> None:
@@ -232,7 +227,7 @@ class Puller:
         if (
             free <= 0
             or self._stopping
-            or any(self._ledger.settlements.is_behind(feed.source.name) for feed in self._feeds)
+            or any(self._ledger.settlements.is_behind(feed.source.durable) for feed in self._feeds)
         ):
             for feed in self._feeds:
                 feed.drained = False  # as time passes without a standing request
@@ -240,11 +235,13 @@ class Puller:
         if len(self._feeds) == 1:
             (feed,) = self._feeds
             unasked = free - feed.outstanding
-            if unasked >= least:
+            if unasked >= least and feed.source.durable.certain:
                 self._pull(feed, unasked, probe=False)
             return
         free -= sum(pull.left for feed in self._feeds for pull in feed.pulls if pull.probe)
-        for feeds in self._ranks:
+        for rank in self._ranks:
+            # Another source never waits for one that cannot be read now.
+            feeds = [feed for feed in rank if feed.source.durable.certain]
             unknown = [feed for feed in feeds if not feed.pulls and not feed.drained]
             for position, feed in enumerate(unknown):
                 batch = min(free, max(1, free // (len(unknown) - position)))
@@ -253,7 +250,7 @@ class Puller:
             for feed in feeds:
                 if feed.drained and not feed.pulls:
                     self._pull(feed, 1, probe=False)
-            feeds.append(feeds.pop(0))  # where there is room for few, another one comes first next time
+            rank.append(rank.pop(0))  # where there is room for few, another one comes first next time
             if not all(feed.empty for feed in feeds):
                 return  # what they answer brings us here again
 
@@ -271,23 +268,36 @@ class Puller:
         else:
             body.update(expires=PULL_EXPIRES * _NANOSECONDS, idle_heartbeat=HEARTBEAT * _NANOSECONDS)
         self._connection.write(
-            f"$JS.API.CONSUMER.MSG.NEXT.{feed.source.stream}.{feed.source.durable}",
+            f"$JS.API.CONSUMER.MSG.NEXT.{feed.source.stream}.{feed.source.durable.name}",
             json.dumps(body).encode(),
             f"{feed.inbox}.{pull.number}",
         )
 
-    def _start_over(self) -> None:
+    def _begin(self) -> None:
         for feed in self._feeds:
-            feed.pulls.clear()
-            feed.drained = False
+            self._ledger.durables.begin(feed.source.durable)
         self._replenish()
+
+    def _certain(self, durable: Durable, same: bool) -> None:
+        """Requests do not survive what put the durable in doubt."""
+        for feed in self._feeds:
+            if feed.source.durable is durable:
+                feed.pulls.clear()
+                feed.drained = False
+                self._replenish()
+
+    def _missing(self, durable: Durable) -> None:
+        for feed in self._feeds:
+            if feed.source.durable is durable:
+                feed.pulls.clear()
+                self._deliver(feed.source)
 
     def _tick(self) -> None:
         now = time.monotonic()
         for feed in self._feeds:
             if feed.pulls and now - feed.heard > 2.5 * HEARTBEAT:
-                feed.pulls.clear()  # nobody knows of our requests any more: a new leader, or a restart
-                self._ledger.settlements.remember()
+                feed.pulls.clear()  # nothing knows of our requests any more: a new leader, or a restart
+                self._ledger.durables.doubt(feed.source.durable)
         if self.lookahead:
             self.window = self._prefetch + min(self._settled // 4, MAX_LOOKAHEAD)
         self._settled = 0

@@ -1,16 +1,19 @@
 """The answers that this process gave to deliveries: kept until there is proof of them, and remembered for a while.
 
 An ack is a plain publish, so it can be lost with the connection, and it waits in the server's memory until the server
-has worked it off: one that syncs each of them to disk (`sync_interval: always`) gets some thousands a second done,
-and a fleet sends more. So every answer is kept until there is proof. Once a second each consumer is asked: an
-in-progress signal for a message that is done, which changes nothing, is answered when the server has come to it, and
-that is after everything sent before. (For one that was given back it would put off its next delivery; if such an answer
-is lost, the message comes when its `ack_wait` is over.) What has no proof is sent again after a reconnect, and when
-there is too much of it nothing more is asked for (see `pulling`).
+gets to it: one that syncs each of them to disk (`sync_interval: always`) does some thousands a second, and a fleet
+sends more. So every answer is kept until there is proof. Once a second each consumer is asked: an in-progress signal
+for a message that is done, which changes nothing, is answered when the server has come to it, and that is after
+everything sent before. (For one that was given back it would put off its next delivery; if such an answer is lost, the
+message comes when its `ack_wait` is over.) What has no proof is sent again when its durable is certain after a doubt
+(see `durables`), and when there is too much of it nothing more is asked for (see `pulling`).
 
-A server that crashes forgets the last acks it worked off, and even that it delivered those messages; so does a
-cluster whose leader dies. So what was acked is remembered for some seconds longer than its proof, and after a
-reconnect or a change of leader, when that may have happened, for two minutes.
+While a durable is in doubt, its answers are only kept. If a new life of it begins, they are dropped, because the server
+would take them for answers to other messages.
+
+A server that crashes forgets the last acks it came to, and even that it delivered those messages; so does a cluster
+whose leader dies. So what was acked is remembered for some seconds longer than its proof, and after a doubt, when that
+may have happened, for two minutes.
 
 There are thousands of answers at a time. They are kept as text in dictionaries, and proven as a whole, because Python's
 garbage collector looks again and again at each tuple that has anything else in it.
@@ -21,10 +24,12 @@ If the process dies, all this is forgotten: work whose ack had not arrived is re
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from dramatiq_jetstream.wire.connection import Connection
+from dramatiq_jetstream.wire.connection import Connection, Msg
+
+from .durables import Durable
 
 __all__ = ["ACK", "NAK", "WPI", "Key", "Settlements", "nak_after"]
 
@@ -37,13 +42,14 @@ WPI = b"+WPI"
 REMEMBER = 8.0
 REMEMBER_MOST = 20_000
 
-#: Seconds for which it is remembered when a reconnect or a change of leader came after it.
-REMEMBER_OVER_RECONNECT = 120.0
+#: Seconds for which it is remembered when a doubt came after it.
+REMEMBER_OVER_DOUBT = 120.0
 
-#: How often, in seconds, the server is asked how far it has come with the acks, and how long an answer is awaited
-#: before a consumer is taken to be gone, with nobody left to hear an ack.
+#: How often, in seconds, the server is asked how far it has come with the acks. Without an answer in PROBE_TIMEOUT
+#: the question or the acks may be lost, and all are sent again; a slow server is given twice as long each time.
 PROBE_INTERVAL = 1.0
-PROBE_TIMEOUT = 120.0
+PROBE_TIMEOUT = 30.0
+PROBE_TIMEOUT_MOST = 480.0
 
 #: With so many answers that are not proven, or after so many seconds without one to a question, a consumer is asked
 #: for no further messages.
@@ -71,19 +77,29 @@ class _Round:
 
 
 @dataclass(slots=True)
-class _Unproven:
-    """The answers to one consumer's deliveries of which there is no proof yet.
+class _Book:
+    """The answers to one durable's deliveries.
 
     Attributes:
       sent: Those that no question has followed.
       asked: Those before the question that awaits its answer, since the time `since`; None when there is no question.
+      patience: Seconds that the answer to the next question is awaited.
+      done, done_before: What was acked with proof, in two generations: when the newer is old enough, the older one is
+        dropped as a whole, at the time `turned`.
+      done_over_doubt: What was acked before the latest doubts, and when the doubt was, in the order of time.
     """
 
     sent: _Round = field(default_factory=_Round)
     asked: _Round | None = None
     since: float = 0.0
+    patience: float = PROBE_TIMEOUT
+    done: set[Key] = field(default_factory=set)
+    done_before: set[Key] = field(default_factory=set)
+    turned: float = 0.0
+    done_over_doubt: dict[Key, float] = field(default_factory=dict)
 
-    def __len__(self) -> int:
+    @property
+    def unproven(self) -> int:
         return len(self.sent) + (0 if self.asked is None else len(self.asked))
 
     def rounds(self) -> Iterator[_Round]:
@@ -92,78 +108,113 @@ class _Unproven:
         yield self.sent
 
     def has_acked(self, key: Key) -> bool:
-        return any(key in each.acks for each in self.rounds())
-
-    def drop(self, key: Key) -> None:
-        for each in self.rounds():
-            each.others.pop(key, None)
-
-
-class Settlements:
-    """The answers of one process to all its consumers."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._unproven: dict[str, _Unproven] = {}
-        self._probed = 0.0
-        # Two generations: when the newer is old enough, the older one is dropped as a whole.
-        self._done: set[Key] = set()
-        self._done_before: set[Key] = set()
-        self._turned = 0.0
-        self._done_over_reconnect: dict[Key, float] = {}
-        connection.on_tick(self._probe)
-        connection.on_reconnect(self._reconnected)
-        connection.on_fork(self._forget)
-
-    @property
-    def unproven(self) -> int:
-        return sum(map(len, list(self._unproven.values())))
-
-    def answer(self, consumer: str, key: Key, ack_subject: str, answer: bytes) -> None:
-        """Give the server its answer to a delivery."""
-        unproven = self._unproven.get(consumer)
-        if unproven is None:
-            unproven = self._unproven[consumer] = _Unproven()
-        if answer == ACK:
-            unproven.sent.acks[key] = ack_subject
-        else:
-            unproven.sent.others[key] = ack_subject, answer
-        self._connection.write(ack_subject, answer)
-
-    def has_acked(self, consumer: str, key: Key) -> bool:
-        """Whether what is delivered again was acked, so that it must not run again."""
-        unproven = self._unproven.get(consumer)
         return (
-            (unproven is not None and unproven.has_acked(key))
-            or key in self._done
-            or key in self._done_before
-            or key in self._done_over_reconnect
+            any(key in each.acks for each in self.rounds())
+            or key in self.done
+            or key in self.done_before
+            or key in self.done_over_doubt
         )
 
-    def drop(self, consumer: str, key: Key) -> None:
-        """Forget that a delivery was given back: it came again, and the answer would give away what we hold now."""
-        unproven = self._unproven.get(consumer)
-        if unproven is not None:
-            unproven.drop(key)
-
-    def is_behind(self, consumer: str) -> bool:
-        """Whether the server has too much left to work off to be sent more."""
-        if self.unproven > MAX_UNPROVEN:
-            return True
-        unproven = self._unproven.get(consumer)
-        return (
-            unproven is not None
-            and unproven.asked is not None
-            and time.monotonic() - unproven.since > MAX_LAG
-        )
+    def note_proven(self, proven: _Round) -> None:
+        self.done.update(proven.acks)
+        now = time.monotonic()
+        if now - self.turned >= REMEMBER or len(self.done) >= REMEMBER_MOST:
+            self.turned = now
+            self.done_before, self.done = self.done, set()
+            for key, since in list(self.done_over_doubt.items()):
+                if now - since < REMEMBER_OVER_DOUBT:
+                    break
+                del self.done_over_doubt[key]
 
     def remember(self) -> None:
         """Keep in mind for long what was acked lately: the server may have forgotten it."""
         now = time.monotonic()
-        acked = (key for each in self._unproven.values() for round_ in each.rounds() for key in round_.acks)
-        for key in (*self._done_before, *self._done, *acked):
-            self._done_over_reconnect.pop(key, None)
-            self._done_over_reconnect[key] = now
+        acked = (key for each in self.rounds() for key in each.acks)
+        for key in (*self.done_before, *self.done, *acked):
+            self.done_over_doubt.pop(key, None)
+            self.done_over_doubt[key] = now
+
+
+class Settlements:
+    """The answers of one process to all its durables.
+
+    Parameters:
+      doubt: Called with a durable that does not answer a question.
+    """
+
+    def __init__(self, connection: Connection, doubt: Callable[[Durable], None]) -> None:
+        self._connection = connection
+        self._doubt = doubt
+        self._books: dict[Durable, _Book] = {}
+        self._probed = 0.0
+        connection.on_tick(self._probe)
+        connection.on_fork(self._books.clear)  # what the parent settles is the parent's
+
+    @property
+    def unproven(self) -> int:
+        return sum(book.unproven for book in list(self._books.values()))
+
+    def unproven_of(self, durable: Durable) -> Iterable[Key]:
+        """What is answered and may be answered once more."""
+        for round_ in self._book(durable).rounds():
+            yield from round_.acks
+            yield from round_.others
+
+    def _book(self, durable: Durable) -> _Book:
+        book = self._books.get(durable)
+        if book is None:
+            book = self._books[durable] = _Book()
+        return book
+
+    def answer(self, durable: Durable, key: Key, ack_subject: str, answer: bytes) -> None:
+        """Give the server its answer to a delivery of the present life, now or when the durable is certain."""
+        book = self._books.get(durable) or self._book(durable)
+        if answer == ACK:
+            book.sent.acks[key] = ack_subject
+        else:
+            book.sent.others[key] = ack_subject, answer
+        if durable.certain:
+            self._connection.write(ack_subject, answer)
+
+    def note_done(self, durable: Durable, key: Key) -> None:
+        """Remember that a message of an earlier life is done, in case it is delivered in this one."""
+        self._book(durable).done_over_doubt[key] = time.monotonic()
+
+    def has_acked(self, durable: Durable, key: Key) -> bool:
+        """Whether what is delivered again was acked, so that it must not run again."""
+        book = self._books.get(durable)
+        return book is not None and book.has_acked(key)
+
+    def drop(self, durable: Durable, key: Key) -> None:
+        """Forget that a delivery was given back: it came again, and the answer would give away what we hold now."""
+        book = self._books.get(durable)
+        if book is not None:
+            for each in book.rounds():
+                each.others.pop(key, None)
+
+    def is_behind(self, durable: Durable) -> bool:
+        """Whether the server has too much left to do to be asked for more."""
+        if self.unproven > MAX_UNPROVEN:
+            return True
+        book = self._books.get(durable)
+        return book is not None and book.asked is not None and time.monotonic() - book.since > MAX_LAG
+
+    def resume(self, durable: Durable, *, same: bool) -> None:
+        """A doubt is over: send again what has no proof, or drop it if a new life begins."""
+        book = self._books.get(durable)
+        if book is None:
+            return
+        book.remember()
+        again = _Round()
+        if same:
+            for each in book.rounds():
+                again.acks.update(each.acks)
+                again.others.update(each.others)
+        book.sent, book.asked = again, None
+        for ack_subject in again.acks.values():
+            self._connection.write(ack_subject, ACK)
+        for ack_subject, answer in again.others.values():
+            self._connection.write(ack_subject, answer)
 
     def _probe(self) -> None:
         """Ask each consumer whose deliveries were answered since the last time how far it has come."""
@@ -171,54 +222,34 @@ class Settlements:
         if now - self._probed < PROBE_INTERVAL or not self._connection.is_open:
             return
         self._probed = now
-        for unproven in self._unproven.values():
-            if unproven.asked is not None or len(unproven.sent) == 0:
+        for durable, book in self._books.items():
+            if not durable.certain or book.asked is not None or len(book.sent) == 0:
                 continue
-            unproven.asked, unproven.sent, unproven.since = unproven.sent, _Round(), now
-            prove = self._prover(unproven, unproven.asked)
-            if unproven.asked.acks:
+            asked = book.asked = book.sent
+            book.sent, book.since = _Round(), now
+            if asked.acks:
                 self._connection.query(
-                    next(reversed(unproven.asked.acks.values())), WPI, prove, PROBE_TIMEOUT
+                    next(reversed(asked.acks.values())),
+                    WPI,
+                    self._prover(durable, book, asked),
+                    book.patience,
                 )
             else:
-                prove()
+                self._note_proven(book, asked)
 
-    def _prover(self, unproven: _Unproven, asked: _Round) -> Callable[[], None]:
-        def prove() -> None:
-            if unproven.asked is not asked:
-                return  # asked before a reconnect, after which everything was sent again
-            # Without an answer in all that time there is nobody whom it could reach.
-            unproven.asked = None
-            self._remember_proven(asked)
+    def _prover(self, durable: Durable, book: _Book, asked: _Round) -> Callable[[Msg | BaseException], None]:
+        def note(answer: Msg | BaseException) -> None:
+            if book.asked is not asked:
+                return  # asked before a doubt, after which everything was sent again
+            if isinstance(answer, BaseException):
+                book.patience = min(2 * book.patience, PROBE_TIMEOUT_MOST)
+                self._doubt(durable)
+            else:
+                self._note_proven(book, asked)
 
-        return prove
+        return note
 
-    def _remember_proven(self, proven: _Round) -> None:
-        self._done.update(proven.acks)
-        now = time.monotonic()
-        if now - self._turned >= REMEMBER or len(self._done) >= REMEMBER_MOST:
-            self._turned = now
-            self._done_before, self._done = self._done, set()
-            for key, since in list(self._done_over_reconnect.items()):
-                if now - since < REMEMBER_OVER_RECONNECT:
-                    break  # they are in the order of time
-                del self._done_over_reconnect[key]
-
-    def _reconnected(self) -> None:
-        for unproven in self._unproven.values():
-            again = _Round()
-            for each in unproven.rounds():
-                again.acks.update(each.acks)
-                again.others.update(each.others)
-            unproven.sent, unproven.asked = again, None
-            for ack_subject in again.acks.values():
-                self._connection.write(ack_subject, ACK)
-            for ack_subject, answer in again.others.values():
-                self._connection.write(ack_subject, answer)
-        self.remember()
-
-    def _forget(self) -> None:
-        """In the child of a fork: what the parent settles is the parent's."""
-        self._unproven.clear()
-        for remembered in (self._done, self._done_before, self._done_over_reconnect):
-            remembered.clear()
+    def _note_proven(self, book: _Book, asked: _Round) -> None:
+        book.asked = None
+        book.patience = PROBE_TIMEOUT
+        book.note_proven(asked)

@@ -14,11 +14,11 @@ from dramatiq.errors import DecodeError
 from dramatiq.message import Message
 
 from dramatiq_jetstream.config import BrokerConfig
-from dramatiq_jetstream.jetstream.declaring import Declarations
 from dramatiq_jetstream.jetstream.names import HEADER_TICK
 from dramatiq_jetstream.sending.envelope import Event, checked, decode, event_of
 
 from .delivery import Delivery, Source
+from .durables import Durable, Durables
 
 __all__ = ["Sources"]
 
@@ -26,9 +26,9 @@ __all__ = ["Sources"]
 class Sources:
     """Where the messages of each queue come from."""
 
-    def __init__(self, config: BrokerConfig, declarations: Declarations) -> None:
+    def __init__(self, config: BrokerConfig, durables: Durables) -> None:
         self._config = config
-        self._declarations = declarations
+        self._durables = durables
         self._subscriptions: dict[str, dict[str, Callable[[], Source]]] = {}
         self._decoders: dict[str, Callable[[Event], Any]] = {}
 
@@ -53,18 +53,13 @@ class Sources:
         stream = self._config.names.queue_stream(queue_name)
         own = []
         for rank, priority in enumerate(self._config.priorities):
-            durable = self._config.names.worker_durable(priority)
-            own.append(
-                Source(
-                    queue=queue_name,
-                    stream=stream,
-                    durable=durable,
-                    rank=rank,
-                    ack_wait=self._declarations.ack_wait_of(stream, durable),
-                    decode=self._decode,
-                )
-            )
+            durable = self.durable(stream, self._config.names.worker_durable(priority))
+            own.append(Source(queue=queue_name, durable=durable, rank=rank, decode=self._decode))
         return own + [make() for make in self._subscriptions.get(queue_name, {}).values()]
+
+    def durable(self, stream: str, name: str) -> Durable:
+        """A durable of a stream, as this process knows it."""
+        return self._durables.get(stream, name, self._config.ack_wait)
 
     def _decode(self, delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:
         message = checked(decode(delivery.data), delivery.source.queue)
