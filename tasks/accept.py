@@ -1,4 +1,16 @@
-"""Accepts an order: prices it, gives it an id, and has JetStream store its event before anybody is told."""
+"""Accepts an order: claims its id, has JetStream store its event, and makes it readable before anybody is told.
+
+    claim the Idempotency-Key → claim the order's id with its content → publish → add to the read model → 202
+
+The claim is made once (`tasks.claims`), so an id stands for one content whatever else a
+request says, and another order under it is refused. What is published is what was claimed. The event is read
+back from its place in the stream, as a worker would read it, so an order that was accepted is in the stream and
+is found.
+
+A request that dies between two of these steps, or whose answer gets lost, has accepted nothing that anybody was
+told of. The same request does every step again: the claim is there with the same content, the event has the same
+id and bytes, and the read model has the event once.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +18,29 @@ import hashlib
 import json
 import secrets
 import time
-import uuid
 from collections.abc import Callable
-from dataclasses import asdict
-from datetime import UTC, datetime
-from typing import Protocol
+from dataclasses import asdict, replace
+from typing import Final, Protocol
 
-from google.protobuf.message import Message
+from dramatiq_jetstream.errors import StoreTimeout
 
-from orders.v1.events_pb2 import OrderCreated, OrderItem
-
-from . import money
+from .announcements import placed_event
 from .catalogue import CATALOGUE, CURRENCY
-from .events import timestamp
+from .claims import Claim, Claims, digest_of
+from .events import Happened
 from .idempotency import Requests
-from .model import (
-    AcceptedOrder,
-    HistoryEntry,
-    IdempotencyConflict,
-    InvalidOrder,
-    Order,
-    OrderLine,
-    OrderRequest,
-)
+from .ledger import Line
+from .model import AcceptedOrder, InvalidOrder, Order, OrderIdTaken, OrderRequest
+from .ports import Publisher
+
+#: The least time that a publish gets, in milliseconds.
+_LEAST: Final = 200
 
 
-class TimedPublisher(Protocol):
-    """Stores an event within `timeout` milliseconds, or raises."""
+class Orders(Protocol):
+    """The part of the read model that is asked."""
 
-    def __call__(self, event: Message, at: int, *, timeout: int) -> None: ...
+    def get(self, order_id: str) -> Order | None: ...
 
 
 class Acceptance:
@@ -42,8 +48,10 @@ class Acceptance:
 
     Parameters:
       requests: Remembers idempotency keys.
-      publish: Stores an event.
-      find: Returns an order that exists.
+      claims: The claims on ids.
+      orders: The read model.
+      publish: Stores an event and returns its place in the stream.
+      project: Adds the event at a place to the read model, as far as the ledger confirms it.
       timeout: Milliseconds within which an order is stored or refused.
       now: The time in milliseconds.
     """
@@ -51,59 +59,67 @@ class Acceptance:
     def __init__(
         self,
         requests: Requests,
-        publish: TimedPublisher,
-        find: Callable[[str], Order | None],
+        claims: Claims,
+        orders: Orders,
+        publish: Publisher,
+        project: Callable[[int], Happened | None],
         *,
         timeout: int,
         now: Callable[[], int],
     ) -> None:
         self._requests = requests
+        self._claims = claims
+        self._orders = orders
         self._publish = publish
-        self._find = find
+        self._project = project
         self._timeout = timeout
         self._now = now
 
     def accept(self, request: OrderRequest, idempotency_key: str | None) -> AcceptedOrder:
         """Store the order's event and return the order; see `tasks.service.accept_order`."""
         deadline = time.monotonic() + self._timeout / 1000
-        lines = _price(request)
-        if request.order_id is not None:
-            existing = self._find(request.order_id)
-            if existing is not None:
-                return self._repeat(request, existing)
-        # An order id that the client chose is as good as a key: the same id is the same order.
-        key = f"key:{idempotency_key}" if idempotency_key else None
-        if key is None and request.order_id is not None:
-            key = f"order:{request.order_id}"
-        if key is None:
-            created_at = self._now()
-            order_id = new_order_id(created_at)
-            self._store(order_id, created_at, request, lines, deadline)
-            return AcceptedOrder(_order(order_id, created_at, request, lines))
-        digest = _digest(request)
-        claim = self._requests.claim(key, digest, request.order_id or new_order_id(self._now()))
+        now = self._now()
+        wanted = _claim(request, now)
+        order_id = request.order_id or new_order_id(now)
+        if idempotency_key is None:
+            return self._place(order_id, wanted, request, deadline)
+        claim = self._requests.claim(f"key:{idempotency_key}", _digest(request), order_id, self._is_placed)
         try:
-            if not claim.repeated:
-                self._store(claim.order_id, claim.created_at, request, lines, deadline)
-                self._requests.stored(claim, digest)
+            return self._place(claim.order_id, replace(wanted, at=claim.created_at), request, deadline)
         finally:
             self._requests.finished(claim)
-        return AcceptedOrder(_order(claim.order_id, claim.created_at, request, lines), claim.repeated)
 
-    def _store(
-        self, order_id: str, at: int, request: OrderRequest, lines: list[OrderLine], deadline: float
-    ) -> None:
-        left = max(200, int((deadline - time.monotonic()) * 1000))
-        self._publish(_event(order_id, at, request, lines), at, timeout=left)
+    def _place(self, order_id: str, wanted: Claim, request: OrderRequest, deadline: float) -> AcceptedOrder:
+        claim, fresh = self._claims.claim(order_id, wanted)
+        if claim.digest != wanted.digest:
+            raise OrderIdTaken(f"another order has the id {order_id}")
+        if not fresh:
+            existing = self._orders.get(order_id)
+            if existing is not None and existing.was_created:
+                return AcceptedOrder(_as_accepted(existing), repeated=True)
+        event = placed_event(order_id, claim, request.payment_token or "")
+        place = self._publish(event, claim.at, timeout=self._left(deadline))
+        self._left(deadline)
+        confirmed = self._project(place)
+        order = None if confirmed is None else self._orders.get(order_id)
+        if order is None:
+            raise StoreTimeout(f"order {order_id} is stored and cannot be read as it is now.")
+        return AcceptedOrder(_as_accepted(order))
 
-    def _repeat(self, request: OrderRequest, existing: Order) -> AcceptedOrder:
-        if existing.customer_id != request.customer_id or _quantities(existing) != _quantities(request):
-            raise IdempotencyConflict(f"order {request.order_id} exists already, and is another one")
-        return AcceptedOrder(existing, repeated=True)
+    def _left(self, deadline: float) -> int:
+        """Return the milliseconds that are left; nothing is begun when none are."""
+        left = int((deadline - time.monotonic()) * 1000)
+        if left <= 0:
+            raise StoreTimeout(f"the order was not accepted within {self._timeout} ms.")
+        return max(_LEAST, left)
+
+    def _is_placed(self, order_id: str) -> bool:
+        order = self._orders.get(order_id)
+        return order is not None and order.was_created
 
 
 def new_order_id(at: int) -> str:
-    """Return a new id (UUID version 7): unique, and it begins with the time, so that the order can be found by it."""
+    """Return a new id (UUID version 7): unique, and sorted by the time in milliseconds with which it begins."""
     random = secrets.token_bytes(10)
     value = bytearray((at & (2**48 - 1)).to_bytes(6, "big") + random)
     value[6] = 0x70 | value[6] & 0x0F  # the version
@@ -112,64 +128,29 @@ def new_order_id(at: int) -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
-def time_of(order_id: str) -> int | None:
-    """Return the time in milliseconds at which `new_order_id` made an id, None for an id of other origin."""
-    try:
-        value = uuid.UUID(order_id)
-    except ValueError:
-        return None
-    return value.int >> 80 if value.version == 7 and str(value) == order_id else None
-
-
-def _price(request: OrderRequest) -> list[OrderLine]:
-    lines = []
+def _claim(request: OrderRequest, at: int) -> Claim:
+    """Return the claim that a request makes, at the catalogue's prices, with one line per sku."""
+    quantities: dict[str, int] = {}
     for position, item in enumerate(request.items):
-        product = CATALOGUE.get(item.sku)
-        if product is None:
+        if item.sku not in CATALOGUE:
             raise InvalidOrder(f"items[{position}].sku", f"names no product: there is no {item.sku!r}.")
-        lines.append(OrderLine(item.sku, item.quantity, product.unit_price))
-    return lines
-
-
-def _total(lines: list[OrderLine]) -> int:
-    return sum(line.quantity * (line.unit_price or 0) for line in lines)
-
-
-def _event(order_id: str, at: int, request: OrderRequest, lines: list[OrderLine]) -> OrderCreated:
-    total = _total(lines)
-    return OrderCreated(
-        order_id=order_id,
-        customer_id=request.customer_id,
-        items=[
-            OrderItem(sku=line.sku, quantity=line.quantity, unit_price_minor=line.unit_price)
-            for line in lines
-        ],
-        total_amount=money.to_float(total, CURRENCY),
-        total_minor=total,
+        quantities[item.sku] = quantities.get(item.sku, 0) + item.quantity
+    lines = tuple(Line(sku, quantity, CATALOGUE[sku].unit_price) for sku, quantity in quantities.items())
+    return Claim(
+        at,
+        digest_of(request.customer_id, quantities, request.payment_token or ""),
+        request.customer_id,
+        lines,
+        total=sum(line.quantity * line.unit_price for line in lines),
         currency=CURRENCY,
-        created_at=timestamp(at),
-        payment_token=request.payment_token,
     )
 
 
-def _order(order_id: str, at: int, request: OrderRequest, lines: list[OrderLine]) -> Order:
-    return Order(
-        order_id=order_id,
-        status="accepted",
-        customer_id=request.customer_id,
-        items=lines,
-        total=_total(lines),
-        currency=CURRENCY,
-        history=[HistoryEntry("created", datetime.fromtimestamp(at / 1000, UTC))],
-    )
+def _as_accepted(order: Order) -> Order:
+    """Return the order as its first answer showed it."""
+    created = [entry for entry in order.history if entry.event == "created"]
+    return replace(order, status="accepted", reason=None, history=created)
 
 
 def _digest(request: OrderRequest) -> str:
     return hashlib.sha256(json.dumps(asdict(request), sort_keys=True).encode()).hexdigest()
-
-
-def _quantities(order: Order | OrderRequest) -> dict[str, int]:
-    quantities: dict[str, int] = {}
-    for item in order.items:
-        quantities[item.sku] = quantities.get(item.sku, 0) + item.quantity
-    return quantities

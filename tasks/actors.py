@@ -24,9 +24,8 @@ from dramatiq_jetstream.telemetry import bind_log_fields
 from orders.v1.events_pb2 import OrderCreated, OrderDeclined, OrderPaid, OrderReserved
 
 from . import app
-from .events import SUBJECTS, UnusableEvent, decode, order_id_of
+from .events import SUBJECTS, Happened, UnusableEvent, decode, happened, order_id_of
 from .failures import failure_of
-from .orders import Happened, happened
 
 #: The step of the saga that each actor does.
 STEPS: Final = {
@@ -113,7 +112,7 @@ def _read(event: Event) -> Happened | None:
 
 @dramatiq.actor(subscribe=subscription(SUBJECTS, _read), **app.step_options("projection", FINISH))
 def project_event(what: Happened | None) -> None:
-    """Add an event to its order's record."""
+    """Add an event to its order's record, as far as the ledger confirms it."""
     if what is not None:
         bind_log_fields(order_id=order_id_of(what.event))
-        app.orders_store().project(what)
+        app.projection().project(what)

@@ -5,10 +5,11 @@ Importing this makes the broker and sets it as Dramatiq's, and contacts nothing.
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import dramatiq
@@ -24,11 +25,14 @@ from dramatiq_jetstream.telemetry import configure_telemetry, telemetry_enabled
 from . import credentials, events, idempotency, orders, stock
 from .catalogue import CATALOGUE
 from .credentials import Keys, Operators
+from .events import Happened
 from .gateway import HttpGateway
 from .orders import Orders
+from .projection import Projection
 from .saga import Saga
 from .settings import settings
 from .stock import Stock
+from .stream import EventStream
 
 SETTINGS = settings()
 
@@ -102,17 +106,24 @@ for middleware in (event_stream, dead_letter_events, Buckets(), Boot()):
 dramatiq.set_broker(broker)
 
 
-def publish(event: Message, at: int, *, timeout: int | None = None) -> None:
-    """Store an event that happened at `at` (milliseconds), once however often it is repeated."""
+def publish(event: Message, at: int, *, timeout: int | None = None) -> int:
+    """Store an event that happened at `at` (milliseconds), once however often it is repeated; return its place.
+
+    An answer that the id is there already counts only if this event is: anybody may publish under any id. If
+    something else is stored under it, the event is stored under an id that nobody can have taken.
+    """
     event_stream.ensure(broker)
     event_id = events.event_id(event)
-    broker.publish(
-        events.subject_of(event),
-        event,
-        event_id=event_id,
-        headers=events.headers(event, event_id, at),
-        timeout=timeout,
+    subject, body = events.subject_of(event), event.SerializeToString(deterministic=True)
+    store = partial(
+        broker.publish, subject, body, headers=events.headers(event, event_id, at), timeout=timeout
     )
+    ack = store(event_id=event_id)
+    if ack.duplicate:
+        stored = events_stored().stored_at(ack.seq)
+        if stored is None or (stored.subject, stored.data) != (subject, body):
+            ack = store(event_id=f"{event_id}.{secrets.token_hex(16)}")
+    return ack.seq
 
 
 def now() -> int:
@@ -160,6 +171,24 @@ def stock_store() -> Stock:
 def orders_store() -> Orders:
     """Return the read model."""
     return Orders(orders_bucket())
+
+
+@_once
+def events_stored() -> EventStream:
+    """Return the reader of the events."""
+    return EventStream(broker.connection, lambda: event_stream.ensure(broker))
+
+
+@_once
+def projection() -> Projection:
+    """Return the way into the read model."""
+    return Projection(stock_store(), orders_store(), now)
+
+
+def project_at(sequence: int) -> Happened | None:
+    """Add the event at a place of the stream to the read model; return what the ledger confirms of it."""
+    happened = events_stored().happened_at(sequence)
+    return None if happened is None else projection().project(happened)
 
 
 @_once

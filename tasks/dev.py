@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 import signal
 import socket
@@ -25,6 +24,7 @@ from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.wire.connection import Connection, ConnectOptions
 
+from .numbers import whole_number
 from .settings import InvalidSetting, Settings, is_loopback, settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,9 +81,10 @@ def _environment() -> dict[str, str]:
 
 def _port(name: str, default: int) -> int:
     value = os.environ.get(name) or str(default)
-    if re.fullmatch(r"[0-9]{1,5}", value) is None or not 1 <= int(value) <= 65_535:
+    port = whole_number(value, 1, 65_535)
+    if port is None:
         raise InTheWay(f"{name} must be a whole number from 1 to 65535, not {value!r}.")
-    return int(value)
+    return port
 
 
 def _check_server(url: str) -> None:

@@ -7,6 +7,8 @@ because other programs publish events without any.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
@@ -24,6 +26,7 @@ from orders.v1.events_pb2 import (
 )
 
 from .model import MAX_ID_LENGTH
+from .text import shown
 
 STREAM: Final = "ORDERS"
 SUBJECTS: Final = "ORDER.>"
@@ -42,6 +45,18 @@ _NAMES: Final = {message_type: name for name, message_type in TYPES.items()}
 
 # What can stand in a subject's token, a path and a file name without meaning anything else there.
 _ORDER_ID = re.compile(rf"[A-Za-z0-9_~-][A-Za-z0-9._~-]{{0,{MAX_ID_LENGTH - 1}}}", re.ASCII)
+
+_TRACE_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """An event with its place in the stream. `at` is when JetStream stored it, in milliseconds."""
+
+    event: Message
+    sequence: int
+    at: int
+    trace_id: str | None = None
 
 
 class UnusableEvent(Exception):
@@ -71,10 +86,9 @@ def order_id_of(event: Message) -> str:
     """
     order_id: str = event.order_id  # type: ignore[attr-defined]  # every type in TYPES has it
     if not usable_order_id(order_id):
-        shown = order_id if len(order_id) <= MAX_ID_LENGTH else f"{order_id[:MAX_ID_LENGTH]}…"
         raise UnusableEvent(
-            f"order id {shown!r} cannot be used: an id is 1 to {MAX_ID_LENGTH} letters, digits, "
-            "'-', '_', '.' or '~' and does not begin with a dot."
+            f"order id {shown(order_id, MAX_ID_LENGTH)!r} cannot be used: "
+            f"an id is 1 to {MAX_ID_LENGTH} letters, digits, '-', '_', '.' or '~' and does not begin with a dot."
         )
     return order_id
 
@@ -112,6 +126,13 @@ def decode(subject: str, data: bytes) -> Message | None:
     return event
 
 
+def happened(event: Message, sequence: int, at: int, headers: Mapping[str, str]) -> Happened:
+    """Return an event with its place in the stream, and the trace that its W3C header names."""
+    parts = headers.get("traceparent", "").split("-")
+    traced = len(parts) == 4 and _TRACE_ID.fullmatch(parts[1]) is not None
+    return Happened(event, sequence, at, parts[1] if traced else None)
+
+
 def timestamp(at: int) -> Timestamp:
     """Return a time in milliseconds as protobuf has it."""
     stamp = Timestamp()
@@ -129,9 +150,11 @@ __all__ = [
     "SUBJECTS",
     "TYPES",
     "DecodeError",
+    "Happened",
     "UnusableEvent",
     "decode",
     "event_id",
+    "happened",
     "headers",
     "isoformat",
     "name_of",

@@ -1,8 +1,9 @@
 """Remembers requests by their idempotency key, so that a client may send one again without ordering twice.
 
-The key's record is written before the order's event: it holds the order's id, so whoever tries again after a crash,
-or after an answer that got lost, publishes the same event. While the first request is still being worked on, a
-second one is told to wait; a record whose request died is free again when its lease is over.
+The key's record is written first: it holds the order's id, so a request that is sent again after a crash, or after
+an answer that got lost, places the same order. While the first request is still being worked on, a second one is told
+to wait; a record whose request died is free again when its lease is over. Whether the order was placed is not kept
+here: the read model says so.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ import json
 import secrets
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Final
-
-from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 
@@ -30,20 +29,17 @@ class _Record:
     digest: str
     order_id: str
     created_at: int
-    stored: bool
     owner: str
     lease_until: int
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to publish the order of a request. `repeated`: an earlier request has done so already."""
+    """The right to place the order of a request."""
 
     key: str
     order_id: str
     created_at: int
-    repeated: bool
-    revision: int = 0
 
 
 class Requests:
@@ -63,8 +59,12 @@ class Requests:
         self._running: set[str] = set()
         self._lock = threading.Lock()
 
-    def claim(self, key: str, digest: str, order_id: str) -> Claim:
-        """Claim a key for a request; `order_id` is used when the key is new.
+    def claim(self, key: str, digest: str, order_id: str, is_placed: Callable[[str], bool]) -> Claim:
+        """Claim a key for a request.
+
+        Parameters:
+          order_id: Which order the key stands for, when it is new.
+          is_placed: Whether an order was placed; its key is free for every repetition.
 
         Raises:
           IdempotencyConflict: When the key came before with a request of another digest.
@@ -76,47 +76,37 @@ class Requests:
                 raise IdempotencyInProgress("a request with the same key is being worked on")
             self._running.add(key)
         try:
-            return self._claim(key, digest, order_id)
+            return self._claim(key, digest, order_id, is_placed)
         except BaseException:
             self._running.discard(key)
             raise
 
-    def _claim(self, key: str, digest: str, order_id: str) -> Claim:
+    def _claim(self, key: str, digest: str, order_id: str, is_placed: Callable[[str], bool]) -> Claim:
         now = self._now()
-        wanted = _Record(digest, order_id, now, False, self._owner, now + self._lease)
+        wanted = _Record(digest, order_id, now, self._owner, now + self._lease)
         while True:
             try:
-                revision = self._bucket.create(key, _encode(wanted))
-                return Claim(key, order_id, now, False, revision)
+                self._bucket.create(key, _encode(wanted))
+                return Claim(key, order_id, now)
             except KeyExists:
                 entry = self._bucket.get(key)
             if entry is None:
                 continue  # it expired in between
-            record = _Record(**json.loads(entry.value))
+            record = _decode(entry.value)
             if record.digest != digest:
                 raise IdempotencyConflict("the key was used before for a different order")
-            if record.stored:
-                return Claim(key, record.order_id, record.created_at, True, entry.revision)
+            if is_placed(record.order_id):
+                return Claim(key, record.order_id, record.created_at)
             # Our own process knows what it is working on: what is not running here any more has failed.
             if record.owner != self._owner and now < record.lease_until:
                 wait = max(1, -(-(record.lease_until - now) // 1000))
                 raise IdempotencyInProgress("a request with the same key is being worked on", wait)
             taken = replace(record, owner=self._owner, lease_until=now + self._lease)
             try:
-                revision = self._bucket.update(key, _encode(taken), revision=entry.revision)
+                self._bucket.update(key, _encode(taken), revision=entry.revision)
             except RevisionConflict:
                 raise IdempotencyInProgress("a request with the same key is being worked on") from None
-            return Claim(key, record.order_id, record.created_at, False, revision)
-
-    def stored(self, claim: Claim, digest: str) -> None:
-        """Note that the order's event is stored, so that a repetition gets its answer at once."""
-        record = _Record(digest, claim.order_id, claim.created_at, True, self._owner, 0)
-        try:
-            self._bucket.update(claim.key, _encode(record), revision=claim.revision)
-        except BrokerError:
-            # The order is accepted all the same. A repetition publishes the same event again, which changes
-            # nothing.
-            pass
+            return Claim(key, record.order_id, record.created_at)
 
     def finished(self, claim: Claim) -> None:
         """End this process's work on a claim, however it went."""
@@ -125,3 +115,9 @@ class Requests:
 
 def _encode(record: _Record) -> bytes:
     return json.dumps(asdict(record), separators=(",", ":")).encode()
+
+
+def _decode(value: bytes) -> _Record:
+    # Records of an older version say more.
+    names = {field.name for field in fields(_Record)}
+    return _Record(**{name: fact for name, fact in json.loads(value).items() if name in names})

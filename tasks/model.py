@@ -16,6 +16,9 @@ MAX_QUANTITY = 1_000
 MAX_ID_LENGTH = 64
 MAX_TOKEN_LENGTH = 255
 
+#: How many characters of a reason or an error are kept.
+MAX_TEXT = 500
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -86,6 +89,11 @@ class Order:
         """Whether nothing further will happen to it by itself."""
         return self.status in FINAL_STATUSES
 
+    @property
+    def was_created(self) -> bool:
+        """Whether the event that placed it is in its history, so in the stream."""
+        return any(entry.event == "created" for entry in self.history)
+
 
 @dataclass(frozen=True, slots=True)
 class AcceptedOrder:
@@ -132,7 +140,11 @@ class InvalidCursor(ValueError):
 
 
 class IdempotencyConflict(Exception):
-    """The idempotency key, or the order id, was used before for a different order."""
+    """The idempotency key was used before for a different order."""
+
+
+class OrderIdTaken(Exception):
+    """Another order has this id."""
 
 
 class IdempotencyInProgress(Exception):

@@ -1,19 +1,23 @@
 """The read model: one record per order in a bucket, with everything that happened to it.
 
-A record is what the *set* of events of an order says, so it does not matter in which order and how often
-they are
-projected: an event counts once (its first place in the stream), and the status follows from which events
-there are. The stream is the authority; `python -m tasks.rebuild` makes the records again from it.
+A record is what the *set* of events of an order says, so it does not matter in which order and how often they
+are projected: an event counts once (its first place in the stream), and the status follows from which events
+there are. Only events that the ledger confirms come here (`tasks.projection`); `python -m tasks.rebuild` makes the
+records again from stream and ledger.
+
+What a record holds is bounded before it is stored, whatever the event held. A record that cannot be read, because
+other hands than these wrote it, is reported and counts as missing, so that it breaks no list.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -26,6 +30,7 @@ from orders.v1.events_pb2 import (
     OrderCreated,
     OrderDeclined,
     OrderFailed,
+    OrderItem,
     OrderPaid,
     OrderRejected,
     OrderReserved,
@@ -34,10 +39,11 @@ from orders.v1.events_pb2 import (
 
 from . import money
 from .catalogue import CATALOGUE, CURRENCY
-from .events import name_of, order_id_of
-from .model import MAX_ID_LENGTH, MAX_ITEMS, HistoryEntry, Order, OrderLine
-from .ports import Bucket
+from .events import Happened, name_of, order_id_of
+from .model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TEXT, HistoryEntry, Order, OrderLine
+from .ports import Bucket, Entry
 from .saga import OUTCOMES
+from .text import normalised, shown
 
 BUCKET: Final = "orders"
 
@@ -47,30 +53,16 @@ TIMEOUT: Final = 10_000
 #: How many records a process remembers, in order not to look at each before it adds to it.
 REMEMBERED: Final = 5_000
 
-_MAX_TEXT: Final = 500
+#: Amounts of minor units beyond this are no amounts, and cannot be told exactly as a floating point number.
+_MAX_AMOUNT: Final = 2**53
+
+logger = logging.getLogger(__name__)
 
 Stored = dict[str, Any]
 
 
 class OrderBusy(Exception):
     """The record was changed by others for the whole time allowed; trying again is safe."""
-
-
-@dataclass(frozen=True, slots=True)
-class Happened:
-    """An event with its place in the stream. `at` is when JetStream stored it, in milliseconds."""
-
-    event: Message
-    sequence: int
-    at: int
-    trace_id: str | None = None
-
-
-def happened(event: Message, sequence: int, at: int, headers: Mapping[str, str]) -> Happened:
-    """Return an event with its place in the stream, and the trace that its W3C header names."""
-    parts = headers.get("traceparent", "").split("-")
-    traced = len(parts) == 4 and len(parts[1]) == 32
-    return Happened(event, sequence, at, parts[1] if traced else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +84,14 @@ class Orders:
     def get(self, order_id: str) -> Order | None:
         """Return an order, None when no event of it was projected yet."""
         entry = self._bucket.get(order_id)
-        return None if entry is None else order_of(order_id, json.loads(entry.value), entry.revision)
+        read = None if entry is None else _read(entry)
+        return None if read is None else read[1]
 
     def has_event(self, order_id: str, event: str) -> bool:
         """Whether an event of an order was projected."""
         entry = self._bucket.get(order_id)
-        return entry is not None and event in json.loads(entry.value)["events"]
+        stored = None if entry is None else stored_in(entry)
+        return stored is not None and event in stored["events"]
 
     def project(self, happened: Happened) -> None:
         """Add an event to its order's record, if it is not there yet.
@@ -109,8 +103,8 @@ class Orders:
         order_id = order_id_of(happened.event)
         deadline = time.monotonic() + TIMEOUT / 1000
         while True:
-            # A guess saves the look in most cases, and a wrong one is only found out by the compare-and-set.
-            known = self._guess(order_id, happened)
+            # A guess saves the look in many cases, and a wrong one is only found out by the compare-and-set.
+            known = self._guess(order_id)
             stored = merge(known.stored, happened)
             if stored is None:
                 known = self._look(order_id)
@@ -128,17 +122,17 @@ class Orders:
                     ) from None
                 time.sleep(random.uniform(0, 0.01))
 
-    def _guess(self, order_id: str, happened: Happened) -> _Known:
-        """Return the record as this process last saw it; that of a new order is missing as a rule."""
+    def _guess(self, order_id: str) -> _Known:
+        """Return the record as this process last saw it."""
         with self._lock:
             known = self._recent.get(order_id)
         if known is not None:
             return known
-        return _Known(None, 0) if isinstance(happened.event, OrderCreated) else self._look(order_id)
+        return self._look(order_id)
 
     def _look(self, order_id: str) -> _Known:
         entry = self._bucket.get(order_id)
-        return _Known(None, 0) if entry is None else _Known(json.loads(entry.value), entry.revision)
+        return _Known(None, 0) if entry is None else _Known(stored_in(entry), entry.revision)
 
     def _write(self, order_id: str, stored: Stored, revision: int) -> _Known:
         value = json.dumps(stored, separators=(",", ":")).encode()
@@ -155,70 +149,104 @@ class Orders:
 
 
 def merge(stored: Stored | None, happened: Happened) -> Stored | None:
-    """Return the record with the event in it, or None when that changes nothing."""
-    event = happened.event
-    name = name_of(event)
-    key = f"{name}.{event.step}" if isinstance(event, OrderFailed) else name
+    """Return the record with a confirmed event in it, or None when that changes nothing."""
+    key = key_of(happened.event)
     known = None if stored is None else stored["events"].get(key)
     if known is not None and known["sequence"] <= happened.sequence:
         return None
+    return with_event(stored, happened)
+
+
+def with_event(stored: Stored | None, happened: Happened) -> Stored:
+    """Return the record with an event in it, in place of what it had of that event."""
+    event = happened.event
     merged: Stored = dict(stored or {})
     fact = {"sequence": happened.sequence, "at": happened.at, **_detail(event)}
-    merged["events"] = {**merged.get("events", {}), key: fact}
+    merged["events"] = {**merged.get("events", {}), key_of(event): fact}
     if isinstance(event, OrderCreated):
+        merged.pop("trace_id", None)
         if happened.trace_id is not None:
             merged["trace_id"] = happened.trace_id
         if "reserved" not in merged["events"]:
             merged.update(_ordered(event))
     elif isinstance(event, OrderReserved):
-        # What was reserved holds, should a second event with the same id have asked for something else.
-        merged.update(
-            customer_id=event.customer_id,
-            items=[[item.sku, item.quantity, item.unit_price_minor] for item in event.items],
-            total=event.total_minor,
-            currency=event.currency,
-        )
+        merged.update(_ordered(event))
     return merged
 
 
-def _ordered(event: OrderCreated) -> Stored:
+def key_of(event: Message) -> str:
+    """Return the key of an event in its order's record."""
+    return f"failed.{event.step}" if isinstance(event, OrderFailed) else name_of(event)
+
+
+def _ordered(event: OrderCreated | OrderReserved) -> Stored:
+    """Return what was ordered, of an order that broke the rules as far as it can be shown."""
     items = [
-        [
-            item.sku[:MAX_ID_LENGTH],
-            item.quantity,
-            CATALOGUE[item.sku].unit_price if item.sku in CATALOGUE else None,
-        ]
+        [shown(item.sku, MAX_ID_LENGTH), item.quantity, _unit_price(item)]
         for item in event.items[:MAX_ITEMS]
+        if item.sku and 1 <= item.quantity <= MAX_QUANTITY * MAX_ITEMS
     ]
-    total = event.total_minor or money.from_float(event.total_amount, CURRENCY) or 0
+    total = event.total_minor
+    if not total and isinstance(event, OrderCreated):
+        total = money.from_float(event.total_amount, CURRENCY) or 0
     return {
-        "customer_id": event.customer_id[:MAX_ID_LENGTH],
+        "customer_id": shown(normalised(event.customer_id, MAX_ID_LENGTH), MAX_ID_LENGTH),
         "items": items,
-        "total": total if abs(total) < 2**53 else 0,
+        "total": total if 0 <= total < _MAX_AMOUNT else 0,
         "currency": CURRENCY,
     }
+
+
+def _unit_price(item: OrderItem) -> int | None:
+    if 0 < item.unit_price_minor < _MAX_AMOUNT:
+        return item.unit_price_minor
+    product = CATALOGUE.get(item.sku)
+    return None if product is None else product.unit_price
 
 
 def _detail(event: Message) -> dict[str, str]:
     match event:
         case OrderRejected():
             code = RejectionCode.Name(event.code) if event.code in RejectionCode.values() else str(event.code)
-            return {"code": code.removeprefix("REJECTION_CODE_").lower(), "reason": event.reason[:_MAX_TEXT]}
+            return {
+                "code": code.removeprefix("REJECTION_CODE_").lower(),
+                "reason": shown(event.reason, MAX_TEXT),
+            }
         case OrderPaid() | OrderConfirmed():
-            return {"charge_id": event.charge_id[:_MAX_TEXT]}
+            return {"charge_id": shown(event.charge_id, MAX_TEXT)}
         case OrderDeclined():
-            return {"code": event.code[:_MAX_TEXT], "reason": event.reason[:_MAX_TEXT]}
+            return {"code": shown(event.code, MAX_TEXT), "reason": shown(event.reason, MAX_TEXT)}
         case OrderFailed():
-            return {"step": event.step[:_MAX_TEXT], "reason": event.error[:_MAX_TEXT]}
+            return {"step": shown(event.step, MAX_ID_LENGTH), "reason": shown(event.error, MAX_TEXT)}
     return {}
 
 
-def order_of_events(order_id: str, happenings: Iterable[Happened]) -> Order:
-    """Return the order that events amount to, without a record of it."""
-    stored: Stored | None = None
-    for one in happenings:
-        stored = merge(stored, one) or stored
-    return order_of(order_id, stored or {"events": {}}, 0)
+def stored_in(entry: Entry) -> Stored | None:
+    """Return the record in an entry of the bucket, None when it cannot be read."""
+    read = _read(entry)
+    return None if read is None else read[0]
+
+
+def _read(entry: Entry) -> tuple[Stored, Order] | None:
+    try:
+        stored: Stored = json.loads(entry.value)
+        return stored, order_of(entry.key, stored, entry.revision)
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        OSError,
+        RecursionError,
+    ) as error:
+        logger.warning(
+            "The record of order %s cannot be read (%s: %s): run `python -m tasks.rebuild`.",
+            entry.key,
+            type(error).__name__,
+            shown(str(error), MAX_TEXT),
+        )
+        return None
 
 
 def status_of(events: Mapping[str, Mapping[str, Any]]) -> str:
@@ -244,7 +272,11 @@ def _open_failures(events: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str,
 
 
 def order_of(order_id: str, stored: Stored, revision: int) -> Order:
-    """Return the order that a record describes."""
+    """Return the order that a record describes.
+
+    Raises:
+      Exception: One of those that Python raises for a value of the wrong kind, when it describes none.
+    """
     events: dict[str, dict[str, Any]] = stored["events"]
     status = status_of(events)
     reason = None
@@ -252,23 +284,44 @@ def order_of(order_id: str, stored: Stored, revision: int) -> Order:
         reason = events["rejected"]["reason"]
     elif status == "failed":
         reason = "; ".join(str(fact["reason"]) for fact in _open_failures(events))
+    total, currency = _whole(stored.get("total", 0)), stored.get("currency", CURRENCY)
+    money.to_float(total, currency)  # of a currency that exists
+    items = stored.get("items", [])
+    if len(items) > MAX_ITEMS:
+        raise ValueError(f"{len(items)} items")
+    trace_id = stored.get("trace_id")
     return Order(
         order_id=order_id,
         status=status,
-        customer_id=stored.get("customer_id", ""),
-        items=[OrderLine(*item) for item in stored.get("items", [])],
-        total=stored.get("total", 0),
-        currency=stored.get("currency", CURRENCY),
+        customer_id=_text(stored.get("customer_id", "")),
+        items=[
+            OrderLine(_text(sku), _whole(quantity), None if price is None else _whole(price))
+            for sku, quantity, price in items
+        ],
+        total=total,
+        currency=currency,
         history=[
             HistoryEntry(
                 key.partition(".")[0],
                 datetime.fromtimestamp(fact["at"] / 1000, UTC),
-                {k: v for k, v in fact.items() if k not in ("sequence", "at")},
-                fact["sequence"],
+                {name: _text(value) for name, value in fact.items() if name not in ("sequence", "at")},
+                _whole(fact["sequence"]),
             )
             for key, fact in sorted(events.items(), key=lambda item: item[1]["sequence"])
         ],
         reason=reason,
         revision=revision,
-        trace_id=stored.get("trace_id"),
+        trace_id=None if trace_id is None else _text(trace_id),
     )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise TypeError("a text that is none, or too long")
+    return value
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int) or abs(value) >= _MAX_AMOUNT:
+        raise TypeError("a number that is none, or too large")
+    return value

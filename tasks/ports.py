@@ -56,9 +56,9 @@ class Gateway(Protocol):
 
 
 class Publisher(Protocol):
-    """Stores an event in the stream, or raises."""
+    """Stores an event in the stream within `timeout` milliseconds and returns its place there, or raises."""
 
-    def __call__(self, event: Message, at: int) -> None: ...
+    def __call__(self, event: Message, at: int, *, timeout: int | None = None) -> int: ...
 
 
 class History(Protocol):

@@ -5,12 +5,16 @@ The catalogue's prices hold; what the event says about prices and totals is only
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from orders.v1.events_pb2 import OrderCreated, OrderItem
 
 from . import money
 from .catalogue import CATALOGUE, CURRENCY
+from .claims import Claim, Claims, customer_of, digest_of_event, quantities_of
 from .ledger import Line, Record
 from .model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TOKEN_LENGTH
+from .text import flaw_of, shown
 
 
 class Refused(Exception):
@@ -33,7 +37,7 @@ def first_record(event: OrderCreated, at: int) -> Record:
     return Record(
         "held",
         {"held": at},
-        customer_id=event.customer_id,
+        customer_id=customer_of(event),
         lines=lines,
         total=total,
         currency=CURRENCY,
@@ -41,12 +45,26 @@ def first_record(event: OrderCreated, at: int) -> Record:
     )
 
 
+def claimed(claims: Claims, order_id: str, event: OrderCreated, now: Callable[[], int]) -> Claim:
+    """Return what an order id stands for: for the order that an event asks for, if nobody has claimed it."""
+    claim = claims.find(order_id)
+    if claim is None:
+        at = now()
+        record = first_record(event, at)
+        wanted = Claim(
+            at, digest_of_event(event), record.customer_id, record.lines, record.total, record.currency
+        )
+        claim, _ = claims.claim(order_id, wanted)
+    return claim
+
+
 def _check_form(event: OrderCreated) -> None:
-    customer_id = event.customer_id
-    if not customer_id.strip() or len(customer_id) > MAX_ID_LENGTH or not customer_id.isprintable():
-        raise Refused("INVALID", f"customer_id must have 1 to {MAX_ID_LENGTH} printable characters")
-    if len(event.payment_token) > MAX_TOKEN_LENGTH:
-        raise Refused("INVALID", f"payment_token must have at most {MAX_TOKEN_LENGTH} characters")
+    flaw = flaw_of(customer_of(event), MAX_ID_LENGTH)
+    if flaw is not None:
+        raise Refused("INVALID", f"customer_id {flaw.removesuffix('.')}")
+    token = event.payment_token
+    if len(token) > MAX_TOKEN_LENGTH or not token.isprintable():
+        raise Refused("INVALID", f"payment_token must have at most {MAX_TOKEN_LENGTH} printable characters")
     if not 1 <= len(event.items) <= MAX_ITEMS:
         raise Refused("INVALID", f"an order has 1 to {MAX_ITEMS} items, this one has {len(event.items)}")
     for item in event.items:
@@ -66,10 +84,9 @@ def _check_form(event: OrderCreated) -> None:
 
 def _price(event: OrderCreated) -> tuple[Line, ...]:
     """Return one line per sku, so that a sku that stands twice is taken from stock in one piece."""
-    quantities: dict[str, int] = {}
     for item in event.items:
         _check_price(item)
-        quantities[item.sku] = quantities.get(item.sku, 0) + item.quantity
+    quantities = quantities_of(event.items)
     return tuple(Line(sku, quantity, CATALOGUE[sku].unit_price) for sku, quantity in quantities.items())
 
 
@@ -105,4 +122,4 @@ def _amount(minor: int) -> str:
 
 
 def _shown(text: str) -> str:
-    return repr(text if len(text) <= MAX_ID_LENGTH else f"{text[:MAX_ID_LENGTH]}…")
+    return repr(shown(text, MAX_ID_LENGTH))

@@ -1,9 +1,11 @@
-"""Makes the read model again from the stream, while the service runs: `python -m tasks.rebuild`.
+"""Makes the read model again from stream and ledger, while the service runs: `python -m tasks.rebuild`.
 
-The events up to the end of the stream at the start are what a record is made of; whatever the workers project
-meanwhile is newer and stays. Records whose orders the stream does not have are removed. Events that are older than
-the stream's first message cannot be read again, so what records say about them stays too. Killed half-way it has
-done no harm: run it again.
+Every record is brought in line by itself, by compare-and-set, and only ever forward: what the ledger confirms stays
+in a record, whether this run has come to its event yet or not. So no record is ever behind what it was, although this
+is killed at any moment and the workers go on meanwhile. What goes is what the ledger does not confirm: facts and whole
+orders that it does not know, and places in the stream where this run found something else.
+
+Events that are older than the stream's first message cannot be read again, so what records say of them stays.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 
-from .events import order_id_of
-from .orders import Happened, Stored, merge
+from .announcements import Testimony
+from .events import Happened, order_id_of
+from .orders import Stored, key_of, merge, stored_in, with_event
 from .ports import Bucket, Entry
+from .stock import Stock
 from .stream import EventStream, Range
 
 #: How many events are held in memory before the records of their orders are written.
@@ -51,14 +55,23 @@ class Summary:
 class Rebuild:
     """One rebuild of the records in a bucket."""
 
-    def __init__(self, bucket: Bucket, stream: EventStream, progress: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        bucket: Bucket,
+        stock: Stock,
+        stream: EventStream,
+        progress: Callable[[int, int], None],
+        now: Callable[[], int],
+    ) -> None:
         self._bucket = bucket
+        self._stock = stock
         self._stream = stream
         self._progress = progress
+        self._now = now
         self._summary = Summary()
         self._range = Range(0, 0)
-        # The orders whose records begin with what this run has read.
-        self._begun: set[str] = set()
+        # The keys of the events of each order of which this run has found the first place.
+        self._placed: dict[str, frozenset[str]] = {}
 
     def run(self) -> Summary:
         """Rebuild every record."""
@@ -87,18 +100,42 @@ class Rebuild:
                 if time.monotonic() > deadline:
                     raise BrokerError(f"The record of order {order_id} kept changing; run the rebuild again.")
                 time.sleep(random.uniform(0, 0.02))
-            self._begun.add(order_id)
 
     def _write_one(self, order_id: str, happenings: Iterable[Happened]) -> bool:
-        """Write the record of an order; False when a worker was faster."""
+        """Bring the record of an order in line; False when a worker was faster."""
         entry = self._bucket.get(order_id)
-        existing: Stored | None = None if entry is None else json.loads(entry.value)
-        record = existing if order_id in self._begun else self._beyond(existing)
+        existing = None if entry is None else stored_in(entry)
+        testimony = Testimony(self._stock, order_id, self._now)
+        record = _restated(existing, testimony)
+        placed = set(self._placed.get(order_id, ()))
         for one in happenings:
-            record = merge(record, one) or record
-        if record == existing:
+            confirmed = testimony.attested(one)
+            if confirmed is not None:
+                record = self._with(record, confirmed, placed)
+        if record is not None and record != existing:
+            if not self._store(order_id, entry, record):
+                return False
+            self._summary.written += 1
+        elif order_id not in self._placed and placed:
             self._summary.unchanged += 1
-            return True
+        self._placed[order_id] = frozenset(placed)
+        return True
+
+    def _with(self, record: Stored | None, confirmed: Happened, placed: set[str]) -> Stored:
+        """Return the record with an event at its first place, whatever place the record gave it."""
+        key = key_of(confirmed.event)
+        known = None if record is None else record["events"].get(key)
+        if (
+            record is not None
+            and known is not None
+            and (key in placed or known["sequence"] < self._range.first)
+        ):
+            placed.add(key)
+            return merge(record, confirmed) or record
+        placed.add(key)
+        return with_event(record, confirmed)
+
+    def _store(self, order_id: str, entry: Entry | None, record: Stored) -> bool:
         value = json.dumps(record, separators=(",", ":")).encode()
         try:
             if entry is None:
@@ -107,43 +144,59 @@ class Rebuild:
                 self._bucket.update(order_id, value, revision=entry.revision)
         except (KeyExists, RevisionConflict):
             return False
-        self._summary.written += 1
         return True
 
-    def _beyond(self, record: Stored | None) -> Stored | None:
-        """Return what a record says about events that this run does not read; None when that is nothing."""
-        if record is None:
-            return None
-        first, last = self._range.first, self._range.last
-        kept = {key: fact for key, fact in record["events"].items() if not first <= fact["sequence"] <= last}
-        return {**record, "events": kept} if kept else None
-
     def _remove_strangers(self) -> None:
+        """Remove the records of orders that the ledger does not know, or of which the stream has no event."""
         for entry in self._bucket.items():
-            if entry.key not in self._begun and self._beyond(_stored(entry)) is None:
-                try:
-                    self._bucket.delete(entry.key, revision=entry.revision)
-                except RevisionConflict:
-                    continue  # a worker has just written it, so it is no stranger
-                self._summary.removed += 1
+            if self._placed.get(entry.key):
+                continue
+            stored = stored_in(entry)
+            known = (
+                None if stored is None else _restated(stored, Testimony(self._stock, entry.key, self._now))
+            )
+            if known is not None and self._has_beyond(known):
+                continue
+            try:
+                self._bucket.delete(entry.key, revision=entry.revision)
+            except RevisionConflict:
+                continue  # a worker has just written it, so it is no stranger
+            self._summary.removed += 1
+
+    def _has_beyond(self, stored: Stored) -> bool:
+        """Whether a record has events that this run does not read."""
+        first, last = self._range.first, self._range.last
+        return any(not first <= fact["sequence"] <= last for fact in stored["events"].values())
 
 
-def _stored(entry: Entry) -> Stored:
-    stored: Stored = json.loads(entry.value)
-    return stored
+def _restated(existing: Stored | None, testimony: Testimony) -> Stored | None:
+    """Return a record with what the ledger confirms of it, in the ledger's words; None when that is nothing."""
+    if existing is None:
+        return None
+    record: Stored = {**existing, "events": {}}
+    for key, fact in existing["events"].items():
+        said = testimony.said(key)
+        if said is not None:
+            place = Happened(said, fact["sequence"], fact["at"], existing.get("trace_id"))
+            record = with_event(record, place)
+        elif key == "created" and testimony.is_known:
+            # The ledger has not what an order asked for that breaks the rules, or that is older than claims.
+            record["events"] = {**record["events"], key: fact}
+    return record if record["events"] else None
 
 
 def main() -> int:
-    from . import app, service
+    from . import app
 
-    argparse.ArgumentParser(description="Make the read model again from the stream.").parse_args()
+    argparse.ArgumentParser(description="Make the read model again from stream and ledger.").parse_args()
 
     def progress(done: int, of: int) -> None:
         if sys.stderr.isatty():
             print(f"\r{done:,} of {of:,}", end="\n" if done == of else "", file=sys.stderr, flush=True)
 
     try:
-        print(Rebuild(app.orders_bucket(), service.event_stream(), progress).run())
+        rebuild = Rebuild(app.orders_bucket(), app.stock_store(), app.events_stored(), progress, app.now)
+        print(rebuild.run())
     except BrokerError as error:
         print(error, file=sys.stderr)
         return 1

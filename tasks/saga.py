@@ -2,7 +2,7 @@
 
 ::
 
-    created  → reserve → reserved | rejected
+    created  → reserve → reserved | rejected           (after the claim on its id)
     reserved → pay     → paid     | declined
     paid     → confirm → confirmed
     declined → release → rejected
@@ -11,6 +11,9 @@ Each step follows one order of things: read the record (`tasks.ledger`), do the 
 next event. A crash between any two of them is mended by doing the step again, because the effect is
 idempotent, the record says what was decided, and an event that is published again has the same id and
 content.
+
+The event is only what calls a step. What the step does comes from the record, and an event that the record
+contradicts is refused: a stranger may have published it.
 
 A step that comes late, when the record is past it, does nothing: whoever moved the record on had seen the
 event that this step would publish. While the record still stands where the step left it, nobody can know
@@ -24,22 +27,16 @@ from typing import Final
 
 from google.protobuf.message import Message
 
-from orders.v1.events_pb2 import (
-    OrderConfirmed,
-    OrderCreated,
-    OrderDeclined,
-    OrderFailed,
-    OrderItem,
-    OrderPaid,
-    OrderRejected,
-    OrderReserved,
-)
+from orders.v1.events_pb2 import OrderCreated, OrderDeclined, OrderPaid, OrderReserved
 
-from .events import UnusableEvent, name_of, order_id_of, timestamp
-from .ledger import Record
+from .announcements import event_of, failed_event
+from .claims import GivenUp, digest_of_event
+from .events import UnusableEvent, name_of, order_id_of
+from .model import MAX_TEXT
 from .ports import Charge, Gateway, History, Publisher
-from .pricing import first_record
+from .pricing import claimed, first_record
 from .stock import Found, Stock
+from .text import shown
 
 #: The steps, and the events of which each publishes one when it has done its work.
 OUTCOMES: Final[dict[str, frozenset[str]]] = {
@@ -73,6 +70,11 @@ class Saga:
     def reserve(self, event: OrderCreated) -> None:
         """Hold the order's items in stock, or reject the order."""
         order_id = order_id_of(event)
+        claim = claimed(self._stock.claims, order_id, event, self._now)
+        if claim.digest != digest_of_event(event):
+            raise UnusableEvent(
+                f"order id {order_id} stands for an order with other contents than this event's."
+            )
         found = self._stock.open(order_id, first_record(event, self._now()))
         if found.record.state in ("held", "rejected"):
             self._announce(order_id, found)
@@ -87,7 +89,8 @@ class Saga:
             if isinstance(outcome, Charge):
                 decided = record.forward("paid", self._now(), charge_id=outcome.charge_id)
             else:
-                decided = record.forward("declined", self._now(), code=outcome.code, reason=outcome.reason)
+                code, reason = shown(outcome.code, MAX_TEXT), shown(outcome.reason, MAX_TEXT)
+                decided = record.forward("declined", self._now(), code=code, reason=reason)
             found = self._stock.forward(order_id, found, decided)
         if found.record.state in ("paid", "declined"):
             self._announce(order_id, found)
@@ -114,11 +117,9 @@ class Saga:
         """Say that a step of an order was given up and waits as a dead letter."""
         if any(self._history.has_event(order_id, outcome) for outcome in OUTCOMES[step]):
             return  # it was a repetition that failed: the order itself is past this step
-        at = self._now()
-        event = OrderFailed(
-            order_id=order_id, step=step, error=error, message_id=message_id, failed_at=timestamp(at)
-        )
-        self._publish(event, at)
+        failure = GivenUp(self._now(), shown(error, MAX_TEXT), message_id)
+        failure = self._stock.claims.give_up(order_id, step, failure)
+        self._publish(failed_event(order_id, step, failure), failure.at)
 
     def _recorded(self, order_id: str, event: Message, state: str) -> Found:
         # What this process remembers is good enough to go on from: whoever did so before made it outdated.
@@ -145,55 +146,3 @@ class Saga:
         event = event_of(order_id, found.record)
         if found.fresh or not self._history.has_event(order_id, name_of(event)):
             self._publish(event, found.record.at[found.record.state])
-
-
-def event_of(order_id: str, record: Record) -> Message:
-    """Return the event that says what a record says; the same record always gives the same event."""
-    at = timestamp(record.at[record.state])
-    match record.state:
-        case "held":
-            return OrderReserved(
-                order_id=order_id,
-                customer_id=record.customer_id,
-                items=[
-                    OrderItem(sku=line.sku, quantity=line.quantity, unit_price_minor=line.unit_price)
-                    for line in record.lines
-                ],
-                total_minor=record.total,
-                currency=record.currency,
-                reserved_at=at,
-            )
-        case "paid":
-            return OrderPaid(
-                order_id=order_id,
-                charge_id=record.charge_id,
-                amount_minor=record.total,
-                currency=record.currency,
-                paid_at=at,
-            )
-        case "declined":
-            return OrderDeclined(order_id=order_id, code=record.code, reason=record.reason, declined_at=at)
-        case "confirmed":
-            return OrderConfirmed(
-                order_id=order_id,
-                charge_id=record.charge_id,
-                total_minor=record.total,
-                currency=record.currency,
-                confirmed_at=at,
-            )
-        case "rejected":
-            return OrderRejected(
-                order_id=order_id,
-                code=f"REJECTION_CODE_{record.code}",
-                reason=record.reason,
-                rejected_at=at,
-            )
-        case "released":
-            reason = f"the payment was declined: {record.reason}"
-            return OrderRejected(
-                order_id=order_id,
-                code="REJECTION_CODE_PAYMENT_DECLINED",
-                reason=reason,
-                rejected_at=at,
-            )
-    raise ValueError(f"no event says that an order is {record.state}")

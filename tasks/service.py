@@ -9,20 +9,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from dramatiq.errors import BrokerError
-from google.protobuf.message import Message
 
 from dramatiq_jetstream.jetstream.names import bucket_subject
-from orders.v1.events_pb2 import OrderCreated
 
 from . import app
-from .accept import Acceptance, time_of
+from .accept import Acceptance
 from .catalogue import CATALOGUE, CURRENCY
 from .idempotency import Requests
+from .listing import OrderList
 from .model import (
     FINAL_STATUSES,
     MAX_ITEMS,
@@ -35,14 +34,14 @@ from .model import (
     InvalidOrder,
     Item,
     Order,
+    OrderIdTaken,
     OrderLine,
     OrderRequest,
     Page,
     Product,
 )
-from .orders import order_of_events
+from .numbers import whole_number
 from .parsing import parse_order_json, parse_order_protobuf
-from .stream import EventStream
 
 __all__ = [
     "FINAL_STATUSES",
@@ -56,6 +55,7 @@ __all__ = [
     "InvalidOrder",
     "Item",
     "Order",
+    "OrderIdTaken",
     "OrderLine",
     "OrderRequest",
     "Page",
@@ -75,9 +75,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: How many orders are looked through for a page of one customer's.
-_LOOKED_THROUGH = 4_000
-
 #: How often a watched order is looked at although nothing was heard of it, in seconds.
 _LOOK = 1.0
 
@@ -86,29 +83,33 @@ _STORING = 0.5
 
 
 @cache
-def event_stream() -> EventStream:
-    """Return the reader of the events."""
-    return EventStream(app.broker.connection, lambda: app.event_stream.ensure(app.broker))
+def _acceptance() -> Acceptance:
+    settings = app.SETTINGS
+    # No part of a request begins after its time, and each takes that long at most.
+    requests = Requests(app.requests_bucket(), lease=2 * settings.accept_timeout + 1_000, now=app.now)
+    return Acceptance(
+        requests,
+        app.stock_store().claims,
+        app.orders_store(),
+        app.publish,
+        app.project_at,
+        timeout=settings.accept_timeout,
+        now=app.now,
+    )
 
 
 @cache
-def _acceptance() -> Acceptance:
-    settings = app.SETTINGS
-    # A request that is still running may have used all its time twice: for its key, and for its event.
-    requests = Requests(app.requests_bucket(), lease=2 * settings.accept_timeout + 1_000, now=app.now)
-
-    def publish(event: Message, at: int, *, timeout: int) -> None:
-        app.publish(event, at, timeout=timeout)
-
-    return Acceptance(requests, publish, app.orders_store().get, timeout=settings.accept_timeout, now=app.now)
+def _list() -> OrderList:
+    return OrderList(app.events_stored(), app.orders_store().get)
 
 
 def accept_order(request: OrderRequest, idempotency_key: str | None = None) -> AcceptedOrder:
-    """Store the order's event and return the order, once JetStream has acknowledged it.
+    """Store the order's event and return the order, once JetStream has acknowledged it and it can be read.
 
     Raises:
       InvalidOrder: A sku that the catalogue does not have.
-      IdempotencyConflict, IdempotencyInProgress: What the key, or the order id, was used for before.
+      IdempotencyConflict, IdempotencyInProgress: What the key was used for before.
+      OrderIdTaken: Another order has the id that was chosen.
       BrokerConnectionError: It could not be stored within ACCEPT_TIMEOUT; trying again with the same key is
         safe.
     """
@@ -116,16 +117,8 @@ def accept_order(request: OrderRequest, idempotency_key: str | None = None) -> A
 
 
 def get_order(order_id: str) -> Order | None:
-    """Return the order, also before its first step was done; None when there is none."""
-    order = app.orders_store().get(order_id)
-    if order is not None:
-        return order
-    # Accepted, and no worker has come to it yet: its event is in the stream, near the time in its id.
-    accepted_at = time_of(order_id)
-    if accepted_at is None:
-        return None
-    created = event_stream().find_created(order_id, accepted_at)
-    return None if created is None else order_of_events(order_id, [created])
+    """Return the order, None when there is none. One that was accepted is always found."""
+    return app.orders_store().get(order_id)
 
 
 def list_orders(limit: int = 20, before: str | None = None, *, customer_id: str | None = None) -> Page:
@@ -138,36 +131,10 @@ def list_orders(limit: int = 20, before: str | None = None, *, customer_id: str 
     Raises:
       InvalidCursor: When it is not one.
     """
-    if before is not None and not (before.isascii() and before.isdigit() and len(before) <= 18):
+    place = None if before is None else whole_number(before, 0, 2**63 - 1)
+    if before is not None and place is None:
         raise InvalidCursor("the cursor was not made by this service")
-    orders: list[Order] = []
-    last = 0
-    for sequence, order in _listed(None if before is None else int(before), limit, customer_id):
-        if len(orders) == limit:
-            return Page(orders, str(last))
-        if order is None:
-            return Page(orders, str(sequence))
-        orders.append(order)
-        last = sequence
-    return Page(orders, None)
-
-
-def _listed(before: int | None, limit: int, customer_id: str | None) -> Iterator[tuple[int, Order | None]]:
-    """Yield orders with their places in the stream; None instead of one when enough was looked through."""
-    expected = limit if customer_id is None else _LOOKED_THROUGH // 8
-    for looked, created in enumerate(event_stream().newest_created(before, expected=expected)):
-        if looked == _LOOKED_THROUGH:
-            yield created.sequence + 1, None
-        event: OrderCreated = created.event  # type: ignore[assignment]
-        if customer_id is not None and event.customer_id != customer_id:
-            continue
-        order = app.orders_store().get(event.order_id) or order_of_events(event.order_id, [created])
-        # A second event with the same id is no second order.
-        first = next((entry for entry in order.history if entry.event == "created"), None)
-        if first is not None and first.sequence != created.sequence:
-            continue
-        if customer_id is None or order.customer_id == customer_id:
-            yield created.sequence, order
+    return _list().page(limit, place, customer_id=customer_id)
 
 
 def products() -> list[Product]:

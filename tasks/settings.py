@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
+from .numbers import whole_number
+
 __all__ = ["InvalidSetting", "Settings", "front_end_settings", "is_loopback", "settings"]
 
 
@@ -191,9 +193,10 @@ class _Reader:
         value = self.text(name)
         if value is None:
             return default
-        if re.fullmatch(r"[0-9]{1,12}", value) is None or not least <= int(value) <= most:
+        number = whole_number(value, least, most)
+        if number is None:
             raise InvalidSetting(f"{name} must be a whole number from {least} to {most}, not {value!r}.")
-        return int(value)
+        return number
 
     def choice(self, name: str, default: str, choices: tuple[str, ...]) -> str:
         value = self.text(name) or default

@@ -1,7 +1,8 @@
 """The stock of all products and the record of every order (`tasks.ledger`), in one bucket.
 
 Keys: `levels.all` holds the pieces available of every sku, and *pending*, the decisions about orders that were
-made with it and may not have reached their records yet; `order.{order_id}` holds an order's record.
+made with it and may not have reached their records yet; `order.{order_id}` holds an order's record. (`tasks.claims`
+keeps the claims on order ids in the same bucket.)
 
 A decision is one compare-and-set on `levels.all`: it takes the stock (or gives it back) and notes the decision
 in pending, both or none. Then the order's record is written, and later the note is dropped. A process that is
@@ -35,6 +36,7 @@ from typing import Any, Final
 
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 
+from .claims import Claims
 from .ledger import Record
 from .ports import Bucket, Entry
 
@@ -139,6 +141,8 @@ class Stock:
         sweep_after: int = 30_000,
         patience: int = 0,
     ) -> None:
+        #: The claims on order ids, in the same bucket.
+        self.claims = Claims(bucket, patience=patience)
         self._bucket = bucket
         self._initial = initial
         self._now = now

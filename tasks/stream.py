@@ -1,25 +1,22 @@
-"""Reads the events of orders back from the stream: all of them, the newest, or the one that created an order."""
+"""Reads the events of orders back from the stream: all of them, one by its place, or which orders were created."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
-from dramatiq_jetstream.errors import NotFound
 from dramatiq_jetstream.jetstream.listing import Listing
-from dramatiq_jetstream.jetstream.reading import StoredMessage, last_message
+from dramatiq_jetstream.jetstream.reading import StoredMessage, last_message, message_at
 from dramatiq_jetstream.wire.connection import Connection
+from orders.v1.events_pb2 import OrderCreated
 
-from .events import STREAM, SUBJECTS, DecodeError, UnusableEvent, decode, isoformat, order_id_of
-from .orders import Happened, happened
+from .events import STREAM, SUBJECTS, DecodeError, Happened, UnusableEvent, decode, happened, order_id_of
 
-_CREATED = "ORDER.created"
+_CREATED: Final = "ORDER.created"
 
-#: How much the clocks of the front end and of NATS may differ, in milliseconds.
-_CLOCK_SKEW = 2_000
-
-#: How many events are looked through for the one that created an order.
-_LOOKED_THROUGH = 5_000
+#: How many messages are asked for at once when only a stretch of the stream is wanted.
+_PAGE: Final = 1_024
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,52 +54,29 @@ class EventStream:
             if found is not None:
                 yield found
 
-    def newest_created(self, before: int | None, *, expected: int) -> Iterator[Happened]:
-        """Yield the events that created orders, newest first.
+    def stored_at(self, sequence: int) -> StoredMessage | None:
+        """Return the message at a place of the stream."""
+        return message_at(self._connection, STREAM, sequence)
 
-        They are read in windows of sequences that grow from the newest end, because JetStream only reads forwards.
+    def happened_at(self, sequence: int) -> Happened | None:
+        """Return the event at a place of the stream."""
+        stored = self.stored_at(sequence)
+        return None if stored is None else _read(stored)
 
-        Parameters:
-          before: Only those with a smaller sequence.
-          expected: How many are likely to be taken.
-        """
+    def newest_created(self) -> int:
+        """Return the place of the newest event that created an order, 0 when there is none."""
         self._ensure()
         newest = last_message(self._connection, STREAM, _CREATED)
-        if newest is None:
-            return
-        high = newest.sequence + 1 if before is None else min(before, newest.sequence + 1)
-        first = self.range().first
-        width = 8 * expected
-        while high > first:
-            low = max(first, high - width)
-            window = []
-            for stored in self._listing.read(_CREATED, start=low, page=2 * expected + 16):
-                if stored.sequence >= high:
-                    break
-                window.append(stored)
-            for stored in reversed(window):
-                found = _read(stored)
-                if found is not None:
-                    yield found
-            high, width = low, min(width * 4, 1_000_000)
+        return 0 if newest is None else newest.sequence
 
-    def find_created(self, order_id: str, since: int) -> Happened | None:
-        """Return the event that created an order soon after `since` (milliseconds)."""
-        self._ensure()
-        place = {"start_time": isoformat(since - _CLOCK_SKEW), "next_by_subj": _CREATED}
-        try:
-            first = self._connection.api(f"STREAM.MSG.GET.{STREAM}", place)["message"]["seq"]
-        except NotFound:
-            return None
-        for looked, stored in enumerate(self._listing.read(_CREATED, start=int(first), page=256)):
-            # Most events say in a header whose they are, which is cheaper to look at.
-            if stored.headers.get("ce-subject", order_id) == order_id:
-                found = _read(stored)
-                if found is not None and order_id_of(found.event) == order_id:
-                    return found
-            if looked >= _LOOKED_THROUGH or stored.time > since + 60_000:
-                break
-        return None
+    def created(self, start: int, end: int) -> Iterator[tuple[int, OrderCreated]]:
+        """Yield the events that create orders with their places, from `start` up to and without `end`."""
+        for stored in self._listing.read(_CREATED, start=start, page=max(1, min(end - start, _PAGE))):
+            if stored.sequence >= end:
+                return
+            found = _read(stored)
+            if found is not None and isinstance(found.event, OrderCreated):
+                yield stored.sequence, found.event
 
 
 def _read(stored: StoredMessage) -> Happened | None:

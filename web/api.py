@@ -10,6 +10,7 @@ from flask import Blueprint, Response, current_app, jsonify, request
 
 from tasks import service
 from tasks.events import usable_order_id
+from tasks.numbers import whole_number
 from tasks.service import AcceptedOrder, InvalidCursor, InvalidOrder, Order, OrderRequest
 from web.access import caller, needs
 from web.problems import Problem
@@ -86,7 +87,7 @@ def list_products() -> Response:
 
 
 def accept(order_request: OrderRequest, key: str | None) -> AcceptedOrder:
-    """Accept an order for the API or the form; what the caller or the key forbids becomes a problem."""
+    """Accept an order for the API or the form; what the caller, the key or the order's id forbids becomes a problem."""
     who = caller()
     if not who.may_order_for(order_request.customer_id):
         raise Problem("forbidden", f"You can order for customer {who.customer_id!r} alone.")
@@ -96,6 +97,10 @@ def accept(order_request: OrderRequest, key: str | None) -> AcceptedOrder:
     except service.IdempotencyConflict as error:
         text = str(error)
         raise Problem("idempotency-key-reused", f"{text[:1].upper()}{text[1:]}.") from None
+    except service.OrderIdTaken:
+        raise Problem(
+            "order-id-taken", f"There is another order with the id {order_request.order_id}."
+        ) from None
     except service.IdempotencyInProgress as error:
         raise Problem(
             "request-in-progress",
@@ -140,10 +145,10 @@ def find_page(limit: int, before: str | None) -> service.Page:
 
 
 def _limit() -> int:
-    text = request.args.get("limit", str(DEFAULT_LIMIT))
-    if not (text.isascii() and text.isdigit()) or not 1 <= int(text[:6]) <= MAX_LIMIT:
+    limit = whole_number(request.args.get("limit", str(DEFAULT_LIMIT)), 1, MAX_LIMIT)
+    if limit is None:
         raise Problem("malformed-request", f"limit must be a whole number from 1 to {MAX_LIMIT}.")
-    return int(text)
+    return limit
 
 
 def _idempotency_key() -> str | None:

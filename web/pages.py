@@ -19,6 +19,7 @@ from flask import Blueprint, Response, current_app, render_template, request, st
 
 from tasks import service
 from tasks.catalogue import CATALOGUE
+from tasks.numbers import whole_number
 from tasks.service import InvalidOrder, Order
 from tasks.settings import Settings
 from web import live, openapi, representation
@@ -84,7 +85,7 @@ def place_order() -> Response:
     """Take the form; answer with the way to the order's page, or with the form and what is wrong with it."""
     form = _read_form(request.form)
     items = [
-        {"sku": sku, "quantity": int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text}
+        {"sku": sku, "quantity": whole_number(text, 1, service.MAX_QUANTITY) or text}
         for sku, text in form.quantities.items()
         if text not in ("", "0")
     ]

@@ -51,6 +51,12 @@ KINDS: dict[str, Kind] = {
             "A request with this Idempotency-Key is still being worked on",
             "Send the same request again after Retry-After seconds.",
         ),
+        Kind(
+            "order-id-taken",
+            409,
+            "Another order has this id",
+            "Choose another order id, or leave it out.",
+        ),
         Kind("too-large", 413, "The request is too large", "Send a smaller order; bodies may have 1 MB."),
         Kind(
             "unsupported-media-type",
@@ -62,7 +68,7 @@ KINDS: dict[str, Kind] = {
         Kind(
             "idempotency-key-reused",
             422,
-            "The Idempotency-Key or the order id was used for another order",
+            "The Idempotency-Key was used for another order",
             "Use a new one for a new order.",
         ),
         Kind(

@@ -13,10 +13,20 @@ from google.protobuf.message import Message
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.errors import StoreTimeout
 from orders.v1.events_pb2 import OrderCreated
-from tasks.accept import Acceptance, new_order_id, time_of
-from tasks.events import event_id, usable_order_id
+from tasks.accept import Acceptance, new_order_id
+from tasks.events import Happened, event_id, usable_order_id
 from tasks.idempotency import Requests
-from tasks.model import IdempotencyConflict, IdempotencyInProgress, InvalidOrder, Item, Order, OrderRequest
+from tasks.model import (
+    IdempotencyConflict,
+    IdempotencyInProgress,
+    InvalidOrder,
+    Item,
+    OrderIdTaken,
+    OrderRequest,
+)
+from tasks.orders import Orders
+from tasks.projection import Projection
+from tasks.stock import Stock
 
 LEASE = 1_000
 
@@ -33,23 +43,31 @@ class FakeStream:
         self.before: Callable[[], None] = lambda: None
         self.after: Callable[[], None] = lambda: None
 
-    def __call__(self, event: Message, at: int, *, timeout: int) -> None:
+    def __call__(self, event: Message, at: int, *, timeout: int | None = None) -> int:
         assert isinstance(event, OrderCreated)
         self.before()
-        self.published.append(event)
+        if event not in self.published:
+            self.published.append(event)
+        place = 1 + self.published.index(event)
         self.after()
-
-
-def no_order(order_id: str) -> Order | None:
-    return None
+        return place
 
 
 class Front:
-    """One front-end process; several share the bucket and the stream."""
+    """One front-end process; several share the buckets and the stream."""
 
-    def __init__(self, broker: JetStreamBroker, stream: FakeStream) -> None:
-        requests = Requests(broker.bucket("requests", ttl=60_000), lease=LEASE, now=now)
-        self.acceptance = Acceptance(requests, stream, no_order, timeout=2_000, now=now)
+    def __init__(self, broker: JetStreamBroker, stream: FakeStream, clock: Callable[[], int] = now) -> None:
+        requests = Requests(broker.bucket("requests", ttl=60_000), lease=LEASE, now=clock)
+        stock = Stock(broker.bucket("stock"), {}, clock)
+        self.orders = Orders(broker.bucket("orders"))
+        projection = Projection(stock, self.orders, clock)
+
+        def project(place: int) -> Happened | None:
+            return projection.project(Happened(stream.published[place - 1], place, 1_000))
+
+        self.acceptance = Acceptance(
+            requests, stock.claims, self.orders, stream, project, timeout=2_000, now=clock
+        )
 
     def accept(self, key: str | None, quantity: int = 1, **members: str) -> tuple[str, bool]:
         request = OrderRequest("c-1", [Item("MUG-01", quantity)], **members)
@@ -111,9 +129,54 @@ def test_chosen_order_id_is_a_key_of_its_own(
     """An order id that the client chose makes the request repeatable without a key."""
     assert front.accept(None, order_id="o-1") == ("o-1", False)
     assert Front(broker, stream).accept(None, order_id="o-1") == ("o-1", True)
-    with pytest.raises(IdempotencyConflict):
+    with pytest.raises(OrderIdTaken):
         front.accept(None, 5, order_id="o-1")
     assert front.accept("order:o-1")[0] != "o-1"
+
+
+@pytest.mark.parametrize("keys", [(None, None), ("a", "b"), (None, "b"), ("a", None)])
+def test_an_order_id_has_one_content(
+    broker: JetStreamBroker, front: Front, stream: FakeStream, keys: tuple[str | None, str | None]
+) -> None:
+    """The second order under an id is refused, whatever its key and although the first is not stored yet."""
+
+    def second() -> None:
+        for quantity, token in ((9, None), (1, "tok_other")):
+            with pytest.raises(OrderIdTaken):
+                Front(broker, stream).acceptance.accept(
+                    OrderRequest("c-1", [Item("MUG-01", quantity)], token, order_id="o-1"),
+                    keys[1] and f"{keys[1]}{quantity}",
+                )
+
+    stream.before = second
+    assert front.accept(keys[0], order_id="o-1") == ("o-1", False)
+    stream.before = lambda: None
+    second()
+    assert [event.items[0].quantity for event in stream.published] == [1]
+
+
+@pytest.mark.parametrize("skew", [-70_000, 3_000, 10**9])
+def test_an_accepted_order_is_found_whatever_the_clock(
+    broker: JetStreamBroker, stream: FakeStream, skew: int
+) -> None:
+    """It is readable when it is accepted, under an id that was chosen or made."""
+    front = Front(broker, stream, lambda: now() + skew)
+    for members in ({}, {"order_id": "o-chosen"}):
+        order_id, _ = front.accept(None, **members)
+        order = front.orders.get(order_id)
+        assert order is not None
+        assert (order.status, order.customer_id, order.total) == ("accepted", "c-1", 1_290)
+
+
+def test_an_order_that_cannot_be_read_back_is_not_accepted(
+    broker: JetStreamBroker, front: Front, stream: FakeStream
+) -> None:
+    """The acknowledgement names a place at which another event stands: no 202, and no order."""
+    stream.published.append(OrderCreated(order_id="o-1", customer_id="c-9"))
+    stream.after = stream.published.reverse
+    with pytest.raises(StoreTimeout):
+        front.accept(None, order_id="o-1")
+    assert front.orders.get("o-1") is None
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -206,11 +269,8 @@ def test_unknown_sku_is_refused_before_anything_is_written(front: Front, stream:
     front.accept("k")
 
 
-def test_order_ids_tell_their_time() -> None:
-    """A new id is usable, sorts by time and gives it back; ids of other origin have none."""
+def test_order_ids_are_sorted_by_time() -> None:
+    """A new id is usable, and sorts by the time at which it was made."""
     ids = [new_order_id(at) for at in (1, 1_763_000_000_000, 2**48 - 1)]
     assert ids == sorted(ids)
-    assert [time_of(order_id) for order_id in ids] == [1, 1_763_000_000_000, 2**48 - 1]
     assert all(usable_order_id(order_id) for order_id in ids)
-    for other in ("o-1", "6f0b1a2e-9c1d-4a53-8f0e-2b1b8c9d0e1f", ids[0].upper().replace("-", ""), ""):
-        assert time_of(other) is None

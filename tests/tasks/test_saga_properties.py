@@ -19,9 +19,9 @@ import tasks.stock
 from orders.v1.events_pb2 import OrderCreated, OrderDeclined, OrderItem, OrderReserved
 from tasks import money
 from tasks.catalogue import CATALOGUE
-from tasks.events import UnusableEvent, name_of
+from tasks.events import Happened, UnusableEvent, name_of
 from tasks.ledger import Record
-from tasks.orders import Happened, Orders, merge
+from tasks.orders import Orders, merge
 from tasks.saga import Saga
 from tasks.stock import LEVELS, Levels, Stock
 from tests.tasks.fakes import FakeBucket, FakeGateway, FakeStored, FakeStream, Task, World

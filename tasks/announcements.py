@@ -1,0 +1,202 @@
+"""The events that say what the ledger says, and whether an event of the stream is one of them.
+
+Anybody who may publish to the stream can put any event there, at any time and as often as they like. So an event
+counts only if the ledger says the same: an order's content is what its id was claimed with, a step's event carries
+the time at which the record entered that state, and what is shown of either comes from the ledger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Final
+
+from google.protobuf.message import Message
+
+from orders.v1.events_pb2 import (
+    OrderConfirmed,
+    OrderCreated,
+    OrderDeclined,
+    OrderFailed,
+    OrderItem,
+    OrderPaid,
+    OrderRejected,
+    OrderReserved,
+)
+
+from . import money
+from .claims import Claim, GivenUp, digest_of_event
+from .events import Happened, name_of, timestamp
+from .ledger import Line, Record
+from .pricing import claimed
+from .stock import Found, Stock
+
+#: The states of the record that an event can stand for.
+_STATES: Final[dict[str, tuple[str, ...]]] = {
+    "reserved": ("held",),
+    "paid": ("paid",),
+    "declined": ("declined",),
+    "confirmed": ("confirmed",),
+    "rejected": ("rejected", "released"),
+}
+
+
+class Testimony:
+    """What the ledger says of one order; read when it is asked for, and kept.
+
+    Parameters:
+      stock: The ledger.
+      now: The time in milliseconds.
+    """
+
+    def __init__(self, stock: Stock, order_id: str, now: Callable[[], int]) -> None:
+        self._stock = stock
+        self._order_id = order_id
+        self._now = now
+        self._claim: Claim | None = None
+        self._found: Found | None = None
+
+    @property
+    def claim(self) -> Claim | None:
+        """What the order's id was claimed with."""
+        if self._claim is None:
+            self._claim = self._stock.claims.find(self._order_id)
+        return self._claim
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the ledger knows the order at all."""
+        return self.claim is not None or self._stock.find_newer(self._order_id, bool) is not None
+
+    def attested(self, happened: Happened) -> Happened | None:
+        """Return what the ledger confirms of an event, in the ledger's words; None when that is nothing.
+
+        An order that nobody has claimed the id of is claimed by this, so nothing is shown that the ledger does not
+        have.
+        """
+        event = happened.event
+        said: Message | None
+        if isinstance(event, OrderCreated):
+            claim = self._claim = self.claim or claimed(self._stock.claims, self._order_id, event, self._now)
+            if claim.digest != digest_of_event(event):
+                return None
+            # Nothing is kept of what an order asked for that breaks the rules, so its event is all there is.
+            said = placed_event(self._order_id, claim) if claim.lines else event
+        else:
+            key = f"failed.{event.step}" if isinstance(event, OrderFailed) else name_of(event)
+            said = self.said(key, lambda said: _same_time(event, said))
+        return None if said is None else replace(happened, event=said)
+
+    def said(self, key: str, is_meant: Callable[[Message], bool] = lambda _: True) -> Message | None:
+        """Return the event with a key of the read model, as the ledger has it; None when it does not know it.
+
+        Parameters:
+          is_meant: Which one, if the ledger has several.
+        """
+        name, _, step = key.partition(".")
+        if name == "created":
+            return placed_event(self._order_id, self.claim) if self.claim and self.claim.lines else None
+        if name == "failed":
+            failure = self._stock.claims.failures(self._order_id).get(step)
+            failed = None if failure is None else failed_event(self._order_id, step, failure)
+            return failed if failed is not None and is_meant(failed) else None
+
+        def meant(found: Found | None) -> Message | None:
+            states = [] if found is None else [s for s in _STATES.get(name, ()) if s in found.record.at]
+            events = (event_of(self._order_id, found.record, state) for state in states if found is not None)
+            return next(filter(is_meant, events), None)
+
+        # A step's event comes after its record was written; a server that is behind may not have that yet.
+        if meant(self._found) is None:
+            self._found = self._stock.find_newer(self._order_id, lambda found: meant(found) is not None)
+        return meant(self._found)
+
+
+def _same_time(event: Message, said: Message) -> bool:
+    """Whether an event carries the time that the ledger says; a stranger cannot know it beforehand."""
+    field = f"{name_of(said)}_at"
+    return bool(getattr(event, field) == getattr(said, field))
+
+
+def placed_event(order_id: str, claim: Claim, payment_token: str = "") -> OrderCreated:
+    """Return the event that places the order which an id was claimed with."""
+    return OrderCreated(
+        order_id=order_id,
+        customer_id=claim.customer_id,
+        items=_items(claim.lines),
+        total_amount=money.to_float(claim.total, claim.currency),
+        total_minor=claim.total,
+        currency=claim.currency,
+        created_at=timestamp(claim.at),
+        payment_token=payment_token,
+    )
+
+
+def event_of(order_id: str, record: Record, state: str | None = None) -> Message:
+    """Return the event that says what a record says; the same record always gives the same event.
+
+    Parameters:
+      state: Which state of the record is reported; None: the one that it is in.
+    """
+    state = state or record.state
+    at = timestamp(record.at[state])
+    match state:
+        case "held":
+            return OrderReserved(
+                order_id=order_id,
+                customer_id=record.customer_id,
+                items=_items(record.lines),
+                total_minor=record.total,
+                currency=record.currency,
+                reserved_at=at,
+            )
+        case "paid":
+            return OrderPaid(
+                order_id=order_id,
+                charge_id=record.charge_id,
+                amount_minor=record.total,
+                currency=record.currency,
+                paid_at=at,
+            )
+        case "declined":
+            return OrderDeclined(order_id=order_id, code=record.code, reason=record.reason, declined_at=at)
+        case "confirmed":
+            return OrderConfirmed(
+                order_id=order_id,
+                charge_id=record.charge_id,
+                total_minor=record.total,
+                currency=record.currency,
+                confirmed_at=at,
+            )
+        case "rejected":
+            return OrderRejected(
+                order_id=order_id,
+                code=f"REJECTION_CODE_{record.code}",
+                reason=record.reason,
+                rejected_at=at,
+            )
+        case "released":
+            return OrderRejected(
+                order_id=order_id,
+                code="REJECTION_CODE_PAYMENT_DECLINED",
+                reason=f"the payment was declined: {record.reason}",
+                rejected_at=at,
+            )
+    raise ValueError(f"no event says that an order is {state}")
+
+
+def failed_event(order_id: str, step: str, failure: GivenUp) -> OrderFailed:
+    """Return the event that says that a step was given up."""
+    return OrderFailed(
+        order_id=order_id,
+        step=step,
+        error=failure.error,
+        message_id=failure.message_id,
+        failed_at=timestamp(failure.at),
+    )
+
+
+def _items(lines: Iterable[Line]) -> list[OrderItem]:
+    return [
+        OrderItem(sku=line.sku, quantity=line.quantity, unit_price_minor=line.unit_price) for line in lines
+    ]

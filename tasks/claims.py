@@ -1,0 +1,179 @@
+"""Which order an id stands for, and which steps of it were given up: what the ledger knows beside the decisions.
+
+Keys, in the bucket of the stock: `claim.{order_id}` is written once, before anything else happens to an order, by
+whoever comes first: the front end before it publishes the order, or a worker when it sees an order of another
+program. It is never changed, so an id has one content, and another order under the same id is refused.
+`failed.{order_id}` holds the first failure of each step that was ever given up.
+
+Both are compare-and-set. A crash after a claim leaves an id that is taken, by the order that will be asked for
+again, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from dramatiq_jetstream.errors import KeyExists, RevisionConflict
+from orders.v1.events_pb2 import OrderCreated, OrderItem
+
+from .ledger import Line
+from .model import MAX_ID_LENGTH
+from .ports import Bucket, Entry
+from .text import normalised
+
+#: How long a note on failures competes with others, in milliseconds.
+TIMEOUT: Final = 10_000
+
+
+class ClaimBehind(Exception):
+    """A server answers that a claim is missing which was made; trying again is safe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The content of an order.
+
+    Attributes:
+      at: When the id was claimed, in milliseconds.
+      digest: What the order is told by, the payment token included, which is not kept here.
+      lines: One line per sku. Empty, as is the rest, for an order that breaks the rules.
+    """
+
+    at: int
+    digest: str
+    customer_id: str = ""
+    lines: tuple[Line, ...] = ()
+    total: int = 0
+    currency: str = ""
+
+    def encode(self) -> bytes:
+        """Return the claim as it is stored."""
+        stored = {"at": self.at, "digest": self.digest}
+        if self.lines:
+            lines = [[line.sku, line.quantity, line.unit_price] for line in self.lines]
+            stored |= {
+                "customer_id": self.customer_id,
+                "lines": lines,
+                "total": self.total,
+                "currency": self.currency,
+            }
+        return json.dumps(stored, separators=(",", ":")).encode()
+
+    @classmethod
+    def decode(cls, value: bytes) -> Claim:
+        """Return the claim that `encode` stored."""
+        stored = json.loads(value)
+        return cls(**{**stored, "lines": tuple(Line(*line) for line in stored.get("lines", ()))})
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """A step that was given up: when (milliseconds), why, and which message is the dead letter."""
+
+    at: int
+    error: str
+    message_id: str
+
+
+class Claims:
+    """Claims on ids, and failures, in their bucket.
+
+    Parameters:
+      bucket: Where they are kept.
+      patience: Milliseconds for which a claim that was made and cannot be seen is read again; 0 for one server.
+    """
+
+    def __init__(self, bucket: Bucket, *, patience: int = 0) -> None:
+        self._bucket = bucket
+        self._patience = patience
+
+    def find(self, order_id: str) -> Claim | None:
+        """Return what an id stands for."""
+        entry = self._bucket.get(f"claim.{order_id}")
+        return None if entry is None else Claim.decode(entry.value)
+
+    def claim(self, order_id: str, wanted: Claim) -> tuple[Claim, bool]:
+        """Claim an id; returns what it stands for, and whether that was decided now.
+
+        Raises:
+          ClaimBehind: When it is taken, and what for cannot be read.
+        """
+        try:
+            self._bucket.create(f"claim.{order_id}", wanted.encode())
+            return wanted, True
+        except KeyExists as conflict:
+            deadline = time.monotonic() + self._patience / 1000
+            while (existing := self.find(order_id)) is None:
+                if time.monotonic() >= deadline:
+                    raise ClaimBehind(
+                        f"the claim on order id {order_id} cannot be read as it is now."
+                    ) from conflict
+                time.sleep(random.uniform(0.005, 0.05))
+            return existing, False
+
+    def failures(self, order_id: str) -> Mapping[str, GivenUp]:
+        """Return the steps of an order that were given up."""
+        return _failures(self._bucket.get(f"failed.{order_id}"))
+
+    def give_up(self, order_id: str, step: str, failure: GivenUp) -> GivenUp:
+        """Note that a step was given up; returns the note, or the one of before when there is one.
+
+        Raises:
+          ClaimBehind: When others kept changing the notes of this order.
+        """
+        key = f"failed.{order_id}"
+        deadline = time.monotonic() + TIMEOUT / 1000
+        while True:
+            entry = self._bucket.get(key)
+            known = _failures(entry)
+            if step in known:
+                return known[step]
+            noted = {**known, step: failure}
+            value = json.dumps(
+                {name: [one.at, one.error, one.message_id] for name, one in noted.items()}
+            ).encode()
+            try:
+                if entry is None:
+                    self._bucket.create(key, value)
+                else:
+                    self._bucket.update(key, value, revision=entry.revision)
+                return failure
+            except (KeyExists, RevisionConflict) as conflict:
+                if time.monotonic() > deadline:
+                    raise ClaimBehind(f"the failures of order {order_id} kept changing.") from conflict
+                time.sleep(random.uniform(0, 0.01))
+
+
+def digest_of(customer_id: str, quantities: Mapping[str, int], payment_token: str) -> str:
+    """Return what an order is told by: the same order always has the same."""
+    content = [customer_id, sorted(quantities.items()), payment_token]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def digest_of_event(event: OrderCreated) -> str:
+    """Return what the order that an event asks for is told by."""
+    return digest_of(customer_of(event), quantities_of(event.items), event.payment_token)
+
+
+def customer_of(event: OrderCreated) -> str:
+    """Return who ordered, in the one form that the same name always has."""
+    return normalised(event.customer_id, MAX_ID_LENGTH)
+
+
+def quantities_of(items: Iterable[OrderItem]) -> dict[str, int]:
+    """Return how many pieces of each sku are ordered."""
+    quantities: dict[str, int] = {}
+    for item in items:
+        quantities[item.sku] = quantities.get(item.sku, 0) + item.quantity
+    return quantities
+
+
+def _failures(entry: Entry | None) -> dict[str, GivenUp]:
+    stored = {} if entry is None else json.loads(entry.value)
+    return {step: GivenUp(*failure) for step, failure in stored.items()}
