@@ -396,7 +396,10 @@ class JetStreamBroker(EmittingBroker):
         self.first["before_process_message"] = running_message.set
         self.first["after_process_message"] = self._follow_ups.begin
         self.last["after_process_message"] = self._forget_done
-        self.last["after_skip_message"] = self._forget_running
+        self.first["after_skip_message"] = self._follow_ups.begin
+        self.last["after_skip_message"] = self._forget_done
+        self.first["before_nack"] = self._follow_ups.begin
+        self.last["before_nack"] = self._forget_done
 
     def _forget_done(self, message: MessageProxy) -> None:
         self._follow_ups.end()
@@ -405,9 +408,8 @@ class JetStreamBroker(EmittingBroker):
     def _forget_running(self, message: MessageProxy) -> None:
         running_message.set(None)
 
-    def failed_after(self, signal: str, middleware: Middleware, error: Exception) -> None:
-        if signal == "process_message":
-            self._follow_ups.middleware_failed(middleware, error)
+    def failed_in(self, hook: str, middleware: Middleware, error: Exception) -> None:
+        self._follow_ups.middleware_failed(middleware, error)
 
     def _forget_worker(self) -> None:
         """In the child of a fork, where the parent's worker has no threads."""

@@ -2,21 +2,29 @@
 
 A result is one key that the server drops when its time is over. One that does not fit into a message is
 stored in parts, and then a head that names them: it is there as soon as the head is, and if the process dies
-in between, the parts expire unseen. Whoever waits is woken by the server.
+in between, the parts expire unseen. The server wakes every program that waits.
+
+On a `JetStreamBroker` a result, or how the actor failed, is stored before its message is settled. If it cannot be
+stored within `enqueue_timeout`, or the process dies before it is, the message stays on its queue and runs again, as
+with every follow-up. A crash after that stores the same key again. A result that can never be stored, because it
+cannot be encoded or is too large, would fail in every run: a failure that says so is stored in its place, and the
+message is done.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Iterable
 from typing import Any
 
-from dramatiq.broker import Broker
+from dramatiq.broker import Broker, MessageProxy
 from dramatiq.encoder import Encoder
 from dramatiq.message import Message
 from dramatiq.results import ResultBackend, ResultMissing, ResultTimeout
 from dramatiq.results.backend import DEFAULT_TIMEOUT, Missing
+from dramatiq.results.result import wrap_exception, wrap_result
 
 from .broker import broker_for
 from .errors import BrokerConnectionError, MessageTooLarge
@@ -24,7 +32,9 @@ from .jetstream.names import HEADER_PARTS
 from .jetstream.wakeups import Wakeups
 from .kv import Entry
 
-__all__ = ["JetStreamBackend"]
+__all__ = ["JetStreamBackend", "ResultNotStored"]
+
+logger = logging.getLogger(__name__)
 
 #: What a message needs besides the value, in bytes: subject and headers.
 ENVELOPE = 1_024
@@ -34,6 +44,15 @@ MAX_RESULT_BYTES = 64 * 1024 * 1024
 
 #: How much longer than their head the parts live, in milliseconds.
 PARTS_OUTLIVE = 60_000
+
+
+class ResultNotStored(Exception):
+    """What a `ResultFailure` names when the result of an actor can never be stored."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(
+            f"the actor has ended, but its result cannot be stored: {type(reason).__name__}: {reason}"
+        )
 
 
 class JetStreamBackend(ResultBackend):
@@ -46,7 +65,7 @@ class JetStreamBackend(ResultBackend):
       broker: The broker whose connection, namespace and replicas are used; None makes one of its own.
       url: Where to connect without a broker; None takes `NATS_URL`, then localhost.
       namespace, encoder, use_namespace_prefix_keys: As for every Dramatiq result backend.
-      max_result_bytes: Encoded results above this size are refused with `MessageTooLarge`.
+      max_result_bytes: Encoded results above this size are not stored; `get_result` raises `ResultFailure`.
 
     Lifetimes (`result_ttl`) are rounded up to whole seconds, in which the server counts them.
     """
@@ -79,7 +98,7 @@ class JetStreamBackend(ResultBackend):
         Raises:
           ResultMissing: When there is none and `block` is False.
           ResultTimeout: When there was none in time.
-          ResultFailure: When the actor failed; it tells how.
+          ResultFailure: When the actor failed, or its result can never be stored; it tells how and why.
           BrokerConnectionError: When the server did not answer and `block` is False.
         """
         key = self.build_message_key(message)
@@ -123,13 +142,43 @@ class JetStreamBackend(ResultBackend):
         parts = [self.bucket.get(f"parts.{name}.{number}") for number in range(int(count))]
         return b"".join(part.value for part in parts if part is not None) if all(parts) else None
 
+    def store_result(self, message: Message[Any], result: Any, ttl: int) -> None:
+        """Store a result for `ttl` milliseconds.
+
+        Raises:
+          MessageTooLarge, and what the encoder raises: When it can never be stored. In a worker, whose messages are
+            `MessageProxy`s, nothing is raised for that; the programs that wait for the result are told instead.
+          BrokerConnectionError: When it is not known to be stored.
+        """
+        self._store_for(message, wrap_result(result), ttl)
+
+    def store_exception(self, message: Message[Any], exception: BaseException, ttl: int) -> None:
+        """Store how an actor failed; as `store_result`."""
+        self._store_for(message, wrap_exception(exception), ttl)
+
+    def _store_for(self, message: Any, result: Any, ttl: int) -> None:
+        try:
+            data = self._encode(result)
+        except Exception as error:
+            if not isinstance(message, MessageProxy):
+                raise
+            logger.exception("The result of message %s cannot be stored.", message.message_id)
+            data = self.encoder.encode(wrap_exception(ResultNotStored(error)))
+        self._put(self.build_message_key(message), data, ttl)
+
     def _store(self, message_key: str, result: Any, ttl: int) -> None:
+        self._put(message_key, self._encode(result), ttl)
+
+    def _encode(self, result: Any) -> bytes:
         data = self.encoder.encode(result)
         if len(data) > self.max_result_bytes:
             raise MessageTooLarge(
                 f"A result of {len(data)} bytes is over max_result_bytes={self.max_result_bytes}: "
                 "store large data elsewhere and return a reference."
             )
+        return data
+
+    def _put(self, message_key: str, data: bytes, ttl: int) -> None:
         limit = self.bucket.connection.max_payload - ENVELOPE
         ttl = max(1, ttl)
         if len(data) <= limit:

@@ -11,18 +11,21 @@ from typing import Any
 
 import dramatiq
 import pytest
-from dramatiq import Message, Worker
+from dramatiq import Message
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.encoder import PickleEncoder
-from dramatiq.results import ResultMissing, Results, ResultTimeout
+from dramatiq.middleware import SkipMessage
+from dramatiq.results import ResultFailure, ResultMissing, Results, ResultTimeout
 
 from dramatiq_jetstream import JetStreamBroker
-from dramatiq_jetstream.errors import BrokerConnectionError, InvalidOption, MessageTooLarge
+from dramatiq_jetstream.errors import BrokerConnectionError, InvalidOption
 from dramatiq_jetstream.results import JetStreamBackend
 from dramatiq_jetstream.testing import NatsServer
 from tests.broker.cables import DeafCable
+from tests.broker.conformance.workers import running
 from tests.support.polling import eventually
 from tests.support.processes import python
+from tests.support.proxy import Proxy
 
 MakeBackend = Callable[..., JetStreamBackend]
 
@@ -227,39 +230,82 @@ def test_a_result_without_all_its_parts_is_missing(backend: JetStreamBackend) ->
         backend.get_result(a_message())
 
 
-def test_a_result_over_the_limit_is_refused(make_backend: MakeBackend) -> None:
-    """What is too large even for parts is a clear error, and nothing is stored."""
-    backend = make_backend(max_result_bytes=1_000)
-    with pytest.raises(MessageTooLarge, match="max_result_bytes=1000"):
-        backend.store_result(a_message(), "x" * 1_000, 60_000)
-    assert backend.bucket.keys() == []
-
-
-def test_a_result_that_cannot_be_stored_does_not_change_what_the_actor_did(
-    broker: JetStreamBroker, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("options", "result", "reason"),
+    [
+        ({"max_result_bytes": 1_000}, "x" * 1_000, "max_result_bytes=1000"),
+        ({}, {1, 2}, "TypeError: Object of type set is not JSON serializable"),
+        ({"encoder": PickleEncoder()}, threading.Lock(), "TypeError: cannot pickle"),
+    ],
+    ids=["too large", "not json", "not to be pickled"],
+)
+def test_a_result_that_can_never_be_stored_is_a_failure_for_those_who_wait(
+    broker: JetStreamBroker, options: dict[str, Any], result: Any, reason: str
 ) -> None:
-    """The actor ran once, its message is done, no retry and no dead letter; the log says why nothing is there."""
-    backend = JetStreamBackend(broker, max_result_bytes=1_000)
+    """They hear at once that the actor has ended and why its result is missing; the message is done, run once."""
+    backend = JetStreamBackend(broker, **options)
     broker.add_middleware(Results(backend=backend))
     runs = []
 
-    @dramatiq.actor(broker=broker, store_results=True, queue_name="large")
-    def large() -> str:
+    @dramatiq.actor(store_results=True)
+    def work() -> Any:
         runs.append(1)
-        return "x" * 1_000
+        return result
 
-    worker = Worker(broker, worker_timeout=100)
-    worker.start()
-    try:
-        message = large.send()
-        broker.join("large", timeout=10_000)
-        assert runs == [1]
-        assert broker.queue_stats("large").dead == 0
-        with pytest.raises(ResultMissing):
-            message.get_result(backend=backend)
-        assert "max_result_bytes" in caplog.text
-    finally:
-        worker.stop()
+    with running(broker):
+        message = work.send()
+        with pytest.raises(ResultFailure, match="the actor has ended") as failure:
+            message.get_result(backend=backend, block=True)
+        broker.join("default", timeout=10_000)
+    assert reason in str(failure.value)
+    assert failure.value.orig_exc_type == "ResultNotStored"
+    assert runs == [1]
+    assert broker.queue_stats("default").dead == 0
+
+
+@pytest.mark.parametrize("outcome", ["returns", "fails", "is skipped"])
+def test_a_result_is_stored_before_its_message_is_settled(
+    make_broker: Any, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, outcome: str
+) -> None:
+    """The server is away for longer than storing may take: the message stays, and its result comes afterwards."""
+    monkeypatch.setattr("dramatiq_jetstream.worker.consumer.FOLLOW_UP_DELAY", 50)
+    broker = make_broker(proxy.url, enqueue_timeout=500)
+    backend = JetStreamBackend(broker)
+    broker.add_middleware(Results(backend=backend))
+    runs: list[int] = []
+
+    def lose_the_server() -> None:
+        runs.append(1)
+        if len(runs) == 1:
+            proxy.lose()
+            threading.Timer(1.5, proxy.restore).start()
+
+    class Skip(dramatiq.Middleware):
+        def before_process_message(self, broker: Any, message: Any) -> None:
+            if outcome == "is skipped":
+                lose_the_server()
+                raise SkipMessage
+
+    broker.add_middleware(Skip())
+
+    @dramatiq.actor(broker=broker, store_results=True, max_retries=0)
+    def work() -> str:
+        lose_the_server()
+        if outcome == "fails":
+            raise ValueError("as always")
+        return "done"
+
+    with running(broker):
+        message = work.send()
+        if outcome == "fails":
+            with pytest.raises(ResultFailure, match="as always"):
+                backend.get_result(message, block=True, timeout=20_000)
+        else:
+            expected = "done" if outcome == "returns" else None
+            assert backend.get_result(message, block=True, timeout=20_000) == expected
+        broker.join("default", timeout=10_000)
+    assert len(runs) >= 2
+    assert broker.queue_stats("default").dead == (outcome == "fails")
 
 
 def test_namespaces_share_a_bucket_and_no_results(make_backend: MakeBackend) -> None:

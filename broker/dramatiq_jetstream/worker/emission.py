@@ -6,6 +6,9 @@ has of its own is looked up when the list of middleware changes, so a method mus
 Dramatiq's `Pipelines` imports a module at every message, before it sees that this one is not part of a pipeline; it
 is called for those that are.
 
+Dramatiq's `Results` stores how an actor failed after the message was nacked, when it is too late to keep the message
+if that does not work. Here it is called before.
+
 What the broker itself does at a signal is noted with the hook too, instead of in methods around these, which would cost
 more calls for each.
 """
@@ -18,6 +21,7 @@ from typing import Any
 
 from dramatiq.broker import Broker, MessageProxy
 from dramatiq.middleware import Middleware, MiddlewareError, Pipelines
+from dramatiq.results import Results
 
 __all__ = ["EmittingBroker"]
 
@@ -48,12 +52,18 @@ class _Hooks:
 
     def find_before(self, signal: str) -> _Hook:
         name = "before_" + signal
-        hook = self.before[signal] = self._hook(name, self.listeners(name))
+        listeners = self.listeners(name)
+        if signal == "nack":
+            listeners += [listener for listener in self.listeners("after_nack") if _is_results(listener)]
+        hook = self.before[signal] = self._hook(name, listeners)
         return hook
 
     def find_after(self, signal: str) -> _Hook:
         name = "after_" + signal
-        hook = self.after[signal] = self._hook(name, self.listeners(name)[::-1])
+        listeners = self.listeners(name)[::-1]
+        if signal == "nack":
+            listeners = [listener for listener in listeners if not _is_results(listener)]
+        hook = self.after[signal] = self._hook(name, listeners)
         return hook
 
     def listeners(self, name: str) -> _Listeners:
@@ -95,8 +105,9 @@ class EmittingBroker(Broker):
                     method(self, *args, **kwargs)
                 except MiddlewareError:
                     raise
-                except Exception:
+                except Exception as error:
                     self.logger.critical(_UNEXPECTED, "before_" + signal, middleware, exc_info=True)
+                    self.failed_in("before_" + signal, middleware, error)
         finally:
             if hook.last is not None:
                 hook.last(*args)
@@ -112,7 +123,7 @@ class EmittingBroker(Broker):
                     method(self, *args, **kwargs)
                 except Exception as error:
                     self.logger.critical(_UNEXPECTED, "after_" + signal, middleware, exc_info=True)
-                    self.failed_after(signal, middleware, error)
+                    self.failed_in("after_" + signal, middleware, error)
         finally:
             if hook.last is not None:
                 hook.last(*args)
@@ -129,8 +140,12 @@ class EmittingBroker(Broker):
             except Exception:
                 self.logger.critical(_UNEXPECTED, hook, middleware, exc_info=True)
 
-    def failed_after(self, signal: str, middleware: Middleware, error: Exception) -> None:
-        """Called when a middleware failed after a signal."""
+    def failed_in(self, hook: str, middleware: Middleware, error: Exception) -> None:
+        """Called when a middleware failed at a hook."""
+
+
+def _is_results(listener: tuple[Callable[..., Any], Middleware]) -> bool:
+    return isinstance(listener[1], Results)
 
 
 def _listens(middleware: Middleware, hook: str) -> bool:

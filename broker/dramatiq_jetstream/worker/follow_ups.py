@@ -1,6 +1,6 @@
-"""What follows a message that has just run: its retry, its pipeline's next step, its group's callback.
+"""What follows a message that has just run: its result, its retry, its pipeline's next step, its group's callback.
 
-Dramatiq acks a message even if what follows it could not be enqueued, because it swallows what middleware raises
+Dramatiq acks a message even if what follows it could not be stored, because it swallows what middleware raises
 after the actor ran. Here such a message is marked, and its consumer keeps it on the queue (see `consumer`).
 
 When it then runs again, within JetStream's duplicate window, those of its follow-ups that carry a message id of their
@@ -18,6 +18,7 @@ from typing import Any
 from dramatiq.broker import MessageProxy
 from dramatiq.message import Message
 from dramatiq.middleware import Callbacks, GroupCallbacks, Middleware, Pipelines, Retries
+from dramatiq.results import Results
 
 from dramatiq_jetstream.errors import MessageNotUnique
 from dramatiq_jetstream.wire.ids import new_id
@@ -26,8 +27,8 @@ from .consumer import JetStreamMessage
 
 __all__ = ["FollowUps"]
 
-#: Middleware that enqueues what follows a message. An error in one of these must not be forgotten.
-_MIDDLEWARE = (Retries, Pipelines, Callbacks, GroupCallbacks)
+#: Middleware that stores what follows a message. An error in one of these must not be forgotten.
+_MIDDLEWARE = (Results, Retries, Pipelines, Callbacks, GroupCallbacks)
 
 
 class FollowUps(threading.local):
@@ -67,7 +68,7 @@ class FollowUps(threading.local):
         return self._message is not None and self._message.message_id == message.message_id
 
     def middleware_failed(self, middleware: Middleware, error: Exception) -> None:
-        """Note that a middleware failed after the actor ran."""
+        """Note that a middleware failed after the actor ran, or before its failure is settled."""
         if isinstance(middleware, _MIDDLEWARE):
             self.failed(error)
 

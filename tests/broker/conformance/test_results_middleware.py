@@ -190,7 +190,7 @@ def test_a_result_that_cannot_be_stored_does_not_change_the_outcome(broker):
         worker.join()
     assert runs == [1]
     assert "after_nack" not in recorder.of(message.message_id)
-    with pytest.raises(ResultMissing):
+    with pytest.raises((ResultMissing, ResultFailure)):  # a backend may say that there will be none
         message.get_result()
 
 
