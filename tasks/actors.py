@@ -20,10 +20,9 @@ from typing import Any, Final
 import dramatiq
 
 from dramatiq_jetstream.events import Event, subscription
-from dramatiq_jetstream.telemetry import bind_log_fields
 from orders.v1.events_pb2 import OrderCreated, OrderDeclined, OrderPaid, OrderReserved
 
-from . import app
+from . import app, logs
 from .events import SUBJECTS, Happened, UnusableEvent, decode, happened, order_id_of
 from .failures import failure_of
 
@@ -55,28 +54,28 @@ def _step(
 @_step("ORDER.created", OrderCreated, "orders", BEGIN)
 def reserve_stock(event: OrderCreated) -> None:
     """Hold the order's items in stock, or reject the order."""
-    bind_log_fields(order_id=event.order_id)
+    logs.bind(order_id=event.order_id)
     app.saga().reserve(event)
 
 
 @_step("ORDER.reserved", OrderReserved, "payments", CONTINUE)
 def capture_payment(event: OrderReserved) -> None:
     """Capture the payment of an order whose items are held."""
-    bind_log_fields(order_id=event.order_id)
+    logs.bind(order_id=event.order_id)
     app.saga().pay(event)
 
 
 @_step("ORDER.paid", OrderPaid, "orders", FINISH)
 def confirm_order(event: OrderPaid) -> None:
     """Confirm an order that is paid."""
-    bind_log_fields(order_id=event.order_id)
+    logs.bind(order_id=event.order_id)
     app.saga().confirm(event)
 
 
 @_step("ORDER.declined", OrderDeclined, "orders", FINISH)
 def release_stock(event: OrderDeclined) -> None:
     """Give back what was held for an order whose payment was declined."""
-    bind_log_fields(order_id=event.order_id)
+    logs.bind(order_id=event.order_id)
     app.saga().release(event)
 
 
@@ -94,7 +93,7 @@ def announce_failure(event: Event) -> None:
     letter = app.broker.dead_letters.get(str(event.sequence))
     failure = None if letter is None else failure_of(letter, STEPS)
     if failure is not None:
-        bind_log_fields(order_id=failure.order_id)
+        logs.bind(order_id=failure.order_id)
         app.saga().fail(failure.order_id, failure.step, failure.error, failure.message_id)
 
 
@@ -114,5 +113,5 @@ def _read(event: Event) -> Happened | None:
 def project_event(what: Happened | None) -> None:
     """Add an event to its order's record, as far as the ledger confirms it."""
     if what is not None:
-        bind_log_fields(order_id=order_id_of(what.event))
+        logs.bind(order_id=order_id_of(what.event))
         app.projection().project(what)

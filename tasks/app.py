@@ -20,9 +20,8 @@ from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.events import Events
 from dramatiq_jetstream.jetstream.topology import StreamConfig, dead_letters, ensure_stream
 from dramatiq_jetstream.kv import DEPOSED, Bucket
-from dramatiq_jetstream.telemetry import configure_telemetry, telemetry_enabled
 
-from . import credentials, events, idempotency, orders, stock
+from . import credentials, events, idempotency, logs, orders, stock, telemetry
 from .catalogue import CATALOGUE
 from .credentials import Keys, Operators
 from .events import Happened
@@ -30,7 +29,7 @@ from .gateway import HttpGateway
 from .orders import Orders
 from .projection import Projection
 from .saga import Saga
-from .settings import settings
+from .settings import InvalidSetting, settings
 from .stock import Stock
 from .stream import EventStream
 
@@ -80,15 +79,15 @@ class DeadLetterEvents(Events):
 
 
 class Boot(Middleware):
-    """Sets up telemetry in a worker process; the front end does so for itself."""
+    """Sets up logs and telemetry in a worker process; the front end does so for itself."""
 
-    def after_process_boot(self, broker: dramatiq.Broker) -> None:
-        configure_telemetry("order-service-worker")
-        if telemetry_enabled():
-            # Imported only when something is exported, so that it costs nothing otherwise.
-            from opentelemetry.instrumentation.requests import RequestsInstrumentor
-
-            RequestsInstrumentor().instrument()
+    def after_process_boot(self, broker: JetStreamBroker) -> None:  # type: ignore[override]
+        logs.configure(SETTINGS)
+        try:
+            telemetry.configure("order-service-worker", broker)
+        except InvalidSetting as error:
+            # Dramatiq would log it and go on.
+            raise SystemExit(str(error)) from None
 
 
 event_stream = Events(events.STREAM, [events.SUBJECTS])
@@ -103,6 +102,7 @@ broker = JetStreamBroker(
 dead_letter_events = DeadLetterEvents(broker.names.dead_stream, [broker.names.all_dead_with_bodies])
 for middleware in (event_stream, dead_letter_events, Buckets(), Boot()):
     broker.add_middleware(middleware)
+broker.add_middleware(logs.LogContext(), before=type(broker.middleware[0]))
 dramatiq.set_broker(broker)
 
 

@@ -6,6 +6,7 @@ A wrong value stops the process with one line that names the variable. Times are
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -56,7 +57,7 @@ class Settings:
       retry_limit: RETRY_LIMIT, how often a step is tried again before it is a dead letter.
       retry_min_backoff, retry_max_backoff: RETRY_MIN_BACKOFF and RETRY_MAX_BACKOFF, the wait before a retry:
         it doubles from the one to the other, and up to half of it is random.
-      log_format: LOG_FORMAT, text or json.
+      log_format, log_level: LOG_FORMAT, text or json; and LOG_LEVEL, the name of a level.
     """
 
     nats_url: str = "nats://localhost:4222"
@@ -93,6 +94,7 @@ class Settings:
     retry_min_backoff: int = 500
     retry_max_backoff: int = 60_000
     log_format: str = "text"
+    log_level: str | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -136,6 +138,7 @@ class Settings:
                 "RETRY_MAX_BACKOFF", max(cls.retry_max_backoff, min_backoff), min_backoff, 7 * 86_400_000
             ),
             log_format=read.choice("LOG_FORMAT", cls.log_format, ("text", "json")),
+            log_level=read.log_level("LOG_LEVEL"),
         )
         chosen._check_provider()
         return chosen
@@ -197,6 +200,14 @@ class _Reader:
         if number is None:
             raise InvalidSetting(f"{name} must be a whole number from {least} to {most}, not {value!r}.")
         return number
+
+    def log_level(self, name: str) -> str | None:
+        value = self.text(name)
+        if value is None:
+            return None
+        if value.upper() not in logging.getLevelNamesMapping():
+            raise InvalidSetting(f"{name} must be the name of a level, such as INFO, not {value!r}.")
+        return value.upper()
 
     def choice(self, name: str, default: str, choices: tuple[str, ...]) -> str:
         value = self.text(name) or default

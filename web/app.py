@@ -10,7 +10,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from dramatiq_jetstream.errors import MessageTooLarge
-from dramatiq_jetstream.telemetry import configure_telemetry, telemetry_enabled
+from tasks import broker, logs, telemetry
 from tasks.settings import Settings, front_end_settings
 from web import access, admission, api, health, openapi, pages, security, sign_in
 from web.live import Streams
@@ -30,7 +30,8 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     """Return the application; it connects to NATS by itself, in this process, when it is first used."""
     app_settings = app_settings or front_end_settings()
     app_settings.check_sign_in()
-    configure_telemetry("order-service-web")
+    logs.configure(app_settings)
+    traced = telemetry.configure("order-service-web", broker)
     app = Flask("web")
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.config["MAX_FORM_MEMORY_SIZE"] = MAX_BODY
@@ -60,7 +61,7 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     app.register_error_handler(BrokerError, _store_failed)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unexpected)
-    if telemetry_enabled():
+    if traced:
         # Imported only when something is exported, so that it costs nothing otherwise.
         from opentelemetry.instrumentation.flask import FlaskInstrumentor
 

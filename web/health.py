@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import dramatiq
 from flask import Blueprint, Response, jsonify
 
-from dramatiq_jetstream.telemetry import PROMETHEUS_CONTENT_TYPE, prometheus_text
-from tasks import service
+from dramatiq_jetstream.gauges import PROMETHEUS_CONTENT_TYPE, Gauges
+from tasks import broker, service
 from web import live
 from web.access import anyone, needs, visitor
 
 blueprint = Blueprint("health", __name__)
+
+_gauges = Gauges(broker, connect=True)
 
 
 @blueprint.get("/health/live")
@@ -40,7 +41,7 @@ def health() -> Response:
 @needs("read")
 def metrics() -> Response:
     """Answer the state of the queues and of the connection, for Prometheus."""
-    return Response(prometheus_text(dramatiq.get_broker()), content_type=PROMETHEUS_CONTENT_TYPE)
+    return Response(_gauges.prometheus_text(), content_type=PROMETHEUS_CONTENT_TYPE)
 
 
 def _report(*, stopping: bool) -> Response:

@@ -44,9 +44,11 @@ class DramatiqApp(App):
         from dramatiq.results import Results
 
         if os.environ.get("BENCH_TELEMETRY"):
-            from dramatiq_jetstream.telemetry import configure_telemetry
+            from opentelemetry.distro import OpenTelemetryConfigurator
+            from opentelemetry.instrumentation.dramatiq import DramatiqInstrumentor
 
-            configure_telemetry("bench")
+            OpenTelemetryConfigurator().configure()
+            DramatiqInstrumentor().instrument()
         tasks = Tasks()
         self.broker = contender.make_broker()
         results = os.environ.get("BENCH_MEASUREMENT") == "roundtrip"

@@ -1,8 +1,8 @@
-"""What telemetry costs: the same drain without it, with it switched off, and with an exporter to a sink.
+"""What telemetry costs: the same drain without it, and instrumented, with traces that are sampled and that are not.
 
-*Without* never calls `configure_telemetry`. *Off* calls it and no endpoint is configured, as in a program that has
-telemetry and runs where nobody collects it. *On* exports every span and metric, and the messages carry the trace of
-the program that enqueued them.
+*Without* is not instrumented. The others are, on OpenTelemetry's SDK as it is, and the messages carry the trace of the
+program that enqueued them. *Not sampled*: that program decided that its trace is not recorded, as most do that sample.
+*Sampled*: every span is exported, to a sink. Neither exports metrics; *metrics* exports them alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from benchmarks.measurements.measurement import CPU, Figure, Measurement, Option
 from benchmarks.servers import Sink
 from benchmarks.trial import Trial
 
-WITHOUT, OFF, ON = "without", "off", "on"
+WITHOUT, NOT_SAMPLED, SAMPLED, METRICS = "without", "not sampled", "sampled", "metrics"
+
+#: What a case tells every process besides the endpoint.
+VARIABLES = {
+    NOT_SAMPLED: {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_TRACES_SAMPLER": "parentbased_always_off"},
+    SAMPLED: {"OTEL_TRACES_EXPORTER": "otlp"},
+    METRICS: {"OTEL_METRICS_EXPORTER": "otlp", "OTEL_TRACES_SAMPLER": "parentbased_always_off"},
+}
 
 
 class Telemetry(Measurement):
@@ -23,17 +30,20 @@ class Telemetry(Measurement):
     figures = (Figure("per_second", "messages/s", plotted=True), *CPU)
 
     def cases(self, options: Options, contender: Contender) -> list[str]:
-        return [WITHOUT, OFF, ON] if contender.ours and not contender.only else []
+        return [WITHOUT, *VARIABLES] if contender.ours and not contender.only else []
 
     def run(self, contender: Contender, case: str, options: Options) -> dict[str, float]:
         messages = options.count(MESSAGES)
         with Trial(contender, self.name) as trial:
             if case != WITHOUT:
-                trial.variables["BENCH_TELEMETRY"] = "1"
-            if case == ON:
                 sink = Sink(trial.directory / "sink")
                 trial.helpers.append(sink)
                 sink.start()
-                trial.variables["OTEL_EXPORTER_OTLP_ENDPOINT"] = sink.url
+                trial.variables |= {
+                    "BENCH_TELEMETRY": "1",
+                    "OTEL_EXPORTER_OTLP_ENDPOINT": sink.url,
+                    "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+                    **VARIABLES[case],
+                }
             trial.fill(messages)
             return drain(trial, messages)

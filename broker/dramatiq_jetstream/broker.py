@@ -330,14 +330,7 @@ class JetStreamBroker(EmittingBroker):
             check_subject(subject)
             data = event if isinstance(event, bytes) else event.SerializeToString()
             complete = {**(headers or {}), HEADER_MSG_ID: event_id or new_id()}
-            self.emit_own("before_publish_event", subject, complete)
-            try:
-                ack = self.connection.publish(subject, data, complete, timeout=timeout)
-            except BaseException as error:
-                self.emit_own("after_publish_event", subject, complete, exception=error)
-                raise
-            self.emit_own("after_publish_event", subject, complete, exception=None)
-            return ack
+            return self.connection.publish(subject, data, complete, timeout=timeout)
         except Exception as error:
             self._follow_ups.failed(error)
             raise

@@ -21,13 +21,20 @@ from opentelemetry.trace import StatusCode
 
 from tests.broker.conformance.rigs import RabbitmqRig, RedisRig, Rig, StubRig
 from tests.broker.conformance.workers import running
-from tests.support.otlp import Point, Span
+from tests.support.otlp import OtlpReceiver, Point, Span
 from tests.support.polling import eventually
 
 
 @pytest.fixture(autouse=True)
 def _quick_consumer_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dramatiq.worker.CONSUMER_RESTART_DELAY_SECS", 0.05)
+
+
+@pytest.fixture
+def receiver() -> Iterator[OtlpReceiver]:
+    """An OTLP/HTTP receiver of the test's own."""
+    with OtlpReceiver() as receiver:
+        yield receiver
 
 
 @dataclass

@@ -27,6 +27,7 @@ WRONG = {
     "RETRY_MIN_BACKOFF": "",
     "RETRY_MAX_BACKOFF": "100",
     "LOG_FORMAT": "xml",
+    "LOG_LEVEL": "loud",
     "ACCESS": "closed",
     "SESSION_LIFETIME": "8h",
     "PUBLIC_URL": "shop.example.com",

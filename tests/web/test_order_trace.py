@@ -19,6 +19,14 @@ from tests.web.stack import Stack
 
 ENVIRONMENT = {"OTEL_BSP_SCHEDULE_DELAY": "100", "RETRY_LIMIT": "1", "LOG_FORMAT": "json"}
 
+#: What `opentelemetry-instrument` is told besides; its own defaults need the exporter for gRPC.
+INSTRUMENT = {
+    "OTEL_SERVICE_NAME": "fleet",
+    "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+    "OTEL_METRICS_EXPORTER": "none",
+    "OTEL_LOGS_EXPORTER": "none",
+}
+
 
 @pytest.fixture(scope="module")
 def receiver() -> Iterator[OtlpReceiver]:
@@ -139,8 +147,10 @@ def test_an_order_that_was_given_up_and_replayed_is_one_trace(service: Stack, re
     service.knobs(fail_next=2)
     order_id = service.order()["order_id"]
     eventually(lambda: service.get(f"/api/orders/{order_id}").json()["status"] == "failed", timeout=20)
+    instrument = Path(sys.executable).with_name("opentelemetry-instrument")
     fleet = [sys.executable, "-m", "dramatiq_jetstream.cli", "--url", service.nats.url, "dead", "replay"]
-    subprocess.run([*fleet, "--all"], env={**os.environ, **service.environment}, check=True, timeout=30)
+    env = {**os.environ, **service.environment, **INSTRUMENT}
+    subprocess.run([instrument, *fleet, "--all"], env=env, check=True, timeout=30)
     assert service.final(order_id)["status"] == "confirmed"
     spans = Trace(receiver, order_id).reads(
         """

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import click
 
 from dramatiq_jetstream.dead_letters import REASONS, DeadLetter
-from dramatiq_jetstream.telemetry import configure_telemetry, telemetry_enabled
 
 from .context import Fleet, moment, pass_fleet, table
 
@@ -83,9 +82,6 @@ def replay(
     everything: bool,
 ) -> None:
     """Put dead letters back on their queues: those with IDS, or --all that the filters leave."""
-    if telemetry_enabled():
-        # A replay is a step in the life of its message, and nobody else sees it.
-        configure_telemetry("fleet", logs=False)
     chosen = _choose(fleet, ids, queue, actor, reason, everything)
     replayed = [letter.id for letter in chosen if fleet.broker.dead_letters.replay(letter)]
     fleet.show({"replayed": replayed}, f"{len(replayed)} replayed.")
