@@ -75,7 +75,7 @@ class DeadLetterEvents(Events):
 
     def config(self, broker: JetStreamBroker) -> StreamConfig:
         """Return the stream as the broker itself declares it."""
-        return dead_letters(broker.names, ttl=broker.config.dead_message_ttl, replicas=broker.config.replicas)
+        return dead_letters(broker.names, ttl=broker.config.dead_message_ttl, storage=broker.config.storage)
 
 
 class Boot(Middleware):

@@ -23,7 +23,7 @@ from dramatiq.message import Message
 from dramatiq.middleware import Middleware
 from dramatiq.worker import QUEUE_PREFETCH
 
-from .config import BrokerConfig, ConnectOptions
+from .config import DUPLICATE_WINDOW, BrokerConfig, ConnectOptions
 from .dead_letters import DeadLetters
 from .errors import InvalidOption, TopologyMissing
 from .jetstream.declaring import Declarations
@@ -68,6 +68,9 @@ class JetStreamBroker(EmittingBroker):
       max_priority: Levels above 0 for the option `broker_priority`, 1 to 32; None for no priorities.
         All programs of a namespace use the same.
       max_in_flight: For each queue named, how many messages the whole fleet may hold at once.
+      duplicate_window: How long a repeated publish is recognised; shorter for a server that allows no more.
+      max_stream_bytes: The room that each stream and bucket reserves, for accounts that demand a limit; None for
+        none. A queue that is full loses its oldest messages, so make it larger than any backlog.
       inbox_prefix: First tokens of the subjects on which answers arrive, for accounts that restrict them.
 
     Raises:
@@ -94,6 +97,8 @@ class JetStreamBroker(EmittingBroker):
         enqueue_timeout: int = 10_000,
         max_priority: int | None = None,
         max_in_flight: Mapping[str, int] | None = None,
+        duplicate_window: int = DUPLICATE_WINDOW,
+        max_stream_bytes: int | None = None,
         inbox_prefix: str = "_INBOX",
     ) -> None:
         connect = ConnectOptions.of(
@@ -117,6 +122,8 @@ class JetStreamBroker(EmittingBroker):
             enqueue_timeout=enqueue_timeout,
             max_priority=max_priority,
             max_in_flight=max_in_flight or {},
+            duplicate_window=duplicate_window,
+            max_stream_bytes=max_stream_bytes,
         )
         self.connection = Connection(connect, timeout=enqueue_timeout)
         self.declarations = Declarations(self.config, self.connection)

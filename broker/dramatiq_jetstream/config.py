@@ -16,10 +16,22 @@ from nats.aio.client import RawCredentials
 from .errors import InvalidOption
 from .jetstream.names import Names
 
-__all__ = ["HIGHEST_PRIORITY", "BrokerConfig", "ConnectOptions"]
+__all__ = ["DUPLICATE_WINDOW", "HIGHEST_PRIORITY", "BrokerConfig", "ConnectOptions", "Storage"]
 
 #: RabbitMQ's advice is ten; each is a durable consumer here.
 HIGHEST_PRIORITY = 32
+
+#: How long JetStream remembers a `Nats-Msg-Id`, in milliseconds; longer than any publish is repeated.
+DUPLICATE_WINDOW = 120_000
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What all streams of a program have in common; `JetStreamBroker` explains each setting."""
+
+    replicas: int = 1
+    duplicate_window: int = DUPLICATE_WINDOW
+    max_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,8 @@ class BrokerConfig:
     enqueue_timeout: int = 10_000
     max_priority: int | None = None
     max_in_flight: Mapping[str, int] = field(default_factory=dict)
+    duplicate_window: int = DUPLICATE_WINDOW
+    max_stream_bytes: int | None = None
     names: Names = field(init=False)
 
     def __post_init__(self) -> None:
@@ -135,6 +149,14 @@ class BrokerConfig:
         _at_least("max_deliveries", self.max_deliveries, 1)
         _at_least("dead_message_ttl", self.dead_message_ttl, 1_000)
         _at_least("enqueue_timeout", self.enqueue_timeout, 100)
+        _at_least("duplicate_window", self.duplicate_window, 100)
+        if self.duplicate_window < self.enqueue_timeout:
+            raise InvalidOption(
+                f"duplicate_window={self.duplicate_window} cannot be used: it must be no shorter than "
+                f"enqueue_timeout={self.enqueue_timeout}, or a repeated publish could be stored twice."
+            )
+        if self.max_stream_bytes is not None:
+            _at_least("max_stream_bytes", self.max_stream_bytes, 1_000_000)
         if self.max_priority is not None and not 1 <= self.max_priority <= HIGHEST_PRIORITY:
             raise InvalidOption(
                 f"max_priority={self.max_priority!r} cannot be used: choose 1 to {HIGHEST_PRIORITY}, "
@@ -147,6 +169,11 @@ class BrokerConfig:
                     "max_in_flight and max_priority cannot be used together: JetStream counts messages in "
                     "flight for each priority, so the limit of a queue would not hold."
                 )
+
+    @property
+    def storage(self) -> Storage:
+        """What all streams of the broker have in common."""
+        return Storage(self.replicas, self.duplicate_window, self.max_stream_bytes)
 
     @property
     def priorities(self) -> list[int | None]:

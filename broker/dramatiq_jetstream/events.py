@@ -21,6 +21,7 @@ from dramatiq.message import Message
 from dramatiq.middleware import Middleware, MiddlewareError
 
 from .broker import JetStreamBroker
+from .config import Storage
 from .errors import InvalidName, InvalidOption
 from .jetstream import topology
 from .jetstream.names import check_subject
@@ -126,7 +127,7 @@ class Events(Middleware):
       stream: The stream's name.
       subjects: What the stream keeps; it is made with them if it does not exist and the broker declares.
       max_age: Milliseconds that events are kept; None for ever.
-      duplicate_window: Milliseconds in which the same event id is stored once.
+      duplicate_window: Milliseconds in which the same event id is stored once; None takes the broker's.
       replicas: None takes the broker's.
     """
 
@@ -136,7 +137,7 @@ class Events(Middleware):
         subjects: list[str],
         *,
         max_age: int | None = None,
-        duplicate_window: int = topology.DUPLICATE_WINDOW,
+        duplicate_window: int | None = None,
         replicas: int | None = None,
     ) -> None:
         for subject in subjects:
@@ -158,8 +159,11 @@ class Events(Middleware):
             self.stream,
             self.subjects,
             max_age=self.max_age,
-            duplicate_window=self.duplicate_window,
-            replicas=self.replicas or broker.config.replicas,
+            storage=Storage(
+                self.replicas or broker.config.replicas,
+                self.duplicate_window or broker.config.duplicate_window,
+                broker.config.max_stream_bytes,
+            ),
         )
 
     def ensure(self, broker: JetStreamBroker) -> None:

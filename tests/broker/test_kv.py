@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dramatiq_jetstream import kv
+from dramatiq_jetstream.config import Storage
 from dramatiq_jetstream.errors import (
     ApiError,
     BrokerConnectionError,
@@ -557,7 +558,7 @@ def test_three_replicas_are_read_as_they_were_written(
     make_bucket: MakeBucket, nats_cluster: NatsCluster
 ) -> None:
     """On a cluster whoever wrote a key reads and lists it, and compare-and-set holds, within a prefix too."""
-    buckets = [make_bucket(url, replicas=3) for url in nats_cluster.urls[:2]]
+    buckets = [make_bucket(url, storage=Storage(replicas=3)) for url in nats_cluster.urls[:2]]
     for n in range(30):
         writer, reader = buckets[n % 2], buckets[(n + 1) % 2]
         revision = writer.put("k", b"%d" % n)
@@ -592,7 +593,7 @@ def test_asking_for_a_write_leaves_a_cluster_alone(
     make_bucket: MakeBucket, nats_cluster: NatsCluster
 ) -> None:
     """After a write was repeated the server is asked whether it has it: an answer, and no harm to the stream."""
-    bucket = make_bucket(nats_cluster.urls[0], replicas=3)
+    bucket = make_bucket(nats_cluster.urls[0], storage=Storage(replicas=3))
     revision = bucket.put("k", b"1")
     subject = bucket._subject("k")
     written = message_at(bucket.connection, bucket.stream, revision)

@@ -10,8 +10,12 @@ import dramatiq
 import pytest
 from dramatiq import Message
 
-from dramatiq_jetstream.errors import ApiError, BrokerError, QueueNotFound, TopologyMismatch
+from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.abort import JetStreamBackend as AbortBackend
+from dramatiq_jetstream.errors import ApiError, BrokerError, InvalidOption, QueueNotFound, TopologyMismatch
 from dramatiq_jetstream.events import Events, subscription
+from dramatiq_jetstream.jetstream import topology
+from dramatiq_jetstream.testing import NatsServer
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually, holds
 
@@ -287,11 +291,72 @@ def test_a_consumer_that_is_deleted_under_a_worker_is_made_again(make_broker, mo
 
 def test_declaring_contacts_nobody():
     """Declaring queues and actors works without a server, as modules are imported everywhere."""
-    from dramatiq_jetstream import JetStreamBroker
-
     broker = JetStreamBroker("nats://127.0.0.1:1")
     started = time.monotonic()
     dramatiq.actor(lambda: None, broker=broker, actor_name="work", queue_name="a.b")
     assert time.monotonic() - started < 2
     assert broker.get_declared_queues() == {"a.b"}
+    broker.close()
+
+
+LIMITED = """
+accounts {{ A {{ jetstream {{ max_store: 200M, max_bytes_required: true }}, users: [ {{ user: a, password: a }} ] }} }}
+no_auth_user: a
+"""
+
+
+def test_an_account_that_demands_limits(tmp_path, namespace):
+    """Without them the error names the setting; with it everything works, events and buckets included."""
+    with NatsServer(store_dir=tmp_path, config=LIMITED.format()) as server:
+        broker = JetStreamBroker(server.url, namespace=namespace)
+        broker.declare_queue("default")
+        with pytest.raises(ApiError, match="give the broker max_stream_bytes"):
+            broker.setup()
+        broker.close()
+        broker = JetStreamBroker(server.url, namespace=namespace, max_stream_bytes=2_000_000)
+        broker.add_middleware(Events(stream=f"{namespace}-events", subjects=[f"{namespace}.ev.>"]))
+        ran = []
+        work = dramatiq.actor(ran.append, broker=broker, actor_name="work")
+        assert set(broker.setup().values()) == {"created"}
+        with running(broker):
+            work.send_with_options(args=(1,), delay=100)
+            eventually(lambda: ran == [1])
+        for config in everything(broker).values():
+            assert config.get("max_bytes", 2_000_000) == 2_000_000
+        broker.close()
+
+
+def test_a_server_that_allows_no_long_duplicate_window(tmp_path, namespace, monkeypatch):
+    """The error names the setting, and a window that cannot recognise a repeated publish is refused."""
+    limits = 'limits { duplicate_window: "1m" }'
+    server = NatsServer(store_dir=tmp_path)
+    configuration = server._configuration
+    monkeypatch.setattr(
+        server, "_configuration", lambda: configuration().replace("jetstream {", f"jetstream {{ {limits}", 1)
+    )
+    with server:
+        broker = JetStreamBroker(server.url, namespace=namespace)
+        with pytest.raises(ApiError, match="a shorter duplicate_window"):
+            broker.setup()
+        broker.close()
+        broker = JetStreamBroker(server.url, namespace=namespace, duplicate_window=60_000)
+        assert set(broker.setup().values()) == {"created"}
+        broker.close()
+    with pytest.raises(InvalidOption, match="no shorter than enqueue_timeout"):
+        JetStreamBroker(server.url, duplicate_window=5_000)
+
+
+def test_a_command_finds_every_queue_of_a_large_namespace(own_nats_server, namespace):
+    """The server lists streams in pages; a delayed message in the last of 1,100 queues is seen by `fleet abort`."""
+    broker = JetStreamBroker(own_nats_server.url, namespace=namespace)
+    configs = [topology.queue(broker.names, f"a{number:04}").to_json() for number in range(1_100)]
+    with ThreadPoolExecutor(8) as pool:
+        list(
+            pool.map(lambda config: broker.connection.api(f"STREAM.CREATE.{config['name']}", config), configs)
+        )
+    work = dramatiq.actor(lambda: None, broker=broker, actor_name="work", queue_name="zz")
+    message = work.send_with_options(delay=3_600_000)
+    command = JetStreamBroker(own_nats_server.url, namespace=namespace, declare=False, middleware=[])
+    assert 3_500_000 < AbortBackend(command)._delay_of(message.message_id) <= 3_600_000
+    command.close()
     broker.close()

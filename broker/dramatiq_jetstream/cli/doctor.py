@@ -11,6 +11,7 @@ import click
 from dramatiq.common import current_millis
 from dramatiq.errors import DramatiqError
 
+from dramatiq_jetstream.config import Storage
 from dramatiq_jetstream.jetstream import drift, inventory, topology
 from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID
 from dramatiq_jetstream.jetstream.reading import last_message
@@ -24,6 +25,9 @@ _MARKS = {OK: "[green]✓[/green]", WARNING: "[yellow]![/yellow]", FAILURE: "[re
 
 #: A clock that differs by more than this from the server's makes delays visibly late; milliseconds.
 MAX_SKEW = 1_000
+
+#: The share of a limit from which on it is warned of.
+FULL = 0.8
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def _account(fleet: Fleet) -> Iterator[Finding]:
     used, most = info.get("storage", 0), limits.get("max_storage", -1)
     share = used / most if most > 0 else 0.0
     detail = f"{used:,} bytes used" + (f" of {most:,}" if most > 0 else ", no limit for the account")
-    if share > 0.8:
+    if share > FULL:
         yield Finding(
             "storage", WARNING if share < 0.95 else FAILURE, detail, "raise max_file_store or purge."
         )
@@ -95,7 +99,9 @@ def _account(fleet: Fleet) -> Iterator[Finding]:
 def _write(fleet: Fleet) -> Iterator[Finding]:
     """Make a stream, store a message, and compare clocks by the time it got."""
     broker = fleet.broker
-    config = topology.queue(broker.names, "doctor=check")
+    # Small enough for an account that demands limits.
+    storage = Storage(duplicate_window=10_000, max_bytes=1_000_000)
+    config = topology.queue(broker.names, "doctor=check", storage=storage)
     connection = broker.connection
     topology.ensure_stream(connection, config)
     try:
@@ -147,12 +153,25 @@ def _settings(fleet: Fleet) -> Iterator[Finding]:
                     )
                 continue
             compared += 1
+            if config.kind == "queue" and stream.get("max_bytes", -1) > 0:
+                yield _limited(stream, info["state"]["bytes"])
             differences = drift.without_program(config.kind, existing, config.to_json())
             if differences:
                 found += 1
                 yield _differing(str(config), differences)
     if not found:
         yield Finding("settings", OK, f"{compared} streams and consumers are as the library makes them")
+
+
+def _limited(stream: dict[str, Any], used: int) -> Finding:
+    share = used / stream["max_bytes"]
+    return Finding(
+        f"stream {stream['name']}",
+        OK if share < FULL else WARNING if share < 1 else FAILURE,
+        f"{share:.0%} of its max_bytes of {stream['max_bytes']:,} are used; when it is full, the server throws away "
+        "the oldest messages",
+        "" if share < FULL else "start workers, or raise max_stream_bytes and run `fleet setup --update`.",
+    )
 
 
 def _differing(what: str, differences: list[drift.Difference]) -> Finding:

@@ -75,23 +75,23 @@ class Declarations:
                 history=history,
                 ttl=ttl,
                 max_value_bytes=max_value_bytes,
-                replicas=self._config.replicas,
+                storage=self._config.storage,
             )
             self.buckets[name] = Bucket(self._connection, config, declare=self._config.declare)
         return self.buckets[name]
 
     def announcing_bucket(self, name: str) -> Bucket:
         """The bucket of that name, which announces every key that is stored in it (see `wakeups`)."""
-        config = topology.announcing_bucket(self._config.names, name, replicas=self._config.replicas)
+        config = topology.announcing_bucket(self._config.names, name, storage=self._config.storage)
         bucket = Bucket(self._connection, config, declare=self._config.declare)
         return self.buckets.setdefault(name, bucket)
 
     def _dead_letters(self) -> StreamConfig:
         config = self._config
-        return topology.dead_letters(config.names, ttl=config.dead_message_ttl, replicas=config.replicas)
+        return topology.dead_letters(config.names, ttl=config.dead_message_ttl, storage=config.storage)
 
     def _queue(self, queue_name: str) -> StreamConfig:
-        return topology.queue(self._config.names, queue_name, replicas=self._config.replicas)
+        return topology.queue(self._config.names, queue_name, storage=self._config.storage)
 
     def _consumers(self, queue_name: str) -> list[ConsumerConfig]:
         return [

@@ -213,11 +213,19 @@ class Difference:
 
 #: What a program chooses; only the program can say what is right.
 _CHOSEN: Mapping[Kind, frozenset[str]] = {
-    "queue": frozenset({"num_replicas", "duplicate_window"}),
-    "dead letters": frozenset({"num_replicas", "duplicate_window", "max_age"}),
+    "queue": frozenset({"num_replicas", "duplicate_window", "max_bytes"}),
+    "dead letters": frozenset({"num_replicas", "duplicate_window", "max_age", "max_bytes"}),
     "events": frozenset({"num_replicas", "duplicate_window", "subjects", "discard", *_LIMITS, "max_age"}),
     "bucket": frozenset(
-        {"num_replicas", "duplicate_window", "max_age", "max_msgs_per_subject", "max_msg_size", "republish"}
+        {
+            "num_replicas",
+            "duplicate_window",
+            "max_age",
+            "max_msgs_per_subject",
+            "max_msg_size",
+            "max_bytes",
+            "republish",
+        }
     ),
     "worker": frozenset({"num_replicas", "ack_wait", "max_ack_pending"}),
     "subscription": frozenset({"num_replicas", "ack_wait", "max_ack_pending", "filter_subject", "metadata"}),

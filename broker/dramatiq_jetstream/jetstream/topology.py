@@ -16,9 +16,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dramatiq_jetstream.config import DUPLICATE_WINDOW, Storage
 from dramatiq_jetstream.errors import ApiError, NotFound, TopologyMismatch
 from dramatiq_jetstream.wire.connection import Connection
-from dramatiq_jetstream.wire.error_numbers import CONSUMER_EXISTS, REPLICAS_EXCEED_STREAM, STREAM_EXISTS
+from dramatiq_jetstream.wire.error_numbers import (
+    CONSUMER_EXISTS,
+    MAX_BYTES_REQUIRED,
+    REPLICAS_EXCEED_STREAM,
+    STREAM_EXISTS,
+)
 
 from .drift import MILLISECOND, Difference, Kind, Verdict, differences, in_line
 from .names import METADATA_SUBSCRIBER, Names, bucket_stream
@@ -41,8 +47,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: How long JetStream remembers a `Nats-Msg-Id`; longer than any publish is repeated.
-DUPLICATE_WINDOW = 120_000
+#: What streams have that nobody said more of.
+STORAGE = Storage()
 
 #: How long consumers wait for their stream to be copied to more servers; milliseconds.
 SCALING = 60_000
@@ -85,7 +91,16 @@ class ConsumerConfig:
         return {"name": self.name, "durable_name": self.name, **self.settings}
 
 
-def queue(names: Names, queue_name: str, *, replicas: int = 1) -> StreamConfig:
+def _stored(storage: Storage, *, lifetime: int | None = None) -> Json:
+    settings: Json = {
+        "storage": "file",
+        "num_replicas": storage.replicas,
+        "duplicate_window": min(storage.duplicate_window, lifetime or storage.duplicate_window) * MILLISECOND,
+    }
+    return settings if storage.max_bytes is None else {**settings, "max_bytes": storage.max_bytes}
+
+
+def queue(names: Names, queue_name: str, *, storage: Storage = STORAGE) -> StreamConfig:
     """The stream of a queue: ready messages, delayed messages and periodic schedules."""
     return StreamConfig(
         "queue",
@@ -93,9 +108,7 @@ def queue(names: Names, queue_name: str, *, replicas: int = 1) -> StreamConfig:
         {
             "subjects": [names.queue_subjects(queue_name)],
             "retention": "workqueue",
-            "storage": "file",
-            "num_replicas": replicas,
-            "duplicate_window": DUPLICATE_WINDOW * MILLISECOND,
+            **_stored(storage),
             "allow_msg_schedules": True,
             "allow_msg_ttl": True,
             "allow_atomic": True,
@@ -104,7 +117,7 @@ def queue(names: Names, queue_name: str, *, replicas: int = 1) -> StreamConfig:
     )
 
 
-def dead_letters(names: Names, *, ttl: int, replicas: int = 1) -> StreamConfig:
+def dead_letters(names: Names, *, ttl: int, storage: Storage = STORAGE) -> StreamConfig:
     """The stream of dead letters of a namespace, each kept for `ttl` milliseconds.
 
     One message per subject: storing the same letter again after a crash replaces it.
@@ -115,9 +128,7 @@ def dead_letters(names: Names, *, ttl: int, replicas: int = 1) -> StreamConfig:
         {
             "subjects": [names.all_dead_with_bodies],
             "retention": "limits",
-            "storage": "file",
-            "num_replicas": replicas,
-            "duplicate_window": min(DUPLICATE_WINDOW, ttl) * MILLISECOND,
+            **_stored(storage, lifetime=ttl),
             "max_age": ttl * MILLISECOND,
             "max_msgs_per_subject": 1,
             "allow_direct": False,
@@ -130,8 +141,7 @@ def events(
     subjects: list[str],
     *,
     max_age: int | None = None,
-    duplicate_window: int = DUPLICATE_WINDOW,
-    replicas: int = 1,
+    storage: Storage = STORAGE,
 ) -> StreamConfig:
     """A stream of events, kept whoever has read them."""
     return StreamConfig(
@@ -140,10 +150,8 @@ def events(
         {
             "subjects": subjects,
             "retention": "limits",
-            "storage": "file",
-            "num_replicas": replicas,
+            **_stored(storage, lifetime=max_age),
             "max_age": (max_age or 0) * MILLISECOND,
-            "duplicate_window": duplicate_window * MILLISECOND,
             "allow_direct": True,
         },
     )
@@ -156,7 +164,7 @@ def bucket(
     history: int = 1,
     ttl: int | None = None,
     max_value_bytes: int | None = None,
-    replicas: int = 1,
+    storage: Storage = STORAGE,
 ) -> StreamConfig:
     """The stream under a key-value bucket (ADR-8), with time to live per key (ADR-43)."""
     bucket_name = names.bucket(name)
@@ -166,13 +174,11 @@ def bucket(
         {
             "subjects": [f"$KV.{bucket_name}.>"],
             "retention": "limits",
-            "storage": "file",
+            **_stored(storage, lifetime=ttl),
             "discard": "new",
-            "num_replicas": replicas,
             "max_msgs_per_subject": history,
             "max_age": (ttl or 0) * MILLISECOND,
             "max_msg_size": -1 if max_value_bytes is None else max_value_bytes,
-            "duplicate_window": min(DUPLICATE_WINDOW, ttl or DUPLICATE_WINDOW) * MILLISECOND,
             "allow_rollup_hdrs": True,
             "allow_msg_ttl": True,
             "allow_atomic": True,
@@ -182,9 +188,9 @@ def bucket(
     )
 
 
-def announcing_bucket(names: Names, name: str, *, replicas: int = 1) -> StreamConfig:
+def announcing_bucket(names: Names, name: str, *, storage: Storage = STORAGE) -> StreamConfig:
     """A bucket that announces every key, without its value, after it is stored."""
-    config = bucket(names, name, replicas=replicas)
+    config = bucket(names, name, storage=storage)
     republish = {
         "src": f"$KV.{names.bucket(name)}.>",
         "dest": f"{names.namespace}.stored.{name}.>",
@@ -312,13 +318,24 @@ def ensure_stream(connection: Connection, config: StreamConfig, *, update: bool 
             return _judge(config, existing, "created")
         except ApiError as error:
             if error.err_code != STREAM_EXISTS:  # another process was first, with other settings
-                raise
+                raise _with_advice(error) from None
             existing = connection.api(f"STREAM.INFO.{config.name}")["config"]
     found = differences(config.kind, existing, wanted)
     if update and _changeable(found):
         changed = connection.api(f"STREAM.UPDATE.{config.name}", in_line(existing, wanted, found))
         return _judge(config, changed["config"], "updated")
     return _judge(config, existing, "unchanged")
+
+
+def _with_advice(error: ApiError) -> ApiError:
+    """The same error; where a setting of the broker helps, it says which."""
+    if error.err_code == MAX_BYTES_REQUIRED:
+        advice = "give the broker max_stream_bytes"
+    elif "duplicates window" in error.description:
+        advice = "give the broker a shorter duplicate_window"
+    else:
+        return error
+    return type(error)(error.code, error.err_code, f"{error.description}; {advice}")
 
 
 def ensure_consumer(connection: Connection, config: ConsumerConfig, *, update: bool = False) -> str:

@@ -21,6 +21,9 @@ CONSUMER_EXISTS: Final = frozenset({10013, 10105, 10148})
 #: While a stream is copied to more servers, its consumers cannot have as many replicas yet.
 REPLICAS_EXCEED_STREAM: Final = 10126
 
+#: The account demands a limit for each stream.
+MAX_BYTES_REQUIRED: Final = 10113
+
 # Writes that came second.
 WRONG_LAST_SEQUENCE: Final = 10071
 OTHER_WRITE_IN_FLIGHT: Final = 10164
