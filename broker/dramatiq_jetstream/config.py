@@ -7,19 +7,19 @@ import re
 import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from nats.aio.client import RawCredentials
-
 from .errors import InvalidOption
 from .jetstream.names import Names
+from .wire.addresses import Address, NotAnAddress, parse_address, split_addresses
 
 __all__ = ["DUPLICATE_WINDOW", "HIGHEST_PRIORITY", "BrokerConfig", "ConnectOptions", "Storage"]
 
 #: RabbitMQ's advice is ten; each is a durable consumer here.
 HIGHEST_PRIORITY = 32
+
+_TOKENS = re.compile(r"[^\s.*>]+(\.[^\s.*>]+)*")
 
 #: How long JetStream remembers a `Nats-Msg-Id`, in milliseconds; longer than any publish is repeated.
 DUPLICATE_WINDOW = 120_000
@@ -39,25 +39,55 @@ class ConnectOptions:
     """Where the servers are and who we are there.
 
     Parameters:
-      servers: Addresses (`nats://`, `tls://` or `ws://`), tried in random order.
-      credentials: A `.creds` file's path, or its content.
+      servers: Addresses (`nats://` or `tls://`), tried in random order. A user, password or token in one of them is
+        percent-decoded.
+      credentials: A `.creds` file's path, or its content. Files are read again at each connection.
       user, password, token, nkey: Other ways to authenticate; `nkey` is a seed or the path of one.
-      tls: A context for `tls://` servers; None uses the system's authorities.
+      tls: A context for servers that use TLS; None uses the system's authorities.
+      tls_handshake_first: Begin with TLS, before the server says anything (its `handshake_first`).
       name: What the server shows for this connection.
-      connect_timeout: Milliseconds for the first connection, all addresses together.
+      connect_timeout: Milliseconds for one attempt to connect, all addresses together.
       inbox_prefix: First tokens of the subjects on which answers arrive, for accounts that restrict them.
+      domain: The JetStream domain to use, for instance of the hub behind a leaf node.
+      api_prefix: First tokens of the JetStream API in place of `$JS.API`, for accounts that import it.
+
+    Raises:
+      InvalidOption: When an address is not one, or settings exclude each other.
     """
 
-    servers: tuple[str, ...] = ("nats://localhost:4222",)
-    credentials: str | None = None
+    servers: tuple[str, ...] = field(default=("nats://localhost:4222",), repr=False)
+    credentials: str | None = field(default=None, repr=False)
     user: str | None = None
-    password: str | None = None
-    token: str | None = None
-    nkey: str | None = None
+    password: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)
+    nkey: str | None = field(default=None, repr=False)
     tls: ssl.SSLContext | None = None
     name: str = "dramatiq-jetstream"
     connect_timeout: int = 5_000
     inbox_prefix: str = "_INBOX"
+    tls_handshake_first: bool = False
+    domain: str | None = None
+    api_prefix: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.servers:
+            raise InvalidOption("url names no server: give an address such as nats://localhost:4222.")
+        try:
+            addresses = self.addresses
+        except NotAnAddress as error:
+            raise InvalidOption(f"url: {error}.") from None
+        if self.domain is not None and self.api_prefix is not None:
+            raise InvalidOption(
+                "domain and api_prefix exclude each other: a domain's prefix is $JS.<domain>.API."
+            )
+        for option in ("domain", "api_prefix", "inbox_prefix"):
+            value = getattr(self, option)
+            if value is not None and not _TOKENS.fullmatch(value):
+                raise InvalidOption(
+                    f"{option}={value!r} cannot be used: give tokens of a NATS subject, without wildcards."
+                )
+        if self.tls_handshake_first and self.tls is None and not any(address.tls for address in addresses):
+            raise InvalidOption("tls_handshake_first needs TLS: give a tls:// address, or a context as tls.")
 
     @classmethod
     def of(
@@ -69,51 +99,44 @@ class ConnectOptions:
     ) -> ConnectOptions:
         """Complete what was given with `NATS_URL` and `NATS_CREDS`, and check it.
 
+        Parameters:
+          url: One address, or several: a list, or separated by commas.
+
         Raises:
           InvalidOption: When an address is not one.
         """
         source = "url"
         if url is None:
             url, source = os.environ.get("NATS_URL") or cls.servers, "NATS_URL"
-        addresses = url.split(",") if isinstance(url, str) else list(url)
-        servers = tuple(address.strip() for address in addresses if address.strip())
+        servers = (
+            split_addresses(url) if isinstance(url, str) else [each.strip() for each in url if each.strip()]
+        )
         if not servers:
             raise InvalidOption(f"{source} names no server: give an address such as nats://localhost:4222.")
-        for address in servers:
-            if not re.fullmatch(r"((nats|tls|ws|wss)://)?[^\s/]+(:\d{1,5})?/?", address):
-                raise InvalidOption(
-                    f"{source} has {address!r}, which is not the address of a server: "
-                    "give one such as nats://localhost:4222."
-                )
         if credentials is None:
             credentials = os.environ.get("NATS_CREDS") or None
-        return cls(servers=servers, credentials=credentials, **others)
+        try:
+            return cls(servers=tuple(servers), credentials=credentials, **others)
+        except InvalidOption as error:
+            if source == "NATS_URL" and str(error).startswith("url: "):
+                raise InvalidOption(f"NATS_URL: {str(error).removeprefix('url: ')}") from None
+            raise
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        return tuple(map(parse_address, self.servers))
 
     @property
     def display(self) -> str:
         """The addresses without passwords, for messages to people."""
-        return ", ".join(re.sub(r"//[^@/]*@", "//", server) for server in self.servers)
+        return ", ".join(map(str, self.addresses))
 
-    def for_nats(self) -> dict[str, Any]:
-        """The keyword arguments of `nats.connect` that these options stand for."""
-        chosen: dict[str, Any] = {"servers": list(self.servers), "name": self.name}
-        if self.credentials is not None:
-            if "BEGIN NATS USER JWT" in self.credentials:
-                chosen["user_credentials"] = RawCredentials(self.credentials)
-            elif Path(self.credentials).exists():
-                chosen["user_credentials"] = self.credentials
-            else:
-                raise InvalidOption(
-                    f"credentials (or NATS_CREDS) name the file {self.credentials!r}, which does not exist: "
-                    "give the path or the content of a .creds file."
-                )
-        if self.nkey is not None:
-            chosen["nkeys_seed" if Path(self.nkey).exists() else "nkeys_seed_str"] = self.nkey
-        for option in ("user", "password", "token", "tls"):
-            if getattr(self, option) is not None:
-                chosen[option] = getattr(self, option)
-        chosen["inbox_prefix"] = self.inbox_prefix
-        return chosen
+    @property
+    def api(self) -> str:
+        """The first tokens of the JetStream API's subjects."""
+        if self.domain is not None:
+            return f"$JS.{self.domain}.API"
+        return self.api_prefix or "$JS.API"
 
 
 @dataclass(frozen=True)

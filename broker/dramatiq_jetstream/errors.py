@@ -6,6 +6,7 @@
     ├── BrokerConnectionError           nothing is known to be stored: try again
     │   ├── ConnectionFailed            no server could be reached, or it refused us
     │   ├── ConnectionClosed            the connection was closed, or lost for too long
+    │   │   └── NotSent                 nothing was sent in time, and nothing will be (also a ConnectionFailed)
     │   ├── StoreTimeout                no acknowledgement in time; it may yet be stored
     │   └── StoreFull                   the server has no room
     ├── QueueNotFound
@@ -50,6 +51,7 @@ __all__ = [
     "MessageNotUnique",
     "MessageTooLarge",
     "NotFound",
+    "NotSent",
     "PermissionDenied",
     "QueueNotFound",
     "RevisionConflict",
@@ -59,6 +61,10 @@ __all__ = [
     "TopologyMismatch",
     "TopologyMissing",
 ]
+
+
+class NotSent(ConnectionClosed, ConnectionFailed):
+    """Nothing was sent before the call's time was up, so nothing was stored or changed, and nothing will be."""
 
 
 class StoreTimeout(BrokerConnectionError):

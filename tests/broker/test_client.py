@@ -1,4 +1,4 @@
-"""What we reach into nats-py for: messages straight to their callbacks, publishes straight to the socket."""
+"""Messages on their way to callbacks and to the socket, in the clear and through TLS."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nats.aio.client import Client
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.testing import NatsServer
-from dramatiq_jetstream.wire.client import Msg, encode_headers, parse_headers
 from dramatiq_jetstream.wire.connection import Connection, ConnectOptions
-from dramatiq_jetstream.wire.link import BACKLOG
+from dramatiq_jetstream.wire.headers import Msg, encode_headers, parse_headers
+from dramatiq_jetstream.wire.link import CHUNK_BYTES
 from tests.support.polling import eventually
 from tests.support.skips import needs
 
@@ -62,11 +62,11 @@ def test_headers_are_parsed_as_nats_py_parses_them(block):
     assert parse_headers(block) == dict(theirs or {})
 
 
-def test_messages_arrive_in_order_beyond_the_backlog(connection):
+def test_messages_arrive_in_order_beyond_what_the_socket_takes(connection):
     """More than the socket takes at once: nothing is lost or overtaken, and headers come with it."""
     inbox, arrived = listen(connection)
     body = b"x" * 50_000
-    count = 3 * BACKLOG // len(body) + 10
+    count = 30 * CHUNK_BYTES // len(body) + 10
     for number in range(count):
         connection.send(inbox, body, {"Number": str(number)})
     eventually(lambda: len(arrived) == count)
@@ -111,18 +111,23 @@ def test_a_message_that_cannot_be_sent_takes_nothing_with_it(connection, caplog)
     assert caplog.text.count("could not be sent") == 2
 
 
-def test_a_transport_that_was_closed_behind_our_back(connection, monkeypatch):
+def test_a_transport_that_was_closed_behind_our_back(connection):
     """uvloop raises RuntimeError for it; what was written is lost with the connection, what comes later is not."""
     inbox, arrived = listen(connection)
-    client = connection._nc
+    client = connection._link._client
 
-    def closed(chunk: bytes) -> None:
-        monkeypatch.undo()
-        raise RuntimeError("the handler is closed")
+    class Closed:
+        """A transport whose handle is gone."""
 
-    monkeypatch.setattr(client._transport, "write", closed)
+        abort = client.transport.abort
+        get_write_buffer_size = client.transport.get_write_buffer_size
+
+        def write(self, chunk: bytes) -> None:
+            raise RuntimeError("the handler is closed")
+
+    client.transport = Closed()
     connection.send(inbox, b"lost")
-    eventually(lambda: "write" not in vars(client._transport))
+    eventually(lambda: client.lost.done() and connection.is_connected)
     connection.send(inbox, b"later")
     eventually(lambda: arrived)
     assert [message.data for message in arrived] == [b"later"]

@@ -19,8 +19,8 @@ ACK_WAIT = 1_000
 @pytest.fixture
 def fast_fences(monkeypatch):
     """A silent connection is given up after a second or two instead of six."""
-    monkeypatch.setattr("dramatiq_jetstream.wire.link.FENCES_MISSED", 2)
-    monkeypatch.setattr("dramatiq_jetstream.wire.link.FENCE_INTERVAL", 0.3)
+    monkeypatch.setattr("dramatiq_jetstream.wire.link.SILENT_FENCES", 2)
+    monkeypatch.setattr("dramatiq_jetstream.wire.link.FENCE_SECONDS", 0.3)
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_a_connection_that_is_silently_dead_is_replaced(behind, fast_fences):
     ids=["limit", "authorization", "nonsense"],
 )
 def test_a_worker_survives_what_ends_a_connection_for_good(behind, words):
-    """nats-py closes itself on some errors; a worker that only consumes connects anew all the same."""
+    """Whatever the server says, or does not mean to say: a worker that only consumes connects again."""
     broker, proxy, work, gate, log = behind
     gate.set()
     producer = work.message("b")

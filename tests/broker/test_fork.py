@@ -57,7 +57,7 @@ def message(name: str) -> Message[Any]:
 def client(broker: JetStreamBroker) -> int:
     """The number that the server has given this process's connection."""
     broker.connection.connect()
-    return broker.connection._nc.client_id
+    return broker.connection._link._client.info["client_id"]
 
 
 def names(broker: JetStreamBroker, count: int) -> list[str]:

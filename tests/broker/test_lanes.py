@@ -24,7 +24,7 @@ def ready(broker: JetStreamBroker) -> int:
 
 
 def lanes_of(broker: JetStreamBroker) -> list[lanes._Lane]:
-    return list(broker.connection._lanes._lanes)
+    return list(broker.connection._link.lanes._lanes)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_an_answer_that_is_lost_is_asked_for_the_long_way(make_broker, proxy):
 
 def test_a_lane_that_broke_is_replaced(used):
     """Closed by the server or by something between: that request goes the long way, later ones a new lane."""
-    used.connection._lanes._pause = 0.0
+    used.connection._link.lanes._pause = 0.0
     (lane,) = lanes_of(used)
     lane._socket.shutdown(2)
     used.enqueue(message())
@@ -99,7 +99,7 @@ def test_an_exception_in_the_middle_costs_the_lane(used, monkeypatch):
     def interrupted() -> None:
         raise Interrupt
 
-    monkeypatch.setattr(lane, "_more", interrupted)
+    monkeypatch.setattr(lane, "_read", interrupted)
     with pytest.raises(Interrupt):
         used.enqueue(message("first"))
     used.enqueue(message("second"))
@@ -123,7 +123,7 @@ def test_lanes_follow_the_connection(used, own_nats_server, make_broker):
 
 def test_an_unused_lane_is_closed(used, monkeypatch):
     """So that an idle program holds one connection."""
-    monkeypatch.setattr(lanes, "IDLE", 0.2)
+    monkeypatch.setattr(lanes, "IDLE_SECONDS", 0.2)
     eventually(lambda: not lanes_of(used))
     used.enqueue(message())
     assert len(lanes_of(used)) == 1

@@ -1,4 +1,4 @@
-"""What threads leave for the loop: urgent calls run at once, others may wait for company while it is busy."""
+"""What threads leave for the loop: urgent calls run at once, others may wait for each other while it is busy."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def keep_busy(connection: Connection) -> None:
     for _ in range(link.BUSY):
         connection.post(lambda: None)
     go_on.set()
-    eventually(lambda: connection._coming)
+    eventually(lambda: connection._link._coming)
 
 
 def test_in_quiet_times_nobody_waits(connection, monkeypatch):
-    monkeypatch.setattr(link, "COMPANY", 60)
+    monkeypatch.setattr(link, "BATCH_SECONDS", 60)
     for _ in range(3 * link.BUSY):
         done = threading.Event()
         connection.post_lazily(done.set)
@@ -44,11 +44,11 @@ def test_in_quiet_times_nobody_waits(connection, monkeypatch):
 
 
 def test_in_busy_times_only_what_is_urgent_wakes_the_loop(connection, monkeypatch):
-    monkeypatch.setattr(link, "COMPANY", 60)
+    monkeypatch.setattr(link, "BATCH_SECONDS", 60)
     keep_busy(connection)
     ran, woken = [], []
-    wake = connection._wake
-    monkeypatch.setattr(connection, "_wake", lambda: (woken.append(len(ran)), wake()))
+    wake = connection._link._wake
+    monkeypatch.setattr(connection._link, "_wake", lambda: (woken.append(len(ran)), wake()))
     connection.post_lazily(ran.append, "first")
     assert not woken
     connection.post(ran.append, "second")
@@ -57,7 +57,7 @@ def test_in_busy_times_only_what_is_urgent_wakes_the_loop(connection, monkeypatc
 
 
 def test_nothing_waits_longer_than_a_moment(connection, monkeypatch):
-    monkeypatch.setattr(link, "COMPANY", 0.05)
+    monkeypatch.setattr(link, "BATCH_SECONDS", 0.05)
     for _ in range(3):
         keep_busy(connection)
         done = threading.Event()
@@ -66,7 +66,7 @@ def test_nothing_waits_longer_than_a_moment(connection, monkeypatch):
 
 
 def test_a_closing_connection_runs_what_waits(connection, monkeypatch):
-    monkeypatch.setattr(link, "COMPANY", 60)
+    monkeypatch.setattr(link, "BATCH_SECONDS", 60)
     keep_busy(connection)
     ran: list[int] = []
     connection.post_lazily(ran.append, 1)

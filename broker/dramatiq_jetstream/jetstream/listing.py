@@ -94,7 +94,11 @@ class Listing:
             token = secrets.token_hex(8)
             answers = self._pages[token] = Handover()
             try:
-                self._connection.send(f"$JS.API.DIRECT.GET.{self._stream}", request, reply=f"{inbox}.{token}")
+                self._connection.send(
+                    self._connection.api_subject(f"DIRECT.GET.{self._stream}"),
+                    request,
+                    reply=f"{inbox}.{token}",
+                )
                 return self._collect(answers, deadline)
             except Empty:
                 if time.monotonic() > deadline:

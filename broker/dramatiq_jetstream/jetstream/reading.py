@@ -14,9 +14,9 @@ from datetime import datetime
 from typing import Any
 
 from dramatiq_jetstream.errors import NotFound, TopologyMissing
-from dramatiq_jetstream.wire.client import parse_headers
 from dramatiq_jetstream.wire.connection import Connection
 from dramatiq_jetstream.wire.error_numbers import STREAM_NOT_FOUND
+from dramatiq_jetstream.wire.headers import parse_headers
 
 __all__ = [
     "StoredMessage",
@@ -101,7 +101,7 @@ def last_message_direct(
         return last_message(connection, stream, subject, timeout=timeout, must_exist=must_exist)
     # The leader knows at once whether a stream that does not answer exists.
     answer = connection.request(
-        f"$JS.API.DIRECT.GET.{stream}.{subject}", timeout=timeout, resend=True, patient=False
+        connection.api_subject(f"DIRECT.GET.{stream}.{subject}"), timeout=timeout, resend=True, patient=False
     )
     headers = answer.headers
     if headers.get("Status") == "404":

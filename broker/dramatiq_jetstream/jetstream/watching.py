@@ -86,7 +86,9 @@ class Watch:
             self._alive.cancel()
             self._alive = None
         if self._name:
-            self._connection.write(f"$JS.API.CONSUMER.DELETE.{self._stream}.{self._name}")
+            self._connection.write(
+                self._connection.api_subject(f"CONSUMER.DELETE.{self._stream}.{self._name}")
+            )
             self._name = ""
 
     def _restart(self) -> None:
@@ -115,7 +117,7 @@ class Watch:
         if self._sequence:
             config |= {"deliver_policy": "by_start_sequence", "opt_start_seq": self._sequence + 1}
         self._connection.write(
-            f"$JS.API.CONSUMER.CREATE.{self._stream}.{self._name}.{self.subject}",
+            self._connection.api_subject(f"CONSUMER.CREATE.{self._stream}.{self._name}.{self.subject}"),
             json.dumps({"stream_name": self._stream, "config": config, "action": "create"}).encode(),
             f"{self._inbox}.made.{self._generation}",
         )
@@ -177,7 +179,9 @@ class Watch:
             self._restart_in(RETRY)
             return
         self._connection.write(
-            f"$JS.API.STREAM.INFO.{self._stream}", b"", f"{self._inbox}.life.{self._generation}"
+            self._connection.api_subject(f"STREAM.INFO.{self._stream}"),
+            b"",
+            f"{self._inbox}.life.{self._generation}",
         )
 
     def _receive_life(self, message: Msg) -> None:

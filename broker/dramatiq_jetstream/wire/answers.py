@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from dramatiq.errors import BrokerError
-from nats.errors import BadHeaderError
 
 from dramatiq_jetstream.errors import (
     ApiError,
@@ -23,7 +22,7 @@ from dramatiq_jetstream.errors import (
 )
 
 from . import error_numbers
-from .client import Headers, Msg, encode_headers
+from .headers import BadHeader, Headers, Msg, encode_headers
 
 __all__ = ["Headers", "Msg", "PubAck", "Publication"]
 
@@ -58,9 +57,9 @@ class Publication:
 
 
 def read_permission_error(text: str) -> tuple[str, str] | None:
-    """The verb and the subject of a permission violation that the server reported; nats-py lowers the case."""
+    """The verb and the subject of a permission violation that the server reported."""
     denied = _PERMISSION.search(text)
-    return None if denied is None else (denied[1].lower(), denied[2].lower())
+    return None if denied is None else (denied[1].lower(), denied[2])
 
 
 def permission_denied(verb: str, subject: str) -> PermissionDenied:
@@ -72,6 +71,21 @@ def permission_denied(verb: str, subject: str) -> PermissionDenied:
     )
 
 
+def check_subject(subject: str) -> None:
+    """Refuse a subject for which the server would cut the connection.
+
+    Raises:
+      InvalidName: When it is too long, or would end within the protocol's line.
+    """
+    encoded = subject.encode()
+    if len(encoded) > MAX_SUBJECT:
+        raise InvalidName(
+            f"subject {subject[:60]}… of {len(encoded)} bytes is too long for NATS: {MAX_SUBJECT} are possible."
+        )
+    if encoded.split() != [encoded]:
+        raise InvalidName(f"subject {subject!r} cannot be sent: it must not be empty or contain whitespace.")
+
+
 def check(item: Publication, limit: int) -> None:
     """Encode the headers of a message, and refuse one for which the server would cut the connection.
 
@@ -79,16 +93,12 @@ def check(item: Publication, limit: int) -> None:
       MessageTooLarge: For a message over the server's `max_payload`.
       InvalidName, InvalidOption: For a subject that is too long, or a header that is not text.
     """
-    if len(item.subject) > MAX_SUBJECT:
-        raise InvalidName(
-            f"subject {item.subject[:60]}… of {len(item.subject)} characters is too long for NATS: "
-            f"{MAX_SUBJECT} are possible."
-        )
+    check_subject(item.subject)
     size = len(item.payload)
     if item.headers:
         try:
             item.block = encode_headers(item.headers)
-        except (UnicodeEncodeError, AttributeError, TypeError, BadHeaderError):
+        except (UnicodeEncodeError, AttributeError, TypeError, BadHeader):
             raise InvalidOption(
                 f"the headers {dict(item.headers)!r} cannot be sent: names must be tokens such as Content-Type, "
                 "and values Unicode text."

@@ -1,21 +1,26 @@
 """What threads ask of JetStream, and wait for: publishes, API requests, plain requests.
 
-Whatever waits for an answer stays in `_pending` until it is answered or its time is up, and is sent again
-after a reconnect, or when no answer came for a while. Sending a publish again is safe: its headers are the
-same, so the same `Nats-Msg-Id` stores once within the stream's duplicate window. When its time is up the
-caller gets an error and it is not sent again.
+Every call has a deadline. It is sent before that, or never; `calls` tells how, and what its errors say. A caller waits
+until its deadline by the monotonic clock, whatever signals arrive meanwhile, and a moment longer for the loop's
+verdict.
 
-If the process dies while a publish is pending, the message is stored or it is not, and nobody was told that
-it was.
+A publish may be repeated: its headers are the same, so the same `Nats-Msg-Id` stores once within the stream's duplicate
+window. So may requests that change nothing, or change nothing further the second time. Those whose answer tells what
+they changed (`ONCE`) are sent once: repeated, they would report that there was nothing to do.
+
+A thread that is interrupted while it waits takes its calls back: what was not sent yet never is.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
+import atexit
+import contextlib
 import json
-import threading
+import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
+from itertools import count
 from typing import Any, Final, cast
 
 from dramatiq.errors import BrokerError
@@ -23,7 +28,7 @@ from dramatiq.errors import BrokerError
 from dramatiq_jetstream.config import ConnectOptions
 from dramatiq_jetstream.errors import (
     BrokerConnectionError,
-    ConnectionClosed,
+    NotSent,
     ServerUnsupported,
     StoreTimeout,
     TopologyMissing,
@@ -36,55 +41,55 @@ from .answers import (
     Publication,
     check,
     is_no_responders,
-    permission_denied,
     read_puback,
     translate,
 )
+from .calls import Call
 from .error_numbers import TRANSIENT
-from .link import ConnectionState, Link, Subscription
+from .ids import new_id
+from .link import ConnectionState, Link, Listeners, Subscription
+from .protocol import encode_subscribe
+from .waiting import Signal
 
 __all__ = ["ConnectOptions", "Connection", "ConnectionState", "Msg", "PubAck", "Publication", "Subscription"]
 
 #: How long "no responders" is taken for a stream that is still starting, in milliseconds.
-NO_RESPONDERS_GRACE: Final = 2_000
-
-#: The first wait, in seconds, before an unanswered publish is sent again; it doubles each time.
-RESEND_AFTER: Final = 1.0
-
-#: The wait, in seconds, when the answer was "not now".
-RESEND_SOON: Final = 0.1
+NO_RESPONDERS_GRACE_MS: Final = 2_000
 
 #: How many publishes of one batch are under way at once.
 BATCH_WINDOW: Final = 4_000
 
+#: The seconds that a caller waits beyond its deadline for the loop's verdict, which comes within a tick.
+VERDICT_SECONDS: Final = 0.3
 
-class _Pending:
-    """A request whose answer is awaited, and how often and when it was sent."""
+#: The pause, in seconds, before a request is repeated that JetStream could not answer now.
+NOT_NOW_SECONDS: Final = 0.25
 
-    __slots__ = ("answer", "deadline", "headers", "payload", "resend", "sent", "started", "subject", "wait")
+#: API requests whose answer tells what they changed, so that a repetition would tell something else.
+ONCE: Final = ("STREAM.PURGE.", "STREAM.DELETE.", "STREAM.MSG.DELETE.", "CONSUMER.DELETE.")
 
-    def __init__(
-        self,
-        subject: str,
-        payload: bytes,
-        headers: Headers | bytes | None,
-        answer: Callable[[Msg | BaseException], bool],
-        deadline: float,
-        resend: bool,
-    ) -> None:
-        self.subject = subject
-        self.payload = payload
-        self.headers = headers
-        self.answer = answer  # returns True when the answer says "try again"
-        self.deadline = deadline
-        self.resend = resend
-        self.started = time.monotonic()
-        self.sent: float | None = None
-        self.wait = RESEND_AFTER
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
-class Connection(Link):
+def _after_fork() -> None:
+    for connection in list(_connections):
+        connection._start_again()
+
+
+def _close_all() -> None:
+    """End the loops of a program that does not close its brokers; taken down while they run, one in C may crash."""
+    for connection in list(_connections):
+        connection.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_close_all)
+
+
+class Connection:
     """A connection to JetStream that any thread may use.
+
+    It is made on first use, and again in the child of a fork, where the parent's is not touched.
 
     Parameters:
       options: Where to connect and as whom.
@@ -92,21 +97,77 @@ class Connection(Link):
     """
 
     def __init__(self, options: ConnectOptions | None = None, *, timeout: int = 10_000) -> None:
+        self.options = options or ConnectOptions.of()
         self.timeout = timeout
-        super().__init__(options or ConnectOptions.of())
-        self.on_reconnect(self._resend)
-        self.on_tick(self._sweep)
+        self._closed = False
+        self._listeners = Listeners()
+        self._subscriptions: dict[int, Subscription] = {}
+        self._sids = count(2)
+        self._inherited: list[Link] = []  # kept, so that collecting them does not touch the parent's sockets
+        self._link = Link(self.options, self._listeners, self._subscriptions)
+        _connections.add(self)
 
-    def _forget(self) -> None:
-        super()._forget()
-        self._pending: dict[str, _Pending] = {}
-        self._counter = 0
-        self._resent = 0
+    def _start_again(self) -> None:
+        self._inherited.append(self._link)
+        self._link = Link(self.options, self._listeners, self._subscriptions)
+        if self._closed:
+            self._link.close()
+        for callback in list(self._listeners.fork):
+            callback()
+
+    # What is known of it
+
+    @property
+    def state(self) -> ConnectionState:
+        return self._link.state
+
+    @property
+    def inbox(self) -> str:
+        """The subject under which answers to us arrive."""
+        return self._link.inbox
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    @property
+    def is_open(self) -> bool:
+        """Whether messages can be written now."""
+        return self._link.is_open
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the server is there now, as far as this process can know."""
+        return self._link.is_connected
 
     @property
     def repeats(self) -> int:
         """How many requests of this process were sent again so far."""
-        return self._resent + self._lanes.failures
+        return self._link.calls.resent + self._link.lane_failures
+
+    @property
+    def max_payload(self) -> int:
+        """The largest message that the server takes, in bytes, headers included."""
+        self._link.wait_open(self._deadline(None))
+        return self._link.max_payload
+
+    def connect(self) -> None:
+        """Connect if that has not been done; returns at once when it has, even while reconnecting.
+
+        Raises:
+          ConnectionFailed: When no server answered in time, or none accepted us.
+          ServerUnsupported: When the server is too old or has no JetStream.
+          ConnectionClosed: When this connection was closed.
+        """
+        self._link.wait_open(time.monotonic() + self.options.connect_timeout / 1000 + 1, attempts=2)
+
+    def close(self) -> None:
+        """Close the connection; calls that wait for an answer get an error."""
+        self._closed = True
+        self._link.close()
+
+    # Storing
 
     def publish(
         self, subject: str, payload: bytes, headers: Headers | None = None, *, timeout: int | None = None
@@ -119,33 +180,37 @@ class Connection(Link):
           timeout: Milliseconds to wait in all; None takes the connection's own.
 
         Raises:
-          StoreTimeout, ConnectionClosed: No acknowledgement in time.
+          NotSent: No connection in time, so nothing was stored.
+          StoreTimeout, ConnectionClosed: No acknowledgement in time; it may be stored.
           StoreFull, MessageTooLarge, TopologyMissing, PermissionDenied, ApiError: JetStream's refusal.
         """
-        self.connect()
+        link = self._link
+        deadline = self._deadline(timeout)
+        link.wait_open(deadline)
         item = Publication(subject, payload, headers)
-        check(item, self._max_payload)
-        milliseconds = self.timeout if timeout is None else timeout
-        started = time.monotonic()
-        answer = self.ask(subject, payload, item.block, milliseconds / 1000)
-        if answer is not None:
+        check(item, link.max_payload)
+        answer = link.ask(subject, payload, item.block, deadline - time.monotonic())
+        maybe_sent = answer is True
+        if isinstance(answer, Msg):
             outcome = read_puback(subject, answer, patient=True)
             if isinstance(outcome, PubAck):
                 return outcome
             if outcome is not None:
                 raise outcome
-        left = milliseconds - int((time.monotonic() - started) * 1000)
-        try:
-            return self.publish_many([item], timeout=max(1, left))[0]
-        except TopologyMissing:
-            if not self._has_stream(subject):
-                raise
-        raise StoreTimeout(f"The stream of {subject} has no leader now; nothing was stored.")
+        (outcome,) = self._publish_window([item], deadline, maybe_sent=maybe_sent)
+        if isinstance(outcome, PubAck):
+            return outcome
+        if isinstance(outcome, TopologyMissing) and self._has_stream(subject, deadline):
+            raise NotSent(f"The stream of {subject} has no leader now; nothing was stored.")
+        raise outcome
 
-    def _has_stream(self, subject: str) -> bool:
+    def _has_stream(self, subject: str, deadline: float) -> bool:
         """Whether a stream takes `subject`, as far as we may know."""
+        left = int((deadline - time.monotonic()) * 1000)
         try:
-            return bool(self.api("STREAM.NAMES", {"subject": subject}, timeout=2_000).get("streams"))
+            return left > 0 and bool(
+                self.api("STREAM.NAMES", {"subject": subject}, timeout=min(left, 2_000)).get("streams")
+            )
         except BrokerError:
             return False
 
@@ -171,23 +236,27 @@ class Connection(Link):
     def try_publish_many(
         self, publications: Iterable[Publication], *, timeout: int | None = None
     ) -> list[PubAck | BrokerError]:
-        """Store many messages as `publish_many` does, and return an outcome for each instead of raising."""
-        self.connect()
+        """Store many messages as `publish_many` does, and return an outcome for each instead of raising.
+
+        Parameters:
+          timeout: Milliseconds for all of them together; None takes the connection's own.
+        """
+        deadline = self._deadline(timeout)
+        self._link.wait_open(deadline)
         items = list(publications)
-        limit = self.max_payload
         for item in items:
-            check(item, limit)
+            check(item, self._link.max_payload)
         outcomes: list[PubAck | BrokerError] = []
         for start in range(0, len(items), BATCH_WINDOW):
-            outcomes += self._publish_window(items[start : start + BATCH_WINDOW], timeout)
+            outcomes += self._publish_window(items[start : start + BATCH_WINDOW], deadline)
         return outcomes
 
-    def _publish_window(self, items: list[Publication], timeout: int | None) -> list[PubAck | BrokerError]:
-        seconds = (self.timeout if timeout is None else timeout) / 1000
+    def _publish_window(
+        self, items: list[Publication], deadline: float, *, maybe_sent: bool = False
+    ) -> list[PubAck | BrokerError]:
         outcomes: list[PubAck | BrokerError | None] = [None] * len(items)
         remaining = len(items)
-        done = threading.Lock()  # a bare lock is the cheapest event there is
-        done.acquire()
+        done = Signal()
 
         def receiver(position: int) -> Callable[[Msg | BaseException], bool]:
             def receive(answer: Msg | BaseException) -> bool:
@@ -198,40 +267,56 @@ class Connection(Link):
                 outcomes[position] = outcome
                 remaining -= 1
                 if remaining == 0:
-                    done.release()
+                    done.set()
                 return False
 
             return receive
 
-        deadline = time.monotonic() + seconds
-        grace = time.monotonic() + min(seconds - 0.5, NO_RESPONDERS_GRACE / 1000)
-        for position, item in enumerate(items):
-            self._ask(item.subject, item.payload, item.block, receiver(position), deadline, resend=True)
-        if not done.acquire(timeout=seconds + 2):
-            late = StoreTimeout(f"JetStream did not acknowledge within {seconds * 1000:.0f} ms.")
-            return [outcome or late for outcome in outcomes]
-        return cast("list[PubAck | BrokerError]", outcomes)
+        now = time.monotonic()
+        grace = now + min(deadline - now - 0.5, NO_RESPONDERS_GRACE_MS / 1000)
+        calls = [
+            Call(
+                item.subject,
+                item.payload,
+                item.block,
+                receiver(position),
+                deadline,
+                repeat=True,
+                maybe_sent=maybe_sent,
+            )
+            for position, item in enumerate(items)
+        ]
+        self._await(calls, done, deadline)
+        where = self._link.describe()
+        return [
+            call.error(*where) if outcome is None else outcome
+            for call, outcome in zip(calls, outcomes, strict=True)
+        ]
 
     def publish_batch(self, publications: list[Publication], *, timeout: int | None = None) -> PubAck:
         """Send an atomic batch, numbered and with its commit last, and wait for the commit's acknowledgement.
 
         It is not sent again: after a failure the caller makes a new batch of it.
         """
-        limit = self.max_payload
+        deadline = self._deadline(timeout)
+        self._link.wait_open(deadline)
         for item in publications:
-            check(item, limit)
+            check(item, self._link.max_payload)
         *parts, commit = publications
-
-        def send() -> None:
-            for part in parts:
-                self.write(part.subject, part.payload, "", part.block)
-
-        self.post(send)
-        answer = self.request(commit.subject, commit.payload, commit.block, timeout=timeout)
+        answer = self._request(
+            commit.subject,
+            commit.payload,
+            commit.block,
+            deadline,
+            repeat=False,
+            parts=[(part.subject, part.payload, "", part.block) for part in parts],
+        )
         outcome = read_puback(commit.subject, answer, patient=False)
         if isinstance(outcome, PubAck):
             return outcome
         raise outcome or StoreTimeout(f"JetStream could not take a batch for {commit.subject} now.")
+
+    # Asking
 
     def request(
         self,
@@ -250,34 +335,53 @@ class Connection(Link):
           patient: Take "no responders" for a stream that is starting, and ask again for a while.
 
         Raises:
+          NotSent: When nothing was sent in time.
           BrokerConnectionError: When no answer came in time.
           PermissionDenied: When the server refused the subject.
         """
-        self.connect()
-        seconds = (self.timeout if timeout is None else timeout) / 1000
+        deadline = self._deadline(timeout)
+        self._link.wait_open(deadline)
+        maybe_sent = False
         if resend:
-            started = time.monotonic()
-            answer = self.ask(subject, payload, headers, seconds)
-            if answer is not None and not (patient and is_no_responders(answer)):
+            answer = self._link.ask(subject, payload, headers, deadline - time.monotonic())
+            if isinstance(answer, Msg) and not (patient and is_no_responders(answer)):
                 return answer
-            seconds = max(0.001, seconds - (time.monotonic() - started))
-        future: concurrent.futures.Future[Msg] = concurrent.futures.Future()
-        grace = time.monotonic() + (min(seconds, NO_RESPONDERS_GRACE / 1000) if patient else 0)
+            maybe_sent = answer is True
+        return self._request(
+            subject, payload, headers, deadline, repeat=resend, maybe_sent=maybe_sent, patient=patient
+        )
+
+    def _request(
+        self,
+        subject: str,
+        payload: bytes,
+        headers: Headers | bytes | None,
+        deadline: float,
+        *,
+        repeat: bool,
+        parts: Iterable[tuple[str, bytes, str, bytes | None]] = (),
+        maybe_sent: bool = False,
+        patient: bool = True,
+    ) -> Msg:
+        answers: list[Msg | BaseException] = []
+        done = Signal()
+        grace = min(deadline, time.monotonic() + NO_RESPONDERS_GRACE_MS / 1000) if patient else 0.0
 
         def receive(answer: Msg | BaseException) -> bool:
-            if isinstance(answer, BaseException):
-                future.set_exception(answer)
-            elif is_no_responders(answer) and time.monotonic() < grace:
+            if isinstance(answer, Msg) and is_no_responders(answer) and time.monotonic() < grace:
                 return True
-            else:
-                future.set_result(answer)
+            answers.append(answer)
+            done.set()
             return False
 
-        self._ask(subject, payload, headers, receive, time.monotonic() + seconds, resend)
-        try:
-            return future.result(seconds + 2)
-        except concurrent.futures.TimeoutError:
-            raise BrokerConnectionError(f"No answer on {subject} within {seconds * 1000:.0f} ms.") from None
+        call = Call(
+            subject, payload, headers, receive, deadline, repeat=repeat, parts=parts, maybe_sent=maybe_sent
+        )
+        self._await([call], done, deadline)
+        answer = answers[0] if answers else call.error(*self._link.describe())
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
     def tell(
         self,
@@ -288,15 +392,29 @@ class Connection(Link):
         *,
         timeout: int | None = None,
     ) -> None:
-        """Send a request without waiting; `told` gets the answer, or why there is none, on the loop thread."""
-        self.connect()
-        seconds = (self.timeout if timeout is None else timeout) / 1000
+        """Send a request without waiting; `told` gets the answer, or why there is none, on the loop thread.
+
+        Without a connection nothing is sent.
+        """
+        link = self._link
+        deadline = self._deadline(timeout)
+        link.wait_open(deadline)
 
         def receive(answer: Msg | BaseException) -> bool:
             told(answer)
             return False
 
-        self._ask(subject, payload, headers, receive, time.monotonic() + seconds, resend=False)
+        def start() -> None:
+            if link.is_open:
+                link.calls.start(Call(subject, payload, headers, receive, deadline, repeat=False))
+            else:
+                told(
+                    NotSent(
+                        f"NATS at {self.options.display} is not connected; nothing was sent to {subject}."
+                    )
+                )
+
+        link.post(start)
 
     def query(
         self, subject: str, payload: bytes, over: Callable[[Msg | BaseException], None], seconds: float
@@ -305,6 +423,7 @@ class Connection(Link):
 
         It is not sent again when the connection was lost.
         """
+        deadline = time.monotonic() + seconds
 
         def receive(answer: Msg | BaseException) -> bool:
             if isinstance(answer, Msg) and is_no_responders(answer):
@@ -312,7 +431,7 @@ class Connection(Link):
             over(answer)
             return False
 
-        self._start(_Pending(subject, payload, None, receive, time.monotonic() + seconds, resend=False))
+        self._link.calls.start(Call(subject, payload, None, receive, deadline, repeat=False))
 
     def api(
         self, verb: str, body: Mapping[str, Any] | None = None, *, timeout: int | None = None
@@ -321,14 +440,15 @@ class Connection(Link):
 
         Raises:
           NotFound, ApiError: What JetStream answered.
+          NotSent: When nothing was sent in time.
           BrokerConnectionError: When it did not answer in time.
         """
         payload = json.dumps(body).encode() if body is not None else b""
-        seconds = (self.timeout if timeout is None else timeout) / 1000
-        deadline = time.monotonic() + seconds
+        deadline = self._deadline(timeout)
+        repeat = not verb.startswith(ONCE)
         while True:
             left = max(1, int((deadline - time.monotonic()) * 1000))
-            answer = self.request(f"$JS.API.{verb}", payload, timeout=left, resend=True)
+            answer = self.request(self.api_subject(verb), payload, timeout=left, resend=repeat)
             if is_no_responders(answer):
                 raise ServerUnsupported(
                     f"JetStream does not answer at {self.options.display}: it is switched off for this "
@@ -339,90 +459,126 @@ class Connection(Link):
             if error is None:
                 return reply
             translated = translate(error)
-            if error.get("err_code") not in TRANSIENT or time.monotonic() + 0.25 > deadline:
+            if error.get("err_code") not in TRANSIENT or time.monotonic() + NOT_NOW_SECONDS > deadline:
                 raise translated
-            time.sleep(0.25)
+            time.sleep(NOT_NOW_SECONDS)
 
-    def _ask(
-        self,
-        subject: str,
-        payload: bytes,
-        headers: Headers | bytes | None,
-        answer: Callable[[Msg | BaseException], bool],
-        deadline: float,
-        resend: bool,
+    def api_subject(self, verb: str) -> str:
+        """The subject of a request to the JetStream API, in the domain or under the prefix that was chosen."""
+        return f"{self.options.api}.{verb}"
+
+    def _deadline(self, timeout: int | None) -> float:
+        return time.monotonic() + (self.timeout if timeout is None else timeout) / 1000
+
+    def _await(self, calls: list[Call], done: Signal, deadline: float) -> None:
+        """Start calls and wait until they are answered, or their time is up."""
+        link = self._link
+        if link.is_closed:
+            return
+        try:
+            for call in calls:
+                link.post(link.calls.start, call)
+            done.wait(deadline + VERDICT_SECONDS - time.monotonic())
+        except BaseException:
+            for call in calls:
+                call.give_up()
+            raise
+
+    # Messages without JetStream
+
+    def send(
+        self, subject: str, payload: bytes = b"", headers: Headers | bytes | None = None, reply: str = ""
     ) -> None:
-        if threading.current_thread() is self._thread:
-            raise RuntimeError("A blocking call was made on the connection's own thread.")
-        self.post(self._start, _Pending(subject, payload, headers, answer, deadline, resend))
+        """Publish without JetStream: lost when nobody listens or the connection is down."""
+        self._link.wait_open(self._deadline(None))
+        self._link.post(self._link.write, subject, payload, reply, headers)
 
-    def _start(self, pending: _Pending) -> None:
-        self._counter += 1
-        token = format(self._counter, "x")
-        self._pending[token] = pending
-        self._transmit(token, pending)
+    def new_inbox(self) -> str:
+        """Return a fresh subject for answers; add tokens to it as needed."""
+        return f"{self.options.inbox_prefix}.{new_id()}"
 
-    def _transmit(self, token: str, pending: _Pending) -> None:
-        if self.is_open:
-            self._resent += pending.sent is not None
-            pending.sent = time.monotonic()
-            self.write(pending.subject, pending.payload, f"{self.inbox}.{token}", pending.headers)
+    def subscribe(
+        self, subject: str, callback: Callable[[Msg], None], *, timeout: int | None = None
+    ) -> Subscription:
+        """Call `callback` on the loop thread for each message on `subject`; it must neither block nor raise.
 
-    def answered(self, token: str, message: Msg) -> None:
-        pending = self._pending.get(token)
-        if pending is None:
-            return  # an answer to what was sent twice, or too late
-        if pending.answer(message):
-            pending.wait = RESEND_SOON
-        else:
-            del self._pending[token]
+        It returns once the server knows of the interest; while the connection is lost, at once, and the server learns
+        of it as soon as it is back.
 
-    def refused(self, verb: str, subject: str) -> None:
-        waiting = [
-            (token, pending.subject)
-            for token, pending in self._pending.items()
-            if verb == "publish" and pending.subject.lower() == subject
-        ]
-        if not waiting:
-            self.logger.error("%s", permission_denied(verb, subject))
-        for token, exact in waiting:
-            self._pending.pop(token).answer(permission_denied(verb, exact))
+        Parameters:
+          timeout: Milliseconds to wait at most; None takes the connection's own.
 
-    def closing(self) -> None:
-        for pending in list(self._pending.values()):
-            pending.answer(ConnectionClosed("The connection to NATS was closed before an answer came."))
-        self._pending.clear()
+        Raises:
+          NotSent: When there has never been a connection, and none could be made in time.
+          PermissionDenied: When the server refused the subject.
+        """
+        deadline = self._deadline(timeout)
+        link = self._link
+        link.wait_open(deadline)
+        subscription = Subscription(subject, callback, next(self._sids), lambda: self._link)
+        self._subscriptions[subscription.sid] = subscription
+        try:
+            link.post(link.enqueue, encode_subscribe(subject, subscription.sid))
+            if link.is_open:
+                # A message to ourselves, which the server handles after what was sent before.
+                with contextlib.suppress(BrokerConnectionError):
+                    self._request("", b"", None, deadline, repeat=False)
+            if subscription.denied is not None:
+                raise subscription.denied
+        except BaseException:
+            subscription.close()
+            raise
+        return subscription
 
-    def _resend(self) -> None:
-        for token, pending in list(self._pending.items()):
-            if pending.resend or pending.sent is None:
-                self._transmit(token, pending)
+    # What runs on the loop thread
 
-    def _sweep(self) -> None:
-        """Give up on what was not answered in time, and send again what may be."""
-        now = time.monotonic()
-        for token, pending in list(self._pending.items()):
-            if now >= pending.deadline:
-                del self._pending[token]
-                pending.answer(self._too_late(pending))
-            elif pending.sent is None:
-                self._transmit(token, pending)
-            elif (pending.resend or pending.wait < RESEND_AFTER) and now - pending.sent >= pending.wait:
-                pending.wait = min(pending.wait * 2, 8.0) if pending.wait >= RESEND_AFTER else RESEND_AFTER
-                self._transmit(token, pending)
+    def post(self, call: Callable[..., None], *args: Any) -> None:
+        """Run `call(*args)` on the loop thread soon, in the order posted. It must neither block nor raise."""
+        self._link.post(call, *args)
 
-    def _too_late(self, pending: _Pending) -> BrokerConnectionError:
-        waited = int((time.monotonic() - pending.started) * 1000)
-        if pending.sent is None:
-            return ConnectionClosed(
-                f"NATS at {self.options.display} was not connected for {waited} ms "
-                f"({self.state.last_error}); nothing was sent to {pending.subject}."
-            )
-        if pending.subject.startswith("$JS.API."):
-            return BrokerConnectionError(
-                f"JetStream at {self.options.display} did not answer {pending.subject} within {waited} ms."
-            )
-        return StoreTimeout(
-            f"NATS at {self.options.display} did not answer on {pending.subject} within {waited} ms; "
-            "whether it stored the message is not known."
-        )
+    def post_lazily(self, call: Callable[..., None], *args: Any) -> None:
+        """As `post`, but in busy times a moment later, together with others."""
+        self._link.post_lazily(call, *args)
+
+    def write(
+        self, subject: str, payload: bytes = b"", reply: str = "", headers: Headers | bytes | None = None
+    ) -> None:
+        """Write a message soon; only on the loop thread. Without a connection it is dropped."""
+        self._link.enqueue((subject, payload, reply, headers))
+
+    def soon(self, call: Callable[[], None], delay: float = 0.0) -> None:
+        """Run `call` on the loop thread after this turn, or after `delay` seconds; only on the loop thread."""
+        self._link.soon(call, delay)
+
+    def on_lost(self, callback: Callable[[], None]) -> None:
+        """Call `callback` on the loop thread when a connection is lost, before anything is sent over another one."""
+        self._listeners.lost.append(callback)
+
+    def on_reconnect(self, callback: Callable[[], None]) -> None:
+        """Call `callback` on the loop thread after each reconnect, once unanswered publishes were sent again."""
+        self._listeners.reconnect.append(callback)
+
+    def on_fence(self, callback: Callable[[int], None]) -> None:
+        """Call `callback(n)` on the loop thread when everything sent before fence `n` has arrived."""
+        self._listeners.fence.append(callback)
+
+    def on_tick(self, callback: Callable[[], None]) -> None:
+        """Call `callback` on the loop thread ten times a second, connected or not."""
+        self._listeners.tick.append(callback)
+
+    def on_fork(self, callback: Callable[[], None]) -> None:
+        """Call `callback` in the child of a fork, where nothing is connected yet."""
+        self._listeners.fork.append(callback)
+
+    def forget(self, callback: Callable[..., None]) -> None:
+        """Undo every `on_…` for a callback."""
+        self._listeners.forget(callback)
+
+    def hurry_fence(self) -> None:
+        """Send the next fence now instead of within a second; from any thread."""
+        self._link.post(self._link.send_fence)
+
+    @property
+    def next_fence(self) -> int:
+        """The fence behind everything that is sent now."""
+        return self._link.next_fence

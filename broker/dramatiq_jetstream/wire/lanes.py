@@ -2,7 +2,7 @@
 
 Through the connection's loop a request and its answer each change threads, which takes longer than the server
 needs to store a message. A thread that waits for one answer therefore borrows a *lane*: a connection to the
-same server that is used by one thread at a time. There are as many as threads that wait at once, up to
+same server that is used by one thread at a time. There are as many as threads that wait at once, up to about
 `MOST`; those that are not used for a while are closed.
 
 A lane is a shortcut, never a promise: whatever happens on it (it cannot be had, it breaks, no answer comes
@@ -11,41 +11,62 @@ So only requests that may be sent twice go here: publishes, which carry the same
 questions. Reconnecting, finding other servers and waiting for the right error are left to the long way alone,
 and lanes go only where the connection is.
 
-If the process dies while a lane waits, the message is stored or it is not, and nobody was told that it was.
+Reading and writing block without a timeout of the kernel, which a signal would start again. The loop's thread looks
+at the lanes ten times a second instead, and cuts those whose time is up; their threads then read an end of file.
+
+There is no lock and no counter here, so an interrupt leaves neither taken, and a signal handler may send whatever it
+interrupted. A lane counts while it exists; one that an interrupt struck is closed as its last reference goes.
+
+If the process dies while a lane waits, the message is stored or it is not, and no caller was told that it was.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import itertools
-import json
 import logging
 import socket
-import ssl
-import struct
-import sys
-import threading
 import time
 import weakref
 from collections import deque
 from typing import Any, Final
 
-from .client import DirectClient, Headers, Msg, encode
+from dramatiq.errors import BrokerError
+
+from dramatiq_jetstream.config import ConnectOptions
+
+from .addresses import Address
+from .headers import Headers, Msg
+from .ids import new_id
+from .login import connect_command
+from .opening import tls_context, tls_name, wants_tls
+from .protocol import (
+    Event,
+    Pong,
+    Protocol,
+    ProtocolError,
+    ServerError,
+    ServerInfo,
+    encode_publish,
+    encode_subscribe,
+)
 
 __all__ = ["Lanes"]
 
-#: Connections of one process beyond its first, at most.
+#: Connections of one process beyond its first; threads that open one at the same moment may exceed it.
 MOST: Final = 8
 
 #: Seconds until a request goes the long way instead.
-PATIENCE: Final = 1.0
+PATIENCE_SECONDS: Final = 1.0
 
 #: Seconds without lanes after one failed; doubled each time that none can be opened, up to the second.
-PAUSE: Final = 5.0
-LONGEST_PAUSE: Final = 300.0
+PAUSE_SECONDS: Final = 5.0
+LONGEST_PAUSE_SECONDS: Final = 300.0
 
-#: Seconds after which a lane that nobody used is closed.
-IDLE: Final = 20.0
+#: Seconds after which an unused lane is closed.
+IDLE_SECONDS: Final = 20.0
+
+_FOREVER: Final = float("inf")
 
 logger = logging.getLogger(__name__)
 
@@ -55,193 +76,194 @@ class _Broken(Exception):
 
 
 class _Lane:
-    """One connection, for one thread at a time."""
+    """One connection, for one thread at a time.
 
-    def __init__(self, client: DirectClient, patience: float) -> None:
-        """Connect to the server where `client` is, as whom it is there.
+    Attributes:
+      until: When a waiting thread is no longer to wait, by `time.monotonic`.
+      used: When it was last used.
+      sent: Whether the request under way may have been sent.
+    """
+
+    def __init__(self) -> None:
+        self.until = _FOREVER
+        self.used = time.monotonic()
+        self.sent = False
+        self._socket: Any = None
+        self._protocol = Protocol()
+        self._events: deque[Event] = deque()
+        self._inbox = ""
+        self._numbers = itertools.count(1)
+
+    def connect(
+        self, options: ConnectOptions, address: Address, peer: tuple[str, int], patience: float
+    ) -> None:
+        """Connect to the server at `peer`, as who the connection is there.
 
         Raises:
-          OSError, _Broken: When that does not work.
+          OSError, BrokerError, ProtocolError, _Broken: When that does not work.
         """
-        url = client.connected_url
-        if url is None or url.hostname is None or url.scheme not in ("nats", "tls"):
-            raise _Broken("there is no plain connection to go beside")
-        self.used = time.monotonic()
-        self._buffer = b""
-        self._inbox = client.new_inbox()
-        self._numbers = itertools.count(1)
-        self._socket: Any = socket.create_connection((url.hostname, url.port or 4222), timeout=patience)
-        try:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            info = json.loads(self._line().partition(b" ")[2])
-            if info.get("tls_required"):
-                # A server that was discovered is known by its address, and certified by the name of the first one.
-                first = getattr(client._current_server, "tls_name", None)
-                name = client.options.get("tls_hostname") or first or url.hostname
-                self._socket = _context(client).wrap_socket(self._socket, server_hostname=name)
-            # nats-py signs the server's nonce; a copy of its client does it for ours.
-            greeter = copy.copy(client)
-            greeter._server_info = info
-            greeter._auth_configured = bool(info.get("auth_required"))
-            self._socket.sendall(
-                greeter._connect_command() + b"SUB %b.* 1\r\nPING\r\n" % self._inbox.encode()
-            )
-            while not (line := self._line()).startswith(b"PONG"):
-                self._other(line)
-            self._wait_at_most(patience)
-        except BaseException:
-            self.close()
-            raise
+        self.until = time.monotonic() + patience
+        self._socket = socket.create_connection(peer, timeout=patience)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if options.tls_handshake_first:
+            self._encrypt(options, address)
+        info = self._expect(ServerInfo).fields
+        tls = wants_tls(options, address, info)
+        if tls and not options.tls_handshake_first:
+            self._encrypt(options, address)
+        self._inbox = f"{options.inbox_prefix}.{new_id()}"
+        hello = connect_command(options, address, info, tls=tls)
+        self._socket.sendall(hello + encode_subscribe(f"{self._inbox}.*", 1))
+        self._expect(Pong)
+        self._socket.settimeout(None)
+        self.until = _FOREVER
 
     def ask(self, subject: str, payload: bytes, headers: Headers | bytes | None, patience: float) -> Msg:
         """Send a request and wait for its answer.
 
         Raises:
-          OSError, _Broken: When none came; whether the request arrived is not known.
+          OSError, ProtocolError, _Broken: When none came.
         """
-        if patience != self.patience:
-            self._wait_at_most(patience)
+        self.sent = False
         reply = f"{self._inbox}.{next(self._numbers):x}"
-        self._socket.sendall(encode((subject, payload, reply, headers)))
+        request = encode_publish((subject, payload, reply, headers))
+        self.used = time.monotonic()
+        self.until = self.used + patience
+        self.sent = True
+        self._socket.sendall(request)
+        events = self._events
         while True:
-            line = self._line()
-            if line.startswith((b"MSG ", b"HMSG ")):
-                words = line.split()
-                body = self._exactly(int(words[-1]) + 2)[:-2]
-                split = int(words[-2]) if words[0] == b"HMSG" else 0
-                arrived = words[1].decode()
-                if arrived == reply:
-                    self.used = time.monotonic()
-                    return Msg(arrived, "", body[split:], body[:split])
-            else:
-                self._other(line)
+            while events:
+                event = events.popleft()
+                if type(event) is Msg:
+                    if event.subject == reply:
+                        self.until = _FOREVER
+                        return event
+                elif isinstance(event, ServerError):
+                    raise _Broken(event.text)
+            self._read()
 
-    def _wait_at_most(self, seconds: float) -> None:
-        self.patience = seconds
-        if sys.platform == "win32" or isinstance(self._socket, ssl.SSLSocket):
-            self._socket.settimeout(seconds)
-            return
-        # The kernel's own timeout: with Python's, every call is two.
-        whole = int(seconds)
-        timeval = struct.pack("@ll", whole, int((seconds - whole) * 1_000_000))
-        self._socket.settimeout(None)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
-
-    def _other(self, line: bytes) -> None:
-        if line.startswith(b"PING"):
-            self._socket.sendall(b"PONG\r\n")
-        elif line.startswith(b"-ERR"):
-            raise _Broken(line.decode("utf-8", "replace"))
-
-    def _line(self) -> bytes:
-        while (end := self._buffer.find(b"\r\n")) < 0:
-            self._more()
-        line, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
-        return line
-
-    def _exactly(self, size: int) -> bytes:
-        while len(self._buffer) < size:
-            self._more()
-        taken, self._buffer = self._buffer[:size], self._buffer[size:]
-        return taken
-
-    def _more(self) -> None:
-        received = self._socket.recv(65_536)
-        if not received:
-            raise _Broken("the server closed it")
-        self._buffer += received
+    def cut(self) -> None:
+        """Wake the thread that waits on this lane; from another thread."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                # Not the method of an encrypted socket, which would take the encryption from under its reader.
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._socket.close()
+        if self._socket is not None:
+            self._socket.close()
 
+    def _encrypt(self, options: ConnectOptions, address: Address) -> None:
+        self._socket = tls_context(options).wrap_socket(self._socket, server_hostname=tls_name(address))
 
-def _context(client: DirectClient) -> ssl.SSLContext:
-    return client.options.get("tls") or client.ssl_context
+    def _expect(self, kind: type[Any]) -> Any:
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                if isinstance(event, kind):
+                    return event
+                if isinstance(event, ServerError):
+                    raise _Broken(event.text)
+            self._read()
+
+    def _read(self) -> None:
+        data = self._socket.recv(65_536)
+        if not data:
+            raise _Broken("the server closed it, or its time was up")
+        self._events.extend(self._protocol.receive(data))
+        answers = self._protocol.answers()
+        if answers:
+            self._socket.sendall(answers)
 
 
 class Lanes:
-    """The lanes of one connection; any thread may ask.
+    """The lanes beside one connection; any thread may ask."""
 
-    Attributes:
-      failures: How many requests failed on a lane, and may have arrived all the same.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, options: ConnectOptions, address: Address, peer: tuple[str, int]) -> None:
+        self._options = options
+        self._address = address
+        self._peer = peer
+        self._closed = False
         self._idle: deque[_Lane] = deque()
-        # Weakly: an exception that Dramatiq raises in a thread may strike before the lane is given back.
         self._lanes: weakref.WeakSet[_Lane] = weakref.WeakSet()
-        self._opening = 0
-        self.failures = 0
         self._not_before = 0.0
-        self._pause = PAUSE
+        self._pause = PAUSE_SECONDS
 
     def ask(
-        self,
-        client: DirectClient,
-        subject: str,
-        payload: bytes,
-        headers: Headers | bytes | None,
-        seconds: float,
-    ) -> Msg | None:
-        """The answer to a request, or None when it must go the long way; it may have arrived even then."""
-        patience = min(PATIENCE, seconds / 2)
+        self, subject: str, payload: bytes, headers: Headers | bytes | None, seconds: float
+    ) -> Msg | bool:
+        """The answer to a request. If it must go the long way instead: whether it may have been sent here."""
+        patience = min(PATIENCE_SECONDS, seconds / 2)
+        lane = None
         try:
-            lane = self._borrow(client, patience)
+            lane = self._borrow(patience)
             if lane is None:
-                return None
-            try:
-                answer = lane.ask(subject, payload, headers, patience)
-            except BaseException:
-                self._lanes.discard(lane)
-                lane.close()
-                raise
-        except (OSError, ValueError, _Broken) as error:
-            self.failures += 1
-            self._not_before = time.monotonic() + self._pause
+                return False
+            answer = lane.ask(subject, payload, headers, patience)
+        except (OSError, ValueError, BrokerError, ProtocolError, _Broken) as error:
             logger.debug("A lane to NATS failed: %s", error)
-            return None
-        with self._lock:
-            if lane in self._lanes:
-                self._idle.append(lane)
-                return answer
-        lane.close()
+            self._not_before = time.monotonic() + self._pause
+            if lane is None:
+                return False
+            self._drop(lane)
+            return lane.sent
+        except BaseException:
+            if lane is not None:
+                self._drop(lane)
+            raise
+        self._idle.append(lane)
+        if self._closed:
+            self._close_idle()
         return answer
 
-    def _borrow(self, client: DirectClient, patience: float) -> _Lane | None:
-        with self._lock:
-            if self._idle:
-                return self._idle.pop()
-            full = len(self._lanes) + self._opening >= MOST
-            if full or time.monotonic() < self._not_before:
-                return None
-            self._opening += 1
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+    def _borrow(self, patience: float) -> _Lane | None:
         try:
-            lane = _Lane(client, patience)
-            with self._lock:
-                self._lanes.add(lane)
-        finally:
-            with self._lock:
-                self._opening -= 1
-        self._pause = PAUSE
+            return self._idle.pop()
+        except IndexError:
+            pass
+        if len(self._lanes) >= MOST or time.monotonic() < self._not_before or self._closed:
+            return None
+        lane = _Lane()
+        self._lanes.add(lane)
+        pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE_SECONDS)
+        try:
+            lane.connect(self._options, self._address, self._peer, patience)
+        except BaseException:
+            self._drop(lane)
+            raise
+        self._pause = min(pause, PAUSE_SECONDS)
         return lane
 
-    def close_unused(self) -> None:
-        """Close what was not used for a while."""
-        if self._idle and self._idle[0].used + IDLE < time.monotonic():
-            with self._lock:
-                lane = self._idle.popleft() if self._idle else None
-            if lane is not None:
-                self._lanes.discard(lane)
-                lane.close()
+    def _drop(self, lane: _Lane) -> None:
+        self._lanes.discard(lane)
+        lane.close()
 
-    def clear(self) -> None:
+    def look(self) -> None:
+        """Cut the lanes whose time is up, and close one that was not used for a while."""
+        now = time.monotonic()
+        for lane in self._each():
+            if now >= lane.until:
+                lane.cut()
+        with contextlib.suppress(IndexError):
+            if self._idle[0].used + IDLE_SECONDS < now:
+                self._drop(self._idle.popleft())
+
+    def close(self) -> None:
         """Use none of these lanes again: the connection is elsewhere now, or closed."""
-        with self._lock:
-            idle, self._idle = self._idle, deque()
-            self._lanes = weakref.WeakSet()
-            self._not_before, self._pause = 0.0, PAUSE
-        for lane in idle:
-            lane.close()
+        self._closed = True
+        for lane in self._each():
+            if lane.until != _FOREVER:
+                lane.cut()
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._drop(self._idle.popleft())
+
+    def _each(self) -> list[_Lane]:
+        try:
+            return list(self._lanes)
+        except RuntimeError:  # a thread adds one just now; the next look sees them all
+            return []

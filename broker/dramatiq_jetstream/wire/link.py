@@ -1,66 +1,109 @@
 """The border between threads and asyncio: one event loop thread and one NATS connection per process.
 
-Everything else in the library is called from Dramatiq's threads and calls in here. The connection is made
-on first use and made anew after a fork, because nats-py is neither thread-safe nor fork-safe.
+Everything else in the library is called from Dramatiq's threads and calls in here. The thread is started on first use.
 
-What is sent goes one way: a thread leaves a *call* in the mailbox and wakes the loop, at most once for many
-calls; the loop runs the calls and writes what they produced, in order and at once. nats-py's own buffer for a
-lost connection is switched off, because it would send what the caller was already told had failed; what must
-survive a reconnect is kept by whoever sent it, and sent again from `on_reconnect`.
+What is sent goes one way. A thread leaves a *call* in the mailbox and wakes the loop, at most once for many calls. The
+loop runs the calls, which put messages into the outbox, and writes the outbox while the socket takes what is written.
+A message with a deadline that passes in the outbox is dropped (see `calls`). Others are dropped when the connection is
+lost: what must survive that is kept by its sender, and sent again from `on_reconnect`. If the outbox outgrows
+`OUTBOX_BYTES`, the connection is cut, because then its server takes nothing any more.
 
-A *fence* is a message to ourselves, once a second. A server handles one client's messages in order, so when
-a fence comes back, everything sent before it has arrived; what the server has done with it is another matter (see
-`deliveries`). When fences stop coming back the connection is dead, whatever nats-py believes (its reader can die
-silently), and is replaced.
+**The connection is kept by facts.** One task opens it, waits until it is lost, and opens the next, with a pause that
+grows. Nothing ends that task but `close`: what goes wrong in one attempt is one failed attempt. A second task looks
+ten times a second. Once a second it sends a *fence*, a message to ourselves, so the server has something to say; when
+nothing at all arrives for `SILENT_FENCES` of them, it cuts the connection. Any received bytes are a sign of life.
+
+A server handles one client's messages in order, so when a fence comes back, everything sent before it has arrived;
+what the server has done with it is another matter (see `settlements`).
+
+**Interrupts.** A thread that is interrupted in here leaves nothing taken: there is no lock, each waiting thread has a
+signal of its own, and the loop's thread is not one into which Dramatiq throws. A signal handler may call anything here,
+whatever it interrupted.
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import concurrent.futures
 import contextlib
 import logging
-import os
+import random
+import re
 import sys
 import threading
 import time
-import weakref
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
-import nats.errors
 from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.config import ConnectOptions
-from dramatiq_jetstream.errors import ConnectionClosed, ConnectionFailed
+from dramatiq_jetstream.errors import (
+    InvalidOption,
+    MessageTooLarge,
+    NotSent,
+    PermissionDenied,
+    ServerUnsupported,
+)
 
-from .answers import read_permission_error
-from .client import DirectClient, Headers, Msg, Outgoing
+from .answers import check_subject, permission_denied, read_permission_error
+from .calls import Call, Calls
+from .client import Client
+from .headers import Headers, Msg
+from .ids import new_id
 from .lanes import Lanes
-from .opening import Listener, open_client
+from .login import LoginUnreadable, preload
+from .opening import Refused, Servers, open_client
+from .protocol import (
+    Event,
+    Outgoing,
+    ServerError,
+    ServerInfo,
+    encode_publish,
+    encode_subscribe,
+    encode_unsubscribe,
+)
+from .waiting import Signal, Waiters
 
-__all__ = ["ConnectionState", "Link", "Subscription"]
+__all__ = ["ConnectionState", "Link", "Listeners", "Subscription"]
 
-#: How often a fence is sent, in seconds, and after how many that did not come back the connection is replaced.
-FENCE_INTERVAL: Final = 1.0
-FENCES_MISSED: Final = 6
+#: How often a fence is sent, and after how many without a received byte the connection is cut.
+FENCE_SECONDS: Final = 1.0
+SILENT_FENCES: Final = 6
 
-#: After a connection that could not be opened anew, in seconds.
-REOPEN_PAUSE: Final = 1.0
+#: The pause before the next attempt to connect, at first and at most; a third of it is random.
+FIRST_PAUSE_SECONDS: Final = 0.1
+LONGEST_PAUSE_SECONDS: Final = 2.0
 
-#: After so many bytes the socket is waited for before more is written.
-BACKLOG: Final = 1_048_576
+#: A connection that lasted less than this was none: the pause goes on growing.
+LASTING_SECONDS: Final = 5.0
 
-#: When the loop finds so many calls at once, those after them that are not urgent may wait for others, for so many
-#: seconds: a turn of the loop costs as much as a dozen of them.
+#: How often a reason that stays the same is logged again.
+REMIND_SECONDS: Final = 60.0
+
+#: How many bytes are given to the socket at once.
+CHUNK_BYTES: Final = 65_536
+
+#: How many bytes of messages without a deadline may wait in the outbox.
+OUTBOX_BYTES: Final = 16_777_216
+
+#: Once the loop finds BUSY calls at once, calls that are not urgent wait for others for up to BATCH_SECONDS: a turn of
+#: the loop costs as much as a dozen calls.
 BUSY: Final = 4
-COMPANY: Final = 0.002
+BATCH_SECONDS: Final = 0.002
 
-#: How often callbacks of `on_tick` are called, in seconds.
-TICK: Final = 0.1
+#: How often callbacks of `on_tick` are called.
+TICK_SECONDS: Final = 0.1
+
+#: How long `close` waits for what is still to be written, and for the thread.
+CLOSE_SECONDS: Final = 5.0
+
+# What the server refuses without ending the connection, beside permissions.
+_HARMLESS: Final = re.compile(r"maximum subscriptions|invalid (publish )?subject", re.IGNORECASE)
+
+#: The subscription to `inbox`.
+_INBOX_SID: Final = 1
 
 
 @dataclass
@@ -80,224 +123,142 @@ class Subscription:
 
     subject: str
     callback: Callable[[Msg], None]
-    _link: Link = field(repr=False)
-    _nats: Any = field(default=None, repr=False)
+    sid: int
+    _link: Callable[[], Link] = field(repr=False)
+    denied: PermissionDenied | None = None
 
     def close(self) -> None:
         """End the interest; what is still on its way is dropped."""
-        self._link._unsubscribe(self)
+        self._link().unsubscribe(self)
 
     def withdraw(self) -> None:
         """Tell the server to send no more; what is still on its way is delivered until `close`."""
-        self._link.post(self._link._withdraw, self)
+        link = self._link()
+        link.post(link.enqueue, encode_unsubscribe(self.sid))
 
 
-_links: weakref.WeakSet[Link] = weakref.WeakSet()
+@dataclass
+class Listeners:
+    """What is called on the loop thread as things happen; `fork` in the child of a fork. It outlives a link."""
 
+    lost: list[Callable[[], None]] = field(default_factory=list)
+    reconnect: list[Callable[[], None]] = field(default_factory=list)
+    fence: list[Callable[[int], None]] = field(default_factory=list)
+    tick: list[Callable[[], None]] = field(default_factory=list)
+    fork: list[Callable[[], None]] = field(default_factory=list)
 
-def _after_fork() -> None:
-    for link in list(_links):
-        link._forget()
-        for callback in link._on_fork:
-            callback()
-
-
-def _close_all() -> None:
-    """End the loops of a program that does not close its brokers; taken down while they run, one in C may crash."""
-    for link in list(_links):
-        link.close()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-atexit.register(_close_all)
+    def forget(self, callback: Callable[..., None]) -> None:
+        everything: tuple[list[Any], ...] = (self.lost, self.reconnect, self.fence, self.tick, self.fork)
+        for callbacks in everything:
+            with contextlib.suppress(ValueError):
+                callbacks.remove(callback)
 
 
 class Link:
-    """The loop thread, its NATS connection, and what is sent and received over it.
+    """The loop thread, its connection, and what is sent and received over it. One for each life of a process.
 
     Attributes:
       inbox: The subject under which answers to us arrive.
       state: What is known of the connection.
+      calls: What waits for an answer.
+      lanes: The short way, while there is a connection.
+      max_payload: The largest message that the server takes, in bytes.
     """
 
-    def __init__(self, options: ConnectOptions) -> None:
+    def __init__(
+        self, options: ConnectOptions, listeners: Listeners, subscriptions: dict[int, Subscription]
+    ) -> None:
+        preload(options)
         self.options = options
         self.logger = logging.getLogger(__name__)
+        self.inbox = f"{options.inbox_prefix}.{new_id()}"
+        self.state = ConnectionState()
+        self.calls = Calls(self)
+        self.lanes: Lanes | None = None
+        self.lane_failures = 0
+        self.max_payload = 1_048_576
+        self.thread: threading.Thread | None = None
+        self._listeners = listeners
+        self._subscriptions = subscriptions
+        self._servers = Servers(options)
+        self._client: Client | None = None
         self._closed = False
-        self._on_lost: list[Callable[[], None]] = []
-        self._on_reconnect: list[Callable[[], None]] = []
-        self._on_fence: list[Callable[[int], None]] = []
-        self._on_tick: list[Callable[[], None]] = []
-        self._on_fork: list[Callable[[], None]] = []
-        self._listener = Listener(self._failed, self._lost, self._reconnected, self._ended)
-        self._subscriptions: list[Subscription] = []
-        self._forget()
-        _links.add(self)
-
-    def _forget(self) -> None:
-        """Start from nothing: at creation, and in the child of a fork, where the parent's loop is not ours.
-
-        The parent's objects stay referenced, so that collecting them does not touch its socket.
-        """
-        self._inherited = self.__dict__.get("_thread"), self.__dict__.get("_nc"), self.__dict__.get("_loop")
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._nc: DirectClient | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._opening: asyncio.Task[None] | None = None
-        self._max_payload = 1_048_576
+        self._ended = Signal()
+        self._was_open = False
+        self._waiters = Waiters()
+        self._attempts = 0
+        self._failure: BrokerError | None = None
+        self._complaint = ""
+        self._complained = 0.0
         self._mailbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        self._outgoing: list[Outgoing] = []
+        self._outbox: deque[tuple[Outgoing | bytes, Call | None]] = deque()
+        self._outbox_bytes = 0
         self._woken = False
         self._coming = False
         self._draining = False
-        self._backlog = 0
-        self._relieving: asyncio.Task[None] | None = None
-        self._lanes = Lanes()
-        self.inbox = ""
         self._fence_sent = 0
         self._fence_seen = 0
-        self._fences_missed = 0
-        self.state = ConnectionState()
-        for subscription in self._subscriptions:
-            subscription._nats = None
+        self._silent_fences = 0
 
-    # Connecting
+    # From any thread
 
     @property
     def is_closed(self) -> bool:
-        """Whether `close` was called."""
         return self._closed
 
     @property
     def is_open(self) -> bool:
-        """Whether nats-py takes messages now."""
-        nc = self._nc
-        return nc is not None and nc.is_connected
+        """Whether messages can be written now."""
+        client = self._client
+        return client is not None and client.open
 
     @property
     def is_connected(self) -> bool:
         """Whether the server is there now, as far as this process can know."""
-        nc = self._nc
-        return nc is not None and nc.is_connected and self._fences_missed < 2
+        client = self._client
+        return client is not None and client.open and self._silent_fences < 2
 
     @property
-    def max_payload(self) -> int:
-        """The largest message that the server takes, in bytes, headers included."""
-        self.connect()
-        return self._max_payload
+    def next_fence(self) -> int:
+        """The fence behind everything that is sent now."""
+        return self._fence_sent + 1
 
-    def connect(self) -> None:
-        """Connect if that has not been done; returns at once when it has, even while reconnecting.
+    def wait_open(self, deadline: float, *, attempts: int | None = None) -> None:
+        """Wait until there has been a connection; returns at once when there was one, even if it is lost.
+
+        Parameters:
+          deadline: By `time.monotonic`.
+          attempts: Wait for so many failed attempts at most.
 
         Raises:
-          ConnectionFailed: When no server answered in time, or none accepted us.
-          ServerUnsupported: When the server is too old or has no JetStream.
-          ConnectionClosed: When this connection was closed.
+          NotSent: When none could be made before `deadline`, or the link was closed.
+          ConnectionFailed, ServerUnsupported: When a server answered and refused us.
         """
-        if self._tasks and not self._closed:
+        if self._was_open and not self._closed:
             return
-        with self._lock:
+        self._refuse_here()
+        before = self._attempts
+        while True:
             if self._closed:
-                raise ConnectionClosed("The connection to NATS was closed; make a new broker to go on.")
-            if self._tasks:
-                return
-            _refuse_gevent()
-            loop = self._start_loop()
-            opening = asyncio.run_coroutine_threadsafe(self._open(), loop)
+                raise NotSent("The connection to NATS was closed; make a new broker to go on.")
+            self._run()
+            signal = self._waiters.add()
             try:
-                opening.result(self.options.connect_timeout / 1000 + 5)
-            except concurrent.futures.TimeoutError:
-                opening.cancel()
-                raise ConnectionFailed(f"No NATS server answered at {self.options.display}.") from None
-
-    def _start_loop(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            self._loop = _new_event_loop()
-            self._thread = threading.Thread(
-                target=self._loop.run_forever, name="dramatiq-jetstream", daemon=True
-            )
-            self._thread.start()
-        return self._loop
-
-    async def _open(self) -> DirectClient:
-        """Open a connection. Nothing is left behind when it fails: the next call starts again."""
-        nc = await open_client(self.options, self._listener)
-        self.inbox = nc.new_inbox()
-        await nc.listen(f"{self.inbox}.*", self._receive)
-        self._fences_missed = 0
-        self._fence_seen = self._fence_sent
-        for subscription in self._subscriptions:
-            await self._attach(nc, subscription)
-        self._nc = nc
-        self._note_server(nc)
-        if not self._tasks:
-            self._tasks = [asyncio.ensure_future(self._watch())]
-        self._drain()
-        return nc
-
-    def _failed(self, nc: DirectClient, error: Exception) -> None:
-        self.state.last_error = str(error) or type(error).__name__
-        denied = read_permission_error(str(error))
-        if denied is not None and self._nc is nc:
-            self.refused(*denied)
-
-    def _lost(self, nc: DirectClient) -> None:
-        self.state.connected = False
-        self._lanes.clear()
-        self._outgoing.clear()
-        self._call_all(self._on_lost)
-        if not self._closed and self._nc is nc:  # not while it is opened: that raises
-            self.logger.warning("The connection to NATS was lost; reconnecting to %s.", self.options.display)
-
-    def _ended(self, nc: DirectClient) -> None:
-        self.state.connected = False
-        self._call_all(self._on_lost)
-        if not self._closed and self._nc is nc:
-            self.logger.error("NATS ended the connection (%s); connecting anew.", self.state.last_error)
-            self._nc = None  # `_watch` does the rest
-
-    def _note_server(self, nc: DirectClient) -> None:
-        self.state.connected = True
-        self.state.server = nc.connected_url.netloc.rpartition("@")[2] if nc.connected_url else None
-        self.state.server_version = str(nc._server_info.get("version"))
-        self._max_payload = nc.max_payload
-
-    def close(self) -> None:
-        """Close the connection; whoever still waits for an answer gets `ConnectionClosed`."""
-        with self._lock:
-            self._closed = True
-            loop, thread = self._loop, self._thread
-            self._loop = None
-        if loop is None or thread is None:
-            return
-        closing = asyncio.run_coroutine_threadsafe(self._shut(), loop)
-        try:
-            closing.result(5)
-        except concurrent.futures.TimeoutError:
-            self.logger.warning("The connection to NATS did not close within 5 s; leaving it.")
-        loop.call_soon_threadsafe(loop.stop)
-        if thread is not threading.current_thread():
-            thread.join(5)
-        self._nc = None
-
-    async def _shut(self) -> None:
-        nc = self._nc
-        for task in (*self._tasks, self._opening, self._relieving):
-            if task is not None:
-                task.cancel()
-        if nc is not None:
-            self._backlog = 0
-            self._drain()
-            # A broken connection has nothing left to save; closing it may also end the task that reconnects.
-            with contextlib.suppress(Exception, asyncio.CancelledError):
-                await nc.close()
-        self._lanes.clear()
-        self.closing()
-        self.state.connected = False
-
-    # Calls from threads
+                if self._was_open:
+                    return
+                failure, failed = self._failure, self._attempts - before
+                final = isinstance(failure, (Refused, ServerUnsupported, LoginUnreadable))
+                if failure is not None and failed and (final or failed == attempts):
+                    raise type(failure)(*failure.args)
+                if not signal.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
+                    reason = str(
+                        failure or f"Could not connect to NATS at {self.options.display}: no answer."
+                    )
+                    raise NotSent(f"{reason} Nothing was sent.")
+            finally:
+                self._waiters.discard(signal)
 
     def post(self, call: Callable[..., None], *args: Any) -> None:
         """Run `call(*args)` on the loop thread soon, in the order posted. It must neither block nor raise."""
@@ -305,213 +266,146 @@ class Link:
         if not self._woken:
             self._wake()
 
-    def _wake(self) -> None:
-        self._woken = True
-        loop = self._loop
-        if loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to hear
-                loop.call_soon_threadsafe(self._drain)
-
     def post_lazily(self, call: Callable[..., None], *args: Any) -> None:
-        """As `post`, but in busy times a moment later, together with others (see `COMPANY`)."""
+        """As `post`, but in busy times a moment later, together with others (see `BATCH_SECONDS`)."""
         self._mailbox.append((call, args))
         if not (self._woken or self._coming):
             self._wake()
 
-    def send(
-        self, subject: str, payload: bytes = b"", headers: Headers | bytes | None = None, reply: str = ""
-    ) -> None:
-        """Publish without JetStream: lost when nobody listens or the connection is down."""
-        self.connect()
-        self.post(self.write, subject, payload, reply, headers)
+    def ask(
+        self, subject: str, payload: bytes, headers: Headers | bytes | None, seconds: float
+    ) -> Msg | bool:
+        """Ask by a lane: the answer, or whether the request may have been sent although none came."""
+        self._refuse_here()
+        lanes = self.lanes
+        if lanes is None or not self.is_connected:
+            return False
+        answer = lanes.ask(subject, payload, headers, seconds)
+        self.lane_failures += answer is True
+        return answer
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        known = self._subscriptions.pop(subscription.sid, None) is not None
+        if known and self._loop is not None and not self._closed:
+            self.post(self.enqueue, encode_unsubscribe(subscription.sid))
+
+    def close(self) -> None:
+        """Write what waits, close the connection, and end the thread. Calls that wait get an error."""
+        self._closed = True
+        self._waiters.wake()
+        loop = self._loop
+        if loop is None:
+            return
+        with contextlib.suppress(RuntimeError):  # it was closed before
+            loop.call_soon_threadsafe(self._begin_shut)
+        if threading.current_thread() is not self.thread and not self._ended.wait(CLOSE_SECONDS):
+            self.logger.warning(
+                "The connection to NATS did not close within %d s; leaving it.", CLOSE_SECONDS
+            )
+        self._ended.set()  # for another thread that closes
+
+    def _refuse_here(self) -> None:
+        if threading.current_thread() is self.thread:
+            raise RuntimeError("A blocking call was made on the connection's own thread.")
+
+    def _wake(self) -> None:
+        if self._closed and self._loop is None:
+            self._mailbox.clear()
+            return
+        self._woken = True
+        if self._loop is None:
+            self._run()
+            return
+        with contextlib.suppress(RuntimeError):  # the loop was closed
+            self._loop.call_soon_threadsafe(self._drain)
+
+    def _run(self) -> None:
+        """Start the loop's thread unless it runs. The first one that is started does; others end at once."""
+        if self._loop is None:
+            _refuse_gevent()
+            threading.Thread(target=self._run_loop, name="dramatiq-jetstream", daemon=True).start()
+
+    # On the loop thread
+
+    def _run_loop(self) -> None:
+        # One atomic step decides which thread it is.
+        if self.__dict__.setdefault("_runner", threading.current_thread()) is not threading.current_thread():
+            return
+        loop = _new_event_loop()
+        self.thread = threading.current_thread()
+        self._tasks = [loop.create_task(self._keep_connected()), loop.create_task(self._look())]
+        self._loop = loop
+        loop.call_soon(self._drain)
+        if self._closed:
+            loop.call_soon(self._begin_shut)
+        try:
+            loop.run_forever()
+            loop.close()
+        finally:
+            self._ended.set()
 
     def write(
         self, subject: str, payload: bytes = b"", reply: str = "", headers: Headers | bytes | None = None
     ) -> None:
-        """Write a message soon; only on the loop thread. Without a connection it is dropped."""
-        if self.is_open:
-            self._outgoing.append((subject, payload, reply, headers))
-            if not self._draining and not self._woken:
-                self._woken = True
-                cast(asyncio.AbstractEventLoop, self._loop).call_soon(self._drain)
+        """Write a message soon. Without a connection it is dropped."""
+        self.enqueue((subject, payload, reply, headers))
 
-    def new_inbox(self) -> str:
-        """Return a fresh subject for answers; add tokens to it as needed."""
-        self.connect()
-        return cast(DirectClient, self._nc).new_inbox()
-
-    def subscribe(self, subject: str, callback: Callable[[Msg], None]) -> Subscription:
-        """Call `callback` on the loop thread for each message on `subject`; it must neither block nor raise."""
-        self.connect()
-        subscription = Subscription(subject, callback, self)
-        self._subscriptions.append(subscription)
-        self.run(self._attach_for_sure(cast(DirectClient, self._nc), subscription))
-        return subscription
-
-    def run(self, coroutine: Coroutine[Any, Any, None], timeout: int | None = None) -> None:
-        """Run a short coroutine on the loop thread and wait for it."""
-        if self._loop is None or threading.current_thread() is self._thread:
-            coroutine.close()
-            raise RuntimeError("A blocking call was made on the connection's own thread.")
-        milliseconds = 10_000 if timeout is None else timeout
-        try:
-            asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(milliseconds / 1000)
-        except concurrent.futures.TimeoutError:
-            raise ConnectionClosed(f"NATS did not answer within {milliseconds} ms.") from None
-        except nats.errors.Error as error:
-            raise ConnectionClosed(f"NATS refused: {error}.") from error
-
-    def _unsubscribe(self, subscription: Subscription) -> None:
-        if subscription in self._subscriptions:
-            self._subscriptions.remove(subscription)
-        if subscription._nats is not None and self._loop is not None and not self._closed:
-            asyncio.run_coroutine_threadsafe(self._detach(subscription._nats), self._loop)
-            subscription._nats = None
-
-    def _withdraw(self, subscription: Subscription) -> None:
-        nc, native = self._nc, subscription._nats
-        if nc is not None and native is not None and nc.is_connected:
-            with contextlib.suppress(nats.errors.ConnectionClosedError):
-                nc.withdraw(native)
-
-    async def _attach_for_sure(self, nc: DirectClient, subscription: Subscription) -> None:
-        await self._attach(nc, subscription)
-        if nc.is_connected:
-            # What is asked next may take another way to the server, and must not get there first.
-            with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError):
-                await nc.flush(2)
-
-    async def _attach(self, nc: DirectClient, subscription: Subscription) -> None:
-        subscription._nats = await nc.listen(subscription.subject, subscription.callback)
-
-    async def _detach(self, native: Any) -> None:
-        if self._nc is not None:
-            with contextlib.suppress(nats.errors.Error):  # a closed connection has no subscriptions left
-                await self._nc.unlisten(native)
-
-    def on_lost(self, callback: Callable[[], None]) -> None:
-        """Call `callback` on the loop thread when a connection is lost, before anything is sent over another one."""
-        self._on_lost.append(callback)
-
-    def on_reconnect(self, callback: Callable[[], None]) -> None:
-        """Call `callback` on the loop thread after each reconnect, once unanswered publishes were sent again."""
-        self._on_reconnect.append(callback)
-
-    def on_fence(self, callback: Callable[[int], None]) -> None:
-        """Call `callback(n)` on the loop thread when everything sent before fence `n` has arrived."""
-        self._on_fence.append(callback)
-
-    def on_tick(self, callback: Callable[[], None]) -> None:
-        """Call `callback` on the loop thread ten times a second, connected or not."""
-        self._on_tick.append(callback)
-
-    def on_fork(self, callback: Callable[[], None]) -> None:
-        """Call `callback` in the child of a fork, where nothing is connected yet."""
-        self._on_fork.append(callback)
-
-    def forget(self, callback: Callable[..., None]) -> None:
-        """Undo every `on_…` for a callback."""
-        for callbacks in (self._on_lost, self._on_reconnect, self._on_fence, self._on_tick, self._on_fork):
-            with contextlib.suppress(ValueError):
-                callbacks.remove(callback)
-
-    def ask(
-        self, subject: str, payload: bytes, headers: Headers | bytes | None, seconds: float
-    ) -> Msg | None:
-        """Send a request that may be sent twice by a lane; None when it has to be sent by the loop after all."""
-        if threading.current_thread() is self._thread:
-            raise RuntimeError("A blocking call was made on the connection's own thread.")
-        nc = self._nc
-        if nc is None or not self.is_connected:
-            return None
-        return self._lanes.ask(nc, subject, payload, headers, seconds)
+    def enqueue(self, message: Outgoing | bytes, call: Call | None = None) -> None:
+        """Put a message, or a command as it goes over the wire, into the outbox; `call` gives it a deadline."""
+        client = self._client
+        if client is None or not client.open:
+            return
+        self._outbox.append((message, call))
+        if call is None:
+            self._outbox_bytes += _size(message)
+            if self._outbox_bytes > OUTBOX_BYTES:
+                client.abort(f"more than {OUTBOX_BYTES >> 20} MiB waited to be written")
+                return
+        if not self._draining and not self._woken:
+            self._woken = True
+            cast(asyncio.AbstractEventLoop, self._loop).call_soon(self._drain)
 
     def soon(self, call: Callable[[], None], delay: float = 0.0) -> None:
-        """Run `call` on the loop thread after this turn, or after `delay` seconds; only on the loop thread."""
+        """Run `call` after this turn of the loop, or after `delay` seconds."""
         loop = cast(asyncio.AbstractEventLoop, self._loop)
-
         if delay:
             loop.call_later(delay, call)
         else:
             loop.call_soon(call)
 
-    def hurry_fence(self) -> None:
-        """Send the next fence now instead of within a second; from any thread."""
-        self.post(self._send_fence)
-
-    def _send_fence(self) -> None:
-        if self._fence_seen == self._fence_sent:
+    def send_fence(self) -> None:
+        """Send the next fence now, unless one is under way."""
+        if self._fence_seen >= self._fence_sent:
             self._fence_sent += 1
             self.write(f"{self.inbox}.fence", str(self._fence_sent).encode())
 
-    @property
-    def next_fence(self) -> int:
-        """The fence behind everything that is sent now."""
-        return self._fence_sent + 1
-
-    # On the loop thread
-
-    def answered(self, token: str, message: Msg) -> None:
-        """Called for each message under `inbox`."""
-
-    def refused(self, verb: str, subject: str) -> None:
-        """Called when the server denied us a subject; it is in lower case."""
-
-    def closing(self) -> None:
-        """Called when the connection was closed."""
-
-    def _receive(self, message: Msg) -> None:
-        token = message.subject[len(self.inbox) + 1 :]
-        if token == "fence":
-            self._fence_seen = max(self._fence_seen, int(message.data))
-            self._call_all(self._on_fence, self._fence_seen)
-        else:
-            self.answered(token, message)
-
-    def _call_all(self, callbacks: list[Any], *args: Any) -> None:
-        # An exception must reach neither nats-py, whose reader would end, nor our own tasks.
-        for callback in list(callbacks):
-            try:
-                callback(*args)
-            except Exception:
-                self.logger.exception("A callback on the connection's thread failed.")
-
-    def _reconnected(self, nc: DirectClient) -> None:
-        if self._nc is not nc:
-            return
-        self.state.reconnects += 1
-        self._lanes.clear()
-        self._note_server(nc)
-        self._fences_missed = 0
-        self._fence_seen = self._fence_sent
-        self.logger.info("Reconnected to NATS at %s.", self.state.server)
-        self._call_all(self._on_reconnect)
-        self._drain()
+    def describe(self) -> tuple[str, str]:
+        """Where the servers are, and what was heard of them last, for an error."""
+        return self.options.display, self.state.last_error or "no answer yet"
 
     def _drain(self) -> None:
         """Run what threads posted and write what that produced."""
         self._woken = False
-        nc = self._nc
-        if nc is None or self._draining or self._backlog > BACKLOG:
-            return  # whoever ends that comes here again
+        if self._draining:
+            return
         self._draining = True
         try:
-            busy = self._empty_mailbox(nc) >= BUSY
+            calls = self._empty_mailbox()
         finally:
             self._draining = False
-        if busy and not self._coming:
+        if calls >= BUSY and not self._coming:
             self._coming = True
-            self.soon(self._come, COMPANY)
+            self.soon(self._come, BATCH_SECONDS)
 
     def _come(self) -> None:
-        self._coming = False  # before looking, so that whoever leaves something after the look wakes us
+        self._coming = False  # before looking: a call that is left after the look wakes us
         self._drain()
 
-    def _empty_mailbox(self, nc: DirectClient) -> int:
+    def _empty_mailbox(self) -> int:
         """Returns how many calls were in it."""
         mailbox = self._mailbox
         calls = 0
-        while mailbox or self._outgoing:
+        while mailbox:
             while mailbox:
                 call, args = mailbox.popleft()
                 calls += 1
@@ -519,63 +413,261 @@ class Link:
                     call(*args)
                 except Exception:
                     self.logger.exception("A call on the connection's thread failed.")
-            outgoing, self._outgoing = self._outgoing, []
-            if not outgoing:
-                continue
-            try:
-                self._backlog += nc.write_all(outgoing)
-            except nats.errors.ConnectionClosedError:
-                continue  # publishes are sent again on reconnect, acks by their consumer
-            if self._backlog > BACKLOG:
-                self._relieving = asyncio.ensure_future(self._relieve(nc))
-                break
+            self._flush()
+        self._flush()
         return calls
 
-    async def _relieve(self, nc: DirectClient) -> None:
-        try:
-            await nc.written()
-        finally:
-            self._backlog = 0
-            self._drain()
+    def _flush(self) -> None:
+        """Write the outbox, as far as the socket takes it."""
+        client, outbox = self._client, self._outbox
+        while outbox and client is not None and client.open and not client.paused:
+            now = time.monotonic()
+            chunk: list[bytes] = []
+            size = 0
+            while outbox and size < CHUNK_BYTES:
+                message, call = outbox.popleft()
+                if call is None:
+                    self._outbox_bytes -= _size(message)
+                elif not call.may_leave(now, client, client.handed + size, part=not message[2]):
+                    continue
+                try:
+                    data = message if isinstance(message, bytes) else self._encode(message)
+                except (BrokerError, ValueError) as error:
+                    if call is None:
+                        self.logger.error("A message could not be sent: %s", error)
+                    else:
+                        call.sent = None
+                        self.calls.fail(call, error)
+                    continue
+                chunk.append(data)
+                size += len(data)
+            client.write(b"".join(chunk))
 
-    async def _watch(self) -> None:
-        """Call the ticks, send the fences, and replace a connection from which none comes back."""
+    def _encode(self, message: Outgoing) -> bytes:
+        subject, payload, _, headers = message
+        check_subject(subject)
+        if len(payload) > self.max_payload:
+            raise MessageTooLarge(
+                f"A message of {len(payload)} bytes for {subject} is over the server's max_payload of "
+                f"{self.max_payload} bytes."
+            )
+        try:
+            return encode_publish(message)
+        except ValueError as error:
+            raise InvalidOption(
+                f"the headers {headers!r} of a message for {subject} cannot be sent ({error})."
+            ) from None
+
+    def _receive(self, event: Event) -> None:
+        if type(event) is Msg:
+            if event.sid == _INBOX_SID:
+                self._receive_answer(event)
+                return
+            subscription = self._subscriptions.get(event.sid)
+            if subscription is not None:
+                try:
+                    subscription.callback(event)
+                except Exception:
+                    self.logger.exception("A callback for a message on %s failed.", event.subject)
+        elif isinstance(event, ServerError):
+            self._receive_error(event.text)
+        elif isinstance(event, ServerInfo) and self._client is not None:
+            self._client.info |= event.fields
+            self._servers.learn(self._client.address, event.fields)
+
+    def _receive_answer(self, message: Msg) -> None:
+        token = message.subject[len(self.inbox) + 1 :]
+        if token == "fence":
+            self._fence_seen = max(self._fence_seen, int(message.data))
+            self._call_all(self._listeners.fence, self._fence_seen)
+            return
+        try:
+            self.calls.answered(token, message)
+        except Exception:
+            self.logger.exception("An answer on %s could not be read.", message.subject)
+
+    def _receive_error(self, text: str) -> None:
+        self.state.last_error = text
+        denied = read_permission_error(text)
+        if denied is None and _HARMLESS.search(text):
+            self.logger.error(
+                "NATS at %s refused something (%s). It has not ended the connection.", self.state.server, text
+            )
+            return
+        if denied is None:
+            if self._client is not None:
+                self._client.abort(text)  # as the server is about to do
+            return
+        verb, subject = denied
+        error = permission_denied(verb, subject)
+        known = False
+        if verb == "publish":
+            known = self.calls.refused(subject)
+        else:
+            for subscription in list(self._subscriptions.values()):
+                if subscription.subject == subject:
+                    subscription.denied = error
+                    known = True
+        if not known:
+            self.logger.error("%s", error)
+
+    def _call_all(self, callbacks: list[Any], *args: Any) -> None:
+        for callback in list(callbacks):
+            try:
+                callback(*args)
+            except Exception:
+                self.logger.exception("A callback on the connection's thread failed.")
+
+    # Keeping the connection
+
+    async def _keep_connected(self) -> None:
+        """Open a connection, wait until it is lost, and open the next."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                client = await open_client(self.options, self._servers)
+            except BrokerError as error:
+                self._note_failure(error)
+            except Exception as error:
+                self.logger.exception("Connecting to NATS failed in a way that was not foreseen.")
+                self._note_failure(
+                    NotSent(f"Could not connect to NATS at {self.options.display}: {error!r}.")
+                )
+            else:
+                opened = time.monotonic()
+                self._note_open(client)
+                await asyncio.wait({client.lost})
+                self._note_lost(client)
+                if time.monotonic() - opened >= LASTING_SECONDS:
+                    pause = FIRST_PAUSE_SECONDS
+            await asyncio.sleep(pause * random.uniform(0.67, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _note_open(self, client: Client) -> None:
+        self._client = client
+        self._outbox.clear()
+        self._outbox_bytes = 0
+        self._silent_fences = 0
+        self._fence_seen = self._fence_sent
+        client.heard = True
+        self.max_payload = int(client.info.get("max_payload") or 1_048_576)
+        self.lanes = Lanes(self.options, client.address, client.peer)
+        state = self.state
+        state.connected = True
+        state.server = client.address.netloc
+        state.server_version = str(client.info.get("version"))
+        commands = [encode_subscribe(f"{self.inbox}.*", _INBOX_SID)]
+        commands += [encode_subscribe(each.subject, each.sid) for each in list(self._subscriptions.values())]
+        client.write(b"".join(commands))
+        client.ready(self._receive, self._flush)
+        if self._was_open:
+            state.reconnects += 1
+            self.logger.info(
+                "Reconnected to NATS at %s%s.",
+                state.server,
+                f" after {self._attempts} failed attempts" if self._attempts else "",
+            )
+        self._attempts, self._complaint, self._failure = 0, "", None
+        self.calls.resend()
+        if self._was_open:
+            self._call_all(self._listeners.reconnect)
+        self._was_open = True
+        self._waiters.wake()
+        self._drain()
+
+    def _note_lost(self, client: Client) -> None:
+        self.state.connected = False
+        self.state.last_error = client.reason
+        self._outbox.clear()
+        self._outbox_bytes = 0
+        if self.lanes is not None:
+            self.lanes.close()
+            self.lanes = None
+        self._call_all(self._listeners.lost)
+        self.calls.lost()
+        if not self._closed:
+            self._complain(
+                f"NATS at {self.state.server} ended the connection ({client.reason}); reconnecting."
+            )
+
+    def _note_failure(self, error: BrokerError) -> None:
+        self._attempts += 1
+        self._failure = error
+        self.state.last_error = str(error)
+        if self._was_open:
+            self._complain(str(error))
+        else:
+            self.logger.debug("%s", error)  # those who wait for it are told
+        self._waiters.wake()
+
+    def _complain(self, reason: str) -> None:
+        """Log a reason once, and now and then how often it was met."""
+        now = time.monotonic()
+        if reason != self._complaint:
+            self._complaint, self._complained = reason, now
+            self.logger.warning("%s", reason)
+        elif now - self._complained >= REMIND_SECONDS:
+            self._complained = now
+            self.logger.warning("%s (%d failed attempts so far)", reason, self._attempts)
+
+    async def _look(self) -> None:
+        """Call the ticks, send the fences, and cut a connection on which nothing arrives."""
         next_fence = 0.0
         while True:
-            await asyncio.sleep(TICK)
-            self._call_all(self._on_tick)
-            self._lanes.close_unused()
-            nc = self._nc
-            now = time.monotonic()
-            if nc is None:
-                if self._opening is None or self._opening.done():
-                    self._opening = asyncio.ensure_future(self._open_anew())
-            elif not nc.is_connected:
-                next_fence = 0.0
-            elif now >= next_fence:
-                next_fence = now + FENCE_INTERVAL
-                self._fences_missed = self._fences_missed + 1 if self._fence_seen < self._fence_sent else 0
-                if self._fences_missed < FENCES_MISSED:
-                    self._fence_sent += 1
-                    self.write(f"{self.inbox}.fence", str(self._fence_sent).encode())
-                else:
-                    self._fences_missed = 0
-                    self.logger.warning("NATS was silent for %d s; reconnecting.", FENCES_MISSED)
-                    await self._replace(nc)
+            await asyncio.sleep(TICK_SECONDS)
+            try:
+                self.calls.sweep()
+                self._call_all(self._listeners.tick)
+                if self.lanes is not None:
+                    self.lanes.look()
+                client, now = self._client, time.monotonic()
+                if client is None or not client.open:
+                    next_fence = 0.0
+                elif now >= next_fence:
+                    next_fence = now + FENCE_SECONDS
+                    self._look_for_life(client)
+            except Exception:
+                self.logger.exception("A look at the connection failed.")
 
-    async def _open_anew(self) -> None:
-        """Connect again after nats-py gave up, as it does at any error but a lost connection."""
+    def _look_for_life(self, client: Client) -> None:
+        self._silent_fences = 0 if client.heard else self._silent_fences + 1
+        client.heard = False
+        if self._silent_fences >= SILENT_FENCES:
+            client.abort(f"it was silent for {SILENT_FENCES * FENCE_SECONDS:.0f} s")
+            return
+        self._fence_sent += 1
+        self.write(f"{self.inbox}.fence", str(self._fence_sent).encode())
+
+    def _begin_shut(self) -> None:
+        if self._tasks:
+            tasks, self._tasks = self._tasks, []
+            cast(asyncio.AbstractEventLoop, self._loop).create_task(self._shut(tasks))
+
+    async def _shut(self, tasks: list[asyncio.Task[None]]) -> None:
+        loop = cast(asyncio.AbstractEventLoop, self._loop)
         try:
-            nc = await self._open()
-        except BrokerError as error:
-            self.logger.error("%s", error)
-            await asyncio.sleep(REOPEN_PAUSE)
-        else:
-            self._reconnected(nc)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=1.0)
+            client = self._client
+            self._drain()
+            if client is not None and client.open:
+                client.close()
+                await asyncio.wait({client.lost}, timeout=1.0)
+            if client is not None:
+                client.abort("it was closed")
+            if self.lanes is not None:
+                self.lanes.close()
+                self.lanes = None
+            self.calls.close()
+            self.state.connected = False
+            await asyncio.sleep(0)
+        finally:
+            loop.stop()
 
-    async def _replace(self, nc: DirectClient) -> None:
-        nc.abort()  # closing in good order would wait for a peer that may never take what is buffered
-        await nc.force_reconnect()
+
+def _size(message: Outgoing | bytes) -> int:
+    return len(message) if isinstance(message, bytes) else len(message[1]) + 200
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:
@@ -587,7 +679,7 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
 
 
 def _refuse_gevent() -> None:
-    monkey = sys.modules.get("gevent.monkey")  # nobody has patched anything without importing it
+    monkey = sys.modules.get("gevent.monkey")  # nothing is patched without importing it
     if monkey is not None and monkey.is_module_patched("threading"):
         raise BrokerError(
             "dramatiq-jetstream does not run under gevent, which replaces the threads it needs: "

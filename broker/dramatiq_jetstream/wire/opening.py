@@ -1,132 +1,264 @@
-"""Opens a connection to NATS in bounded time, or says in one sentence why that does not work.
+"""Opens a connection to one of the servers in bounded time, or says in one sentence why that does not work.
 
-nats-py goes on trying and tells a callback what goes wrong. Here a refusal, or every address having failed twice,
-ends the attempt at once, and silence ends it after `connect_timeout`. Nothing is left behind by a failure.
+Each attempt tries every server once, and every address that a server's name has, so that a dead one costs a second and
+no more. Nothing is left behind by a failure or an interrupt.
 """
 
 from __future__ import annotations
 
 import asyncio
+
+# What looking up a host imports when it is first needed, on any thread. A process that is forked in the middle of
+# that would find the module's lock taken for ever.
+import concurrent.futures.thread  # noqa: F401
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final, cast
+import encodings.idna  # noqa: F401
+import ipaddress
+import json
+import os
+import random
+import re
+import socket
+import ssl
+from collections.abc import Mapping
+from typing import Any, Final
 
 from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.config import ConnectOptions
 from dramatiq_jetstream.errors import ConnectionFailed, ServerUnsupported
 
-from .client import DirectClient
+from .addresses import Address
+from .client import Client, Lost, RefusedByServer
+from .headers import Msg
+from .ids import new_id
+from .login import LoginUnreadable, connect_command
+from .protocol import Pong, ServerInfo, encode_publish, encode_subscribe, encode_unsubscribe
 
-__all__ = ["Listener", "open_client"]
+__all__ = ["Refused", "Servers", "open_client", "tls_context", "tls_name", "wants_tls"]
 
 #: The first server with every feature the library builds on (cron schedules, ADR-51).
 MINIMUM_SERVER: Final = (2, 14, 0)
 
+#: Seconds until the next address is tried.
+NEXT_ADDRESS_SECONDS: Final = 1.0
 
-@dataclass(frozen=True)
-class Listener:
-    """What is called, on the loop thread, as things happen to a connection; none of it may raise.
+#: Seconds that JetStream has to answer at all; without a leader it cannot.
+JETSTREAM_SECONDS: Final = 2.0
 
-    nats-py's reader would end with an exception. A connection is heard of while it is opened, too.
-    """
+_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+_LOGIN = re.compile(r"authori[sz]ation|authentication|expired|revoked", re.IGNORECASE)
 
-    failed: Callable[[DirectClient, Exception], None]
-    lost: Callable[[DirectClient], None]
-    back: Callable[[DirectClient], None]
-    ended: Callable[[DirectClient], None]
+# The server's error numbers for an account, or a server, without JetStream.
+_NO_JETSTREAM: Final = frozenset({10039, 10076})
 
 
-async def open_client(options: ConnectOptions, listener: Listener) -> DirectClient:
-    """Connect to one of the servers.
+class Refused(ConnectionFailed):
+    """A server answered, and will not have us as we are."""
+
+
+class Servers:
+    """The servers to choose from: those that were given, and those that these told us of."""
+
+    def __init__(self, options: ConnectOptions) -> None:
+        self._given = options.addresses
+        self._learned: tuple[Address, ...] = ()
+        self._last: Address | None = None
+
+    def learn(self, address: Address, info: Mapping[str, Any]) -> None:
+        """Take in what the server at `address` says of its cluster."""
+        self._last = address
+        told = (address.neighbour(str(url)) for url in info.get("connect_urls") or ())
+        self._learned = tuple(each for each in told if each is not None)
+
+    def in_order(self) -> list[Address]:
+        """Each server once: the given ones in random order before the learned, the one that was lost last."""
+        given = random.sample(self._given, len(self._given))
+        learned = random.sample(self._learned, len(self._learned))
+        chosen = {address.netloc: address for address in (*learned, *given)}  # the given ones prevail
+        order = list(dict.fromkeys(address.netloc for address in (*given, *learned)))
+        if self._last is not None and self._last.netloc in chosen:
+            order.remove(self._last.netloc)
+            order.append(self._last.netloc)
+        return [chosen[netloc] for netloc in order]
+
+
+async def open_client(options: ConnectOptions, servers: Servers) -> Client:
+    """Connect to one of the servers and log in.
 
     Raises:
-      ConnectionFailed: When none answered in time, or none accepted us.
-      ServerUnsupported: When the one that did is too old or has no JetStream.
+      Refused: When a server answered and does not accept us.
+      ServerUnsupported: When one that accepts us is too old or has no JetStream.
+      ConnectionFailed: When none answered in time.
     """
-    nc = DirectClient()
-    refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    last_error = "no answer"
-    failures = 0
-
-    async def on_error(error: Exception) -> None:
-        nonlocal failures, last_error
-        listener.failed(nc, error)
-        failures += 1
-        last_error = str(error) or type(error).__name__
-        if refused.done() or connecting.done():
-            return
-        if "authorization" in str(error).lower():
-            refused.set_result(
-                f"NATS at {options.display} refused us ({error}): check the user, password, token or credentials."
-            )
-        elif isinstance(error, OSError) and failures >= 2 * len(options.servers):
-            refused.set_result(f"Could not connect to NATS at {options.display}: {error}.")
-
-    async def on_disconnect() -> None:
-        listener.lost(nc)
-
-    async def on_reconnect() -> None:
-        listener.back(nc)
-
-    async def on_close() -> None:
-        listener.ended(nc)
-
-    connecting = asyncio.ensure_future(
-        nc.connect(
-            **options.for_nats(),
-            error_cb=on_error,
-            disconnected_cb=on_disconnect,
-            reconnected_cb=on_reconnect,
-            closed_cb=on_close,
-            connect_timeout=2,
-            allow_reconnect=True,
-            max_reconnect_attempts=-1,
-            reconnect_time_wait=0.2,  # type: ignore[arg-type]
-            ping_interval=20,
-            max_outstanding_pings=3,
-            pending_size=0,
-            skip_subject_validation=True,
-        )
-    )
-    await asyncio.wait(
-        cast("set[asyncio.Future[Any]]", {connecting, refused}),
-        timeout=options.connect_timeout / 1000,
-        return_when=asyncio.FIRST_COMPLETED,
-    )
+    failure: BrokerError = _unreachable(options, "no answer")
     try:
-        if refused.done():
-            raise ConnectionFailed(refused.result())
-        if not connecting.done():
-            raise ConnectionFailed(
-                f"Could not connect to NATS at {options.display} within {options.connect_timeout} ms: {last_error}."
-            )
+        async with asyncio.timeout(options.connect_timeout / 1000):
+            addresses = servers.in_order()
+            for position, address in enumerate(addresses):
+                last = position == len(addresses) - 1
+                try:
+                    client = await _open_at(options, address, last=last)
+                except (Refused, ServerUnsupported, LoginUnreadable) as error:
+                    failure = error
+                except ConnectionFailed as error:
+                    if not isinstance(failure, (Refused, ServerUnsupported)):
+                        failure = error
+                else:
+                    servers.learn(address, client.info)
+                    return client
+    except TimeoutError:
+        if type(failure) is ConnectionFailed:
+            failure = _unreachable(options, f"no answer within {options.connect_timeout} ms")
+    raise failure
+
+
+async def _open_at(options: ConnectOptions, address: Address, *, last: bool) -> Client:
+    failure: BrokerError = _unreachable(options, f"{address.host} has no address")
+    try:
+        peers = await _look_up(address)
+    except OSError as error:
+        raise _unreachable(options, f"{address.host}: {_reason(error)}") from None
+    for position, peer in enumerate(peers):
+        only = last and position == len(peers) - 1
+        client = Client(address, peer)
         try:
-            connecting.result()
-        except BrokerError:
-            raise
-        except Exception as error:
-            raise ConnectionFailed(f"Could not connect to NATS at {options.display}: {error}.") from error
-        _check_server(options, nc)
-    except BaseException:
-        connecting.cancel()
-        with contextlib.suppress(Exception):
-            await nc.close()
-        raise
-    return nc
+            try:
+                async with asyncio.timeout(None if only else NEXT_ADDRESS_SECONDS):
+                    await _connect(options, client)
+                    await client.expect(ServerInfo)
+            except TimeoutError:
+                client.abort("it was too slow")
+                failure = _unreachable(options, f"{peer[0]} did not answer")
+                continue
+            await _log_in(options, client)
+            await _check_server(options, client)
+        except BaseException as error:
+            client.abort("it was given up")
+            if isinstance(error, (ServerUnsupported, LoginUnreadable, Refused)):
+                raise
+            if isinstance(error, ssl.SSLCertVerificationError):
+                raise Refused(
+                    f"The certificate of NATS at {address} was not accepted ({error.verify_message}): give a context "
+                    "that trusts its authority as tls, and the name that the certificate has."
+                ) from None
+            if isinstance(error, RefusedByServer):
+                if _LOGIN.search(str(error)):
+                    raise Refused(
+                        f"NATS at {options.display} refused us ({error}): "
+                        "check the user, password, token or credentials."
+                    ) from None
+                failure = _unreachable(options, str(error))
+            elif isinstance(error, Lost):
+                failure = _unreachable(options, str(error))
+            elif isinstance(error, OSError):
+                failure = _unreachable(options, _reason(error))
+            else:
+                raise
+        else:
+            return client
+    raise failure
 
 
-def _check_server(options: ConnectOptions, nc: DirectClient) -> None:
-    version = nc.connected_server_version
-    if (version.major, version.minor, version.patch) < MINIMUM_SERVER:
+async def _look_up(address: Address) -> list[tuple[str, int]]:
+    with contextlib.suppress(ValueError):
+        return [(str(ipaddress.ip_address(address.host)), address.port)]
+    found = await asyncio.get_running_loop().getaddrinfo(
+        address.host, address.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+    )
+    return list(dict.fromkeys((str(sockaddr[0]), address.port) for *_, sockaddr in found))
+
+
+async def _connect(options: ConnectOptions, client: Client) -> None:
+    first: dict[str, Any] = {}
+    if options.tls_handshake_first:
+        first = {"ssl": tls_context(options), "server_hostname": tls_name(client.address)}
+    await asyncio.get_running_loop().create_connection(lambda: client, *client.peer, **first)
+
+
+async def _log_in(options: ConnectOptions, client: Client) -> None:
+    tls = wants_tls(options, client.address, client.info)
+    if tls and not options.tls_handshake_first:
+        loop = asyncio.get_running_loop()
+        encrypted = await loop.start_tls(
+            client.transport, client, tls_context(options), server_hostname=tls_name(client.address)
+        )
+        if encrypted is None:
+            raise Lost("the server closed the connection")
+        client.use(encrypted)
+    client.write(connect_command(options, client.address, client.info, tls=tls))
+    await client.expect(Pong)
+
+
+def wants_tls(options: ConnectOptions, address: Address, info: Mapping[str, Any]) -> bool:
+    """Whether a server that said `info` is spoken to through TLS.
+
+    Raises:
+      Refused: When it offers none although its address is `tls://`; nothing secret was sent.
+    """
+    offered = bool(info.get("tls_required") or info.get("tls_available"))
+    if options.tls_handshake_first:
+        return True
+    if address.tls and not offered:
+        raise Refused(
+            f"NATS at {address} offers no TLS: use a nats:// address, or configure TLS on the server."
+        )
+    return bool(info.get("tls_required")) or (offered and (address.tls or options.tls is not None))
+
+
+def tls_context(options: ConnectOptions) -> ssl.SSLContext:
+    return options.tls or ssl.create_default_context()
+
+
+def tls_name(address: Address) -> str:
+    """The name that the server's certificate has to have."""
+    return address.certified or address.host
+
+
+async def _check_server(options: ConnectOptions, client: Client) -> None:
+    where, version = f"The NATS server at {options.display}", str(client.info.get("version"))
+    found = _VERSION.match(version)
+    if found is None or tuple(map(int, found.groups())) < MINIMUM_SERVER:
         raise ServerUnsupported(
-            f"The NATS server at {options.display} is version {version.major}.{version.minor}."
-            f"{version.patch}, but {'.'.join(map(str, MINIMUM_SERVER))} or newer is needed "
+            f"{where} is version {version}, but {'.'.join(map(str, MINIMUM_SERVER))} or newer is needed "
             "(message schedules): upgrade nats-server."
         )
-    if not nc._server_info.get("jetstream"):
+    # Its greeting only says whether this node runs JetStream; another one of its cluster may serve it.
+    inbox = f"{options.inbox_prefix}.{new_id()}"
+    client.write(
+        encode_subscribe(inbox, 0)
+        + encode_unsubscribe(0, after=1)
+        + encode_publish((f"{options.api}.INFO", b"", inbox, None))
+    )
+    try:
+        async with asyncio.timeout(JETSTREAM_SECONDS):
+            answer = await client.expect(Msg)
+    except RefusedByServer as error:
+        if "permissions violation" in str(error).lower():
+            client.reason = None
+            return  # we may not ask; what we may do shows later
+        raise
+    except TimeoutError:
+        if client.info.get("jetstream"):
+            return  # it has no leader now
         raise ServerUnsupported(
-            f"The NATS server at {options.display} has JetStream switched off: "
-            "start it with --jetstream, or add a jetstream block to its configuration."
+            f"{where} does not run JetStream, and no other node of its cluster answers."
+        ) from None
+    refusal = {} if answer.headers.get("Status") == "503" else json.loads(answer.data or b"{}").get("error")
+    if refusal == {} or (refusal is not None and refusal.get("err_code") in _NO_JETSTREAM):
+        raise ServerUnsupported(
+            f"{where} has JetStream switched off: start it with --jetstream, add a jetstream block to its "
+            "configuration, enable JetStream for this account, or name its domain."
         )
+
+
+def _unreachable(options: ConnectOptions, reason: str) -> ConnectionFailed:
+    return ConnectionFailed(f"Could not connect to NATS at {options.display}: {reason}.")
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError):
+        return str(error)
+    if error.errno and not isinstance(error, socket.gaierror):
+        return os.strerror(error.errno).lower()
+    return error.strerror or str(error) or type(error).__name__

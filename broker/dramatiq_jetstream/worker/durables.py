@@ -274,7 +274,7 @@ class Durables:
                 answered.set_result(answer)
 
         payload = b"" if body is None else json.dumps(body).encode()
-        self._connection.query(f"$JS.API.{verb}", payload, note, ANSWER_SECONDS)
+        self._connection.query(self._connection.api_subject(verb), payload, note, ANSWER_SECONDS)
         answer = await answered
         if isinstance(answer, BaseException):
             raise answer if isinstance(answer, BrokerError) else BrokerConnectionError(str(answer))

@@ -268,7 +268,9 @@ class Puller:
         else:
             body.update(expires=PULL_EXPIRES * _NANOSECONDS, idle_heartbeat=HEARTBEAT * _NANOSECONDS)
         self._connection.write(
-            f"$JS.API.CONSUMER.MSG.NEXT.{feed.source.stream}.{feed.source.durable.name}",
+            self._connection.api_subject(
+                f"CONSUMER.MSG.NEXT.{feed.source.stream}.{feed.source.durable.name}"
+            ),
             json.dumps(body).encode(),
             f"{feed.inbox}.{pull.number}",
         )

@@ -1,0 +1,120 @@
+"""Who we are to a server: credentials read at each connection, and the server's nonce signed with them.
+
+Files are read each time, so that rotated credentials count from the next connection on. A file that is missing or half
+written fails that one attempt with a sentence about the file; the next attempt reads it again.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from dramatiq_jetstream.config import ConnectOptions
+from dramatiq_jetstream.errors import ConnectionFailed
+
+from .addresses import Address
+from .protocol import encode_connect
+
+__all__ = ["LoginUnreadable", "connect_command", "preload"]
+
+_JWT: Final = re.compile(r"-+BEGIN NATS USER JWT-+\s+([\w.=-]+)\s+-+END NATS USER JWT-+")
+_SEED: Final = re.compile(r"-+BEGIN USER NKEY SEED-+\s+(SU[A-Z2-7]{56})\s+-+END USER NKEY SEED-+")
+_BARE_SEED: Final = re.compile(r"\bSU[A-Z2-7]{56}\b")
+
+
+class LoginUnreadable(ConnectionFailed):
+    """The credentials cannot be read, now."""
+
+
+def preload(options: ConnectOptions) -> None:
+    """Import now what signing needs: a fork in the middle of an import leaves the module locked in its child."""
+    if options.credentials is not None or options.nkey is not None:
+        with contextlib.suppress(ImportError):
+            import nkeys  # noqa: F401
+
+
+def connect_command(
+    options: ConnectOptions, address: Address, info: Mapping[str, Any], *, tls: bool
+) -> bytes:
+    """What a client says after the server's greeting `info`.
+
+    Raises:
+      LoginUnreadable: When a file with credentials is missing or incomplete.
+    """
+    fields: dict[str, Any] = {
+        "verbose": False,
+        "pedantic": False,
+        "tls_required": tls,
+        "lang": "python3",
+        "version": "0.1",
+        "name": options.name,
+        "protocol": 1,
+        "headers": True,
+        "no_responders": True,
+    }
+    fields |= _login(options, address, str(info.get("nonce") or ""))
+    return encode_connect(fields)
+
+
+def _login(options: ConnectOptions, address: Address, nonce: str) -> dict[str, str]:
+    if options.credentials is not None:
+        text = _read("credentials (or NATS_CREDS)", options.credentials, "BEGIN NATS USER JWT")
+        jwt, seed = _JWT.search(text), _SEED.search(text)
+        if jwt is None or seed is None:
+            raise LoginUnreadable(
+                "The credentials (or NATS_CREDS) have no complete user JWT and seed: "
+                "give the path or the content of a whole .creds file."
+            )
+        return {"jwt": jwt[1], "sig": _sign(seed[1], nonce)[1]}
+    if options.nkey is not None:
+        seed = _BARE_SEED.search(_read("nkey", options.nkey, "SU"))
+        if seed is None:
+            raise LoginUnreadable(
+                "The nkey has no complete seed of a user: give a seed, or the path of a file with one."
+            )
+        public, signature = _sign(seed[0], nonce)
+        return {"nkey": public, "sig": signature}
+    found = {
+        "user": options.user if options.user is not None else address.user,
+        "pass": options.password if options.password is not None else address.password,
+        "auth_token": options.token if options.token is not None else address.token,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _read(setting: str, value: str, content_has: str) -> str:
+    """The content of a setting that is a path or the content itself."""
+    if content_has in value and "/" not in value.partition(content_has)[0] and not Path(value).is_file():
+        return value
+    try:
+        return Path(value).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise LoginUnreadable(
+            f"{setting} name the file {value!r}, which does not exist or cannot be read ({reason}): "
+            "give the path or the content of the file."
+        ) from None
+
+
+def _sign(seed: str, nonce: str) -> tuple[str, str]:
+    """The public key of a seed, and its signature of a nonce."""
+    try:
+        import nkeys
+    except ImportError:
+        raise LoginUnreadable(
+            "Credentials and nkeys need the package nkeys: install dramatiq-jetstream[nkeys]."
+        ) from None
+    try:
+        pair = nkeys.from_seed(bytearray(seed.encode()))
+        signature = base64.urlsafe_b64encode(pair.sign(nonce.encode())).rstrip(b"=").decode()
+        public = pair.public_key.decode()
+    except Exception as error:  # noqa: BLE001 - nkeys and libsodium have many
+        raise LoginUnreadable(
+            f"The seed of the credentials cannot be used ({type(error).__name__})."
+        ) from None
+    pair.wipe()
+    return public, signature
