@@ -5,7 +5,9 @@ The server stores a message for each tick on the queue; whoever works it off, wo
 that boots stores the schedule only if it is missing or differs, with a compare-and-set on what it saw, so any
 number of workers may boot at once: the schedule is there once, and its phase is not disturbed.
 
-An option that was changed changes the schedule at the next boot, one that was removed removes it. Schedules of
+An option that was changed changes the schedule when a worker boots, one that was removed removes it. What was
+declared before is remembered, so that an older process that boots later puts nothing back. `fleet setup` only adds
+what is missing; `fleet setup --update` brings everything in line, also with a declaration of before. Schedules of
 actors that a program does not know are left alone; `fleet schedules` shows and removes them.
 
 Ticks that were due while the server was down are not made up for one by one: when it is back it stores one,
@@ -15,8 +17,10 @@ actor a `max_age` if a late tick is of no use.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+import sys
 import threading
 import uuid
 from dataclasses import dataclass
@@ -33,6 +37,7 @@ from dramatiq.middleware import Middleware, MiddlewareError
 from .broker import JetStreamBroker
 from .errors import ApiError, InvalidOption, NotFound
 from .jetstream import cron
+from .jetstream.declared import Changes, Declared
 from .jetstream.inventory import queue_names
 from .jetstream.names import (
     HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE,
@@ -71,7 +76,8 @@ class InvalidSchedule(InvalidOption, MiddlewareError):
 class Schedule:
     """A schedule as the server has it. Times are milliseconds since 1970, None when not known.
 
-    `orphan` says that the actor is not declared in the program that asks, or no longer periodic there.
+    `orphan` says that the actor is not declared in the program that asks, or no longer periodic there. It is not an
+    orphan when `module`, which declared it, exists and was not imported.
     """
 
     actor: str
@@ -81,6 +87,7 @@ class Schedule:
     last_tick: int | None
     next_tick: int | None
     orphan: bool
+    module: str | None = None
 
 
 class Periodic(Middleware):
@@ -99,31 +106,32 @@ class Periodic(Middleware):
             raise InvalidSchedule(f"Actor {actor.actor_name!r} is periodic, which needs a JetStreamBroker.")
 
     def setup_topology(self, broker: JetStreamBroker, *, update: bool = False) -> dict[str, str]:
-        """Bring the schedules in line with the actors' options; called by `broker.setup`."""
-        _ticks(broker).declare(update=update)
-        return _reconcile(broker)
+        """Create the schedules that are missing, with `update` change the others; called by `broker.setup`."""
+        return _reconcile(broker, Changes.ALL if update else Changes.NONE)
 
     def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
         """Bring the schedules in line, now or as soon as NATS can be reached."""
         if not isinstance(broker, JetStreamBroker) or not broker.config.declare:
             return
         try:
-            self.setup_topology(broker)
+            _reconcile(broker, Changes.FORWARD)
         except BrokerConnectionError as error:
             logger.warning("The schedules of periodic actors could not be stored yet: %s", error)
             threading.Thread(target=self._keep_trying, args=(broker,), daemon=True).start()
+        except BrokerError as error:
+            logger.error("Not all schedules of periodic actors could be stored: %s", error)
 
     def _keep_trying(self, broker: JetStreamBroker) -> None:
         pause = threading.Event()
         while not pause.wait(RETRY):
             try:
-                self.setup_topology(broker)
+                _reconcile(broker, Changes.FORWARD)
                 return
             except BrokerConnectionError:
                 if broker.connection.is_closed:
                     return
-            except BrokerError:
-                logger.exception("The schedules of periodic actors could not be stored.")
+            except BrokerError as error:
+                logger.error("Not all schedules of periodic actors could be stored: %s", error)
                 return
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
@@ -152,20 +160,79 @@ def _ticks(broker: JetStreamBroker) -> Bucket:
     return broker.bucket(BUCKET)
 
 
-def _reconcile(broker: JetStreamBroker) -> dict[str, str]:
+def _reconcile(broker: JetStreamBroker, changes: Changes) -> dict[str, str]:
+    """Bring the schedules of all queues in line; what fails for one queue does not stop the others."""
+    _ticks(broker).declare(update=changes is Changes.ALL)
     outcome: dict[str, str] = {}
-    for queue in sorted(broker.queues):
-        broker.declarations.ensure_queue(queue)
-        for name in _scheduled(broker, queue):
-            actor = broker.actors.get(name)
-            if actor is not None and (actor.queue_name != queue or expression_of(actor) is None):
-                remove_schedule(broker, queue, name)
-                outcome[f"schedule {name}"] = "removed"
-    for name, actor in sorted(broker.actors.items()):
-        expression = expression_of(actor)
-        if expression is not None:
-            outcome[f"schedule {name}"] = _store(broker, actor, expression)
+    failures: list[BrokerError] = []
+    barred: set[str] = set()
+    for step in (_reconcile_queue, _remove_moved):
+        for queue in sorted(broker.queues):
+            try:
+                outcome.update(step(broker, queue, changes, barred))
+            except BrokerConnectionError:
+                raise
+            except BrokerError as error:
+                failures.append(error)
+    if failures:
+        raise failures[0]
     return outcome
+
+
+def _reconcile_queue(
+    broker: JetStreamBroker, queue: str, changes: Changes, barred: set[str]
+) -> dict[str, str]:
+    """Bring the schedules of a queue's actors in line; adds those that must be left alone to `barred`."""
+    broker.declarations.ensure_queue(queue)
+    actors = {name: actor for name, actor in sorted(broker.actors.items()) if actor.queue_name == queue}
+    if not actors:
+        return {}
+    existing = set(_scheduled(broker, queue))
+    left_alone = Declared(_ticks(broker), queue).declare(
+        {name: _declared(actor) for name, actor in actors.items()},
+        modules={name: getattr(actor.fn, "__module__", "") for name, actor in actors.items()},
+        existing=existing,
+        changes=changes,
+    )
+    barred |= left_alone
+    outcome: dict[str, str] = {}
+    for name, actor in actors.items():
+        expression = expression_of(actor)
+        if name in left_alone:
+            outcome[f"schedule {name}"] = "differs"
+            if changes is Changes.FORWARD:
+                _leave_alone(name)
+        elif expression is not None:
+            outcome[f"schedule {name}"] = _store(broker, actor, expression, changes)
+        elif name in existing:
+            removed = changes is not Changes.NONE and _purge(broker, queue, name)
+            outcome[f"schedule {name}"] = "removed" if removed else "differs"
+    return outcome
+
+
+def _leave_alone(name: str) -> None:
+    logger.warning(
+        "The schedule of %s stays as a newer process declared it, not as this one does. To have it as it was before, "
+        "run `fleet setup --update`.",
+        name,
+    )
+
+
+def _remove_moved(broker: JetStreamBroker, queue: str, changes: Changes, barred: set[str]) -> dict[str, str]:
+    """Remove the schedules of actors that are on another queue now."""
+    outcome: dict[str, str] = {}
+    for name in _scheduled(broker, queue):
+        actor = broker.actors.get(name)
+        if actor is not None and actor.queue_name != queue and name not in barred:
+            removed = changes is not Changes.NONE and remove_schedule(broker, queue, name)
+            outcome[f"schedule {name} of {queue}"] = "removed" if removed else "differs"
+    return outcome
+
+
+def _declared(actor: Actor[Any, Any]) -> str:
+    """When an actor is due, as text; empty when it is not periodic."""
+    expression = expression_of(actor)
+    return "" if expression is None else f"{expression.schedule} {expression.zone or ''}".rstrip()
 
 
 def _scheduled(broker: JetStreamBroker, queue: str) -> list[str]:
@@ -177,7 +244,9 @@ def _scheduled(broker: JetStreamBroker, queue: str) -> list[str]:
     return sorted(decode(subject.rpartition(".")[2]) for subject in subjects)
 
 
-def _store(broker: JetStreamBroker, actor: Actor[Any, Any], expression: cron.Expression) -> str:
+def _store(
+    broker: JetStreamBroker, actor: Actor[Any, Any], expression: cron.Expression, changes: Changes
+) -> str:
     """Store a schedule unless it is there just so; whoever is first wins, and the others see that."""
     queue, name = actor.queue_name, actor.actor_name
     stream, subject = broker.names.queue_stream(queue), broker.names.periodic(queue, name)
@@ -193,6 +262,8 @@ def _store(broker: JetStreamBroker, actor: Actor[Any, Any], expression: cron.Exp
         existing = last_message(broker.connection, stream, subject)
         if existing is not None and _same(existing, wanted):
             return "unchanged"
+        if existing is not None and changes is Changes.NONE:
+            return "differs"
         headers = {
             **wanted,
             HEADER_MSG_ID: uuid.uuid4().hex,
@@ -216,16 +287,38 @@ def list_schedules(broker: JetStreamBroker) -> list[Schedule]:
     """The schedules of all queues of the broker's namespace."""
     found: list[Schedule] = []
     for queue in queue_names(broker.connection, broker.names):
-        for name in _scheduled(broker, queue):
+        scheduled = _scheduled(broker, queue)
+        modules = _modules(broker, queue) if scheduled else {}
+        for name in scheduled:
             stored = last_message(
                 broker.connection, broker.names.queue_stream(queue), broker.names.periodic(queue, name)
             )
             if stored is not None:
-                found.append(_describe(broker, queue, name, stored))
+                found.append(_describe(broker, queue, name, stored, modules.get(name)))
     return found
 
 
-def _describe(broker: JetStreamBroker, queue: str, name: str, stored: StoredMessage) -> Schedule:
+def _modules(broker: JetStreamBroker, queue: str) -> dict[str, str]:
+    """The module of each actor that was ever declared on a queue."""
+    try:
+        return Declared(_ticks(broker), queue).modules()
+    except BrokerError:
+        return {}
+
+
+def _is_elsewhere(module: str | None) -> bool:
+    """Whether a module exists that this program did not import."""
+    if not module or module in sys.modules:
+        return False
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _describe(
+    broker: JetStreamBroker, queue: str, name: str, stored: StoredMessage, module: str | None
+) -> Schedule:
     zone = stored.headers.get(HEADER_SCHEDULE_ZONE)
     expression = cron.Expression("", stored.headers.get(HEADER_SCHEDULE, ""), zone)
     try:
@@ -238,12 +331,20 @@ def _describe(broker: JetStreamBroker, queue: str, name: str, stored: StoredMess
     if next_tick is None and noted.get("next"):
         next_tick = int(datetime.fromisoformat(noted["next"]).timestamp() * 1000)
     actor = broker.actors.get(name)
-    orphan = actor is None or actor.queue_name != queue or expression_of(actor) is None
-    return Schedule(name, queue, expression.schedule, zone, last, next_tick, orphan)
+    if actor is None:
+        orphan = not _is_elsewhere(module)
+    else:
+        orphan = actor.queue_name != queue or expression_of(actor) is None
+    return Schedule(name, queue, expression.schedule, zone, last, next_tick, orphan, module)
 
 
 def remove_schedule(broker: JetStreamBroker, queue: str, actor: str) -> bool:
-    """Remove a schedule; False when there is none."""
+    """Remove a schedule; False when there is none. No older process that boots later puts it back."""
+    Declared(_ticks(broker), queue).remove(actor)
+    return _purge(broker, queue, actor)
+
+
+def _purge(broker: JetStreamBroker, queue: str, actor: str) -> bool:
     stream = broker.names.queue_stream(queue)
     try:
         answer = broker.connection.api(

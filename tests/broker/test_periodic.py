@@ -45,7 +45,7 @@ def _actor(broker: JetStreamBroker, **options: object) -> dramatiq.Actor:
 def test_setup_stores_changes_and_removes_a_schedule(
     program: JetStreamBroker, nats_url: str, namespace: str
 ) -> None:
-    """Each at the next boot after the option was given, changed or taken away."""
+    """Missing ones always; what differs only with `update`."""
     _actor(program, cron="0 6 * * *", timezone="Europe/Berlin")
     assert program.setup()["schedule tick"] == "created"
     assert program.setup()["schedule tick"] == "unchanged"
@@ -56,12 +56,16 @@ def test_setup_stores_changes_and_removes_a_schedule(
 
     changed = _broker(nats_url, namespace)
     _actor(changed, cron="0 7 * * *")
-    assert changed.setup()["schedule tick"] == "updated"
+    assert changed.setup()["schedule tick"] == "differs"
+    assert [schedule.schedule for schedule in list_schedules(changed)] == ["0 0 6 * * *"]
+    assert changed.setup(update=True)["schedule tick"] == "updated"
     changed.close()
 
     without = _broker(nats_url, namespace)
     _actor(without)
-    assert without.setup()["schedule tick"] == "removed"
+    assert without.setup()["schedule tick"] == "differs"
+    assert len(list_schedules(without)) == 1
+    assert without.setup(update=True)["schedule tick"] == "removed"
     assert list_schedules(without) == []
     without.close()
 

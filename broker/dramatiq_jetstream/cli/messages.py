@@ -56,18 +56,34 @@ def progress(fleet: Fleet, message_id: str) -> None:
 
 
 @click.command()
-@click.option("--module", help="The program that declares the actors: tells which schedules are orphans.")
-@click.option("--remove-orphans", is_flag=True, help="Remove the schedules that MODULE does not declare.")
+@click.option(
+    "--module",
+    "modules",
+    multiple=True,
+    help="A module of the program: tells which schedules are orphans. Give all that the program has.",
+)
+@click.option("--remove-orphans", is_flag=True, help="Remove the schedules that no module declares any more.")
 @pass_fleet
-def schedules(fleet: Fleet, module: str | None, remove_orphans: bool) -> None:
-    """List periodic tasks with their last and next tick."""
-    if remove_orphans and module is None:
+def schedules(fleet: Fleet, modules: tuple[str, ...], remove_orphans: bool) -> None:
+    """List periodic tasks with their last and next tick.
+
+    The schedule of an actor whose own module exists and was not given is not an orphan.
+    """
+    if remove_orphans and not modules:
         raise click.UsageError("--remove-orphans needs --module, to know what is not one.")
-    broker = fleet.broker if module is None else load(fleet, module)
-    found = list_schedules(broker)
+    brokers = list(dict.fromkeys(load(fleet, module) for module in modules)) or [fleet.broker]
+    found = list_schedules(brokers[0])
+    for broker in brokers[1:]:
+        orphans = {(schedule.queue, schedule.actor) for schedule in list_schedules(broker) if schedule.orphan}
+        found = [
+            dataclasses.replace(
+                schedule, orphan=schedule.orphan and (schedule.queue, schedule.actor) in orphans
+            )
+            for schedule in found
+        ]
     removed = []
     if remove_orphans:
-        removed = [s.actor for s in found if s.orphan and remove_schedule(broker, s.queue, s.actor)]
+        removed = [s.actor for s in found if s.orphan and remove_schedule(brokers[0], s.queue, s.actor)]
         found = [schedule for schedule in found if not schedule.orphan]
     human = table("actor", "queue", "schedule", "last tick", "next tick", "")
     for schedule in found:
@@ -77,13 +93,13 @@ def schedules(fleet: Fleet, module: str | None, remove_orphans: bool) -> None:
             schedule.schedule + (f" ({schedule.timezone})" if schedule.timezone else ""),
             moment(schedule.last_tick),
             moment(schedule.next_tick),
-            "orphan" if module is not None and schedule.orphan else "",
+            "orphan" if modules and schedule.orphan else "",
         )
     data = [dataclasses.asdict(schedule) for schedule in found]
-    if module is None:
+    if not modules:
         for entry in data:
-            del entry["orphan"]  # nobody can tell
-    if module is not None:
+            del entry["orphan"]  # only a program can tell
+    for broker in brokers:
         broker.close()
     if fleet.as_json and remove_orphans:
         fleet.show({"removed": removed, "schedules": data}, "")
