@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -16,12 +17,23 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import tasks.stock
-from orders.v1.events_pb2 import OrderCreated, OrderDeclined, OrderItem, OrderReserved
+from orders.v1.events_pb2 import (
+    OrderConfirmed,
+    OrderCreated,
+    OrderDeclined,
+    OrderFailed,
+    OrderItem,
+    OrderPaid,
+    OrderRejected,
+    OrderReserved,
+)
 from tasks import money
 from tasks.catalogue import CATALOGUE
 from tasks.events import Happened, UnusableEvent, name_of
 from tasks.ledger import Record
 from tasks.orders import Orders, merge
+from tasks.pricing import claimed
+from tasks.projection import Projection
 from tasks.saga import Saga
 from tasks.stock import LEVELS, Levels, Stock
 from tests.tasks.fakes import FakeBucket, FakeGateway, FakeStored, FakeStream, Task, World
@@ -61,13 +73,26 @@ class Service:
         self.running: list[tuple[Task, tuple[str, FakeStored]]] = []
         self.seen = 0
 
-    def saga(self) -> Saga:
-        def now() -> int:
-            return next(self.clock)
+    def now(self) -> int:
+        return next(self.clock)
 
-        stock = Stock(self.stock_bucket, INITIAL, now, sweep_after=self.sweep_after)
+    def stock(self) -> Stock:
+        stock = Stock(self.stock_bucket, INITIAL, self.now, sweep_after=self.sweep_after)
         stock._recent = next(self.memories)
-        return Saga(stock, self.gateway, self.stream, Orders(self.orders_bucket), now)
+        return stock
+
+    def saga(self) -> Saga:
+        return Saga(self.stock(), self.gateway, self.stream, Orders(self.orders_bucket), self.now)
+
+    def project(self, stored: FakeStored) -> None:
+        """Add an event to the read model, as a worker does."""
+        projection = Projection(self.stock(), next(self.projectors), self.now)
+        projection.project(Happened(stored.event, stored.sequence, 1_000 + stored.sequence))
+
+    def step(self, name: str, stored: FakeStored) -> None:
+        """Do a step; an event that the ledger contradicts becomes a dead letter."""
+        with contextlib.suppress(UnusableEvent):
+            getattr(self.saga(), name)(stored.event)
 
     def deliver_new(self) -> None:
         """Hand what was published since to every subscription."""
@@ -81,13 +106,8 @@ class Service:
 
     def start(self, delivery: tuple[str, FakeStored]) -> None:
         step, stored = delivery
-        if step == "project":
-            orders = next(self.projectors)
-            task = self.world.start(
-                step, lambda: orders.project(Happened(stored.event, stored.sequence, stored.sequence))
-            )
-        else:
-            task = self.world.start(step, lambda: getattr(self.saga(), step)(stored.event))
+        run = (lambda: self.project(stored)) if step == "project" else (lambda: self.step(step, stored))
+        task = self.world.start(step, run)
         self.running.append((task, delivery))
 
     def go_on(self, position: int, *, crash: bool = False) -> None:
@@ -139,8 +159,9 @@ class Service:
 
     def check_end(self, order_ids: set[str]) -> None:
         finals: dict[str, set[str]] = {order_id: set() for order_id in order_ids}
+        assert self.orders_bucket.entries.keys() == order_ids
         for stored in self.stream.stored:
-            if name_of(stored.event) in ("confirmed", "rejected"):
+            if name_of(stored.event) in ("confirmed", "rejected") and "forged" not in str(stored.event):
                 finals[stored.event.order_id].add(name_of(stored.event))  # type: ignore[attr-defined]
         assert max(Counter(self.gateway.captured).values(), default=0) <= 1, "charged twice"
         for order_id, final in finals.items():
@@ -149,6 +170,21 @@ class Service:
             assert order is not None
             assert {order.status} == final
             assert (order.status == "confirmed") == (order_id in self.gateway.captured)
+            assert "forged" not in repr(order)
+
+
+def forged(order_id: str, chance: random.Random) -> Message:
+    """Return an event of a step that a stranger made up."""
+    return chance.choice(
+        [
+            OrderReserved(order_id=order_id, customer_id="forged", total_minor=1, currency="NOPE"),
+            OrderPaid(order_id=order_id, charge_id="forged"),
+            OrderDeclined(order_id=order_id, reason="forged"),
+            OrderConfirmed(order_id=order_id, charge_id="forged"),
+            OrderRejected(order_id=order_id, reason="forged"),
+            OrderFailed(order_id=order_id, step="pay", error="forged"),
+        ]
+    )
 
 
 orders_strategy = st.lists(
@@ -166,6 +202,7 @@ orders_strategy = st.lists(
     chance=st.randoms(use_true_random=False),
     crashes=st.integers(0, 12),
     repeats=st.integers(0, 30),
+    forgeries=st.integers(0, 20),
     at_once=st.integers(1, 6),
     window=st.booleans(),
     sweep_after=st.sampled_from([0, 20]),
@@ -182,20 +219,31 @@ def test_books_balance_under_any_schedule(
     chance: random.Random,
     crashes: int,
     repeats: int,
+    forgeries: int,
     at_once: int,
     window: bool,
     sweep_after: int,
 ) -> None:
-    """Random interleavings, repetitions, crashes: stock conserved, at most one charge, one final status."""
+    """Random interleavings, repetitions, forgeries, crashes: stock conserved, one charge at most, one final status."""
     service = Service(window=window, sweep_after=sweep_after)
     for number, (items, token) in enumerate(orders):
-        service.stream.append(created(f"o-{number}", items, token))
+        event = created(f"o-{number}", items, token)
+        claimed(service.stock().claims, event.order_id, event, service.now)  # as the front end does
+        service.stream.append(event)
     service.deliver_new()
     while service.running or service.pending:
         if repeats and chance.random() < 0.2:
             repeats -= 1
             stored = chance.choice(service.stream.stored)
             service.pending.append((STEPS.get(name_of(stored.event), "project"), stored))
+        if forgeries and chance.random() < 0.1:
+            forgeries -= 1
+            number = chance.randrange(len(orders) + 2)  # among them orders that never were
+            event = forged(f"o-{number}", chance)
+            if number < len(orders) and chance.random() < 0.3:
+                event = created(f"o-{number}", [("TEE-01", 2)], "forged")
+            service.stream.stored.append(FakeStored(event, len(service.stream.stored) + 1))
+            service.deliver_new()
         if service.pending and len(service.running) < at_once:
             service.start(service.pending.pop(chance.randrange(len(service.pending))))
         crash = crashes > 0 and chance.random() < 0.1
@@ -300,8 +348,6 @@ def test_reserve_after_release_does_not_take_stock_again() -> None:
 
 def test_event_ahead_of_its_record_is_refused() -> None:
     """An ORDER.paid that this service did not publish is no payment."""
-    from orders.v1.events_pb2 import OrderPaid
-
     service = Service(window=True)
     saga = service.saga()
     with pytest.raises(UnusableEvent, match="never created"):
