@@ -56,7 +56,7 @@ class Role:
             done.append(event)
 
         self.work = dramatiq.actor(work, broker=self.broker, min_backoff=10, max_backoff=20, max_retries=1)
-        self.note = dramatiq.actor(note, broker=self.broker, subscribe=subscription("ORDER.made"))
+        self.note = dramatiq.actor(note, broker=self.broker, subscribe=subscription("ORDER.created"))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_producer_and_a_worker_do_their_work(
         producer.work.send("fail")
         producer.work.send("die")
         producer.work.send_with_options(args=("once",), unique_key="k")
-        producer.broker.publish("ORDER.made", b"event")
+        producer.broker.publish("ORDER.created", b"event")
         wanted = {"now", "later", "once", b"event"}
         eventually(lambda: wanted <= set(worker.done) and worker.done.count("fail") == 2, timeout=20)
         eventually(lambda: len(operator.broker.dead_letters.list()) == 1)
@@ -114,6 +114,8 @@ def test_what_a_producer_may_not_do_is_one_clear_error(producer: Role) -> None:
     """A refusal names the subject, at once and not as a timeout."""
     with pytest.raises(PermissionDenied, match="may not publish to"):
         producer.broker.queue_stats("default")
+    with pytest.raises(PermissionDenied, match=r"ORDER\.paid"):
+        producer.broker.publish("ORDER.paid", b"event")
     with pytest.raises(PermissionDenied, match=r"dramatiq\.dead"):
         producer.broker.connection.publish("dramatiq.dead.default.1", b"")
 

@@ -31,9 +31,11 @@ class Stack:
         web_processes: int = 1,
         workers: bool = True,
         env: Mapping[str, str] | None = None,
+        nats: NatsServer | None = None,
     ) -> None:
         self.directory = directory
-        self.nats = NatsServer(store_dir=directory / "nats", sync=sync)
+        self.nats = nats or NatsServer(store_dir=directory / "nats", sync=sync)
+        self._nats_runs = nats is not None
         self.gateway_port = free_port()
         self.web_port = free_port()
         self.url = f"http://127.0.0.1:{self.web_port}"
@@ -58,7 +60,8 @@ class Stack:
 
     def __enter__(self) -> Stack:
         with ExitStack() as starting:
-            starting.enter_context(self.nats)
+            if not self._nats_runs:
+                starting.enter_context(self.nats)
             gateway = starting.enter_context(self._gateway())
             if self._with_workers:
                 self.workers = starting.enter_context(self._workers())

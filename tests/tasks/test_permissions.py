@@ -1,0 +1,164 @@
+"""The permissions of the documents are enough for each role of the order service, and no more."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import nats
+import pytest
+from nats.aio.client import Client
+from nats.errors import TimeoutError as NatsTimeout
+
+from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.testing.server import NatsServer
+from tests.support.polling import eventually
+from tests.support.processes import REPOSITORY
+from tests.tasks.producer import Producer, created
+from tests.tasks.test_strangers import FORGED, forged
+from tests.web.stack import Stack
+
+T = TypeVar("T")
+
+ROLES = ("service", "operator", "ordering")
+
+
+def configuration() -> str:
+    """Return the permissions of the operators' document, with a user for programs that place orders."""
+    document = (REPOSITORY / "docs" / "operations.md").read_text()
+    block = document[document.index("SERVICE_PERMISSIONS") :].partition("```")[0]
+    ordering = (REPOSITORY / "tasks" / "permissions.conf").read_text()
+    user = "    { user: ordering, password: $ORDERING_PASSWORD, permissions: $ORDERING_PERMISSIONS }\n"
+    config = ordering + block.replace("  users = [\n", f"  users = [\n{user}")
+    for role in ROLES:
+        config = config.replace(f"${role.upper()}_PASSWORD", f'"{role}-secret"')
+    return config
+
+
+def url(server: NatsServer, role: str) -> str:
+    return server.url.replace("nats://", f"nats://{role}:{role}-secret@")
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The service with its own account on a server that an operator has prepared."""
+    directory = tmp_path_factory.mktemp("guarded")
+    with NatsServer(directory / "nats", sync="2m", config=configuration()) as server:
+        for _ in range(2):
+            prepared = subprocess.run(
+                [Path(sys.executable).parent / "fleet", "setup", "tasks"],
+                cwd=REPOSITORY,
+                env={**os.environ, "NATS_URL": url(server, "operator")},
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert prepared.returncode == 0, prepared.stdout + prepared.stderr
+        env = {"NATS_URL": url(server, "service"), "DECLARE": "0"}
+        with Stack(directory, nats=server, env=env) as shop:
+            yield shop
+
+
+@pytest.fixture(scope="module")
+def operator(guarded: Stack) -> Iterator[Producer]:
+    broker = JetStreamBroker(url(guarded.nats, "operator"))
+    yield Producer(broker, guarded)
+    broker.close()
+
+
+def as_ordering(server: NatsServer, work: Callable[[Client, list[str]], Awaitable[T]]) -> T:
+    """Run something as a program that places orders; it is given the client, and the errors that came."""
+
+    async def run() -> T:
+        errors: list[str] = []
+
+        async def note(error: Exception) -> None:
+            errors.append(str(error))
+
+        client = await nats.connect(
+            url(server, "ordering"), inbox_prefix=b"_INBOX_ordering", error_cb=note, allow_reconnect=False
+        )
+        try:
+            return await work(client, errors)
+        finally:
+            await client.close()
+
+    return asyncio.run(run())
+
+
+def test_the_service_needs_nothing_more(guarded: Stack) -> None:
+    """Orders by API and pages, declined and confirmed, with an account that may create nothing."""
+    assert guarded.final(guarded.order()["order_id"])["status"] == "confirmed"
+    assert guarded.final(guarded.order(payment_token="tok_declined")["order_id"])["status"] == "rejected"
+    for path in ("/", "/orders", "/api/orders", "/api/products"):
+        assert guarded.get(path).status_code == 200
+
+
+def test_a_program_that_places_orders(guarded: Stack, operator: Producer) -> None:
+    """It publishes ORDER.created with a plain client, and is told that it is stored."""
+    event = created(("NOTE-01", 2))
+
+    async def place(client: Client, _errors: list[str]) -> int:
+        return (await client.jetstream().publish("ORDER.created", event.SerializeToString())).seq
+
+    assert as_ordering(guarded.nats, place) > 0
+    eventually(lambda: operator.status(event.order_id) == "confirmed", timeout=30)
+
+
+@pytest.mark.parametrize("name", [*FORGED, "cancelled", "created.x", "anything"])
+def test_it_publishes_no_other_event(guarded: Stack, operator: Producer, name: str) -> None:
+    """The server refuses it, and the stream does not have it."""
+    order_id = f"refused-{name}"
+    data = forged(name, order_id) if name in FORGED else order_id.encode()
+
+    async def publish(client: Client, errors: list[str]) -> list[str]:
+        with pytest.raises(NatsTimeout):
+            await client.jetstream().publish(f"ORDER.{name}", data, timeout=0.5)
+        return errors
+
+    assert any("permissions violation" in error.lower() for error in as_ordering(guarded.nats, publish))
+    assert operator.events(order_id) == []
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [
+        "$JS.API.STREAM.PURGE.ORDERS",
+        "$JS.API.STREAM.MSG.GET.ORDERS",
+        "$JS.API.DIRECT.GET.ORDERS",
+        "$KV.dramatiq-orders.x",
+        "$KV.dramatiq-stock.levels.all",
+        "dramatiq.dead.orders.x",
+        "dramatiq.q.orders.task",
+    ],
+)
+def test_it_reaches_nothing_else(guarded: Stack, subject: str) -> None:
+    """Neither streams nor buckets, queues nor dead letters."""
+
+    async def ask(client: Client, errors: list[str]) -> list[str]:
+        with pytest.raises(NatsTimeout):
+            await client.request(subject, b"{}", timeout=0.5)
+        return errors
+
+    assert any("permissions violation" in error.lower() for error in as_ordering(guarded.nats, ask))
+
+
+def test_it_hears_nothing(guarded: Stack) -> None:
+    """It may subscribe to its own inbox alone."""
+
+    async def listen(client: Client, errors: list[str]) -> list[str]:
+        for subject in ("ORDER.>", ">", "_INBOX.>", "$KV.dramatiq-orders.>"):
+            await client.subscribe(subject)
+        await client.flush()
+        return errors
+
+    refused = [
+        error for error in as_ordering(guarded.nats, listen) if "permissions violation" in error.lower()
+    ]
+    assert len(refused) == 4
