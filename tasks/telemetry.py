@@ -59,10 +59,12 @@ def configure(service_name: str, broker: JetStreamBroker) -> bool:
             raise InvalidSetting(
                 f"OTEL_TRACES_EXPORTER, OTEL_METRICS_EXPORTER or OTEL_EXPORTER_OTLP_PROTOCOL: {error}."
             ) from error
+    # The SDK prepares each measurement for readers, also when there are none.
+    meters = metrics.get_meter_provider() if _exporter("METRICS") != "none" else metrics.NoOpMeterProvider()
     for instrumentor in (DramatiqInstrumentor(), RequestsInstrumentor()):
         if not instrumentor.is_instrumented_by_opentelemetry:
-            instrumentor.instrument()
-    _observe(metrics.get_meter("tasks"), broker)
+            instrumentor.instrument(meter_provider=meters)
+    _observe(meters.get_meter("tasks"), broker)
     return True
 
 

@@ -10,12 +10,19 @@ import pytest
 from dramatiq import Message, MessageProxy
 from dramatiq.brokers.stub import StubBroker
 from opentelemetry import context
-from opentelemetry.instrumentation.dramatiq import CARRIER_OPTION, attempts, carrier, errors, sending
+from opentelemetry.instrumentation.dramatiq import (
+    CARRIER_OPTION,
+    attempts,
+    carrier,
+    errors,
+    sending,
+    unsampled,
+)
 from opentelemetry.instrumentation.dramatiq.attempts import TelemetryMiddleware, attempt_of
 
 from tests.instrumentation.conftest import Recorded, stub_broker
 
-HEADER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+SENDER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331"
 
 
 class Struck(BaseException):
@@ -25,7 +32,7 @@ class Struck(BaseException):
 class Strike:
     """Raises at the n-th line of the instrumentation, once."""
 
-    FILES = tuple(module.__file__ for module in (attempts, carrier, errors, sending))
+    FILES = tuple(module.__file__ for module in (attempts, carrier, errors, sending, unsampled))
 
     def __init__(self, line: int) -> None:
         self.left = line
@@ -46,10 +53,12 @@ def middleware_of(broker: StubBroker) -> TelemetryMiddleware:
     return next(m for m in broker.middleware if isinstance(m, TelemetryMiddleware))
 
 
-def process(broker: StubBroker, strike: Strike | None = None, *, send: bool = False) -> MessageProxy:
+def process(
+    broker: StubBroker, strike: Strike | None = None, *, flags: str = "01", send: bool = False
+) -> MessageProxy:
     """Do with the middleware what Dramatiq's worker thread does for one message, whose actor may send another."""
     middleware = middleware_of(broker)
-    proxy = MessageProxy(Message("q", "act", (), {}, {CARRIER_OPTION: {"traceparent": HEADER}}))
+    proxy = MessageProxy(Message("q", "act", (), {}, {CARRIER_OPTION: {"traceparent": f"{SENDER}-{flags}"}}))
     try:
         sys.settrace(strike)
         try:
@@ -66,21 +75,22 @@ def process(broker: StubBroker, strike: Strike | None = None, *, send: bool = Fa
 
 
 @pytest.mark.parametrize("send", [False, True], ids=["alone", "sends"])
-def test_a_strike_at_any_line_leaves_nothing_open(telemetry: Recorded, send: bool) -> None:
+@pytest.mark.parametrize("flags", ["01", "00"], ids=["sampled", "not-sampled"])
+def test_a_strike_at_any_line_leaves_nothing_open(telemetry: Recorded, send: bool, flags: str) -> None:
     """Each line in turn: a span ends once at most, no context stays, and the next message is as any."""
-    spans = 2 if send else 1
+    spans = 0 if flags == "00" else 2 if send else 1
     line = 0
     while True:
         telemetry.exporter.clear()
         broker = stub_broker()
         broker.declare_queue("q")
         strike = Strike(line)
-        proxy = process(broker, strike, send=send)
+        proxy = process(broker, strike, flags=flags, send=send)
         assert attempt_of(proxy) is None, line
         assert not context.get_current(), line
         ended = len(telemetry.all)
         assert ended <= spans, line
-        process(broker, send=send)
+        process(broker, flags=flags, send=send)
         assert len(telemetry.all) == ended + spans, line
         if not strike.done:
             break

@@ -28,13 +28,16 @@ from opentelemetry.context import Context, attach, get_current
 from opentelemetry.trace import Link, Span, SpanKind, Tracer
 
 from . import conventions as c
-from .carrier import extract, extract_headers
+from .carrier import CARRIER_OPTION, extract, extract_headers
 from .errors import record_error
 from .flushing import flush
 from .instruments import Instruments
+from .unsampled import follows_unsampled_parents, unsampled_sender
 
 if TYPE_CHECKING:
     from .sending import Send, Sender
+
+_EMPTY = Context()
 
 #: Where an attempt lies on its message proxy.
 _ATTEMPT = "_opentelemetry_attempt"
@@ -85,24 +88,29 @@ class TelemetryMiddleware(Middleware):
         self._known: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
         self._replays: dict[int, Send] = {}
         self._names_dead_letters = False
+        self._skips: bool | None = None
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         name, known = self._known_of(message.queue_name, message.actor_name)
         options = message.options
-        attributes = known | {
-            c.MESSAGE_ID: message.message_id,
-            c.ATTEMPT: (options.get("retries") or 0) + 1,
-        }
         deliveries = getattr(message, "delivery_count", 1)
-        if deliveries > 1:
-            attributes[c.DELIVERY_COUNT] = deliveries
-            self._instruments.redelivered.add(1, known)
-        parent, links = self._parent(message)
-        span = self._tracer.start_span(name, parent, SpanKind.CONSUMER, attributes, links)
+        parent = _EMPTY
+        span = unsampled_sender(options.get(CARRIER_OPTION)) if self._skips_unsampled() else None
+        if span is None:
+            attributes = known | {
+                c.MESSAGE_ID: message.message_id,
+                c.ATTEMPT: (options.get("retries") or 0) + 1,
+            }
+            if deliveries > 1:
+                attributes[c.DELIVERY_COUNT] = deliveries
+            parent, links = self._parent(message)
+            span = self._tracer.start_span(name, parent, SpanKind.CONSUMER, attributes, links)
         # Noted before its context is current, so that whatever strikes next can be undone.
         vars(message)[_ATTEMPT] = Attempt(span, known)
         attach(trace.set_span_in_context(span, parent))
         self._instruments.consumed.add(1, known)
+        if deliveries > 1:
+            self._instruments.redelivered.add(1, known)
 
     def after_process_message(
         self,
@@ -203,6 +211,15 @@ class TelemetryMiddleware(Middleware):
             }
             known = self._known[queue_name, actor] = (f"process {queue}", attributes)
         return known
+
+    def _skips_unsampled(self) -> bool:
+        """Whether no span need be made for a message whose sender's span is not sampled."""
+        if self._skips is None:
+            provider = next(iter(self._providers()))
+            if isinstance(provider, trace.ProxyTracerProvider):
+                return False  # it is not set yet
+            self._skips = not self._link_parents and follows_unsampled_parents(provider)
+        return self._skips
 
     def _parent(self, message: MessageProxy) -> tuple[Context, list[Link] | None]:
         created = extract(message)
