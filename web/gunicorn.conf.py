@@ -2,15 +2,13 @@
 """How gunicorn serves the front end: ``gunicorn -c web/gunicorn.conf.py "web:create_app()"``.
 
 Threads, because a request mostly waits for JetStream's acknowledgement, and because a live page holds its
-thread for as long as its stream is open (at most STREAM_DURATION, and at most half the threads).
+thread for as long as its stream is open (at most STREAM_DURATION, and at most half the threads). A thread gets a
+request when it is there as a whole; slow clients are left to `web.worker`, which also has the limits of time and size.
 """
 
 from __future__ import annotations
 
-import logging
 import signal
-import socket
-import struct
 from typing import Any
 
 from tasks.settings import front_end_settings, is_loopback
@@ -18,7 +16,7 @@ from tasks.settings import front_end_settings, is_loopback
 _settings = front_end_settings()
 
 bind = [f"{_settings.host}:{_settings.port}"]
-worker_class = "gthread"
+worker_class = "web.worker.BufferedWorker"
 workers = _settings.web_processes
 threads = _settings.web_threads
 # Each process makes its own connection to NATS, so nothing of the application is made before the fork.
@@ -27,16 +25,8 @@ preload_app = False
 timeout = 60
 # Longer than an order may take to be stored, so that a stop cuts no answer off.
 graceful_timeout = max(20, 2 * _settings.accept_timeout // 1000 + 5)
-keepalive = 5
-limit_request_line = 4094
-limit_request_field_size = 8190
-limit_request_fields = 64
 # Several services on one machine would fight for the default path of the control socket.
 control_socket_disable = True
-
-# A client that stops in the middle of its request, or does not take its answer, holds a thread for no longer
-# than so many seconds: gunicorn itself would wait for it for ever.
-STALL_TIMEOUT = 10
 
 
 def on_starting(server: Any) -> None:
@@ -50,23 +40,9 @@ def on_starting(server: Any) -> None:
             )
 
 
-def when_ready(server: Any) -> None:
-    """Limit how long a read or write on a connection may stall; connections inherit it from their listener."""
-    for listener in server.LISTENERS:
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            listener.sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", STALL_TIMEOUT, 0))
-
-
-def _not_a_stall(record: logging.LogRecord) -> bool:
-    """Keep gunicorn from writing a traceback for each client that stalled."""
-    return not (record.exc_info and isinstance(record.exc_info[1], BlockingIOError))
-
-
 def post_worker_init(_worker: Any) -> None:
     """Tell the live streams when this process is asked to stop, so that they end instead of holding it up."""
     from web import live
-
-    logging.getLogger("gunicorn.error").addFilter(_not_a_stall)
 
     stop = signal.getsignal(signal.SIGTERM)
 

@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import yaml
 from honcho.environ import parse_procfile
 
 from dramatiq_jetstream.testing import NatsServer, find_executable
-from tests.support.processes import REPOSITORY
+from tests.support.polling import eventually
+from tests.support.ports import free_port
+from tests.support.processes import REPOSITORY, Process
+from tests.support.skips import find_program, needs
+from tests.web.stack import Stack, order_body
 
 BIN = Path(sys.executable).parent
 
@@ -123,7 +128,7 @@ def test_compose_file() -> None:
     loaded = compose()
     services = loaded["services"]
     assert set(services) == {
-        *("nats-1", "nats-2", "nats-3", "setup", "web", "worker", "payments", "traces"),
+        *("nats-1", "nats-2", "nats-3", "setup", "web", "front", "worker", "payments", "traces"),
     }
     environment = services["web"]["environment"]
     assert environment["REPLICAS"] == "3"
@@ -164,6 +169,34 @@ def test_nats_configuration_of_the_compose_file(tmp_path: Path) -> None:
         timeout=30,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs("nginx")
+def test_front_of_the_compose_file(tmp_path: Path) -> None:
+    """The real nginx passes orders on through the configuration of the compose file."""
+    content = compose()["configs"]["front"]["content"].replace("$$", "$")
+    port = free_port()
+    with Stack(tmp_path / "service", workers=False, env={"PROXIES": "1"}) as stack:
+        content = content.replace("listen 8000", f"listen 127.0.0.1:{port}").replace(
+            "http://web:8000", stack.url
+        )
+        config = tmp_path / "nginx.conf"
+        config.write_text(f"daemon off; pid {tmp_path}/pid; error_log stderr;\n{content}")
+        nginx = Process([find_program("nginx"), "-e", "stderr", "-c", config], log=tmp_path / "nginx.log")
+        with nginx:
+            url = f"http://127.0.0.1:{port}"
+
+            def placed() -> bool:
+                try:
+                    return (
+                        requests.post(f"{url}/api/orders", json=order_body(), timeout=10).status_code == 202
+                    )
+                except requests.ConnectionError:
+                    return False
+
+            eventually(placed, timeout=20)
+            stream = requests.get(f"{url}/orders/nothing/stream", timeout=10)
+            assert (stream.status_code, stream.headers["Server"]) == (404, "nginx")
 
 
 def test_dockerfile() -> None:
