@@ -143,8 +143,8 @@ class JetStreamBroker(EmittingBroker):
             actor_options=lambda name: self.get_actor(name).options,
             emit=self.emit_own,
         )
-        self.attachment = Attachment(self._undertaker)
         self._follow_ups = FollowUps()
+        self.attachment = Attachment(self._undertaker, self._follow_ups)
         self._publications = Publications(self.config, self._follow_ups.unique_id)
         self._consumers: list[JetStreamConsumer] = []
         self.connection.on_fork(self._forget_worker)
@@ -221,7 +221,7 @@ class JetStreamBroker(EmittingBroker):
         """
         try:
             return self._enqueue(message, delay)
-        except Exception as error:
+        except BaseException as error:
             self._follow_ups.failed(error)
             raise
 
@@ -269,7 +269,7 @@ class JetStreamBroker(EmittingBroker):
         """
         try:
             return self._enqueue_many(list(messages), atomic=atomic, delay=delay)
-        except Exception as error:
+        except BaseException as error:
             self._follow_ups.failed(error)
             raise
 
@@ -338,7 +338,7 @@ class JetStreamBroker(EmittingBroker):
             data = event if isinstance(event, bytes) else event.SerializeToString()
             complete = {**(headers or {}), HEADER_MSG_ID: event_id or new_id()}
             return self.connection.publish(subject, data, complete, timeout=timeout)
-        except Exception as error:
+        except BaseException as error:
             self._follow_ups.failed(error)
             raise
 
@@ -393,6 +393,7 @@ class JetStreamBroker(EmittingBroker):
         self.first["before_worker_boot"] = self.attachment.attach
         self.last["before_worker_shutdown"] = self.attachment.stop_consuming
         self.first["after_consumer_thread_boot"] = self.attachment.replace_delay_queue
+        self.first["after_worker_thread_boot"] = self.attachment.replace_attempts
         self.first["before_process_message"] = running_message.set
         self.first["after_process_message"] = self._follow_ups.begin
         self.last["after_process_message"] = self._forget_done
@@ -408,7 +409,7 @@ class JetStreamBroker(EmittingBroker):
     def _forget_running(self, message: MessageProxy) -> None:
         running_message.set(None)
 
-    def failed_in(self, hook: str, middleware: Middleware, error: Exception) -> None:
+    def failed_in(self, hook: str, middleware: Middleware, error: BaseException) -> None:
         self._follow_ups.middleware_failed(middleware, error)
 
     def _forget_worker(self) -> None:

@@ -23,6 +23,9 @@ class Noting(Middleware):
         if self.error is not None:
             raise self.error
 
+    before_enqueue = before_ack
+    after_enqueue = after_ack
+
 
 @pytest.fixture(params=["before", "after"])
 def when(request):
@@ -53,10 +56,37 @@ def test_middleware_that_fails_keeps_nobody_from_hearing(when):
 def test_a_broker_comes_last_when_it_was_interrupted(when):
     """A time limit, a shutdown or an abort may strike in any middleware."""
     heard = []
-    _, emit = emitting(when, heard, Noting(heard, KeyboardInterrupt()))
+    broker = EmittingBroker(middleware=[Noting(heard, KeyboardInterrupt())])
+    broker.first[f"{when}_enqueue"] = lambda message: heard.append(("first", message))
+    broker.last[f"{when}_enqueue"] = lambda message: heard.append(("last", message))
     with pytest.raises(KeyboardInterrupt):
-        emit("ack", "m")
+        getattr(broker, f"emit_{when}")("enqueue", "m")
     assert [who for who, _ in heard] == ["first", when, "last"]
+
+
+@pytest.mark.parametrize("signal", ["process_message", "skip_message", "ack", "nack"])
+def test_what_is_raised_after_a_message_keeps_no_middleware_from_hearing(signal):
+    """A worker thread has a message to settle: `SystemExit` of a middleware is an error like any other."""
+    heard, failed = [], []
+
+    class Exits(Middleware):
+        pass
+
+    class Hears(Middleware):
+        pass
+
+    def leave(*_):
+        raise SystemExit
+
+    setattr(Exits, f"after_{signal}", leave)
+    setattr(Hears, f"after_{signal}", lambda self, broker, message: heard.append(message))
+    broker = EmittingBroker(middleware=[Hears(), Exits()])
+    broker.failed_in = lambda *arguments: failed.append(arguments)
+    broker.emit_after(signal, "m")
+    assert heard == ["m"]
+    assert [(signal, type(middleware), type(error)) for signal, middleware, error in failed] == [
+        (f"after_{signal}", Exits, SystemExit)
+    ]
 
 
 def test_middleware_that_is_added_later_is_heard(when):

@@ -1,4 +1,4 @@
-"""What a broker does to Dramatiq's `Worker`: the queues it replaces, and what it takes back.
+"""What a broker does to Dramatiq's `Worker`: what it replaces of it, and what it takes back.
 
 A worker that stops, or that is held up, has messages in its work queue that no thread has begun. They go back to the
 server at once, for other workers to take.
@@ -11,7 +11,9 @@ from typing import Any
 from dramatiq.common import iter_queue
 from dramatiq.worker import Worker
 
+from .attempts import Attempts
 from .consumer import JetStreamConsumer, JetStreamMessage, Undertaker
+from .follow_ups import FollowUps
 from .work_queue import DelayQueue, WorkQueue
 
 __all__ = ["Attachment"]
@@ -20,8 +22,9 @@ __all__ = ["Attachment"]
 class Attachment:
     """The worker of this process, if there is one."""
 
-    def __init__(self, undertaker: Undertaker) -> None:
+    def __init__(self, undertaker: Undertaker, follow_ups: FollowUps) -> None:
         self._undertaker = undertaker
+        self._follow_ups = follow_ups
         self._worker: Worker | None = None
 
     def detach(self) -> None:
@@ -36,6 +39,11 @@ class Attachment:
     def replace_delay_queue(self, consumer_thread: Any) -> None:
         """Give a consumer thread a delay queue that is always empty: the server holds delayed messages."""
         consumer_thread.delay_queue = DelayQueue()
+
+    def replace_attempts(self, worker_thread: Any) -> None:
+        """Run messages our way; called on the thread itself before its first one."""
+        attempts = Attempts(worker_thread, self._follow_ups, self._undertaker)
+        worker_thread.process_message = attempts.process_message
 
     def stop_consuming(self, worker: Worker) -> None:
         """Return what a stopping worker has not begun at once, however long its running actors take."""

@@ -37,13 +37,9 @@ from dramatiq_jetstream.wire.handover import Handover
 from .delivery import Delivery, Source
 from .ledger import Ledger
 from .pulling import Puller
-from .settlements import ACK, nak_after
+from .settlements import ACK
 
 __all__ = ["JetStreamConsumer", "JetStreamMessage", "Undertaker"]
-
-#: A message whose follow-up could not be enqueued is delivered again after so many milliseconds, doubled each time.
-FOLLOW_UP_DELAY = 2_000
-MAX_FOLLOW_UP_DELAY = 60_000
 
 # Failures of a follow-up that another run would only repeat.
 _PERMANENT = (
@@ -67,7 +63,7 @@ class Undertaker(Protocol):
     def bury(self, delivery: Delivery, reason: str, error: str) -> None:
         """Store a dead letter for what never became a message here."""
 
-    def reject(self, message: JetStreamMessage, follow_up_error: Exception | None) -> None:
+    def reject(self, message: JetStreamMessage, follow_up_error: BaseException | None) -> None:
         """Store a dead letter for a message that failed, or whose follow-up can never be enqueued."""
 
     def postpone(self, message: JetStreamMessage) -> None:
@@ -75,6 +71,9 @@ class Undertaker(Protocol):
 
     def hand_back(self, delivery: Delivery) -> None:
         """Settle a delivery that was not begun, so that another worker can have it at once."""
+
+    def put_off(self, delivery: Delivery) -> None:
+        """Have a delivery come again after a while: what follows it could not be stored now."""
 
 
 class JetStreamMessage(MessageProxy):
@@ -92,7 +91,7 @@ class JetStreamMessage(MessageProxy):
         super().__init__(message)
         self._delivery = delivery
         self._arguments = arguments
-        self.follow_up_error: Exception | None = None
+        self.follow_up_error: BaseException | None = None
         self.once_followed_up: tuple[Callable[[], None], ...] = ()
         self.delivery_count = delivery.deliveries
         # Dramatiq and its middleware read these twenty times for a message that does nothing; the proxy would first
@@ -300,8 +299,7 @@ class JetStreamConsumer(Consumer):
                     message.message_id,
                     error,
                 )
-                delay = FOLLOW_UP_DELAY << min(delivery.deliveries - 1, 10)
-                self.ledger.settle(delivery, nak_after(min(delay, MAX_FOLLOW_UP_DELAY)))
+                self.undertaker.put_off(delivery)
                 return
             failed = True
         if not failed:

@@ -27,6 +27,9 @@ __all__ = ["EmittingBroker"]
 
 _UNEXPECTED = "Unexpected failure in %s of %r."  # in the words of Dramatiq
 
+#: After these a worker thread has a message to settle and must live on, whatever a middleware raises.
+_OF_A_MESSAGE = frozenset({"process_message", "skip_message", "ack", "nack"})
+
 #: The methods to call at a hook, in order, each with its middleware.
 _Listeners = list[tuple[Callable[..., Any], Middleware]]
 
@@ -121,7 +124,9 @@ class EmittingBroker(Broker):
             for method, middleware in hook.listeners:
                 try:
                     method(self, *args, **kwargs)
-                except Exception as error:
+                except BaseException as error:
+                    if signal not in _OF_A_MESSAGE and not isinstance(error, Exception):
+                        raise
                     self.logger.critical(_UNEXPECTED, "after_" + signal, middleware, exc_info=True)
                     self.failed_in("after_" + signal, middleware, error)
         finally:
@@ -140,7 +145,7 @@ class EmittingBroker(Broker):
             except Exception:
                 self.logger.critical(_UNEXPECTED, hook, middleware, exc_info=True)
 
-    def failed_in(self, hook: str, middleware: Middleware, error: Exception) -> None:
+    def failed_in(self, hook: str, middleware: Middleware, error: BaseException) -> None:
         """Called when a middleware failed at a hook."""
 
 

@@ -67,12 +67,18 @@ class FollowUps(threading.local):
         """Whether this thread has just run `message`, so that enqueueing it is a retry."""
         return self._message is not None and self._message.message_id == message.message_id
 
-    def middleware_failed(self, middleware: Middleware, error: Exception) -> None:
+    def middleware_failed(self, middleware: Middleware, error: BaseException) -> None:
         """Note that a middleware failed after the actor ran, or before its failure is settled."""
         if isinstance(middleware, _MIDDLEWARE):
             self.failed(error)
 
-    def failed(self, error: Exception) -> None:
+    def cut_off(self, message: MessageProxy, error: BaseException) -> None:
+        """Mark a message after which something was raised that no middleware is to blame for."""
+        self.begin(message)
+        self.failed(error)
+        self.end()
+
+    def failed(self, error: BaseException) -> None:
         """Mark the message whose follow-up could not be enqueued, so that it is not acked."""
         if isinstance(error, MessageNotUnique):
             return  # what should follow is there already, which is what its unique key is for

@@ -93,14 +93,15 @@ class Ledger:
     def settle(self, delivery: Delivery, answer: bytes) -> None:
         """Give the server its answer to a delivery, once; any thread may call it and does not wait."""
         if not delivery.settled:
-            delivery.settled = True
             connection = self._connection
             # With a lookahead it hardly matters when the server hears of it: other messages are here already.
             post = connection.post_lazily if delivery.owner.lookahead else connection.post
             post(self._settle, delivery, answer)
+            delivery.settled = True  # last: if this thread is interrupted before, it may give another answer
 
     def _settle(self, delivery: Delivery, answer: bytes) -> None:
-        self._held.pop(delivery.key, None)
+        if self._held.pop(delivery.key, None) is None:
+            return  # the first answer counts
         self._answer(delivery, answer)
         self._release(delivery, done=answer == ACK)
 

@@ -4,21 +4,22 @@ A thread that has to yield the interpreter while it holds that lock is run into 
 between them (see `work_queue`). Here each running message has a deadline of its own, put into a dict by its thread
 and replaced as a whole when the thread is done, which is a single step each.
 
-The identifier of a thread that died is soon that of another one, so a deadline belongs to the thread itself.
-
-As in Dramatiq, the exception is raised in a thread, not in an actor: when an actor ends at the moment at which its
-time is over, what the thread does next may be struck.
+The identifier of a thread that died is soon that of another one, so a deadline belongs to the thread itself. What the
+thread does after its actor has ended, such as storing a retry, is not struck (see `interrupts`).
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from threading import Thread, current_thread
 from weakref import ref
 
-from dramatiq.middleware import Middleware, TimeLimit, TimeLimitExceeded, raise_thread_exception
+from dramatiq.middleware import Middleware, TimeLimit, TimeLimitExceeded
 from dramatiq.middleware.time_limit import _CtypesTimeoutManager
+
+from .interrupts import interrupt
 
 __all__ = ["TimeLimits", "keep_time_of"]
 
@@ -74,8 +75,11 @@ class TimeLimits(Thread):
             thread = deadline[1]()
             if thread is None or not thread.is_alive():
                 continue
-            self._logger.warning(
-                "The time limit of what thread %r works on is over; interrupting it.", thread_id
-            )
-            if self._deadlines.get(thread_id) is deadline:
-                raise_thread_exception(thread_id, TimeLimitExceeded)
+            interrupt(thread_id, TimeLimitExceeded, partial(self._is_due, thread_id, deadline))
+
+    def _is_due(self, thread_id: int, deadline: _Deadline) -> bool:
+        """Whether that thread still works on the message whose time is over; it cannot go on while this is asked."""
+        due = self._deadlines.get(thread_id) is deadline
+        if due:
+            self._logger.warning("The time limit of what thread %r runs is over; interrupting it.", thread_id)
+        return due

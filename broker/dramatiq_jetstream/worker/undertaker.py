@@ -26,11 +26,15 @@ from dramatiq_jetstream.wire.connection import Connection
 from .consumer import JetStreamMessage
 from .delivery import Delivery, Source, event_in
 from .ledger import Ledger
-from .settlements import ACK, NAK
+from .settlements import ACK, NAK, nak_after
 
 __all__ = ["JetStreamUndertaker"]
 
 logger = logging.getLogger(__name__)
+
+#: What is put off comes again after this time, in milliseconds, doubled each time up to the longest.
+FIRST_DELAY_MS = 2_000
+LONGEST_DELAY_MS = 60_000
 
 
 class JetStreamUndertaker:
@@ -62,7 +66,7 @@ class JetStreamUndertaker:
         """Store a dead letter for what never became a message here."""
         self._store_letter(delivery, reason, error, None)
 
-    def reject(self, message: JetStreamMessage, follow_up_error: Exception | None) -> None:
+    def reject(self, message: JetStreamMessage, follow_up_error: BaseException | None) -> None:
         """Store a dead letter for a message that failed."""
         if follow_up_error is not None:
             reason = dead_letters.REJECTED
@@ -142,6 +146,11 @@ class JetStreamUndertaker:
             self._ledger.abandon(delivery)
         else:
             self._ledger.settle(delivery, ACK)
+
+    def put_off(self, delivery: Delivery) -> None:
+        """Have a delivery come again after a while, longer each time: what follows it could not be stored now."""
+        delay = FIRST_DELAY_MS << min(delivery.deliveries - 1, 10)
+        self._ledger.settle(delivery, nak_after(min(delay, LONGEST_DELAY_MS)))
 
     def _store_anew(self, delivery: Delivery) -> None:
         source: Source = delivery.source

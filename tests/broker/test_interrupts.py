@@ -1,0 +1,120 @@
+"""Interrupts strike in actors and nowhere else: not while a retry, a callback or an ack is under way."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import dramatiq
+import pytest
+from dramatiq import pipeline
+from dramatiq.middleware import Interrupt, Shutdown, TimeLimitExceeded, raise_thread_exception
+
+from dramatiq_jetstream.worker import interrupts
+from dramatiq_jetstream.worker.attempts import Attempts
+from tests.broker.conformance.workers import running
+from tests.support.polling import eventually
+
+
+class AfterWork:
+    """Calls `strike` at each line that the calling worker thread runs after its actor, until it has settled.
+
+    Parameters:
+      strike: Gets the number of each line.
+      within: Part of the paths of the files whose lines are meant; all that are run by default.
+    """
+
+    def __init__(self, strike: Callable[[int], None], within: str = "") -> None:
+        self._strike = strike
+        self._within = within
+        self.lines = 0
+
+    def begin(self) -> None:
+        """Called in an actor, whose own lines are left alone."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code in (Attempts._run_and_settle.__code__, Attempts._run.__code__):
+                frame.f_trace = self._trace
+            frame = frame.f_back
+        sys.settrace(self._begun)
+
+    def _begun(self, frame: FrameType, event: str, _: Any) -> Any:
+        # What the actor itself still calls is no after-work.
+        return self._trace if self.lines else None
+
+    def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code is Attempts._run_and_settle.__code__ and event == "return":
+            sys.settrace(None)
+        elif event == "line" and self._within in frame.f_code.co_filename:
+            self.lines += 1
+            self._strike(self.lines)
+        return self._trace
+
+
+def strike_self(exception: type[BaseException]) -> None:
+    raise_thread_exception(threading.get_ident(), exception)
+
+
+@pytest.mark.parametrize("exception", [TimeLimitExceeded, Shutdown, Interrupt])
+@pytest.mark.parametrize("follow_up", ["retry", "next step", "callback"])
+def test_nothing_strikes_after_the_actor(broker, follow_up, exception):
+    """At every line of the after-work an interrupt is raised: the follow-up is stored, and the thread lives."""
+    after_work = AfterWork(lambda _: strike_self(exception))
+    runs, followed = [], []
+
+    def work() -> None:
+        runs.append(1)
+        if len(runs) == 1:
+            after_work.begin()
+            if follow_up == "retry":
+                raise RuntimeError("to be retried")
+        elif follow_up == "retry":
+            followed.append(1)
+
+    actor = dramatiq.actor(work, actor_name="work", min_backoff=1, max_backoff=2, on_success="done")
+    dramatiq.actor(lambda *_: follow_up == "callback" and followed.append(1), actor_name="done")
+    step = dramatiq.actor(lambda *_: followed.append(1), actor_name="step")
+    with running(broker, threads=1) as worker:
+        if follow_up == "next step":
+            pipeline([actor.message(), step.message()]).run()
+        else:
+            actor.send()
+        eventually(lambda: followed)
+        broker.join("default", timeout=10_000)
+        assert all(thread.is_alive() for thread in worker.workers)
+    assert after_work.lines > 100
+    assert len(runs) == (2 if follow_up == "retry" else 1)
+    assert followed == [1]
+    assert broker.dead_letters.list() == []
+
+
+def test_what_strikes_past_the_gate_costs_no_message_and_no_thread(broker, monkeypatch):
+    """An exception that other code raises at any line of ours after the actor makes the message run again, at most."""
+    monkeypatch.setattr("dramatiq_jetstream.worker.undertaker.FIRST_DELAY_MS", 20)
+    runs: dict[int, int] = {}
+    lines: dict[int, int] = {}
+
+    @dramatiq.actor(min_backoff=1, max_backoff=2)
+    def work(place: int) -> None:
+        runs[place] = runs.get(place, 0) + 1
+        if runs[place] == 1:
+
+            def strike(line: int) -> None:
+                lines[place] = line
+                if line == place:
+                    interrupts._raise_now(threading.get_ident(), Interrupt)
+
+            AfterWork(strike, within="/dramatiq_jetstream/worker/").begin()
+            raise RuntimeError("to be retried")
+
+    places = range(1, 400)
+    with running(broker, threads=2) as worker:
+        broker.enqueue_many([work.message(place) for place in places])
+        broker.join("default", timeout=60_000)
+        assert all(thread.is_alive() for thread in worker.workers)
+    assert max(lines.values()) < places[-1], "there are lines that were not struck"
+    assert [place for place in places if runs.get(place, 0) < 2] == []
+    assert broker.dead_letters.list() == []
