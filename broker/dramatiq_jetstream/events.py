@@ -11,6 +11,7 @@ the event itself is acked, and the retry carries it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from .broker import JetStreamBroker
 from .config import Storage
 from .errors import InvalidName, InvalidOption
 from .jetstream import topology
-from .jetstream.names import check_subject
+from .jetstream.names import check_subject, covers
 from .sending.envelope import Event, event_of, to_message
 from .worker.delivery import Delivery, Source, event_in
 from .worker.running import running_message
@@ -42,9 +43,15 @@ class Subscription:
 
     subject: str
     decode: Decoder
+    name: str | None = None
 
 
-def subscription(subject: str, type: Any = bytes) -> Subscription:  # noqa: A002 - the plainest word
+def subscription(
+    subject: str,
+    type: Any = bytes,  # noqa: A002 - the plainest word
+    *,
+    name: str | None = None,
+) -> Subscription:
     """Describe the events that an actor wants: `@actor(subscribe=subscription("ORDER.created", OrderCreated))`.
 
     Parameters:
@@ -52,12 +59,14 @@ def subscription(subject: str, type: Any = bytes) -> Subscription:  # noqa: A002
       type: A protobuf class; a mapping of subjects to protobuf classes; `bytes` for the body as it is; or a
         function that gets the `Event` and returns what the actor receives. It raises to say that the body
         is not what it should be.
+      name: What its consumer on the server is named after; None takes the actor's name. Give the old name when
+        you rename an actor, so that old and new workers share the events.
 
     Raises:
       InvalidName: For a subject that NATS cannot carry.
     """
     check_subject(subject, wildcards=True)
-    return Subscription(subject, _decoder(type))
+    return Subscription(subject, _decoder(type), name)
 
 
 def _decoder(type_: Any) -> Decoder:
@@ -181,10 +190,16 @@ class Events(Middleware):
         }
         for actor_name, (_, wanted) in self._subscriptions.items():
             config = self._durable(broker, actor_name, wanted)
-            outcome[f"consumer {config.name} of {config.stream}"] = topology.ensure_consumer(
-                broker.connection, config, update=update
+            outcome[f"consumer {config.name} of {config.stream}"] = self._ensure_durable(
+                broker, config, update=update
             )
         return outcome
+
+    def _ensure_durable(
+        self, broker: JetStreamBroker, config: topology.ConsumerConfig, *, update: bool = False
+    ) -> str:
+        mine = [self._durable(broker, name, wanted).name for name, (_, wanted) in self._subscriptions.items()]
+        return topology.ensure_subscription(broker.connection, config, declared=mine, update=update)
 
     def _durable(
         self, broker: JetStreamBroker, actor_name: str, wanted: Subscription
@@ -192,7 +207,7 @@ class Events(Middleware):
         return topology.subscription(
             broker.names,
             self.stream,
-            actor_name,
+            wanted.name or actor_name,
             self._subscriptions[actor_name][0].queue_name,
             wanted.subject,
             ack_wait=broker.config.ack_wait,
@@ -224,8 +239,16 @@ class Events(Middleware):
                 "max_in_flight: JetStream counts the events apart, so the limit would not hold. Give the actor "
                 "a queue of its own, and have it send messages to the queue with the limit."
             )
+        name = wanted.name or actor.actor_name
+        for events in _all_events(broker):
+            for other, (_, theirs) in events._subscriptions.items():
+                if (theirs.name or other) == name:
+                    raise InvalidSubscription(
+                        f"Actors {other!r} and {actor.actor_name!r} both subscribe as {name!r}, so each would get some "
+                        "of the events only: give one of them another name."
+                    )
         try:
-            broker.names.subscription_durable(actor.actor_name)
+            broker.names.subscription_durable(name)
         except InvalidName as error:
             raise InvalidSubscription(str(error)) from error
 
@@ -249,7 +272,7 @@ class Events(Middleware):
         self._ensured = False  # a new consumer may be needed because the stream disappeared
         self.ensure(broker)
         if broker.config.declare:
-            topology.ensure_consumer(broker.connection, config)
+            self._ensure_durable(broker, config)
 
         def decode(delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:
             event = event_in(delivery)
@@ -262,6 +285,7 @@ class Events(Middleware):
             rank=broker.config.max_priority or 0,
             decode=decode,
             actor=actor_name,
+            takes=functools.partial(covers, wanted.subject),
         )
 
 
@@ -272,21 +296,6 @@ def _all_events(broker: Broker) -> list[Events]:
 def _events_for(broker: Broker, subject: str) -> Events | None:
     """The first stream of events of a broker that keeps everything on a subject."""
     for events in _all_events(broker):
-        if any(_covers(kept, subject) for kept in events.subjects):
+        if any(covers(kept, subject) for kept in events.subjects):
             return events
     return None
-
-
-def _covers(kept: str, wanted: str) -> bool:
-    """Whether a stream with subject `kept` has everything that `wanted` asks for."""
-    kept_tokens, wanted_tokens = kept.split("."), wanted.split(".")
-    for position, token in enumerate(kept_tokens):
-        if token == ">":
-            return len(wanted_tokens) > position
-        if position >= len(wanted_tokens):
-            return False
-        if token != "*" and token != wanted_tokens[position]:
-            return False
-        if token == "*" and wanted_tokens[position] == ">":
-            return False
-    return len(kept_tokens) == len(wanted_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from dramatiq.results import Results
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.cli import main
+from dramatiq_jetstream.errors import InvalidOption, TopologyMismatch
+from dramatiq_jetstream.events import Event, subscription
 from dramatiq_jetstream.periodic import Periodic, list_schedules
 from dramatiq_jetstream.results import JetStreamBackend
 from dramatiq_jetstream.testing import NatsCluster
 from tests.broker.conformance.workers import running
+from tests.support.polling import eventually, holds
 
 MakeProgram = Callable[..., JetStreamBroker]
 
@@ -147,3 +151,106 @@ def test_more_replicas(nats_cluster: NatsCluster, namespace: str) -> None:
     assert set(new.setup().values()) == {"unchanged"}
     old.close()
     new.close()
+
+
+@pytest.fixture
+def subscriber(make_service, topic: str) -> MakeProgram:
+    """Makes versions of a program that subscribes to one subject with one actor, and notes what it got."""
+
+    def make(
+        got: list[Any], subject: str, decode: Any = bytes, *, actor: str = "on", **more: Any
+    ) -> JetStreamBroker:
+        broker = make_service()
+        wanted = subscription(f"{topic}.{subject}", decode, **more)
+        dramatiq.actor(got.append, broker=broker, queue_name="q", actor_name=actor, subscribe=wanted)
+        return broker
+
+    return make
+
+
+def only(field: str) -> Callable[[Event], Any]:
+    """Decodes events that have a field, as one version of a program writes them."""
+    return lambda event: json.loads(event.data)[field]
+
+
+def test_a_subscription_with_another_subject(subscriber: MakeProgram, topic: str) -> None:
+    """After `setup --update`, old workers leave the events of the new subject to the new ones."""
+    old_got: list[Any] = []
+    new_got: list[Any] = []
+    old, new = subscriber(old_got, "a", only("v1")), subscriber(new_got, "b", only("v2"))
+    old.setup()
+    with running(old):
+        old.publish(f"{topic}.a", b'{"v1": 1}')
+        eventually(lambda: old_got == [1])
+        assert "updated" in new.setup(update=True).values()
+        for number in range(3):
+            new.publish(f"{topic}.b", b'{"v2": %d}' % number)
+        eventually(lambda: new.queue_stats("q").redelivered or new.queue_stats("q").in_flight == 3)
+        with running(new):
+            eventually(lambda: sorted(new_got) == [0, 1, 2], timeout=30)
+    assert old_got == [1]
+    assert list(new.dead_letters.list("q")) == []
+
+
+def test_a_subscription_with_another_subject_while_events_wait(subscriber: MakeProgram, topic: str) -> None:
+    """`setup --update` refuses what would leave them undelivered for ever, and takes a wider subject."""
+    got: list[Any] = []
+    old, new, wider = subscriber(got, "a"), subscriber(got, "b"), subscriber(got, "*")
+    old.setup()
+    old.publish(f"{topic}.a", b"waits")
+    with pytest.raises(TopologyMismatch, match=r"1 events waiting on .*\.a'"):
+        new.setup(update=True)
+    assert "updated" in wider.setup(update=True).values()
+    with running(wider):
+        eventually(lambda: got == [b"waits"])
+
+
+def test_an_actor_with_another_name_that_subscribes(subscriber: MakeProgram, topic: str) -> None:
+    """It goes on where the old name stood; the events of before are not handled again."""
+    got: list[Any] = []
+    old = subscriber(got, "a", actor="old_name")
+    with running(old):
+        for number in range(5):
+            old.publish(f"{topic}.a", b"%d" % number)
+        eventually(lambda: len(got) == 5)
+        old.join("q", timeout=10_000)
+    old.publish(f"{topic}.a", b"5")
+    for name in ("new_name", "newest_name"):
+        new = subscriber(got, "a", actor=name)
+        with running(new):
+            new.publish(f"{topic}.a", name.encode())
+            eventually(lambda name=name: name.encode() in got)
+            new.join("q", timeout=10_000)
+        assert "differs" not in new.setup().values()
+    assert got == [b"0", b"1", b"2", b"3", b"4", b"5", b"new_name", b"newest_name"]
+
+
+def test_an_actor_with_another_name_that_names_its_subscription(subscriber: MakeProgram, topic: str) -> None:
+    """Old and new workers share the events while both run."""
+    old_got: list[Any] = []
+    new_got: list[Any] = []
+    old = subscriber(old_got, "a", actor="old_name")
+    new = subscriber(new_got, "a", actor="new_name", name="old_name")
+    with running(old), running(new):
+        for number in range(50):
+            old.publish(f"{topic}.a", b"%d" % number)
+        eventually(lambda: len(old_got) + len(new_got) == 50)
+        holds(lambda: len(old_got) + len(new_got) == 50, 0.5)
+
+
+def test_a_second_actor_that_subscribes(subscriber: MakeProgram, topic: str) -> None:
+    """Beside the first, a new one gets everything that the stream has."""
+    got: list[Any] = []
+    more: list[Any] = []
+    one = subscriber(got, "a")
+    with running(one):
+        one.publish(f"{topic}.a", b"1")
+        eventually(lambda: got == [b"1"])
+    both = subscriber(got, "a")
+    wanted = subscription(f"{topic}.a")
+    dramatiq.actor(more.append, broker=both, queue_name="q", actor_name="second", subscribe=wanted)
+    with running(both):
+        eventually(lambda: more == [b"1"])
+    again = subscription(f"{topic}.a", name="on")
+    with pytest.raises(InvalidOption, match="both subscribe as 'on'"):
+        dramatiq.actor(more.append, broker=both, queue_name="q", actor_name="third", subscribe=again)

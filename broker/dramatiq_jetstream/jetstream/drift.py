@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 
+from .names import METADATA_AFTER
+
 __all__ = ["MILLISECOND", "Difference", "Kind", "Verdict", "differences", "in_line"]
 
 MILLISECOND = 1_000_000  # JetStream's durations are nanoseconds
@@ -251,6 +253,8 @@ def differences(kind: Kind, existing: Json, declared: Json) -> list[Difference]:
             verdict = Verdict.UNKNOWN if _is_on(have, -1) else Verdict.UNKNOWN_OFF
             found.append(Difference(name, have, want, verdict, _UNKNOWN))
             continue
+        if name == "deliver_policy" and METADATA_AFTER in (existing.get("metadata") or {}):
+            continue  # it began where another one stood
         if name == "metadata":  # programs may add entries of their own
             have = {entry: (have or {}).get(entry) for entry in want or {}}
         decided = _verdict(setting, kind, name, existing, have, want)
@@ -264,7 +268,7 @@ def differences(kind: Kind, existing: Json, declared: Json) -> list[Difference]:
 
 def in_line(existing: Json, declared: Json, found: list[Difference]) -> dict[str, Any]:
     """The configuration that ends the differences, other than fixed ones, and keeps what does not matter."""
-    fixed = {difference.setting for difference in found if difference.fixed}
+    fixed = {difference.setting for difference in found if difference.fixed} | {"deliver_policy"}
     known = (difference for difference in found if difference.is_known)
     foreign = {difference.setting for difference in known} - fixed
     wanted = {name: value for name, value in declared.items() if name not in fixed}

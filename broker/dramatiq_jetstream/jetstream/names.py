@@ -61,6 +61,9 @@ TRACE_HEADERS = ("traceparent", "tracestate", "baggage")
 #: What the durable of a subscription says of itself: the namespace and queue of its actor.
 METADATA_SUBSCRIBER = "dramatiq-subscriber"
 
+#: What such a durable says when it began where that of an actor with an earlier name stood.
+METADATA_AFTER = "dramatiq-after"
+
 #: The server takes no longer name of a stream or consumer: it becomes a directory of its store.
 MAX_NAME_BYTES = 255
 
@@ -159,6 +162,21 @@ def _checked_subject(subject: str, wildcards: bool) -> str:
                 "and free of white space and wildcards."
             )
     return subject
+
+
+def covers(kept: str, wanted: str) -> bool:
+    """Whether everything on subject `wanted` is also on `kept`; both may have wildcards."""
+    kept_tokens, wanted_tokens = kept.split("."), wanted.split(".")
+    for position, token in enumerate(kept_tokens):
+        if token == ">":
+            return len(wanted_tokens) > position
+        if position >= len(wanted_tokens):
+            return False
+        if token != "*" and token != wanted_tokens[position]:
+            return False
+        if token == "*" and wanted_tokens[position] == ">":
+            return False
+    return len(kept_tokens) == len(wanted_tokens)
 
 
 @functools.lru_cache(maxsize=1_000)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,8 @@ from dramatiq_jetstream.wire.error_numbers import (
 )
 
 from .drift import MILLISECOND, Difference, Kind, Verdict, differences, in_line
-from .names import METADATA_SUBSCRIBER, Names, bucket_stream
+from .inventory import consumers
+from .names import METADATA_AFTER, METADATA_SUBSCRIBER, Names, bucket_stream, covers
 
 __all__ = [
     "ConsumerConfig",
@@ -37,6 +38,7 @@ __all__ = [
     "dead_letters",
     "ensure_consumer",
     "ensure_stream",
+    "ensure_subscription",
     "events",
     "queue",
     "recognise_consumer",
@@ -325,6 +327,74 @@ def ensure_stream(connection: Connection, config: StreamConfig, *, update: bool 
         changed = connection.api(f"STREAM.UPDATE.{config.name}", in_line(existing, wanted, found))
         return _judge(config, changed["config"], "updated")
     return _judge(config, existing, "unchanged")
+
+
+def ensure_subscription(
+    connection: Connection, config: ConsumerConfig, *, declared: Collection[str], update: bool = False
+) -> str:
+    """As `ensure_consumer`, for the durable of an actor that subscribes to events.
+
+    A missing one begins with the stream's first event, unless its actor has another name than before: when a durable
+    of the same queue has the same subject and is not `declared` here, the new one begins where that one stands.
+
+    Raises:
+      TopologyMismatch: Also when `update` would leave events undelivered that wait at a subject of before.
+    """
+    try:
+        existing = connection.api(f"CONSUMER.INFO.{config.stream}.{config.name}")
+    except NotFound:
+        before = _before(connection, config, declared)
+        return ensure_consumer(connection, config if before is None else _behind(config, before))
+    if update:
+        _check_nothing_waits(config, existing)
+    return ensure_consumer(connection, config, update=update)
+
+
+def _before(connection: Connection, config: ConsumerConfig, declared: Collection[str]) -> Json | None:
+    """The durable that a subscription had under an earlier name of its actor, if exactly one can be it."""
+    found: dict[str, Json] = {}
+    succeeded = set()
+    for info in consumers(connection, config.stream):
+        metadata = info["config"].get("metadata") or {}
+        succeeded.add(metadata.get(METADATA_AFTER))
+        if (
+            metadata.get(METADATA_SUBSCRIBER) == config.settings["metadata"][METADATA_SUBSCRIBER]
+            and info["config"].get("filter_subject") == config.settings["filter_subject"]
+            and info["name"] not in declared
+        ):
+            found[info["name"]] = info
+    candidates = [info for name, info in found.items() if name not in succeeded]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _behind(config: ConsumerConfig, before: Json) -> ConsumerConfig:
+    """The same durable, to begin where another one stands."""
+    floor = before["ack_floor"]["stream_seq"]
+    logger.warning(
+        "%s begins behind event %d, where %s stands: that has the same queue and subject, and its actor is not "
+        "declared here, so it is taken for the same one under an earlier name.",
+        config,
+        floor,
+        before["name"],
+    )
+    settings = {
+        **config.settings,
+        "deliver_policy": "by_start_sequence",
+        "opt_start_seq": floor + 1,
+        "metadata": {**config.settings["metadata"], METADATA_AFTER: before["name"]},
+    }
+    return replace(config, settings=settings)
+
+
+def _check_nothing_waits(config: ConsumerConfig, existing: Json) -> None:
+    have, want = existing["config"].get("filter_subject", ""), config.settings["filter_subject"]
+    waiting = existing["num_pending"]
+    if waiting and not covers(want, have):
+        raise TopologyMismatch(
+            f"{config} has {waiting} events waiting on {have!r}, which would never be delivered once it is set to "
+            f"{want!r}. Let the old workers handle them first, or subscribe to {want!r} with an actor of its own.",
+            {"filter_subject": (have, want)},
+        )
 
 
 def _with_advice(error: ApiError) -> ApiError:

@@ -230,7 +230,21 @@ class JetStreamConsumer(Consumer):
         while self._ready:
             self.undertaker.hand_back(heappop(self._ready)[-1])
 
+    def _leave_to_others(self, delivery: Delivery) -> None:
+        """Give back what another version of the program asked for, later each time."""
+        if delivery.deliveries == 1:
+            self.logger.warning(
+                "%s delivers %s, to which this version of the program does not subscribe: leaving it to other workers.",
+                delivery.source,
+                delivery.subject,
+            )
+        delay = FOLLOW_UP_DELAY << min(delivery.deliveries - 1, 10)
+        self.ledger.settle(delivery, nak_after(min(delay, MAX_FOLLOW_UP_DELAY)))
+
     def _decode(self, delivery: Delivery) -> JetStreamMessage | None:
+        if not delivery.source.takes(delivery.subject):
+            self._leave_to_others(delivery)
+            return None
         if delivery.deliveries > self.max_deliveries:
             self._bury(
                 delivery,

@@ -32,7 +32,8 @@ class Source:
     """Where messages of a queue come from; `rank` 0 is asked first.
 
     `decode` makes the Dramatiq message and, for an event, the arguments that its actor receives; it raises
-    `DecodeError` for bytes that are not a message.
+    `DecodeError` for bytes that are not a message. `takes` says whether this version of the program wants a subject:
+    another version may have set up the consumer since.
     """
 
     queue: str
@@ -40,6 +41,7 @@ class Source:
     rank: int
     decode: Callable[[Delivery], tuple[Message[Any], tuple[Any, ...] | None]]
     actor: str | None = None
+    takes: Callable[[str], bool] = lambda _: True
 
     @property
     def stream(self) -> str:
