@@ -72,6 +72,10 @@ class JetStreamBroker(EmittingBroker):
       max_stream_bytes: The room that each stream and bucket reserves, for accounts that demand a limit; None for
         none. A queue that is full loses its oldest messages, so make it larger than any backlog.
       inbox_prefix: First tokens of the subjects on which answers arrive, for accounts that restrict them.
+      tls_handshake_first: Begin with TLS, for servers with `handshake_first`. Without it a `tls://` address is tried
+        the usual way first, which costs a second.
+      domain: The JetStream domain to use, for instance the hub's from a leaf node.
+      api_prefix: First tokens of the JetStream API in place of `$JS.API`, for accounts that import it.
 
     Raises:
       InvalidName, InvalidOption: When a setting can never work; nothing is contacted before first use.
@@ -100,6 +104,9 @@ class JetStreamBroker(EmittingBroker):
         duplicate_window: int = DUPLICATE_WINDOW,
         max_stream_bytes: int | None = None,
         inbox_prefix: str = "_INBOX",
+        tls_handshake_first: bool = False,
+        domain: str | None = None,
+        api_prefix: str | None = None,
     ) -> None:
         connect = ConnectOptions.of(
             url,
@@ -110,6 +117,9 @@ class JetStreamBroker(EmittingBroker):
             nkey=nkey,
             tls=tls,
             inbox_prefix=inbox_prefix,
+            tls_handshake_first=tls_handshake_first,
+            domain=domain,
+            api_prefix=api_prefix,
         )
         self.config = BrokerConfig(
             connect=connect,

@@ -64,7 +64,7 @@ class Watch:
         self._inbox = connection.new_inbox()
         # The server only notices a reader whose subscription is literally the consumer's deliver subject.
         self._subscriptions = (
-            connection.subscribe(self._inbox, self._receive),
+            connection.subscribe(self._inbox, self._receive, confirmed=True),
             connection.subscribe(f"{self._inbox}.made.*", self._receive_made),
             connection.subscribe(f"{self._inbox}.life.*", self._receive_life),
         )

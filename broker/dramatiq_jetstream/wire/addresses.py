@@ -35,6 +35,8 @@ class Address:
     token: str | None = field(default=None, repr=False)
     #: The name in the server's certificate; for servers that the first one told us of, that of the first.
     certified: str | None = None
+    #: Whether TLS begins before the server says anything.
+    tls_first: bool = False
 
     def __str__(self) -> str:
         """The address without secrets."""

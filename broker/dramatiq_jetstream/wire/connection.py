@@ -101,15 +101,15 @@ class Connection:
         self.timeout = timeout
         self._closed = False
         self._listeners = Listeners()
-        self._subscriptions: dict[int, Subscription] = {}
+        self._interests: dict[int, Subscription] = {}
         self._sids = count(2)
         self._inherited: list[Link] = []  # kept, so that collecting them does not touch the parent's sockets
-        self._link = Link(self.options, self._listeners, self._subscriptions)
+        self._link = Link(self.options, self._listeners, self._interests)
         _connections.add(self)
 
     def _start_again(self) -> None:
         self._inherited.append(self._link)
-        self._link = Link(self.options, self._listeners, self._subscriptions)
+        self._link = Link(self.options, self._listeners, self._interests)
         if self._closed:
             self._link.close()
         for callback in list(self._listeners.fork):
@@ -120,6 +120,10 @@ class Connection:
     @property
     def state(self) -> ConnectionState:
         return self._link.state
+
+    @property
+    def _subscriptions(self) -> list[Subscription]:
+        return list(self._interests.values())
 
     @property
     def inbox(self) -> str:
@@ -498,7 +502,12 @@ class Connection:
         return f"{self.options.inbox_prefix}.{new_id()}"
 
     def subscribe(
-        self, subject: str, callback: Callable[[Msg], None], *, timeout: int | None = None
+        self,
+        subject: str,
+        callback: Callable[[Msg], None],
+        *,
+        timeout: int | None = None,
+        confirmed: bool = False,
     ) -> Subscription:
         """Call `callback` on the loop thread for each message on `subject`; it must neither block nor raise.
 
@@ -507,20 +516,24 @@ class Connection:
 
         Parameters:
           timeout: Milliseconds to wait at most; None takes the connection's own.
+          confirmed: Raise, and leave no interest behind, unless the server knows of it in time.
 
         Raises:
           NotSent: When there has never been a connection, and none could be made in time.
+          BrokerConnectionError: With `confirmed`, when the server did not confirm the interest in time.
           PermissionDenied: When the server refused the subject.
         """
         deadline = self._deadline(timeout)
         link = self._link
         link.wait_open(deadline)
         subscription = Subscription(subject, callback, next(self._sids), lambda: self._link)
-        self._subscriptions[subscription.sid] = subscription
+        self._interests[subscription.sid] = subscription
         try:
             link.post(link.enqueue, encode_subscribe(subject, subscription.sid))
-            if link.is_open:
-                # A message to ourselves, which the server handles after what was sent before.
+            # A message to ourselves, which the server handles after what was sent before.
+            if confirmed:
+                self._request("", b"", None, deadline, repeat=True)
+            elif link.is_open:
                 with contextlib.suppress(BrokerConnectionError):
                     self._request("", b"", None, deadline, repeat=False)
             if subscription.denied is not None:

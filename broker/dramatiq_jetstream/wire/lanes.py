@@ -105,11 +105,11 @@ class _Lane:
         self.until = time.monotonic() + patience
         self._socket = socket.create_connection(peer, timeout=patience)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if options.tls_handshake_first:
+        if address.tls_first:
             self._encrypt(options, address)
         info = self._expect(ServerInfo).fields
         tls = wants_tls(options, address, info)
-        if tls and not options.tls_handshake_first:
+        if tls and not address.tls_first:
             self._encrypt(options, address)
         self._inbox = f"{options.inbox_prefix}.{new_id()}"
         hello = connect_command(options, address, info, tls=tls)

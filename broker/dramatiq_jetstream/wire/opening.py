@@ -21,6 +21,7 @@ import re
 import socket
 import ssl
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from dramatiq.errors import BrokerError
@@ -57,6 +58,10 @@ class Refused(ConnectionFailed):
     """A server answered, and will not have us as we are."""
 
 
+class _Silent(ConnectionFailed):
+    """A server that did not greet: it is dead, hangs, or waits for TLS."""
+
+
 class Servers:
     """The servers to choose from: those that were given, and those that these told us of."""
 
@@ -66,8 +71,9 @@ class Servers:
         self._last: Address | None = None
 
     def learn(self, address: Address, info: Mapping[str, Any]) -> None:
-        """Take in what the server at `address` says of its cluster."""
+        """Take in how the server at `address` was reached, and what it says of its cluster."""
         self._last = address
+        self._given = tuple(address if each.netloc == address.netloc else each for each in self._given)
         told = (address.neighbour(str(url)) for url in info.get("connect_urls") or ())
         self._learned = tuple(each for each in told if each is not None)
 
@@ -105,7 +111,7 @@ async def open_client(options: ConnectOptions, servers: Servers) -> Client:
                     if not isinstance(failure, (Refused, ServerUnsupported)):
                         failure = error
                 else:
-                    servers.learn(address, client.info)
+                    servers.learn(client.address, client.info)
                     return client
     except TimeoutError:
         if type(failure) is ConnectionFailed:
@@ -114,50 +120,77 @@ async def open_client(options: ConnectOptions, servers: Servers) -> Client:
 
 
 async def _open_at(options: ConnectOptions, address: Address, *, last: bool) -> Client:
-    failure: BrokerError = _unreachable(options, f"{address.host} has no address")
+    """Try each address of a server's name."""
     try:
         peers = await _look_up(address)
     except OSError as error:
         raise _unreachable(options, f"{address.host}: {_reason(error)}") from None
-    for position, peer in enumerate(peers):
-        only = last and position == len(peers) - 1
-        client = Client(address, peer)
+    if options.tls_handshake_first:
+        address = replace(address, tls_first=True)
+    ways = [(address, peer) for peer in peers]
+    failure: BrokerError = _unreachable(options, f"{address.host} has no address")
+    while ways:
+        way, peer = ways.pop(0)
         try:
-            try:
-                async with asyncio.timeout(None if only else NEXT_ADDRESS_SECONDS):
-                    await _connect(options, client)
-                    await client.expect(ServerInfo)
-            except TimeoutError:
-                client.abort("it was too slow")
-                failure = _unreachable(options, f"{peer[0]} did not answer")
-                continue
-            await _log_in(options, client)
-            await _check_server(options, client)
-        except BaseException as error:
-            client.abort("it was given up")
-            if isinstance(error, (ServerUnsupported, LoginUnreadable, Refused)):
-                raise
-            if isinstance(error, ssl.SSLCertVerificationError):
-                raise Refused(
-                    f"The certificate of NATS at {address} was not accepted ({error.verify_message}): give a context "
-                    "that trusts its authority as tls, and the name that the certificate has."
-                ) from None
-            if isinstance(error, RefusedByServer):
-                if _LOGIN.search(str(error)):
-                    raise Refused(
-                        f"NATS at {options.display} refused us ({error}): "
-                        "check the user, password, token or credentials."
-                    ) from None
-                failure = _unreachable(options, str(error))
-            elif isinstance(error, Lost):
-                failure = _unreachable(options, str(error))
-            elif isinstance(error, OSError):
-                failure = _unreachable(options, _reason(error))
-            else:
-                raise
-        else:
-            return client
-    raise failure
+            return await _open_way(
+                options, way, peer, only=last and not ways and (way.tls_first or not way.tls)
+            )
+        except _Silent as error:
+            if way.tls and not way.tls_first:
+                ways.append((replace(way, tls_first=True), peer))
+                failure = error
+            elif way.tls_first == address.tls_first:
+                failure = error
+        except (Refused, ServerUnsupported, LoginUnreadable):
+            raise
+        except ConnectionFailed as error:
+            if way.tls_first == address.tls_first:  # not while guessing
+                failure = error
+    raise ConnectionFailed(str(failure)) if isinstance(failure, _Silent) else failure
+
+
+async def _open_way(
+    options: ConnectOptions, address: Address, peer: tuple[str, int], *, only: bool
+) -> Client:
+    client = Client(address, peer)
+    try:
+        try:
+            async with asyncio.timeout(None if only else NEXT_ADDRESS_SECONDS):
+                await _connect(options, client)
+                await client.expect(ServerInfo)
+        except TimeoutError:
+            raise _Silent(str(_unreachable(options, f"{peer[0]} did not answer"))) from None
+        except Lost as error:
+            raise _Silent(str(_unreachable(options, str(error)))) from None
+        await _log_in(options, client)
+        await _check_server(options, client)
+    except BaseException as error:
+        client.abort("it was given up")
+        explained = _explain(options, address, error)
+        if explained is error:
+            raise
+        raise explained from None
+    return client
+
+
+def _explain(options: ConnectOptions, address: Address, error: BaseException) -> BaseException:
+    """What went wrong, in one sentence; other errors as they are."""
+    if isinstance(error, RefusedByServer):
+        if _LOGIN.search(str(error)):
+            return Refused(
+                f"NATS at {options.display} refused us ({error}): check the user, password, token or credentials."
+            )
+        return _unreachable(options, str(error))
+    if isinstance(error, Lost):
+        return _unreachable(options, str(error))
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return Refused(
+            f"The certificate of NATS at {address} was not accepted ({error.verify_message}): give a context "
+            "that trusts its authority as tls, and the name that the certificate has."
+        )
+    if isinstance(error, OSError):
+        return _unreachable(options, _reason(error))
+    return error
 
 
 async def _look_up(address: Address) -> list[tuple[str, int]]:
@@ -171,14 +204,14 @@ async def _look_up(address: Address) -> list[tuple[str, int]]:
 
 async def _connect(options: ConnectOptions, client: Client) -> None:
     first: dict[str, Any] = {}
-    if options.tls_handshake_first:
+    if client.address.tls_first:
         first = {"ssl": tls_context(options), "server_hostname": tls_name(client.address)}
     await asyncio.get_running_loop().create_connection(lambda: client, *client.peer, **first)
 
 
 async def _log_in(options: ConnectOptions, client: Client) -> None:
     tls = wants_tls(options, client.address, client.info)
-    if tls and not options.tls_handshake_first:
+    if tls and not client.address.tls_first:
         loop = asyncio.get_running_loop()
         encrypted = await loop.start_tls(
             client.transport, client, tls_context(options), server_hostname=tls_name(client.address)
@@ -197,7 +230,7 @@ def wants_tls(options: ConnectOptions, address: Address, info: Mapping[str, Any]
       Refused: When it offers none although its address is `tls://`; nothing secret was sent.
     """
     offered = bool(info.get("tls_required") or info.get("tls_available"))
-    if options.tls_handshake_first:
+    if address.tls_first:
         return True
     if address.tls and not offered:
         raise Refused(
