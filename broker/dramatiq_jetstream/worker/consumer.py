@@ -238,8 +238,7 @@ class JetStreamConsumer(Consumer):
                 delivery.source,
                 delivery.subject,
             )
-        delay = FOLLOW_UP_DELAY << min(delivery.deliveries - 1, 10)
-        self.ledger.settle(delivery, nak_after(min(delay, MAX_FOLLOW_UP_DELAY)))
+        self.undertaker.put_off(delivery)
 
     def _decode(self, delivery: Delivery) -> JetStreamMessage | None:
         if not delivery.source.takes(delivery.subject):
