@@ -1,12 +1,16 @@
 """Log lines that say what they are about: the actor, the message, the order, and the trace if there is one.
 
 bind(order_id=order_id)     # in an actor: on all further lines of this message, and on its span
+
+No text from outside can begin a line or change how one reads: control characters are escaped wherever they come
+from, and the lines of a traceback are marked.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +19,7 @@ from dramatiq import Broker, MessageProxy, Middleware
 from opentelemetry import trace
 
 from .settings import Settings
+from .text import escaped
 
 __all__ = ["LogContext", "bind", "configure"]
 
@@ -79,6 +84,13 @@ def _add_fields(record: logging.LogRecord) -> bool:
     return True
 
 
+_NOT_ASCII = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def _escape(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"
+
+
 _STANDARD = {*vars(logging.makeLogRecord({})), "asctime", "message", "taskName", "about"}
 
 
@@ -105,7 +117,8 @@ class JsonFormatter(logging.Formatter):
             line["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
             line["stack"] = self.formatStack(record.stack_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
+        # JSON itself escapes the control characters of ASCII only.
+        return _NOT_ASCII.sub(_escape, json.dumps(line, default=str, ensure_ascii=False))
 
 
 class TextFormatter(logging.Formatter):
@@ -117,4 +130,15 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         fields = " ".join(f"{name}={value}" for name, value in _fields_of(record).items())
         line = super().formatMessage(record)
-        return f"{line}  {fields}" if fields else line
+        return escaped(f"{line}  {fields}" if fields else line)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return _marked(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:  # noqa: N802
+        return _marked(super().formatStack(stack_info))
+
+
+def _marked(text: str) -> str:
+    """Return lines that cannot be taken for lines of the log, whatever an exception says."""
+    return "\n".join(f"  | {escaped(line)}" for line in text.split("\n"))

@@ -1,4 +1,4 @@
-"""Text from outside: what a name may consist of, and how text that may hold anything is shown.
+"""Text from outside: what a name may consist of, and how text that may hold anything is shown and logged.
 
 A name of a person may hold joiners, which Persian, Hindi and emoji need. It may not hold what changes how the
 text around it reads: control characters, line breaks, and characters that override the direction of writing.
@@ -46,3 +46,10 @@ def shown(text: str, limit: int) -> str:
     """Return text that can stand in a page, a record or a log: of bounded length, and without what does not fit."""
     cut = text if len(text) <= limit else f"{text[: limit - 1]}…"
     return cut if cut.isprintable() else "".join(c if _fits(c) else "\ufffd" for c in cut)
+
+
+def escaped(text: str) -> str:
+    """Return text for one line of a log: what does not fit in it is written as a backslash and its number."""
+    if text.isprintable():
+        return text
+    return "".join(c if _fits(c) else c.encode("unicode_escape").decode() for c in text)

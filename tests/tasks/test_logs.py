@@ -202,3 +202,30 @@ def test_a_program_without_handlers_gets_one() -> None:
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
+
+
+# A line of its own in the log, an escape sequence of a terminal, and what turns the direction of writing.
+HOSTILE = "a\n2026-11-28 03:42:04,215 CRITICAL forged\r\x1b[2J\x85\u2028\u202e\x7f b"
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_no_text_from_outside_begins_a_line(configure: Configure, log_format: str) -> None:
+    """Control characters in a message, in a field and in an exception are escaped; names of people are as they are."""
+    output = configure(log_format)
+    logger.info("GET %s for Zoë 👩\u200d🚀", HOSTILE, extra={"order": HOSTILE})
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        logger.exception("Failed: %s", HOSTILE)
+    written = output.getvalue()
+    assert "forged" in written
+    assert "Zoë 👩\u200d🚀" in written
+    assert not any(mark in written for mark in "\r\x1b\x85\u2028\u202e\x7f")
+    first, *rest = written.splitlines()
+    if log_format == "json":
+        assert len(rest) == 1
+        line = json.loads(first)
+        assert (line["message"], line["order"]) == (f"GET {HOSTILE} for Zoë 👩\u200d🚀", HOSTILE)
+    else:
+        assert "Failed" in rest[0]
+        assert all(line.startswith("  | ") for line in rest[1:])

@@ -167,6 +167,21 @@ def test_a_body_that_is_too_large(service: Stack, size: int, chunked: bool) -> N
     problem_of(answer)
 
 
+@pytest.mark.parametrize("size", [b"0x5", b"+5", b"-5", b"5_0", b"", b" 5", b"5 ", b"g", b"5" * 40])
+@pytest.mark.parametrize("path", ["/api/orders", "/orders"])
+def test_a_chunk_size_that_is_none(service: Stack, path: str, size: bytes) -> None:
+    """It is the client's error, not ours, and the service goes on."""
+    with socket.create_connection(("127.0.0.1", service.web_port), timeout=20) as connection:
+        connection.sendall(
+            b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" % path.encode()
+            + b"Transfer-Encoding: chunked\r\n\r\n%s\r\nhello\r\n0\r\n\r\n" % size
+        )
+        connection.shutdown(socket.SHUT_WR)
+        head = read_all(connection).partition(b"\r\n")[0]
+    assert int(head.split()[1]) in (400, 413, 415, 422), head
+    assert service.get("/health").status_code == 200
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -202,7 +217,22 @@ def test_an_order_id_that_is_none(service: Stack, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["limit=0", "limit=101", "limit=x", "limit=-1", "limit=1e3", "limit=", "limit=٣"]
+    "query",
+    [
+        "limit=0",
+        "limit=101",
+        "limit=x",
+        "limit=-1",
+        "limit=1e3",
+        "limit=",
+        "limit=٣",
+        "limit=+1",
+        "limit=1_0",
+        "limit=000001999999999",
+        "limit=%201",
+        f"limit={'0' * 4000}1",
+        f"limit={'9' * 4000}",
+    ],
 )
 def test_a_limit_that_is_none(service: Stack, query: str) -> None:
     """The limit of a page is a number from 1 to 100."""

@@ -67,6 +67,14 @@ def test_without_nats_nothing_is_accepted(own: Stack) -> None:
     page = own.get("/", headers={"Accept": "text/html"})
     assert page.status_code == 503
     assert 'http-equiv="refresh"' in page.text
+    # The address is in the log; it cannot write a line of its own there.
+    assert own.get("/orders/x%0a2026-11-28%20CRITICAL%20forged%1b%5b2J/state").status_code in (404, 503)
+    assert own.get("/api/products?%0aforged").status_code == 503
+    assert own.get("/orders/recent/x%0aCRITICAL%20forged").status_code in (404, 503)
+    assert not any(
+        line.lstrip().startswith(("CRITICAL", "2026-11-28 C")) for line in own.web.output.splitlines()
+    )
+    assert "\x1b" not in own.web.output
     form = own.post("/orders", data={"customer_id": "c-1", "quantity-MUG-01": "1", "submission": "x" * 20})
     assert form.status_code == 503
     assert "Try again" in form.text
