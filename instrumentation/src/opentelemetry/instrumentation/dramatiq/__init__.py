@@ -31,8 +31,9 @@ from .version import __version__
 
 __all__ = ["CARRIER_OPTION", "DramatiqInstrumentor", "__version__"]
 
-#: The methods that send: all brokers have `enqueue`; JetStreamBroker has the others.
-_SENDING = ("enqueue", "enqueue_many", "publish")
+#: The methods that send. Every broker has `enqueue`; the others are wrapped as JetStreamBroker has them.
+_SENDING = ("enqueue",)
+_SENDING_ON_NATS = ("enqueue", "enqueue_many", "publish")
 
 
 class DramatiqInstrumentor(BaseInstrumentor):  # type: ignore[misc]
@@ -77,9 +78,8 @@ class DramatiqInstrumentor(BaseInstrumentor):  # type: ignore[misc]
                 system, tracer, instruments, sender, link_parents=link_parents, providers=providers
             )
             broker.middleware.insert(0, middleware)
-            for name in _SENDING:
-                if hasattr(type(broker), name):
-                    setattr(broker, name, SendingMethod(broker, name, getattr(sender, name)))
+            for name in _SENDING_ON_NATS if system == "nats" else _SENDING:
+                setattr(broker, name, SendingMethod(broker, name, getattr(sender, name)))
 
         self._brokers = Brokers(attach, _detach)
         self._brokers.install()
@@ -92,6 +92,6 @@ class DramatiqInstrumentor(BaseInstrumentor):  # type: ignore[misc]
 
 def _detach(broker: Broker) -> None:
     broker.middleware[:] = [one for one in broker.middleware if not isinstance(one, TelemetryMiddleware)]
-    for name in _SENDING:
+    for name in _SENDING_ON_NATS:
         if isinstance(vars(broker).get(name), SendingMethod):
             delattr(broker, name)

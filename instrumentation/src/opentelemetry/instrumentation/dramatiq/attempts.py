@@ -87,11 +87,13 @@ class TelemetryMiddleware(Middleware):
         # Of each queue and actor: the name of a span, and what all of its spans and metrics say.
         self._known: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
         self._replays: dict[int, Send] = {}
-        self._names_dead_letters = False
+        # JetStreamBroker says why a message became a dead letter, also of those that never reached an actor. Of other
+        # brokers all there is to see is that Dramatiq rejects a message.
+        self._names_dead_letters = system == "nats"
         self._skips: bool | None = None
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
-        name, known = self._known_of(message.queue_name, message.actor_name)
+        name, known = self._known_of(broker, message.queue_name, message.actor_name)
         options = message.options
         deliveries = getattr(message, "delivery_count", 1)
         parent = _EMPTY
@@ -159,7 +161,6 @@ class TelemetryMiddleware(Middleware):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         """A message was moved to the dead letters; without `message` it could not be decoded."""
-        self._names_dead_letters = True
         queue = q_name(queue_name)
         self._count_dead_letter(queue, reason)
         attributes: dict[str, Any] = {
@@ -198,7 +199,7 @@ class TelemetryMiddleware(Middleware):
         if send is not None:
             send.end(exception)
 
-    def _known_of(self, queue_name: str, actor: str) -> tuple[str, dict[str, Any]]:
+    def _known_of(self, broker: Broker, queue_name: str, actor: str) -> tuple[str, dict[str, Any]]:
         known = self._known.get((queue_name, actor))
         if known is None:
             queue = q_name(queue_name)
@@ -209,7 +210,9 @@ class TelemetryMiddleware(Middleware):
                 c.OPERATION_TYPE: "process",
                 c.ACTOR: actor,
             }
-            known = self._known[queue_name, actor] = (f"process {queue}", attributes)
+            known = (f"process {queue}", attributes)
+            if actor in broker.actors:  # strangers may have made up any number of names
+                self._known[queue_name, actor] = known
         return known
 
     def _skips_unsampled(self) -> bool:

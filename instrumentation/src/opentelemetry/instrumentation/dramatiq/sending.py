@@ -46,22 +46,23 @@ class Sender:
         self.instruments = instruments
         self._link_parents = link_parents
 
-    def enqueue(self, send: Callable[..., Any], message: Message[Any], *, delay: int | None = None) -> Any:
-        """Around `Broker.enqueue`."""
+    def enqueue(
+        self, send: Callable[..., Any], message: Message[Any], *, delay: int | None = None, **options: Any
+    ) -> Any:
+        """Around `Broker.enqueue`; further options are the broker's own."""
         # Redis and RabbitMQ hold delayed messages in the worker and enqueue them again when they are due. Nothing is
         # sent then; the message keeps the context that it has.
         if isinstance(current_thread(), ConsumerThread):
-            return send(message, delay=delay)
+            return send(message, delay=delay, **options)
         attempt = attempt_of(message)
         parent, links = (get_current(), None) if attempt is not None else self._continue(extract(message))
-        options = message.options
-        previous = options.get(CARRIER_OPTION, _ABSENT)
+        previous = message.options.get(CARRIER_OPTION, _ABSENT)
         try:
             with Send(self, self._attributes("send", message, delay), parent, links) as context:
-                _carry(options, context)
-                sent = send(message, delay=delay)
+                _carry(message.options, context)
+                sent = send(message, delay=delay, **options)
         finally:
-            _put_back(options, previous)
+            _put_back(message.options, previous)
         if attempt is not None:
             attempt.was_retried = True
         return sent
