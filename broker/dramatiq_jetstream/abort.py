@@ -119,11 +119,11 @@ class JetStreamBackend(EventBackend):
     def _listen(self) -> None:
         if self._process != os.getpid():
             self._forget()
-        with self._lock:
-            if self._listening:
-                return
-            self._listening = True
         try:
+            with self._lock:
+                if self._listening:
+                    return
+                self._listening = True
             self.bucket.connection.subscribe(announcements(self.bucket), self._receive)
             self.bucket.connection.on_reconnect(self._look_again)
         except BaseException:

@@ -2,7 +2,8 @@
 
 Every counter is one key, changed by compare-and-set only, so the server decides who was first. Keys carry
 their time to live on the server: what a killed process held comes free when that is over, with no one left
-to do it. Threads of one process take turns for a counter, so that only processes compete for it.
+to do it. Threads of one process take turns for a counter, so that only processes compete for it; no
+interrupt can leave a turn taken.
 
 A barrier that an actor reaches, as members of a group do, counts the message and not the call, because every message
 may run twice. Its counter and a key for the member are changed together or not at all, and the key says whether this
@@ -17,10 +18,11 @@ import hashlib
 import logging
 import os
 import random
-import threading
 import time
+from _thread import LockType, allocate_lock
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 from dramatiq.broker import Broker
 from dramatiq.rate_limits import RateLimiterBackend
@@ -37,7 +39,10 @@ __all__ = ["JetStreamBackend"]
 logger = logging.getLogger(__name__)
 
 #: How many counters may be changed at once in one process; others wait for their turn.
-TURNS = 64
+LINES = 64
+
+#: Seconds after which a waiting thread looks whether it is its turn, should it not have been told.
+LOOK_AGAIN = 0.1
 
 #: The longest pause, in seconds, after another process was first.
 LONGEST_PAUSE = 0.05
@@ -68,12 +73,13 @@ class JetStreamBackend(RateLimiterBackend):
     def _forget(self) -> None:
         """Start anew: at creation, and in the child of a fork, where nobody would give back a turn."""
         self._process = os.getpid()
-        self._turns = [threading.Lock() for _ in range(TURNS)]
+        self._lines = [_Line() for _ in range(LINES)]
 
     def add(self, key: str, value: int, ttl: int) -> bool:
         """Store a counter if there is none; returns whether there was none."""
         name = _name(key)
-        with self._turn(name):
+
+        def change(_: float) -> bool:
             if self.bucket.get(name) is not None:
                 return False
             try:
@@ -81,6 +87,8 @@ class JetStreamBackend(RateLimiterBackend):
             except RevisionConflict:
                 return False
             return True
+
+        return self._in_turn(name, change)
 
     def incr(self, key: str, amount: int, maximum: int, ttl: int) -> bool:
         """Add `amount`, unless that exceeds `maximum`; returns whether it was added."""
@@ -102,7 +110,8 @@ class JetStreamBackend(RateLimiterBackend):
         counter = _name(key)
         digest = hashlib.sha256(message.message_id.encode("utf-8", "surrogatepass")).hexdigest()
         member = f"{counter}.member.{digest[:32]}"
-        with self._turn(counter) as deadline:
+
+        def change(deadline: float) -> bool:
             for _ in self._attempts(key, deadline):
                 entry = self.bucket.get(counter)
                 if entry is not None:
@@ -122,7 +131,9 @@ class JetStreamBackend(RateLimiterBackend):
                 if entry is None:
                     logger.error("Barrier %r has expired or was never made: nothing waits for it.", key)
                     return False
-        raise AssertionError("unreachable: attempts end with an error")
+            raise AssertionError("unreachable: attempts end with an error")
+
+        return self._in_turn(counter, change)
 
     def _told(self, missing: bytes, member: str, message: JetStreamMessage, ttl: int) -> bool:
         """Whether a member is the last, by how many were missing after it; it is so until its work is done."""
@@ -140,7 +151,8 @@ class JetStreamBackend(RateLimiterBackend):
 
     def _change(self, key: str, amount: int, ttl: int, allowed: Callable[[int], bool]) -> bool:
         name = _name(key)
-        with self._turn(name) as deadline:
+
+        def change(deadline: float) -> bool:
             for _ in self._attempts(key, deadline):
                 entry = self.bucket.get(name)
                 value = amount + (0 if entry is None else int(entry.value))
@@ -152,7 +164,9 @@ class JetStreamBackend(RateLimiterBackend):
                     return True
                 except RevisionConflict:
                     continue
-        raise AssertionError("unreachable: attempts end with an error")
+            raise AssertionError("unreachable: attempts end with an error")
+
+        return self._in_turn(name, change)
 
     def incr_and_sum(
         self, key: str, keys: Callable[[], Iterable[str]], amount: int, maximum: int, ttl: int
@@ -163,7 +177,8 @@ class JetStreamBackend(RateLimiterBackend):
         """
         name = _name(key)
         group = _group([name, *map(_name, keys())])
-        with self._turn(group) as deadline:
+
+        def change(deadline: float) -> bool:
             for _ in self._attempts(key, deadline):
                 seen = self.bucket.snapshot(group)
                 counters = {other: int(entry.value) for other, entry in seen.entries.items()}
@@ -176,7 +191,9 @@ class JetStreamBackend(RateLimiterBackend):
                     return True
                 except RevisionConflict:
                     continue
-        raise AssertionError("unreachable: attempts end with an error")
+            raise AssertionError("unreachable: attempts end with an error")
+
+        return self._in_turn(group, change)
 
     def wait(self, key: str, timeout: int | None) -> bool:
         """Wait for `wait_notify`; returns whether it came, before or meanwhile.
@@ -205,22 +222,11 @@ class JetStreamBackend(RateLimiterBackend):
         if self._own:
             self.broker.close()
 
-    @contextmanager
-    def _turn(self, name: str) -> Iterator[float]:
-        """Wait for this thread's turn to change a counter; yields the time until which it may try."""
+    def _in_turn(self, name: str, change: Callable[[float], bool]) -> bool:
+        """Wait for this thread's turn to change a counter, and call `change` with the time until which it may try."""
         if self._process != os.getpid():
             self._forget()
-        seconds = self.bucket.connection.timeout / 1000
-        deadline = time.monotonic() + seconds
-        turn = self._turns[hash(name) % TURNS]
-        if not turn.acquire(timeout=seconds):
-            raise BrokerConnectionError(
-                f"Other threads of this process did not finish with {name!r} within {seconds * 1000:.0f} ms."
-            )
-        try:
-            yield deadline
-        finally:
-            turn.release()
+        return self._lines[hash(name) % LINES].serve(name, change, self.bucket.connection.timeout / 1000)
 
     def _attempts(self, key: str, deadline: float) -> Iterator[int]:
         """Yield until the deadline, with pauses in which another process may get through.
@@ -237,6 +243,42 @@ class JetStreamBackend(RateLimiterBackend):
                 )
             time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.001 * 2 ** min(attempt, 10))))
             attempt += 1
+
+
+class _Line:
+    """Threads that wait for their turn, first come, first served.
+
+    The first in the line has the turn: there is nothing to take and to give back. A thread stands in the line from the
+    first instruction of its `try` to the first of its `finally`, so an interrupt ends its turn whenever it strikes. If
+    that is before the next thread is told, that one looks for itself, `LOOK_AGAIN` seconds later at most.
+    """
+
+    def __init__(self) -> None:
+        self._bells: deque[LockType] = deque()
+
+    def serve(self, name: str, change: Callable[[float], bool], seconds: float) -> bool:
+        """Call `change` with a deadline in `seconds` from now when it is this thread's turn.
+
+        Raises:
+          BrokerConnectionError: When it was not by then.
+        """
+        deadline = time.monotonic() + seconds
+        bell = allocate_lock()
+        bell.acquire()
+        try:
+            self._bells.append(bell)
+            while self._bells[0] is not bell:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise BrokerConnectionError(
+                        f"Other threads of this process did not finish with {name!r} within {seconds * 1000:.0f} ms."
+                    )
+                bell.acquire(timeout=min(left, LOOK_AGAIN))
+            return change(deadline)
+        finally:
+            self._bells.remove(bell)
+            with suppress(IndexError, RuntimeError):  # the line is empty, or the next was told already
+                self._bells[0].release()
 
 
 def _name(key: str) -> str:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dramatiq.middleware import Interrupt, raise_thread_exception
 from dramatiq.rate_limits import Barrier, ConcurrentRateLimiter, WindowRateLimiter
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.errors import BrokerConnectionError
 from dramatiq_jetstream.jetstream.names import bucket_subject
-from dramatiq_jetstream.rate_limits import JetStreamBackend
+from dramatiq_jetstream.rate_limits import JetStreamBackend, _Line
 from dramatiq_jetstream.testing import NatsServer
 from dramatiq_jetstream.wire.connection import Publication
 from tests.broker.cables import DeafCable
@@ -344,3 +345,72 @@ def test_a_wide_window_works(backend: JetStreamBackend) -> None:
         assert first
     with limiter.acquire(raise_on_failure=False) as second:
         assert not second
+
+
+def test_no_interrupt_leaves_a_turn_taken() -> None:
+    """Threads that are interrupted a thousand times while they wait, change or leave: the line moves on."""
+    line = _Line()
+    struck = 0
+    over = threading.Event()
+
+    def take_turns() -> None:
+        nonlocal struck
+        while True:
+            try:
+                while not over.is_set():
+                    line.serve("key", lambda _: over.wait(0.0001), 5)
+                return
+            except Interrupt:
+                struck += 1
+
+    threads = [threading.Thread(target=take_turns) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for number in range(1_000):
+        assert threads[number % 4].ident is not None
+        raise_thread_exception(threads[number % 4].ident, Interrupt)
+        time.sleep(0.0002)
+    eventually(lambda: struck > 500)
+    over.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert line.serve("key", lambda _: True, 0.5)
+
+
+def test_a_thread_that_is_interrupted_while_it_waits_for_its_turn_gives_it_on(
+    backend: JetStreamBackend,
+) -> None:
+    """A time limit strikes a thread whose turn it has just become: the limiter goes on working."""
+    limiter = ConcurrentRateLimiter(backend, "partner", limit=10)
+    waiting, going_on = threading.Event(), threading.Event()
+    read = backend.bucket.get
+    outcome: list[type[BaseException] | None] = []
+
+    def slow(key: str) -> Any:
+        waiting.set()
+        going_on.wait(10)
+        return read(key)
+
+    def use() -> None:
+        try:
+            with limiter.acquire():
+                outcome.append(None)
+        except Interrupt as error:
+            outcome.append(type(error))
+
+    backend.bucket.get = slow  # type: ignore[method-assign]
+    first = threading.Thread(target=use)
+    first.start()
+    assert waiting.wait(10)
+    second = threading.Thread(target=use)
+    second.start()
+    eventually(lambda: any(len(line._bells) == 2 for line in backend._lines))
+    assert second.ident is not None
+    raise_thread_exception(second.ident, Interrupt)
+    going_on.set()
+    first.join(10)
+    second.join(10)
+    assert sorted(outcome, key=str) == [Interrupt, None]
+    with limiter.acquire():
+        pass

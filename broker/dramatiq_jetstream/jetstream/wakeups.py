@@ -68,12 +68,12 @@ class Wakeups:
         self._subscribe()
         event = threading.Event()
         wanted = list(keys)
-        with self._lock:
-            for key in wanted:
-                self._waiters.setdefault(key, set()).add(event)
-        # Once more: the subscription may have been given up just before this waiter was known.
-        self._subscribe()
         try:
+            with self._lock:
+                for key in wanted:
+                    self._waiters.setdefault(key, set()).add(event)
+            # Once more: the subscription may have been given up just before this waiter was known.
+            self._subscribe()
             yield event
         finally:
             with self._lock:
