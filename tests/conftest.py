@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dramatiq_jetstream.testing import NatsCluster, NatsServer
-from tests.support import skips
+from tests.support import fast, skips
 
 if TYPE_CHECKING:
     from dramatiq_jetstream import JetStreamBroker
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    fast.pytest_addoption(parser)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     skips.register(config)
+    fast.register(config)
 
 
 @pytest.fixture(scope="session")

@@ -5,4 +5,6 @@ from __future__ import annotations
 from .broker import JetStreamBroker
 from .sending.composition import group
 
-__all__ = ["JetStreamBroker", "group"]
+__all__ = ["JetStreamBroker", "__version__", "group"]
+
+__version__ = "0.1.0"

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from dramatiq.broker import Broker
 from dramatiq.composition import group as dramatiq_group
+from dramatiq.composition import pipeline
 from dramatiq.message import Message
 
 from dramatiq_jetstream.errors import InvalidOption
@@ -46,7 +48,17 @@ def _check_ids(members: Iterable[Any]) -> None:
 
 
 class group(dramatiq_group):  # noqa: N801 - the name that Dramatiq gives it
-    """A `dramatiq.group` that enqueues its messages together when its broker can, as a `JetStreamBroker` does."""
+    """A `dramatiq.group` that enqueues its messages together when its broker can, as a `JetStreamBroker` does.
+
+    Parameters:
+      children: Messages, pipelines and groups.
+      broker: None takes Dramatiq's global broker.
+    """
+
+    def __init__(
+        self, children: Iterable[Message[Any] | pipeline | dramatiq_group], *, broker: Broker | None = None
+    ) -> None:
+        super().__init__(children, broker=broker)  # type: ignore[no-untyped-call]
 
     def run(self, *, delay: int | None = None) -> group:
         """Enqueue all members.
