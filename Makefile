@@ -44,7 +44,7 @@ test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest --fast -q -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest --fast -q -n 0 $$($(BIN)/python -m tests.support.fast) $(ARGS)
 
 wheels: $(STAMP)
 	rm -rf dist

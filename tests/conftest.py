@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    fast.pytest_addoption(parser)
+    fast.add_option(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:

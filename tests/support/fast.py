@@ -1,7 +1,6 @@
-"""`pytest --fast` (`make test-fast`): only tests that need no server and start no process.
+"""`pytest --fast` (`make test-fast`): the tests that need no server and start no process, in seconds.
 
-A test that uses one of the fixtures below is left out, and so is a module with `pytestmark = pytest.mark.processes`.
-What is left may not start a process: it fails if it tries, so the selection stays honest.
+They are the modules below. What they run may not start a process: it fails if it tries, so the list stays honest.
 """
 
 from __future__ import annotations
@@ -11,41 +10,53 @@ from typing import Any
 
 import pytest
 
-__all__ = ["register"]
+__all__ = ["add_option", "register"]
 
-#: Fixtures that start a server, or processes.
-_STARTING = {
-    "nats_server",
-    "own_nats_server",
-    "nats_cluster",
-    "redis_url",
-    "rabbitmq_url",
-    "make_fleet",
-    "stack",
-    "browser",
+MODULES = {
+    "tests/benchmarks/test_report.py",
+    "tests/benchmarks/test_statistics.py",
+    "tests/benchmarks/test_tally.py",
+    "tests/broker/test_board.py",
+    "tests/broker/test_emission.py",
+    "tests/broker/test_envelope.py",
+    "tests/broker/test_ids.py",
+    "tests/broker/test_naming.py",
+    "tests/broker/test_protocol.py",
+    "tests/broker/test_rooms.py",
+    "tests/broker/test_settlements.py",
+    "tests/broker/test_time_limits.py",
+    "tests/instrumentation/test_instrumentor.py",
+    "tests/instrumentation/test_interruptions.py",
+    "tests/instrumentation/test_strikes.py",
+    "tests/tasks/test_logs.py",
+    "tests/tasks/test_outdated_reads.py",
+    "tests/tasks/test_parsing.py",
+    "tests/tasks/test_pricing.py",
+    "tests/test_workflows.py",
 }
 
 
 class _Fast:
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        left_out = [item for item in items if _starts(item)]
-        items[:] = [item for item in items if not _starts(item)]
+        left_out = [item for item in items if not _is_fast(item)]
+        items[:] = [item for item in items if _is_fast(item)]
         config.hook.pytest_deselected(items=left_out)
 
     @pytest.fixture(autouse=True)
     def _no_processes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*arguments: Any, **options: Any) -> None:
-            raise AssertionError("a fast test starts no process: mark its module with pytest.mark.processes")
+            raise AssertionError(
+                "a fast test starts no process: take its module off the list in tests/support/fast.py"
+            )
 
         monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
 
 
-def _starts(item: pytest.Item) -> bool:
-    fixtures = set(getattr(item, "fixturenames", ()))
-    return bool(fixtures & _STARTING) or item.get_closest_marker("processes") is not None
+def _is_fast(item: pytest.Item) -> bool:
+    return item.nodeid.partition("::")[0] in MODULES
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def add_option(parser: pytest.Parser) -> None:
     """Add `--fast`; called from the conftest at the root."""
     parser.addoption(
         "--fast", action="store_true", help="only tests that need no server and start no process"
@@ -54,8 +65,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def register(config: pytest.Config) -> None:
     """Leave out what is not fast, if that was asked for."""
-    config.addinivalue_line(
-        "markers", "processes: the tests of this module start processes or servers themselves"
-    )
     if config.getoption("--fast"):
         config.pluginmanager.register(_Fast(), "fast")
+
+
+if __name__ == "__main__":
+    print(*sorted(MODULES))

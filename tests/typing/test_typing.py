@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.processes
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 WRONG = {
