@@ -27,6 +27,7 @@ from .config import DUPLICATE_WINDOW, BrokerConfig, ConnectOptions
 from .dead_letters import DeadLetters
 from .errors import InvalidOption, TopologyMissing
 from .jetstream.declaring import Declarations
+from .jetstream.keeping import Keeper
 from .jetstream.names import HEADER_MSG_ID, Names, check_subject
 from .kv import Bucket
 from .queues import Queues, QueueStats
@@ -144,7 +145,10 @@ class JetStreamBroker(EmittingBroker):
             self.config, self.connection, self.declarations, self.dead_letters, self._event_streams
         )
         self.ledger = Ledger(self.connection)
-        self.sources = Sources(self.config, self.ledger.durables)
+        self.keeper = Keeper(self.connection)
+        self.sources = Sources(
+            self.config, self.connection, self.declarations, self.ledger.durables, self.keeper
+        )
         self._undertaker = JetStreamUndertaker(
             self.config,
             self.connection,
@@ -363,14 +367,12 @@ class JetStreamBroker(EmittingBroker):
         """
         if queue_name not in self.queues:
             raise QueueNotFound(queue_name)
-        # A new consumer may be needed because the queue disappeared.
-        self.declarations.ensure_queue(queue_name, again=True)
-        self.declarations.ensure_dead_letters()
+        self.keeper.do(self.names.dead_stream, "dead letters", self.declarations.ensure_dead_letters)
         consumer = JetStreamConsumer(
             self.connection,
             self.ledger,
             queue_name,
-            self.sources.of(queue_name),
+            self.sources,
             prefetch=max(1, prefetch),
             timeout=timeout,
             lookahead=queue_name not in self.config.max_in_flight and not QUEUE_PREFETCH,
@@ -477,6 +479,7 @@ class JetStreamBroker(EmittingBroker):
         self.declarations.ensure_queue(queue_name)
         deadline = None if timeout is None else time.monotonic() + timeout / 1000
         sources = self.sources.of(queue_name)
+        self.sources.declare(sources)
         while self.stored_queues.unfinished(queue_name, sources):
             if deadline is not None and time.monotonic() >= deadline:
                 raise QueueJoinTimeout(queue_name)

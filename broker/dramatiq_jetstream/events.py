@@ -269,9 +269,9 @@ class Events(Middleware):
     def _source(self, broker: JetStreamBroker, actor_name: str) -> Source:
         actor, wanted = self._subscriptions[actor_name]
         config = self._durable(broker, actor_name, wanted)
-        self._ensured = False  # a new consumer may be needed because the stream disappeared
-        self.ensure(broker)
-        if broker.config.declare:
+
+        def declare() -> None:
+            topology.ensure_stream(broker.connection, self.config(broker))
             self._ensure_durable(broker, config)
 
         def decode(delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:
@@ -283,6 +283,7 @@ class Events(Middleware):
             queue=actor.queue_name,
             durable=broker.sources.durable(self.stream, config.name),
             rank=broker.config.max_priority or 0,
+            declare=declare,
             decode=decode,
             actor=actor_name,
             takes=functools.partial(covers, wanted.subject),

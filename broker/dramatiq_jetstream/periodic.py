@@ -21,10 +21,10 @@ import importlib.util
 import json
 import logging
 import sys
-import threading
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import dramatiq
@@ -63,9 +63,6 @@ logger = logging.getLogger(__name__)
 
 #: Where the last tick of each schedule is noted, for people.
 BUCKET = "ticks"
-
-#: Seconds between two tries to store the schedules when NATS cannot be reached at boot.
-RETRY = 2.0
 
 
 class InvalidSchedule(InvalidOption, MiddlewareError):
@@ -110,29 +107,13 @@ class Periodic(Middleware):
         return _reconcile(broker, Changes.ALL if update else Changes.NONE)
 
     def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
-        """Bring the schedules in line, now or as soon as NATS can be reached."""
+        """Bring the schedules of each queue in line, and again when its stream begins a new life."""
         if not isinstance(broker, JetStreamBroker) or not broker.config.declare:
             return
-        try:
-            _reconcile(broker, Changes.FORWARD)
-        except BrokerConnectionError as error:
-            logger.warning("The schedules of periodic actors could not be stored yet: %s", error)
-            threading.Thread(target=self._keep_trying, args=(broker,), daemon=True).start()
-        except BrokerError as error:
-            logger.error("Not all schedules of periodic actors could be stored: %s", error)
-
-    def _keep_trying(self, broker: JetStreamBroker) -> None:
-        pause = threading.Event()
-        while not pause.wait(RETRY):
-            try:
-                _reconcile(broker, Changes.FORWARD)
-                return
-            except BrokerConnectionError:
-                if broker.connection.is_closed:
-                    return
-            except BrokerError as error:
-                logger.error("Not all schedules of periodic actors could be stored: %s", error)
-                return
+        for queue in sorted(broker.queues):
+            stream = broker.names.queue_stream(queue)
+            broker.keeper.do(stream, f"schedules of {stream}", partial(_keep_schedules, broker, queue))
+        broker.keeper.on_renewed("schedules", partial(_restore_schedules, broker))
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         if not isinstance(message, JetStreamMessage) or not isinstance(broker, JetStreamBroker):
@@ -218,12 +199,16 @@ def _leave_alone(name: str) -> None:
     )
 
 
-def _remove_moved(broker: JetStreamBroker, queue: str, changes: Changes, barred: set[str]) -> dict[str, str]:
-    """Remove the schedules of actors that are on another queue now."""
+def _remove_moved(
+    broker: JetStreamBroker, queue: str, changes: Changes, barred: set[str], *, to: str | None = None
+) -> dict[str, str]:
+    """Remove the schedules of actors that are on another queue now, or on the queue `to`."""
     outcome: dict[str, str] = {}
     for name in _scheduled(broker, queue):
         actor = broker.actors.get(name)
-        if actor is not None and actor.queue_name != queue and name not in barred:
+        if actor is None or name in barred or to not in (None, actor.queue_name):
+            continue
+        if actor.queue_name != queue:
             removed = changes is not Changes.NONE and remove_schedule(broker, queue, name)
             outcome[f"schedule {name} of {queue}"] = "removed" if removed else "differs"
     return outcome
@@ -233,6 +218,20 @@ def _declared(actor: Actor[Any, Any]) -> str:
     """When an actor is due, as text; empty when it is not periodic."""
     expression = expression_of(actor)
     return "" if expression is None else f"{expression.schedule} {expression.zone or ''}".rstrip()
+
+
+def _keep_schedules(broker: JetStreamBroker, queue: str) -> None:
+    """Bring the schedules of a queue's actors in line, at boot or when its stream begins a new life."""
+    barred: set[str] = set()
+    _reconcile_queue(broker, queue, Changes.FORWARD, barred)
+    for other in sorted(broker.queues - {queue}):
+        _remove_moved(broker, other, Changes.FORWARD, barred, to=queue)
+
+
+def _restore_schedules(broker: JetStreamBroker, stream: str) -> None:
+    queue = broker.names.queue_of_stream(stream)
+    if queue in broker.queues:
+        _keep_schedules(broker, queue)
 
 
 def _scheduled(broker: JetStreamBroker, queue: str) -> list[str]:

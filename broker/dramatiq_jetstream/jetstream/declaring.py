@@ -59,6 +59,11 @@ class Declarations:
                 topology.ensure_consumer(self._connection, consumer)
         self._ensured.add(queue_name)
 
+    def ensure_worker(self, queue_name: str, priority: int | None) -> None:
+        """Make a queue's stream and one of its consumers if they are missing."""
+        topology.ensure_stream(self._connection, self._queue(queue_name))
+        topology.ensure_consumer(self._connection, self._consumer(queue_name, priority))
+
     def ensure_dead_letters(self, again: bool = False) -> None:
         """Make the stream of dead letters; `again` when it may have disappeared."""
         stream = self._config.names.dead_stream
@@ -94,14 +99,14 @@ class Declarations:
         return topology.queue(self._config.names, queue_name, storage=self._config.storage)
 
     def _consumers(self, queue_name: str) -> list[ConsumerConfig]:
-        return [
-            topology.worker(
-                self._config.names,
-                queue_name,
-                priority=priority,
-                ack_wait=self._config.ack_wait,
-                max_in_flight=self._config.max_in_flight.get(queue_name),
-                replicas=self._config.replicas,
-            )
-            for priority in self._config.priorities
-        ]
+        return [self._consumer(queue_name, priority) for priority in self._config.priorities]
+
+    def _consumer(self, queue_name: str, priority: int | None) -> ConsumerConfig:
+        return topology.worker(
+            self._config.names,
+            queue_name,
+            priority=priority,
+            ack_wait=self._config.ack_wait,
+            max_in_flight=self._config.max_in_flight.get(queue_name),
+            replicas=self._config.replicas,
+        )

@@ -415,7 +415,7 @@ def ensure_consumer(connection: Connection, config: ConsumerConfig, *, update: b
         existing = connection.api(f"CONSUMER.INFO.{config.stream}.{config.name}")["config"]
     except NotFound:
         try:
-            return _judge(config, _put_consumer(connection, config, wanted, "create"), "created")
+            return _judge(config, _create_consumer(connection, config, patient=update), "created")
         except ApiError as error:
             if error.err_code not in CONSUMER_EXISTS:  # another process was first, with other settings
                 raise
@@ -427,8 +427,23 @@ def ensure_consumer(connection: Connection, config: ConsumerConfig, *, update: b
     return _judge(config, existing, "unchanged")
 
 
-def _put_consumer(connection: Connection, config: ConsumerConfig, wanted: Json, action: str) -> Json:
-    deadline = time.monotonic() + SCALING / 1000
+def _create_consumer(connection: Connection, config: ConsumerConfig, *, patient: bool) -> Json:
+    """Create a consumer; while its stream is on fewer servers, on as many as that unless `patient`."""
+    wanted = config.to_json()
+    if not patient:
+        try:
+            return _put_consumer(connection, config, wanted, "create", patience=0)
+        except ApiError as error:
+            if error.err_code != REPLICAS_EXCEED_STREAM:
+                raise
+        wanted["num_replicas"] = 0
+    return _put_consumer(connection, config, wanted, "create")
+
+
+def _put_consumer(
+    connection: Connection, config: ConsumerConfig, wanted: Json, action: str, *, patience: int = SCALING
+) -> Json:
+    deadline = time.monotonic() + patience / 1000
     while True:
         try:
             answer = connection.api(

@@ -26,18 +26,19 @@ from typing import Any, Protocol
 
 from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.common import current_millis
-from dramatiq.errors import ActorNotFound, BrokerError, ConnectionClosed, DecodeError
+from dramatiq.errors import ActorNotFound, DecodeError
 from dramatiq.message import Message
 
 from dramatiq_jetstream import dead_letters
-from dramatiq_jetstream.errors import ApiError, BrokerConnectionError, MessageTooLarge, NotFound
+from dramatiq_jetstream.errors import ApiError, BrokerConnectionError, MessageTooLarge
 from dramatiq_jetstream.wire.connection import Connection
 from dramatiq_jetstream.wire.handover import Handover
 
-from .delivery import Delivery, Source
+from .delivery import Delivery
 from .ledger import Ledger
 from .pulling import Puller
 from .settlements import ACK
+from .sources import Sources
 
 __all__ = ["JetStreamConsumer", "JetStreamMessage", "Undertaker"]
 
@@ -134,7 +135,7 @@ class JetStreamConsumer(Consumer):
         connection: Connection,
         ledger: Ledger,
         queue_name: str,
-        sources: list[Source],
+        sources: Sources,
         *,
         prefetch: int,
         timeout: int,
@@ -153,22 +154,25 @@ class JetStreamConsumer(Consumer):
         self.undertaker = undertaker
         self.give_back = give_back
         self.stopping = False
-        self._handover: Handover[list[Delivery] | Source] = Handover()
+        self._handover: Handover[list[Delivery]] = Handover()
         self._ready: list[tuple[int, int, Delivery]] = []  # the consumer thread's own
         self._order = itertools.count()
         self._handed = 0  # counted by the consumer thread
         self._returned = 0  # counted by the loop thread
         self._waits_for_room = False
         self._has_surplus = False
+        self._sources = sources
+        self._opened = sources.of(queue_name)
         self._puller = Puller(
             connection,
             ledger,
-            sources,
+            self._opened,
             prefetch=prefetch,
             lookahead=lookahead,
             deliver=self._handover.put,
             surplus=self._surplus,
         )
+        sources.open(self._opened)
 
     # For Dramatiq's threads
 
@@ -192,24 +196,10 @@ class JetStreamConsumer(Consumer):
                 arrived = self._handover.get(timeout=max(0.0, deadline - time.monotonic()))
             except Empty:
                 return None
-            if isinstance(arrived, Source):
-                self._check(arrived)
-                continue
             for delivery in arrived:
                 heappush(self._ready, (delivery.source.rank, next(self._order), delivery))
         self._empty(min(self.timeout, 0.1))
         return None
-
-    def _check(self, source: Source) -> None:
-        """Whether a source that refuses us exists; a stream without a leader refuses for a while, too."""
-        try:
-            self.connection.api(f"CONSUMER.INFO.{source.stream}.{source.durable.name}", timeout=2_000)
-        except NotFound:
-            raise ConnectionClosed(
-                f"There is no consumer {source}: prepare it with `fleet setup`, or let the broker declare it."
-            ) from None
-        except BrokerError as error:
-            self.logger.warning("The consumer %s does not answer now: %s", source, error)
 
     def _hand_over(self, delivery: Delivery) -> JetStreamMessage | None:
         self._handed += 1
@@ -338,6 +328,7 @@ class JetStreamConsumer(Consumer):
     def stop_pulling(self) -> None:
         """Ask for nothing more; the consumer thread gives back what was not handed over, at once."""
         self.stopping = True
+        self._sources.close(self._opened)
         self._puller.stop()
         self._handover.put([])
 
@@ -357,6 +348,5 @@ class JetStreamConsumer(Consumer):
                 arrived = self._handover.get(timeout=timeout)
             except Empty:
                 return
-            if isinstance(arrived, list):
-                for delivery in arrived:
-                    self.undertaker.hand_back(delivery)
+            for delivery in arrived:
+                self.undertaker.hand_back(delivery)

@@ -29,16 +29,22 @@ class Owner(Protocol):
 
 @dataclass(eq=False)
 class Source:
-    """Where messages of a queue come from; `rank` 0 is asked first.
+    """Where messages of a queue come from.
 
-    `decode` makes the Dramatiq message and, for an event, the arguments that its actor receives; it raises
-    `DecodeError` for bytes that are not a message. `takes` says whether this version of the program wants a subject:
-    another version may have set up the consumer since.
+    Attributes:
+      rank: 0 is asked first.
+      declare: Makes the stream and the consumer if they are missing, and compares them if they are not; it waits for
+        the server and raises what is wrong.
+      decode: Makes the Dramatiq message and, for an event, the arguments that its actor receives; it raises
+        `DecodeError` for bytes that are not a message.
+      actor: The subscribed actor, for a source of events.
+      takes: Whether this version of the program wants a subject: another version may have set up the consumer since.
     """
 
     queue: str
     durable: Durable
     rank: int
+    declare: Callable[[], object]
     decode: Callable[[Delivery], tuple[Message[Any], tuple[Any, ...] | None]]
     actor: str | None = None
     takes: Callable[[str], bool] = lambda _: True

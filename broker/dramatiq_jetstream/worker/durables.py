@@ -169,7 +169,7 @@ class Durables:
         """Keep a durable certain from now on; ask about it if it is not, also when it was missing."""
         if not durable._wanted or durable.missing:
             durable._wanted, durable.missing = True, False
-            durable._since, durable._next = time.monotonic(), 0.0
+            durable._since = time.monotonic()
         if not durable.certain:
             self._ask(durable)
 

@@ -81,7 +81,7 @@ class Puller:
     Parameters:
       prefetch: How many messages may be here at once, those that are worked on included.
       lookahead: Whether more may come while messages are short.
-      deliver: Gets what arrived in one turn of the loop, or a source that may not exist.
+      deliver: Gets what arrived in one turn of the loop.
       surplus: Called when more is in hand than can be worked off soon.
     """
 
@@ -93,7 +93,7 @@ class Puller:
         *,
         prefetch: int,
         lookahead: bool,
-        deliver: Callable[[list[Delivery] | Source], None],
+        deliver: Callable[[list[Delivery]], None],
         surplus: Callable[[], None],
     ) -> None:
         self._connection = connection
@@ -119,8 +119,7 @@ class Puller:
         connection.on_tick(self._tick)
         connection.on_fork(self._forsake)
         ledger.durables.on_certain(self._certain)
-        ledger.durables.on_missing(self._missing)
-        connection.post(self._begin)
+        connection.post(self._replenish)
 
     # From any thread
 
@@ -140,7 +139,6 @@ class Puller:
         """Want nothing any more; also in the child of a fork, where these are the parent's messages."""
         self._stopping = True
         self._ledger.durables.forget(self._certain)
-        self._ledger.durables.forget(self._missing)
         self._connection.forget(self._tick)
         for feed in self._feeds:
             if feed.subscription is not None:
@@ -275,11 +273,6 @@ class Puller:
             f"{feed.inbox}.{pull.number}",
         )
 
-    def _begin(self) -> None:
-        for feed in self._feeds:
-            self._ledger.durables.begin(feed.source.durable)
-        self._replenish()
-
     def _certain(self, durable: Durable, same: bool) -> None:
         """Requests do not survive what put the durable in doubt."""
         for feed in self._feeds:
@@ -287,12 +280,6 @@ class Puller:
                 feed.pulls.clear()
                 feed.drained = False
                 self._replenish()
-
-    def _missing(self, durable: Durable) -> None:
-        for feed in self._feeds:
-            if feed.source.durable is durable:
-                feed.pulls.clear()
-                self._deliver(feed.source)
 
     def _tick(self) -> None:
         now = time.monotonic()

@@ -1,5 +1,10 @@
 """The sources of a queue: its own stream, one for each priority, and the subscriptions of its actors.
 
+Every source stands alone: it is declared, read, retried and reported by itself, so that one that cannot be read stops
+no other one, neither at boot nor later. One whose consumer or stream disappears is declared again, and when its stream
+begins a new life, what else was kept there is put back (see `keeping`). A broker that may not declare waits until what
+is missing is there.
+
 What a queue's stream delivers is decoded here: ticks of schedules become messages of their own, and a message that
 carries an event gets the decoded event as its actor's argument.
 """
@@ -7,15 +12,20 @@ carries an event gets the decoded event as its actor's argument.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from dramatiq.errors import DecodeError
 from dramatiq.message import Message
 
 from dramatiq_jetstream.config import BrokerConfig
+from dramatiq_jetstream.errors import NotFound, PermissionDenied, TopologyMissing
+from dramatiq_jetstream.jetstream.declaring import Declarations
+from dramatiq_jetstream.jetstream.keeping import Keeper
 from dramatiq_jetstream.jetstream.names import HEADER_TICK
 from dramatiq_jetstream.sending.envelope import Event, checked, decode, event_of
+from dramatiq_jetstream.wire.connection import Connection
 
 from .delivery import Delivery, Source
 from .durables import Durable, Durables
@@ -26,11 +36,26 @@ __all__ = ["Sources"]
 class Sources:
     """Where the messages of each queue come from."""
 
-    def __init__(self, config: BrokerConfig, durables: Durables) -> None:
+    def __init__(
+        self,
+        config: BrokerConfig,
+        connection: Connection,
+        declarations: Declarations,
+        durables: Durables,
+        keeper: Keeper,
+    ) -> None:
         self._config = config
+        self._connection = connection
+        self._declarations = declarations
         self._durables = durables
+        self._keeper = keeper
+        self._open: dict[str, list[Source]] = {}
+        self._seen: set[str] = set()
         self._subscriptions: dict[str, dict[str, Callable[[], Source]]] = {}
         self._decoders: dict[str, Callable[[Event], Any]] = {}
+        durables.on_missing(self._missing)
+        durables.on_certain(self._certain)
+        connection.on_fork(self._open.clear)
 
     def subscribe(
         self,
@@ -42,7 +67,7 @@ class Sources:
         """Add the subscription of an actor.
 
         Parameters:
-          make: Declares the subscription's consumer and returns it as a source.
+          make: Returns the subscription as a source.
           decoder: Makes what the actor receives of an event.
         """
         self._subscriptions.setdefault(queue_name, {})[actor_name] = make
@@ -54,8 +79,60 @@ class Sources:
         own = []
         for rank, priority in enumerate(self._config.priorities):
             durable = self.durable(stream, self._config.names.worker_durable(priority))
-            own.append(Source(queue=queue_name, durable=durable, rank=rank, decode=self._decode))
+            declare = partial(self._declarations.ensure_worker, queue_name, priority)
+            own.append(Source(queue_name, durable, rank, declare, self._decode))
         return own + [make() for make in self._subscriptions.get(queue_name, {}).values()]
+
+    def open(self, sources: Iterable[Source]) -> None:
+        """Declare sources and keep them readable until they are closed; returns at once."""
+        for source in sources:
+            self._open.setdefault(source.durable.label, []).append(source)
+            self._keep(source)
+
+    def close(self, sources: Iterable[Source]) -> None:
+        """Keep sources no longer."""
+        for source in sources:
+            opened = self._open.get(source.durable.label, [])
+            if source in opened:
+                opened.remove(source)
+
+    def declare(self, sources: Iterable[Source]) -> None:
+        """Declare sources now, if the broker may."""
+        if self._config.declare:
+            for source in sources:
+                source.declare()
+
+    def _keep(self, source: Source) -> None:
+        self._keeper.do(source.stream, f"consumer {source}", partial(self._make_readable, source))
+
+    def _make_readable(self, source: Source) -> None:
+        if not self._open.get(source.durable.label):
+            return
+        if self._config.declare:
+            source.declare()
+        else:
+            self._check(source)
+        self._connection.post(self._durables.begin, source.durable)
+
+    def _check(self, source: Source) -> None:
+        """See whether a source exists that we may not declare; without the permission to ask, fetching will tell."""
+        try:
+            self._connection.api(f"CONSUMER.INFO.{source.stream}.{source.durable.name}")
+        except NotFound:
+            raise TopologyMissing(
+                f"There is no consumer {source}: prepare it with `fleet setup`, or let the broker declare it."
+            ) from None
+        except PermissionDenied:
+            return
+
+    def _missing(self, durable: Durable) -> None:
+        for source in self._open.get(durable.label, [])[:1]:
+            self._keep(source)
+
+    def _certain(self, durable: Durable, same: bool) -> None:
+        if not same and durable.label in self._seen:
+            self._keeper.renewed(durable.stream)
+        self._seen.add(durable.label)
 
     def durable(self, stream: str, name: str) -> Durable:
         """A durable of a stream, as this process knows it."""
