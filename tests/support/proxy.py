@@ -28,6 +28,8 @@ class Proxy:
         self.url = f"{parts.scheme}://127.0.0.1:{self._listener.getsockname()[1]}"
         self.deaf = self.mute = self.down = False
         self.dropped = b""
+        self._flowing = threading.Event()
+        self._flowing.set()
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._stranded: set[tuple[socket.socket, socket.socket]] = set()
         self._lock = threading.Lock()
@@ -50,6 +52,13 @@ class Proxy:
         with self._lock:
             self._stranded |= self._pairs
 
+    def hold(self) -> None:
+        """Read nothing and pass nothing on until `release`, so that what is written fills up the buffers."""
+        self._flowing.clear()
+
+    def release(self) -> None:
+        self._flowing.set()
+
     def say(self, words: bytes) -> None:
         """Say something to every client in the server's name."""
         with self._lock:
@@ -68,6 +77,7 @@ class Proxy:
         self.deaf = self.mute = self.down = False
 
     def close(self) -> None:
+        self.release()
         # Closing alone would not wake the thread that accepts.
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -113,7 +123,8 @@ class Proxy:
     ) -> None:
         from_server = source is pair[1]
         try:
-            while data := source.recv(65536):
+            while self._flowing.wait() and (data := source.recv(65536)):
+                self._flowing.wait()
                 if pair in self._stranded:
                     continue
                 if self.deaf if from_server else self.mute:

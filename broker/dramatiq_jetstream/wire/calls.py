@@ -131,8 +131,7 @@ class Call:
 
     def stuck(self) -> bool:
         """Whether no byte of what was sent last has reached the socket."""
-        client = self.client
-        return client is not None and client.open and client.taken <= self.offset
+        return self.client is not None and self.client.taken <= self.offset
 
     def error(self, where: str, reason: str) -> BrokerConnectionError:
         """The error for a call whose time is up."""

@@ -48,6 +48,7 @@ class Client(asyncio.Protocol):
         self.paused = False
         self.heard = False  # whether anything arrived since the last look
         self.handed = 0  # bytes given to the transport
+        self._taken: int | None = None  # how many the socket had taken when the connection was cut
         self.reason: str | None = None
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._protocol = Protocol()
@@ -93,6 +94,8 @@ class Client(asyncio.Protocol):
     @property
     def taken(self) -> int:
         """How many of the bytes handed over the socket has taken; with TLS perhaps somewhat less."""
+        if self._taken is not None:
+            return self._taken
         try:
             return self.handed - cast(int, self.transport.get_write_buffer_size())
         except (OSError, RuntimeError, AttributeError):
@@ -102,6 +105,7 @@ class Client(asyncio.Protocol):
         """Cut the connection at once, without waiting for a peer that may never take what is buffered."""
         self._end(reason)
         if self.transport is not None:
+            self._taken = self.taken
             self.transport.abort()
 
     def close(self) -> None:
