@@ -126,11 +126,20 @@ class Product:
     stock: int
 
 
-class InvalidOrder(ValueError):
-    """The request breaks a rule: `field` says where (`items[2].quantity`), `problem` in one sentence what."""
+@dataclass(frozen=True, slots=True)
+class Flaw:
+    """One thing that is wrong with a request: where (`items[2].quantity`), and in one sentence what."""
 
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {problem}" if field else problem)
+    field: str
+    problem: str
+
+
+class InvalidOrder(ValueError):
+    """The request breaks rules: `flaws` are all that were found, `field` and `problem` the first of them."""
+
+    def __init__(self, field: str, problem: str, *others: Flaw) -> None:
+        self.flaws = (Flaw(field, problem), *others)
+        super().__init__("; ".join(f"{one.field}: {one.problem}" for one in self.flaws))
         self.field = field
         self.problem = problem
 

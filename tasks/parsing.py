@@ -1,4 +1,4 @@
-"""Reads an order out of a request's body, JSON or protobuf, and names what is wrong with it.
+"""Reads an order out of a request's body, JSON or protobuf, and names everything that is wrong with it.
 
 What is stated in an event about prices and totals is checked here as well, so that a client is told at once
 what the saga would reject later.
@@ -7,7 +7,8 @@ what the saga would reject later.
 from __future__ import annotations
 
 import json
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -16,16 +17,34 @@ from orders.v1.events_pb2 import OrderCreated
 from . import money
 from .catalogue import CATALOGUE, CURRENCY
 from .events import usable_order_id
-from .model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TOKEN_LENGTH, InvalidOrder, Item, OrderRequest
+from .model import (
+    MAX_ID_LENGTH,
+    MAX_ITEMS,
+    MAX_QUANTITY,
+    MAX_TOKEN_LENGTH,
+    Flaw,
+    InvalidOrder,
+    Item,
+    OrderRequest,
+)
+from .text import flaw_of, normalised, shown
 
 MAX_BODY = 1_000_000
+
+#: How many flaws of one request are named.
+MAX_FLAWS = 20
+
+# Stands for an item that cannot be read.
+_NO_ITEM = Item("", 0)
+
+T = TypeVar("T")
 
 
 def parse_order_json(body: bytes) -> OrderRequest:
     """Read `{"customer_id", "items": [{"sku", "quantity"}], "payment_token"?}`; other members are ignored.
 
     Raises:
-      InvalidOrder: With the field that is wrong, or "body" when it is not JSON.
+      InvalidOrder: With every field that is wrong, or "body" when it is not JSON.
     """
     _check_size(body)
     try:
@@ -41,22 +60,25 @@ def parse_order_json(body: bytes) -> OrderRequest:
         raise InvalidOrder("body", f"has a number that cannot be read: {str(error)[:100]}.") from None
     if not isinstance(data, dict):
         raise InvalidOrder("body", "must be a JSON object with customer_id and items.")
+    flaws = _Flaws()
+    customer_id = flaws.of(check_customer_id, data.get("customer_id"))
     items = data.get("items")
+    read: list[Item] = []
     if not isinstance(items, list):
-        raise InvalidOrder("items", "must be an array of items.")
-    _check_count(items)
-    return OrderRequest(
-        customer_id=check_customer_id(data.get("customer_id")),
-        items=_check_pieces([_json_item(f"items[{position}]", item) for position, item in enumerate(items)]),
-        payment_token=_check_token(data.get("payment_token")),
-    )
+        flaws.add("items", "must be an array of items.")
+    elif flaws.of(_check_count, items) is not None:
+        read = [_json_item(flaws, f"items[{position}]", item) for position, item in enumerate(items)]
+    token = flaws.of(_check_token, data.get("payment_token"))
+    flaws.of(_check_pieces, read)
+    flaws.check()
+    return OrderRequest(customer_id or "", read, token)
 
 
 def parse_order_protobuf(body: bytes) -> OrderRequest:
     """Read an OrderCreated message; its order id may be empty, its prices and totals may be left out.
 
     Raises:
-      InvalidOrder: With the field that is wrong, or "body" when it is not such a message.
+      InvalidOrder: With every field that is wrong, or "body" when it is not such a message.
     """
     _check_size(body)
     try:
@@ -65,72 +87,93 @@ def parse_order_protobuf(body: bytes) -> OrderRequest:
         raise InvalidOrder("body", "is not an orders.v1.OrderCreated message.") from None
     if not event.ListFields():
         raise InvalidOrder("body", "has none of the fields of an orders.v1.OrderCreated message.")
+    flaws = _Flaws()
     if event.order_id and not usable_order_id(event.order_id):
-        raise InvalidOrder("order_id", f"must be 1 to {MAX_ID_LENGTH} letters, digits, '-', '_', '.' or '~'.")
-    _check_count(event.items)
-    request = OrderRequest(
-        customer_id=check_customer_id(event.customer_id),
-        items=_check_pieces(
-            [
-                Item(
-                    _check_sku(f"items[{position}].sku", item.sku),
-                    _check_quantity(f"items[{position}].quantity", item.quantity),
-                )
-                for position, item in enumerate(event.items)
-            ]
-        ),
-        payment_token=_check_token(event.payment_token or None),
-        order_id=event.order_id or None,
-    )
-    _check_prices(event)
-    return request
+        flaws.add("order_id", f"must be 1 to {MAX_ID_LENGTH} letters, digits, '-', '_', '.' or '~'.")
+    customer_id = flaws.of(check_customer_id, event.customer_id)
+    items: list[Item] = []
+    if flaws.of(_check_count, event.items) is not None:
+        items = [
+            _item(flaws, f"items[{position}]", item.sku, item.quantity)
+            for position, item in enumerate(event.items)
+        ]
+    token = flaws.of(_check_token, event.payment_token or None)
+    flaws.of(_check_pieces, items)
+    if not flaws:
+        _check_prices(flaws, event)
+    flaws.check()
+    return OrderRequest(customer_id or "", items, token, event.order_id or None)
+
+
+class _Flaws:
+    """What is wrong with one request, so that a client learns all of it at once."""
+
+    def __init__(self) -> None:
+        self._found: list[Flaw] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def add(self, field: str, problem: str) -> None:
+        if len(self._found) < MAX_FLAWS:
+            self._found.append(Flaw(field, problem))
+
+    def of(self, check: Callable[[Any], T], value: object) -> T | None:
+        """Return what a check makes of a value, None when it refuses it, which is noted."""
+        try:
+            return check(value)
+        except InvalidOrder as refusal:
+            self.add(refusal.field, refusal.problem)
+            return None
+
+    def check(self) -> None:
+        """Raise what was found."""
+        if self._found:
+            first, *others = self._found
+            raise InvalidOrder(first.field, first.problem, *others)
 
 
 def check_customer_id(value: object) -> str:
     """Return the value if it can name a customer."""
-    if not isinstance(value, str) or not value.strip() or len(value) > MAX_ID_LENGTH:
-        raise InvalidOrder("customer_id", f"must be text of 1 to {MAX_ID_LENGTH} characters.")
-    if not value.isprintable():
-        raise InvalidOrder("customer_id", "must not have control characters or line breaks.")
-    return value
+    name = normalised(value, MAX_ID_LENGTH) if isinstance(value, str) else ""
+    flaw = flaw_of(name, MAX_ID_LENGTH)
+    if flaw is not None:
+        raise InvalidOrder("customer_id", flaw)
+    return name
 
 
-def _json_item(field: str, item: object) -> Item:
+def _json_item(flaws: _Flaws, field: str, item: object) -> Item:
     if not isinstance(item, dict):
-        raise InvalidOrder(field, 'must be an object such as {"sku": "MUG-01", "quantity": 2}.')
-    return Item(
-        _check_sku(f"{field}.sku", item.get("sku")),
-        _check_quantity(f"{field}.quantity", item.get("quantity")),
-    )
+        flaws.add(field, 'must be an object such as {"sku": "MUG-01", "quantity": 2}.')
+        return _NO_ITEM
+    return _item(flaws, field, item.get("sku"), item.get("quantity"))
 
 
-def _check_sku(field: str, value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise InvalidOrder(field, "must be the sku of a product, as text.")
-    if value not in CATALOGUE:
-        shown = value if len(value) <= MAX_ID_LENGTH else f"{value[:MAX_ID_LENGTH]}…"
-        raise InvalidOrder(field, f"names no product: there is no {shown!r} in the catalogue.")
-    return value
-
-
-def _check_quantity(field: str, value: object) -> int:
+def _item(flaws: _Flaws, field: str, sku: object, quantity: object) -> Item:
+    if not isinstance(sku, str) or not sku:
+        flaws.add(f"{field}.sku", "must be the sku of a product, as text.")
+    elif sku not in CATALOGUE:
+        name = shown(sku, MAX_ID_LENGTH)
+        flaws.add(f"{field}.sku", f"names no product: there is no {name!r} in the catalogue.")
     # JSON's true is an int to Python.
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_QUANTITY:
-        raise InvalidOrder(field, f"must be a whole number from 1 to {MAX_QUANTITY}.")
-    return value
+    if isinstance(quantity, bool) or not isinstance(quantity, int) or not 1 <= quantity <= MAX_QUANTITY:
+        flaws.add(f"{field}.quantity", f"must be a whole number from 1 to {MAX_QUANTITY}.")
+        return _NO_ITEM
+    return Item(str(sku), quantity)
 
 
 def _check_pieces(items: list[Item]) -> list[Item]:
-    """Return the items if they are not more pieces than one order may take, over all its lines."""
+    """Return the items that can be counted if they are not more pieces than one order may take, over all its lines."""
     pieces = sum(item.quantity for item in items)
     if pieces > MAX_QUANTITY:
         raise InvalidOrder("items", f"must have {MAX_QUANTITY} pieces at most over all lines, not {pieces}.")
     return items
 
 
-def _check_count(items: Any) -> None:
+def _check_count(items: Any) -> Any:
     if not 1 <= len(items) <= MAX_ITEMS:
         raise InvalidOrder("items", f"must have 1 to {MAX_ITEMS} items, not {len(items)}.")
+    return items
 
 
 def _check_token(value: object) -> str | None:
@@ -143,24 +186,22 @@ def _check_token(value: object) -> str | None:
     return value
 
 
-def _check_prices(event: OrderCreated) -> None:
+def _check_prices(flaws: _Flaws, event: OrderCreated) -> None:
     total = 0
     for position, item in enumerate(event.items):
         price = CATALOGUE[item.sku].unit_price
         if item.unit_price_minor not in (0, price):
-            raise InvalidOrder(
+            flaws.add(
                 f"items[{position}].unit_price_minor", f"is not the catalogue's price, which is {price}."
             )
         total += price * item.quantity
     # Both are 0 when the client left them out.
     if event.total_amount != 0 and money.from_float(event.total_amount, CURRENCY) != total:
-        raise InvalidOrder(
-            "total_amount", f"is not what the items add up to: {money.to_text(total, CURRENCY)}."
-        )
+        flaws.add("total_amount", f"is not what the items add up to: {money.to_text(total, CURRENCY)}.")
     if event.total_minor not in (0, total):
-        raise InvalidOrder("total_minor", f"is not what the items add up to: {total}.")
+        flaws.add("total_minor", f"is not what the items add up to: {total}.")
     if event.currency not in ("", CURRENCY):
-        raise InvalidOrder("currency", f"must be {CURRENCY} or left out.")
+        flaws.add("currency", f"must be {CURRENCY} or left out.")
 
 
 def _check_size(body: bytes) -> None:

@@ -115,8 +115,8 @@ def refuse(error: InvalidOrder) -> NoReturn:
         raise Problem("malformed-request", f"The body {error.problem}") from None
     raise Problem(
         "invalid-order",
-        f"{error.field} {error.problem}",
-        errors=[{"field": error.field, "problem": error.problem}],
+        " ".join(f"{flaw.field} {flaw.problem}" for flaw in error.flaws),
+        errors=[{"field": flaw.field, "problem": flaw.problem} for flaw in error.flaws],
     ) from None
 
 

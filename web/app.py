@@ -75,16 +75,8 @@ def _refuse_endless_body() -> None:
     """Refuse a body without a length that is too large: the framework would cut it off, and take the rest."""
     if request.environ.get("CONTENT_LENGTH"):
         return
-    try:
-        size = len(request.get_data())
-    except HTTPException:
-        raise
-    except Exception:  # noqa: BLE001 - each server has its own for chunks that are none, and the client is their cause
-        raise Problem(
-            "malformed-request", "The body cannot be read: its chunks are not as HTTP has them."
-        ) from None
     limit = request.max_content_length
-    if limit is not None and size >= limit:
+    if limit is not None and len(request.get_data()) >= limit:
         raise RequestEntityTooLarge
 
 

@@ -19,9 +19,11 @@ from flask import Blueprint, Response, current_app, render_template, request, st
 
 from tasks import service
 from tasks.catalogue import CATALOGUE
+from tasks.model import Flaw
 from tasks.numbers import whole_number
 from tasks.service import InvalidOrder, Order
 from tasks.settings import Settings
+from tasks.text import shown
 from web import live, openapi, representation
 from web.access import anyone, caller, needs, visitor
 from web.api import accept, find_order, find_page
@@ -93,16 +95,18 @@ def place_order() -> Response:
         form.errors["products"] = "Choose at least one product: give it a quantity."
     if not form.customer_id:
         form.errors["customer_id"] = "Enter a customer id."
-    if form.errors:
-        return _home(form, 422)
     body: dict[str, Any] = {"customer_id": form.customer_id, "items": items}
     if form.payment_token:
         body["payment_token"] = form.payment_token
     try:
-        accepted = accept(service.parse_order_json(json.dumps(body).encode()), f"form-{form.submission}")
+        order = service.parse_order_json(json.dumps(body).encode())
+        accepted = accept(order, f"form-{form.submission}")
     except InvalidOrder as error:
-        control, text = _locate(error, items)
-        form.errors[control] = text
+        for flaw in error.flaws:
+            control, text = _for_people(flaw, items)
+            # What was left empty is said already, and in better words.
+            if not form.errors.get("products" if flaw.field == "items" else control):
+                form.errors[control] = text
         return _home(form, 422)
     except Problem as problem:
         if problem.kind.slug != "idempotency-key-reused":
@@ -264,11 +268,19 @@ def _read_form(data: Mapping[str, str]) -> Form:
     )
 
 
-def _locate(error: InvalidOrder, items: list[dict[str, Any]]) -> tuple[str, str]:
-    """Return the control of the form that an error is about, and what to say there."""
-    if match := _ITEM_FIELD.match(error.field):
-        index = int(match[1])
-        if index < len(items):
-            return f"quantity-{items[index]['sku']}", f"{items[index]['sku']}: {error.problem}"
-    control = error.field if error.field in ("customer_id", "payment_token") else ""
-    return control, f"{error.field}: {error.problem}" if error.field else error.problem
+def _for_people(flaw: Flaw, items: list[dict[str, Any]]) -> tuple[str, str]:
+    """Return the control of the form that a flaw is about, and what to say there to someone who filled it in."""
+    if match := _ITEM_FIELD.match(flaw.field):
+        sku = items[int(match[1])]["sku"]
+        product = CATALOGUE.get(sku)
+        if product is None:
+            return "products", f"Choose products from the list: there is no “{shown(sku, 64)}”."
+        return f"quantity-{sku}", f"{product.name}: the quantity {flaw.problem}"
+    match flaw.field:
+        case "customer_id":
+            return flaw.field, f"The customer id {flaw.problem}"
+        case "payment_token":
+            return flaw.field, "Choose a way to pay from the list."
+        case "items":
+            return "products", f"The order {flaw.problem}"
+    return "", f"The order {flaw.problem}"

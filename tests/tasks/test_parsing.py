@@ -101,6 +101,72 @@ def test_wrong_protobuf_names_the_field(data: bytes, field: str) -> None:
     assert refusal.value.field == field
 
 
+def test_all_flaws_are_named_at_once() -> None:
+    """A client corrects its request once, whatever form it has."""
+    items = [{"sku": "NOPE", "quantity": 0}, "MUG-01", {"sku": "MUG-01", "quantity": 1}, {"quantity": 2}]
+    with pytest.raises(InvalidOrder) as refusal:
+        parse_order_json(body(customer_id="", items=items, payment_token=5))
+    wrong = ["customer_id", "items[0].sku", "items[0].quantity", "items[1]", "items[3].sku", "payment_token"]
+    assert [flaw.field for flaw in refusal.value.flaws] == wrong
+
+    bad = [OrderItem(sku="NOPE", quantity=-1)]
+    with pytest.raises(InvalidOrder) as refusal:
+        parse_order_protobuf(created(order_id="a b", customer_id=" ", items=bad))
+    wrong = ["order_id", "customer_id", "items[0].sku", "items[0].quantity"]
+    assert [flaw.field for flaw in refusal.value.flaws] == wrong
+
+    with pytest.raises(InvalidOrder) as refusal:
+        parse_order_protobuf(created(total_amount=1.0, total_minor=1, currency="USD"))
+    assert [flaw.field for flaw in refusal.value.flaws] == ["total_amount", "total_minor", "currency"]
+
+
+def test_the_flaws_of_a_large_request_are_bounded() -> None:
+    """A hundred wrong items are not a hundred sentences."""
+    with pytest.raises(InvalidOrder) as refusal:
+        parse_order_json(body(items=[{"sku": "x" * 9_000, "quantity": "many"}] * 100))
+    assert len(refusal.value.flaws) == 20
+    assert len(str(refusal.value)) < 5_000
+
+
+NAMES = {
+    "Persian, with a joiner that is none": "می\u200cخواهم",
+    "Hindi, with a joiner": "क्\u200dष",
+    "an emoji of four people": "Familie 👨\u200d👩\u200d👧\u200d👦",
+    "a flag of tags": "🏴\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f",
+    "Hebrew, with a mark of direction": "דוד\u200f",
+    "a space between": "Ana María de la O",
+    "a no-break space": "J.\u00a0R.",
+}
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
+def test_names_of_people_are_taken(name: str) -> None:
+    """What other scripts and emoji need is no control character."""
+    assert parse_order_json(body(customer_id=name)).customer_id == name
+    assert parse_order_protobuf(created(customer_id=name)).customer_id == name
+
+
+def test_the_same_name_is_the_same_text() -> None:
+    """Composed and decomposed, a name is one customer."""
+    assert parse_order_json(body(customer_id="Zoe\u0308")).customer_id == "Zoë"
+    assert parse_order_json(body(customer_id="e\u0301" * 64)).customer_id == "é" * 64
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a\0", "a\x1b[31m", "a\x85", "a\u2028b", "a\u2029b", "a\x7f", "\ud800"),
+        *("a\u202eb", "a\u202db", "a\u202ab", "a\u2066b", "a\u2069b"),
+        *("", " ", "\u200d", "\u200b\u2060", "\u0301", "é" * 65, "e\u0301" * 65, "c" * 900_000),
+    ],
+)
+def test_what_is_no_name(name: str) -> None:
+    """Control characters, overrides of direction, and what shows nothing at all."""
+    with pytest.raises(InvalidOrder) as refusal:
+        parse_order_json(body(customer_id=name))
+    assert refusal.value.field == "customer_id"
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: (

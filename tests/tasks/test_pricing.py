@@ -55,6 +55,11 @@ def event(**members: Any) -> OrderCreated:
     return OrderCreated(**{**good, **members})
 
 
+def test_a_name_is_kept_in_one_form() -> None:
+    """The event of another program may have it decomposed, or with joiners."""
+    assert first_record(event(customer_id="Zoe\u0308 👩\u200d🚀"), 1_000).customer_id == "Zoë 👩\u200d🚀"
+
+
 def mugs(quantity: int, **members: Any) -> list[OrderItem]:
     return [OrderItem(sku="MUG-01", quantity=quantity, **members)]
 
@@ -64,6 +69,8 @@ BAD: dict[str, tuple[OrderCreated, str, str]] = {
     "blank customer": (event(customer_id=" \t"), "INVALID", "customer_id"),
     "long customer": (event(customer_id="c" * 65), "INVALID", "customer_id"),
     "customer with a line break": (event(customer_id="c\r\nd"), "INVALID", "customer_id"),
+    "customer that turns the direction": (event(customer_id="c\u202ed"), "INVALID", "direction"),
+    "customer that shows nothing": (event(customer_id="\u200d"), "INVALID", "customer_id"),
     "long token": (event(payment_token="t" * 256), "INVALID", "payment_token"),
     "no items": (event(items=[]), "INVALID", "1 to 100 items"),
     "10,000 items": (event(items=mugs(1) * 10_000), "INVALID", "has 10000"),

@@ -167,7 +167,7 @@ def test_a_body_that_is_too_large(service: Stack, size: int, chunked: bool) -> N
     problem_of(answer)
 
 
-@pytest.mark.parametrize("size", [b"0x5", b"+5", b"-5", b"5_0", b"", b" 5", b"5 ", b"g", b"5" * 40])
+@pytest.mark.parametrize("size", [b"0x5", b"+5", b"-5", b"5_0", b"", b" 5", b"5 ", b"g"])
 @pytest.mark.parametrize("path", ["/api/orders", "/orders"])
 def test_a_chunk_size_that_is_none(service: Stack, path: str, size: bytes) -> None:
     """It is the client's error, not ours, and the service goes on."""
