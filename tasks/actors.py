@@ -8,8 +8,8 @@
     orders     announce_failure (a dead letter, of whatever cause)
     projection project_event    ORDER.>
 
-Payments have a queue of their own because they wait for somebody else: it can be paused alone, and workers can
-be given to it alone (`dramatiq tasks --queues payments`).
+Payments have a queue of their own because they wait for somebody else: it can be paused alone, and it has workers
+alone (`worker_payments` in the Procfile), so that a gateway that hangs holds no thread of another step.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from orders.v1.events_pb2 import OrderCreated, OrderDeclined, OrderPaid, OrderRe
 from . import app, logs
 from .events import SUBJECTS, Happened, UnusableEvent, decode, happened, order_id_of
 from .failures import failure_of
+from .gateway import GatewayUnavailable
+from .outage import is_outage
 
 #: The step of the saga that each actor does.
 STEPS: Final = {
@@ -43,12 +45,20 @@ BEGIN: Final = 20
 
 
 def _step(
-    subject: str, event_type: type, queue: str, priority: int
+    subject: str, event_type: type, queue: str, priority: int, **options: Any
 ) -> Callable[[Callable[[Any], None]], Any]:
     return dramatiq.actor(
         subscribe=subscription(subject, event_type),
         **app.step_options(queue, priority),
+        **options,
     )
+
+
+def _pay_again(retries: int, error: BaseException) -> bool:
+    """Whether a payment is tried again: through an outage of the gateway for as long as its order may wait."""
+    if isinstance(error, GatewayUnavailable) and is_outage(error):
+        return retries < app.SETTINGS.retry_limit or error.waited < app.SETTINGS.payment_patience
+    return retries < app.SETTINGS.retry_limit
 
 
 @_step("ORDER.created", OrderCreated, "orders", BEGIN)
@@ -58,11 +68,15 @@ def reserve_stock(event: OrderCreated) -> None:
     app.saga().reserve(event)
 
 
-@_step("ORDER.reserved", OrderReserved, "payments", CONTINUE)
+@_step("ORDER.reserved", OrderReserved, "payments", CONTINUE, retry_when=_pay_again)
 def capture_payment(event: OrderReserved) -> None:
     """Capture the payment of an order whose items are held."""
     logs.bind(order_id=event.order_id)
-    app.saga().pay(event)
+    try:
+        app.saga().pay(event)
+    except GatewayUnavailable as error:
+        error.waited = app.now() - event.reserved_at.ToMilliseconds()
+        raise
 
 
 @_step("ORDER.paid", OrderPaid, "orders", FINISH)

@@ -5,6 +5,7 @@ Importing this makes the broker and sets it as Dramatiq's, and contacts nothing.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -21,12 +22,13 @@ from dramatiq_jetstream.events import Events
 from dramatiq_jetstream.jetstream.topology import StreamConfig, dead_letters, ensure_stream
 from dramatiq_jetstream.kv import DEPOSED, Bucket
 
-from . import credentials, events, idempotency, logs, orders, stock, telemetry
+from . import credentials, events, idempotency, logs, orders, outage, stock, telemetry
 from .catalogue import CATALOGUE
 from .credentials import Keys, Operators
 from .events import Happened
 from .gateway import HttpGateway
 from .orders import Orders
+from .outage import GuardedGateway, OneLine, Outage
 from .projection import Projection
 from .saga import Saga
 from .settings import InvalidSetting, settings
@@ -61,7 +63,13 @@ class Buckets(Middleware):
         """Create what is missing; called by `broker.setup`."""
         outcome = {
             f"bucket {bucket.name}": ensure_stream(broker.connection, bucket.config, update=update)
-            for bucket in (stock_bucket(), orders_bucket(), requests_bucket(), access_bucket())
+            for bucket in (
+                stock_bucket(),
+                orders_bucket(),
+                requests_bucket(),
+                access_bucket(),
+                gateway_bucket(),
+            )
         }
         levels = stock_store().available()
         return {**outcome, "stock": f"{len(levels)} products"}
@@ -83,6 +91,7 @@ class Boot(Middleware):
 
     def after_process_boot(self, broker: JetStreamBroker) -> None:  # type: ignore[override]
         logs.configure(SETTINGS)
+        logging.getLogger("dramatiq.worker.WorkerThread").addFilter(OneLine())
         try:
             telemetry.configure("order-service-worker", broker)
         except InvalidSetting as error:
@@ -143,8 +152,19 @@ def requests_bucket() -> Bucket:
     return broker.bucket(idempotency.BUCKET, ttl=SETTINGS.idempotency_ttl)
 
 
+def gateway_bucket() -> Bucket:
+    return broker.bucket(outage.BUCKET)
+
+
 def access_bucket() -> Bucket:
     return broker.bucket(credentials.BUCKET)
+
+
+@_once
+def gateway_outage() -> Outage:
+    """Return the note that the payment gateway is away."""
+    # Longer than the longest pause after which a payment is tried again, and renewed by each try.
+    return Outage(gateway_bucket(), ttl=SETTINGS.retry_max_backoff + 60_000, now=now)
 
 
 @_once
@@ -194,7 +214,9 @@ def project_at(sequence: int) -> Happened | None:
 @_once
 def saga() -> Saga:
     """Return the steps."""
-    gateway = HttpGateway(SETTINGS.payment_url, timeout=SETTINGS.payment_timeout)
+    gateway = GuardedGateway(
+        HttpGateway(SETTINGS.payment_url, timeout=SETTINGS.payment_timeout), gateway_outage()
+    )
     stock_bucket().watch("levels.", stock_store().heard)
     return Saga(stock_store(), gateway, publish, orders_store(), now)
 

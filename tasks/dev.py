@@ -140,7 +140,7 @@ def _run(processes: dict[str, str], environment: dict[str, str], chosen: Setting
 
         def write(self, message: Any) -> None:
             text = message.data.decode(errors="replace") if isinstance(message.data, bytes) else message.data
-            if message.name == "worker" and "Worker process is ready" in str(text):
+            if message.name in ("worker", "worker_payments") and "Worker process is ready" in str(text):
                 workers.release()
             super().write(message)
 
@@ -191,7 +191,7 @@ def _run(processes: dict[str, str], environment: dict[str, str], chosen: Setting
         manager.add_process(name, command, env=environment, cwd=str(ROOT))
 
     def announce() -> None:
-        for _ in range(chosen.worker_processes):
+        for _ in range(chosen.worker_processes + chosen.payment_worker_processes):
             workers.acquire()
         while not _healthy(url):
             time.sleep(0.2)

@@ -17,9 +17,21 @@ from urllib3.exceptions import ProtocolError
 
 from .ports import Charge, Decline
 
+#: Refusals that say "not now": time-out, the same charge is under way, too early, too many.
+_FOR_NOW = frozenset({408, 409, 425, 429})
+
 
 class GatewayUnavailable(Exception):
-    """The gateway gave no answer that says whether the payment was captured; trying again is safe."""
+    """The gateway gave no answer that says whether the payment was captured; trying again is safe.
+
+    `waited` is for how many milliseconds the order has waited for its payment, once that is known.
+    """
+
+    waited: int = 0
+
+
+class UnusableAnswer(GatewayUnavailable):
+    """The gateway is there, and its answer about this order is none; waiting alone will not help."""
 
 
 class HttpGateway:
@@ -47,7 +59,7 @@ class HttpGateway:
         answer = _json(response)
         if response.status_code in (200, 201) and answer.get("status") == "captured":
             if (answer.get("amount"), answer.get("currency")) != (amount, currency) or not answer.get("id"):
-                raise GatewayUnavailable(
+                raise UnusableAnswer(
                     f"the payment gateway answered for another charge than order {order_id}'s: {answer}"
                 )
             return Charge(str(answer["id"]))
@@ -55,7 +67,9 @@ class HttpGateway:
             code = str(answer.get("code") or "declined")
             return Decline(code, str(answer.get("message") or code))
         message = str(answer.get("message", ""))[:200]
-        raise GatewayUnavailable(f"the payment gateway answered {response.status_code} {message}".rstrip())
+        refused = 400 <= response.status_code < 500 and response.status_code not in _FOR_NOW
+        kind = UnusableAnswer if refused else GatewayUnavailable
+        raise kind(f"the payment gateway answered {response.status_code} {message}".rstrip())
 
     def _new_session(self) -> requests.Session:
         session = requests.Session()

@@ -69,6 +69,7 @@ __all__ = [
     "parse_order_protobuf",
     "products",
     "wait_for_change",
+    "waits_for_payment",
     "watch_order",
 ]
 
@@ -135,6 +136,11 @@ def list_orders(limit: int = 20, before: str | None = None, *, customer_id: str 
     if before is not None and place is None:
         raise InvalidCursor("the cursor was not made by this service")
     return _list().page(limit, place, customer_id=customer_id)
+
+
+def waits_for_payment(order: Order) -> bool:
+    """Whether an order is not paid because the payment gateway does not answer; at most a second out of date."""
+    return order.status == "reserved" and app.gateway_outage().since() is not None
 
 
 def products() -> list[Product]:

@@ -32,6 +32,8 @@ class Settings:
       replicas: REPLICAS, of every stream and bucket: 1, 3 or 5.
       declare: DECLARE, whether processes may create streams and consumers; 0 when `fleet setup` has done it.
       worker_processes, worker_threads: WORKER_PROCESSES and WORKER_POOL_SIZE, of `dramatiq tasks`.
+      payment_worker_processes, payment_worker_threads: PAYMENT_WORKER_PROCESSES and PAYMENT_WORKER_POOL_SIZE, of the
+        workers of the queue payments.
       ack_wait: ACK_WAIT, after which the work of a killed worker is given to another.
       host, port: HOST and PORT, where the front end listens.
       web_processes, web_threads: WEB_CONCURRENCY and WEB_THREADS, of gunicorn.
@@ -54,6 +56,7 @@ class Settings:
       idempotency_ttl: IDEMPOTENCY_TTL, how long an Idempotency-Key is remembered.
       payment_url: PAYMENT_URL, the payment gateway.
       payment_timeout: PAYMENT_TIMEOUT, for one request to it.
+      payment_patience: PAYMENT_PATIENCE, how long an order waits for its payment while the gateway does not answer.
       retry_limit: RETRY_LIMIT, how often a step is tried again before it is a dead letter.
       retry_min_backoff, retry_max_backoff: RETRY_MIN_BACKOFF and RETRY_MAX_BACKOFF, the wait before a retry:
         it doubles from the one to the other, and up to half of it is random.
@@ -66,6 +69,8 @@ class Settings:
     declare: bool = True
     worker_processes: int = 2
     worker_threads: int = 10
+    payment_worker_processes: int = 1
+    payment_worker_threads: int = 10
     ack_wait: int = 30_000
     host: str = "0.0.0.0"
     port: int = 8000
@@ -90,6 +95,7 @@ class Settings:
     idempotency_ttl: int = 24 * 3_600_000
     payment_url: str = "http://127.0.0.1:8001"
     payment_timeout: int = 5_000
+    payment_patience: int = 24 * 3_600_000
     retry_limit: int = 10
     retry_min_backoff: int = 500
     retry_max_backoff: int = 60_000
@@ -108,6 +114,10 @@ class Settings:
             declare=read.choice("DECLARE", "1", ("0", "1")) == "1",
             worker_processes=read.whole("WORKER_PROCESSES", cls.worker_processes, 1, 256),
             worker_threads=read.whole("WORKER_POOL_SIZE", cls.worker_threads, 1, 512),
+            payment_worker_processes=read.whole(
+                "PAYMENT_WORKER_PROCESSES", cls.payment_worker_processes, 1, 256
+            ),
+            payment_worker_threads=read.whole("PAYMENT_WORKER_POOL_SIZE", cls.payment_worker_threads, 1, 512),
             ack_wait=read.whole("ACK_WAIT", cls.ack_wait, 1_000, 3_600_000),
             host=read.text("HOST") or cls.host,
             port=read.whole("PORT", cls.port, 1, 65_535),
@@ -132,6 +142,7 @@ class Settings:
             idempotency_ttl=read.whole("IDEMPOTENCY_TTL", cls.idempotency_ttl, 60_000, 30 * 86_400_000),
             payment_url=read.http("PAYMENT_URL", cls.payment_url),
             payment_timeout=read.whole("PAYMENT_TIMEOUT", cls.payment_timeout, 10, 300_000),
+            payment_patience=read.whole("PAYMENT_PATIENCE", cls.payment_patience, 0, 30 * 86_400_000),
             retry_limit=read.whole("RETRY_LIMIT", cls.retry_limit, 0, 1_000),
             retry_min_backoff=min_backoff,
             retry_max_backoff=read.whole(

@@ -47,10 +47,16 @@ def rests(order: Order) -> bool:
     return order.is_final or order.status == "failed"
 
 
+def version(order: Order) -> str:
+    """Return what changes whenever the page of an order does."""
+    return f"{order.revision}{'w' if service.waits_for_payment(order) else ''}"
+
+
 def follow(order: Order, state: Callable[[Order], dict[str, Any]], duration: int) -> Iterator[str]:
     """Yield the order's state now and after each change, until it rests or `duration` ms have passed."""
     deadline = time.monotonic() + duration / 1000
     yield f"retry: {_RECONNECT_MS}\n\n"
+    shown = version(order)
     yield _event(order, state(order))
     while not rests(order) and not stopping.is_set():
         left = int((deadline - time.monotonic()) * 1000)
@@ -63,8 +69,9 @@ def follow(order: Order, state: Callable[[Order], dict[str, Any]], duration: int
             return
         if changed is None:
             return
-        if changed.revision != order.revision:
-            order = changed
+        order = changed
+        if version(order) != shown:
+            shown = version(order)
             yield _event(order, state(order))
         else:
             yield ":\n\n"

@@ -320,6 +320,11 @@ _SCHEMAS: dict[str, Any] = {
             "total_minor": _MINOR,
             "currency": _CURRENCY,
             "reason": {"type": "string", "description": "Why it was rejected or failed."},
+            "waiting_for": {
+                "type": "string",
+                "description": "What keeps it from going on right now, when that is known.",
+                "examples": ["payment provider"],
+            },
             "history": {
                 "type": "array",
                 "description": "What happened to the order, oldest first.",

@@ -228,8 +228,9 @@ def _order_context(order: Order) -> dict[str, Any]:
         "steps": representation.steps(order),
         "history": representation.history(order),
         "reason": representation.reason(order),
+        "version": live.version(order),
         "rests": live.rests(order),
-        "sentence": representation.STATUS_SENTENCE[order.status],
+        "sentence": representation.status_sentence(order),
         "trace_url": _trace_url(order),
     }
 
@@ -244,10 +245,10 @@ def _trace_url(order: Order) -> str | None:
 def _state(order: Order) -> dict[str, Any]:
     """Return what an open order page needs to show the order as it is now."""
     return {
-        "revision": order.revision,
+        "revision": live.version(order),
         "status": order.status,
         "text": representation.STATUS_TEXT[order.status],
-        "sentence": representation.STATUS_SENTENCE[order.status],
+        "sentence": representation.status_sentence(order),
         "rests": live.rests(order),
         "final": order.is_final,
         "html": render_template("_order.html", **_order_context(order)),

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tasks.money import MINOR_UNITS, to_float
-from tasks.service import HistoryEntry, Order, Page, Product
+from tasks.service import HistoryEntry, Order, Page, Product, waits_for_payment
 
 _SYMBOLS = {"EUR": "€", "USD": "$", "GBP": "£"}
 
@@ -28,6 +28,7 @@ STATUS_SENTENCE = {
     "rejected": "The order is over: nothing was charged and nothing is held for it.",
     "failed": "A step did not succeed after many tries. The order is kept and can be carried on.",
 }
+WAITING_SENTENCE = "Everything you ordered is set aside. It is waiting for the payment provider."
 _STEPS = (("created", "Accepted"), ("reserved", "Reserved"), ("paid", "Paid"), ("confirmed", "Confirmed"))
 _EVENT_TEXT = {
     "created": "Order stored",
@@ -38,6 +39,11 @@ _EVENT_TEXT = {
     "rejected": "Order rejected",
     "failed": "Order failed",
 }
+
+
+def status_sentence(order: Order) -> str:
+    """Return what the page says about where an order stands."""
+    return WAITING_SENTENCE if waits_for_payment(order) else STATUS_SENTENCE[order.status]
 
 
 def money(minor: int, currency: str) -> str:
@@ -74,6 +80,8 @@ def order_json(order: Order) -> dict[str, Any]:
     }
     if order.reason is not None:
         body["reason"] = order.reason
+    if waits_for_payment(order):
+        body["waiting_for"] = "payment provider"
     return body
 
 

@@ -34,6 +34,7 @@ SETTINGS = {
     "ACCEPT_TIMEOUT": "3000",
     # So few that a gateway that is away for seconds exhausts them: dead letters are part of the test.
     "RETRY_LIMIT": "5",
+    "PAYMENT_PATIENCE": "0",
     "RETRY_MIN_BACKOFF": "100",
     "RETRY_MAX_BACKOFF": "1000",
     "OTEL_SDK_DISABLED": "true",

@@ -64,9 +64,9 @@ ENOUGH = {"PORT": "8000", "SECRET_KEY": "k" * 32}
 
 def test_processes_of_the_procfiles() -> None:
     """A PaaS finds release, web and worker; development adds nats and payments."""
-    assert set(procfile("Procfile")) == {"release", "web", "worker"}
-    assert set(procfile("Procfile.dev")) == {"nats", "payments", "web", "worker"}
-    for name in ("web", "worker"):
+    assert set(procfile("Procfile")) == {"release", "web", "worker", "worker_payments"}
+    assert set(procfile("Procfile.dev")) == {"nats", "payments", "web", "worker", "worker_payments"}
+    for name in ("web", "worker", "worker_payments"):
         assert procfile("Procfile")[name] == procfile("Procfile.dev")[name]
 
 
@@ -123,12 +123,49 @@ def test_release_prepares_everything(tmp_path: Path) -> None:
         assert "created" not in done.stdout
 
 
+def test_every_queue_has_one_kind_of_worker() -> None:
+    """The two workers of each file serve all queues between them, and payments have one to themselves."""
+    queues = set(import_tasks_queues())
+    for commands in (procfile("Procfile"), procfile("Procfile.dev"), compose_commands()):
+        served = {
+            name: set(command.split("--queues ")[1].split(" --")[0].split())
+            for name, command in commands.items()
+            if name.startswith("worker")
+        }
+        assert served == {"worker": queues - {"payments"}, "worker_payments": {"payments"}}
+
+
+def import_tasks_queues() -> list[str]:
+    """The queues of all actors, asked of a process of its own: importing the actors sets Dramatiq's broker."""
+    program = "import tasks; print(*{actor.queue_name for actor in tasks.broker.actors.values()})"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return done.stdout.split()
+
+
 def test_compose_file() -> None:
     """Three nodes with three replicas, and everything that the design asks for."""
     loaded = compose()
     services = loaded["services"]
     assert set(services) == {
-        *("nats-1", "nats-2", "nats-3", "setup", "web", "front", "worker", "payments", "traces"),
+        *(
+            "nats-1",
+            "nats-2",
+            "nats-3",
+            "setup",
+            "web",
+            "front",
+            "worker",
+            "worker_payments",
+            "payments",
+            "traces",
+        ),
     }
     environment = services["web"]["environment"]
     assert environment["REPLICAS"] == "3"

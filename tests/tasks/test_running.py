@@ -88,7 +88,13 @@ def test_up_and_down_and_up_again(service: Service) -> None:
     assert "is the service running already?" in service.refused()
     assert running.stop(60, signal_number=signal.SIGINT) == 0
     stopped = re.findall(r"system +\| (\w+) stopped \(rc=(-?\d+)\)", running.output)
-    assert sorted(stopped) == [("nats", "0"), ("payments", "0"), ("web", "0"), ("worker", "0")]
+    assert sorted(stopped) == [
+        ("nats", "0"),
+        ("payments", "0"),
+        ("web", "0"),
+        ("worker", "0"),
+        ("worker_payments", "0"),
+    ]
     assert stopped[-1][0] == "nats", "nats is to stop last"
     assert "Killing worker" not in running.output
     with socket.socket() as probe:

@@ -23,6 +23,8 @@ WRONG = {
     "IDEMPOTENCY_TTL": "1",
     "PAYMENT_URL": "localhost:8001",
     "PAYMENT_TIMEOUT": "0",
+    "PAYMENT_PATIENCE": "a day",
+    "PAYMENT_WORKER_PROCESSES": "0",
     "RETRY_LIMIT": "many",
     "RETRY_MIN_BACKOFF": "",
     "RETRY_MAX_BACKOFF": "100",

@@ -53,6 +53,7 @@ class Stack:
             "NATS_URL": self.nats.url,
             "PAYMENT_URL": self.gateway_url,
             "ACCESS": "open",
+            "PAYMENT_PATIENCE": "0",
             "RETRY_MIN_BACKOFF": "50",
             "RETRY_MAX_BACKOFF": "500",
             **self.env,

@@ -10,7 +10,7 @@ const POLL_AT_REST = 15000;
 // After so many polls that went well a stream is tried again.
 const POLLS_BEFORE_STREAM = 5;
 
-let revision = Number(view.dataset.revision);
+let revision = view.dataset.revision;
 let rests = view.dataset.rests === "true";
 let final = view.dataset.final === "true";
 let source = null;
@@ -21,9 +21,9 @@ function show(state) {
   rests = state.rests;
   final = state.final;
   if (state.revision === revision) return;
-  const changed = state.status !== view.dataset.status;
+  const changed = state.sentence !== view.dataset.sentence;
   revision = state.revision;
-  view.dataset.status = state.status;
+  view.dataset.sentence = state.sentence;
   view.innerHTML = state.html;
   showLocalTimes(view);
   if (changed) {

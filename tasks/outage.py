@@ -1,0 +1,168 @@
+"""The payment gateway behind a circuit breaker, and the note that it is away.
+
+After `FAILURES` charges in a row without an answer this process leaves the gateway alone for `REST_SECONDS`: charges
+fail at once, and hold no threads. Then one charge tries; the others follow when it was answered. Orders wait meanwhile,
+up to PAYMENT_PATIENCE, as delayed messages on the server (`tasks.actors`).
+
+That the gateway is away is noted under one key for all, so that pages can say what an order waits for. Any process
+notes it, and whichever gets an answer first removes it. A process that dies after noting it leaves the note until its
+time to live is over, which is longer than the longest pause before a charge is tried again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from circuitbreaker import CircuitBreaker
+from dramatiq.errors import BrokerError
+
+from .gateway import GatewayUnavailable, UnusableAnswer
+from .ports import Bucket, Charge, Decline, Gateway
+
+BUCKET: Final = "gateway"
+
+FAILURES: Final = 5
+REST_SECONDS: Final = 5
+
+_KEY = "outage"
+#: How often a process notes the outage, and looks whether there is one, in seconds.
+_NOTED_EVERY = 5.0
+_LOOKED_EVERY = 1.0
+_MAX_TEXT = 200
+
+
+class Outage:
+    """The note that the gateway is away. Any thread may use it.
+
+    Parameters:
+      bucket: Where the note is kept.
+      ttl: Milliseconds after which it is gone unless somebody renews it.
+      now: The time in milliseconds.
+    """
+
+    def __init__(self, bucket: Bucket, *, ttl: int, now: Callable[[], int]) -> None:
+        self._bucket = bucket
+        self._ttl = ttl
+        self._now = now
+        self._noted = self._looked = float("-inf")
+        self._since: int | None = None
+        self._lock = threading.Lock()
+
+    def since(self) -> int | None:
+        """Return since when the gateway is away (milliseconds), None while it answers or that cannot be told.
+
+        What it returns is at most a second old.
+        """
+        with self._lock:
+            now = time.monotonic()
+            if now - self._looked < _LOOKED_EVERY:
+                return self._since
+            self._looked = now
+        try:
+            entry = self._bucket.get(_KEY)
+        except BrokerError:
+            return self._since
+        self._since = None if entry is None else int(json.loads(entry.value)["since"])
+        return self._since
+
+    def note(self, error: str) -> None:
+        """Note that the gateway does not answer."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._noted < _NOTED_EVERY:
+                return
+            self._noted = now
+        try:
+            entry = self._bucket.get(_KEY)
+            since = self._now() if entry is None else json.loads(entry.value)["since"]
+            value = json.dumps({"since": since, "error": error[:_MAX_TEXT]}).encode()
+            if entry is None:
+                self._bucket.create(_KEY, value, ttl=self._ttl)
+            else:
+                self._bucket.update(_KEY, value, revision=entry.revision, ttl=self._ttl)
+        except BrokerError:
+            pass  # another process noted it, or the store is away too
+
+    def over(self) -> None:
+        """Remove the note, if there is one: the gateway has answered."""
+        if self.since() is None:
+            return
+        try:
+            self._bucket.delete(_KEY)
+        except BrokerError:
+            return
+        with self._lock:
+            self._since, self._noted = None, float("-inf")
+
+
+class GuardedGateway:
+    """A gateway that is left alone while it does not answer."""
+
+    def __init__(self, gateway: Gateway, outage: Outage) -> None:
+        self._gateway = gateway
+        self._outage = outage
+        self._breaker = CircuitBreaker(FAILURES, REST_SECONDS, _is_outage, name="payments")
+        self._trial = threading.Lock()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether charges are refused without asking the gateway."""
+        return bool(self._breaker.opened)
+
+    def charge(self, order_id: str, amount: int, currency: str, token: str) -> Charge | Decline:
+        """Capture a payment; see `tasks.ports.Gateway`.
+
+        Raises:
+          GatewayUnavailable: When no usable answer came, or the gateway is left alone.
+        """
+        if self._breaker.closed:
+            return self._charge(order_id, amount, currency, token)
+        # One at a time may find out whether it is back.
+        if self._breaker.opened or not self._trial.acquire(blocking=False):
+            raise GatewayUnavailable(
+                f"the payment gateway is left alone for a while: {self._breaker.last_failure}"
+            )
+        try:
+            return self._charge(order_id, amount, currency, token)
+        finally:
+            self._trial.release()
+
+    def _charge(self, order_id: str, amount: int, currency: str, token: str) -> Charge | Decline:
+        try:
+            with self._breaker:
+                outcome = self._gateway.charge(order_id, amount, currency, token)
+        except UnusableAnswer:
+            self._outage.over()
+            raise
+        except GatewayUnavailable as error:
+            self._outage.note(str(error))
+            raise
+        self._outage.over()
+        return outcome
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether an error says that the gateway is away, and not that it will not have one order."""
+    return isinstance(error, GatewayUnavailable) and not isinstance(error, UnusableAnswer)
+
+
+def _is_outage(_: type[BaseException], error: BaseException) -> bool:
+    return is_outage(error)
+
+
+class OneLine(logging.Filter):
+    """Makes a charge that found no gateway one WARNING line: its traceback says nothing that the line does not."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record; it is always logged."""
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        if isinstance(error, GatewayUnavailable):
+            record.levelno, record.levelname = logging.WARNING, "WARNING"
+            record.msg, record.args = "A payment waits: %s", (error,)
+            record.exc_info = record.exc_text = None
+        return True
