@@ -9,12 +9,14 @@ from typing import Any
 
 import dramatiq
 import pytest
+from dramatiq import Message
 from dramatiq.results import Results
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.cli import main
 from dramatiq_jetstream.errors import InvalidOption, TopologyMismatch
 from dramatiq_jetstream.events import Event, subscription
+from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID, HEADER_TICK
 from dramatiq_jetstream.periodic import Periodic, list_schedules
 from dramatiq_jetstream.results import JetStreamBackend
 from dramatiq_jetstream.testing import NatsCluster
@@ -96,9 +98,49 @@ def test_a_periodic_actor_that_moves_to_another_queue(periodic: MakeProgram) -> 
     assert [schedule.queue for schedule in list_schedules(new)] == ["r"]
 
 
+def test_a_periodic_actor_that_is_removed(make_broker: MakeProgram, caplog: pytest.LogCaptureFixture) -> None:
+    """Its ticks become no dead letters, are left to workers that have the actor, and the log says what to do."""
+
+    def program(ran: list[int] | None) -> JetStreamBroker:
+        broker = make_broker()
+        broker.add_middleware(Periodic())
+        broker.declare_queue("q")
+        if ran is not None:
+            dramatiq.actor(
+                lambda: ran.append(1), broker=broker, queue_name="q", actor_name="gone", every=1_000
+            )
+        return broker
+
+    ran: list[int] = []
+    old, new = program(ran), program(None)
+    old.setup()
+    with running(new):
+        eventually(lambda: "A tick is for the actor gone, which is not declared here" in caplog.text)
+        eventually(lambda: new.queue_stats("q").in_flight >= 2)
+        with running(old):
+            eventually(lambda: len(ran) >= 3)
+    assert caplog.text.count("A tick is for the actor gone") == 1
+    assert list(new.dead_letters.list("q")) == []
+
+
+def test_a_tick_that_no_worker_takes(make_broker: MakeProgram) -> None:
+    """It is dropped after `max_deliveries`; the next one comes anyway."""
+    new = make_broker(max_deliveries=1)
+    tick = Message("q", "gone", (), {}, {}).encode()
+    new.declare_queue("q")
+    new.setup()
+    new.connection.publish(new.names.task("q"), tick, {HEADER_TICK: "gone", HEADER_MSG_ID: "1"})
+    with running(new):
+        eventually(
+            lambda: new.connection.api(f"STREAM.INFO.{new.names.queue_stream('q')}")["state"]["messages"] == 0
+        )
+    assert list(new.dead_letters.list("q")) == []
+
+
 PROGRAM = """
 import dramatiq
 from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID, HEADER_TICK
 from dramatiq_jetstream.periodic import Periodic
 if not isinstance(dramatiq.broker.global_broker, JetStreamBroker) or \\
         dramatiq.broker.global_broker.names.namespace != {namespace!r}:

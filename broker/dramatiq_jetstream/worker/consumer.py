@@ -31,6 +31,7 @@ from dramatiq.message import Message
 
 from dramatiq_jetstream import dead_letters
 from dramatiq_jetstream.errors import ApiError, BrokerConnectionError, MessageTooLarge
+from dramatiq_jetstream.jetstream.names import HEADER_TICK
 from dramatiq_jetstream.wire.connection import Connection
 from dramatiq_jetstream.wire.handover import Handover
 
@@ -157,6 +158,7 @@ class JetStreamConsumer(Consumer):
         self._handover: Handover[list[Delivery]] = Handover()
         self._ready: list[tuple[int, int, Delivery]] = []  # the consumer thread's own
         self._order = itertools.count()
+        self._unknown: set[str] = set()  # actors whose ticks come here and that are not declared here
         self._handed = 0  # counted by the consumer thread
         self._returned = 0  # counted by the loop thread
         self._waits_for_room = False
@@ -308,6 +310,9 @@ class JetStreamConsumer(Consumer):
         if not failed:
             self.ledger.settle(delivery, ACK)
             return
+        if delivery.mentions(HEADER_TICK) and isinstance(message._exception, ActorNotFound):
+            self._put_off_tick(delivery, message.actor_name)
+            return
         try:
             self.undertaker.reject(message, error)
         except BrokerConnectionError:
@@ -318,6 +323,23 @@ class JetStreamConsumer(Consumer):
             self.ledger.abandon(delivery)
         else:
             self.ledger.settle(delivery, ACK)
+
+    def _put_off_tick(self, delivery: Delivery, actor_name: str) -> None:
+        """Leave a tick of an actor that this process does not have to others, and drop it when none takes it.
+
+        It is no dead letter: the schedule of an actor that was removed would make one at each tick.
+        """
+        if delivery.deliveries < self.max_deliveries:
+            self.undertaker.put_off(delivery)
+        else:
+            self.ledger.settle(delivery, ACK)
+        if actor_name not in self._unknown:
+            self._unknown.add(actor_name)
+            self.logger.warning(
+                "A tick is for the actor %s, which is not declared here: leaving it to other workers. If the actor was "
+                "removed, remove its schedule: `fleet schedules --module ... --remove-orphans`.",
+                actor_name,
+            )
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         """Give messages back to the queue at once."""
