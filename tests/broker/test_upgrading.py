@@ -44,8 +44,10 @@ def schedules(broker: JetStreamBroker) -> list[str]:
 
 
 def boot(broker: JetStreamBroker) -> list[str]:
+    """Start a worker, let it do what it has to do on the server, and stop it; returns the schedules."""
     with running(broker):
-        return schedules(broker)
+        eventually(lambda: not broker.keeper._streams)
+    return schedules(broker)
 
 
 def test_a_changed_schedule(periodic: MakeProgram, caplog: pytest.LogCaptureFixture) -> None:

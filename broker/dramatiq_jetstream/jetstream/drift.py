@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 
-from .names import METADATA_AFTER
+from .names import METADATA_AFTER, covers
 
 __all__ = ["MILLISECOND", "Difference", "Kind", "Verdict", "differences", "in_line"]
 
@@ -288,9 +288,15 @@ def _verdict(
         return None  # nothing to decide
     if setting.limit and wants_on:
         return WARNED  # another limit, or none
+    if name == "subjects" and _all_covered(have, want):
+        return WARNED  # it has more
     if name in _LIMITS_OF_ALL and existing.get("discard") == "new":
         return WARNED  # it refuses to store instead
     return verdict
+
+
+def _all_covered(have: Any, want: Any) -> bool:
+    return all(any(covers(kept, subject) for kept in have or []) for subject in want or [])
 
 
 def _is_on(value: object, off: object) -> bool:
