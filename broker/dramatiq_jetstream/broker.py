@@ -18,7 +18,7 @@ from typing import Any
 
 from dramatiq.broker import Broker, MessageProxy
 from dramatiq.common import q_name
-from dramatiq.errors import BrokerError, QueueJoinTimeout, QueueNotFound
+from dramatiq.errors import QueueJoinTimeout, QueueNotFound
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware
 from dramatiq.worker import QUEUE_PREFETCH
@@ -32,8 +32,9 @@ from .jetstream.names import HEADER_MSG_ID, Names, check_subject
 from .kv import Bucket
 from .queues import Queues, QueueStats
 from .sending import batches, delays
+from .sending.many import Many, Ready
 from .sending.publications import Publications
-from .sending.unique import unique
+from .sending.unique import Claim, free
 from .streams import Stream
 from .wire.connection import Connection, PubAck, Publication
 from .wire.ids import new_id
@@ -240,6 +241,20 @@ class JetStreamBroker(EmittingBroker):
             raise
 
     def _enqueue(self, message: Message[Any], delay: int | None) -> Message[Any]:
+        announced, queue_name, publication, claim = self._prepare(message, delay)
+        try:
+            ack = self._store(queue_name, publication)
+        except BaseException as error:
+            if claim is not None:
+                claim.failed(error)
+            raise
+        if claim is not None:
+            claim.stored(ack)
+        self.emit_after("enqueue", announced, delay)
+        return announced
+
+    def _prepare(self, message: Message[Any], delay: int | None) -> Ready:
+        """Announce a message, and make what is published for it."""
         queue_name = q_name(message.queue_name)
         self.declare_queue(queue_name)
         announced = self._publications.announced(message, delay)
@@ -247,86 +262,99 @@ class JetStreamBroker(EmittingBroker):
         self.emit_before("enqueue", announced, delay)
         publication = self._publications.publication(announced, delay)
         # A retry is not another message, however late it comes.
-        if "unique_key" in announced.options and not self._follow_ups.is_retry(announced):
-            with unique(self.bucket("unique"), announced, enqueue_timeout=self.config.enqueue_timeout):
-                self._store(queue_name, publication)
-        else:
-            self._store(queue_name, publication)
-        self.emit_after("enqueue", announced, delay)
-        return announced
+        if "unique_key" not in announced.options or self._follow_ups.is_retry(announced):
+            return announced, queue_name, publication, None
+        claim = Claim(self.config, self.bucket("unique"), announced, publication)
+        return announced, queue_name, publication, claim
 
-    def _store(self, queue_name: str, publication: Publication) -> None:
+    def _store(self, queue_name: str, publication: Publication) -> PubAck:
         """Publish to a queue, which is made again if it disappeared."""
         deadline = time.monotonic() + self.config.enqueue_timeout / 1000
         while True:
             left = max(1, int((deadline - time.monotonic()) * 1000))
             try:
-                self.connection.publish(
+                return self.connection.publish(
                     publication.subject, publication.payload, publication.headers, timeout=left
                 )
-                return
             except TopologyMissing:
-                if not self.config.declare or time.monotonic() >= deadline:
+                if time.monotonic() >= deadline or not self._make_again(queue_name):
                     raise
-                self.declarations.ensure_queue(queue_name, again=True)
+
+    def _make_again(self, queue_name: str) -> bool:
+        """Make a queue whose stream is gone; False when that is not allowed."""
+        if self.config.declare:
+            self.declarations.ensure_queue(queue_name, again=True)
+        return self.config.declare
 
     def enqueue_many(
         self, messages: Iterable[Message[Any]], *, atomic: bool = False, delay: int | None = None
     ) -> list[Message[Any]]:
-        """Store many messages without waiting for one before sending the next.
+        """Store many messages without waiting for one before sending the next, within one `enqueue_timeout`.
 
         Parameters:
           atomic: Store all or none; then at most 1,000 messages, all for the same queue.
 
         Raises:
-          As `enqueue`. Without `atomic`, the messages other than those that failed are stored.
+          As `enqueue`. Without `atomic` each message stands for itself: the error is that of the first that failed,
+            and its `__cause__`, a `NotAllStored`, says which messages are stored, which are not, and why.
         """
         try:
-            return self._enqueue_many(list(messages), atomic=atomic, delay=delay)
+            deadline = time.monotonic() + self.config.enqueue_timeout / 1000
+            enqueue = self._enqueue_all_or_none if atomic else self._enqueue_each
+            return enqueue(list(messages), delay, deadline)
         except BaseException as error:
             self._follow_ups.failed(error)
             raise
 
-    def _enqueue_many(
-        self, messages: list[Message[Any]], *, atomic: bool, delay: int | None
+    def _enqueue_each(
+        self, messages: list[Message[Any]], delay: int | None, deadline: float
     ) -> list[Message[Any]]:
-        if atomic:
-            batches.check_atomic(messages)
-        elif any("unique_key" in message.options for message in messages):
-            return [self.enqueue(message, delay=delay) for message in messages]
-        announced = [self._publications.announced(message, delay) for message in messages]
-        for queue_name in {q_name(message.queue_name) for message in announced}:
-            self.declare_queue(queue_name)
-            self.declarations.ensure_queue(queue_name)
-        for message in announced:
-            self.emit_before("enqueue", message, delay)
-        publications = [self._publications.publication(message, delay) for message in announced]
-        outcomes: list[PubAck | BrokerError | None] = [None] * len(publications)
-        if atomic and len(publications) > 1:
-            batches.store_atomically(self.connection, publications, timeout=self.config.enqueue_timeout)
-        else:
-            queue_names = [q_name(message.queue_name) for message in announced]
-            outcomes = batches.store(
+        many = Many(messages, deadline)
+        many.make_ready(lambda message: self._prepare(message, delay))
+        stored = many.store(self.connection, self._make_again)
+        for message in stored:
+            self.emit_after("enqueue", message, delay)
+        many.raise_failure()
+        return stored
+
+    def _enqueue_all_or_none(
+        self, messages: list[Message[Any]], delay: int | None, deadline: float
+    ) -> list[Message[Any]]:
+        batches.check_atomic(messages)
+        ready = [self._prepare(message, delay) for message in messages]
+        if len(ready) == 1:
+            self._store(ready[0][1], ready[0][2])
+        elif ready:
+            batches.store_atomically(
                 self.connection,
-                list(zip(queue_names, publications, strict=True)),
-                timeout=self.config.enqueue_timeout,
+                [publication for _, _, publication, _ in ready],
+                deadline=deadline,
+                make_again=lambda: self._make_again(ready[0][1]),
             )
-        for message, outcome in zip(announced, outcomes, strict=True):
-            if not isinstance(outcome, BrokerError):
-                self.emit_after("enqueue", message, delay)
-        for outcome in outcomes:
-            if isinstance(outcome, BrokerError):
-                raise outcome
-        return announced
+        for announced, _, _, _ in ready:
+            self.emit_after("enqueue", announced, delay)
+        return [announced for announced, _, _, _ in ready]
 
     def cancel(self, message_id: str, queue_name: str | None = None) -> int:
-        """Cancel the delays of a message; return how many were waiting.
+        """Cancel the delays of a message, and free its unique key; return how many were waiting.
 
         Parameters:
           queue_name: Where it waits; None looks in all declared queues.
+
+        Raises:
+          BrokerConnectionError: When it is not known to be cancelled.
         """
         wanted = self.queues if queue_name is None else {queue_name}
-        return sum(delays.cancel(self.connection, self.names, name, message_id) for name in wanted)
+        return sum(self._cancel(name, message_id) for name in wanted)
+
+    def _cancel(self, queue_name: str, message_id: str) -> int:
+        waiting = delays.waiting(self.connection, self.names, queue_name, message_id)
+        if waiting is None:
+            return 0
+        cancelled = delays.cancel(self.connection, self.names, queue_name, message_id)
+        if cancelled:
+            free(self.bucket("unique"), queue_name, waiting)
+        return cancelled
 
     def publish(
         self,
@@ -451,7 +479,10 @@ class JetStreamBroker(EmittingBroker):
         return self.stored_queues.is_paused(queue_name)
 
     def flush(self, queue_name: str) -> None:
-        """Drop all messages of a queue: ready, in flight, delayed and dead. Periodic schedules stay."""
+        """Drop all messages of a queue: ready, in flight, delayed and dead; free its unique keys.
+
+        Periodic schedules stay.
+        """
         if queue_name not in self.queues:
             raise QueueNotFound(queue_name)
         self.declarations.ensure_queue(queue_name)

@@ -16,6 +16,7 @@
     ├── PermissionDenied                the account may not use a subject
     ├── MessageTooLarge                 over the server's `max_payload`
     ├── MessageNotUnique                a unique message is already waiting or running
+    ├── NotAllStored                    the cause of what `enqueue_many` raises: which messages are stored
     ├── KeyExists, RevisionConflict     compare-and-set lost against another writer
     └── ApiError                        any other answer of the JetStream API
         └── NotFound
@@ -30,6 +31,7 @@ so a program that handles them for another broker handles them for this one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from dramatiq.errors import (
     BrokerConnectionError,
@@ -38,6 +40,7 @@ from dramatiq.errors import (
     ConnectionFailed,
     QueueNotFound,
 )
+from dramatiq.message import Message
 
 __all__ = [
     "ApiError",
@@ -50,6 +53,7 @@ __all__ = [
     "KeyExists",
     "MessageNotUnique",
     "MessageTooLarge",
+    "NotAllStored",
     "NotFound",
     "NotSent",
     "PermissionDenied",
@@ -104,6 +108,32 @@ class MessageTooLarge(BrokerError):
 
 class MessageNotUnique(BrokerError):
     """A message with the same unique key was enqueued within the window; this one was not stored."""
+
+
+class NotAllStored(BrokerError):
+    """Some messages of one `enqueue_many` failed; the `__cause__` of the error that it raises.
+
+    Attributes:
+      stored: The messages that are stored.
+      not_stored: The messages that are not, each with its error.
+      unknown: The messages that may be stored, each with its error.
+    """
+
+    def __init__(
+        self,
+        *,
+        stored: list[Message[Any]],
+        not_stored: list[tuple[Message[Any], Exception]],
+        unknown: list[tuple[Message[Any], Exception]],
+    ) -> None:
+        count = len(stored) + len(not_stored) + len(unknown)
+        super().__init__(
+            f"Of {count} messages {len(stored)} are stored, {len(not_stored)} are not, and of {len(unknown)} it is "
+            "not known."
+        )
+        self.stored = stored
+        self.not_stored = not_stored
+        self.unknown = unknown
 
 
 class KeyExists(BrokerError):

@@ -311,8 +311,7 @@ class Bucket:
           RevisionConflict: When the key has another one.
         """
         subject = self._subject(key)
-        # The rollup drops the key's history, the mark's time to live drops the mark.
-        headers = {HEADER_OPERATION: "PURGE", HEADER_ROLLUP: "sub", HEADER_TTL: f"{MARK_TTL}s"}
+        headers = _mark()
         if revision is None:
             self._publish(subject, b"", headers)
             return
@@ -322,6 +321,24 @@ class Bucket:
             raise RevisionConflict(
                 f"{key!r} in bucket {self.name} was not deleted: it was changed since revision {revision}."
             ) from None
+
+    def clear(self, prefix: str) -> None:
+        """Delete the keys that start with `prefix`, except those that are changed meanwhile."""
+        for outcome in self.connection.try_publish_many(
+            Publication(
+                self._subject(entry.key),
+                b"",
+                {
+                    **_mark(),
+                    HEADER_MSG_ID: new_id(),
+                    HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE: str(entry.revision),
+                },
+            )
+            for entry in self.items(prefix)
+        ):
+            conflict = isinstance(outcome, ApiError) and outcome.err_code in CONFLICT
+            if isinstance(outcome, Exception) and not conflict:
+                raise outcome
 
     def declare(self, *, update: bool = False) -> str:
         """Create the bucket if it is missing, with `update` change what differs; as `topology.ensure_stream`."""
@@ -432,3 +449,8 @@ class Bucket:
 
 def _is_mark(stored: StoredMessage) -> bool:
     return stored.headers.get(HEADER_OPERATION) in ("DEL", "PURGE") or HEADER_MARKER_REASON in stored.headers
+
+
+def _mark() -> dict[str, str]:
+    # The rollup drops the key's history, the mark's time to live drops the mark.
+    return {HEADER_OPERATION: "PURGE", HEADER_ROLLUP: "sub", HEADER_TTL: f"{MARK_TTL}s"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -12,16 +13,18 @@ from dramatiq.common import current_millis
 
 from .config import BrokerConfig
 from .dead_letters import DeadLetters
-from .errors import NotFound
+from .errors import BrokerError, NotFound
 from .jetstream.declaring import Declarations
 from .jetstream.inventory import consumers, stream_names
 from .jetstream.names import METADATA_SUBSCRIBER
 from .jetstream.reading import first_message
-from .sending import delays
+from .sending import delays, unique
 from .wire.connection import Connection
 from .worker.delivery import Source
 
 __all__ = ["QueueStats", "Queues"]
+
+logger = logging.getLogger(__name__)
 
 #: A pause ends by itself after this long; JetStream wants an end.
 PAUSE = timedelta(days=3650)
@@ -147,7 +150,13 @@ class Queues:
         return False
 
     def purge(self, queue: str, *, ready: bool = True, delayed: bool = True) -> int:
-        """Drop the ready (and running) and the delayed messages of a queue; return how many there were."""
+        """Drop the ready (and running) and the delayed messages of a queue; return how many there were.
+
+        When both are dropped, their unique keys are free again.
+
+        Raises:
+          BrokerConnectionError: When they are not known to be dropped.
+        """
         subjects = [self._names.all_delayed(queue)] if delayed else []
         if ready:
             subjects += [self._names.task(queue), self._names.tasks(queue)]
@@ -157,6 +166,11 @@ class Queues:
             with contextlib.suppress(NotFound):
                 answer = self._connection.api(f"STREAM.PURGE.{stream}", {"filter": subject})
                 purged += int(answer.get("purged", 0))
+        if ready and delayed:
+            try:
+                self._declarations.bucket("unique").clear(unique.prefix(queue))
+            except BrokerError as error:
+                logger.warning("Unique keys of %r stay taken until their windows end: %s", queue, error)
         return purged
 
     def unfinished(self, queue: str, sources: Sequence[Source]) -> int:

@@ -18,10 +18,13 @@ from dramatiq.results.backends import StubBackend as StubResults
 from dramatiq_jetstream import group
 from dramatiq_jetstream.errors import (
     BrokerConnectionError,
+    InvalidName,
     InvalidOption,
     MessageNotUnique,
     MessageTooLarge,
+    NotAllStored,
     StoreFull,
+    StoreTimeout,
 )
 from tests.broker.conformance.workers import Recorder, running
 from tests.support.polling import eventually
@@ -70,29 +73,89 @@ def test_middleware_hears_of_every_message(broker, atomic):
         assert recorder.of(message.message_id) == ["before_enqueue", "after_enqueue"]
 
 
-@pytest.mark.parametrize("atomic", [False, True])
-def test_a_refusal_by_middleware_stores_nothing(broker, atomic):
+class Refuse(Middleware):
+    """Refuses messages with the argument 2."""
+
+    def before_enqueue(self, broker, message, delay):
+        if message.args == (2,):
+            raise MiddlewareError("not this one")
+
+
+def test_a_refusal_by_middleware_stores_nothing_of_an_atomic_batch(broker):
     """A message that middleware refuses is an error before anything is half done."""
-
-    class Refuse(Middleware):
-        def before_enqueue(self, broker, message, delay):
-            if message.args == (2,):
-                raise MiddlewareError("not this one")
-
     broker.add_middleware(Refuse())
     with pytest.raises(MiddlewareError, match="not this one"):
-        broker.enqueue_many(messages(4), atomic=atomic)
+        broker.enqueue_many(messages(4), atomic=True)
     assert ready(broker) == 0
 
 
-@pytest.mark.parametrize("atomic", [False, True])
-def test_a_message_that_is_too_large_stores_nothing(broker, atomic):
+def test_a_message_that_is_too_large_stores_nothing_of_an_atomic_batch(broker):
     """Sizes are checked before the first is sent."""
     large = Message("default", "work", ("x" * 2_000_000,), {}, {})
     with pytest.raises(MessageTooLarge, match="max_payload"):
-        broker.enqueue_many([*messages(3), large], atomic=atomic)
+        broker.enqueue_many([*messages(3), large], atomic=True)
     broker.declare_queue("default")
     assert ready(broker) == 0
+
+
+@pytest.mark.parametrize("count", [3, 40])
+@pytest.mark.parametrize(
+    ("refused", "error"),
+    [
+        (Message("default", "work", ("x" * 2_000_000,), {}, {}), MessageTooLarge),
+        (Message("default", "work", (object(),), {}, {}), TypeError),
+        (Message("default", "work", (2,), {}, {}), MiddlewareError),
+        (Message("default", "work", (1,), {}, {"broker_priority": -1}), InvalidOption),
+        (Message("default", "work", (1,), {}, {"unique_key": "k", "unique_window": 5}), InvalidOption),
+        (Message("q" * 400, "work", (1,), {}, {}), InvalidName),
+    ],
+    ids=["too large", "not encodable", "by middleware", "priority", "window", "queue name"],
+)
+def test_one_refused_message_does_not_stop_the_others(make_broker, count, refused, error):
+    """The others are stored, and the error says which are, which not, and why."""
+    broker = make_broker(max_priority=2)
+    broker.add_middleware(Refuse())
+    before, after = messages(2), [Message("default", "work", (9,), {}, {}) for _ in range(count)]
+    with pytest.raises(error) as raised:
+        broker.enqueue_many([*before, refused, *after])
+    told = raised.value.__cause__
+    assert isinstance(told, NotAllStored)
+    assert [m.message_id for m in told.stored] == [m.message_id for m in [*before, *after]]
+    assert told.not_stored == [(refused, raised.value)]
+    assert told.unknown == []
+    assert f"{count + 2} are stored, 1 are not" in str(told)
+    assert ready(broker) == count + 2
+
+
+def test_what_was_not_acknowledged_in_a_batch_is_not_known(own_nats_server, make_broker):
+    """A server that freezes at the wrong moment: all within one `enqueue_timeout`, and the error says what is open."""
+    broker = make_broker(own_nats_server.url, enqueue_timeout=1_500)
+    broker.enqueue_many([*messages(1), *messages(1, "other")])
+    own_nats_server.suspend()
+    began = time.monotonic()
+    try:
+        with pytest.raises(StoreTimeout) as raised:
+            broker.enqueue_many([*messages(40), *messages(3, "other")])
+        took = time.monotonic() - began
+    finally:
+        own_nats_server.resume()
+    told = raised.value.__cause__
+    assert (len(told.stored), len(told.not_stored) + len(told.unknown)) == (0, 43)
+    assert len(told.unknown) >= 40
+    assert took < 6, "each part had the whole time"
+
+
+@pytest.mark.parametrize("count", [2, 40])
+@pytest.mark.parametrize("way", ["each", "atomic", "group"])
+def test_a_stream_that_is_gone_is_made_again(broker, way, count):
+    """After its stream was deleted a batch makes the queue again, as a single message does."""
+    broker.enqueue_many(messages(1))
+    broker.connection.api(f"STREAM.DELETE.{broker.names.queue_stream('default')}")
+    if way == "group":
+        group(messages(count), broker=broker).run()
+    else:
+        broker.enqueue_many(messages(count), atomic=way == "atomic")
+    assert ready(broker) == count
 
 
 @pytest.mark.parametrize("count", [1, 2, 1_000])

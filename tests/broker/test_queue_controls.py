@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 
@@ -10,7 +11,8 @@ import pytest
 from dramatiq import Message
 
 from dramatiq_jetstream import JetStreamBroker
-from dramatiq_jetstream.errors import BrokerConnectionError, InvalidOption, MessageNotUnique
+from dramatiq_jetstream.errors import BrokerConnectionError, InvalidOption, MessageNotUnique, StoreTimeout
+from dramatiq_jetstream.jetstream.reading import parse_time
 from dramatiq_jetstream.queues import QueueStats
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually, holds
@@ -181,6 +183,89 @@ def test_a_message_that_was_not_stored_does_not_keep_its_key(work, monkeypatch):
             send(work, "k")
     send(work, "k")
     eventually(lambda: work.broker.queue_stats("default").ready == 1)
+
+
+@pytest.mark.parametrize("who", ["the same caller", "another process"])
+@pytest.mark.parametrize("first", ["stored", "not stored"])
+def test_a_call_is_safely_repeated_with_its_key_when_it_is_not_known_what_became_of_it(
+    own_nats_server, make_broker, monkeypatch, who, first
+):
+    """The server freezes around the first publish; whatever became of it, the repeated call leaves one message."""
+    broker = make_broker(own_nats_server.url, enqueue_timeout=1_000)
+    repeating = broker if who == "the same caller" else make_broker(own_nats_server.url)
+    broker.declare_queue("default")
+    broker.setup()
+    publish = broker.connection.publish
+
+    def freeze(subject, *arguments, **options):
+        if ".task" not in subject:
+            return publish(subject, *arguments, **options)
+        monkeypatch.setattr(broker.connection, "publish", publish)
+        if first == "stored":
+            publish(subject, *arguments, **options)
+        raise StoreTimeout("no acknowledgement in time")
+
+    monkeypatch.setattr(broker.connection, "publish", freeze)
+    message = Message("default", "work", (1,), {}, {"unique_key": "k"})
+    with pytest.raises(StoreTimeout):
+        broker.enqueue(message)
+    if who == "another process":
+        monkeypatch.setattr("dramatiq_jetstream.sending.unique._given_up", [])
+        with pytest.raises(MessageNotUnique):  # the first call may be under way still
+            repeating.enqueue(dataclasses.replace(message, message_id="again"))
+        stream = repeating.bucket("unique").stream
+        (entry,) = repeating.bucket("unique").items()
+
+        def time_is_up():
+            now = repeating.connection.api(f"STREAM.INFO.{stream}")["ts"]
+            return parse_time(now) - entry.created >= 1_000
+
+        eventually(time_is_up)
+    again = dataclasses.replace(message, message_id="again")
+    if first == "stored":
+        with pytest.raises(MessageNotUnique):
+            repeating.enqueue(again)
+    else:
+        repeating.enqueue(again)
+    with pytest.raises(MessageNotUnique):
+        repeating.enqueue(dataclasses.replace(message, message_id="a third time"))
+    assert repeating.queue_stats("default").ready == 1
+
+
+def test_the_same_message_may_be_repeated_when_it_is_not_known_to_be_stored(work, monkeypatch):
+    """A caller that enqueues the very same message again is told that it is stored, and it is there once."""
+    broker = work.broker
+    store = broker._store
+
+    def lose_the_answer(*arguments):
+        store(*arguments)
+        raise StoreTimeout("no acknowledgement in time")
+
+    message = work.message_with_options(unique_key="k")
+    with monkeypatch.context() as patch:
+        patch.setattr(broker, "_store", lose_the_answer)
+        with pytest.raises(StoreTimeout):
+            broker.enqueue(message)
+    broker.enqueue(message)
+    assert broker.queue_stats("default").ready == 1
+
+
+def test_cancel_and_flush_free_the_key(work):
+    """What was taken away may be enqueued again; a cancel frees no key of another message."""
+    broker = work.broker
+    cancelled = send(work, "k", delay=60_000)
+    send(work, "other", delay=60_000)
+    assert broker.cancel(cancelled.message_id, "default") == 1
+    assert broker.cancel(cancelled.message_id, "default") == 0
+    send(work, "k")
+    with pytest.raises(MessageNotUnique):
+        send(work, "other")
+    send(work, "k", queue="elsewhere")
+    broker.flush("default")
+    send(work, "k")
+    send(work, "other")
+    with pytest.raises(MessageNotUnique):
+        send(work, "k", queue="elsewhere")
 
 
 @pytest.mark.parametrize("window", [0, 999, 1.5, "60", None, True])

@@ -71,7 +71,9 @@ class Declarations:
             topology.ensure_stream(self._connection, self._dead_letters())
         self._ensured.add(stream)
 
-    def bucket(self, name: str, *, history: int, ttl: int | None, max_value_bytes: int | None) -> Bucket:
+    def bucket(
+        self, name: str, *, history: int = 1, ttl: int | None = None, max_value_bytes: int | None = None
+    ) -> Bucket:
         """The bucket of that name, which declares itself when it is first used."""
         if name not in self.buckets:
             config = topology.bucket(

@@ -7,18 +7,27 @@ An atomic batch is stored by its last message, the commit. If the process dies b
 batch; if the server dies in the middle of it, all or none of the messages are there when it is back. Workers may
 have the first ones before the last is stored. If the commit's acknowledgement is lost, the batch is sent again;
 the server answers that it has those message ids already, which says that the first commit was stored.
+
+A stream that is gone is made again, and what was meant for it is stored then. All of it is one call with one deadline.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from dramatiq.common import q_name
 from dramatiq.message import Message
 
-from dramatiq_jetstream.errors import ApiError, BrokerConnectionError, BrokerError, InvalidOption
+from dramatiq_jetstream.errors import (
+    ApiError,
+    BrokerConnectionError,
+    BrokerError,
+    InvalidOption,
+    TopologyMissing,
+)
 from dramatiq_jetstream.jetstream.names import HEADER_BATCH_COMMIT, HEADER_BATCH_ID, HEADER_BATCH_SEQUENCE
 from dramatiq_jetstream.wire.connection import Connection, PubAck, Publication
 from dramatiq_jetstream.wire.error_numbers import BATCH_ALREADY_STORED, BATCH_PARTS_MISSING
@@ -32,11 +41,14 @@ MAX_ATOMIC = 1_000
 #: What the server holds in memory for one batch at most, in bytes.
 MAX_BYTES = 8_000_000
 
-#: From so many messages on an atomic batch is faster than storing one by one.
+#: From this many messages on an atomic batch is faster than storing one by one.
 WORTH_A_BATCH = 16
 
-#: So long, in milliseconds, the first commit is waited for before the batch is sent again; it doubles each time.
+#: Initial commit timeout in milliseconds; it doubles on each retry.
 COMMIT_WAIT = 2_000
+
+#: What became of a publication; None says that it was stored in a batch, which has no acknowledgement for each.
+Outcome = PubAck | Exception | None
 
 
 def check_atomic(messages: Sequence[Message[Any]]) -> None:
@@ -56,60 +68,100 @@ def check_atomic(messages: Sequence[Message[Any]]) -> None:
 
 
 def store(
-    connection: Connection, by_queue: Sequence[tuple[str, Publication]], *, timeout: int
-) -> list[PubAck | BrokerError | None]:
-    """Store publications, each with its queue, that need not be stored together; return what became of each."""
-    outcomes: list[PubAck | BrokerError | None] = [None] * len(by_queue)
-    publications = [publication for _, publication in by_queue]
-    for positions in _chunks([queue for queue, _ in by_queue], publications):
-        chunk = [publications[position] for position in positions]
-        for position, outcome in zip(positions, _store_chunk(connection, chunk, timeout), strict=True):
+    connection: Connection,
+    by_queue: Sequence[tuple[str, Publication]],
+    *,
+    deadline: float,
+    make_again: Callable[[str], bool],
+) -> list[Outcome]:
+    """Store publications, each with its queue, that need not be stored together; return what became of each.
+
+    Parameters:
+      deadline: The monotonic time after which nothing more is sent.
+      make_again: Makes a queue whose stream is gone; False when that is not allowed.
+    """
+    outcomes: list[Outcome] = [None] * len(by_queue)
+    for queue, positions in _chunks(by_queue):
+        chunk = [by_queue[position][1] for position in positions]
+        stored = _store_chunk(connection, chunk, deadline)
+        if any(isinstance(outcome, TopologyMissing) for outcome in stored):
+            stored = _store_again(connection, chunk, stored, deadline, partial(make_again, queue))
+        for position, outcome in zip(positions, stored, strict=True):
             outcomes[position] = outcome
     return outcomes
 
 
-def _chunks(queue_names: list[str], publications: list[Publication]) -> Iterator[list[int]]:
-    """Positions of messages that can be stored together, in order: one queue, so many, so many bytes."""
-    by_queue: dict[str, list[int]] = {}
-    for position, queue_name in enumerate(queue_names):
-        by_queue.setdefault(queue_name, []).append(position)
-    for positions in by_queue.values():
+def _store_again(
+    connection: Connection,
+    chunk: list[Publication],
+    outcomes: list[Outcome],
+    deadline: float,
+    make_again: Callable[[], bool],
+) -> list[Outcome]:
+    """Store what found no stream, once there is one again."""
+    lost = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, TopologyMissing)]
+    try:
+        if time.monotonic() >= deadline or not make_again():
+            return outcomes
+    except BrokerError as error:
+        found: list[Outcome] = [error] * len(lost)
+    else:
+        found = _store_chunk(connection, [chunk[number] for number in lost], deadline)
+    for number, outcome in zip(lost, found, strict=True):
+        outcomes[number] = outcome
+    return outcomes
+
+
+def _chunks(by_queue: Sequence[tuple[str, Publication]]) -> Iterator[tuple[str, list[int]]]:
+    """Positions of messages that can be stored together, in order: one queue, limited in number and bytes."""
+    positions_of: dict[str, list[int]] = {}
+    for position, (queue, _) in enumerate(by_queue):
+        positions_of.setdefault(queue, []).append(position)
+    for queue, positions in positions_of.items():
         chunk: list[int] = []
         size = 0
         for position in positions:
-            size += len(publications[position].payload)
+            length = len(by_queue[position][1].payload)
+            size += length
             if chunk and (len(chunk) == MAX_ATOMIC or size > MAX_BYTES):
-                yield chunk
-                chunk, size = [], len(publications[position].payload)
+                yield queue, chunk
+                chunk, size = [], length
             chunk.append(position)
-        yield chunk
+        yield queue, chunk
 
 
-def _store_chunk(
-    connection: Connection, publications: list[Publication], timeout: int
-) -> Sequence[PubAck | BrokerError | None]:
+def _store_chunk(connection: Connection, publications: list[Publication], deadline: float) -> list[Outcome]:
     """Store messages that need not be stored together, together if that is worth while.
 
     An atomic batch costs the server a few fsyncs, and the same messages one by one cost one each.
     """
     if len(publications) >= WORTH_A_BATCH:
         try:
-            store_atomically(connection, publications, timeout=timeout)
+            store_atomically(connection, publications, deadline=deadline)
             return [None] * len(publications)
-        except BrokerConnectionError as error:
+        except (BrokerConnectionError, TopologyMissing) as error:
             return [error] * len(publications)
-        except BrokerError:
+        except (BrokerError, ValueError):
             pass  # one of them is refused; one by one tells which, and stores the others
-    return connection.try_publish_many(publications)
+    try:
+        return list(connection.try_publish_many(publications, timeout=_left(deadline)))
+    except BrokerError as error:
+        return [error] * len(publications)
 
 
-def store_atomically(connection: Connection, publications: Sequence[Publication], *, timeout: int) -> None:
+def store_atomically(
+    connection: Connection,
+    publications: Sequence[Publication],
+    *,
+    deadline: float,
+    make_again: Callable[[], bool] = lambda: False,
+) -> None:
     """Store publications, at most 1,000 for one stream: all or none.
 
     Parameters:
-      timeout: Milliseconds after which it raises.
+      deadline: The monotonic time after which it raises.
+      make_again: Makes the stream if it is gone; False when that is not allowed.
     """
-    deadline = time.monotonic() + timeout / 1000
     attempts = 0
     while True:
         if attempts:
@@ -126,10 +178,12 @@ def store_atomically(connection: Connection, publications: Sequence[Publication]
             if sequence == len(publications):
                 headers[HEADER_BATCH_COMMIT] = "1"
             numbered.append(Publication(publication.subject, publication.payload, headers))
-        left = int((deadline - time.monotonic()) * 1000)
         try:
-            connection.publish_batch(numbered, timeout=max(1, min(left, COMMIT_WAIT << attempts - 1)))
+            connection.publish_batch(numbered, timeout=min(_left(deadline), COMMIT_WAIT << attempts - 1))
             return
+        except TopologyMissing:
+            if time.monotonic() >= deadline or not make_again():
+                raise
         except ApiError as error:
             if error.err_code == BATCH_ALREADY_STORED and attempts > 1:
                 return
@@ -138,3 +192,8 @@ def store_atomically(connection: Connection, publications: Sequence[Publication]
         except BrokerConnectionError:
             if time.monotonic() >= deadline:
                 raise
+
+
+def _left(deadline: float) -> int:
+    """Milliseconds until a deadline, at least one."""
+    return max(1, int((deadline - time.monotonic()) * 1000))

@@ -85,6 +85,12 @@ class group(dramatiq_group):  # noqa: N801 - the name that Dramatiq gives it
             self.broker = broker
             for child, owner in zip(nested, owners, strict=True):
                 child.broker = owner
+        failures: list[Exception] = []
         for wanted in {delay for _, delay in collector.collected}:
-            broker.enqueue_many([m for m, delay in collector.collected if delay == wanted], delay=wanted)
+            try:
+                broker.enqueue_many([m for m, delay in collector.collected if delay == wanted], delay=wanted)
+            except Exception as error:  # noqa: BLE001 - the other members are enqueued first
+                failures.append(error)
+        if failures:
+            raise failures[0]
         return self

@@ -26,7 +26,7 @@ from dramatiq_jetstream.jetstream.names import (
 from dramatiq_jetstream.jetstream.reading import last_message
 from dramatiq_jetstream.wire.connection import Connection, Publication
 
-__all__ = ["Delayed", "cancel", "count", "delayed_messages", "due", "publication"]
+__all__ = ["Delayed", "cancel", "count", "delayed_messages", "due", "publication", "waiting"]
 
 #: Ten years: what is due later is a mistake in units.
 MAX_DELAY = 10 * 365 * 86_400_000
@@ -90,6 +90,12 @@ def publication(
     """
     own = {HEADER_MSG_ID: unique, HEADER_SCHEDULE: at(eta), HEADER_SCHEDULE_TARGET: target}
     return Publication(names.delayed(queue, message_id, unique), body, {**(headers or {}), **own})
+
+
+def waiting(connection: Connection, names: Names, queue: str, message_id: str) -> bytes | None:
+    """The body of a delayed message of a queue; None when it is not delayed."""
+    stored = last_message(connection, names.queue_stream(queue), names.delayed_message(queue, message_id))
+    return None if stored is None else stored.data
 
 
 def cancel(connection: Connection, names: Names, queue: str, message_id: str) -> int:

@@ -239,7 +239,7 @@ class Connection:
 
     def try_publish_many(
         self, publications: Iterable[Publication], *, timeout: int | None = None
-    ) -> list[PubAck | BrokerError]:
+    ) -> list[PubAck | Exception]:
         """Store many messages as `publish_many` does, and return an outcome for each instead of raising.
 
         Parameters:
@@ -247,13 +247,21 @@ class Connection:
         """
         deadline = self._deadline(timeout)
         self._link.wait_open(deadline)
-        items = list(publications)
-        for item in items:
-            check(item, self._link.max_payload)
-        outcomes: list[PubAck | BrokerError] = []
+        outcomes: list[PubAck | Exception | None] = []
+        items = []
+        for item in publications:
+            try:
+                check(item, self._link.max_payload)
+            except (BrokerError, ValueError) as error:
+                outcomes.append(error)
+            else:
+                outcomes.append(None)
+                items.append(item)
+        answers: list[PubAck | BrokerError] = []
         for start in range(0, len(items), BATCH_WINDOW):
-            outcomes += self._publish_window(items[start : start + BATCH_WINDOW], deadline)
-        return outcomes
+            answers += self._publish_window(items[start : start + BATCH_WINDOW], deadline)
+        answer = iter(answers)
+        return [next(answer) if outcome is None else outcome for outcome in outcomes]
 
     def _publish_window(
         self, items: list[Publication], deadline: float, *, maybe_sent: bool = False
