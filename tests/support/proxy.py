@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from urllib.parse import urlsplit
@@ -17,6 +19,8 @@ class Proxy:
       mute: Drop what the client says.
       down: Refuse new connections (they are closed at once).
       dropped: What was lost of the server's words.
+      impostor: Called with each new connection of a client in place of the server; it may say anything.
+      rate: Bytes a second towards the client; None for no limit.
     """
 
     def __init__(self, target: str) -> None:
@@ -28,6 +32,8 @@ class Proxy:
         self.url = f"{parts.scheme}://127.0.0.1:{self._listener.getsockname()[1]}"
         self.deaf = self.mute = self.down = False
         self.dropped = b""
+        self.impostor: Callable[[socket.socket], object] | None = None
+        self.rate: int | None = None
         self._flowing = threading.Event()
         self._flowing.set()
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
@@ -102,6 +108,10 @@ class Proxy:
             if self.down:
                 client.close()
                 continue
+            if self.impostor is not None:
+                with client, suppress(OSError):
+                    self.impostor(client)
+                continue
             try:
                 server = socket.create_connection(self._target, timeout=5)
             except OSError:
@@ -131,6 +141,8 @@ class Proxy:
                     self.dropped += data if from_server else b""
                 else:
                     sink.sendall(data)
+                    if from_server and self.rate:
+                        time.sleep(len(data) / self.rate)
         except OSError:
             pass  # one side is gone; the other learns it below
         with self._lock:

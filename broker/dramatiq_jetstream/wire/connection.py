@@ -501,9 +501,10 @@ class Connection:
     def send(
         self, subject: str, payload: bytes = b"", headers: Headers | bytes | None = None, reply: str = ""
     ) -> None:
-        """Publish without JetStream: lost when nobody listens or the connection is down."""
+        """Publish without JetStream: lost without a listener, without a connection, and behind too many others."""
         self._link.wait_open(self._deadline(None))
-        self._link.post(self._link.write, subject, payload, reply, headers)
+        if not self._link.is_full:
+            self._link.post(self._link.write, subject, payload, reply, headers)
 
     def new_inbox(self) -> str:
         """Return a fresh subject for answers; add tokens to it as needed."""

@@ -79,8 +79,9 @@ LONGEST_PAUSE_SECONDS: Final = 2.0
 #: A connection that lasted less than this was none: the pause goes on growing.
 LASTING_SECONDS: Final = 5.0
 
-#: How often a reason that stays the same is logged again.
+#: How often a reason that stays the same is logged again, and how many reasons are remembered for that.
 REMIND_SECONDS: Final = 60.0
+MOST_REASONS: Final = 20
 
 #: How many bytes are given to the socket at once.
 CHUNK_BYTES: Final = 65_536
@@ -92,6 +93,12 @@ OUTBOX_BYTES: Final = 16_777_216
 #: the loop costs as much as a dozen calls.
 BUSY: Final = 4
 BATCH_SECONDS: Final = 0.002
+
+#: How many calls are run in one turn of the loop.
+CALLS_AT_ONCE: Final = 1_000
+
+#: With this many calls in the mailbox, messages that may be lost are.
+MAILBOX_FULL: Final = 100_000
 
 #: How often callbacks of `on_tick` are called.
 TICK_SECONDS: Final = 0.1
@@ -190,8 +197,7 @@ class Link:
         self._waiters = Waiters()
         self._attempts = 0
         self._failure: BrokerError | None = None
-        self._complaint = ""
-        self._complained = 0.0
+        self._complaints: dict[str, float] = {}
         self._mailbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._outbox: deque[tuple[Outgoing | bytes, Call | None]] = deque()
         self._outbox_bytes = 0
@@ -219,6 +225,11 @@ class Link:
         """Whether the server is there now, as far as this process can know."""
         client = self._client
         return client is not None and client.open and self._silent_fences < 2
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many calls wait in the mailbox that messages which may be lost should be."""
+        return len(self._mailbox) >= MAILBOX_FULL
 
     @property
     def next_fence(self) -> int:
@@ -261,13 +272,20 @@ class Link:
                 self._waiters.discard(signal)
 
     def post(self, call: Callable[..., None], *args: Any) -> None:
-        """Run `call(*args)` on the loop thread soon, in the order posted. It must neither block nor raise."""
+        """Run `call(*args)` on the loop thread soon, in the order posted. It must neither block nor raise.
+
+        Nothing runs that is posted after `close`.
+        """
+        if self._closed:
+            return
         self._mailbox.append((call, args))
         if not self._woken:
             self._wake()
 
     def post_lazily(self, call: Callable[..., None], *args: Any) -> None:
         """As `post`, but in busy times a moment later, together with others (see `BATCH_SECONDS`)."""
+        if self._closed:
+            return
         self._mailbox.append((call, args))
         if not (self._woken or self._coming):
             self._wake()
@@ -309,9 +327,6 @@ class Link:
             raise RuntimeError("A blocking call was made on the connection's own thread.")
 
     def _wake(self) -> None:
-        if self._closed and self._loop is None:
-            self._mailbox.clear()
-            return
         self._woken = True
         if self._loop is None:
             self._run()
@@ -341,6 +356,7 @@ class Link:
         try:
             loop.run_forever()
             loop.close()
+            self._mailbox.clear()
         finally:
             self._ended.set()
 
@@ -393,7 +409,10 @@ class Link:
             calls = self._empty_mailbox()
         finally:
             self._draining = False
-        if calls >= BUSY and not self._coming:
+        if self._mailbox and not self._woken:
+            self._woken = True
+            self.soon(self._drain)
+        elif calls >= BUSY and not self._coming:
             self._coming = True
             self.soon(self._come, BATCH_SECONDS)
 
@@ -402,18 +421,19 @@ class Link:
         self._drain()
 
     def _empty_mailbox(self) -> int:
-        """Returns how many calls were in it."""
+        """Run the calls that are in the mailbox, and write what they produced; returns how many they were.
+
+        What is posted meanwhile has to wait for the next turn, or those who post could keep the loop from all else.
+        """
         mailbox = self._mailbox
         calls = 0
-        while mailbox:
-            while mailbox:
-                call, args = mailbox.popleft()
-                calls += 1
-                try:
-                    call(*args)
-                except Exception:
-                    self.logger.exception("A call on the connection's thread failed.")
-            self._flush()
+        while mailbox and calls < CALLS_AT_ONCE:
+            call, args = mailbox.popleft()
+            calls += 1
+            try:
+                call(*args)
+            except Exception:
+                self.logger.exception("A call on the connection's thread failed.")
         self._flush()
         return calls
 
@@ -537,9 +557,10 @@ class Link:
                 opened = time.monotonic()
                 self._note_open(client)
                 await asyncio.wait({client.lost})
-                self._note_lost(client)
                 if time.monotonic() - opened >= LASTING_SECONDS:
                     pause = FIRST_PAUSE_SECONDS
+                    self._complaints.clear()
+                self._note_lost(client)
             await asyncio.sleep(pause * random.uniform(0.67, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
@@ -567,7 +588,7 @@ class Link:
                 state.server,
                 f" after {self._attempts} failed attempts" if self._attempts else "",
             )
-        self._attempts, self._complaint, self._failure = 0, "", None
+        self._attempts, self._failure = 0, None
         self.calls.resend()
         if self._was_open:
             self._call_all(self._listeners.reconnect)
@@ -601,14 +622,18 @@ class Link:
         self._waiters.wake()
 
     def _complain(self, reason: str) -> None:
-        """Log a reason once, and now and then how often it was met."""
+        """Log a reason once, and now and then again, until a connection has lasted."""
         now = time.monotonic()
-        if reason != self._complaint:
-            self._complaint, self._complained = reason, now
+        said = self._complaints.get(reason)
+        if said is None:
             self.logger.warning("%s", reason)
-        elif now - self._complained >= REMIND_SECONDS:
-            self._complained = now
+        elif now - said >= REMIND_SECONDS:
             self.logger.warning("%s (%d failed attempts so far)", reason, self._attempts)
+        else:
+            return
+        if len(self._complaints) >= MOST_REASONS:
+            self._complaints.clear()
+        self._complaints[reason] = now
 
     async def _look(self) -> None:
         """Call the ticks, send the fences, and cut a connection on which nothing arrives."""
@@ -650,7 +675,9 @@ class Link:
                 task.cancel()
             await asyncio.wait(tasks, timeout=1.0)
             client = self._client
-            self._drain()
+            while self._mailbox:
+                self._drain()
+            self._flush()
             if client is not None and client.open:
                 client.close()
                 await asyncio.wait({client.lost}, timeout=1.0)
