@@ -78,7 +78,7 @@ def test_brokers_of_before_and_after_are_reached(instrument: Callable[..., Drama
 
 
 def test_instrumenting_twice_changes_nothing(instrument: Callable[..., DramatiqInstrumentor]) -> None:
-    """A message has one span for its send, however often somebody instruments."""
+    """A message has one span for its send, however often a program instruments."""
     broker = stub_broker()
     instrument()
     instrument()
@@ -117,7 +117,7 @@ def test_the_middleware_stands_before_all_others(telemetry: Recorded) -> None:
 def test_a_wrapper_that_was_added_since_survives(
     instrument: Callable[..., DramatiqInstrumentor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody else's patch of the constructor is not undone with ours."""
+    """A patch of the constructor by another library is not undone with ours."""
     instrumentor = instrument()
     ours = Broker.__init__
     calls: list[int] = []

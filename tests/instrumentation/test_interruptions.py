@@ -70,7 +70,7 @@ def test_a_shutdown_ends_the_attempt(stub: Fleet, telemetry: Recorded, queue: st
 def test_aborted_messages_are_told_apart(
     stub: Fleet, telemetry: Recorded, queue: str, while_it_runs: bool
 ) -> None:
-    """A message that somebody aborted is neither failed nor just skipped."""
+    """An aborted message is neither failed nor just skipped."""
     abortable = Abortable(backend=StubBackend())
     stub.broker.add_middleware(abortable)
     started = threading.Event()

@@ -191,7 +191,7 @@ def test_what_never_reaches_an_actor_is_counted_by_its_reason(
 def test_a_dead_letter_and_its_replay_stay_in_the_trace(
     fleet: JetStreamBroker, telemetry: Recorded, queue: str
 ) -> None:
-    """send → attempt, letter; and from the same send: replay → attempt. Whoever replays is linked."""
+    """send → attempt, letter; and from the same send: replay → attempt, with a link to the operator."""
     attempts: list[int] = []
 
     @dramatiq.actor(queue_name=queue, max_retries=0)
