@@ -465,6 +465,8 @@ class Link:
 
     def _encode(self, message: Outgoing) -> bytes:
         subject, payload, _, headers = message
+        if type(headers) is bytes:  # a publication, which was checked before it was posted
+            return encode_publish(message)
         check_subject(subject)
         if len(payload) > self.max_payload:
             raise MessageTooLarge(
