@@ -107,7 +107,7 @@ class Bucket:
         self._declare = declare
         self._declared = False
         self._listing = Listing(connection, self.stream)
-        self._last = last_message
+        self._one_server = False  # whether no server can be behind another; known once it is declared
         self._gone = False
 
     def __repr__(self) -> str:
@@ -123,9 +123,7 @@ class Bucket:
         """
         self._ensure()
         try:
-            stored = self._last(
-                self.connection, self.stream, self._subject(key), timeout=timeout, must_exist=self._declare
-            )
+            stored = self._last(self._subject(key), timeout=timeout, must_exist=self._declare)
         except TopologyMissing:
             self.declare()  # it was deleted on the server
             return None
@@ -343,17 +341,18 @@ class Bucket:
     def declare(self, *, update: bool = False) -> str:
         """Create the bucket if it is missing, with `update` change what differs; as `topology.ensure_stream`."""
         outcome = ensure_stream(self.connection, self.config, update=update)
-        if outcome != "differs" and self.config.settings["num_replicas"] == 1:
-            self._last = last_message_direct
+        self._one_server = outcome != "differs" and self.config.settings["num_replicas"] == 1
         self._declared = True
         return outcome
 
     # Inside
 
-    @property
-    def _alone(self) -> bool:
-        """Whether there is one server only, which cannot be behind another."""
-        return self._last is last_message_direct
+    def _last(
+        self, subject: str, *, timeout: int | None = None, must_exist: bool = False
+    ) -> StoredMessage | None:
+        """The newest message on a subject; from the leader, if another server may be behind it."""
+        read = last_message_direct if self._one_server else last_message
+        return read(self.connection, self.stream, subject, timeout=timeout, must_exist=must_exist)
 
     def _ensure(self) -> None:
         if self._declare and not self._declared:
@@ -417,11 +416,11 @@ class Bucket:
             if newest is not None and newest.headers.get(HEADER_MSG_ID) == write:
                 return newest.sequence
             outdated = newest is None or newest.sequence <= expected
-            if outdated and not self._alone and time.monotonic() - began < DEPOSED:
+            if outdated and not self._one_server and time.monotonic() - began < DEPOSED:
                 time.sleep(random.uniform(0.005, 0.05))
                 continue
             own = None
-            if not self._alone or self.connection.repeats != repeats:  # of this write, perhaps
+            if not self._one_server or self.connection.repeats != repeats:  # of this write, perhaps
                 own = self._stored_as(subject, write)
             if own is None:
                 raise _Conflict
@@ -429,8 +428,9 @@ class Bucket:
 
     def _newest(self, subject: str) -> StoredMessage | None:
         """The newest message on a subject, which may have wildcards."""
-        last = last_message if subject.endswith(">") else self._last
-        return last(self.connection, self.stream, subject)
+        if subject.endswith(">"):
+            return last_message(self.connection, self.stream, subject)
+        return self._last(subject)
 
     def _stored_as(self, subject: str, write: str) -> int | None:
         """Ask whether a write was stored, without writing: return its revision, or None.

@@ -277,7 +277,7 @@ def test_a_leader_of_yesterday_is_not_believed(
 
     monkeypatch.setattr(writer.connection, "publish", refuse_once)
     monkeypatch.setattr(kv, "last_message", read)
-    monkeypatch.setattr(writer, "_last", read)
+    writer._one_server = False
     writes: dict[str, Callable[[], int | None]] = {
         "create": lambda: writer.create("g.k", b"mine"),
         "update": lambda: writer.update("g.k", b"mine", revision=before),
@@ -306,9 +306,11 @@ def test_a_leader_of_yesterday_does_not_hide_who_was_first(
     before = writer.put("k", b"before")
     outdated = [kv.last_message(writer.connection, writer.stream, writer._subject("k"))] * 3
     other.put("k", b"theirs")
+    last = kv.last_message
     monkeypatch.setattr(
-        writer, "_last", lambda *args, **more: outdated.pop() if outdated else kv.last_message(*args, **more)
+        kv, "last_message", lambda *args, **more: outdated.pop() if outdated else last(*args, **more)
     )
+    writer._one_server = False
 
     with pytest.raises(RevisionConflict):
         writer.update("k", b"mine", revision=before)
