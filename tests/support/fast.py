@@ -27,6 +27,7 @@ MODULES = {
     "tests/broker/test_time_limits.py",
     "tests/instrumentation/test_instrumentor.py",
     "tests/instrumentation/test_interruptions.py",
+    "tests/instrumentation/test_sampling.py",
     "tests/instrumentation/test_strikes.py",
     "tests/tasks/test_logs.py",
     "tests/tasks/test_outdated_reads.py",
