@@ -45,6 +45,8 @@ from .worker.follow_ups import FollowUps
 from .worker.ledger import Ledger
 from .worker.running import running_message
 from .worker.sources import Sources
+from .worker.suspects import BUCKET as STARTS
+from .worker.suspects import Suspects
 from .worker.time_limits import keep_time_of
 from .worker.undertaker import JetStreamUndertaker
 
@@ -65,6 +67,8 @@ class JetStreamBroker(EmittingBroker):
         needs few permissions; prepare the server with `fleet setup`.
       ack_wait: After this long without a sign of life from its worker a message is delivered again.
       max_deliveries: A message delivered more often than this without being settled is a dead letter.
+      unknown_actor_grace: How long a message whose actor a worker does not have is given back for others to take,
+        before it is a dead letter (5 minutes).
       dead_message_ttl: How long dead letters are kept (7 days).
       enqueue_timeout: How long `enqueue` waits for JetStream, over reconnects, before it raises.
       max_priority: Levels above 0 for the option `broker_priority`, 1 to 32; None for no priorities.
@@ -99,6 +103,7 @@ class JetStreamBroker(EmittingBroker):
         declare: bool = True,
         ack_wait: int = 30_000,
         max_deliveries: int = 10,
+        unknown_actor_grace: int = 300_000,
         dead_message_ttl: int = 7 * 86_400_000,
         enqueue_timeout: int = 10_000,
         max_priority: int | None = None,
@@ -130,6 +135,7 @@ class JetStreamBroker(EmittingBroker):
             declare=declare,
             ack_wait=ack_wait,
             max_deliveries=max_deliveries,
+            unknown_actor_grace=unknown_actor_grace,
             dead_message_ttl=dead_message_ttl,
             enqueue_timeout=enqueue_timeout,
             max_priority=max_priority,
@@ -159,7 +165,8 @@ class JetStreamBroker(EmittingBroker):
             emit=self.emit_own,
         )
         self._follow_ups = FollowUps()
-        self.attachment = Attachment(self._undertaker, self._follow_ups)
+        self._suspects = Suspects(self.config, lambda: self.bucket(STARTS))
+        self.attachment = Attachment(self._undertaker, self._follow_ups, self._suspects)
         self._publications = Publications(self.config, self._follow_ups.unique_id)
         self._consumers: list[JetStreamConsumer] = []
         self.connection.on_fork(self._forget_worker)
@@ -204,6 +211,7 @@ class JetStreamBroker(EmittingBroker):
             if setup is not None:
                 outcome.update(setup(self, update=update))
         self.bucket("unique")
+        self.bucket(STARTS)
         return {**self.declarations.setup_buckets(update=update), **outcome}
 
     def bucket(
@@ -404,7 +412,7 @@ class JetStreamBroker(EmittingBroker):
             prefetch=max(1, prefetch),
             timeout=timeout,
             lookahead=queue_name not in self.config.max_in_flight and not QUEUE_PREFETCH,
-            max_deliveries=self.config.max_deliveries,
+            suspects=self._suspects,
             undertaker=self._undertaker,
             give_back=self.attachment.return_unstarted,
         )
@@ -456,6 +464,7 @@ class JetStreamBroker(EmittingBroker):
         """In the child of a fork, where the parent's worker has no threads."""
         self.attachment.detach()
         self._consumers = []
+        self._suspects.forget()
 
     def _event_streams(self) -> set[str]:
         streams = (getattr(middleware, "stream", None) for middleware in self.middleware)

@@ -156,6 +156,7 @@ class BrokerConfig:
     declare: bool = True
     ack_wait: int = 30_000
     max_deliveries: int = 10
+    unknown_actor_grace: int = 300_000
     dead_message_ttl: int = 7 * 86_400_000
     enqueue_timeout: int = 10_000
     max_priority: int | None = None
@@ -170,6 +171,7 @@ class BrokerConfig:
         _at_least("replicas", self.replicas, 1)
         _at_least("ack_wait", self.ack_wait, 1_000)
         _at_least("max_deliveries", self.max_deliveries, 1)
+        _at_least("unknown_actor_grace", self.unknown_actor_grace, 0)
         _at_least("dead_message_ttl", self.dead_message_ttl, 1_000)
         _at_least("enqueue_timeout", self.enqueue_timeout, 100)
         _at_least("duplicate_window", self.duplicate_window, 100)

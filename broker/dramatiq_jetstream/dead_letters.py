@@ -160,7 +160,9 @@ class DeadLetters:
         """
         self._ensure(False)
         kept = {
-            name: value for name, value in headers.items() if not name.startswith(("Nats-", "Dramatiq-Dead-"))
+            name: value
+            for name, value in headers.items()
+            if not name.startswith(("Nats-", "Dramatiq-Dead-")) and name not in wire_names.PUT_OFF_HEADERS
         }
         letter = {
             **kept,

@@ -26,6 +26,13 @@ HEADER_ENQUEUED_AT = "Dramatiq-Enqueued-At"
 HEADER_TICK = "Dramatiq-Periodic"
 HEADER_PARTS = "Dramatiq-Parts"
 
+# On a message that was put off: what it was before, so that its runs and follow-ups are known again. They stay on
+# the queue; dead letters and what follows a message do not have them.
+HEADER_ORIGIN = "Dramatiq-Origin"
+HEADER_EARLIER_DELIVERIES = "Dramatiq-Earlier-Deliveries"
+HEADER_UNKNOWN_SINCE = "Dramatiq-Unknown-Since"
+PUT_OFF_HEADERS = frozenset({HEADER_ORIGIN, HEADER_EARLIER_DELIVERIES, HEADER_UNKNOWN_SINCE})
+
 #: Headers of a dead letter.
 HEADER_DEAD_REASON = "Dramatiq-Dead-Reason"
 HEADER_DEAD_ERROR = "Dramatiq-Dead-Error"

@@ -14,6 +14,7 @@ from dramatiq.worker import Worker
 from .attempts import Attempts
 from .consumer import JetStreamConsumer, JetStreamMessage, Undertaker
 from .follow_ups import FollowUps
+from .suspects import Suspects
 from .work_queue import DelayQueue, WorkQueue
 
 __all__ = ["Attachment"]
@@ -22,9 +23,10 @@ __all__ = ["Attachment"]
 class Attachment:
     """The worker of this process, if there is one."""
 
-    def __init__(self, undertaker: Undertaker, follow_ups: FollowUps) -> None:
+    def __init__(self, undertaker: Undertaker, follow_ups: FollowUps, suspects: Suspects) -> None:
         self._undertaker = undertaker
         self._follow_ups = follow_ups
+        self._suspects = suspects
         self._worker: Worker | None = None
 
     def detach(self) -> None:
@@ -42,7 +44,7 @@ class Attachment:
 
     def replace_attempts(self, worker_thread: Any) -> None:
         """Run messages our way; called on the thread itself before its first one."""
-        attempts = Attempts(worker_thread, self._follow_ups, self._undertaker)
+        attempts = Attempts(worker_thread, self._follow_ups, self._undertaker, self._suspects)
         worker_thread.process_message = attempts.process_message
 
     def stop_consuming(self, worker: Worker) -> None:

@@ -18,6 +18,7 @@ from dramatiq.worker import WorkerThread, has_results_middleware
 from .consumer import JetStreamMessage, Undertaker
 from .follow_ups import FollowUps
 from .interrupts import Gate
+from .suspects import Suspects
 
 __all__ = ["Attempts"]
 
@@ -25,17 +26,22 @@ __all__ = ["Attempts"]
 class Attempts:
     """The attempts of the calling worker thread, one after the other."""
 
-    def __init__(self, thread: WorkerThread, follow_ups: FollowUps, undertaker: Undertaker) -> None:
+    def __init__(
+        self, thread: WorkerThread, follow_ups: FollowUps, undertaker: Undertaker, suspects: Suspects
+    ) -> None:
         self._thread = thread
         self._broker = thread.broker
         self._logger = thread.logger
         self._follow_ups = follow_ups
         self._undertaker = undertaker
+        self._suspects = suspects
         self._gate = Gate()
 
     def process_message(self, message: MessageProxy) -> None:
         """Run a message and settle it. Nothing is raised: the thread must live for the next one."""
         try:
+            if isinstance(message, JetStreamMessage):
+                self._suspects.note_start(message._delivery)
             self._run_and_settle(message)
         except BaseException:
             self._logger.critical("Message %s was not settled as it should be.", message, exc_info=True)

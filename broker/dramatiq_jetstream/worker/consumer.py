@@ -26,12 +26,11 @@ from typing import Any, Protocol
 
 from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.common import current_millis
-from dramatiq.errors import ActorNotFound, DecodeError
+from dramatiq.errors import ActorNotFound, BrokerError, DecodeError
 from dramatiq.message import Message
 
 from dramatiq_jetstream import dead_letters
-from dramatiq_jetstream.errors import ApiError, BrokerConnectionError, MessageTooLarge
-from dramatiq_jetstream.jetstream.names import HEADER_TICK
+from dramatiq_jetstream.errors import ApiError, MessageTooLarge
 from dramatiq_jetstream.wire.connection import Connection
 from dramatiq_jetstream.wire.handover import Handover
 
@@ -40,8 +39,12 @@ from .ledger import Ledger
 from .pulling import Puller
 from .settlements import ACK
 from .sources import Sources
+from .suspects import Suspects
 
 __all__ = ["JetStreamConsumer", "JetStreamMessage", "Undertaker"]
+
+#: Numbers of errors that pass when somebody raises a limit: of streams, consumers or storage.
+_PASSING = frozenset({10026, 10027, 10047, 10077})
 
 # Failures of a follow-up that another run would only repeat.
 _PERMANENT = (
@@ -59,7 +62,7 @@ _PERMANENT = (
 class Undertaker(Protocol):
     """Stores elsewhere what is not worked off here; called on Dramatiq's threads.
 
-    All but `hand_back` raise `BrokerConnectionError` when the storing is not known to have worked.
+    `bury`, `bury_again`, `reject` and `postpone` raise an error when the storing is not known to have worked.
     """
 
     def bury(self, delivery: Delivery, reason: str, error: str) -> None:
@@ -67,6 +70,12 @@ class Undertaker(Protocol):
 
     def reject(self, message: JetStreamMessage, follow_up_error: BaseException | None) -> None:
         """Store a dead letter for a message that failed, or whose follow-up can never be enqueued."""
+
+    def has_letter_for(self, delivery: Delivery) -> bool:
+        """Whether it was to be a dead letter here before, which could not be stored then."""
+
+    def bury_again(self, delivery: Delivery) -> None:
+        """Store the dead letter that could not be stored when the message was here before."""
 
     def postpone(self, message: JetStreamMessage) -> None:
         """Have the server keep a message until its option `eta`."""
@@ -76,6 +85,12 @@ class Undertaker(Protocol):
 
     def put_off(self, delivery: Delivery) -> None:
         """Have a delivery come again after a while: what follows it could not be stored now."""
+
+    def knows_actor(self, name: str) -> bool:
+        """Whether this program has an actor of that name."""
+
+    def await_actor(self, delivery: Delivery, name: str | None = None) -> bool:
+        """Put off a message whose actor this program does not have; False when that was tried for long enough."""
 
 
 class JetStreamMessage(MessageProxy):
@@ -128,6 +143,7 @@ class JetStreamConsumer(Consumer):
       timeout: Milliseconds after which the iterator yields None when there is nothing.
       lookahead: Whether a little more than the prefetch may wait here while messages are short.
       undertaker: Stores elsewhere what is not worked off here.
+      suspects: Those of this process's messages that may be the death of it.
       give_back: Takes messages of a queue that were not begun out of Dramatiq's hands again, other than so many.
     """
 
@@ -141,7 +157,7 @@ class JetStreamConsumer(Consumer):
         prefetch: int,
         timeout: int,
         lookahead: bool,
-        max_deliveries: int,
+        suspects: Suspects,
         undertaker: Undertaker,
         give_back: Callable[[str, int], None],
     ) -> None:
@@ -151,14 +167,14 @@ class JetStreamConsumer(Consumer):
         self.queue_name = queue_name
         self.prefetch = prefetch
         self.timeout = timeout / 1000
-        self.max_deliveries = max_deliveries
+        self.suspects = suspects
         self.undertaker = undertaker
         self.give_back = give_back
         self.stopping = False
         self._handover: Handover[list[Delivery]] = Handover()
         self._ready: list[tuple[int, int, Delivery]] = []  # the consumer thread's own
+        self._suspected: list[tuple[int, int, Delivery]] = []  # as well; the latest stored first
         self._order = itertools.count()
-        self._unknown: set[str] = set()  # actors whose ticks come here and that are not declared here
         self._handed = 0  # counted by the consumer thread
         self._returned = 0  # counted by the loop thread
         self._waits_for_room = False
@@ -175,6 +191,7 @@ class JetStreamConsumer(Consumer):
             surplus=self._surplus,
         )
         sources.open(self._opened)
+        suspects.listen(self._wake)
 
     # For Dramatiq's threads
 
@@ -185,12 +202,14 @@ class JetStreamConsumer(Consumer):
                 self._has_surplus = False
                 self._give_back_all()
                 self.give_back(self.queue_name, max(1, self.prefetch // 2))
-            if self._ready:
+            if self._ready or self._suspected:
                 # Said before looking, so that whoever makes room after the look wakes us.
                 self._waits_for_room = True
-                if self._handed - self._returned < self._puller.window:
+                if self._handed - self._returned < self._puller.window and (
+                    delivery := self._next_delivery()
+                ):
                     self._waits_for_room = False
-                    message = self._hand_over(heappop(self._ready)[-1])
+                    message = self._hand_over(delivery)
                     if message is None or not self.stopping:
                         return message
                     self.undertaker.hand_back(message._delivery)
@@ -199,23 +218,44 @@ class JetStreamConsumer(Consumer):
             except Empty:
                 return None
             for delivery in arrived:
-                heappush(self._ready, (delivery.source.rank, next(self._order), delivery))
+                if self.suspects.include(delivery):
+                    heappush(self._suspected, (-delivery.timestamp, next(self._order), delivery))
+                else:
+                    heappush(self._ready, (delivery.source.rank, next(self._order), delivery))
         self._empty(min(self.timeout, 0.1))
         return None
 
+    def _next_delivery(self) -> Delivery | None:
+        """A suspect, when none of this process is running, or else the next of the others."""
+        if self._suspected and self.suspects.take_place():
+            delivery = heappop(self._suspected)[-1]
+            delivery.on_settled = self._suspect_settled
+        elif self._ready:
+            delivery = heappop(self._ready)[-1]
+            delivery.on_settled = self._room_made
+        else:
+            return None
+        return delivery
+
     def _hand_over(self, delivery: Delivery) -> JetStreamMessage | None:
         self._handed += 1
-        delivery.on_settled = self._room_made
         return self._decode(delivery)
+
+    def _suspect_settled(self) -> None:
+        self._room_made()
+        self.suspects.leave_place()
 
     def _room_made(self) -> None:
         self._returned += 1
         if self._waits_for_room:
             self._waits_for_room = False
-            self._handover.put([])
+            self._wake()
 
     def _surplus(self) -> None:
         self._has_surplus = True
+        self._wake()
+
+    def _wake(self) -> None:
         self._handover.put([])
 
     def _give_back_all(self) -> None:
@@ -236,19 +276,34 @@ class JetStreamConsumer(Consumer):
         if not delivery.source.takes(delivery.subject):
             self._leave_to_others(delivery)
             return None
-        if delivery.deliveries > self.max_deliveries:
-            self._bury(
-                delivery,
-                dead_letters.DELIVERED_TOO_OFTEN,
-                f"Delivered {delivery.deliveries} times without being settled: its workers may have died of it, "
-                "or what follows it could not be enqueued.",
-            )
+        if self.undertaker.has_letter_for(delivery):
+            self._put_away(delivery, lambda: self.undertaker.bury_again(delivery))
+            return None
+        try:
+            if self.suspects.has_killed(delivery):
+                self._bury(
+                    delivery,
+                    dead_letters.DELIVERED_TOO_OFTEN,
+                    f"Delivered {delivery.deliveries} times without being settled: its workers may have died of it, "
+                    "or what follows it could not be enqueued.",
+                )
+                return None
+        except BrokerError as error:
+            self.logger.warning("How often %s was started is not known now: %s", delivery, error)
+            self.undertaker.put_off(delivery)
             return None
         try:
             message, arguments = delivery.source.decode(delivery)
+        except ActorNotFound as error:
+            if not self.undertaker.await_actor(delivery):
+                self._bury(delivery, dead_letters.UNKNOWN_ACTOR, str(error))
+            return None
         except Exception as error:  # noqa: BLE001 - whatever decoding raises, these bytes are not a message
             cause = (error.error if isinstance(error, DecodeError) else None) or error
             self._bury(delivery, dead_letters.UNDECODABLE, f"{type(cause).__name__}: {cause}")
+            return None
+        name = message.actor_name
+        if not self.undertaker.knows_actor(name) and self.undertaker.await_actor(delivery, name):
             return None
         proxy = JetStreamMessage(message, delivery, arguments)
         if "eta" in message.options:  # from another program: ours have none when they are delivered
@@ -273,10 +328,9 @@ class JetStreamConsumer(Consumer):
         """Store a delivery elsewhere, then ack it."""
         try:
             store()
-        except Exception:
-            # Not acked: it comes again after its ack_wait. Nothing may be raised here, or it would stay with us.
-            self.logger.exception("%s could not be stored elsewhere; it will be delivered again.", delivery)
-            self.ledger.abandon(delivery)
+        except Exception as error:  # noqa: BLE001 - nothing may be raised here, or it would stay with us
+            self.logger.warning("%s cannot be stored elsewhere now and will come again: %s", delivery, error)
+            self.undertaker.put_off(delivery)
         else:
             self.ledger.settle(delivery, ACK)
 
@@ -285,11 +339,7 @@ class JetStreamConsumer(Consumer):
         self._settle(message, failed=False)
 
     def nack(self, message: MessageProxy) -> None:
-        """Make a dead letter of a failed message, then ack it.
-
-        Raises:
-          BrokerConnectionError: When the letter is not known to be stored; Dramatiq calls again.
-        """
+        """Make a dead letter of a failed message, then ack it; one that cannot be stored comes again later."""
         self._settle(message, failed=True)
 
     def _settle(self, message: MessageProxy, *, failed: bool) -> None:
@@ -298,7 +348,7 @@ class JetStreamConsumer(Consumer):
         delivery = message._delivery
         error = message.follow_up_error
         if error is not None:
-            if not isinstance(error, _PERMANENT):
+            if not _is_permanent(error):
                 self.logger.warning(
                     "Message %s stays on its queue, because what follows it could not be enqueued: %s",
                     message.message_id,
@@ -310,36 +360,17 @@ class JetStreamConsumer(Consumer):
         if not failed:
             self.ledger.settle(delivery, ACK)
             return
-        if delivery.mentions(HEADER_TICK) and isinstance(message._exception, ActorNotFound):
-            self._put_off_tick(delivery, message.actor_name)
-            return
         try:
             self.undertaker.reject(message, error)
-        except BrokerConnectionError:
-            raise
-        except Exception:
-            # Dramatiq would not call again, and we would hold the message until this process ends.
-            self.logger.exception("%s has no dead letter; it will be delivered again.", delivery)
-            self.ledger.abandon(delivery)
-        else:
-            self.ledger.settle(delivery, ACK)
-
-    def _put_off_tick(self, delivery: Delivery, actor_name: str) -> None:
-        """Leave a tick of an actor that this process does not have to others, and drop it when none takes it.
-
-        It is no dead letter: the schedule of an actor that was removed would make one at each tick.
-        """
-        if delivery.deliveries < self.max_deliveries:
+        except Exception as error:  # noqa: BLE001 - Dramatiq would call again, and hold up a thread with it
+            self.logger.warning(
+                "Message %s has no dead letter and will run again, because it could not be stored: %s",
+                message.message_id,
+                error,
+            )
             self.undertaker.put_off(delivery)
         else:
             self.ledger.settle(delivery, ACK)
-        if actor_name not in self._unknown:
-            self._unknown.add(actor_name)
-            self.logger.warning(
-                "A tick is for the actor %s, which is not declared here: leaving it to other workers. If the actor was "
-                "removed, remove its schedule: `fleet schedules --module ... --remove-orphans`.",
-                actor_name,
-            )
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         """Give messages back to the queue at once."""
@@ -352,7 +383,7 @@ class JetStreamConsumer(Consumer):
         self.stopping = True
         self._sources.close(self._opened)
         self._puller.stop()
-        self._handover.put([])
+        self._wake()
 
     def close(self) -> None:
         """Give back what was not handed over, and wait until the server knows what we settled."""
@@ -360,11 +391,14 @@ class JetStreamConsumer(Consumer):
         self._empty()
         self.ledger.flush(2)
         self._empty()
+        self.suspects.ignore(self._wake)
         self._puller.close()
 
     def _empty(self, timeout: float = 0.0) -> None:
         """Give back what has arrived, until nothing came for `timeout` seconds."""
         self._give_back_all()
+        while self._suspected:
+            self.undertaker.hand_back(heappop(self._suspected)[-1])
         while True:
             try:
                 arrived = self._handover.get(timeout=timeout)
@@ -372,3 +406,10 @@ class JetStreamConsumer(Consumer):
                 return
             for delivery in arrived:
                 self.undertaker.hand_back(delivery)
+
+
+def _is_permanent(error: BaseException) -> bool:
+    """Whether another run of a message would fail to enqueue what follows it for the same reason."""
+    if isinstance(error, ApiError) and (error.err_code in _PASSING or error.code >= 500):
+        return False
+    return isinstance(error, _PERMANENT)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from dramatiq.message import Message
 
+from dramatiq_jetstream.jetstream.names import HEADER_EARLIER_DELIVERIES, HEADER_ORIGIN
 from dramatiq_jetstream.sending.envelope import Event
 from dramatiq_jetstream.wire.connection import Msg
 
@@ -100,6 +101,9 @@ class Delivery:
         stored = int(tokens[start + 5])
         self.timestamp = stored // 1_000_000
         self.pending = int(tokens[start + 6])
+        if message.mentions(HEADER_EARLIER_DELIVERIES):
+            earlier = self.headers.get(HEADER_EARLIER_DELIVERIES, "")
+            self.deliveries += int(earlier) if earlier.isdecimal() else 0
         self.key: Key = (durable.stream, durable.name, self.sequence, stored)
         self.settled = False
         #: Where this process noted that it holds it, if it has a supervisor.
@@ -119,7 +123,9 @@ class Delivery:
 
     @property
     def origin(self) -> str:
-        """One token that identifies the message wherever it is delivered."""
+        """One token that identifies the message wherever it is delivered, also after it was put off."""
+        if self.mentions(HEADER_ORIGIN) and (origin := self.headers.get(HEADER_ORIGIN)):
+            return origin
         _, consumer, sequence, stored = self.key
         return f"{self.stream}-{consumer}-{sequence}-{stored:x}"
 

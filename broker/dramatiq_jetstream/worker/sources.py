@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from dramatiq.errors import DecodeError
+from dramatiq.errors import ActorNotFound, DecodeError
 from dramatiq.message import Message
 
 from dramatiq_jetstream.config import BrokerConfig
@@ -156,14 +156,13 @@ class Sources:
         """What an actor receives for an event.
 
         Raises:
+          ActorNotFound: When there is no such actor here, or it has no subscription.
           DecodeError: When the event's bytes are not what the actor's subscription says.
         """
         decode = self._decoders.get(actor_name)
         if decode is None:
-            raise DecodeError(
-                f"Actor {actor_name!r} has no subscription here to decode {event.subject} with.",
-                event.data,
-                None,
+            raise ActorNotFound(
+                f"Actor {actor_name!r} has no subscription here to decode {event.subject} with."
             )
         try:
             return decode(event)

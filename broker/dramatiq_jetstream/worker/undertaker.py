@@ -2,7 +2,8 @@
 
 Whatever is put aside is stored first and acked afterwards. If the process dies between the two, the message
 is delivered again and put aside again: a dead letter replaces itself (see `dead_letters`), what is stored
-elsewhere carries a message id that says where it came from, so that JetStream stores it once.
+elsewhere carries a message id that says where it came from, so that JetStream stores it once. What cannot be put aside
+comes again later; a message that comes again to the process that could not store its dead letter is not run once more.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from dramatiq.middleware import SkipMessage
 from dramatiq_jetstream import dead_letters
 from dramatiq_jetstream.config import BrokerConfig
 from dramatiq_jetstream.dead_letters import DeadLetters
-from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID
+from dramatiq_jetstream.jetstream.names import (
+    HEADER_EARLIER_DELIVERIES,
+    HEADER_MSG_ID,
+    HEADER_ORIGIN,
+    HEADER_TICK,
+    HEADER_UNKNOWN_SINCE,
+    PUT_OFF_HEADERS,
+)
 from dramatiq_jetstream.sending import delays
 from dramatiq_jetstream.sending.envelope import to_message
 from dramatiq_jetstream.wire.connection import Connection
@@ -35,6 +43,15 @@ logger = logging.getLogger(__name__)
 #: What is put off comes again after this time, in milliseconds, doubled each time up to the longest.
 FIRST_DELAY_MS = 2_000
 LONGEST_DELAY_MS = 60_000
+
+#: A message whose actor this program does not have comes again after this time, here or at another worker.
+UNKNOWN_ACTOR_DELAY_MS = 2_000
+
+#: Of how many messages this process remembers why they are to be dead letters, when those cannot be stored.
+MOST_UNSTORED = 10_000
+
+#: How long a message that is put off may take to be stored; after that it is given back.
+STORE_LATER_TIMEOUT_MS = 2_000
 
 
 class JetStreamUndertaker:
@@ -61,6 +78,8 @@ class JetStreamUndertaker:
         self._letters = letters
         self._actor_options = actor_options
         self._emit = emit
+        self._unknown: set[str] = set()  # actors that are not declared here, of which the log has said so
+        self._unstored: dict[str, tuple[str, str]] = {}
 
     def bury(self, delivery: Delivery, reason: str, error: str) -> None:
         """Store a dead letter for what never became a message here."""
@@ -86,7 +105,28 @@ class JetStreamUndertaker:
             return dead_letters.REJECTED, _describe(error)
         return dead_letters.RETRIES_EXHAUSTED, _describe(error)
 
+    def has_letter_for(self, delivery: Delivery) -> bool:
+        """Whether it was to be a dead letter here before, which could not be stored then."""
+        return bool(self._unstored) and delivery.origin in self._unstored
+
+    def bury_again(self, delivery: Delivery) -> None:
+        """Store the dead letter that could not be stored when the message was here before."""
+        reason, error = self._unstored[delivery.origin]
+        self._store_letter(delivery, reason, error, None)
+
     def _store_letter(
+        self, delivery: Delivery, reason: str, error: str, message: JetStreamMessage | None
+    ) -> None:
+        try:
+            self._try_to_store_letter(delivery, reason, error, message)
+        except BaseException:
+            # Several threads come here; an entry that is missing costs one more run of the message.
+            if len(self._unstored) < MOST_UNSTORED:
+                self._unstored[delivery.origin] = reason, error[: dead_letters.MAX_ERROR]
+            raise
+        self._unstored.pop(delivery.origin, None)
+
+    def _try_to_store_letter(
         self, delivery: Delivery, reason: str, error: str, message: JetStreamMessage | None
     ) -> None:
         source: Source = delivery.source
@@ -123,7 +163,7 @@ class JetStreamUndertaker:
                     dataclasses.replace(message._message, options=options).encode(),
                     eta=int(message.options["eta"]),
                     target=message._delivery.subject,
-                    headers=_without_nats(message._delivery.headers),
+                    headers=_own_headers(message._delivery.headers),
                 )
             ]
         )
@@ -148,9 +188,80 @@ class JetStreamUndertaker:
             self._ledger.settle(delivery, ACK)
 
     def put_off(self, delivery: Delivery) -> None:
-        """Have a delivery come again after a while, longer each time: what follows it could not be stored now."""
-        delay = FIRST_DELAY_MS << min(delivery.deliveries - 1, 10)
-        self._ledger.settle(delivery, nak_after(min(delay, LONGEST_DELAY_MS)))
+        """Have a delivery come again after a while, longer each time: what follows it could not be stored now.
+
+        The server counts what waits for that as in flight. On a queue that limits those, the message is stored anew
+        with a delay, if it can be, and leaves its place to others.
+        """
+        delay = min(FIRST_DELAY_MS << min(delivery.deliveries - 1, 10), LONGEST_DELAY_MS)
+        marks = {HEADER_ORIGIN: delivery.origin, HEADER_EARLIER_DELIVERIES: str(delivery.deliveries)}
+        if delivery.source.queue in self._config.max_in_flight and self._store_later(delivery, delay, marks):
+            self._ledger.settle(delivery, ACK)
+        else:
+            self._ledger.settle(delivery, nak_after(delay))
+
+    def knows_actor(self, name: str) -> bool:
+        """Whether this program has an actor of that name."""
+        try:
+            self._actor_options(name)
+        except ActorNotFound:
+            return False
+        return True
+
+    def await_actor(self, delivery: Delivery, name: str | None = None) -> bool:
+        """Put off a message whose actor this program does not have; False when that was tried for long enough.
+
+        While programs of two versions run, another worker may have it. A tick is dropped in the end: there is another.
+        """
+        is_tick = HEADER_TICK in delivery.headers
+        if name is not None and name not in self._unknown:
+            self._unknown.add(name)
+            logger.warning(
+                "A %s is for the actor %s, which is not declared here: leaving it to other workers.%s",
+                "tick" if is_tick else "message",
+                name,
+                " If the actor was removed, remove its schedule: `fleet schedules --module ... --remove-orphans`."
+                if is_tick
+                else "",
+            )
+        now = delays.now()
+        since = delivery.headers.get(HEADER_UNKNOWN_SINCE, "")
+        first = int(since) if since.isdecimal() else now
+        if now - first >= self._config.unknown_actor_grace:
+            if not is_tick:
+                return False
+            self._ledger.settle(delivery, ACK)
+        elif self._store_later(delivery, UNKNOWN_ACTOR_DELAY_MS, {HEADER_UNKNOWN_SINCE: str(first)}):
+            self._ledger.settle(delivery, ACK)
+        else:
+            self._ledger.settle(delivery, nak_after(UNKNOWN_ACTOR_DELAY_MS))
+        return True
+
+    def _store_later(self, delivery: Delivery, delay: int, marks: Mapping[str, str]) -> bool:
+        """Store a message of a queue anew, to come after `delay` milliseconds; False when that cannot be done now."""
+        if delivery.source.actor is not None or not self._connection.is_connected:
+            return False
+        unique = f"later:{delivery.origin}:{delivery.deliveries}:{delivery.sequence}"
+        later = delays.publication(
+            self._config.names,
+            delivery.source.queue,
+            delivery.origin,
+            unique,
+            delivery.data,
+            eta=delays.eta_after(delay),
+            target=delivery.subject,
+            headers={**_own_headers(delivery.headers), **marks},
+        )
+        try:
+            self._connection.publish(
+                later.subject, later.payload, later.headers, timeout=STORE_LATER_TIMEOUT_MS
+            )
+        except BrokerError as error:
+            logger.warning(
+                "%s cannot be stored to come later, and is given back instead: %s", delivery, error
+            )
+            return False
+        return True
 
     def _store_anew(self, delivery: Delivery) -> None:
         source: Source = delivery.source
@@ -158,14 +269,18 @@ class JetStreamUndertaker:
         if source.actor is not None:
             subject = self._config.names.task(source.queue)
             body = to_message(event_in(delivery), queue=source.queue, actor=source.actor).encode()
-        headers = _without_nats(delivery.headers)
+        headers = _own_headers(delivery.headers)
         headers[HEADER_MSG_ID] = f"anew:{delivery.origin}:{delivery.deliveries}"
         self._connection.publish(subject, body, headers)
 
 
-def _without_nats(headers: Mapping[str, str]) -> dict[str, str]:
-    """A message's own headers: what the server has put there, or read, is about how it came."""
-    return {name: value for name, value in headers.items() if not name.startswith("Nats-")}
+def _own_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """A message's own headers: what the server and workers have put there, or read, is about how it came."""
+    return {
+        name: value
+        for name, value in headers.items()
+        if not name.startswith("Nats-") and name not in PUT_OFF_HEADERS
+    }
 
 
 def _describe(error: BaseException) -> str:

@@ -20,7 +20,8 @@ class JetStreamRig(Rig):
     broker: JetStreamBroker
 
     def make(self, url: str | list[str], **options: Any) -> JetStreamBroker:
-        return JetStreamBroker(url=url, namespace=self.namespace, **options)
+        # As other brokers do, make a dead letter at once of what no actor is for.
+        return JetStreamBroker(url=url, namespace=self.namespace, **{"unknown_actor_grace": 0, **options})
 
     def drain(self, queue: str, worker: Worker, *, timeout: int = 10_000) -> None:
         self.broker.join(queue, interval=20, timeout=timeout)
