@@ -1,1 +1,1 @@
-"""Bytes to and from the server: connections, their threads, and what nats-py does not publish. Private."""
+"""Bytes to and from the server: a protocol without I/O, under the loop and under a single thread. Private."""

@@ -1,4 +1,4 @@
-"""One connection on the event loop, from the server's greeting until it is lost. Nothing here reconnects.
+"""One connection on the event loop, from the login until it is lost. Nothing here reconnects.
 
 Everything runs on the loop thread. Before `ready`, events wait for `expect`; afterwards each goes to the receiver while
 it is parsed. `lost` is done as soon as the connection is of no use, whatever ended it: the server, the network, a
@@ -37,11 +37,17 @@ class RefusedByServer(ConnectionFailed):
 
 
 class Client(asyncio.Protocol):
-    """A connection to the server at `address`, whose numeric host and port are `peer`."""
+    """A connection to the server at `address`, whose numeric host and port are `peer`.
 
-    def __init__(self, address: Address, peer: tuple[str, int]) -> None:
+    Attributes:
+      identity: Who we are to that server.
+      info: What the server says of itself.
+    """
+
+    def __init__(self, address: Address, peer: tuple[str, int], identity: Any) -> None:
         self.address = address
         self.peer = peer
+        self.identity = identity
         self.info: dict[str, Any] = {}
         self.transport: Any = None
         self.open = False
@@ -116,11 +122,8 @@ class Client(asyncio.Protocol):
 
     # What the transport calls
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.use(transport)
-
     def use(self, transport: asyncio.BaseTransport) -> None:
-        """Write to this transport, which may be another one after a TLS handshake."""
+        """Write to this transport, whose protocol this is."""
         self.transport = transport
         self.transport.set_write_buffer_limits(high=HELD_BACK)
 

@@ -36,10 +36,10 @@ from dramatiq.errors import BrokerError
 from dramatiq_jetstream.config import ConnectOptions
 
 from .addresses import Address
+from .handshake import Identity
 from .headers import Headers, Msg
 from .ids import new_id
 from .login import connect_command
-from .opening import tls_context, tls_name, wants_tls
 from .protocol import (
     Event,
     Pong,
@@ -50,6 +50,7 @@ from .protocol import (
     encode_publish,
     encode_subscribe,
 )
+from .tls import tls_context, tls_name, wants_tls
 
 __all__ = ["Lanes"]
 
@@ -95,7 +96,12 @@ class _Lane:
         self._numbers = itertools.count(1)
 
     def connect(
-        self, options: ConnectOptions, address: Address, peer: tuple[str, int], patience: float
+        self,
+        options: ConnectOptions,
+        address: Address,
+        peer: tuple[str, int],
+        identity: Identity,
+        patience: float,
     ) -> None:
         """Connect to the server at `peer`, as who the connection is there.
 
@@ -112,7 +118,7 @@ class _Lane:
         if tls and not address.tls_first:
             self._encrypt(options, address)
         self._inbox = f"{options.inbox_prefix}.{new_id()}"
-        hello = connect_command(options, address, info, tls=tls)
+        hello = connect_command(options, identity.fields(str(info.get("nonce") or "")), tls=tls)
         self._socket.sendall(hello + encode_subscribe(f"{self._inbox}.*", 1))
         self._expect(Pong)
         self._socket.settimeout(None)
@@ -180,7 +186,10 @@ class _Lane:
 class Lanes:
     """The lanes beside one connection; any thread may ask."""
 
-    def __init__(self, options: ConnectOptions, address: Address, peer: tuple[str, int]) -> None:
+    def __init__(
+        self, options: ConnectOptions, address: Address, peer: tuple[str, int], identity: Identity
+    ) -> None:
+        self._identity = identity
         self._options = options
         self._address = address
         self._peer = peer
@@ -228,7 +237,7 @@ class Lanes:
         self._lanes.add(lane)
         pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE_SECONDS)
         try:
-            lane.connect(self._options, self._address, self._peer, patience)
+            lane.connect(self._options, self._address, self._peer, self._identity, patience)
         except BaseException:
             self._drop(lane)
             raise

@@ -54,7 +54,7 @@ from .headers import Headers, Msg
 from .ids import new_id
 from .lanes import Lanes
 from .login import LoginUnreadable, preload
-from .opening import Refused, Servers, open_client
+from .opening import Servers, open_client
 from .protocol import (
     Event,
     Outgoing,
@@ -64,6 +64,7 @@ from .protocol import (
     encode_subscribe,
     encode_unsubscribe,
 )
+from .tls import Refused
 from .waiting import Signal, Waiters
 
 __all__ = ["ConnectionState", "Link", "Listeners", "Subscription"]
@@ -574,7 +575,7 @@ class Link:
         self._fence_seen = self._fence_sent
         client.heard = True
         self.max_payload = int(client.info.get("max_payload") or 1_048_576)
-        self.lanes = Lanes(self.options, client.address, client.peer)
+        self.lanes = Lanes(self.options, client.address, client.peer, client.identity)
         state = self.state
         state.connected = True
         state.server = client.address.netloc

@@ -1,4 +1,4 @@
-"""Who we are to a server: credentials read at each connection, and the server's nonce signed with them.
+"""Who we are to a server, read and checked for each attempt to connect; nats-py signs with it (see `handshake`).
 
 Files are read each time, so that rotated credentials count from the next connection on. A file that is missing or half
 written fails that one attempt with a sentence about the file; the next attempt reads it again.
@@ -6,12 +6,12 @@ written fails that one attempt with a sentence about the file; the next attempt 
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from dramatiq_jetstream.config import ConnectOptions
 from dramatiq_jetstream.errors import ConnectionFailed
@@ -19,7 +19,7 @@ from dramatiq_jetstream.errors import ConnectionFailed
 from .addresses import Address
 from .protocol import encode_connect
 
-__all__ = ["LoginUnreadable", "connect_command", "preload"]
+__all__ = ["Login", "LoginUnreadable", "connect_command", "preload", "read_login"]
 
 _JWT: Final = re.compile(r"-+BEGIN NATS USER JWT-+\s+([\w.=-]+)\s+-+END NATS USER JWT-+")
 _SEED: Final = re.compile(r"-+BEGIN USER NKEY SEED-+\s+(SU[A-Z2-7]{56})\s+-+END USER NKEY SEED-+")
@@ -37,53 +37,69 @@ def preload(options: ConnectOptions) -> None:
             import nkeys  # noqa: F401
 
 
-def connect_command(
-    options: ConnectOptions, address: Address, info: Mapping[str, Any], *, tls: bool
-) -> bytes:
-    """What a client says after the server's greeting `info`.
+@dataclass(frozen=True)
+class Login:
+    """Who we are, read for one attempt to connect.
+
+    Attributes:
+      words: User, password and token, named as CONNECT names them.
+      credentials: The content of a complete `.creds` file.
+      seed: A user's nkey seed.
+    """
+
+    words: dict[str, str] = field(default_factory=dict, repr=False)
+    credentials: str | None = field(default=None, repr=False)
+    seed: str | None = field(default=None, repr=False)
+
+
+def read_login(options: ConnectOptions, address: Address) -> Login:
+    """Read who we are to the server at `address`.
 
     Raises:
       LoginUnreadable: When a file with credentials is missing or incomplete.
     """
-    fields: dict[str, Any] = {
-        "verbose": False,
-        "pedantic": False,
-        "tls_required": tls,
-        "lang": "python3",
-        "version": "0.1",
-        "name": options.name,
-        "protocol": 1,
-        "headers": True,
-        "no_responders": True,
-    }
-    fields |= _login(options, address, str(info.get("nonce") or ""))
-    return encode_connect(fields)
-
-
-def _login(options: ConnectOptions, address: Address, nonce: str) -> dict[str, str]:
     if options.credentials is not None:
         text = _read("credentials (or NATS_CREDS)", options.credentials, "BEGIN NATS USER JWT")
-        jwt, seed = _JWT.search(text), _SEED.search(text)
-        if jwt is None or seed is None:
+        seed = _SEED.search(text)
+        if _JWT.search(text) is None or seed is None:
             raise LoginUnreadable(
                 "The credentials (or NATS_CREDS) have no complete user JWT and seed: "
                 "give the path or the content of a whole .creds file."
             )
-        return {"jwt": jwt[1], "sig": _sign(seed[1], nonce)[1]}
+        _check_seed(seed[1])
+        return Login(credentials=text)
     if options.nkey is not None:
-        seed = _BARE_SEED.search(_read("nkey", options.nkey, "SU"))
-        if seed is None:
+        bare = _BARE_SEED.search(_read("nkey", options.nkey, "SU"))
+        if bare is None:
             raise LoginUnreadable(
                 "The nkey has no complete seed of a user: give a seed, or the path of a file with one."
             )
-        public, signature = _sign(seed[0], nonce)
-        return {"nkey": public, "sig": signature}
+        _check_seed(bare[0])
+        return Login(seed=bare[0])
     found = {
         "user": options.user if options.user is not None else address.user,
         "pass": options.password if options.password is not None else address.password,
         "auth_token": options.token if options.token is not None else address.token,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return Login({name: value for name, value in found.items() if value is not None})
+
+
+def connect_command(options: ConnectOptions, who: Mapping[str, str], *, tls: bool) -> bytes:
+    """What a client says after the server's greeting."""
+    return encode_connect(
+        {
+            "verbose": False,
+            "pedantic": False,
+            "tls_required": tls,
+            "lang": "python3",
+            "version": "0.1",
+            "name": options.name,
+            "protocol": 1,
+            "headers": True,
+            "no_responders": True,
+            **who,
+        }
+    )
 
 
 def _read(setting: str, value: str, content_has: str) -> str:
@@ -100,8 +116,7 @@ def _read(setting: str, value: str, content_has: str) -> str:
         ) from None
 
 
-def _sign(seed: str, nonce: str) -> tuple[str, str]:
-    """The public key of a seed, and its signature of a nonce."""
+def _check_seed(seed: str) -> None:
     try:
         import nkeys
     except ImportError:
@@ -109,12 +124,8 @@ def _sign(seed: str, nonce: str) -> tuple[str, str]:
             "Credentials and nkeys need the package nkeys: install dramatiq-jetstream[nkeys]."
         ) from None
     try:
-        pair = nkeys.from_seed(bytearray(seed.encode()))
-        signature = base64.urlsafe_b64encode(pair.sign(nonce.encode())).rstrip(b"=").decode()
-        public = pair.public_key.decode()
+        nkeys.from_seed(bytearray(seed.encode())).wipe()
     except Exception as error:  # noqa: BLE001 - nkeys and libsodium have many
         raise LoginUnreadable(
             f"The seed of the credentials cannot be used ({type(error).__name__})."
         ) from None
-    pair.wipe()
-    return public, signature

@@ -31,12 +31,14 @@ from dramatiq_jetstream.errors import ConnectionFailed, ServerUnsupported
 
 from .addresses import Address
 from .client import Client, Lost, RefusedByServer
+from .handshake import Silent, log_in_at
 from .headers import Msg
 from .ids import new_id
-from .login import LoginUnreadable, connect_command
-from .protocol import Pong, ServerInfo, encode_publish, encode_subscribe, encode_unsubscribe
+from .login import LoginUnreadable
+from .protocol import encode_publish, encode_subscribe, encode_unsubscribe
+from .tls import Refused
 
-__all__ = ["Refused", "Servers", "open_client", "tls_context", "tls_name", "wants_tls"]
+__all__ = ["Servers", "open_client"]
 
 #: The first server with every feature the library builds on (cron schedules, ADR-51).
 MINIMUM_SERVER: Final = (2, 14, 0)
@@ -52,14 +54,6 @@ _LOGIN = re.compile(r"authori[sz]ation|authentication|expired|revoked", re.IGNOR
 
 # The server's error numbers for an account, or a server, without JetStream.
 _NO_JETSTREAM: Final = frozenset({10039, 10076})
-
-
-class Refused(ConnectionFailed):
-    """A server answered, and will not have us as we are."""
-
-
-class _Silent(ConnectionFailed):
-    """A server that did not greet: it is dead, hangs, or waits for TLS."""
 
 
 class Servers:
@@ -135,37 +129,29 @@ async def _open_at(options: ConnectOptions, address: Address, *, last: bool) -> 
             return await _open_way(
                 options, way, peer, only=last and not ways and (way.tls_first or not way.tls)
             )
-        except _Silent as error:
+        except Silent as error:
             if way.tls and not way.tls_first:
                 ways.append((replace(way, tls_first=True), peer))
-                failure = error
-            elif way.tls_first == address.tls_first:
-                failure = error
+            if way.tls_first == address.tls_first:  # not while guessing
+                failure = _unreachable(options, str(error))
         except (Refused, ServerUnsupported, LoginUnreadable):
             raise
         except ConnectionFailed as error:
-            if way.tls_first == address.tls_first:  # not while guessing
+            if way.tls_first == address.tls_first:
                 failure = error
-    raise ConnectionFailed(str(failure)) if isinstance(failure, _Silent) else failure
+    raise failure
 
 
 async def _open_way(
     options: ConnectOptions, address: Address, peer: tuple[str, int], *, only: bool
 ) -> Client:
-    client = Client(address, peer)
+    client = None
     try:
-        try:
-            async with asyncio.timeout(None if only else NEXT_ADDRESS_SECONDS):
-                await _connect(options, client)
-                await client.expect(ServerInfo)
-        except TimeoutError:
-            raise _Silent(str(_unreachable(options, f"{peer[0]} did not answer"))) from None
-        except Lost as error:
-            raise _Silent(str(_unreachable(options, str(error)))) from None
-        await _log_in(options, client)
+        client = await log_in_at(options, address, peer, None if only else NEXT_ADDRESS_SECONDS)
         await _check_server(options, client)
     except BaseException as error:
-        client.abort("it was given up")
+        if client is not None:
+            client.abort("it was given up")
         explained = _explain(options, address, error)
         if explained is error:
             raise
@@ -174,14 +160,14 @@ async def _open_way(
 
 
 def _explain(options: ConnectOptions, address: Address, error: BaseException) -> BaseException:
-    """What went wrong, in one sentence; other errors as they are."""
+    """What went wrong, in one sentence; other errors, and silence, as they are."""
     if isinstance(error, RefusedByServer):
         if _LOGIN.search(str(error)):
             return Refused(
                 f"NATS at {options.display} refused us ({error}): check the user, password, token or credentials."
             )
         return _unreachable(options, str(error))
-    if isinstance(error, Lost):
+    if isinstance(error, Lost) and not isinstance(error, Silent):
         return _unreachable(options, str(error))
     if isinstance(error, ssl.SSLCertVerificationError):
         return Refused(
@@ -200,52 +186,6 @@ async def _look_up(address: Address) -> list[tuple[str, int]]:
         address.host, address.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
     )
     return list(dict.fromkeys((str(sockaddr[0]), address.port) for *_, sockaddr in found))
-
-
-async def _connect(options: ConnectOptions, client: Client) -> None:
-    first: dict[str, Any] = {}
-    if client.address.tls_first:
-        first = {"ssl": tls_context(options), "server_hostname": tls_name(client.address)}
-    await asyncio.get_running_loop().create_connection(lambda: client, *client.peer, **first)
-
-
-async def _log_in(options: ConnectOptions, client: Client) -> None:
-    tls = wants_tls(options, client.address, client.info)
-    if tls and not client.address.tls_first:
-        loop = asyncio.get_running_loop()
-        encrypted = await loop.start_tls(
-            client.transport, client, tls_context(options), server_hostname=tls_name(client.address)
-        )
-        if encrypted is None:
-            raise Lost("the server closed the connection")
-        client.use(encrypted)
-    client.write(connect_command(options, client.address, client.info, tls=tls))
-    await client.expect(Pong)
-
-
-def wants_tls(options: ConnectOptions, address: Address, info: Mapping[str, Any]) -> bool:
-    """Whether a server that said `info` is spoken to through TLS.
-
-    Raises:
-      Refused: When it offers none although its address is `tls://`; nothing secret was sent.
-    """
-    offered = bool(info.get("tls_required") or info.get("tls_available"))
-    if address.tls_first:
-        return True
-    if address.tls and not offered:
-        raise Refused(
-            f"NATS at {address} offers no TLS: use a nats:// address, or configure TLS on the server."
-        )
-    return bool(info.get("tls_required")) or (offered and (address.tls or options.tls is not None))
-
-
-def tls_context(options: ConnectOptions) -> ssl.SSLContext:
-    return options.tls or ssl.create_default_context()
-
-
-def tls_name(address: Address) -> str:
-    """The name that the server's certificate has to have."""
-    return address.certified or address.host
 
 
 async def _check_server(options: ConnectOptions, client: Client) -> None:
