@@ -26,7 +26,7 @@ from dramatiq_jetstream.testing.server import free_port
 from dramatiq_jetstream.wire import opening
 from dramatiq_jetstream.wire.addresses import Address
 from dramatiq_jetstream.wire.connection import Connection
-from dramatiq_jetstream.wire.login import LoginUnreadable, connect_command
+from dramatiq_jetstream.wire.login import LoginUnreadable, read_login
 from tests.support.polling import eventually, holds
 
 
@@ -226,7 +226,7 @@ def test_credentials_that_are_not_whole_are_named(tmp_path, broken):
     path = tmp_path / "user.creds"
     path.write_text(broken.format(**parts))
     with pytest.raises(LoginUnreadable, match="complete user JWT and seed"):
-        connect_command(ConnectOptions(credentials=str(path)), Address("host"), {"nonce": "x"}, tls=False)
+        read_login(ConnectOptions(credentials=str(path)), Address("host"))
     whole = "".join(parts.values())
     path.write_text(whole)
     for credentials in (str(path), whole):
