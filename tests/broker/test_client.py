@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import string
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from dramatiq import Message
@@ -13,6 +17,7 @@ from hypothesis import strategies as st
 from nats.aio.client import Client
 
 from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.errors import ConnectionFailed
 from dramatiq_jetstream.testing import NatsServer
 from dramatiq_jetstream.wire.connection import Connection, ConnectOptions
 from dramatiq_jetstream.wire.headers import Msg, encode_headers, parse_headers
@@ -133,23 +138,77 @@ def test_a_transport_that_was_closed_behind_our_back(connection):
     assert [message.data for message in arrived] == [b"later"]
 
 
-@needs("openssl")
-def test_tls(tmp_path):
-    """The connection and its lanes are encrypted, with a certificate that is checked."""
-    import ssl
-
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A key and its certificate, which is its own authority."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
     options = "-x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
-    files = ["-keyout", key, "-out", certificate]
+    files = ["-keyout", str(key), "-out", str(certificate)]
     subprocess.run(["openssl", "req", *options.split(), *files], check=True, capture_output=True)
-    tls = f'tls {{ cert_file: "{certificate}", key_file: "{key}" }}\n'
-    with NatsServer(store_dir=tmp_path / "nats", sync="2m", config=tls, monitor_port=0) as server:
-        url = server.url.replace("nats://", "tls://")
-        broker = JetStreamBroker(url, tls=ssl.create_default_context(cafile=str(certificate)))
+    return key, certificate
+
+
+@contextmanager
+def tls_server(store: Path, certificate: tuple[Path, Path], *, first: bool = False) -> Iterator[str]:
+    """A server that wants TLS, at once or after it has greeted; gives its address."""
+    key, chain = certificate
+    config = f'tls {{ cert_file: "{chain}", key_file: "{key}", handshake_first: {str(first).lower()} }}\n'
+    with NatsServer(store_dir=store, sync="2m", config=config, monitor_port=0) as server:
+        yield server.url.replace("nats://", "tls://")
+
+
+def trusting(certificate: tuple[Path, Path]) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(certificate[1]))
+
+
+@needs("openssl")
+@pytest.mark.parametrize("scheme", ["tls", "nats"])
+def test_tls(tmp_path, certificate, scheme):
+    """The connection and its lanes are encrypted, with a certificate that is checked."""
+    with tls_server(tmp_path / "nats", certificate) as url:
+        broker = JetStreamBroker(url.replace("tls://", f"{scheme}://"), tls=trusting(certificate))
         broker.declare_queue("q")
         for _ in range(3):
             broker.enqueue(Message("q", "actor", (), {}, {}))
         assert broker.queue_stats("q").ready == 3
-        clients = server.monitor("/connz")["connections"]
-        assert [client["tls_version"] for client in clients] == ["1.3", "1.3"]
+        assert broker.connection._link._client.transport.get_extra_info("cipher")
+        (lane,) = broker.connection._link.lanes._lanes
+        assert isinstance(lane._socket, ssl.SSLSocket)
+        broker.close()
+
+
+@needs("openssl")
+def test_a_certificate_of_another_authority_is_refused_by_name(tmp_path, certificate):
+    """The error says that it is the certificate, and what to give."""
+    with tls_server(tmp_path / "nats", certificate) as url:
+        broker = JetStreamBroker(url)
+        with pytest.raises(ConnectionFailed, match=r"certificate of NATS .* was not accepted .*self-signed"):
+            broker.enqueue(Message("q", "actor", (), {}, {}))
+        broker.close()
+
+
+@needs("openssl")
+def test_a_secret_is_not_sent_in_the_clear_to_a_tls_address(nats_url):
+    """A server that offers no TLS does not get to see the password that was meant for an encrypted connection."""
+    broker = JetStreamBroker(nats_url.replace("nats://", "tls://u:secret@"))
+    with pytest.raises(ConnectionFailed, match="offers no TLS"):
+        broker.connection.connect()
+    broker.close()
+
+
+@needs("openssl")
+@pytest.mark.parametrize("told", [True, False], ids=["told", "found out"])
+def test_a_server_that_wants_tls_before_it_greets(tmp_path, certificate, told, monkeypatch):
+    """With the setting at once; without it after the usual way was tried."""
+    # NatsServer waits for a greeting in the clear.
+    monkeypatch.setattr(NatsServer, "_read_info", lambda self: {"jetstream": True, "version": "2.15.1"})
+    with tls_server(tmp_path / "nats", certificate, first=True) as url:
+        broker = JetStreamBroker(url, tls=trusting(certificate), tls_handshake_first=told)
+        broker.declare_queue("q")
+        for _ in range(3):
+            broker.enqueue(Message("q", "actor", (), {}, {}))
+        assert broker.queue_stats("q").ready == 3
+        (lane,) = broker.connection._link.lanes._lanes
+        assert isinstance(lane._socket, ssl.SSLSocket)
         broker.close()

@@ -21,11 +21,14 @@ import time
 from _thread import LockType, allocate_lock
 from collections import deque
 from queue import Empty
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 __all__ = ["Handover"]
 
 T = TypeVar("T")
+
+#: How often a thread that waits without an end looks by itself: one that put an item may have been interrupted.
+LOOK_AGAIN_SECONDS: Final = 1.0
 
 
 class Handover(Generic[T]):
@@ -85,12 +88,14 @@ class Handover(Generic[T]):
                 if not self._withdraw(lock):
                     self._came()  # we were woken for another item, which somebody else may be waiting for
                 return item
-            rest = -1 if deadline is None else max(0.0, deadline - time.monotonic())
+            rest = LOOK_AGAIN_SECONDS if deadline is None else max(0.0, deadline - time.monotonic())
             try:
                 woken = lock.acquire(timeout=rest)
             finally:
                 self._coming = False  # also when the thread is interrupted
             if not woken and self._withdraw(lock):
+                if deadline is None:
+                    continue
                 raise Empty
             try:
                 item = self._take()

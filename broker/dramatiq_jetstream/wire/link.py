@@ -644,6 +644,8 @@ class Link:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             try:
+                if self._mailbox:  # a thread that was interrupted as it left a call may not have woken us
+                    self._drain()
                 self.calls.sweep()
                 self._call_all(self._listeners.tick)
                 if self.lanes is not None:
