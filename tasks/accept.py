@@ -95,7 +95,7 @@ class Acceptance:
             raise OrderIdTaken(f"another order has the id {order_id}")
         if not fresh:
             existing = self._orders.get(order_id)
-            if existing is not None and existing.was_created:
+            if existing is not None and existing.place:
                 return AcceptedOrder(_as_accepted(existing), repeated=True)
         event = placed_event(order_id, claim, request.payment_token or "")
         place = self._publish(event, claim.at, timeout=self._left(deadline))
@@ -115,7 +115,7 @@ class Acceptance:
 
     def _is_placed(self, order_id: str) -> bool:
         order = self._orders.get(order_id)
-        return order is not None and order.was_created
+        return order is not None and order.place > 0
 
 
 def new_order_id(at: int) -> str:

@@ -14,6 +14,7 @@ from typing import Final
 from google.protobuf.message import Message
 
 from orders.v1.events_pb2 import (
+    OrderCancelled,
     OrderConfirmed,
     OrderCreated,
     OrderDeclined,
@@ -25,9 +26,10 @@ from orders.v1.events_pb2 import (
 )
 
 from . import money
-from .claims import Claim, GivenUp, digest_of_event
+from .claims import Claim, digest_of_event
 from .events import Happened, name_of, timestamp
 from .ledger import Line, Record
+from .notes import GivenUp
 from .pricing import claimed
 from .stock import Found, Stock
 
@@ -38,6 +40,7 @@ _STATES: Final[dict[str, tuple[str, ...]]] = {
     "declined": ("declined",),
     "confirmed": ("confirmed",),
     "rejected": ("rejected", "released"),
+    "cancelled": ("cancelled",),
 }
 
 
@@ -97,7 +100,7 @@ class Testimony:
         if name == "created":
             return placed_event(self._order_id, self.claim) if self.claim and self.claim.lines else None
         if name == "failed":
-            failure = self._stock.claims.failures(self._order_id).get(step)
+            failure = self._stock.notes.failures(self._order_id).get(step)
             failed = None if failure is None else failed_event(self._order_id, step, failure)
             return failed if failed is not None and is_meant(failed) else None
 
@@ -182,6 +185,8 @@ def event_of(order_id: str, record: Record, state: str | None = None) -> Message
                 reason=f"the payment was declined: {record.reason}",
                 rejected_at=at,
             )
+        case "cancelled":
+            return OrderCancelled(order_id=order_id, reason=record.reason, cancelled_at=at)
     raise ValueError(f"no event says that an order is {state}")
 
 

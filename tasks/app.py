@@ -135,6 +135,18 @@ def publish(event: Message, at: int, *, timeout: int | None = None) -> int:
     return ack.seq
 
 
+def publish_again(event: Message) -> None:
+    """Store an event once more, whatever is stored already, so that the step which follows it runs again."""
+    event_stream.ensure(broker)
+    event_id = events.event_id(event)
+    broker.publish(
+        events.subject_of(event),
+        event,
+        event_id=f"{event_id}.{secrets.token_hex(16)}",
+        headers=events.headers(event, event_id, now()),
+    )
+
+
 def now() -> int:
     """Return the time in milliseconds."""
     return time.time_ns() // 1_000_000

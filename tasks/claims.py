@@ -1,12 +1,10 @@
-"""Which order an id stands for, and which steps of it were given up: what the ledger knows beside the decisions.
+"""Which order an id stands for.
 
-Keys, in the bucket of the stock: `claim.{order_id}` is written once, before anything else happens to an order, by
-whoever comes first: the front end before it publishes the order, or a worker when it sees an order of another
-program. It is never changed, so an id has one content, and another order under the same id is refused.
-`failed.{order_id}` holds the first failure of each step that was ever given up.
+`claim.{order_id}`, in the bucket of the stock, is written once, before anything else happens to an order: by the front
+end before it publishes the order, or by the worker that first sees an order of another program. It is never changed,
+so an id has one content, and another order under the same id is refused.
 
-Both are compare-and-set. A crash after a claim leaves an id that is taken, by the order that will be asked for
-again, and nothing else.
+A crash after a claim leaves an id that is taken, by the order that will be asked for again, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,18 +15,14 @@ import random
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
 
-from dramatiq_jetstream.errors import KeyExists, RevisionConflict
+from dramatiq_jetstream.errors import KeyExists
 from orders.v1.events_pb2 import OrderCreated, OrderItem
 
 from .ledger import Line
 from .model import MAX_ID_LENGTH
-from .ports import Bucket, Entry
+from .ports import Bucket
 from .text import normalised
-
-#: How long a note on failures competes with others, in milliseconds.
-TIMEOUT: Final = 10_000
 
 
 class ClaimBehind(Exception):
@@ -72,17 +66,8 @@ class Claim:
         return cls(**{**stored, "lines": tuple(Line(*line) for line in stored.get("lines", ()))})
 
 
-@dataclass(frozen=True, slots=True)
-class GivenUp:
-    """A step that was given up: when (milliseconds), why, and which message is the dead letter."""
-
-    at: int
-    error: str
-    message_id: str
-
-
 class Claims:
-    """Claims on ids, and failures, in their bucket.
+    """The claims in their bucket.
 
     Parameters:
       bucket: Where they are kept.
@@ -117,38 +102,6 @@ class Claims:
                 time.sleep(random.uniform(0.005, 0.05))
             return existing, False
 
-    def failures(self, order_id: str) -> Mapping[str, GivenUp]:
-        """Return the steps of an order that were given up."""
-        return _failures(self._bucket.get(f"failed.{order_id}"))
-
-    def give_up(self, order_id: str, step: str, failure: GivenUp) -> GivenUp:
-        """Note that a step was given up; returns the note, or the one of before when there is one.
-
-        Raises:
-          ClaimBehind: When others kept changing the notes of this order.
-        """
-        key = f"failed.{order_id}"
-        deadline = time.monotonic() + TIMEOUT / 1000
-        while True:
-            entry = self._bucket.get(key)
-            known = _failures(entry)
-            if step in known:
-                return known[step]
-            noted = {**known, step: failure}
-            value = json.dumps(
-                {name: [one.at, one.error, one.message_id] for name, one in noted.items()}
-            ).encode()
-            try:
-                if entry is None:
-                    self._bucket.create(key, value)
-                else:
-                    self._bucket.update(key, value, revision=entry.revision)
-                return failure
-            except (KeyExists, RevisionConflict) as conflict:
-                if time.monotonic() > deadline:
-                    raise ClaimBehind(f"the failures of order {order_id} kept changing.") from conflict
-                time.sleep(random.uniform(0, 0.01))
-
 
 def digest_of(customer_id: str, quantities: Mapping[str, int], payment_token: str) -> str:
     """Return what an order is told by: the same order always has the same."""
@@ -172,8 +125,3 @@ def quantities_of(items: Iterable[OrderItem]) -> dict[str, int]:
     for item in items:
         quantities[item.sku] = quantities.get(item.sku, 0) + item.quantity
     return quantities
-
-
-def _failures(entry: Entry | None) -> dict[str, GivenUp]:
-    stored = {} if entry is None else json.loads(entry.value)
-    return {step: GivenUp(*failure) for step, failure in stored.items()}

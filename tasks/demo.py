@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-FINAL = frozenset({"confirmed", "rejected", "failed"})
+FINAL = frozenset({"confirmed", "rejected", "cancelled", "failed"})
 SCARCE = "PRINT-01"
 ORDINARY = ("MUG-01", "TEE-01", "NOTE-01", "BAG-01", "LAMP-01", "KETTLE-01", "CHAIR-01")
 

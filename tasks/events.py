@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from orders.v1.events_pb2 import (
+    OrderCancelled,
     OrderConfirmed,
     OrderCreated,
     OrderDeclined,
@@ -39,6 +40,7 @@ TYPES: Final[dict[str, type[Message]]] = {
     "paid": OrderPaid,
     "declined": OrderDeclined,
     "confirmed": OrderConfirmed,
+    "cancelled": OrderCancelled,
     "failed": OrderFailed,
 }
 _NAMES: Final = {message_type: name for name, message_type in TYPES.items()}

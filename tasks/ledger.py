@@ -3,14 +3,16 @@
 ::
 
     (none) ─► held ─► paid ─► confirmed
-       │        └───► declined ─► released
-       └────► rejected
+       │        ├───► declined ─► released
+       │        └───► cancelling ─┐
+       ├────► rejected            │
+       └────► cancelled ◄─────────┘
 
 The record, not the events, is what a step asks before it acts, because events may come twice, late, and in
 any order. Every change is a compare-and-set on the record, so each arrow is taken at most once, and an event
 can be published again at any time with what the record says.
 
-`rejected`, `released` and `confirmed` are final; the first two are one status for the customer.
+`rejected`, `released`, `cancelled` and `confirmed` are final; the first two are one status for the customer.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 _FORWARD: Final[dict[str, frozenset[str]]] = {
-    "held": frozenset({"paid", "declined"}),
+    "held": frozenset({"paid", "declined", "cancelling"}),
     "paid": frozenset({"confirmed"}),
     "declined": frozenset({"released"}),
+    "cancelling": frozenset({"cancelled"}),
     "rejected": frozenset(),
     "released": frozenset(),
+    "cancelled": frozenset(),
     "confirmed": frozenset(),
 }
 
@@ -47,7 +51,7 @@ class Record:
       lines: What is held, or was sold: one line per sku. Empty for an order that was rejected.
       at: When each state was entered, in milliseconds.
       charge_id: The gateway's charge, from `paid` on.
-      code, reason: Why it was declined or rejected.
+      code, reason: Why it was declined, rejected or cancelled.
     """
 
     state: str

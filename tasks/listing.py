@@ -78,7 +78,7 @@ class OrderList:
             if order_id not in looked_up:
                 looked_up[order_id] = self._find(order_id)
             order = looked_up[order_id]
-            created = 0 if order is None else _place_of(order)
+            created = 0 if order is None else order.place
             if order is not None and created == place:
                 if customer_id is not None and order.customer_id != customer_id:
                     continue
@@ -151,8 +151,3 @@ class OrderList:
         with self._lock:
             self._blocks.clear()
             self._remembered = 0
-
-
-def _place_of(order: Order) -> int:
-    """Return the place at which an order was created, 0 while that is not known."""
-    return next((entry.sequence for entry in order.history if entry.event == "created"), 0)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 #: The statuses from which an order does not move on. A failed order moves on when its dead letter is
-#: replayed.
-FINAL_STATUSES = frozenset({"confirmed", "rejected"})
+#: replayed, or an operator cancels it.
+FINAL_STATUSES = frozenset({"confirmed", "rejected", "cancelled"})
 
 MAX_ITEMS = 100
 #: Pieces of one order, however many lines they are spread over.
@@ -52,7 +52,8 @@ class OrderLine:
 
 @dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """One event of an order: `event` is created, reserved, paid, declined, confirmed, rejected or failed.
+    """One event of an order: `event` is created, reserved, paid, declined, confirmed, rejected, cancelled
+    or failed.
 
     `detail` holds what the event adds, for instance {"reason": ...} or {"charge_id": ...}; `sequence` is its
     place in the stream, 0 while that is not known.
@@ -68,9 +69,9 @@ class HistoryEntry:
 class Order:
     """An order as the read model shows it.
 
-    `status` is accepted, reserved, paid, confirmed, rejected or failed; `total` is in minor units; `reason`
-    says in one sentence why it was rejected or failed. `revision` grows with every change and is 0 while
-    only the accepted event is known. `trace_id` is the hexadecimal id of the order's trace, when it has one.
+    `status` is accepted, reserved, paid, confirmed, rejected, cancelled or failed; `total` is in minor units;
+    `reason` says in one sentence why it was rejected, cancelled or failed. `revision` grows with every change and
+    is 0 while only the accepted event is known. `trace_id` is the hexadecimal id of the order's trace, when it has one.
     """
 
     order_id: str
@@ -90,9 +91,9 @@ class Order:
         return self.status in FINAL_STATUSES
 
     @property
-    def was_created(self) -> bool:
-        """Whether the event that placed it is in its history, so in the stream."""
-        return any(entry.event == "created" for entry in self.history)
+    def place(self) -> int:
+        """Where in the stream the event stands that placed it, 0 while that is not known."""
+        return next((entry.sequence for entry in self.history if entry.event == "created"), 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from google.protobuf.message import Message
 
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 from orders.v1.events_pb2 import (
+    OrderCancelled,
     OrderConfirmed,
     OrderCreated,
     OrderDeclined,
@@ -84,7 +85,11 @@ class Orders:
     def get(self, order_id: str) -> Order | None:
         """Return an order, None when no event of it was projected yet."""
         entry = self._bucket.get(order_id)
-        read = None if entry is None else _read(entry)
+        return None if entry is None else self.read(entry)
+
+    def read(self, entry: Entry) -> Order | None:
+        """Return the order in an entry of the bucket, None when it cannot be read."""
+        read = _read(entry)
         return None if read is None else read[1]
 
     def has_event(self, order_id: str, event: str) -> bool:
@@ -216,6 +221,8 @@ def _detail(event: Message) -> dict[str, str]:
             return {"charge_id": shown(event.charge_id, MAX_TEXT)}
         case OrderDeclined():
             return {"code": shown(event.code, MAX_TEXT), "reason": shown(event.reason, MAX_TEXT)}
+        case OrderCancelled():
+            return {"reason": shown(event.reason, MAX_TEXT)}
         case OrderFailed():
             return {"step": shown(event.step, MAX_ID_LENGTH), "reason": shown(event.error, MAX_TEXT)}
     return {}
@@ -251,7 +258,7 @@ def _read(entry: Entry) -> tuple[Stored, Order] | None:
 
 def status_of(events: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the status that a set of events amounts to."""
-    for final in ("confirmed", "rejected"):
+    for final in ("confirmed", "cancelled", "rejected"):
         if final in events:
             return final
     if _open_failures(events):
@@ -280,8 +287,8 @@ def order_of(order_id: str, stored: Stored, revision: int) -> Order:
     events: dict[str, dict[str, Any]] = stored["events"]
     status = status_of(events)
     reason = None
-    if status == "rejected":
-        reason = events["rejected"]["reason"]
+    if status in ("rejected", "cancelled"):
+        reason = events[status]["reason"]
     elif status == "failed":
         reason = "; ".join(str(fact["reason"]) for fact in _open_failures(events))
     total, currency = _whole(stored.get("total", 0)), stored.get("currency", CURRENCY)

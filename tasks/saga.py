@@ -6,6 +6,7 @@
     reserved → pay     → paid     | declined
     paid     → confirm → confirmed
     declined → release → rejected
+    (not paid) → cancel → cancelled                   (an operator)
 
 Each step follows one order of things: read the record (`tasks.ledger`), do the effect, record it, publish the
 next event. A crash between any two of them is mended by doing the step again, because the effect is
@@ -30,9 +31,10 @@ from google.protobuf.message import Message
 from orders.v1.events_pb2 import OrderCreated, OrderDeclined, OrderPaid, OrderReserved
 
 from .announcements import event_of, failed_event
-from .claims import GivenUp, digest_of_event
+from .claims import digest_of_event
 from .events import UnusableEvent, name_of, order_id_of
 from .model import MAX_TEXT
+from .notes import GivenUp, Refund
 from .ports import Charge, Gateway, History, Publisher
 from .pricing import claimed, first_record
 from .stock import Found, Stock
@@ -45,6 +47,10 @@ OUTCOMES: Final[dict[str, frozenset[str]]] = {
     "confirm": frozenset({"confirmed"}),
     "release": frozenset({"rejected"}),
 }
+
+
+class NotCancellable(Exception):
+    """The order cannot be cancelled; the message says why."""
 
 
 class Saga:
@@ -92,6 +98,8 @@ class Saga:
                 code, reason = shown(outcome.code, MAX_TEXT), shown(outcome.reason, MAX_TEXT)
                 decided = record.forward("declined", self._now(), code=code, reason=reason)
             found = self._stock.forward(order_id, found, decided)
+            if isinstance(outcome, Charge) and found.record.state in ("cancelling", "cancelled"):
+                self._stock.notes.refund_due(Refund(order_id, self._now(), outcome.charge_id))
         if found.record.state in ("paid", "declined"):
             self._announce(order_id, found)
 
@@ -118,12 +126,34 @@ class Saga:
         if any(self._history.has_event(order_id, outcome) for outcome in OUTCOMES[step]):
             return  # it was a repetition that failed: the order itself is past this step
         failure = GivenUp(self._now(), shown(error, MAX_TEXT), message_id)
-        failure = self._stock.claims.give_up(order_id, step, failure)
+        failure = self._stock.notes.give_up(order_id, step, failure)
         self._publish(failed_event(order_id, step, failure), failure.at)
 
+    def cancel(self, order_id: str, reason: str) -> Found:
+        """End an order that is neither paid nor over, and give back what it holds; returns what is recorded then.
+
+        One whose payment was declined is rejected, as it would have been. If its payment may have been tried, a
+        refund is noted for somebody to see to: only the gateway knows whether it was captured.
+
+        Raises:
+          NotCancellable: When there is no such order, or it is paid or over.
+        """
+        if self._stock.claims.find(order_id) is None and self._stock.find(order_id) is None:
+            raise NotCancellable(f"There is no order {order_id}.")
+        found = self._stock.cancel(order_id, self._now(), shown(reason, MAX_TEXT))
+        if found.record.state == "declined":
+            found = self._stock.release(order_id, self._now())
+        if found.record.state not in ("cancelled", "released"):
+            raise NotCancellable(f"Order {order_id} is {found.record.state} already.")
+        if "held" in found.record.at and found.record.state == "cancelled":
+            self._stock.notes.refund_due(Refund(order_id, self._now(), ""))
+        self._announce(order_id, found)
+        return found
+
     def _recorded(self, order_id: str, event: Message, state: str) -> Found:
-        # What this process remembers is good enough to go on from: whoever did so before made it outdated.
-        found = self._stock.recall(order_id)
+        # What this process remembers is good enough to go on from: whoever did so before made it outdated. But an
+        # order that was cancelled meanwhile is not charged.
+        found = None if state == "held" else self._stock.recall(order_id)
         if found is None or found.record.state != state:
             found = self._stock.find_newer(
                 order_id,

@@ -2,7 +2,7 @@
 
 Keys: `levels.all` holds the pieces available of every sku, and *pending*, the decisions about orders that were
 made with it and may not have reached their records yet; `order.{order_id}` holds an order's record. (`tasks.claims`
-keeps the claims on order ids in the same bucket.)
+and `tasks.notes` keep theirs in the same bucket.)
 
 A decision is one compare-and-set on `levels.all`: it takes the stock (or gives it back) and notes the decision
 in pending, both or none. Then the order's record is written, and later the note is dropped. A process that is
@@ -38,6 +38,7 @@ from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 
 from .claims import Claims
 from .ledger import Record
+from .notes import Notes
 from .ports import Bucket, Entry
 
 BUCKET: Final = "stock"
@@ -52,6 +53,9 @@ RECALLED: Final = 60.0
 
 #: How many notes that others have left behind are cleared up with one decision.
 _SWEPT_AT_ONCE: Final = 3
+
+# The decisions about stock that are noted while a record stands.
+_GIVEN_BACK: Final = frozenset({("declined", "released"), ("cancelling", "cancelled")})
 
 Pieces = dict[str, int]
 
@@ -141,8 +145,9 @@ class Stock:
         sweep_after: int = 30_000,
         patience: int = 0,
     ) -> None:
-        #: The claims on order ids, in the same bucket.
+        #: The claims on order ids and the notes on orders, in the same bucket.
         self.claims = Claims(bucket, patience=patience)
+        self.notes = Notes(bucket)
         self._bucket = bucket
         self._initial = initial
         self._now = now
@@ -246,6 +251,32 @@ class Stock:
         if found.record.state == "held":
             raise RecordBehind(f"the record of order {order_id} cannot be read as it is now.")
         return found
+
+    def cancel(self, order_id: str, at: int, reason: str) -> Found:
+        """End an order that is neither paid nor declined nor over, give back what it holds; returns what is recorded.
+
+        What is held is given back in two steps: first the record says that the order is being cancelled, so that a
+        payment which is captured meanwhile does not find it held. Cancelling again carries on from there.
+
+        Raises:
+          RecordBehind: When the record cannot be read as it is now.
+        """
+
+        def decide(existing: Record | None, pieces: Pieces) -> Record | None:
+            if existing is None:
+                return Record("cancelled", {"cancelled": at}, reason=reason)
+            if existing.state != "cancelling":
+                return None
+            for line in existing.lines:
+                pieces[line.sku] += line.quantity
+            return existing.forward("cancelled", at)
+
+        while True:
+            found = self._settle(_Change(order_id, decide))
+            if found.record.state != "held":
+                return found
+            # Whoever is faster has moved it on, and from there it does not come back.
+            self.forward(order_id, found, found.record.forward("cancelling", at, reason=reason))
 
     def forward(self, order_id: str, found: Found, record: Record) -> Found:
         """Replace the record that was found; returns the newer one when somebody else was faster.
@@ -413,4 +444,4 @@ def _current(existing: Found | None, noted: Record | None) -> Record | None:
     """Return what holds of an order's record and the note about it, of which either may be behind."""
     if existing is None or noted is None:
         return noted if existing is None else existing.record
-    return noted if existing.record.state == "declined" and noted.state == "released" else existing.record
+    return noted if (existing.record.state, noted.state) in _GIVEN_BACK else existing.record

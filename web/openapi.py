@@ -32,7 +32,7 @@ def document(*, is_open: bool = False) -> dict[str, Any]:
             "title": "Order service",
             "version": "1.0.0",
             "description": (
-                "Takes orders and carries each one to confirmed, rejected or failed. "
+                "Takes orders and carries each one to confirmed, rejected, cancelled or failed. "
                 "A 202 means that the order is stored; anything else means that it may not be."
             ),
         },
@@ -302,7 +302,9 @@ _SCHEMAS: dict[str, Any] = {
         ],
         "properties": {
             "order_id": {"type": "string"},
-            "status": {"enum": ["accepted", "reserved", "paid", "confirmed", "rejected", "failed"]},
+            "status": {
+                "enum": ["accepted", "reserved", "paid", "confirmed", "rejected", "cancelled", "failed"]
+            },
             "customer_id": {"type": "string"},
             "items": {
                 "type": "array",
@@ -319,7 +321,7 @@ _SCHEMAS: dict[str, Any] = {
             "total_amount": _AMOUNT,
             "total_minor": _MINOR,
             "currency": _CURRENCY,
-            "reason": {"type": "string", "description": "Why it was rejected or failed."},
+            "reason": {"type": "string", "description": "Why it was rejected, cancelled or failed."},
             "waiting_for": {
                 "type": "string",
                 "description": "What keeps it from going on right now, when that is known.",

@@ -17,6 +17,7 @@ STATUS_TEXT = {
     "paid": "Paid",
     "confirmed": "Confirmed",
     "rejected": "Rejected",
+    "cancelled": "Cancelled",
     "failed": "Failed",
 }
 # What the page says about a status in one sentence; a rejected or failed order says its own reason as well.
@@ -26,6 +27,7 @@ STATUS_SENTENCE = {
     "paid": "The payment went through. The order is about to be confirmed.",
     "confirmed": "The order is paid and complete.",
     "rejected": "The order is over: nothing was charged and nothing is held for it.",
+    "cancelled": "The order is over: nothing is held for it, and what was charged is refunded.",
     "failed": "A step did not succeed after many tries. The order is kept and can be carried on.",
 }
 WAITING_SENTENCE = "Everything you ordered is set aside. It is waiting for the payment provider."
@@ -37,6 +39,7 @@ _EVENT_TEXT = {
     "declined": "Payment declined",
     "confirmed": "Order confirmed",
     "rejected": "Order rejected",
+    "cancelled": "Order cancelled",
     "failed": "Order failed",
 }
 
@@ -132,7 +135,7 @@ def steps(order: Order) -> list[Step]:
     """Return how far the order has come, for the bar at the top of its page."""
     seen = {entry.event for entry in order.history}
     done = 1 + max((n for n, (event, _) in enumerate(_STEPS) if event in seen), default=0)
-    stopped = order.status in ("rejected", "failed")
+    stopped = order.status in ("rejected", "cancelled", "failed")
     bar = [Step(text, "done") for _, text in _STEPS[:done]]
     if stopped:
         bar.append(Step(STATUS_TEXT[order.status], "stopped"))
@@ -160,7 +163,7 @@ def history(order: Order) -> list[HistoryLine]:
 
 
 def reason(order: Order) -> str | None:
-    """Return why the order was rejected or failed, as a sentence begins."""
+    """Return why the order was rejected, cancelled or failed, as a sentence begins."""
     return None if order.reason is None else _capital(order.reason)
 
 

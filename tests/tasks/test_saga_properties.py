@@ -147,11 +147,12 @@ class Service:
         for order_id in levels.pending:
             record, noted = records.get(order_id), levels.note(order_id)
             assert noted is not None
-            if record is None or (record.state, noted.state) == ("declined", "released"):
+            given_back = {("declined", "released"), ("cancelling", "cancelled")}
+            if record is None or (record.state, noted.state) in given_back:
                 records[order_id] = noted
         taken: Counter[str] = Counter()
         for record in records.values():
-            if record.state in ("held", "paid", "declined", "confirmed"):
+            if record.state in ("held", "cancelling", "paid", "declined", "confirmed"):
                 taken.update({line.sku: line.quantity for line in record.lines})
         for sku, initial in INITIAL.items():
             assert levels.pieces[sku] >= 0

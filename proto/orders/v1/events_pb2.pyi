@@ -123,6 +123,16 @@ class OrderConfirmed(_message.Message):
     confirmed_at: _timestamp_pb2.Timestamp
     def __init__(self, order_id: _Optional[str] = ..., charge_id: _Optional[str] = ..., total_minor: _Optional[int] = ..., currency: _Optional[str] = ..., confirmed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
+class OrderCancelled(_message.Message):
+    __slots__ = ("order_id", "reason", "cancelled_at")
+    ORDER_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_AT_FIELD_NUMBER: _ClassVar[int]
+    order_id: str
+    reason: str
+    cancelled_at: _timestamp_pb2.Timestamp
+    def __init__(self, order_id: _Optional[str] = ..., reason: _Optional[str] = ..., cancelled_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
 class OrderFailed(_message.Message):
     __slots__ = ("order_id", "step", "error", "message_id", "failed_at")
     ORDER_ID_FIELD_NUMBER: _ClassVar[int]
