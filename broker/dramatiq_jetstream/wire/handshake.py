@@ -169,6 +169,8 @@ async def _connect(
         if "empty response" in text or "json parse error" in text:
             raise Lost("the server closed the connection" if "empty" in text else text) from None
         raise RefusedByServer(text) from None
+    except OSError:  # a certificate that is not accepted is a ValueError, too
+        raise
     except (ValueError, asyncio.IncompleteReadError) as error:  # a line that is longer than any greeting
         raise Lost(str(error)) from None
     if not opening.is_connected:
