@@ -169,8 +169,9 @@ async def _connect(
         if "empty response" in text or "json parse error" in text:
             raise Lost("the server closed the connection" if "empty" in text else text) from None
         raise RefusedByServer(text) from None
-    except OSError:  # a certificate that is not accepted is a ValueError, too
-        raise
+    except OSError as error:  # a certificate that is not accepted is a ValueError, too
+        reader = getattr(opening._transport, "_io_reader", None)
+        raise (reader and reader.exception()) or error from None  # a TLS alert of the server says more
     except (ValueError, asyncio.IncompleteReadError) as error:  # a line that is longer than any greeting
         raise Lost(str(error)) from None
     if not opening.is_connected:
