@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from dramatiq.results import Results
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.cli import main
 from dramatiq_jetstream.errors import InvalidOption, TopologyMismatch
-from dramatiq_jetstream.events import Event, subscription
+from dramatiq_jetstream.events import Event, Events, subscription
 from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID, HEADER_TICK
 from dramatiq_jetstream.periodic import Periodic, list_schedules
 from dramatiq_jetstream.results import JetStreamBackend
@@ -298,3 +300,164 @@ def test_a_second_actor_that_subscribes(subscriber: MakeProgram, topic: str) -> 
     again = subscription(f"{topic}.a", name="on")
     with pytest.raises(InvalidOption, match="both subscribe as 'on'"):
         dramatiq.actor(more.append, broker=both, queue_name="q", actor_name="third", subscribe=again)
+
+
+def test_a_stream_of_events_that_keeps_more(make_broker: MakeProgram, topic: str) -> None:
+    """New processes wait for `setup --update`; an old one warns and goes on beside them."""
+
+    def program(subjects: list[str]) -> JetStreamBroker:
+        broker = make_broker()
+        broker.add_middleware(Events(stream=topic, subjects=[f"{topic}.{subject}" for subject in subjects]))
+        return broker
+
+    old, new = program(["a"]), program(["a", "b"])
+    assert set(old.setup().values()) == {"created"}
+    with pytest.raises(TopologyMismatch, match="subjects"):
+        new.setup()
+    assert new.setup(update=True)[f"stream {topic}"] == "updated"
+    assert old.setup()[f"stream {topic}"] == "differs"
+    old.publish(f"{topic}.a", b"1")
+    new.publish(f"{topic}.b", b"2")
+
+
+def test_a_subscription_that_is_removed(
+    subscriber: MakeProgram, topic: str, nats_url: str, namespace: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its consumer stays, and `fleet doctor` names it when events wait for it."""
+    old = subscriber([], "a")
+    old.setup()
+    old.publish(f"{topic}.a", b"1")
+    with contextlib.suppress(SystemExit):
+        main(["--url", nats_url, "--namespace", namespace, "doctor", "--json"])
+    findings = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)}
+    finding = findings[f"consumer {old.names.subscription_durable('on')} of stream {topic}"]
+    assert finding["status"] == "warning"
+    assert "1 events wait" in finding["detail"]
+
+
+def test_an_actor_that_moves_to_another_queue(make_broker: MakeProgram) -> None:
+    """Messages of before are run by old workers, and by new ones that still serve the old queue."""
+    ran: list[str] = []
+
+    def program(queue: str, version: str) -> JetStreamBroker:
+        broker = make_broker()
+        dramatiq.actor(
+            lambda n: ran.append(f"{version} {n}"), broker=broker, queue_name=queue, actor_name="work"
+        )
+        return broker
+
+    old, new = program("q", "old"), program("r", "new")
+    old.actors["work"].send(1)
+    new.actors["work"].send(2)
+    with running(new):
+        eventually(lambda: ran == ["new 2"])
+        with running(old):
+            eventually(lambda: ran == ["new 2", "old 1"])
+    old.actors["work"].send(3)
+    both = program("r", "new")
+    both.declare_queue("q")
+    with running(both):
+        eventually(lambda: ran == ["new 2", "old 1", "new 3"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "was", "becomes"),
+    [
+        ("ack_wait", 30_000, 20_000),
+        ("max_in_flight", {"q": 4}, {"q": 8}),
+        ("dead_message_ttl", 86_400_000, 2 * 86_400_000),
+        ("duplicate_window", 120_000, 60_000),
+        ("max_stream_bytes", 10_000_000, 20_000_000),
+    ],
+)
+def test_a_changed_setting(make_broker: MakeProgram, setting: str, was: Any, becomes: Any) -> None:
+    """Both versions work before and after `setup --update`, which alone changes the server."""
+    ran: list[int] = []
+
+    def program(value: Any) -> JetStreamBroker:
+        broker = make_broker(**{setting: value})
+        dramatiq.actor(ran.append, broker=broker, queue_name="q", actor_name="work")
+        return broker
+
+    old, new = program(was), program(becomes)
+    old.setup()
+    assert "differs" in new.setup().values()
+    for number, broker in enumerate((new, old)):
+        broker.actors["work"].send(number)
+        with running(broker):
+            eventually(lambda number=number: number in ran)
+    assert "updated" in new.setup(update=True).values()
+    assert set(new.setup().values()) == {"unchanged"}
+    again = program(was)
+    assert "differs" in again.setup().values()
+    for number, broker in enumerate((new, again), start=2):
+        broker.actors["work"].send(number)
+        with running(broker):
+            eventually(lambda number=number: number in ran)
+
+
+def test_a_limit_for_each_stream(make_broker: MakeProgram) -> None:
+    """It throws away messages, so an old version that does not declare it refuses to work with it."""
+    old, new = make_broker(), make_broker(max_stream_bytes=10_000_000)
+    for broker in (old, new):
+        broker.declare_queue("q")
+    old.setup()
+    assert "differs" in new.setup().values()
+    new.setup(update=True)
+    with pytest.raises(TopologyMismatch, match="max_bytes"):
+        old.setup()
+
+
+def test_a_higher_max_priority(make_broker: MakeProgram) -> None:
+    """New workers serve the new levels, old workers the old ones."""
+    ran: list[str] = []
+
+    def program(version: str, levels: int) -> JetStreamBroker:
+        broker = make_broker(max_priority=levels)
+        dramatiq.actor(
+            lambda n: ran.append(f"{version} {n}"), broker=broker, queue_name="q", actor_name="work"
+        )
+        return broker
+
+    old, new = program("old", 1), program("new", 3)
+    old.setup()
+    new.actors["work"].send_with_options(args=("low",), broker_priority=1)
+    new.actors["work"].send_with_options(args=("high",), broker_priority=3)
+    with running(old):
+        eventually(lambda: ran == ["old low"])
+        with running(new):
+            eventually(lambda: ran == ["old low", "new high"])
+
+
+def test_another_namespace(make_broker: MakeProgram, namespace: str) -> None:
+    """The new version begins with empty queues; old workers finish the old ones."""
+    ran: list[str] = []
+
+    def program(version: str, name: str) -> JetStreamBroker:
+        broker = make_broker(namespace=name)
+        dramatiq.actor(
+            lambda n: ran.append(f"{version} {n}"), broker=broker, queue_name="q", actor_name="work"
+        )
+        return broker
+
+    old, new = program("old", namespace), program("new", f"{namespace}-2")
+    old.actors["work"].send(1)
+    with running(new):
+        new.actors["work"].send(2)
+        eventually(lambda: ran == ["new 2"])
+        with running(old):
+            eventually(lambda: ran == ["new 2", "old 1"])
+
+
+def test_every_row_of_the_guide_has_its_test() -> None:
+    """A row without a test would be a promise that only paper keeps; one change is a matter of what is decoded."""
+    root = Path(__file__).resolve().parent
+    written = "".join(path.read_text() for path in root.glob("test_*.py"))
+    lines = (root.parents[1] / "docs" / "upgrading.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| ") and not line.startswith(("| Change", "| ---"))]
+    without = [row for row in rows if not re.findall(r"`test_\w+`", row)]
+    assert len(rows) >= 20
+    assert [row.split("|")[1].strip() for row in without] == ["events are written in another way"]
+    for row in rows:
+        for name in re.findall(r"`(test_\w+)`", row):
+            assert f"def {name}(" in written

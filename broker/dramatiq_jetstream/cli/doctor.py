@@ -133,14 +133,18 @@ def _settings(fleet: Fleet) -> Iterator[Finding]:
     for info in inventory.streams(broker.connection):
         stream = info["config"]
         declared = topology.recognise_stream(broker.names, stream)
-        consumers = []
+        infos = []
         if declared is None or declared.kind != "bucket":
-            consumers = [entry["config"] for entry in inventory.consumers(broker.connection, stream["name"])]
+            infos = list(inventory.consumers(broker.connection, stream["name"]))
+        consumers = [entry["config"] for entry in infos]
         mine = [topology.recognise_consumer(broker.names, stream["name"], config) for config in consumers]
         if declared is None:
             if not any(mine):
                 continue
             declared = topology.events(stream["name"], stream.get("subjects") or [])
+        for consumer, entry in zip(mine, infos, strict=True):
+            if consumer is not None and consumer.kind == "subscription":
+                yield from _unread(consumer, entry)
         for config, existing in [(declared, stream), *zip(mine, consumers, strict=True)]:
             if config is None:
                 if declared.kind == "queue":
@@ -161,6 +165,16 @@ def _settings(fleet: Fleet) -> Iterator[Finding]:
                 yield _differing(str(config), differences)
     if not found:
         yield Finding("settings", OK, f"{compared} streams and consumers are as the library makes them")
+
+
+def _unread(consumer: topology.ConsumerConfig, info: dict[str, Any]) -> Iterator[Finding]:
+    if info["num_pending"] and not info["num_waiting"]:
+        yield Finding(
+            f"consumer {consumer.name} of stream {consumer.stream}",
+            WARNING,
+            f"{info['num_pending']} events wait and no worker is asking for them",
+            f"start workers; if its actor is gone, `nats consumer rm {consumer.stream} {consumer.name}`.",
+        )
 
 
 def _limited(stream: dict[str, Any], used: int) -> Finding:
