@@ -1,6 +1,7 @@
 """Accepts an order: claims its id, has JetStream store its event, and makes it readable before anybody is told.
 
-    claim the Idempotency-Key → claim the order's id with its content → publish → add to the read model → 202
+    claim the Idempotency-Key → claim the order's id with its content → keep the payment token → publish
+    → add to the read model → 202
 
 The claim is made once (`tasks.claims`), so an id stands for one content whatever else a
 request says, and another order under it is refused. What is published is what was claimed. The event is read
@@ -32,6 +33,7 @@ from .idempotency import Requests
 from .ledger import Line
 from .model import AcceptedOrder, InvalidOrder, Order, OrderIdTaken, OrderRequest
 from .ports import Publisher
+from .tokens import Tokens, reference
 
 #: The least time that a publish gets, in milliseconds.
 _LEAST: Final = 200
@@ -50,6 +52,7 @@ class Acceptance:
       requests: Remembers idempotency keys.
       claims: The claims on ids.
       orders: The read model.
+      tokens: Keeps payment tokens.
       publish: Stores an event and returns its place in the stream.
       project: Adds the event at a place to the read model, as far as the ledger confirms it.
       timeout: Milliseconds within which an order is stored or refused.
@@ -61,6 +64,7 @@ class Acceptance:
         requests: Requests,
         claims: Claims,
         orders: Orders,
+        tokens: Tokens,
         publish: Publisher,
         project: Callable[[int], Happened | None],
         *,
@@ -70,6 +74,7 @@ class Acceptance:
         self._requests = requests
         self._claims = claims
         self._orders = orders
+        self._tokens = tokens
         self._publish = publish
         self._project = project
         self._timeout = timeout
@@ -97,7 +102,10 @@ class Acceptance:
             existing = self._orders.get(order_id)
             if existing is not None and existing.place:
                 return AcceptedOrder(_as_accepted(existing), repeated=True)
-        event = placed_event(order_id, claim, request.payment_token or "")
+        token = request.payment_token or ""
+        if token:
+            self._tokens.keep(order_id, request.customer_id, token)
+        event = placed_event(order_id, claim, reference(request.customer_id, token))
         place = self._publish(event, claim.at, timeout=self._left(deadline))
         self._left(deadline)
         confirmed = self._project(place)
@@ -138,7 +146,9 @@ def _claim(request: OrderRequest, at: int) -> Claim:
     lines = tuple(Line(sku, quantity, CATALOGUE[sku].unit_price) for sku, quantity in quantities.items())
     return Claim(
         at,
-        digest_of(request.customer_id, quantities, request.payment_token or ""),
+        digest_of(
+            request.customer_id, quantities, reference(request.customer_id, request.payment_token or "")
+        ),
         request.customer_id,
         lines,
         total=sum(line.quantity * line.unit_price for line in lines),

@@ -22,7 +22,7 @@ from dramatiq_jetstream.events import Events
 from dramatiq_jetstream.jetstream.topology import StreamConfig, dead_letters, ensure_stream
 from dramatiq_jetstream.kv import DEPOSED, Bucket
 
-from . import credentials, events, idempotency, logs, orders, outage, stock, telemetry
+from . import credentials, events, idempotency, logs, orders, outage, stock, telemetry, tokens
 from .catalogue import CATALOGUE
 from .credentials import Keys, Operators
 from .events import Happened
@@ -31,9 +31,10 @@ from .orders import Orders
 from .outage import GuardedGateway, OneLine, Outage
 from .projection import Projection
 from .saga import Saga
-from .settings import InvalidSetting, settings
+from .settings import InvalidSetting, settings, worker_settings
 from .stock import Stock
 from .stream import EventStream
+from .tokens import Tokens
 
 SETTINGS = settings()
 
@@ -69,6 +70,7 @@ class Buckets(Middleware):
                 requests_bucket(),
                 access_bucket(),
                 gateway_bucket(),
+                tokens_bucket(),
             )
         }
         levels = stock_store().available()
@@ -91,6 +93,7 @@ class Boot(Middleware):
 
     def after_process_boot(self, broker: JetStreamBroker) -> None:  # type: ignore[override]
         logs.configure(SETTINGS)
+        worker_settings()
         logging.getLogger("dramatiq.worker.WorkerThread").addFilter(OneLine())
         try:
             telemetry.configure("order-service-worker", broker)
@@ -179,6 +182,17 @@ def gateway_outage() -> Outage:
     return Outage(gateway_bucket(), ttl=SETTINGS.retry_max_backoff + 60_000, now=now)
 
 
+def tokens_bucket() -> Bucket:
+    return broker.bucket(tokens.BUCKET)
+
+
+@_once
+def token_store() -> Tokens:
+    """Return the payment tokens."""
+    ttl = SETTINGS.payment_patience + tokens.KEPT_MS
+    return Tokens(tokens_bucket(), SETTINGS.token_keys, ttl=ttl, patience=_patience())
+
+
 @_once
 def keys() -> Keys:
     """Return the API keys."""
@@ -191,12 +205,16 @@ def operators() -> Operators:
     return Operators(access_bucket(), now)
 
 
+def _patience() -> int:
+    """Return for how long what is missing or old is read again: while a server may believe to be the leader."""
+    return int(DEPOSED * 1000) if SETTINGS.replicas > 1 else 0
+
+
 @_once
 def stock_store() -> Stock:
     """Return the stock, which all threads share so that their decisions can be made together."""
     initial = {entry.sku: entry.initial_stock for entry in CATALOGUE.values()}
-    patience = int(DEPOSED * 1000) if SETTINGS.replicas > 1 else 0
-    return Stock(stock_bucket(), initial, now, patience=patience)
+    return Stock(stock_bucket(), initial, now, patience=_patience())
 
 
 @_once
@@ -230,7 +248,7 @@ def saga() -> Saga:
         HttpGateway(SETTINGS.payment_url, timeout=SETTINGS.payment_timeout), gateway_outage()
     )
     stock_bucket().watch("levels.", stock_store().heard)
-    return Saga(stock_store(), gateway, publish, orders_store(), now)
+    return Saga(stock_store(), gateway, token_store(), publish, orders_store(), now)
 
 
 def step_options(queue: str, priority: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .ledger import Line
 from .model import MAX_ID_LENGTH
 from .ports import Bucket
 from .text import normalised
+from .tokens import is_reference, reference
 
 
 class ClaimBehind(Exception):
@@ -103,15 +104,21 @@ class Claims:
             return existing, False
 
 
-def digest_of(customer_id: str, quantities: Mapping[str, int], payment_token: str) -> str:
+def digest_of(customer_id: str, quantities: Mapping[str, int], token_reference: str) -> str:
     """Return what an order is told by: the same order always has the same."""
-    content = [customer_id, sorted(quantities.items()), payment_token]
+    content = [customer_id, sorted(quantities.items()), token_reference]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def digest_of_event(event: OrderCreated) -> str:
     """Return what the order that an event asks for is told by."""
-    return digest_of(customer_of(event), quantities_of(event.items), event.payment_token)
+    return digest_of(customer_of(event), quantities_of(event.items), token_of(event))
+
+
+def token_of(event: OrderCreated) -> str:
+    """Return the reference of an event's payment token; other programs send the token itself."""
+    token: str = event.payment_token
+    return token if is_reference(token) else reference(customer_of(event), token)
 
 
 def customer_of(event: OrderCreated) -> str:

@@ -20,6 +20,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from cryptography.fernet import Fernet
 from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.wire.connection import Connection, ConnectOptions
@@ -74,9 +75,23 @@ def _environment() -> dict[str, str]:
         "NATS_URL": f"nats://127.0.0.1:{_port('NATS_PORT', 4222)}",
         "PAYMENT_URL": f"http://127.0.0.1:{_port('PAYMENTS_PORT', 8001)}",
     }
+    if not environment.get("TOKEN_KEY"):
+        environment["TOKEN_KEY"] = _token_key(ROOT / ".data" / "token.key")
     for name, value in defaults.items():
         environment[name] = environment.get(name) or value
     return environment
+
+
+def _token_key(path: Path) -> str:
+    """Return the key of this machine's payment tokens, which is made when there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path.read_text().strip()
+    with os.fdopen(descriptor, "w") as file:
+        file.write(f"{Fernet.generate_key().decode()}\n")
+    return path.read_text().strip()
 
 
 def _port(name: str, default: int) -> int:

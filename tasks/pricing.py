@@ -11,7 +11,7 @@ from orders.v1.events_pb2 import OrderCreated, OrderItem
 
 from . import money
 from .catalogue import CATALOGUE, CURRENCY
-from .claims import Claim, Claims, customer_of, digest_of_event, quantities_of
+from .claims import Claim, Claims, customer_of, digest_of_event, quantities_of, token_of
 from .ledger import Line, Record
 from .model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TOKEN_LENGTH
 from .text import flaw_of, shown
@@ -41,7 +41,7 @@ def first_record(event: OrderCreated, at: int) -> Record:
         lines=lines,
         total=total,
         currency=CURRENCY,
-        payment_token=event.payment_token,
+        payment_token=token_of(event),
     )
 
 

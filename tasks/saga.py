@@ -33,12 +33,14 @@ from orders.v1.events_pb2 import OrderCreated, OrderDeclined, OrderPaid, OrderRe
 from .announcements import event_of, failed_event
 from .claims import digest_of_event
 from .events import UnusableEvent, name_of, order_id_of
+from .ledger import Record
 from .model import MAX_TEXT
 from .notes import GivenUp, Refund
 from .ports import Charge, Gateway, History, Publisher
 from .pricing import claimed, first_record
 from .stock import Found, Stock
 from .text import shown
+from .tokens import TokenMissing, Tokens, is_reference
 
 #: The steps, and the events of which each publishes one when it has done its work.
 OUTCOMES: Final[dict[str, frozenset[str]]] = {
@@ -59,16 +61,24 @@ class Saga:
     Parameters:
       stock: Stock and records.
       gateway: Captures payments.
+      tokens: Keeps payment tokens until they have been used.
       publish: Stores an event.
       history: Knows which events are in the stream.
       now: The time in milliseconds.
     """
 
     def __init__(
-        self, stock: Stock, gateway: Gateway, publish: Publisher, history: History, now: Callable[[], int]
+        self,
+        stock: Stock,
+        gateway: Gateway,
+        tokens: Tokens,
+        publish: Publisher,
+        history: History,
+        now: Callable[[], int],
     ) -> None:
         self._stock = stock
         self._gateway = gateway
+        self._tokens = tokens
         self._publish = publish
         self._history = history
         self._now = now
@@ -81,27 +91,59 @@ class Saga:
             raise UnusableEvent(
                 f"order id {order_id} stands for an order with other contents than this event's."
             )
-        found = self._stock.open(order_id, first_record(event, self._now()))
+        wanted = first_record(event, self._now())
+        if wanted.payment_token:
+            wanted = self._with_token(order_id, wanted, event.payment_token)
+        found = self._stock.open(order_id, wanted)
         if found.record.state in ("held", "rejected"):
             self._announce(order_id, found)
+        if found.record.state != "held" and event.payment_token:
+            self._tokens.drop(order_id)
 
     def pay(self, event: OrderReserved) -> None:
         """Capture the payment of an order whose items are held."""
         order_id = order_id_of(event)
         found = self._recorded(order_id, event, "held")
-        record = found.record
-        if record.state == "held":
-            outcome = self._gateway.charge(order_id, record.total, record.currency, record.payment_token)
-            if isinstance(outcome, Charge):
-                decided = record.forward("paid", self._now(), charge_id=outcome.charge_id)
-            else:
-                code, reason = shown(outcome.code, MAX_TEXT), shown(outcome.reason, MAX_TEXT)
-                decided = record.forward("declined", self._now(), code=code, reason=reason)
-            found = self._stock.forward(order_id, found, decided)
-            if isinstance(outcome, Charge) and found.record.state in ("cancelling", "cancelled"):
-                self._stock.notes.refund_due(Refund(order_id, self._now(), outcome.charge_id))
+        if found.record.state == "held":
+            found = self._capture(order_id, found)
         if found.record.state in ("paid", "declined"):
             self._announce(order_id, found)
+        if found.record.payment_token and found.record.state != "held":
+            self._tokens.drop(order_id)
+
+    def _with_token(self, order_id: str, wanted: Record, token: str) -> Record:
+        """Keep the token that an event brought, or see to it that the one that it names is kept."""
+        if not is_reference(token):
+            self._tokens.keep(order_id, wanted.customer_id, token)
+        elif self._tokens.find(order_id, token) is None:
+            return wanted.rejected("INVALID", "payment_token names none that is kept here")
+        return wanted
+
+    def _capture(self, order_id: str, held: Found) -> Found:
+        """Have the gateway decide about a payment, and record what it says."""
+        record = held.record
+        named = record.payment_token
+        token = self._tokens.find(order_id, named) if named else ""
+        if token is None:
+            return self._captured_elsewhere(order_id)
+        outcome = self._gateway.charge(order_id, record.total, record.currency, token)
+        if isinstance(outcome, Charge):
+            decided = record.forward("paid", self._now(), charge_id=outcome.charge_id)
+        else:
+            code, reason = shown(outcome.code, MAX_TEXT), shown(outcome.reason, MAX_TEXT)
+            decided = record.forward("declined", self._now(), code=code, reason=reason)
+        found = self._stock.forward(order_id, held, decided)
+        if isinstance(outcome, Charge) and found.record.state in ("cancelling", "cancelled"):
+            self._stock.notes.refund_due(Refund(order_id, self._now(), outcome.charge_id))
+        return found
+
+    def _captured_elsewhere(self, order_id: str) -> Found:
+        """Return what another run has recorded, which has dropped the token since this one read the record."""
+        found = self._stock.find_newer(order_id, lambda now: now is not None and now.record.state != "held")
+        if found is None or found.record.state == "held":
+            # No decline: the payment may have been captured by a run that could not record it.
+            raise TokenMissing(f"the payment token of order {order_id} is not kept any more.")
+        return found
 
     def confirm(self, event: OrderPaid) -> None:
         """Confirm an order that is paid."""
@@ -148,6 +190,7 @@ class Saga:
         if "held" in found.record.at and found.record.state == "cancelled":
             self._stock.notes.refund_due(Refund(order_id, self._now(), ""))
         self._announce(order_id, found)
+        self._tokens.drop(order_id)
         return found
 
     def _recorded(self, order_id: str, event: Message, state: str) -> Found:

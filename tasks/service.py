@@ -92,6 +92,7 @@ def _acceptance() -> Acceptance:
         requests,
         app.stock_store().claims,
         app.orders_store(),
+        app.token_store(),
         app.publish,
         app.project_at,
         timeout=settings.accept_timeout,

@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
+from cryptography.fernet import Fernet
+
 from .numbers import whole_number
 
-__all__ = ["InvalidSetting", "Settings", "front_end_settings", "is_loopback", "settings"]
+__all__ = ["InvalidSetting", "Settings", "front_end_settings", "is_loopback", "settings", "worker_settings"]
 
 
 class InvalidSetting(ValueError):
@@ -56,6 +58,7 @@ class Settings:
       idempotency_ttl: IDEMPOTENCY_TTL, how long an Idempotency-Key is remembered.
       payment_url: PAYMENT_URL, the payment gateway.
       payment_timeout: PAYMENT_TIMEOUT, for one request to it.
+      token_keys: TOKEN_KEY, which encrypts payment tokens; after a comma older ones, which still decrypt.
       payment_patience: PAYMENT_PATIENCE, how long an order waits for its payment while the gateway does not answer.
       retry_limit: RETRY_LIMIT, how often a step is tried again before it is a dead letter.
       retry_min_backoff, retry_max_backoff: RETRY_MIN_BACKOFF and RETRY_MAX_BACKOFF, the wait before a retry:
@@ -95,6 +98,7 @@ class Settings:
     idempotency_ttl: int = 24 * 3_600_000
     payment_url: str = "http://127.0.0.1:8001"
     payment_timeout: int = 5_000
+    token_keys: tuple[str, ...] = field(default=(), repr=False)
     payment_patience: int = 24 * 3_600_000
     retry_limit: int = 10
     retry_min_backoff: int = 500
@@ -142,6 +146,7 @@ class Settings:
             idempotency_ttl=read.whole("IDEMPOTENCY_TTL", cls.idempotency_ttl, 60_000, 30 * 86_400_000),
             payment_url=read.http("PAYMENT_URL", cls.payment_url),
             payment_timeout=read.whole("PAYMENT_TIMEOUT", cls.payment_timeout, 10, 300_000),
+            token_keys=read.fernet_keys("TOKEN_KEY"),
             payment_patience=read.whole("PAYMENT_PATIENCE", cls.payment_patience, 0, 30 * 86_400_000),
             retry_limit=read.whole("RETRY_LIMIT", cls.retry_limit, 0, 1_000),
             retry_min_backoff=min_backoff,
@@ -174,6 +179,18 @@ class Settings:
             raise InvalidSetting(
                 f"The front end would listen on {self.host} without a way to sign in: set SECRET_KEY to 32 or more "
                 "random characters for API keys and operators, and OIDC_ISSUER for an OpenID provider."
+            )
+
+    def check_token_key(self) -> None:
+        """Check that payment tokens can be encrypted.
+
+        Raises:
+          InvalidSetting: When there is no key.
+        """
+        if not self.token_keys:
+            raise InvalidSetting(
+                "Payment tokens cannot be encrypted: set TOKEN_KEY, for `web` and the workers alike, to what "
+                "`python -m tasks.tokens` prints."
             )
 
     def _check_provider(self) -> None:
@@ -262,6 +279,16 @@ class _Reader:
             )
         return values
 
+    def fernet_keys(self, name: str) -> tuple[str, ...]:
+        values = tuple(part.strip() for part in (self.text(name) or "").split(",") if part.strip())
+        try:
+            for value in values:
+                Fernet(value)
+        except ValueError:
+            # Not the value: it is a secret.
+            raise InvalidSetting(f"{name} must be what `python -m tasks.tokens` prints.") from None
+        return values
+
     def template(self, name: str, field: str) -> str | None:
         value = self.text(name)
         if value is not None and re.fullmatch(rf"https?://[^\s{{}}]+{{{field}}}[^\s{{}}]*", value) is None:
@@ -292,6 +319,16 @@ def front_end_settings() -> Settings:
     """Return this process's settings for the front end; it ends when strangers could use it."""
     try:
         settings().check_sign_in()
+        settings().check_token_key()
+    except InvalidSetting as error:
+        raise SystemExit(str(error)) from None
+    return settings()
+
+
+def worker_settings() -> Settings:
+    """Return this process's settings for a worker; it ends when it could not make payments."""
+    try:
+        settings().check_token_key()
     except InvalidSetting as error:
         raise SystemExit(str(error)) from None
     return settings()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from cryptography.fernet import Fernet
 
 from dramatiq_jetstream.testing import NatsCluster, NatsServer
 from tests.support import fast, skips
@@ -21,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Web and workers of a test share a key, as they have to anywhere.
+    os.environ.setdefault("TOKEN_KEY", Fernet.generate_key().decode())
     skips.register(config)
     fast.register(config)
 

@@ -6,8 +6,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from cryptography.fernet import Fernet
+
 from benchmarks.contenders.contender import App, Contender
 from benchmarks.servers import REPOSITORY, NatsServer, Server
+
+# The front end and the workers share a key.
+os.environ.setdefault("TOKEN_KEY", Fernet.generate_key().decode())
 
 WEB_PROCESSES = 2
 WEB_THREADS = 8

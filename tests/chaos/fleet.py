@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import requests
+from cryptography.fernet import Fernet
 
 from dramatiq_jetstream.testing import NatsCluster, NatsServer
 from tests.chaos.network import CLIENTS, NODES, IsolatedCluster, Network
@@ -29,6 +30,7 @@ ACK_WAIT = 3_000
 PAYMENT_TIMEOUT = 1_000
 
 SETTINGS = {
+    "TOKEN_KEY": Fernet.generate_key().decode(),
     "ACK_WAIT": str(ACK_WAIT),
     "PAYMENT_TIMEOUT": str(PAYMENT_TIMEOUT),
     "ACCEPT_TIMEOUT": "3000",

@@ -10,12 +10,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from cryptography.fernet import Fernet
 from google.protobuf.message import Message
 from greenlet import getcurrent, greenlet
 
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 from tasks.events import event_id, name_of
 from tasks.ports import Charge, Decline
+from tasks.tokens import Tokens
 
 Pause = Callable[[str], None]
 
@@ -67,6 +69,11 @@ class FakeBucket:
 
     def items(self, prefix: str = "") -> Iterator[FakeEntry]:
         return iter([entry for key, entry in sorted(self.entries.items()) if key.startswith(prefix)])
+
+
+def fake_tokens() -> Tokens:
+    """Payment tokens in memory; nothing stops between two of their effects."""
+    return Tokens(FakeBucket(), [Fernet.generate_key().decode()], ttl=60_000)
 
 
 class FakeGateway:

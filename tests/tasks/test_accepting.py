@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from cryptography.fernet import Fernet
 from google.protobuf.message import Message
 
 from dramatiq_jetstream import JetStreamBroker
@@ -27,6 +28,7 @@ from tasks.model import (
 from tasks.orders import Orders
 from tasks.projection import Projection
 from tasks.stock import Stock
+from tasks.tokens import Tokens, reference
 
 LEASE = 1_000
 
@@ -65,8 +67,9 @@ class Front:
         def project(place: int) -> Happened | None:
             return projection.project(Happened(stream.published[place - 1], place, 1_000))
 
+        self.tokens = Tokens(broker.bucket("tokens"), [Fernet.generate_key().decode()], ttl=60_000)
         self.acceptance = Acceptance(
-            requests, stock.claims, self.orders, stream, project, timeout=2_000, now=clock
+            requests, stock.claims, self.orders, self.tokens, stream, project, timeout=2_000, now=clock
         )
 
     def accept(self, key: str | None, quantity: int = 1, **members: str) -> tuple[str, bool]:
@@ -94,7 +97,12 @@ def test_event_of_an_accepted_order(front: Front, stream: FakeStream) -> None:
     order_id, repeated = front.accept(None, 2, payment_token="tok")
     (event,) = stream.published
     assert not repeated
-    assert (event.order_id, event.customer_id, event.payment_token) == (order_id, "c-1", "tok")
+    assert (event.order_id, event.customer_id, event.payment_token) == (
+        order_id,
+        "c-1",
+        reference("c-1", "tok"),
+    )
+    assert front.tokens.find(order_id, event.payment_token) == "tok"
     assert (event.total_amount, event.total_minor, event.currency) == (25.8, 2580, "EUR")
     assert [(i.sku, i.quantity, i.unit_price_minor) for i in event.items] == [("MUG-01", 2, 1290)]
     assert event.HasField("created_at")

@@ -118,7 +118,7 @@ def test_release_prepares_everything(tmp_path: Path) -> None:
                 timeout=60,
             )
             assert done.returncode == 0, done.stdout + done.stderr
-        for name in ("ORDERS", "stock", "orders", "requests", "access", "payments", "projection"):
+        for name in ("ORDERS", "stock", "orders", "requests", "access", "tokens", "payments", "projection"):
             assert name in done.stdout
         assert "created" not in done.stdout
 
@@ -188,7 +188,8 @@ def test_settings_of_the_compose_file() -> None:
     """The environment in the compose file is one that the service accepts."""
     from tasks.settings import Settings
 
-    chosen = Settings.from_environment(compose()["services"]["worker"]["environment"])
+    environment = compose()["services"]["worker"]["environment"]
+    chosen = Settings.from_environment({**environment, "TOKEN_KEY": os.environ["TOKEN_KEY"]})
     assert (chosen.replicas, chosen.log_format) == (3, "json")
 
 

@@ -14,7 +14,7 @@ from tasks.ledger import Record
 from tasks.orders import Orders
 from tasks.saga import Saga
 from tasks.stock import RecordBehind, Stock
-from tests.tasks.fakes import FakeBucket, FakeEntry, FakeGateway, FakeStream
+from tests.tasks.fakes import FakeBucket, FakeEntry, FakeGateway, FakeStream, fake_tokens
 from tests.tasks.test_saga_properties import INITIAL, created
 
 KEY = "order.o-1"
@@ -43,13 +43,14 @@ class Service:
     def __init__(self, token: str = "tok_ok") -> None:
         self.bucket, self.gateway, self.stream = Deposed(), FakeGateway(), FakeStream()
         self.clock = itertools.count(1_000)
+        self.tokens = fake_tokens()
         self.saga().reserve(created("o-1", [("MUG-01", 2)], token))
 
     def saga(self, patience: int = 2_000) -> Saga:
         """The steps in a process that remembers nothing."""
         now: Callable[[], int] = lambda: next(self.clock)  # noqa: E731
         stock = Stock(self.bucket, INITIAL, now, patience=patience)
-        return Saga(stock, self.gateway, self.stream, Orders(FakeBucket()), now)
+        return Saga(stock, self.gateway, self.tokens, self.stream, Orders(FakeBucket()), now)
 
     @property
     def record(self) -> FakeEntry:

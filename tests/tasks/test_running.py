@@ -16,6 +16,8 @@ import pytest
 import requests
 
 from dramatiq_jetstream.testing import NatsServer
+from tasks import dev
+from tasks.settings import Settings
 from tests.support.polling import eventually
 from tests.support.ports import free_port
 from tests.support.processes import REPOSITORY, Process
@@ -73,6 +75,15 @@ class Service:
 @pytest.fixture
 def service(tmp_path: Path) -> Service:
     return Service(tmp_path)
+
+
+def test_the_key_of_payment_tokens_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make up` makes a key that only its owner may read, and keeps it."""
+    path = tmp_path / ".data" / "token.key"
+    key = dev._token_key(path)
+    assert dev._token_key(path) == key == path.read_text().strip()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert Settings.from_environment({"TOKEN_KEY": key}).token_keys == (key,)
 
 
 def test_up_and_down_and_up_again(service: Service) -> None:

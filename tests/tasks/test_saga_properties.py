@@ -36,7 +36,7 @@ from tasks.pricing import claimed
 from tasks.projection import Projection
 from tasks.saga import Saga
 from tasks.stock import LEVELS, Levels, Stock
-from tests.tasks.fakes import FakeBucket, FakeGateway, FakeStored, FakeStream, Task, World
+from tests.tasks.fakes import FakeBucket, FakeGateway, FakeStored, FakeStream, Task, World, fake_tokens
 
 SKUS = ("MUG-01", "TEE-01", "PRINT-01")
 INITIAL = {"MUG-01": 3, "TEE-01": 2, "PRINT-01": 1}
@@ -64,6 +64,7 @@ class Service:
         self.stock_bucket = FakeBucket(self.world.pause)
         self.orders_bucket = FakeBucket(self.world.pause)
         self.gateway = FakeGateway(self.world.pause)
+        self.tokens = fake_tokens()
         self.stream = FakeStream(self.world.pause, window=window)
         # Two processes; each remembers what it saw and wrote.
         self.projectors = itertools.cycle([Orders(self.orders_bucket), Orders(self.orders_bucket)])
@@ -82,7 +83,9 @@ class Service:
         return stock
 
     def saga(self) -> Saga:
-        return Saga(self.stock(), self.gateway, self.stream, Orders(self.orders_bucket), self.now)
+        return Saga(
+            self.stock(), self.gateway, self.tokens, self.stream, Orders(self.orders_bucket), self.now
+        )
 
     def project(self, stored: FakeStored) -> None:
         """Add an event to the read model, as a worker does."""

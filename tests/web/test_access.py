@@ -503,6 +503,8 @@ def test_a_callback_that_nobody_asked_for_signs_nobody_in(closed: Closed) -> Non
 
 
 REFUSALS = {
+    "no key for payment tokens": ({"SECRET_KEY": "k" * 32, "TOKEN_KEY": ""}, "TOKEN_KEY"),
+    "a bad key for payment tokens": ({"SECRET_KEY": "k" * 32, "TOKEN_KEY": "secret"}, "TOKEN_KEY"),
     "the Procfile's defaults": ({}, "SECRET_KEY"),
     "loopback without being told": ({"HOST": "127.0.0.1"}, "SECRET_KEY"),
     "open to all": ({"ACCESS": "open", "HOST": "0.0.0.0"}, "ACCESS=open"),
