@@ -1,4 +1,4 @@
-"""The order service: `dramatiq tasks` runs its actors. Importing this sets Dramatiq's broker."""
+"""The order service: `fleet work tasks` runs its actors. Importing this sets Dramatiq's broker."""
 
 from __future__ import annotations
 

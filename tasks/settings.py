@@ -33,7 +33,7 @@ class Settings:
       nats_creds: NATS_CREDS, the path or the content of a .creds file.
       replicas: REPLICAS, of every stream and bucket: 1, 3 or 5.
       declare: DECLARE, whether processes may create streams and consumers; 0 when `fleet setup` has done it.
-      worker_processes, worker_threads: WORKER_PROCESSES and WORKER_POOL_SIZE, of `dramatiq tasks`.
+      worker_processes, worker_threads: WORKER_PROCESSES and WORKER_POOL_SIZE, of `fleet work tasks`.
       payment_worker_processes, payment_worker_threads: PAYMENT_WORKER_PROCESSES and PAYMENT_WORKER_POOL_SIZE, of the
         workers of the queue payments.
       ack_wait: ACK_WAIT, after which the work of a killed worker is given to another.

@@ -123,7 +123,7 @@ async def _fill(url: str, seconds: float) -> None:
 
 FAULTS: tuple[Fault, ...] = (
     Fault("worker-killed", "kill -9 of a worker process", _kill_worker),
-    Fault("master-killed", "kill -9 of the dramatiq master", _kill_master),
+    Fault("master-killed", "kill -9 of a supervisor", _kill_master),
     Fault("web-killed", "kill -9 of gunicorn's workers", _kill_web),
     Fault("nats-killed", "kill -9 of a nats-server, restarted", _kill_node),
     Fault("leader-killed", "kill -9 of the leader, restarted", _kill_leader, CLUSTER),

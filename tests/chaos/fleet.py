@@ -181,7 +181,15 @@ class Fleet:
 
     def _workers(self, number: int) -> Process:
         command = [
-            *(sys.executable, "-m", "dramatiq", "tasks", "tests.chaos.journal", *self._modules),
+            *(
+                sys.executable,
+                "-m",
+                "dramatiq_jetstream.cli",
+                "work",
+                "tasks",
+                "tests.chaos.journal",
+                *self._modules,
+            ),
             *("--processes", str(self._processes), "--threads", str(self._threads)),
         ]
         return Process(
@@ -271,15 +279,8 @@ class Supervisor:
 
 
 def workers_of(master: int) -> list[int]:
-    """Return the worker processes of a dramatiq master; it has other children, of multiprocessing, beside them."""
-    return [pid for pid in children(master) if "resource_tracker" not in command_of(pid)]
-
-
-def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
+    """Return the worker processes of a supervisor."""
+    return children(master)
 
 
 def send(pid: int, number: signal.Signals) -> None:

@@ -1,4 +1,4 @@
-"""Writes down every run of an actor, so that repeated runs can be counted: `dramatiq tasks tests.chaos.journal`.
+"""Writes down every run of an actor, so that repeated runs can be counted: `fleet work tasks tests.chaos.journal`.
 
 One line for each run, appended in one write: time, process, actor, message id, and what tells a retry or a
 replay of the message from a repetition.

@@ -128,7 +128,7 @@ def test_every_queue_has_one_kind_of_worker() -> None:
     queues = set(import_tasks_queues())
     for commands in (procfile("Procfile"), procfile("Procfile.dev"), compose_commands()):
         served = {
-            name: set(command.split("--queues ")[1].split(" --")[0].split())
+            name: set(command.split("--queues ")[1].split(" --")[0].split(","))
             for name, command in commands.items()
             if name.startswith("worker")
         }
