@@ -21,7 +21,7 @@ from dramatiq_jetstream.errors import ConnectionFailed
 from dramatiq_jetstream.testing import NatsServer
 from dramatiq_jetstream.wire.connection import Connection, ConnectOptions
 from dramatiq_jetstream.wire.headers import Msg, encode_headers, parse_headers
-from dramatiq_jetstream.wire.link import CHUNK_BYTES
+from dramatiq_jetstream.wire.outbox import CHUNK_BYTES
 from tests.support.polling import eventually
 from tests.support.skips import needs
 

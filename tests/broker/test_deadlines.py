@@ -18,7 +18,7 @@ import pytest
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.errors import BrokerConnectionError, BrokerError, NotSent, StoreTimeout
 from dramatiq_jetstream.jetstream.reading import message_at
-from dramatiq_jetstream.wire import link
+from dramatiq_jetstream.wire import outbox
 from dramatiq_jetstream.wire.connection import Connection, Publication
 from dramatiq_jetstream.wire.ids import new_id
 from tests.support.polling import eventually, holds
@@ -274,7 +274,7 @@ def test_what_tells_what_it_changed_is_not_repeated(scene, verb):
 
 def test_messages_without_a_deadline_cannot_pile_up(scene, monkeypatch):
     """Fire-and-forget messages behind a socket that takes nothing end the connection, not the memory."""
-    monkeypatch.setattr(link, "OUTBOX_BYTES", 4_000_000)
+    monkeypatch.setattr(outbox, "OUTBOX_BYTES", 4_000_000)
     connected(scene)
     scene.proxy.hold()
     client = scene.connection._link._client
@@ -282,7 +282,7 @@ def test_messages_without_a_deadline_cannot_pile_up(scene, monkeypatch):
         scene.connection.send("nowhere", bytes(100_000))
     eventually(lambda: client.lost.done())
     assert "waited to be written" in client.reason
-    assert scene.connection._link._outbox_bytes < 4_000_000
+    assert scene.connection._link._outbox._bytes < 4_000_000
 
 
 def test_messages_posted_without_a_connection_do_not_pile_up(scene):
@@ -290,7 +290,7 @@ def test_messages_posted_without_a_connection_do_not_pile_up(scene):
     lost(scene)
     for _ in range(10_000):
         scene.connection.send("nowhere", b"x")
-    eventually(lambda: not scene.connection._link._mailbox)
+    eventually(lambda: not scene.connection._link.loop._mailbox)
     assert not scene.connection._link._outbox
 
 

@@ -72,7 +72,9 @@ def connection(nats_url: str, namespace: str) -> Iterator[Connection]:
 def idle(connection: Connection) -> bool:
     """Whether nothing is left over of any call."""
     link = connection._link
-    return not link._waiters._signals and not link.calls._waiting and not link._mailbox and not link._outbox
+    return (
+        not link._waiters._signals and not link.calls._waiting and not link.loop._mailbox and not link._outbox
+    )
 
 
 def test_a_publish_by_a_lane(connection, namespace):

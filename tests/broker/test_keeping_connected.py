@@ -315,7 +315,7 @@ def test_threads_that_start_it_at_once_share_one_connection(connection, proxy):
     assert len(proxy._pairs) == 1
     assert (
         sum(
-            thread.name == "dramatiq-jetstream" and thread is connection._link.thread
+            thread.name == "dramatiq-jetstream" and thread is connection._link.loop.thread
             for thread in threading.enumerate()
         )
         == 1
@@ -342,7 +342,7 @@ def test_closing_while_others_post_says_nothing(connection, caplog):
     for thread in threads:
         thread.join(5)
     assert not caplog.records
-    assert not connection._link._mailbox
+    assert not connection._link.loop._mailbox
 
 
 def test_close_may_be_called_from_anywhere_and_twice(connection):

@@ -1,14 +1,11 @@
 """What threads ask of JetStream, and wait for: publishes, API requests, plain requests.
 
 Every call has a deadline. It is sent before that, or never; `calls` tells how, and what its errors say. A caller waits
-until its deadline by the monotonic clock, whatever signals arrive meanwhile, and a moment longer for the loop's
-verdict.
+until its deadline, and a thread that is interrupted takes its calls back (see `asking`).
 
 A publish may be repeated: its headers are the same, so the same `Nats-Msg-Id` stores once within the stream's duplicate
 window. So may requests that change nothing, or change nothing further the second time. Those whose answer tells what
 they changed (`ONCE`) are sent once: repeated, they would report that there was nothing to do.
-
-A thread that is interrupted while it waits takes its calls back: what was not sent yet never is.
 """
 
 from __future__ import annotations
@@ -44,23 +41,18 @@ from .answers import (
     read_puback,
     translate,
 )
+from .asking import ask, publish_window
 from .calls import Call
 from .error_numbers import TRANSIENT
 from .ids import new_id
-from .link import ConnectionState, Link, Listeners, Subscription
+from .interests import Listeners, Subscription
+from .link import ConnectionState, Link
 from .protocol import encode_subscribe
-from .waiting import Signal
 
 __all__ = ["ConnectOptions", "Connection", "ConnectionState", "Msg", "PubAck", "Publication", "Subscription"]
 
-#: How long "no responders" is taken for a stream that is still starting, in milliseconds.
-NO_RESPONDERS_GRACE_MS: Final = 2_000
-
 #: How many publishes of one batch are under way at once.
 BATCH_WINDOW: Final = 4_000
-
-#: The seconds that a caller waits beyond its deadline for the loop's verdict, which comes within a tick.
-VERDICT_SECONDS: Final = 0.3
 
 #: The pause, in seconds, before a request is repeated that JetStream could not answer now.
 NOT_NOW_SECONDS: Final = 0.25
@@ -201,7 +193,7 @@ class Connection:
                 return outcome
             if outcome is not None:
                 raise outcome
-        (outcome,) = self._publish_window([item], deadline, maybe_sent=maybe_sent)
+        (outcome,) = publish_window(self._link, [item], deadline, maybe_sent=maybe_sent)
         if isinstance(outcome, PubAck):
             return outcome
         if isinstance(outcome, TopologyMissing) and self._has_stream(subject, deadline):
@@ -259,51 +251,9 @@ class Connection:
                 items.append(item)
         answers: list[PubAck | BrokerError] = []
         for start in range(0, len(items), BATCH_WINDOW):
-            answers += self._publish_window(items[start : start + BATCH_WINDOW], deadline)
+            answers += publish_window(self._link, items[start : start + BATCH_WINDOW], deadline)
         answer = iter(answers)
         return [next(answer) if outcome is None else outcome for outcome in outcomes]
-
-    def _publish_window(
-        self, items: list[Publication], deadline: float, *, maybe_sent: bool = False
-    ) -> list[PubAck | BrokerError]:
-        outcomes: list[PubAck | BrokerError | None] = [None] * len(items)
-        remaining = len(items)
-        done = Signal()
-
-        def receiver(position: int) -> Callable[[Msg | BaseException], bool]:
-            def receive(answer: Msg | BaseException) -> bool:
-                nonlocal remaining
-                outcome = read_puback(items[position].subject, answer, patient=time.monotonic() < grace)
-                if outcome is None:
-                    return True
-                outcomes[position] = outcome
-                remaining -= 1
-                if remaining == 0:
-                    done.set()
-                return False
-
-            return receive
-
-        now = time.monotonic()
-        grace = now + min(deadline - now - 0.5, NO_RESPONDERS_GRACE_MS / 1000)
-        calls = [
-            Call(
-                item.subject,
-                item.payload,
-                item.block,
-                receiver(position),
-                deadline,
-                repeat=True,
-                maybe_sent=maybe_sent,
-            )
-            for position, item in enumerate(items)
-        ]
-        self._await(calls, done, deadline)
-        where = self._link.describe()
-        return [
-            call.error(*where) if outcome is None else outcome
-            for call, outcome in zip(calls, outcomes, strict=True)
-        ]
 
     def publish_batch(self, publications: list[Publication], *, timeout: int | None = None) -> PubAck:
         """Send an atomic batch, numbered and with its commit last, and wait for the commit's acknowledgement.
@@ -315,7 +265,8 @@ class Connection:
         for item in publications:
             check(item, self._link.max_payload)
         *parts, commit = publications
-        answer = self._request(
+        answer = ask(
+            self._link,
             commit.subject,
             commit.payload,
             commit.block,
@@ -359,41 +310,16 @@ class Connection:
             if isinstance(answer, Msg) and not (patient and is_no_responders(answer)):
                 return answer
             maybe_sent = answer is True
-        return self._request(
-            subject, payload, headers, deadline, repeat=resend, maybe_sent=maybe_sent, patient=patient
+        return ask(
+            self._link,
+            subject,
+            payload,
+            headers,
+            deadline,
+            repeat=resend,
+            maybe_sent=maybe_sent,
+            patient=patient,
         )
-
-    def _request(
-        self,
-        subject: str,
-        payload: bytes,
-        headers: Headers | bytes | None,
-        deadline: float,
-        *,
-        repeat: bool,
-        parts: Iterable[tuple[str, bytes, str, bytes | None]] = (),
-        maybe_sent: bool = False,
-        patient: bool = True,
-    ) -> Msg:
-        answers: list[Msg | BaseException] = []
-        done = Signal()
-        grace = min(deadline, time.monotonic() + NO_RESPONDERS_GRACE_MS / 1000) if patient else 0.0
-
-        def receive(answer: Msg | BaseException) -> bool:
-            if isinstance(answer, Msg) and is_no_responders(answer) and time.monotonic() < grace:
-                return True
-            answers.append(answer)
-            done.set()
-            return False
-
-        call = Call(
-            subject, payload, headers, receive, deadline, repeat=repeat, parts=parts, maybe_sent=maybe_sent
-        )
-        self._await([call], done, deadline)
-        answer = answers[0] if answers else call.error(*self._link.describe())
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
 
     def tell(
         self,
@@ -482,20 +408,6 @@ class Connection:
     def _deadline(self, timeout: int | None) -> float:
         return time.monotonic() + (self.timeout if timeout is None else timeout) / 1000
 
-    def _await(self, calls: list[Call], done: Signal, deadline: float) -> None:
-        """Start calls and wait until they are answered, or their time is up."""
-        link = self._link
-        if link.is_closed:
-            return
-        try:
-            for call in calls:
-                link.post(link.calls.start, call)
-            done.wait(deadline + VERDICT_SECONDS - time.monotonic())
-        except BaseException:
-            for call in calls:
-                call.give_up()
-            raise
-
     # Messages without JetStream
 
     def send(
@@ -503,7 +415,7 @@ class Connection:
     ) -> None:
         """Publish without JetStream: lost without a listener, without a connection, and behind too many others."""
         self._link.wait_open(self._deadline(None))
-        if not self._link.is_full:
+        if not self._link.loop.is_full:
             self._link.post(self._link.write, subject, payload, reply, headers)
 
     def new_inbox(self) -> str:
@@ -535,16 +447,22 @@ class Connection:
         deadline = self._deadline(timeout)
         link = self._link
         link.wait_open(deadline)
-        subscription = Subscription(subject, callback, next(self._sids), lambda: self._link)
+        subscription = Subscription(
+            subject,
+            callback,
+            next(self._sids),
+            lambda ended: self._link.unsubscribe(ended),
+            lambda ended: self._link.withdraw(ended),
+        )
         self._interests[subscription.sid] = subscription
         try:
             link.post(link.enqueue, encode_subscribe(subject, subscription.sid))
             # A message to ourselves, which the server handles after what was sent before.
             if confirmed:
-                self._request("", b"", None, deadline, repeat=True)
+                ask(self._link, "", b"", None, deadline, repeat=True)
             elif link.is_open:
                 with contextlib.suppress(BrokerConnectionError):
-                    self._request("", b"", None, deadline, repeat=False)
+                    ask(self._link, "", b"", None, deadline, repeat=False)
             if subscription.denied is not None:
                 raise subscription.denied
         except BaseException:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from dramatiq_jetstream.wire import link
+from dramatiq_jetstream.wire import loop
 from dramatiq_jetstream.wire.connection import Connection, ConnectOptions
 from tests.support.polling import eventually
 
@@ -29,26 +29,26 @@ def keep_busy(connection: Connection) -> None:
 
     connection.post(block)
     assert begun.wait(5)
-    for _ in range(link.BUSY):
+    for _ in range(loop.BUSY):
         connection.post(lambda: None)
     go_on.set()
-    eventually(lambda: connection._link._coming)
+    eventually(lambda: connection._link.loop._coming)
 
 
 def test_in_quiet_times_nobody_waits(connection, monkeypatch):
-    monkeypatch.setattr(link, "BATCH_SECONDS", 60)
-    for _ in range(3 * link.BUSY):
+    monkeypatch.setattr(loop, "BATCH_SECONDS", 60)
+    for _ in range(3 * loop.BUSY):
         done = threading.Event()
         connection.post_lazily(done.set)
         assert done.wait(5)
 
 
 def test_in_busy_times_only_what_is_urgent_wakes_the_loop(connection, monkeypatch):
-    monkeypatch.setattr(link, "BATCH_SECONDS", 60)
+    monkeypatch.setattr(loop, "BATCH_SECONDS", 60)
     keep_busy(connection)
     ran, woken = [], []
-    wake = connection._link._wake
-    monkeypatch.setattr(connection._link, "_wake", lambda: (woken.append(len(ran)), wake()))
+    wake = connection._link.loop._wake
+    monkeypatch.setattr(connection._link.loop, "_wake", lambda: (woken.append(len(ran)), wake()))
     connection.post_lazily(ran.append, "first")
     assert not woken
     connection.post(ran.append, "second")
@@ -57,7 +57,7 @@ def test_in_busy_times_only_what_is_urgent_wakes_the_loop(connection, monkeypatc
 
 
 def test_nothing_waits_longer_than_a_moment(connection, monkeypatch):
-    monkeypatch.setattr(link, "BATCH_SECONDS", 0.05)
+    monkeypatch.setattr(loop, "BATCH_SECONDS", 0.05)
     for _ in range(3):
         keep_busy(connection)
         done = threading.Event()
@@ -66,7 +66,7 @@ def test_nothing_waits_longer_than_a_moment(connection, monkeypatch):
 
 
 def test_a_closing_connection_runs_what_waits(connection, monkeypatch):
-    monkeypatch.setattr(link, "BATCH_SECONDS", 60)
+    monkeypatch.setattr(loop, "BATCH_SECONDS", 60)
     keep_busy(connection)
     ran: list[int] = []
     connection.post_lazily(ran.append, 1)

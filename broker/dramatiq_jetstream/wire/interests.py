@@ -1,0 +1,51 @@
+"""What others want to hear of: subjects, and what happens to the connection. It outlives a link, and a fork."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dramatiq_jetstream.errors import PermissionDenied
+
+from .headers import Msg
+
+__all__ = ["Listeners", "Subscription"]
+
+
+@dataclass(eq=False)
+class Subscription:
+    """Interest in a subject that lives until `close`, through every reconnect."""
+
+    subject: str
+    callback: Callable[[Msg], None]
+    sid: int
+    _close: Callable[[Subscription], None] = field(repr=False)
+    _withdraw: Callable[[Subscription], None] = field(repr=False)
+    denied: PermissionDenied | None = None
+
+    def close(self) -> None:
+        """End the interest; what is still on its way is dropped."""
+        self._close(self)
+
+    def withdraw(self) -> None:
+        """Tell the server to send no more; what is still on its way is delivered until `close`."""
+        self._withdraw(self)
+
+
+@dataclass
+class Listeners:
+    """What is called on the loop thread as things happen; `fork` in the child of a fork. It outlives a link."""
+
+    lost: list[Callable[[], None]] = field(default_factory=list)
+    reconnect: list[Callable[[], None]] = field(default_factory=list)
+    fence: list[Callable[[int], None]] = field(default_factory=list)
+    tick: list[Callable[[], None]] = field(default_factory=list)
+    fork: list[Callable[[], None]] = field(default_factory=list)
+
+    def forget(self, callback: Callable[..., None]) -> None:
+        everything: tuple[list[Any], ...] = (self.lost, self.reconnect, self.fence, self.tick, self.fork)
+        for callbacks in everything:
+            with contextlib.suppress(ValueError):
+                callbacks.remove(callback)

@@ -1,0 +1,103 @@
+"""What is to be written, in order, for as long as the socket takes it.
+
+A message whose call has a deadline is dropped when that passes first (see `calls`). Others wait as long as the
+connection lasts; if too many do, its server takes nothing any more, and the connection is cut.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from typing import Final
+
+from dramatiq.errors import BrokerError
+
+from dramatiq_jetstream.errors import InvalidOption, MessageTooLarge
+
+from .answers import check_subject
+from .calls import Call, Calls
+from .client import Client
+from .protocol import Outgoing, encode_publish
+
+__all__ = ["Outbox"]
+
+#: How many bytes are given to the socket at once.
+CHUNK_BYTES: Final = 65_536
+
+#: How many bytes of messages without a deadline may wait.
+OUTBOX_BYTES: Final = 16_777_216
+
+logger = logging.getLogger(__name__)
+
+
+class Outbox:
+    """Messages of one link on their way to the socket. On the loop's thread only."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.max_payload = 1_048_576
+        self._calls = calls
+        self._waiting: deque[tuple[Outgoing | bytes, Call | None]] = deque()
+        self._bytes = 0  # of what has no deadline
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, client: Client, message: Outgoing | bytes, call: Call | None) -> None:
+        """Append a message, or a command as it goes over the wire; `call` gives it a deadline."""
+        self._waiting.append((message, call))
+        if call is None:
+            self._bytes += _size(message)
+            if self._bytes > OUTBOX_BYTES:
+                client.abort(f"more than {OUTBOX_BYTES >> 20} MiB waited to be written")
+
+    def clear(self) -> None:
+        self._waiting.clear()
+        self._bytes = 0
+
+    def flush(self, client: Client) -> None:
+        """Write as much as the socket takes."""
+        waiting = self._waiting
+        while waiting and client.open and not client.paused:
+            now = time.monotonic()
+            chunk: list[bytes] = []
+            size = 0
+            while waiting and size < CHUNK_BYTES:
+                message, call = waiting.popleft()
+                if call is None:
+                    self._bytes -= _size(message)
+                elif not call.may_leave(now, client, client.handed + size, part=not message[2]):
+                    continue
+                try:
+                    data = message if isinstance(message, bytes) else self._encode(message)
+                except (BrokerError, ValueError) as error:
+                    if call is None:
+                        logger.error("A message could not be sent: %s", error)
+                    else:
+                        call.sent = None
+                        self._calls.fail(call, error)
+                    continue
+                chunk.append(data)
+                size += len(data)
+            client.write(b"".join(chunk))
+
+    def _encode(self, message: Outgoing) -> bytes:
+        subject, payload, _, headers = message
+        if type(headers) is bytes:  # a publication, which was checked before it was posted
+            return encode_publish(message)
+        check_subject(subject)
+        if len(payload) > self.max_payload:
+            raise MessageTooLarge(
+                f"A message of {len(payload)} bytes for {subject} is over the server's max_payload of "
+                f"{self.max_payload} bytes."
+            )
+        try:
+            return encode_publish(message)
+        except ValueError as error:
+            raise InvalidOption(
+                f"the headers {headers!r} of a message for {subject} cannot be sent ({error})."
+            ) from None
+
+
+def _size(message: Outgoing | bytes) -> int:
+    return len(message) if isinstance(message, bytes) else len(message[1]) + 200
