@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import dramatiq
 
@@ -45,7 +48,31 @@ def hold(name: str) -> None:
 def die(name: str) -> None:
     """Takes its process along, as a segmentation fault or the OOM killer does."""
     note("died", name)
+    time.sleep(0.5)  # Dramatiq's master waits for ever for a process that dies while it boots
     os._exit(9)
+
+
+@dramatiq.actor(max_retries=0)
+def die_once(name: str) -> None:
+    """Takes its process along the first time, as one does that is killed for want of memory."""
+    if not (GATES / f"{name}.open").exists():
+        (GATES / f"{name}.open").touch()
+        note("died", name)
+        time.sleep(0.5)
+        os._exit(9)
+    note("survived", name)
+
+
+@dramatiq.actor(max_retries=0)
+def end_thread(name: str) -> None:
+    """Ends the thread that runs it, once it is done."""
+    note("ran", name)
+
+    def leave(timeout: float) -> None:
+        raise SystemExit
+
+    thread: Any = threading.current_thread()
+    thread.work_queue = SimpleNamespace(get=leave, task_done=thread.work_queue.task_done)
 
 
 @dramatiq.actor(queue_name="other", max_retries=0)

@@ -56,6 +56,47 @@ def test_sigterm_hands_back_what_was_not_begun_at_once(make_fleet):
     assert fleet.counts() == {"began long": 1, "ended long": 1, "ran m0": 1, "ran m1": 1, "ran m2": 1}
 
 
+def test_poison_takes_nothing_along_that_died_beside_it(make_fleet):
+    """What was prefetched runs, what was begun beside it is begun again, and poison alone becomes a dead letter."""
+    fleet = make_fleet(ack_wait=1_000, max_deliveries=3)
+    fleet.send("hold", "beside")
+    poison = fleet.send("die", "poison")
+    for number in range(4):
+        fleet.send("mark", f"m{number}")
+    for _ in range(10):
+        worker = fleet.start(threads=2, wait=False)
+        eventually(lambda worker=worker: not worker.running or fleet.broker.dead_letters.count(), timeout=30)
+        if worker.running:
+            break
+    (letter,) = fleet.broker.dead_letters.list()
+    assert (letter.message_id, letter.reason) == (poison.message_id, "delivered too often")
+    fleet.open("beside")
+    fleet.broker.join("default", timeout=20_000)
+    counts = fleet.counts()
+    assert [counts[f"ran m{number}"] for number in range(4)] == [1, 1, 1, 1]
+    assert counts["ended beside"] == 1
+    assert counts["died poison"] == 3
+    assert fleet.broker.dead_letters.count() == 1
+
+
+def test_what_was_given_back_often_may_kill_a_worker_once(make_fleet):
+    """Deliveries that were not started are not held against a message."""
+    fleet = make_fleet(ack_wait=1_000, max_deliveries=10)
+    fleet.send("die_once", "unlucky")
+    fleet.broker.declare_queue("default")
+    consumer = fleet.broker.consume("default", prefetch=1, timeout=5_000)
+    for delivery in range(1, 10):
+        message = next(consumer)
+        assert message.delivery_count == delivery
+        consumer.requeue([message])
+    consumer.close()
+    assert fleet.start(threads=1, wait=False).wait(30) != 0
+    fleet.start(threads=1)
+    fleet.wait_for("survived unlucky")
+    fleet.broker.join("default", timeout=10_000)
+    assert fleet.broker.dead_letters.list() == []
+
+
 def test_a_poison_message_dies_after_max_deliveries(make_fleet):
     """A message that takes its worker along is delivered so many times, then it is a dead letter."""
     fleet = make_fleet(ack_wait=1_000, max_deliveries=2)

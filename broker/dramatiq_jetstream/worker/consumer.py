@@ -19,8 +19,10 @@ import logging
 import pickle
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from heapq import heappop, heappush
 from queue import Empty
+from threading import current_thread
 from types import NoneType
 from typing import Any, Protocol
 
@@ -28,6 +30,7 @@ from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.common import current_millis
 from dramatiq.errors import ActorNotFound, BrokerError, DecodeError
 from dramatiq.message import Message
+from dramatiq.worker import ConsumerThread
 
 from dramatiq_jetstream import dead_letters
 from dramatiq_jetstream.errors import ApiError, MessageTooLarge
@@ -171,6 +174,8 @@ class JetStreamConsumer(Consumer):
         self.undertaker = undertaker
         self.give_back = give_back
         self.stopping = False
+        # A program that takes messages by itself needs no actors.
+        self._runs_actors = isinstance(current_thread(), ConsumerThread)
         self._handover: Handover[list[Delivery]] = Handover()
         self._ready: list[tuple[int, int, Delivery]] = []  # the consumer thread's own
         self._suspected: list[tuple[int, int, Delivery]] = []  # as well; the latest stored first
@@ -226,10 +231,10 @@ class JetStreamConsumer(Consumer):
         return None
 
     def _next_delivery(self) -> Delivery | None:
-        """A suspect, when none of this process is running, or else the next of the others."""
-        if self._suspected and self.suspects.take_place():
+        """A suspect, when none of this process keeps it from starting, or else the next of the others."""
+        if self._suspected and self.suspects.may_start(self._suspected[0][-1]):
             delivery = heappop(self._suspected)[-1]
-            delivery.on_settled = self._suspect_settled
+            delivery.on_settled = partial(self._suspect_settled, delivery)
         elif self._ready:
             delivery = heappop(self._ready)[-1]
             delivery.on_settled = self._room_made
@@ -241,9 +246,9 @@ class JetStreamConsumer(Consumer):
         self._handed += 1
         return self._decode(delivery)
 
-    def _suspect_settled(self) -> None:
+    def _suspect_settled(self, delivery: Delivery) -> None:
         self._room_made()
-        self.suspects.leave_place()
+        self.suspects.settled(delivery)
 
     def _room_made(self) -> None:
         self._returned += 1
@@ -302,8 +307,9 @@ class JetStreamConsumer(Consumer):
             cause = (error.error if isinstance(error, DecodeError) else None) or error
             self._bury(delivery, dead_letters.UNDECODABLE, f"{type(cause).__name__}: {cause}")
             return None
-        name = message.actor_name
-        if not self.undertaker.knows_actor(name) and self.undertaker.await_actor(delivery, name):
+        if self._lacks_actor(message.actor_name) and self.undertaker.await_actor(
+            delivery, message.actor_name
+        ):
             return None
         proxy = JetStreamMessage(message, delivery, arguments)
         if "eta" in message.options:  # from another program: ours have none when they are delivered
@@ -318,6 +324,9 @@ class JetStreamConsumer(Consumer):
                 )
             del message.options["eta"]  # Dramatiq would enqueue the message once more for it
         return proxy
+
+    def _lacks_actor(self, name: str) -> bool:
+        return self._runs_actors and not self.undertaker.knows_actor(name)
 
     def _bury(self, delivery: Delivery, reason: str, error: str) -> None:
         """Make a dead letter of what never becomes a message here."""

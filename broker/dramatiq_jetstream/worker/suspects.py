@@ -2,10 +2,11 @@
 
 The server counts deliveries. It does not know which of them were begun, or why a worker died: a message that takes its
 process along has everything delivered again that the process held. So half of `max_deliveries` are given to every
-message without a question. One that comes more often is a *suspect*. Suspects of a process run one at a time, and each
-start is noted in a bucket before it happens: if the process dies then, no other suspect can have been the cause, or
-suffers from it. A dead letter is for a message that was delivered more than `max_deliveries` times *and* was started
-alone as often as is left of them. What was only prefetched or given back has no such starts, and runs.
+message without a question. One that comes more often is a *suspect*. Suspects of a process start one after the other,
+and each start is noted in a bucket before it happens: if the process dies then, no other suspect can have been the
+cause, or suffers from it. One that still runs after `ALONE_SECONDS` does not keep the others waiting: its note is
+withdrawn when the next one starts. A dead letter is for a message that was delivered more than `max_deliveries` times
+*and* has as many notes as are left of them. What was only prefetched or given back, or died beside another, has none.
 
 The latest stored suspect is first: messages begin in the order in which they are stored, so the last of those that a
 dead process held are the likeliest not to have been begun.
@@ -17,7 +18,8 @@ worker without the permission, for instance), deliveries count instead.
 from __future__ import annotations
 
 import logging
-from collections import deque
+import threading
+import time
 from collections.abc import Callable
 
 from dramatiq_jetstream.config import BrokerConfig
@@ -30,6 +32,9 @@ __all__ = ["BUCKET", "Suspects"]
 
 #: The bucket in which the starts of suspects are counted.
 BUCKET = "starts"
+
+#: For how long a suspect keeps the other ones of its process from starting.
+ALONE_SECONDS = 10.0
 
 #: How long they are kept after the last one, in milliseconds: a week.
 KEPT_MS = 7 * 86_400_000
@@ -53,7 +58,9 @@ class Suspects:
 
     def forget(self) -> None:
         """Start with none, as in the child of a fork."""
-        self._place: deque[None] = deque([None])
+        self._lock = threading.Lock()
+        self._alone: Delivery | None = None
+        self._since = 0.0
 
     def include(self, delivery: Delivery) -> bool:
         """Whether a message is one, for having been delivered so often."""
@@ -68,29 +75,38 @@ class Suspects:
         if free in self._waiting:
             self._waiting.remove(free)
 
-    def take_place(self) -> bool:
-        """Take the one place of this process for a suspect; False while another has it."""
-        try:
-            self._place.pop()
-        except IndexError:
-            return False
+    def may_start(self, delivery: Delivery) -> bool:
+        """Let a suspect start, which then keeps others from it; False while one keeps this one from it."""
+        with self._lock:
+            survivor, now = self._alone, time.monotonic()
+            if survivor is not None and now - self._since < ALONE_SECONDS:
+                return False
+            self._alone, self._since = delivery, now
+        if survivor is not None:
+            self._count(survivor, -1)
         return True
 
-    def leave_place(self) -> None:
-        """Let the next suspect run: the last one was settled."""
-        self._place.append(None)
+    def settled(self, delivery: Delivery) -> None:
+        """Let the next suspect start, if this one was what it waited for."""
+        with self._lock:
+            if self._alone is not delivery:
+                return
+            self._alone = None
         for free in list(self._waiting):
             free()
 
     def note_start(self, delivery: Delivery) -> None:
         """Count the start of a suspect, before it."""
-        if not self.include(delivery):
-            return
+        if self.include(delivery):
+            self._count(delivery, 1)
+
+    def _count(self, delivery: Delivery, change: int) -> None:
         try:
             bucket = self._bucket()
-            bucket.put(delivery.origin, b"%d" % (self._starts(bucket, delivery) + 1), ttl=KEPT_MS)
+            starts = max(0, self._starts(bucket, delivery) + change)
+            bucket.put(delivery.origin, b"%d" % starts, ttl=KEPT_MS)
         except BrokerError as error:
-            logger.warning("The start of %s is not counted: %s", delivery, error)
+            logger.warning("The starts of %s are not counted: %s", delivery, error)
 
     def has_killed(self, delivery: Delivery) -> bool:
         """Whether a message has used up its deliveries, and was started in those that it had alone.
