@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nats.aio.client import Client
 
 from dramatiq_jetstream import JetStreamBroker
-from dramatiq_jetstream.errors import ConnectionFailed
+from dramatiq_jetstream.errors import ConnectionFailed, InvalidName
 from dramatiq_jetstream.testing import NatsServer
 from dramatiq_jetstream.wire.connection import Connection, ConnectOptions
 from dramatiq_jetstream.wire.headers import Msg, encode_headers, parse_headers
@@ -114,6 +114,21 @@ def test_a_message_that_cannot_be_sent_takes_nothing_with_it(connection, caplog)
     eventually(lambda: len(arrived) == 2)
     assert [message.data for message in arrived] == [b"1", b"3"]
     assert caplog.text.count("could not be sent") == 2
+
+
+@pytest.mark.parametrize("subject", ["x" * 5_000, "é" * 2_500, "a b", "a\r\nPUB evil 0", ""])
+def test_a_subject_that_would_end_the_connection_is_left_out(connection, caplog, subject):
+    """The server cuts at a line of 4,096 bytes, and reads words; what cannot be written is said instead."""
+    inbox, arrived = listen(connection)
+    connection.send(subject, b"x")
+    connection.send(inbox, b"1")
+    eventually(lambda: arrived)
+    assert "could not be sent" in caplog.text
+    with pytest.raises(InvalidName):
+        connection.publish(subject, b"x")
+    with pytest.raises(InvalidName):
+        connection.request(subject, b"x")
+    assert connection.state.reconnects == 0
 
 
 def test_a_transport_that_was_closed_behind_our_back(connection):

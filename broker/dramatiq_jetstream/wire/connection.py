@@ -37,6 +37,7 @@ from .answers import (
     PubAck,
     Publication,
     check,
+    check_subject,
     is_no_responders,
     read_puback,
     translate,
@@ -301,7 +302,9 @@ class Connection:
           NotSent: When nothing was sent in time.
           BrokerConnectionError: When no answer came in time.
           PermissionDenied: When the server refused the subject.
+          InvalidName: For a subject that cannot be sent.
         """
+        check_subject(subject)
         deadline = self._deadline(timeout)
         self._link.wait_open(deadline)
         maybe_sent = False
