@@ -48,7 +48,7 @@ def schedules(broker: JetStreamBroker) -> list[str]:
 def boot(broker: JetStreamBroker) -> list[str]:
     """Start a worker, let it do what it has to do on the server, and stop it; returns the schedules."""
     with running(broker):
-        eventually(lambda: not broker.keeper._streams)
+        eventually(lambda: broker.keeper.is_idle)
     return schedules(broker)
 
 

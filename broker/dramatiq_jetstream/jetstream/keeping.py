@@ -70,6 +70,11 @@ class Keeper:
             target=self._run, args=(stream, jobs), name=f"dramatiq-jetstream-keeper-{stream}", daemon=True
         ).start()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether every job has succeeded."""
+        return not self._streams
+
     def on_renewed(self, what: str, restore: Callable[[str], None]) -> None:
         """Call `restore(stream)`, as a job with that name, for each stream that began a new life."""
         self._renewals[what] = restore

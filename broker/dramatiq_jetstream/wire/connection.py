@@ -432,6 +432,7 @@ class Connection:
         *,
         timeout: int | None = None,
         confirmed: bool = False,
+        wait: bool = True,
     ) -> Subscription:
         """Call `callback` on the loop thread for each message on `subject`; it must neither block nor raise.
 
@@ -441,6 +442,7 @@ class Connection:
         Parameters:
           timeout: Milliseconds to wait at most; None takes the connection's own.
           confirmed: Raise, and leave no interest behind, unless the server knows of it in time.
+          wait: False to return at once, for one of several of which the last one waits.
 
         Raises:
           NotSent: When there has never been a connection, and none could be made in time.
@@ -463,7 +465,7 @@ class Connection:
             # A message to ourselves, which the server handles after what was sent before.
             if confirmed:
                 ask(self._link, "", b"", None, deadline, repeat=True)
-            elif link.is_open:
+            elif wait and link.is_open:
                 with contextlib.suppress(BrokerConnectionError):
                     ask(self._link, "", b"", None, deadline, repeat=False)
             if subscription.denied is not None:

@@ -19,7 +19,6 @@ import logging
 import pickle
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from heapq import heappop, heappush
 from queue import Empty
 from threading import current_thread
@@ -40,6 +39,7 @@ from dramatiq_jetstream.wire.handover import Handover
 from .delivery import Delivery
 from .ledger import Ledger
 from .pulling import Puller
+from .room import Room
 from .settlements import ACK
 from .sources import Sources
 from .suspects import Suspects
@@ -173,6 +173,7 @@ class JetStreamConsumer(Consumer):
         self.suspects = suspects
         self.undertaker = undertaker
         self.give_back = give_back
+        self.lookahead = lookahead
         self.stopping = False
         # A program that takes messages by itself needs no actors.
         self._runs_actors = isinstance(current_thread(), ConsumerThread)
@@ -180,18 +181,16 @@ class JetStreamConsumer(Consumer):
         self._ready: list[tuple[int, int, Delivery]] = []  # the consumer thread's own
         self._suspected: list[tuple[int, int, Delivery]] = []  # as well; the latest stored first
         self._order = itertools.count()
-        self._handed = 0  # counted by the consumer thread
-        self._returned = 0  # counted by the loop thread
-        self._waits_for_room = False
         self._has_surplus = False
+        self._room = Room(prefetch=prefetch, lookahead=lookahead, made=self._wake)
         self._sources = sources
         self._opened = sources.of(queue_name)
         self._puller = Puller(
             connection,
             ledger,
             self._opened,
-            prefetch=prefetch,
-            lookahead=lookahead,
+            self._room,
+            owner=self,
             deliver=self._handover.put,
             surplus=self._surplus,
         )
@@ -207,17 +206,11 @@ class JetStreamConsumer(Consumer):
                 self._has_surplus = False
                 self._give_back_all()
                 self.give_back(self.queue_name, max(1, self.prefetch // 2))
-            if self._ready or self._suspected:
-                # Said before looking, so that whoever makes room after the look wakes us.
-                self._waits_for_room = True
-                if self._handed - self._returned < self._puller.window and (
-                    delivery := self._next_delivery()
-                ):
-                    self._waits_for_room = False
-                    message = self._hand_over(delivery)
-                    if message is None or not self.stopping:
-                        return message
-                    self.undertaker.hand_back(message._delivery)
+            if (delivery := self._next_delivery()) is not None:
+                message = self._decode(delivery)
+                if message is None or not self.stopping:
+                    return message
+                self.undertaker.hand_back(message._delivery)
             try:
                 arrived = self._handover.get(timeout=max(0.0, deadline - time.monotonic()))
             except Empty:
@@ -231,37 +224,31 @@ class JetStreamConsumer(Consumer):
         return None
 
     def _next_delivery(self) -> Delivery | None:
-        """A suspect, when none of this process keeps it from starting, or else the next of the others."""
+        """A suspect, if none keeps it from starting, or else the next of the others, if there is room."""
+        if not (self._ready or self._suspected) or not self._room.has_place():
+            return None
         if self._suspected and self.suspects.may_start(self._suspected[0][-1]):
             delivery = heappop(self._suspected)[-1]
-            delivery.on_settled = partial(self._suspect_settled, delivery)
         elif self._ready:
             delivery = heappop(self._ready)[-1]
-            delivery.on_settled = self._room_made
         else:
             return None
+        self._room.hand_over(delivery)
         return delivery
 
-    def _hand_over(self, delivery: Delivery) -> JetStreamMessage | None:
-        self._handed += 1
-        return self._decode(delivery)
+    def released(self, delivery: Delivery, *, done: bool) -> None:
+        """A delivery of ours was settled: there may be room for another. On the loop thread."""
+        self._room.settled(delivery, done=done)
+        if self.suspects.include(delivery):
+            self.suspects.settled(delivery)
+        self._puller.ask_under_load()
 
-    def _suspect_settled(self, delivery: Delivery) -> None:
-        self._room_made()
-        self.suspects.settled(delivery)
-
-    def _room_made(self) -> None:
-        self._returned += 1
-        if self._waits_for_room:
-            self._waits_for_room = False
-            self._wake()
+    def _wake(self) -> None:
+        self._handover.put([])
 
     def _surplus(self) -> None:
         self._has_surplus = True
         self._wake()
-
-    def _wake(self) -> None:
-        self._handover.put([])
 
     def _give_back_all(self) -> None:
         while self._ready:

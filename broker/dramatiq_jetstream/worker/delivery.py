@@ -24,7 +24,7 @@ class Owner(Protocol):
 
     lookahead: bool
 
-    def released(self, *, done: bool) -> None:
+    def released(self, delivery: Delivery, *, done: bool) -> None:
         """A delivery was settled: its work is done, or it was given back."""
 
 
@@ -66,9 +66,9 @@ class Delivery:
         "ack_subject",
         "data",
         "deliveries",
+        "handed_over",
         "key",
         "life",
-        "on_settled",
         "owner",
         "pending",
         "sequence",
@@ -88,7 +88,7 @@ class Delivery:
         self.ack_subject = message.reply
         self.source = source
         self.owner = owner
-        self.on_settled: Callable[[], None] | None = None
+        self.handed_over = False
         # $JS.ACK.<stream>.<consumer>.<deliveries>.<sequence>.<..>.<timestamp>.<pending>, and with a domain
         # and an account hash: $JS.ACK.<domain>.<hash>.<stream>. … .<pending>.<random>
         tokens = message.reply.split(".")

@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -71,6 +72,7 @@ class Durable:
 
     __slots__ = (
         "_created",
+        "_crowded",
         "_doubts",
         "_leader",
         "_looked",
@@ -108,6 +110,7 @@ class Durable:
         self._next = 0.0
         self._since = 0.0
         self._silent = False
+        self._crowded = False
 
     def __str__(self) -> str:
         return self.label
@@ -248,6 +251,7 @@ class Durables:
         if info is not None:
             durable._created, durable._leader = info["created"], _leader(info)
             durable.ack_wait = _ack_wait(info)
+            self._note_crowd(durable, info)
         self._note_certain(durable, same)
 
     async def _is_intact(self, durable: Durable) -> bool:
@@ -289,6 +293,17 @@ class Durables:
         durable.certain, durable.missing, durable._silent = True, False, False
         durable._looked = time.monotonic()
         self._call(self._on_certain, durable, same)
+
+    def _note_crowd(self, durable: Durable, info: Mapping[str, Any]) -> None:
+        """Name what keeps requests from being answered: one with heartbeats is refused without a word."""
+        crowded = info["num_waiting"] >= (info["config"].get("max_waiting") or math.inf)
+        if crowded and not durable._crowded:
+            logger.warning(
+                "The consumer %s has as many waiting requests as its max_waiting allows, so that some workers get "
+                "nothing: run fewer processes, or delete it while no worker runs and have `fleet setup` make it.",
+                durable,
+            )
+        durable._crowded = crowded
 
     def _note_missing(self, durable: Durable) -> None:
         durable.life, durable.certain, durable.missing, durable._silent = None, False, True, False

@@ -124,9 +124,7 @@ class Ledger:
 
     def _release(self, delivery: Delivery, *, done: bool) -> None:
         self._take_off_board(delivery)
-        delivery.owner.released(done=done)
-        if delivery.on_settled is not None:
-            delivery.on_settled()
+        delivery.owner.released(delivery, done=done)
 
     def flush(self, seconds: float) -> None:
         """Wait until the server has all that was posted so far, if it can be reached, up to so long."""

@@ -1,0 +1,281 @@
+"""The pull requests of one source, and what the server answers to them.
+
+A request stands for 30 s with heartbeats, so that an arriving message is delivered at once. The server serves the
+standing requests of a consumer in turn, and a delivery does not say which of them it answers. So each request has a
+subscription of its own while it stands, one of a few *slots*, and what was asked for is known exactly.
+
+Requests are bounded in messages and in bytes, so that large messages over a narrow link do not pile up before
+everything else that the server has to say. A consumer, its server or its account may allow less than we ask for: what
+was refused is asked for again within their limits. What no request can mend is logged once, with what to change, and
+asked for again after a pause. Whatever may mean that the consumer is another one by now raises a doubt (see
+`durables`).
+
+If the process dies, the server drops its requests. Everything here belongs to the loop thread, except the constructor,
+`stop` and `close`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from dramatiq_jetstream.wire.connection import Connection, Msg, Subscription
+
+from .delivery import Source
+from .durables import Durables
+
+__all__ = ["Feed", "Pull"]
+
+logger = logging.getLogger(__name__)
+
+#: A request stands this long, and the server says this often that it does.
+EXPIRES_SECONDS = 30.0
+HEARTBEAT_SECONDS = 2.0
+
+#: A request of which nothing was heard for this long is not known to the server.
+SILENCE_SECONDS = 5.0
+
+#: Requests of one source at a time; a message that fills a small one must not wait for the next.
+MAX_PULLS = 4
+
+#: A request is for at least this many bytes, and for as many as one message can have.
+MAX_BYTES = 2 * 1024 * 1024
+OVERHEAD_BYTES = 8 * 1024
+
+#: Before a request is made again that cannot be granted now, and one that cannot be granted at all.
+BUSY_PAUSE_SECONDS = 2.0
+REFUSED_PAUSE_SECONDS = 10.0
+
+_LIMIT = re.compile(r"Exceeded (MaxRequestBatch|MaxRequestExpires|MaxRequestMaxBytes) of (\S+)")
+_DURATION = re.compile(r"([\d.]+)(h|ms|m|s)")
+_UNIT_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+
+
+@dataclass(eq=False)
+class Pull:
+    """A request; a `probe` does not wait for messages."""
+
+    number: int
+    batch: int
+    left: int
+    probe: bool
+
+
+@dataclass(eq=False)
+class _Slot:
+    pull: Pull | None = None
+    heard: float = 0.0
+    subscription: Subscription | None = None
+
+
+class Feed:
+    """The requests of one source.
+
+    Parameters:
+      receive: Called with each delivered message.
+      changed: Called when a request has ended, so that there may be something to ask for.
+
+    Attributes:
+      drained: True when a request was answered with "no messages", until the next one.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        durables: Durables,
+        source: Source,
+        *,
+        receive: Callable[[Feed, Msg], None],
+        changed: Callable[[], None],
+    ) -> None:
+        self.source = source
+        self.drained = False
+        self._connection = connection
+        self._durables = durables
+        self._receive = receive
+        self._changed = changed
+        self._numbers = itertools.count(1)
+        self._rests_until = 0.0
+        self._said: set[str] = set()
+        self._inbox = connection.new_inbox()
+        self._slots = [_Slot() for _ in range(MAX_PULLS)]
+        self._take_no_limit()
+        for number, slot in enumerate(self._slots):
+            slot.subscription = connection.subscribe(
+                f"{self._inbox}.{number}.*", self._receiver(slot), wait=number == MAX_PULLS - 1
+            )
+
+    def stop(self) -> None:
+        """Have the server deliver nothing more; what is on its way still comes. From any thread."""
+        for slot in self._slots:
+            if slot.subscription is not None:
+                slot.subscription.withdraw()
+
+    def close(self) -> None:
+        for slot in self._slots:
+            if slot.subscription is not None:
+                slot.subscription.close()
+
+    @property
+    def pulls(self) -> list[Pull]:
+        return [slot.pull for slot in self._slots if slot.pull is not None]
+
+    @property
+    def outstanding(self) -> int:
+        """How many messages were asked for and have not come."""
+        return sum(pull.left for pull in self.pulls)
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether it makes sense to ask for something now."""
+        return self.source.durable.certain and time.monotonic() >= self._rests_until
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the source has nothing: it was drained, and the request that stands since is unfilled."""
+        return any(not pull.probe for pull in self.pulls)
+
+    def ask(self, batch: int, *, probe: bool) -> int:
+        """Ask for up to `batch` messages; returns how many were asked for."""
+        number, slot = next(
+            ((number, slot) for number, slot in enumerate(self._slots) if slot.pull is None), (0, None)
+        )
+        batch = min(batch, self._max_batch)
+        if slot is None or batch <= 0:
+            return 0
+        self.drained = False
+        pull = slot.pull = Pull(next(self._numbers), batch, batch, probe)
+        slot.heard = time.monotonic()
+        durable = self.source.durable
+        self._connection.write(
+            self._connection.api_subject(f"CONSUMER.MSG.NEXT.{durable.stream}.{durable.name}"),
+            json.dumps(self._request(pull)).encode(),
+            f"{self._inbox}.{number}.{pull.number}",
+        )
+        return batch
+
+    def _request(self, pull: Pull) -> Mapping[str, object]:
+        request: dict[str, object] = {"batch": pull.batch, "max_bytes": self._max_bytes}
+        if pull.probe:
+            return {**request, "no_wait": True}
+        heartbeat = min(HEARTBEAT_SECONDS, self._max_expires / 3)
+        return {
+            **request,
+            "expires": int(self._max_expires * 1_000_000_000),
+            "idle_heartbeat": int(heartbeat * 1_000_000_000),
+        }
+
+    def clear(self) -> None:
+        """Begin again: the server knows of no request, and may have other limits."""
+        for slot in self._slots:
+            slot.pull = None
+        self.drained = False
+        self._take_no_limit()
+
+    def _take_no_limit(self) -> None:
+        self._max_batch = 1_000_000
+        self._max_expires = EXPIRES_SECONDS
+        self._max_bytes = max(MAX_BYTES, self._connection.max_payload + OVERHEAD_BYTES)
+        self._bytes_limited = False
+
+    def tick(self) -> None:
+        """Notice that the server knows nothing of a request any more: a new leader, a restart, a lost request."""
+        now = time.monotonic()
+        if any(slot.pull is not None and now - slot.heard > SILENCE_SECONDS for slot in self._slots):
+            for slot in self._slots:
+                slot.pull = None
+            self._durables.doubt(self.source.durable)
+
+    def _receiver(self, slot: _Slot) -> Callable[[Msg], None]:
+        def receive(message: Msg) -> None:
+            slot.heard = time.monotonic()
+            pull = slot.pull
+            if message.reply.startswith("$JS.ACK."):
+                if pull is not None:
+                    pull.left -= 1
+                    if pull.left <= 0:
+                        slot.pull = None
+                self._receive(self, message)
+            elif (
+                pull is not None
+                and message.subject.endswith(f".{pull.number}")
+                and "Status" in message.headers
+            ):
+                self._answered(slot, pull, message.headers)
+
+        return receive
+
+    def _answered(self, slot: _Slot, pull: Pull, headers: Mapping[str, str]) -> None:
+        status, description = headers["Status"], headers.get("Description", "")
+        if status == "100":  # a heartbeat
+            return
+        slot.pull = None
+        if status in ("404", "408"):  # a probe that took all there was, a request that stood its time
+            self.drained = True
+        elif description.startswith("Message Size Exceeds MaxBytes"):
+            if pull.left == pull.batch:
+                self._allow_more_bytes()
+        elif (limit := _LIMIT.match(description)) is not None:
+            self._keep_to(limit[1], limit[2])
+        elif "MaxWaiting" in description:
+            self._rests_until = time.monotonic() + BUSY_PAUSE_SECONDS
+            self._durables.doubt(self.source.durable)  # which says so
+            return
+        elif "push based" in description:
+            self._rest(
+                REFUSED_PAUSE_SECONDS,
+                logging.ERROR,
+                f"The consumer {self.source} is push based, so that no worker can fetch from it: delete it, and run "
+                "`fleet setup` or let a worker declare it.",
+            )
+        elif status in ("409", "503"):
+            self._durables.doubt(
+                self.source.durable
+            )  # deleted, no leader now, a new leader, a server that stops
+            return
+        else:
+            self._rest(
+                REFUSED_PAUSE_SECONDS,
+                logging.ERROR,
+                f"The consumer {self.source} refuses to be read: {description or status}.",
+            )
+        self._changed()
+
+    def _keep_to(self, limit: str, text: str) -> None:
+        """Ask for no more than the server allows."""
+        if limit == "MaxRequestBatch":
+            self._max_batch = max(1, int(text))
+        elif limit == "MaxRequestMaxBytes":
+            self._max_bytes, self._bytes_limited = int(text), True
+        else:
+            self._max_expires = sum(float(n) * _UNIT_SECONDS[unit] for n, unit in _DURATION.findall(text))
+        self._say(
+            logging.INFO,
+            f"The consumer {self.source} limits requests ({limit} of {text}); asking for no more than that.",
+        )
+
+    def _allow_more_bytes(self) -> None:
+        if not self._bytes_limited:
+            self._max_bytes *= 2
+            return
+        self._rest(
+            REFUSED_PAUSE_SECONDS,
+            logging.ERROR,
+            f"The consumer {self.source} has a message that is larger than the {self._max_bytes} bytes for which its "
+            "max_bytes lets a worker ask: raise or remove that limit.",
+        )
+        self._take_no_limit()  # it may have been raised by the next time
+
+    def _rest(self, seconds: float, level: int, why: str) -> None:
+        self._rests_until = time.monotonic() + seconds
+        self._say(level, why)
+
+    def _say(self, level: int, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.log(level, "%s", what)
