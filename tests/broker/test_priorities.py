@@ -95,7 +95,7 @@ def test_no_priority_waits_for_what_another_worker_took(ranked, make_broker):
     """A worker that was told of more urgent messages, which then went elsewhere, goes on with the others."""
     broker, work, gate, ran = ranked
     taken = make_broker(max_priority=MAX_PRIORITY)
-    taken.declare_queue("default")
+    dramatiq.actor(lambda name: None, broker=taken, actor_name="work")
     for name in ("urgent 1", "urgent 2"):
         send(work, name, 5)
     with running(broker, threads=2, prefetch=1):
