@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import ssl
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dramatiq.broker import Broker, MessageProxy
@@ -29,6 +29,7 @@ from .errors import InvalidOption, TopologyMissing
 from .jetstream.declaring import Declarations
 from .jetstream.keeping import Keeper
 from .jetstream.names import HEADER_MSG_ID, Names, check_subject
+from .jetstream.topology import WORKERS
 from .kv import Bucket
 from .queues import Queues, QueueStats
 from .sending import batches, delays
@@ -43,7 +44,7 @@ from .worker.consumer import JetStreamConsumer
 from .worker.emission import EmittingBroker
 from .worker.follow_ups import FollowUps
 from .worker.ledger import Ledger
-from .worker.running import running_message
+from .worker.presence import Presence, describe_arguments
 from .worker.sources import Sources
 from .worker.suspects import BUCKET as STARTS
 from .worker.suspects import Suspects
@@ -167,8 +168,10 @@ class JetStreamBroker(EmittingBroker):
         self._follow_ups = FollowUps()
         self._suspects = Suspects(self.config, lambda: self.bucket(STARTS))
         self.attachment = Attachment(self._undertaker, self._follow_ups, self._suspects)
+        self._presence = Presence(lambda: self.declarations.memory_bucket(WORKERS), self._show_arguments)
         self._publications = Publications(self.config, self._follow_ups.unique_id)
         self._consumers: list[JetStreamConsumer] = []
+        self.describe_arguments: Callable[[MessageProxy], str] = describe_arguments
         self.connection.on_fork(self._forget_worker)
         super().__init__(middleware=middleware)
         self._react()
@@ -212,6 +215,7 @@ class JetStreamBroker(EmittingBroker):
                 outcome.update(setup(self, update=update))
         self.bucket("unique")
         self.bucket(STARTS)
+        self.declarations.memory_bucket(WORKERS)
         return {**self.declarations.setup_buckets(update=update), **outcome}
 
     def bucket(
@@ -442,7 +446,9 @@ class JetStreamBroker(EmittingBroker):
         self.last["before_worker_shutdown"] = self.attachment.stop_consuming
         self.first["after_consumer_thread_boot"] = self.attachment.replace_delay_queue
         self.first["after_worker_thread_boot"] = self.attachment.replace_attempts
-        self.first["before_process_message"] = running_message.set
+        self.first["after_worker_boot"] = self._presence.begin
+        self.last["after_worker_shutdown"] = self._presence.end
+        self.first["before_process_message"] = self._presence.message_begins
         self.first["after_process_message"] = self._follow_ups.begin
         self.last["after_process_message"] = self._forget_done
         self.first["after_skip_message"] = self._follow_ups.begin
@@ -452,10 +458,10 @@ class JetStreamBroker(EmittingBroker):
 
     def _forget_done(self, message: MessageProxy) -> None:
         self._follow_ups.end()
-        self._forget_running(message)
+        self._presence.message_ended(message)
 
-    def _forget_running(self, message: MessageProxy) -> None:
-        running_message.set(None)
+    def _show_arguments(self, message: MessageProxy) -> str:
+        return self.describe_arguments(message)
 
     def failed_in(self, hook: str, middleware: Middleware, error: BaseException) -> None:
         self._follow_ups.middleware_failed(middleware, error)
@@ -465,6 +471,7 @@ class JetStreamBroker(EmittingBroker):
         self.attachment.detach()
         self._consumers = []
         self._suspects.forget()
+        self._presence.forget()
 
     def _event_streams(self) -> set[str]:
         streams = (getattr(middleware, "stream", None) for middleware in self.middleware)

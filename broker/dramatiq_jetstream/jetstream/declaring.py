@@ -87,6 +87,12 @@ class Declarations:
             self.buckets[name] = Bucket(self._connection, config, declare=self._config.declare)
         return self.buckets[name]
 
+    def memory_bucket(self, name: str) -> Bucket:
+        """A bucket that the server keeps in memory only, for what is told again anyway."""
+        config = topology.memory_bucket(self._config.names, name, storage=self._config.storage)
+        bucket = Bucket(self._connection, config, declare=self._config.declare)
+        return self.buckets.setdefault(name, bucket)
+
     def announcing_bucket(self, name: str) -> Bucket:
         """The bucket of that name, which announces every key that is stored in it (see `wakeups`)."""
         config = topology.announcing_bucket(self._config.names, name, storage=self._config.storage)

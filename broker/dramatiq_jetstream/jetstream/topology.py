@@ -190,6 +190,16 @@ def bucket(
     )
 
 
+#: The bucket in which workers say that they are there; each says so again every few seconds.
+WORKERS = "workers"
+
+
+def memory_bucket(names: Names, name: str, *, storage: Storage = STORAGE) -> StreamConfig:
+    """A bucket that is lost when its servers stop."""
+    config = bucket(names, name, storage=storage)
+    return replace(config, settings={**config.settings, "storage": "memory"})
+
+
 def announcing_bucket(names: Names, name: str, *, storage: Storage = STORAGE) -> StreamConfig:
     """A bucket that announces every key, without its value, after it is stored."""
     config = bucket(names, name, storage=storage)
@@ -285,7 +295,9 @@ def recognise_stream(names: Names, existing: Json) -> StreamConfig | None:
     if name == names.dead_stream:
         return dead_letters(names, ttl=existing.get("max_age", 0) // MILLISECOND or DUPLICATE_WINDOW)
     bucket_name = names.bucket_of_stream(name)
-    return None if bucket_name is None else bucket(names, bucket_name)
+    if bucket_name is None:
+        return None
+    return (memory_bucket if bucket_name == WORKERS else bucket)(names, bucket_name)
 
 
 def recognise_consumer(names: Names, stream: str, existing: Json) -> ConsumerConfig | None:

@@ -1,0 +1,166 @@
+"""Says what this worker process is and runs, so that people can see a running fleet.
+
+A thread writes one small record to the bucket `workers`: every `INTERVAL_SECONDS`, and within a second of a change. The
+record lives three intervals, so a process that was killed is gone by itself; one that stops removes its own. Nothing
+waits for a record, and one that is lost is made good by the next.
+
+A message costs the worker thread two entries in a dictionary. If the process dies, its record expires.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from dramatiq.broker import MessageProxy
+from dramatiq.errors import BrokerError
+from dramatiq.worker import Worker
+
+from dramatiq_jetstream.kv import Bucket
+
+from .running import running_message
+
+__all__ = ["INTERVAL_SECONDS", "Presence", "describe_arguments"]
+
+#: How often an idle worker says that it is there; its record lives three times as long.
+INTERVAL_SECONDS = 5.0
+
+#: How often a record is written at most.
+BATCH_SECONDS = 1.0
+
+#: Characters of a message's arguments, and running messages, that a record has at most.
+MAX_ARGUMENTS = 200
+MAX_RUNNING = 200
+
+_VERSION = version("dramatiq-jetstream")
+
+logger = logging.getLogger(__name__)
+
+
+def describe_arguments(message: MessageProxy) -> str:
+    """The arguments of a message as a call shows them."""
+    named = [f"{name}={value!r}" for name, value in message.kwargs.items()]
+    return ", ".join([*map(repr, message.args), *named])
+
+
+class Presence:
+    """The presence of one worker process.
+
+    Parameters:
+      bucket: Returns the bucket `workers`.
+      describe: Makes the text of a message's arguments.
+    """
+
+    def __init__(self, bucket: Callable[[], Bucket], describe: Callable[[MessageProxy], str]) -> None:
+        self._bucket = bucket
+        self._describe_arguments = describe
+        self.forget()
+
+    def forget(self) -> None:
+        """Start from nothing: at creation, and in the child of a fork."""
+        self._running: dict[int, tuple[MessageProxy, float]] = {}
+        self._done = 0
+        self._failed = 0
+        self._stop: threading.Event | None = None
+        self._key = ""
+
+    # Around a worker
+
+    def begin(self, worker: Worker) -> None:
+        """Say from now on that this process is there; called when its worker has booted."""
+        self._key = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
+        self._stop = threading.Event()
+        arguments = (worker, self._stop, int(time.time() * 1000))
+        threading.Thread(target=self._keep, args=arguments, name="presence", daemon=True).start()
+
+    def end(self, worker: Worker) -> None:
+        """Remove the record; called when the worker has shut down."""
+        if self._stop is None:
+            return
+        self._stop.set()
+        try:
+            self._bucket().delete(self._key)
+        except BrokerError as error:
+            logger.debug("The record of this worker was not removed and will expire: %s", error)
+
+    # Around a message, on a worker thread
+
+    def message_begins(self, message: MessageProxy) -> None:
+        """Note what this thread runs."""
+        running_message.set(message)
+        self._running[threading.get_ident()] = message, time.time()
+
+    def message_ended(self, message: MessageProxy) -> None:
+        """Note that this thread runs nothing."""
+        running_message.set(None)
+        if self._running.pop(threading.get_ident(), None) is not None:
+            # Several threads count; a lost count of thousands informs people just as well.
+            self._done += 1
+            self._failed += message._exception is not None
+
+    # The presence thread
+
+    def _keep(self, worker: Worker, stop: threading.Event, since: int) -> None:
+        written, last, warned = 0.0, "", False
+        while not stop.wait(BATCH_SECONDS):
+            try:
+                record = self._record(worker, since)
+                changed = json.dumps([record["running"], record["done"]])
+                if changed == last and time.monotonic() - written < INTERVAL_SECONDS:
+                    continue
+                self._bucket().note(self._key, json.dumps(record).encode(), ttl=int(3_000 * INTERVAL_SECONDS))
+                written, last = time.monotonic(), changed
+            except Exception as error:  # noqa: BLE001 - people see less; no message may suffer
+                if not warned:
+                    warned = True
+                    logger.warning("This worker cannot say that it is there: %s", error)
+                stop.wait(INTERVAL_SECONDS)
+
+    def _record(self, worker: Worker, since: int) -> dict[str, Any]:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "version": _VERSION,
+            "since": since,
+            "at": int(time.time() * 1000),
+            "queues": sorted(worker.consumers),
+            "threads": len(worker.workers),
+            "running": [self._describe(*each) for each in list(self._running.values())[:MAX_RUNNING]],
+            "done": self._done,
+            "failed": self._failed,
+            "rss": _resident(usage.ru_maxrss),
+            "cpu": round(usage.ru_utime + usage.ru_stime, 1),
+        }
+
+    def _describe(self, message: MessageProxy, since: float) -> dict[str, Any]:
+        try:
+            arguments = self._describe_arguments(message)[:MAX_ARGUMENTS]
+        except Exception as error:  # noqa: BLE001 - the program's own code
+            arguments = f"({type(error).__name__})"
+        return {
+            "message_id": message.message_id[:MAX_ARGUMENTS],
+            "actor": message.actor_name,
+            "queue": message.queue_name,
+            "attempt": int(message.options.get("retries", 0)) + 1,
+            "since": int(since * 1000),
+            "arguments": arguments,
+        }
+
+
+def _resident(peak: int) -> int:
+    """Resident memory in bytes; where the system does not say, the highest it has been."""
+    try:
+        with open("/proc/self/statm") as statm:  # noqa: PTH123 - each second, in every worker
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return peak if sys.platform == "darwin" else peak * 1024
