@@ -74,6 +74,8 @@ def _environment() -> dict[str, str]:
         "PORT": str(settings().port),
         "NATS_URL": f"nats://127.0.0.1:{_port('NATS_PORT', 4222)}",
         "PAYMENT_URL": f"http://127.0.0.1:{_port('PAYMENTS_PORT', 8001)}",
+        # They are the stand-in's, which is started when no other gateway is named.
+        "TEST_CARDS": "0" if os.environ.get("PAYMENT_URL") else "1",
     }
     if not environment.get("TOKEN_KEY"):
         environment["TOKEN_KEY"] = _token_key(ROOT / ".data" / "token.key")

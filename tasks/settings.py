@@ -57,6 +57,7 @@ class Settings:
       accept_timeout: ACCEPT_TIMEOUT, how long a request waits for JetStream to store its order.
       idempotency_ttl: IDEMPOTENCY_TTL, how long an Idempotency-Key is remembered.
       payment_url: PAYMENT_URL, the payment gateway.
+      test_cards: TEST_CARDS, whether the form offers the test cards of the gateway's stand-in.
       payment_timeout: PAYMENT_TIMEOUT, for one request to it.
       token_keys: TOKEN_KEY, which encrypts payment tokens; after a comma older ones, which still decrypt.
       payment_patience: PAYMENT_PATIENCE, how long an order waits for its payment while the gateway does not answer.
@@ -97,6 +98,7 @@ class Settings:
     accept_timeout: int = 5_000
     idempotency_ttl: int = 24 * 3_600_000
     payment_url: str = "http://127.0.0.1:8001"
+    test_cards: bool = False
     payment_timeout: int = 5_000
     token_keys: tuple[str, ...] = field(default=(), repr=False)
     payment_patience: int = 24 * 3_600_000
@@ -145,6 +147,7 @@ class Settings:
             accept_timeout=read.whole("ACCEPT_TIMEOUT", cls.accept_timeout, 100, 60_000),
             idempotency_ttl=read.whole("IDEMPOTENCY_TTL", cls.idempotency_ttl, 60_000, 30 * 86_400_000),
             payment_url=read.http("PAYMENT_URL", cls.payment_url),
+            test_cards=read.choice("TEST_CARDS", "0", ("0", "1")) == "1",
             payment_timeout=read.whole("PAYMENT_TIMEOUT", cls.payment_timeout, 10, 300_000),
             token_keys=read.fernet_keys("TOKEN_KEY"),
             payment_patience=read.whole("PAYMENT_PATIENCE", cls.payment_patience, 0, 30 * 86_400_000),

@@ -34,7 +34,7 @@ blueprint = Blueprint("pages", __name__)
 
 RECENT = 8
 PER_PAGE = 25
-# The test cards of the development gateway, by their tokens; a real gateway hands out tokens of its own.
+# The test cards of the gateway's stand-in, by their tokens; a real gateway hands out tokens of its own.
 TEST_CARDS = (
     ("tok_visa", "Test card"),
     ("tok_declined", "Test card that is declined"),
@@ -214,8 +214,10 @@ def _home(form: Form, status: int = 200) -> Response:
     products = service.products()
     who = caller()
     orders = find_page(RECENT, None).orders if who.customer_id is not None or who.may("read") else []
+    settings: Settings = current_app.extensions["settings"]
+    cards = TEST_CARDS if settings.test_cards else ()
     response = _page(
-        "home.html", form=form, products=products, orders=orders, test_cards=TEST_CARDS, pictures=PICTURES
+        "home.html", form=form, products=products, orders=orders, test_cards=cards, pictures=PICTURES
     )
     response.status_code = status
     return response

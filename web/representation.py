@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from tasks.catalogue import CATALOGUE
 from tasks.money import MINOR_UNITS, to_float
 from tasks.service import HistoryEntry, Order, Page, Product, waits_for_payment
 
@@ -31,6 +34,15 @@ STATUS_SENTENCE = {
     "failed": "A step did not succeed after many tries. The order is kept and can be carried on.",
 }
 WAITING_SENTENCE = "Everything you ordered is set aside. It is waiting for the payment provider."
+# What the page says of a step that was given up; the technical cause is in the API, the dead letter and the log.
+_FAILED = defaultdict(
+    lambda: "The order could not be completed yet.",
+    reserve="Its items could not be reserved yet.",
+    pay="Its payment could not be completed yet.",
+    confirm="It is paid, and could not be confirmed yet.",
+    release="Its payment was declined, and its items could not be given back yet.",
+)
+_SKU = re.compile("|".join(map(re.escape, CATALOGUE)))
 _STEPS = (("created", "Accepted"), ("reserved", "Reserved"), ("paid", "Paid"), ("confirmed", "Confirmed"))
 _EVENT_TEXT = {
     "created": "Order stored",
@@ -163,16 +175,34 @@ def history(order: Order) -> list[HistoryLine]:
 
 
 def reason(order: Order) -> str | None:
-    """Return why the order was rejected, cancelled or failed, as a sentence begins."""
-    return None if order.reason is None else _capital(order.reason)
+    """Return why the order was rejected, cancelled or failed, in words for the customer."""
+    if order.status == "failed":
+        failed = (entry for entry in order.history if entry.event == "failed")
+        return " ".join(dict.fromkeys(_FAILED[entry.detail.get("step", "")] for entry in failed))
+    last = next((entry for entry in reversed(order.history) if entry.event == order.status), None)
+    return None if order.reason is None or last is None else _why(last)
 
 
 def _detail(order: Order, entry: HistoryEntry) -> str:
     """Return what an event adds to what the page says anyway."""
     if entry.event == "paid":
         return entry.detail.get("charge_id", "")
+    if entry.event == "failed":
+        text = _FAILED[entry.detail.get("step", "")]
+    else:
+        text = _why(entry) if "reason" in entry.detail else ""
+    return "" if text == reason(order) else text
+
+
+def _why(entry: HistoryEntry) -> str:
+    """Return the reason of an event: products by their names, and nothing about the fields of programs."""
     text = entry.detail.get("reason", "")
-    return "" if text == order.reason else _capital(text)
+    match entry.detail.get("code"):
+        case "out_of_stock":
+            return _SKU.sub(lambda match: CATALOGUE[match[0]].name, text).replace(" in stock", " left")
+        case "invalid" | "unknown_sku" | "total_mismatch":
+            return "The order could not be carried out as the program that placed it had written it."
+    return _capital(text)
 
 
 def _capital(text: str) -> str:

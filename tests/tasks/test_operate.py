@@ -74,6 +74,9 @@ def test_a_failed_order_is_cancelled(producer: Producer) -> None:
     before = producer.available("LAMP-01")
     order_id = failed(producer)
     assert producer.available("LAMP-01") == before - 2
+    page = producer.shop.get(f"/orders/{order_id}").text
+    assert "Its payment could not be completed yet." in page
+    assert not any(technical in page for technical in ("Gateway", "retries exhausted", "payment gateway"))
     assert f"{order_id}  failed" in operate(producer, "stuck", "--minutes", "0")
     said = operate(producer, "cancel", order_id, "--reason", "the customer asked for it")
     assert "cancelled; 1 dead letters dropped" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -181,3 +182,20 @@ def test_the_list_of_orders_has_pages(service: Stack) -> None:
     assert second.status_code == 200
     assert "Newest orders" in second.text
     assert requests.get(f"{service.url}/orders?before=nonsense", timeout=10).status_code == 400
+
+
+def test_a_customer_reads_words_and_not_the_service(service: Stack) -> None:
+    """Products by their names, no names of exceptions, fields or skus in what went wrong."""
+    order = service.final(service.order(("PRINT-01", 51), ("MUG-01", 2))["order_id"])
+    page = service.get(f"/orders/{order['order_id']}").text
+    assert "51 × Print, signed, limited to 50 ordered, 50 left" in page
+    assert "51 × PRINT-01 ordered" in order["reason"]  # programs read the sku
+
+
+@pytest.mark.parametrize("offered", [True, False])
+def test_test_cards_are_the_stand_ins(tmp_path: Path, offered: bool) -> None:
+    """The form offers them where the gateway is the stand-in, and nowhere else."""
+    with Stack(tmp_path, workers=False, env={"TEST_CARDS": "1"} if offered else None) as own:
+        page = own.get("/").text
+    assert ("tok_declined" in page) == offered
+    assert "Customer’s account" in page
