@@ -326,8 +326,8 @@ def test_an_account_that_demands_limits(tmp_path, namespace):
         broker.close()
 
 
-def test_a_server_that_allows_no_long_duplicate_window(tmp_path, namespace, monkeypatch):
-    """The error names the setting, and a window that cannot recognise a repeated publish is refused."""
+def test_a_server_that_allows_no_long_duplicate_window(tmp_path, namespace, monkeypatch, caplog):
+    """What it allows is used, with a warning that ends with the setting; a window that is too short is refused."""
     limits = 'limits { duplicate_window: "1m" }'
     server = NatsServer(store_dir=tmp_path)
     configuration = server._configuration
@@ -336,11 +336,17 @@ def test_a_server_that_allows_no_long_duplicate_window(tmp_path, namespace, monk
     )
     with server:
         broker = JetStreamBroker(server.url, namespace=namespace)
-        with pytest.raises(ApiError, match="a shorter duplicate_window"):
-            broker.setup()
+        assert "differs" in broker.setup().values()
+        assert "duplicate_window is 60000 ms but 120000 ms was declared" in caplog.text
+        with pytest.raises(ApiError, match="give the broker a shorter duplicate_window"):
+            broker.setup(update=True)
         broker.close()
         broker = JetStreamBroker(server.url, namespace=namespace, duplicate_window=60_000)
-        assert set(broker.setup().values()) == {"created"}
+        assert set(broker.setup().values()) == {"unchanged"}
+        broker.close()
+        broker = JetStreamBroker(server.url, namespace=namespace, enqueue_timeout=90_000)
+        with pytest.raises(ApiError, match="give the broker a shorter duplicate_window"):
+            broker.bucket("new").declare()
         broker.close()
     with pytest.raises(InvalidOption, match="no shorter than enqueue_timeout"):
         JetStreamBroker(server.url, duplicate_window=5_000)

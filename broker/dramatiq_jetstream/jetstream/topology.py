@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -58,6 +59,9 @@ SCALING = 60_000
 #: Requests that may wait at one consumer; the server's default of 512 is a hundred idle processes.
 MAX_WAITING = 8_192
 
+
+#: How the server says that it remembers no message id for as long.
+_WINDOW_LIMIT = re.compile(r"duplicates window can not be larger then server limit of (\w+)")
 
 Json = dict[str, Any]
 
@@ -328,17 +332,37 @@ def ensure_stream(connection: Connection, config: StreamConfig, *, update: bool 
         existing = connection.api(f"STREAM.INFO.{config.name}")["config"]
     except NotFound:
         try:
-            existing = connection.api(f"STREAM.CREATE.{config.name}", wanted)["config"]
-            return _judge(config, existing, "created")
+            return _judge(config, _create_stream(connection, wanted), "created")
         except ApiError as error:
             if error.err_code != STREAM_EXISTS:  # another process was first, with other settings
                 raise _with_advice(error) from None
             existing = connection.api(f"STREAM.INFO.{config.name}")["config"]
     found = differences(config.kind, existing, wanted)
     if update and _changeable(found):
-        changed = connection.api(f"STREAM.UPDATE.{config.name}", in_line(existing, wanted, found))
+        try:
+            changed = connection.api(f"STREAM.UPDATE.{config.name}", in_line(existing, wanted, found))
+        except ApiError as error:
+            raise _with_advice(error) from None
         return _judge(config, changed["config"], "updated")
     return _judge(config, existing, "unchanged")
+
+
+def _create_stream(connection: Connection, wanted: Json) -> Json:
+    """Create a stream; with a shorter duplicate window where the server allows none as long as was declared."""
+    try:
+        return dict(connection.api(f"STREAM.CREATE.{wanted['name']}", wanted)["config"])
+    except ApiError as error:
+        limit = _WINDOW_LIMIT.search(error.description)
+        if limit is None or _duration(limit[1]) < connection.timeout:
+            raise
+    shorter = {**wanted, "duplicate_window": _duration(limit[1]) * MILLISECOND}
+    return dict(connection.api(f"STREAM.CREATE.{wanted['name']}", shorter)["config"])
+
+
+def _duration(text: str) -> int:
+    """Milliseconds of a duration as the server writes it, as in `1m30s`."""
+    units = {"h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
+    return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)(ms|h|m|s)", text))
 
 
 def ensure_subscription(
