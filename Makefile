@@ -5,7 +5,7 @@
 #   make test                 checks, then all tests           (ARGS="-k saga" narrows it)
 #   make test-fast            the tests that need no server and start no process, in seconds
 #   make bench ARGS="..."     measure, side by side with other brokers
-#   make chaos MINUTES=10     random faults, then the books are checked
+#   make chaos MINUTES=10     random faults, then the books are checked (SUBJECT=library: of the library alone)
 #   make proto                regenerate the protobuf code
 #   make wheels               build both distributions into dist
 #   make test-wheels          install them as a user would, and run a smoke test
@@ -17,6 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 ARGS ?=
 MINUTES ?= 2
+SUBJECT ?= orders
 WORKERS ?= 3
 
 .PHONY: help up demo test test-fast wheels test-wheels lint proto bench chaos clean
@@ -69,7 +70,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 chaos: $(STAMP)
-	$(BIN)/python -m tests.chaos --minutes $(MINUTES)
+	$(BIN)/python -m tests.chaos --subject $(SUBJECT) --minutes $(MINUTES)
 
 # Leaves .data alone: it holds the orders.
 clean:

@@ -1,6 +1,7 @@
 """Random faults under load, then the books are checked: `python -m tests.chaos --minutes 10`.
 
-The seed is printed; with `--seed` the same faults come in the same order again.
+There are two subjects: the order service, and with `--subject library` the library alone. The seed is printed; with
+`--seed` the same faults come in the same order again.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import os
 import random
 import secrets
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests.chaos import network, report
+from tests.chaos.directory import directory
 from tests.chaos.faults import BY_NAME, Fault, mixed, possible
 from tests.chaos.fleet import Topology
+from tests.chaos.library import __main__ as library
 from tests.chaos.network import Network
 from tests.chaos.trial import Result, run
 
@@ -40,8 +42,18 @@ def schedule(
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    subject = argparse.ArgumentParser(add_help=False)
+    subject.add_argument(
+        "--subject", choices=("orders", "library"), default="orders", help="what is put to the proof"
+    )
+    chosen, others = subject.parse_known_args(arguments)
+    if chosen.subject == "library":
+        return library.main(others)
     parser = argparse.ArgumentParser(
-        prog="python -m tests.chaos", description="Random faults under load; then the books are checked."
+        prog="python -m tests.chaos",
+        description="Random faults under load; then the books are checked.",
+        parents=[subject],
     )
     parser.add_argument("--minutes", type=float, default=2.0, help="how long faults are injected, altogether")
     parser.add_argument("--seed", type=int, help="draw the same faults again")
@@ -69,9 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
     for number, topology in enumerate(topologies):
         choice = random.Random(f"{seed}.{topology}")
         seconds = 60 * options.minutes / len(topologies)
-        with _directory(options.keep, topology) as directory:
+        with directory(options.keep, topology) as place:
             results.append(
-                _run(topology, schedule(topology, names, seconds, choice), directory, seed + number, options)
+                _run(topology, schedule(topology, names, seconds, choice), place, seed + number, options)
             )
         print("\n".join(report.verdict_lines(results[-1])), flush=True)
     print(f"\n{report.table(results)}\n")
@@ -100,24 +112,6 @@ def _run(
     finally:
         if namespaces is not None:
             namespaces.close()
-
-
-class _directory:  # noqa: N801 - a context manager, written as a function would be
-    """A directory for one run: temporary, or kept."""
-
-    def __init__(self, keep: Path | None, topology: str) -> None:
-        self._temporary = None if keep else tempfile.TemporaryDirectory(prefix="chaos-")
-        self._path = (
-            (keep / topology).absolute() if keep else Path(self._temporary.name)  # type: ignore[union-attr]
-        )
-
-    def __enter__(self) -> Path:
-        self._path.mkdir(parents=True, exist_ok=True)
-        return self._path
-
-    def __exit__(self, *_: object) -> None:
-        if self._temporary is not None:
-            self._temporary.cleanup()
 
 
 if __name__ == "__main__":

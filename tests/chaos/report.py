@@ -39,12 +39,13 @@ def table(results: Sequence[Result]) -> str:
         lines.append(
             f"| {title} | {CONFIGURATION[topology]} | {len(group)} | {sum(m.lost for m in group)} "
             f"| {sum(m.repeated for m in group)} | {sum(m.dead_letters for m in group)} "
-            f"| {_range([m.accepted_again for m in group])} | {_range([m.recovered for m in group])} |"
+            f"| {in_words([m.accepted_again for m in group])} | {in_words([m.recovered for m in group])} |"
         )
     return "\n".join(lines)
 
 
-def _range(values: list[float | None]) -> str:
+def in_words(values: list[float | None]) -> str:
+    """Return the range of some seconds; None is one that never came."""
     known = [value for value in values if value is not None]
     never = len(values) - len(known)
     if not known:
