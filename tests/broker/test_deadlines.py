@@ -203,12 +203,13 @@ def test_what_is_not_answered_is_not_known(scene, call):
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_a_connection_that_comes_back_in_time_is_enough(scene, call, monkeypatch):
-    """Whatever the call, an outage shorter than its time is no error."""
+@pytest.mark.parametrize("state", [never_there, lost])
+def test_a_connection_that_comes_back_in_time_is_enough(scene, state, call, monkeypatch):
+    """Whatever the call, an outage shorter than its time is no error; nor is a server that starts after its client."""
     scene.connection.timeout = 20_000
     monkeypatch.setattr(f"{__name__}.TIMEOUT_MS", 20_000)
     object.__setattr__(scene.broker.config, "enqueue_timeout", 20_000)
-    lost(scene)
+    state(scene)
     timer = threading.Timer(0.5, scene.proxy.restore)
     timer.start()
     try:

@@ -38,7 +38,7 @@ class Fleet:
 
     @property
     def broker(self) -> JetStreamBroker:
-        """A broker that uses what exists and creates nothing."""
+        """A connected broker that uses what exists and creates nothing."""
         if self._broker is None:
             self._broker = JetStreamBroker(
                 self.url,
@@ -47,6 +47,7 @@ class Fleet:
                 declare=False,
                 middleware=[],
             )
+            self._broker.connection.connect()  # or each command would wait for a server that is not there
         return self._broker
 
     def queue_names(self) -> list[str]:
