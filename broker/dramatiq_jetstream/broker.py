@@ -169,7 +169,9 @@ class JetStreamBroker(EmittingBroker):
         self._suspects = Suspects(self.config, lambda: self.bucket(STARTS))
         self.attachment = Attachment(self._undertaker, self._follow_ups, self._suspects)
         self._presence = Presence(lambda: self.declarations.memory_bucket(WORKERS), self._show_arguments)
-        self._publications = Publications(self.config, self._follow_ups.unique_id)
+        self._publications = Publications(
+            self.config, self._follow_ups.unique_id, self.connection.room_beside
+        )
         self._consumers: list[JetStreamConsumer] = []
         self.describe_arguments: Callable[[MessageProxy], str] = describe_arguments
         self.connection.on_fork(self._forget_worker)
@@ -301,7 +303,9 @@ class JetStreamBroker(EmittingBroker):
     def enqueue_many(
         self, messages: Iterable[Message[Any]], *, atomic: bool = False, delay: int | None = None
     ) -> list[Message[Any]]:
-        """Store many messages without waiting for one before sending the next, within one `enqueue_timeout`.
+        """Store many messages without waiting for one before sending the next.
+
+        It gives up one `enqueue_timeout` after its last progress, however many messages there are.
 
         Parameters:
           atomic: Store all or none; then at most 1,000 messages, all for the same queue.
@@ -311,17 +315,14 @@ class JetStreamBroker(EmittingBroker):
             and its `__cause__`, a `NotAllStored`, says which messages are stored, which are not, and why.
         """
         try:
-            deadline = time.monotonic() + self.config.enqueue_timeout / 1000
             enqueue = self._enqueue_all_or_none if atomic else self._enqueue_each
-            return enqueue(list(messages), delay, deadline)
+            return enqueue(list(messages), delay)
         except BaseException as error:
             self._follow_ups.failed(error)
             raise
 
-    def _enqueue_each(
-        self, messages: list[Message[Any]], delay: int | None, deadline: float
-    ) -> list[Message[Any]]:
-        many = Many(messages, deadline)
+    def _enqueue_each(self, messages: list[Message[Any]], delay: int | None) -> list[Message[Any]]:
+        many = Many(messages, self.config.enqueue_timeout / 1000)
         many.make_ready(lambda message: self._prepare(message, delay))
         stored = many.store(self.connection, self._make_again)
         for message in stored:
@@ -329,9 +330,7 @@ class JetStreamBroker(EmittingBroker):
         many.raise_failure()
         return stored
 
-    def _enqueue_all_or_none(
-        self, messages: list[Message[Any]], delay: int | None, deadline: float
-    ) -> list[Message[Any]]:
+    def _enqueue_all_or_none(self, messages: list[Message[Any]], delay: int | None) -> list[Message[Any]]:
         batches.check_atomic(messages)
         ready = [self._prepare(message, delay) for message in messages]
         if len(ready) == 1:
@@ -340,7 +339,7 @@ class JetStreamBroker(EmittingBroker):
             batches.store_atomically(
                 self.connection,
                 [publication for _, _, publication, _ in ready],
-                deadline=deadline,
+                deadline=time.monotonic() + self.config.enqueue_timeout / 1000,
                 make_again=lambda: self._make_again(ready[0][1]),
             )
         for announced, _, _, _ in ready:

@@ -28,7 +28,8 @@ from .errors import ApiError, InvalidOption, MessageTooLarge, NotFound, Topology
 from .jetstream import names as wire_names
 from .jetstream.names import Names
 from .jetstream.reading import StoredMessage, first_message, last_message, message_at, messages
-from .sending.envelope import Event, checked, to_message
+from .sending.envelope import HISTORY_OPTION, Event, checked, to_message
+from .sending.fitting import ADDED, fit, unfolded
 from .wire.connection import Connection
 from .wire.error_numbers import NO_MESSAGE_TO_DELETE
 
@@ -52,9 +53,6 @@ UNKNOWN_ACTOR = "unknown actor"
 REJECTED = "rejected"
 DELIVERED_TOO_OFTEN = "delivered too often"
 REASONS = (RETRIES_EXHAUSTED, UNDECODABLE, UNKNOWN_ACTOR, REJECTED, DELIVERED_TOO_OFTEN)
-
-#: The message option in which a replayed message carries its earlier failures, through all its retries.
-HISTORY_OPTION = "dead_history"
 
 #: An error's text is kept up to this many characters, and so many of the last failures of a message.
 MAX_ERROR = 2_000
@@ -94,7 +92,7 @@ class DeadLetter:
         if self.event is not None:
             return to_message(self.event, queue=self.queue, actor=self.actor or "")
         try:
-            return checked(Message.decode(self.data), self.queue)
+            return checked(Message.decode(unfolded(self.data, self.headers)), self.queue)
         except DecodeError:
             return None
 
@@ -205,7 +203,8 @@ class DeadLetters:
             self._connection.publish(subject, b"", apart)
         except MessageTooLarge:
             # The message's own headers are what is large; the letter's are bounded.
-            bounded = {name: value for name, value in apart.items() if name not in kept}
+            needed = {wire_names.HEADER_BODY} | (apart.keys() - kept.keys())
+            bounded = {name: value for name, value in apart.items() if name in needed}
             self._connection.publish(subject, b"", bounded)
 
     def list(
@@ -242,7 +241,10 @@ class DeadLetters:
         return int(info.get("total", 0)) if info.get("total") else len(info["state"].get("subjects") or {})
 
     def replay(self, letter: DeadLetter | str) -> bool:
-        """Put a message back on its queue with a fresh set of retries; False when the letter is gone.
+        """Put a message back on its queue with a fresh set of retries; False when another replay, or a drop, did more.
+
+        Of several replays of one letter at once, the message is put back once, and the one that removes the letter
+        returns True.
 
         The message keeps the history of this failure: should it die again, the next letter lists it. Its age
         counts from now, so that `max_age` does not end it at once.
@@ -258,21 +260,28 @@ class DeadLetters:
         if message is None:
             headers[wire_names.HEADER_DEAD_HISTORY] = json.dumps(history)
         else:
-            marks = ("retries", "traceback", "requeue_timestamp")
-            options = {name: value for name, value in message.options.items() if name not in marks}
+            options = {name: value for name, value in message.options.items() if name not in ADDED}
             options[HISTORY_OPTION] = history
             now = int(time.time() * 1000)
             message = dataclasses.replace(message, options=options, message_timestamp=now)
         self._emit("before_replay", found.queue, headers, message)
         try:
-            body = found.data if message is None else message.encode()
-            self._connection.publish(found.subject, body, headers)
+            self._connection.publish(found.subject, self._body(found, message, headers), headers)
         except BaseException as error:
             self._emit("after_replay", found.queue, headers, message, exception=error)
             raise
         self._emit("after_replay", found.queue, headers, message, exception=None)
-        self.drop(found)
-        return True
+        return self.drop(found)
+
+    def _body(self, letter: DeadLetter, message: Message[Any] | None, headers: dict[str, str]) -> bytes:
+        """What to publish for a letter; what a replay adds is left out rather than have it be too large."""
+        if message is None:
+            body = letter.data
+            if len(body) > self._connection.room_beside(headers):
+                del headers[wire_names.HEADER_DEAD_HISTORY]
+            return body
+        headers.pop(wire_names.HEADER_BODY, None)
+        return fit(message, self._connection.room_beside(headers), headers)
 
     def drop(self, letter: DeadLetter | str) -> bool:
         """Delete a letter for good; False when it is gone already."""

@@ -29,7 +29,6 @@ from dramatiq.rate_limits import RateLimiterBackend
 
 from .broker import broker_for
 from .errors import BrokerConnectionError, BrokerError, RevisionConflict
-from .jetstream.names import HEADER_TTL, bucket_subject
 from .jetstream.wakeups import Wakeups
 from .worker.consumer import JetStreamMessage
 from .worker.running import running_message
@@ -143,11 +142,8 @@ class JetStreamBackend(RateLimiterBackend):
         return True
 
     def _note_done(self, member: str, ttl: int) -> None:
-        # Nothing waits for this: without it, a further run of the message repeats what it did.
-        with suppress(BrokerError):
-            self.bucket.connection.send(
-                bucket_subject(self.bucket.name, member), b"done", {HEADER_TTL: f"{-(-ttl // 1000)}s"}
-            )
+        with suppress(BrokerError):  # without it, a further run of the message repeats what it did
+            self.bucket.note(member, b"done", ttl=ttl)
 
     def _change(self, key: str, amount: int, ttl: int, allowed: Callable[[int], bool]) -> bool:
         name = _name(key)

@@ -254,3 +254,24 @@ def test_letters_are_stored_again_after_their_stream_was_deleted(broker, work):
     with running(broker):
         work.send(2)
         eventually(lambda: broker.dead_letters.count() == 1, timeout=20)
+
+
+def test_two_replays_at_once_report_what_they_did(broker, work, make_broker):
+    """Two operators replay the same letters: each message is put back once, and one of them is told that it did so."""
+    bury(broker, *[work.message(number) for number in range(20)])
+    letters = broker.dead_letters.list()
+    replayed, began = [], threading.Barrier(2)
+
+    def replay(other):
+        began.wait(10)
+        replayed.extend((letter.id, other.dead_letters.replay(letter)) for letter in letters)
+
+    threads = [threading.Thread(target=replay, args=(other,)) for other in (broker, make_broker())]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(replayed) == 40
+    assert sorted(letter for letter, told in replayed if told) == sorted(letter.id for letter in letters)
+    assert broker.queue_stats("default").ready == 20
+    assert broker.dead_letters.count() == 0

@@ -25,6 +25,7 @@ HEADER_ACTOR = "Dramatiq-Actor"
 HEADER_ENQUEUED_AT = "Dramatiq-Enqueued-At"
 HEADER_TICK = "Dramatiq-Periodic"
 HEADER_PARTS = "Dramatiq-Parts"
+HEADER_BODY = "Dramatiq-Body"
 
 # On a message that was put off: what it was before, so that its runs and follow-ups are known again. They stay on
 # the queue; dead letters and what follows a message do not have them.
@@ -135,7 +136,7 @@ def _before_dash(namespace: str) -> str:
     return re.sub(r"(_*)(-|$)", lambda found: found[1] * 2 + ("_-" if found[2] else ""), namespace)
 
 
-def _id_token(message_id: str) -> str:
+def id_token(message_id: str) -> str:
     """A message id as a subject token of limited length; ids may come from anywhere and be of any length."""
     token = encode(message_id)
     if len(token) <= MAX_ID_BYTES:
@@ -244,10 +245,10 @@ class Names:
 
     def delayed(self, queue: str, message_id: str, unique: str) -> str:
         """The subject of one schedule; `unique` keeps two delays of the same message apart."""
-        return f"{self.namespace}.q.{self._queue(queue)}.at.{_id_token(message_id)}.{unique}"
+        return f"{self.namespace}.q.{self._queue(queue)}.at.{id_token(message_id)}.{unique}"
 
     def delayed_message(self, queue: str, message_id: str) -> str:
-        return f"{self.namespace}.q.{self._queue(queue)}.at.{_id_token(message_id)}.*"
+        return f"{self.namespace}.q.{self._queue(queue)}.at.{id_token(message_id)}.*"
 
     def all_delayed(self, queue: str) -> str:
         return f"{self.namespace}.q.{self._queue(queue)}.at.>"

@@ -8,7 +8,8 @@ batch; if the server dies in the middle of it, all or none of the messages are t
 have the first ones before the last is stored. If the commit's acknowledgement is lost, the batch is sent again;
 the server answers that it has those message ids already, which says that the first commit was stored.
 
-A stream that is gone is made again, and what was meant for it is stored then. All of it is one call with one deadline.
+A stream that is gone is made again, and what was meant for it is stored then. All of it is one call: it gives up one
+timeout after its last progress, not one for each part.
 """
 
 from __future__ import annotations
@@ -72,12 +73,14 @@ def store(
     by_queue: Sequence[tuple[str, Publication]],
     *,
     deadline: float,
+    timeout: float,
     make_again: Callable[[str], bool],
 ) -> list[Outcome]:
     """Store publications, each with its queue, that need not be stored together; return what became of each.
 
     Parameters:
-      deadline: The monotonic time after which nothing more is sent.
+      deadline: The monotonic time after which nothing more is sent; put off when a part of them is stored.
+      timeout: By how much from then, in seconds.
       make_again: Makes a queue whose stream is gone; False when that is not allowed.
     """
     outcomes: list[Outcome] = [None] * len(by_queue)
@@ -88,6 +91,8 @@ def store(
             stored = _store_again(connection, chunk, stored, deadline, partial(make_again, queue))
         for position, outcome in zip(positions, stored, strict=True):
             outcomes[position] = outcome
+        if not any(isinstance(outcome, BrokerConnectionError) for outcome in stored):
+            deadline = time.monotonic() + timeout
     return outcomes
 
 

@@ -11,22 +11,21 @@ published twice happens when the schedule is stored.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from dramatiq_jetstream.errors import InvalidOption, NotFound
 from dramatiq_jetstream.jetstream.names import (
-    HEADER_MSG_ID,
     HEADER_SCHEDULE,
     HEADER_SCHEDULE_TARGET,
     Names,
     decode,
 )
-from dramatiq_jetstream.jetstream.reading import last_message
-from dramatiq_jetstream.wire.connection import Connection, Publication
+from dramatiq_jetstream.jetstream.reading import StoredMessage, last_message
+from dramatiq_jetstream.wire.connection import Connection
 
-__all__ = ["Delayed", "cancel", "count", "delayed_messages", "due", "publication", "waiting"]
+__all__ = ["Delayed", "cancel", "count", "delayed_messages", "due", "schedule", "waiting"]
 
 #: Ten years: what is due later is a mistake in units.
 MAX_DELAY = 10 * 365 * 86_400_000
@@ -72,30 +71,17 @@ def at(eta: int) -> str:
     return f"@at {moment:%Y-%m-%dT%H:%M:%S}.{eta % 1000:03d}Z"
 
 
-def publication(
-    names: Names,
-    queue: str,
-    message_id: str,
-    unique: str,
-    body: bytes,
-    *,
-    eta: int,
-    target: str,
-    headers: Mapping[str, str] | None = None,
-) -> Publication:
-    """The schedule that delivers `body` on `target` at `eta` (milliseconds since 1970).
+def schedule(eta: int, target: str) -> dict[str, str]:
+    """The headers of a schedule that delivers its body on `target` at `eta` (milliseconds since 1970).
 
-    Parameters:
-      headers: Further ones; what it delivers has them too, other than the `Nats-*` ones.
+    Its other headers are delivered too, except for the `Nats-*` ones.
     """
-    own = {HEADER_MSG_ID: unique, HEADER_SCHEDULE: at(eta), HEADER_SCHEDULE_TARGET: target}
-    return Publication(names.delayed(queue, message_id, unique), body, {**(headers or {}), **own})
+    return {HEADER_SCHEDULE: at(eta), HEADER_SCHEDULE_TARGET: target}
 
 
-def waiting(connection: Connection, names: Names, queue: str, message_id: str) -> bytes | None:
-    """The body of a delayed message of a queue; None when it is not delayed."""
-    stored = last_message(connection, names.queue_stream(queue), names.delayed_message(queue, message_id))
-    return None if stored is None else stored.data
+def waiting(connection: Connection, names: Names, queue: str, message_id: str) -> StoredMessage | None:
+    """A delayed message of a queue as it is stored; None when it is not delayed."""
+    return last_message(connection, names.queue_stream(queue), names.delayed_message(queue, message_id))
 
 
 def cancel(connection: Connection, names: Names, queue: str, message_id: str) -> int:

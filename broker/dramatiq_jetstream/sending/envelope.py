@@ -26,10 +26,13 @@ from dramatiq.message import Message, get_encoder
 
 from dramatiq_jetstream.jetstream.names import OPTION_TRACE_CONTEXT, trace_headers
 
-__all__ = ["EVENT_OPTION", "Event", "checked", "decode", "encode", "event_of", "to_message"]
+__all__ = ["EVENT_OPTION", "HISTORY_OPTION", "Event", "checked", "decode", "encode", "event_of", "to_message"]
 
 #: The message option that carries an event.
 EVENT_OPTION = "event"
+
+#: The message option in which a replayed message carries its earlier failures, through all its retries.
+HISTORY_OPTION = "dead_history"
 
 
 #: Times after this (the year 2286) are a mistake in units.

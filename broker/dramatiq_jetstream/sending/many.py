@@ -28,12 +28,13 @@ class Many:
     """Messages on their way, and what became of each.
 
     Parameters:
-      deadline: The monotonic time until which all of them together have.
+      timeout: Seconds after the last progress at which nothing more is tried.
     """
 
-    def __init__(self, messages: list[Message[Any]], deadline: float) -> None:
+    def __init__(self, messages: list[Message[Any]], timeout: float) -> None:
         self._messages = messages
-        self._deadline = deadline
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
         self._ready: list[tuple[int, Ready]] = []
         self._failures: dict[int, Exception] = {}
 
@@ -44,6 +45,7 @@ class Many:
                 if time.monotonic() >= self._deadline:
                     raise NotSent("The time of the whole call was up before this message was sent.")
                 self._ready.append((position, prepare(message)))
+                self._deadline = time.monotonic() + self._timeout
             except Exception as error:  # noqa: BLE001 - it is reported in the end
                 self._failures[position] = error
 
@@ -53,6 +55,7 @@ class Many:
             connection,
             [(queue, publication) for _, (_, queue, publication, _) in self._ready],
             deadline=self._deadline,
+            timeout=self._timeout,
             make_again=make_again,
         )
         stored = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dramatiq.common import q_name
@@ -16,8 +16,12 @@ from dramatiq_jetstream.wire.connection import Publication
 
 from . import delays
 from .envelope import encode
+from .fitting import fit, is_enlarged
 
 __all__ = ["Publications"]
+
+#: Bytes of a body for which no server is too small.
+ALWAYS_FITS = 1_000
 
 
 class Publications:
@@ -25,11 +29,18 @@ class Publications:
 
     Parameters:
       unique_id: Tells one enqueue call from another; becomes the call's `Nats-Msg-Id`.
+      room_beside: Bytes that headers leave for a body.
     """
 
-    def __init__(self, config: BrokerConfig, unique_id: Callable[[Message[Any]], str]) -> None:
+    def __init__(
+        self,
+        config: BrokerConfig,
+        unique_id: Callable[[Message[Any]], str],
+        room_beside: Callable[[Mapping[str, str]], int],
+    ) -> None:
         self._config = config
         self._unique_id = unique_id
+        self._room_beside = room_beside
 
     @staticmethod
     def announced(message: Message[Any], delay: int | None) -> Message[Any]:
@@ -54,18 +65,18 @@ class Publications:
         context = announced.options.get(OPTION_TRACE_CONTEXT)
         if context is not None:
             headers.update(trace_headers(context))
-        if not delay:  # no delay, or one of 0, which needs no schedule
-            return Publication(target, encode(stored), headers)
-        return delays.publication(
-            self._config.names,
-            queue_name,
-            announced.message_id,
-            unique,
-            encode(stored),
-            eta=int(announced.options["eta"]),
-            target=target,
-            headers=headers,
-        )
+        own = dict(headers)
+        subject = target
+        if delay:  # not one of 0, which needs no schedule
+            subject = self._config.names.delayed(queue_name, announced.message_id, unique)
+            headers.update(delays.schedule(int(announced.options["eta"]), target))
+        body = encode(stored)
+        if len(body) > ALWAYS_FITS:
+            room = self._room_beside(headers)
+            # What its caller made too large is refused.
+            if len(body) > room and (is_enlarged(stored) or len(body) <= self._room_beside(own)):
+                body = fit(stored, room, headers)
+        return Publication(subject, body, headers)
 
     def _priority(self, message: Message[Any]) -> int | None:
         """The priority of a message; as in RabbitMQ, one above the highest is the highest."""

@@ -32,11 +32,12 @@ from dramatiq_jetstream.errors import (
     StoreFull,
 )
 from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID, encode
-from dramatiq_jetstream.jetstream.reading import message_at, parse_time
+from dramatiq_jetstream.jetstream.reading import StoredMessage, message_at, parse_time
 from dramatiq_jetstream.kv import Bucket, Entry
 from dramatiq_jetstream.wire.connection import PubAck, Publication
 
 from . import envelope
+from .fitting import unfolded
 
 __all__ = ["Claim", "free", "prefix"]
 
@@ -161,10 +162,10 @@ def prefix(queue: str) -> str:
     return f"{encode(queue)}/"
 
 
-def free(bucket: Bucket, queue: str, data: bytes) -> None:
+def free(bucket: Bucket, queue: str, stored: StoredMessage) -> None:
     """Free the unique key of a stored message that was cancelled, if it has one and still holds it."""
     try:
-        message = envelope.decode(data)
+        message = envelope.decode(unfolded(stored.data, stored.headers))
     except Exception:  # noqa: BLE001 - whatever it is, it is not a message of ours with a key
         return
     if not isinstance(message.options, Mapping) or "unique_key" not in message.options:

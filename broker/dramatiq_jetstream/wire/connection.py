@@ -45,6 +45,7 @@ from .answers import (
 from .asking import ask, publish_window
 from .calls import Call
 from .error_numbers import TRANSIENT
+from .headers import encode_headers
 from .ids import new_id
 from .interests import Listeners, Subscription
 from .link import ConnectionState, Link
@@ -148,6 +149,10 @@ class Connection:
         """The largest message that the server takes, in bytes, headers included."""
         self._link.wait_open(self._deadline(None))
         return self._link.max_payload
+
+    def room_beside(self, headers: Headers) -> int:
+        """Bytes that headers leave for a body, by what is known of the server without waiting."""
+        return self._link.max_payload - len(encode_headers(headers))
 
     def connect(self) -> None:
         """Connect if that has not been done; returns at once when it has, even while reconnecting.

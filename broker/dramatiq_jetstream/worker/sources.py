@@ -23,8 +23,9 @@ from dramatiq_jetstream.config import BrokerConfig
 from dramatiq_jetstream.errors import NotFound, PermissionDenied, TopologyMissing
 from dramatiq_jetstream.jetstream.declaring import Declarations
 from dramatiq_jetstream.jetstream.keeping import Keeper
-from dramatiq_jetstream.jetstream.names import HEADER_TICK
+from dramatiq_jetstream.jetstream.names import HEADER_BODY, HEADER_TICK
 from dramatiq_jetstream.sending.envelope import Event, checked, decode, event_of
+from dramatiq_jetstream.sending.fitting import unfolded
 from dramatiq_jetstream.wire.connection import Connection
 
 from .delivery import Delivery, Source
@@ -139,7 +140,10 @@ class Sources:
         return self._durables.get(stream, name, self._config.ack_wait)
 
     def _decode(self, delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:
-        message = checked(decode(delivery.data), delivery.source.queue)
+        data = delivery.data
+        if delivery.mentions(HEADER_BODY):
+            data = unfolded(data, delivery.headers)
+        message = checked(decode(data), delivery.source.queue)
         if delivery.mentions(HEADER_TICK) and HEADER_TICK in delivery.headers:
             # Every tick of a schedule has the same body; its place in the stream makes it a message of its own.
             message = dataclasses.replace(

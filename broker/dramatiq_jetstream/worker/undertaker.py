@@ -14,12 +14,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dramatiq.errors import ActorNotFound, BrokerConnectionError, BrokerError
+from dramatiq.message import Message
 from dramatiq.middleware import SkipMessage
 
 from dramatiq_jetstream import dead_letters
 from dramatiq_jetstream.config import BrokerConfig
 from dramatiq_jetstream.dead_letters import DeadLetters
 from dramatiq_jetstream.jetstream.names import (
+    HEADER_BODY,
     HEADER_EARLIER_DELIVERIES,
     HEADER_MSG_ID,
     HEADER_ORIGIN,
@@ -29,6 +31,7 @@ from dramatiq_jetstream.jetstream.names import (
 )
 from dramatiq_jetstream.sending import delays
 from dramatiq_jetstream.sending.envelope import to_message
+from dramatiq_jetstream.sending.fitting import fit
 from dramatiq_jetstream.wire.connection import Connection
 
 from .consumer import JetStreamMessage
@@ -90,6 +93,8 @@ class JetStreamUndertaker:
         if follow_up_error is not None:
             reason = dead_letters.REJECTED
             error = f"What follows it cannot be enqueued: {_describe(follow_up_error)}"
+            if message._exception is not None and message._exception is not follow_up_error:
+                error = f"{_describe(message._exception)[: dead_letters.MAX_ERROR // 2]} | {error}"
         else:
             reason, error = self._reason(message)
         self._store_letter(message._delivery, reason, error, message)
@@ -151,22 +156,21 @@ class JetStreamUndertaker:
 
     def postpone(self, message: JetStreamMessage) -> None:
         """Have the server keep a message that came before its time, as another program may have sent it."""
-        unique = f"postponed:{message._delivery.origin}"
+        delivery = message._delivery
+        unique = f"postponed:{delivery.origin}"
+        subject = self._config.names.delayed(message.queue_name, message.message_id, unique)
+        headers = {
+            **_own_headers(delivery.headers),
+            HEADER_MSG_ID: unique,
+            **delays.schedule(int(message.options["eta"]), delivery.subject),
+        }
         options = {name: value for name, value in message.options.items() if name != "eta"}
-        self._connection.publish_many(
-            [
-                delays.publication(
-                    self._config.names,
-                    message.queue_name,
-                    message.message_id,
-                    unique,
-                    dataclasses.replace(message._message, options=options).encode(),
-                    eta=int(message.options["eta"]),
-                    target=message._delivery.subject,
-                    headers=_own_headers(message._delivery.headers),
-                )
-            ]
-        )
+        self._publish(subject, dataclasses.replace(message._message, options=options), headers)
+
+    def _publish(self, subject: str, message: Message[Any], headers: dict[str, str]) -> None:
+        headers.pop(HEADER_BODY, None)
+        body = fit(message, self._connection.room_beside(headers), headers)
+        self._connection.publish(subject, body, headers)
 
     def hand_back(self, delivery: Delivery) -> None:
         """Give back a delivery that was not begun, for another worker to have it at once.
@@ -242,19 +246,18 @@ class JetStreamUndertaker:
         if delivery.source.actor is not None or not self._connection.is_connected:
             return False
         unique = f"later:{delivery.origin}:{delivery.deliveries}:{delivery.sequence}"
-        later = delays.publication(
-            self._config.names,
-            delivery.source.queue,
-            delivery.origin,
-            unique,
-            delivery.data,
-            eta=delays.eta_after(delay),
-            target=delivery.subject,
-            headers={**_own_headers(delivery.headers), **marks},
-        )
+        headers = {
+            **_own_headers(delivery.headers),
+            **marks,
+            HEADER_MSG_ID: unique,
+            **delays.schedule(delays.eta_after(delay), delivery.subject),
+        }
         try:
             self._connection.publish(
-                later.subject, later.payload, later.headers, timeout=STORE_LATER_TIMEOUT_MS
+                self._config.names.delayed(delivery.source.queue, delivery.origin, unique),
+                delivery.data,
+                headers,
+                timeout=STORE_LATER_TIMEOUT_MS,
             )
         except BrokerError as error:
             logger.warning(
@@ -265,13 +268,13 @@ class JetStreamUndertaker:
 
     def _store_anew(self, delivery: Delivery) -> None:
         source: Source = delivery.source
-        subject, body = delivery.subject, delivery.data
-        if source.actor is not None:
-            subject = self._config.names.task(source.queue)
-            body = to_message(event_in(delivery), queue=source.queue, actor=source.actor).encode()
         headers = _own_headers(delivery.headers)
         headers[HEADER_MSG_ID] = f"anew:{delivery.origin}:{delivery.deliveries}"
-        self._connection.publish(subject, body, headers)
+        if source.actor is None:
+            self._connection.publish(delivery.subject, delivery.data, headers)
+            return
+        message = to_message(event_in(delivery), queue=source.queue, actor=source.actor)
+        self._publish(self._config.names.task(source.queue), message, headers)
 
 
 def _own_headers(headers: Mapping[str, str]) -> dict[str, str]:

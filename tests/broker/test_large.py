@@ -1,0 +1,200 @@
+"""What the library adds to a message always fits: retries, delays and replays of what the server took once."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import random
+
+import dramatiq
+import pytest
+from dramatiq import Message
+
+from dramatiq_jetstream.errors import MessageTooLarge
+from dramatiq_jetstream.events import subscription
+from dramatiq_jetstream.progress import Progress, progress, read_progress
+from dramatiq_jetstream.sending.envelope import encode
+from dramatiq_jetstream.sending.fitting import fit, unfolded
+from dramatiq_jetstream.wire.headers import encode_headers
+from dramatiq_jetstream.wire.ids import new_id
+from tests.broker.conformance.workers import running
+from tests.support.polling import eventually
+
+MAX_PAYLOAD = 1_048_576
+
+
+def text(size: int) -> str:
+    """Text that compresses as little as JSON text can."""
+    raw = random.Random(size).randbytes(size * 3 // 4 + 3)
+    return base64.b64encode(raw).decode()[:size]
+
+
+def digest(data: str | bytes) -> str:
+    """What stands for a large text in the output of a test."""
+    return hashlib.sha256(data if isinstance(data, bytes) else data.encode()).hexdigest()[:16]
+
+
+def largest(broker, actor, **options):
+    """The largest message to an actor that the server takes."""
+    empty = len(encode(actor.message_with_options(args=("",), **options)))
+    headers = len(encode_headers({"Nats-Msg-Id": new_id()}))
+    return actor.message_with_options(args=(text(MAX_PAYLOAD - empty - headers),), **options)
+
+
+@pytest.fixture
+def failing(broker):
+    """An actor that fails twice with a long error; `failing.runs` has what it was called with."""
+
+    @dramatiq.actor(max_retries=3, min_backoff=10, max_backoff=20)
+    def failing(data):
+        failing.runs.append(digest(data))
+        if len(failing.runs) < 3:
+            raise ValueError("long " * failing.length)
+
+    failing.runs, failing.length = [], 10
+    return failing
+
+
+def run(broker):
+    with running(broker, threads=1):
+        broker.join("default", timeout=20_000)
+
+
+def test_the_largest_message_is_retried(broker, failing):
+    """Not one byte more could have been enqueued, and its retries carry it whole."""
+    message = largest(broker, failing)
+    broker.enqueue(message)
+    with pytest.raises(MessageTooLarge):
+        broker.enqueue(message.copy(args=(message.args[0] + "x",)))
+    run(broker)
+    assert failing.runs == [digest(message.args[0])] * 3
+    assert broker.queue_stats("default").dead == 0
+
+
+@pytest.mark.parametrize("length", [2_000, 80_000, 300_000])
+def test_a_long_error_takes_no_retry_away(broker, failing, length):
+    """An error of up to 1.5 MB, of which each retry carries as much as there is room for."""
+    failing.length = length
+    failing.send("x")
+    run(broker)
+    assert failing.runs == [digest("x")] * 3
+
+
+def test_the_largest_message_can_be_delayed(broker, failing):
+    """The headers of a schedule are not the caller's affair."""
+    failing.runs += ["", ""]  # succeed at once
+    message = largest(broker, failing)
+    broker.enqueue(message, delay=100)
+    run(broker)
+    assert failing.runs[2:] == [digest(message.args[0])]
+
+
+def test_the_largest_message_can_be_replayed(broker, failing):
+    """Its letter is replayed as often as it dies, with as much of its history as there is room for."""
+    message = largest(broker, failing, max_retries=0)
+    broker.enqueue(message)
+    for _ in range(2):
+        with running(broker, threads=1):
+            (letter,) = eventually(broker.dead_letters.list)
+        assert letter.error.startswith("ValueError: long")
+        assert broker.dead_letters.replay(letter)
+    run(broker)
+    assert failing.runs == [digest(message.args[0])] * 3
+
+
+@pytest.mark.parametrize("size", [100, 900_000, 1_030_000])
+def test_a_large_event_is_retried_and_replayed(service, topic, size):
+    """A retry carries the event with it; and a letter of one can be put back."""
+    runs = []
+    body = os.urandom(size)
+
+    @dramatiq.actor(
+        broker=service,
+        subscribe=subscription(f"{topic}.large"),
+        max_retries=1,
+        min_backoff=10,
+        max_backoff=20,
+    )
+    def handle(data):
+        runs.append(digest(data))
+        if len(runs) < 3:
+            raise ValueError("not yet")
+
+    service.setup()
+    service.publish(f"{topic}.large", body)
+    with running(service, threads=1):
+        (letter,) = eventually(service.dead_letters.list)
+        assert runs == [digest(body)] * 2
+        assert letter.reason == "retries exhausted"
+        assert service.dead_letters.replay(letter)
+        eventually(lambda: runs == [digest(body)] * 3)
+        service.join("default", timeout=10_000)
+    assert service.dead_letters.list() == []
+
+
+def test_a_compressed_body_that_is_none_is_a_dead_letter(broker, failing):
+    """Another program may publish anything; its bytes are kept."""
+    broker.declare_queue("default")
+    broker.setup()
+    for body in (b"not compressed", b"x\x9c\x03\x00"):
+        broker.connection.publish(broker.names.task("default"), body, {"Dramatiq-Body": "deflate"})
+    with running(broker):
+        letters = eventually(lambda: (found := broker.dead_letters.list()) and len(found) == 2 and found)
+    assert {letter.reason for letter in letters} == {"undecodable"}
+    assert letters[0].data == b"not compressed"
+
+
+def test_a_letter_whose_follow_up_is_too_large_names_the_error_of_the_actor(broker):
+    """The real error comes first."""
+    dramatiq.actor(lambda message, error: None, actor_name="gave_up")
+
+    @dramatiq.actor(max_retries=0, on_failure="gave_up")
+    def work():
+        raise ValueError("the real reason " + "x" * 1_100_000)
+
+    with running(broker):
+        work.send()
+        (letter,) = eventually(broker.dead_letters.list)
+    assert letter.error.startswith("ValueError: the real reason")
+    assert "MessageTooLarge" in letter.error
+
+
+def test_what_is_added_goes_in_this_order():
+    """First the traceback is cut, then the body compressed, then traceback and history are left out."""
+    base = Message("q", "a", (text(3_000),), {}, {})
+    options = {"retries": 1, "traceback": text(9_000), "dead_history": [{"error": text(2_000)}]}
+    message = base.copy(options=options)
+    whole = len(encode(message))
+
+    def fitted(room):
+        headers = {}
+        assert len(fit(message, room, {})) <= room
+        body = unfolded(fit(message, room, headers), headers)
+        found = Message.decode(body)
+        assert found.args == base.args
+        return found.options, bool(headers)
+
+    assert fitted(whole) == (options, False)
+    cut, folded = fitted(whole - 5_000)
+    assert (len(cut["traceback"]) < 2_100, "dead_history" in cut, folded) == (True, True, False)
+    cut, folded = fitted(6_500)
+    assert ("dead_history" in cut, folded) == (True, True)
+    assert fitted(len(encode(base)) + 60) == ({"retries": 1}, False)
+
+
+def test_progress_of_a_message_with_a_very_long_id_is_kept(broker):
+    """An id of 5,000 characters, as another program may give an event, breaks no connection."""
+    broker.add_middleware(Progress())
+    message_id = "x" * 5_000
+    dramatiq.actor(lambda: progress(1, 2, "half"), actor_name="work")
+    broker.declare_queue("default")
+    broker.setup()
+    reconnects = broker.connection.state.reconnects
+    with running(broker):
+        broker.enqueue(Message("default", "work", (), {}, {}, message_id=message_id))
+        broker.join("default", timeout=10_000)
+        found = eventually(lambda: read_progress(message_id, broker))
+    assert (found.message_id, found.note) == (message_id, "half")
+    assert read_progress(message_id + "y", broker) is None
+    assert broker.connection.state.reconnects == reconnects
