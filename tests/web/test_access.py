@@ -6,8 +6,6 @@ import base64
 import hmac
 import json
 import secrets
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,112 +14,26 @@ from typing import Any
 import pytest
 import requests
 from joserfc.jwk import RSAKey
-from requests.adapters import HTTPAdapter
 
 from orders.v1.events_pb2 import OrderCreated, OrderItem
 from tasks.settings import Settings
 from tests.support.polling import eventually
-from tests.support.processes import REPOSITORY, Process
-from tests.support.provider import AUDIENCE, CLIENT_ID, CLIENT_SECRET, Provider
+from tests.support.processes import Process
+from tests.support.provider import CLIENT_ID, Provider
+from tests.web.closed import PAGE, Closed, closed_service
 from tests.web.stack import Stack, gunicorn, order_body
 from web import create_app
 
 LOOPBACK = Settings(access="open", host="127.0.0.1")
 PASSWORD = "correct horse battery staple"
-PAGE = {"Accept": "text/html"}
 # Of a browser that is shown the pages by a proxy with TLS, as every deployment has one.
 SAME_SITE = {"Sec-Fetch-Site": "same-origin"}
 
 
-def somewhere() -> str:
-    """Return the address of a client that was not seen before."""
-    return f"10.{secrets.randbelow(256)}.{secrets.randbelow(256)}.{secrets.randbelow(256)}"
-
-
-class TrustsThisMachine(HTTPAdapter):
-    """Keeps a browser's habit that requests has not: a Secure cookie is sent to this machine without TLS."""
-
-    def build_response(self, req: requests.PreparedRequest, resp: Any) -> requests.Response:
-        headers = resp._original_response.msg
-        cookies = headers.get_all("Set-Cookie") or []
-        del headers["Set-Cookie"]
-        for cookie in cookies:
-            headers["Set-Cookie"] = cookie.replace("; Secure", "").replace("Secure; ", "")
-        return super().build_response(req, resp)
-
-
-class Closed:
-    """A service that asks who comes, with its provider and a key for each kind of caller."""
-
-    def __init__(self, stack: Stack, provider: Provider) -> None:
-        self.stack = stack
-        self.provider = provider
-        self.keys = {
-            "alice": self.key("alice-shop", "--scope", "order", "--customer", "alice"),
-            "bob": self.key("bob-shop", "--scope", "order", "--customer", "bob"),
-            "shop": self.key("shop", "--scope", "order"),
-            "reader": self.key("reader", "--scope", "read"),
-            "operator": self.key("operator", "--scope", "operate"),
-        }
-
-    def run(self, module: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", f"tasks.{module}", *arguments],
-            cwd=REPOSITORY,
-            env={**self.stack.environment, "PYTHONPATH": "proto:broker"},
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    def key(self, *arguments: str) -> str:
-        made = self.run("keys", "add", *arguments)
-        assert made.returncode == 0, made.stderr
-        return made.stdout.strip()
-
-    def ask(self, who: str | None, method: str, path: str, **options: Any) -> requests.Response:
-        """Send a request as one of the callers, None for a stranger."""
-        headers = dict(options.pop("headers", {}))
-        if who is not None:
-            headers["Authorization"] = f"Bearer {self.keys.get(who, who)}"
-        return requests.request(
-            method, self.stack.url + path, headers=headers, timeout=20, allow_redirects=False, **options
-        )
-
-    def get(self, who: str | None, path: str, **options: Any) -> requests.Response:
-        return self.ask(who, "GET", path, **options)
-
-    def order(self, who: str | None, customer: str, **options: Any) -> requests.Response:
-        return self.ask(who, "POST", "/api/orders", json=order_body(customer_id=customer), **options)
-
-    def browser(self) -> requests.Session:
-        """Return a browser's session; it sends Secure cookies to this machine, as browsers do."""
-        session = requests.Session()
-        session.headers.update(PAGE)
-        session.mount("http://", TrustsThisMachine())
-        session.headers["X-Forwarded-For"] = somewhere()
-        return session
-
-
 @pytest.fixture(scope="module")
 def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Closed]:
-    with Provider() as provider:
-        env = {
-            "ACCESS": "required",
-            "SECRET_KEY": secrets.token_urlsafe(32),
-            "OIDC_ISSUER": provider.url,
-            "OIDC_AUDIENCE": AUDIENCE,
-            "OIDC_CLIENT_ID": CLIENT_ID,
-            "OIDC_CLIENT_SECRET": CLIENT_SECRET,
-            "OIDC_ROLES_CLAIM": "realm_access.roles",
-            "PROXIES": "1",
-        }
-        stack = Stack(tmp_path_factory.mktemp("closed"), web_processes=2, env=env)
-        # The port is known once the stack is made.
-        stack.env["PUBLIC_URL"] = stack.url
-        with stack:
-            yield Closed(stack, provider)
+    with closed_service(tmp_path_factory.mktemp("closed")) as closed:
+        yield closed
 
 
 def test_every_route_says_what_it_needs() -> None:

@@ -1,0 +1,219 @@
+"""No caller ever sees another's order: many callers, every route that there is, in any order."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+
+from orders.v1.events_pb2 import OrderCreated, OrderItem
+from tasks.settings import Settings
+from tests.web.closed import Closed, closed_service
+from tests.web.stack import order_body
+from web import create_app
+from web.openapi import document
+
+CUSTOMERS = ("alice", "bob", "carol")
+#: Who may see which customers' orders.
+SEES = {
+    "alice": {"alice"},
+    "alice's token": {"alice"},
+    "bob": {"bob"},
+    "carol's token": {"carol"},
+    "shop": set(),
+    None: set(),
+    "reader": set(CUSTOMERS),
+    "operator": set(CUSTOMERS),
+    "operator's token": set(CUSTOMERS),
+}
+CALLERS = st.sampled_from(sorted(SEES, key=str))
+
+ROUTES = [
+    (
+        rule.rule.replace("<path:order_id>", "{order_id}"),
+        sorted((rule.methods or set()) - {"OPTIONS", "HEAD"}),
+    )
+    for rule in create_app(Settings(access="open", host="127.0.0.1")).url_map.iter_rules()
+    if "filename" not in rule.arguments
+]
+OF_ONE_ORDER = [route for route in ROUTES if "{" in route[0]]
+OF_MANY = [path for path, methods in ROUTES if "{" not in path and "GET" in methods]
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Closed]:
+    with closed_service(
+        tmp_path_factory.mktemp("many"), RATE_LIMIT="1000000", STREAM_DURATION="1000"
+    ) as closed:
+        closed.keys |= {
+            "alice's token": closed.provider.token(sub="alice"),
+            "carol's token": closed.provider.token(sub="carol"),
+            "operator's token": closed.provider.token(sub="o-1", realm_access={"roles": ["operate"]}),
+        }
+        yield closed
+
+
+class Callers(RuleBasedStateMachine):
+    """Callers who order, look and guess; `closed` is set by the test."""
+
+    closed: Closed
+
+    @initialize()
+    def begin(self) -> None:
+        self.run = secrets.token_hex(3)
+        # What belongs to whom: ids of orders that this run has placed.
+        self.orders: dict[str, str] = {}
+        self.cursors: list[str] = []
+        self.answers: list[tuple[str | None, str, str, str | None, requests.Response]] = []
+
+    def ask(self, who: str | None, method: str, path: str, asked: str | None = None, **options: Any) -> Any:
+        answer = self.closed.ask(who, method, path, **options)
+        assert answer.status_code < 500 or answer.status_code == 503, (who, method, path, answer.text)
+        self.answers.append((who, method, path, asked, answer))
+        return answer
+
+    @rule(
+        who=CALLERS,
+        customer=st.sampled_from(CUSTOMERS),
+        key=st.integers(0, 2),
+        name=st.integers(0, 3),
+        kind=st.integers(0, 2),
+    )
+    def order(self, who: str | None, customer: str, key: int, name: int, kind: int) -> None:
+        """Order for a customer, under keys and ids that others use too."""
+        headers = {"Idempotency-Key": f"{self.run}-{key}"} if key else {}
+        if kind == 0:
+            answer = self.ask(
+                who, "POST", "/api/orders", json=order_body(customer_id=customer), headers=headers
+            )
+        elif kind == 1:
+            event = OrderCreated(
+                order_id=f"{self.run}-{name}" if name else "",
+                customer_id=customer,
+                items=[OrderItem(sku="MUG-01", quantity=1)],
+            )
+            headers["Content-Type"] = "application/x-protobuf"
+            answer = self.ask(
+                who,
+                "POST",
+                "/api/orders",
+                event.order_id or None,
+                data=event.SerializeToString(),
+                headers=headers,
+            )
+        else:
+            form = {
+                "customer_id": customer,
+                "quantity-MUG-01": "1",
+                "submission": f"{self.run}-submission-{key}",
+            }
+            self.ask(who, "POST", "/orders", data=form)
+            return
+        if answer.status_code == 202:
+            body = answer.json()
+            known = self.orders.setdefault(body["order_id"], body["customer_id"])
+            assert known == body["customer_id"] == customer
+            assert customer in SEES[who] or who == "shop"
+        elif answer.status_code == 403:
+            assert customer not in SEES[who] or who == "reader"
+
+    @rule(who=CALLERS, data=st.data())
+    def look_at_one(self, who: str | None, data: st.DataObject) -> None:
+        """Ask for an order of anybody's, in each way that there is."""
+        if not self.orders:
+            return
+        order_id = data.draw(st.sampled_from(sorted(self.orders)))
+        path, methods = data.draw(st.sampled_from(OF_ONE_ORDER))
+        answer = self.ask(who, methods[0], path.format(order_id=order_id), order_id)
+        if self.orders[order_id] not in SEES[who]:
+            expected = 401 if who is None else 404
+            assert answer.status_code == expected, (who, path, answer.status_code)
+        elif methods == ["GET"]:
+            assert answer.status_code == 200, (who, path, answer.text)
+
+    @rule(who=CALLERS, data=st.data())
+    def look_at_many(self, who: str | None, data: st.DataObject) -> None:
+        """Ask for a list or page, also with the cursor of another caller's list."""
+        path = data.draw(st.sampled_from(OF_MANY))
+        before = data.draw(st.sampled_from([None, *self.cursors]))
+        params = {"limit": data.draw(st.integers(1, 5)), **({} if before is None else {"before": before})}
+        answer = self.ask(who, "GET", path, params=params if path in ("/api/orders", "/orders") else {})
+        if path == "/api/orders" and answer.status_code == 200 and answer.json()["next"]:
+            self.cursors.append(answer.json()["next"])
+
+    @invariant()
+    def nobody_sees_what_is_not_theirs(self) -> None:
+        """No answer names an order, or a customer, that its caller may not see, unless the caller named it."""
+        for who, method, path, asked, answer in self.answers:
+            text = answer.text + str(answer.headers)
+            for order_id, customer in self.orders.items():
+                if customer not in SEES[who] and order_id != asked:
+                    placed = who == "shop" and method == "POST" and answer.status_code in (202, 303)
+                    assert placed or order_id not in text, (
+                        f"{who} saw {order_id} of {customer} at {method} {path}"
+                    )
+            if method == "GET":
+                for customer in set(CUSTOMERS) - SEES[who]:
+                    assert f'"{customer}"' not in text, f"{who} saw {customer} at {path}"
+                    assert f">{customer}<" not in text, f"{who} saw {customer} at {path}"
+        self.answers.clear()
+
+
+def test_no_caller_sees_anothers_order(closed: Closed) -> None:
+    """Whatever is asked, by whom and after what, each answer has only what its caller may see."""
+    machine = type("Callers", (Callers,), {"closed": closed})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=12,
+            stateful_step_count=30,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+@pytest.mark.parametrize("who", ["alice", "shop", None], ids=str)
+def test_generated_requests_show_nobody_elses_order(closed: Closed, who: str | None) -> None:
+    """Requests made from the description, fit and unfit, never have another customer's order in their answers."""
+    secret = f"bob-only-{secrets.token_hex(4)}"
+    hidden = closed.order("operator", secret).json()["order_id"]
+    description = schemathesis.openapi.from_url(f"{closed.stack.url}/openapi.json")
+    headers = {} if who is None else {"Authorization": f"Bearer {closed.keys[who]}"}
+    for path, methods in document()["paths"].items():
+        for method in methods:
+            check_operation(description[path][method.upper()], headers, secret, hidden)
+
+
+def check_operation(operation: Any, headers: dict[str, str], secret: str, hidden: str) -> None:
+    """Ask an operation in many ways, also for the hidden order itself."""
+    has_id = "{order_id}" in operation.path
+
+    @given(case=operation.as_strategy(generation_mode=GenerationMode.POSITIVE), named=st.booleans())
+    @settings(
+        max_examples=20,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    def shows_nothing(case: schemathesis.Case, named: bool) -> None:
+        if has_id and named:
+            case.path_parameters = {"order_id": hidden}
+        answer = case.call(headers=headers, timeout=20)
+        case.validate_response(answer, checks=[not_a_server_error])
+        assert secret not in answer.text
+        assert hidden not in answer.text or (has_id and named and answer.status_code in (401, 404))
+
+    shows_nothing()
