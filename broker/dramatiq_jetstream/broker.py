@@ -14,6 +14,7 @@ import contextlib
 import ssl
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from dramatiq.broker import Broker, MessageProxy
@@ -29,7 +30,7 @@ from .errors import InvalidOption, TopologyMissing
 from .jetstream.declaring import Declarations
 from .jetstream.keeping import Keeper
 from .jetstream.names import HEADER_MSG_ID, Names, check_subject
-from .jetstream.topology import WORKERS
+from .jetstream.topology import WORKERS, all_of
 from .kv import Bucket
 from .queues import Queues, QueueStats
 from .sending import batches, delays
@@ -208,17 +209,20 @@ class JetStreamBroker(EmittingBroker):
           What became of each stream and consumer: "created", "unchanged", "updated" or "differs".
 
         Raises:
-          TopologyMismatch: When something exists that would lose or hold up messages, and `update` is False.
+          TopologyMismatch: When something exists that would lose or hold up messages, and is not to be, or cannot
+            be, changed. Everything else is done.
         """
-        outcome = self.declarations.setup_queues(self.queues, update=update)
-        for middleware in self.middleware:
-            setup = getattr(middleware, "setup_topology", None)
-            if setup is not None:
-                outcome.update(setup(self, update=update))
         self.bucket("unique")
         self.bucket(STARTS)
         self.declarations.memory_bucket(WORKERS)
-        return {**self.declarations.setup_buckets(update=update), **outcome}
+        setups = [getattr(middleware, "setup_topology", None) for middleware in self.middleware]
+        return all_of(
+            [
+                partial(self.declarations.setup_queues, self.queues, update=update),
+                *(partial(setup, self, update=update) for setup in setups if setup is not None),
+                partial(self.declarations.setup_buckets, update=update),
+            ]
+        )
 
     def bucket(
         self, name: str, *, history: int = 1, ttl: int | None = None, max_value_bytes: int | None = None

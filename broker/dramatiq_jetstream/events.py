@@ -183,17 +183,17 @@ class Events(Middleware):
 
     def setup_topology(self, broker: JetStreamBroker, *, update: bool = False) -> dict[str, str]:
         """Create the stream and the durable of every subscription; called by `broker.setup`."""
-        outcome = {
-            f"stream {self.stream}": topology.ensure_stream(
-                broker.connection, self.config(broker), update=update
-            )
-        }
-        for actor_name, (_, wanted) in self._subscriptions.items():
-            config = self._durable(broker, actor_name, wanted)
-            outcome[f"consumer {config.name} of {config.stream}"] = self._ensure_durable(
-                broker, config, update=update
-            )
-        return outcome
+
+        def stream() -> dict[str, str]:
+            outcome = topology.ensure_stream(broker.connection, self.config(broker), update=update)
+            return {f"stream {self.stream}": outcome}
+
+        def consumer(config: topology.ConsumerConfig) -> dict[str, str]:
+            outcome = self._ensure_durable(broker, config, update=update)
+            return {f"consumer {config.name} of {config.stream}": outcome}
+
+        wanted = [self._durable(broker, name, wanted) for name, (_, wanted) in self._subscriptions.items()]
+        return topology.all_of([stream, *(functools.partial(consumer, config) for config in wanted)])
 
     def _ensure_durable(
         self, broker: JetStreamBroker, config: topology.ConsumerConfig, *, update: bool = False

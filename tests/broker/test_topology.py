@@ -132,6 +132,23 @@ def test_a_difference_that_does_no_harm_is_a_warning_that_shows_it(declare, capl
     assert caplog.text.count(said) == 1
 
 
+def test_setup_does_the_rest_and_says_all_that_is_refused(declare):
+    """Two broken streams are in one error, and what is in order is made nevertheless."""
+    broker = declare()
+    for queue in ("default", "other.queue"):
+        config = topology.queue(broker.names, queue).to_json()
+        broker.connection.api(f"STREAM.CREATE.{config['name']}", {**config, "max_msgs": 7})
+    with pytest.raises(TopologyMismatch) as caught:
+        broker.setup()
+    for queue in ("default", "other.queue"):
+        assert f"Stream {broker.names.queue_stream(queue)} differs" in str(caught.value)
+    found = everything(broker)
+    assert f"{broker.names.namespace}-events" in found
+    assert broker.names.dead_stream in found
+    assert f"{broker.names.queue_stream('default')}/worker" in found
+    assert set(broker.setup(update=True).values()) == {"unchanged", "updated"}
+
+
 def test_update_brings_the_server_in_line(declare):
     """`setup(update=True)` changes what differs and says so; a pause of a queue is not a difference."""
     first = declare(max_in_flight={"other.queue": 3})

@@ -7,6 +7,7 @@ Everything is made by asking for exactly what is declared, so that two programs 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from dramatiq_jetstream.config import BrokerConfig
 from dramatiq_jetstream.kv import Bucket
@@ -33,21 +34,33 @@ class Declarations:
 
     def setup_queues(self, queues: Iterable[str], *, update: bool) -> dict[str, str]:
         """Create what queues need and is missing; see `JetStreamBroker.setup`."""
-        outcome = {}
         declared = sorted(queues)
-        for stream in [self._dead_letters(), *map(self._queue, declared)]:
-            outcome[f"stream {stream.name}"] = topology.ensure_stream(self._connection, stream, update=update)
-        for queue_name in declared:
-            for consumer in self._consumers(queue_name):
-                outcome[f"consumer {consumer.name} of {consumer.stream}"] = topology.ensure_consumer(
-                    self._connection, consumer, update=update
-                )
-            self._ensured.add(queue_name)
+        streams = [self._dead_letters(), *map(self._queue, declared)]
+        consumers = [consumer for queue_name in declared for consumer in self._consumers(queue_name)]
+        outcome = topology.all_of(
+            [
+                *(partial(self._setup_stream, stream, update=update) for stream in streams),
+                *(partial(self._setup_consumer, consumer, update=update) for consumer in consumers),
+            ]
+        )
+        self._ensured.update(declared)
         return outcome
+
+    def _setup_stream(self, stream: StreamConfig, *, update: bool) -> dict[str, str]:
+        return {f"stream {stream.name}": topology.ensure_stream(self._connection, stream, update=update)}
+
+    def _setup_consumer(self, consumer: ConsumerConfig, *, update: bool) -> dict[str, str]:
+        outcome = topology.ensure_consumer(self._connection, consumer, update=update)
+        return {f"consumer {consumer.name} of {consumer.stream}": outcome}
 
     def setup_buckets(self, *, update: bool) -> dict[str, str]:
         """Create the buckets that are missing, with `update` change those that differ."""
-        return {f"bucket {bucket.name}": bucket.declare(update=update) for bucket in self.buckets.values()}
+        return topology.all_of(
+            [partial(self._setup_bucket, bucket, update=update) for bucket in list(self.buckets.values())]
+        )
+
+    def _setup_bucket(self, bucket: Bucket, *, update: bool) -> dict[str, str]:
+        return {f"bucket {bucket.name}": bucket.declare(update=update)}
 
     def ensure_queue(self, queue_name: str, *, again: bool = False) -> None:
         """Make a queue's stream and consumers; `again` when they may have disappeared."""

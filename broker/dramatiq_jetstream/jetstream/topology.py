@@ -13,7 +13,7 @@ import functools
 import logging
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ __all__ = [
     "ConsumerConfig",
     "StreamConfig",
     "advice",
+    "all_of",
     "bucket",
     "dead_letters",
     "ensure_consumer",
@@ -512,6 +513,27 @@ def _judge(config: StreamConfig | ConsumerConfig, existing: Json, outcome: str) 
         raise mismatch
     _warn_once(str(mismatch))
     return "differs"
+
+
+def all_of(steps: Iterable[Callable[[], Mapping[str, str]]]) -> dict[str, str]:
+    """Carry out every step of a set-up and return all outcomes; of two with the same name the first counts.
+
+    Raises:
+      TopologyMismatch: With everything that was refused, when all other steps are done.
+    """
+    outcome: dict[str, str] = {}
+    refused: list[TopologyMismatch] = []
+    for step in steps:
+        try:
+            outcome = {**step(), **outcome}
+        except TopologyMismatch as mismatch:
+            refused.append(mismatch)
+    if len(refused) == 1:
+        raise refused[0]
+    if refused:
+        differences = {name: pair for mismatch in refused for name, pair in mismatch.differences.items()}
+        raise TopologyMismatch("\n".join(map(str, refused)), differences)
+    return outcome
 
 
 def advice(found: list[Difference]) -> str:
