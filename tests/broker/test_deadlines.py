@@ -287,7 +287,7 @@ def test_messages_without_a_deadline_cannot_pile_up(scene, monkeypatch):
 
 
 def test_messages_posted_without_a_connection_do_not_pile_up(scene):
-    """They are dropped, whoever posts however many."""
+    """They are dropped, however many are posted."""
     lost(scene)
     for _ in range(10_000):
         scene.connection.send("nowhere", b"x")

@@ -171,7 +171,7 @@ def test_a_close(nats_url):
 
 @pytest.mark.parametrize("timeout", [0.01, None])
 def test_taking_from_a_queue_between_threads(timeout):
-    """An item is taken by the thread that was struck, or by the next; nobody waits beside one that is there."""
+    """The thread that was struck takes the item, or the next one does; no thread waits beside an item."""
     queue: Handover[int] = Handover()
 
     def take() -> None:

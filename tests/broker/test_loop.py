@@ -35,7 +35,7 @@ def keep_busy(connection: Connection) -> None:
     eventually(lambda: connection._link.loop._coming)
 
 
-def test_in_quiet_times_nobody_waits(connection, monkeypatch):
+def test_in_quiet_times_no_call_waits(connection, monkeypatch):
     monkeypatch.setattr(loop, "BATCH_SECONDS", 60)
     for _ in range(3 * loop.BUSY):
         done = threading.Event()

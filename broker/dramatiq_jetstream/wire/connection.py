@@ -447,7 +447,7 @@ class Connection:
         Parameters:
           timeout: Milliseconds to wait at most; None takes the connection's own.
           confirmed: Raise, and leave no interest behind, unless the server knows of it in time.
-          wait: False to return at once, for one of several of which the last one waits.
+          wait: False to return at once, for all but the last of several.
 
         Raises:
           NotSent: When there has never been a connection, and none could be made in time.

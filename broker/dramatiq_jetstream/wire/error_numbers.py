@@ -40,6 +40,6 @@ FULL: Final = frozenset({10002, 10023, 10028, 10047, 10077, 10122})
 #: The message is larger than the server or the stream takes.
 TOO_LARGE: Final = frozenset({10054, 10097})
 
-#: Errors that pass by themselves: no leader yet, a stream that is starting, a write under way, a batch of which
-#: a part was lost on the way.
+#: Errors that pass by themselves: no leader yet, a stream that is starting, a write under way, a batch that lost a
+#: part on its way.
 TRANSIENT: Final = frozenset({10008, 10009, 10118, 10119, 10158, 10163, 10176, 10194, 10195, 10210})

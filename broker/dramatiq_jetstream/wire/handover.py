@@ -1,18 +1,18 @@
-"""A queue between threads, made of parts that Python cannot interrupt, whose waits end when they are to end.
+"""A queue between threads whose every step is one call of C, so that no thread holds a lock while Python code runs.
 
-`queue.Queue` holds a lock while Python code runs; a thread that has to yield the interpreter in there keeps the
-lock, and all others run into it one after the other. `queue.SimpleQueue` has no such lock, but (in Python 3.11, at
-least) a `get` whose time is over at the moment at which another thread takes the item it was woken for computes a
-negative rest and waits for ever.
+`queue.Queue` holds a lock in Python code. If its holder loses the GIL there, every other thread queues behind that
+lock. `queue.SimpleQueue` has no such lock, but in Python 3.11 a `get` whose time runs out just as another thread takes
+the item that it was woken for computes a negative rest and waits for ever.
 
-Here every step is one call of C, which is done before another thread can run. Who finds nothing puts a lock of its
-own on a list, looks again, and waits for that lock; who puts an item takes a lock from the list and opens it. So an
-item is either seen by the second look, or its lock is opened.
+Here a thread that finds nothing queues a lock of its own, looks again, and waits for that lock. A thread that puts an
+item releases one of the queued locks. So an item is either seen by the second look, or a lock is released for it.
 
-Only one thread is woken at a time, and it wakes the next when it has taken its item and sees another. Only one can
-run in the interpreter anyway; the rest would come to find that there is nothing left. An item that was put while a
-thread was on its way is seen by that thread, which looks after it has said that it is there. Should a thread be
-interrupted in between, the next one whose time is over puts that right.
+Only one thread is woken at a time; it wakes the next once it has taken its item and sees another. Only one thread can
+run in the interpreter anyway, and the others would find nothing left. An item that is put while a woken thread is on
+its way is seen by that thread, because it looks after it has said that it arrived.
+
+If an exception strikes the thread that puts an item before it has woken another, the next thread whose wait ends takes
+the item. A wait without a timeout looks again every `LOOK_AGAIN_SECONDS` for that reason.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Handover"]
 
 T = TypeVar("T")
 
-#: How often a thread that waits without an end looks by itself: one that put an item may have been interrupted.
+#: How often a wait without a timeout looks by itself: the thread that put an item may have been interrupted.
 LOOK_AGAIN_SECONDS: Final = 1.0
 
 
@@ -37,7 +37,7 @@ class Handover(Generic[T]):
     def __init__(self) -> None:
         self._items: deque[T] = deque()
         self._waiting: deque[LockType] = deque()
-        self._coming = False  # whether a thread was woken that has not looked yet
+        self._coming = False  # whether a woken thread has not looked yet
 
     def put(self, item: T) -> None:
         self._add(item)
@@ -69,7 +69,7 @@ class Handover(Generic[T]):
     def _wake(self) -> None:
         self._coming = True  # before it can come
         try:
-            lock = self._waiting.pop()  # who waits the shortest is the quickest to start
+            lock = self._waiting.pop()  # the thread that has waited the shortest starts the quickest
         except IndexError:
             self._coming = False
         else:
@@ -86,7 +86,7 @@ class Handover(Generic[T]):
                 pass
             else:
                 if not self._withdraw(lock):
-                    self._came()  # we were woken for another item, which somebody else may be waiting for
+                    self._came()  # we were woken for another item, for which another thread may wait
                 return item
             rest = LOOK_AGAIN_SECONDS if deadline is None else max(0.0, deadline - time.monotonic())
             try:
@@ -114,7 +114,7 @@ class Handover(Generic[T]):
             self._wake()
 
     def _withdraw(self, lock: LockType) -> bool:
-        """Wait no longer; False when somebody has woken us already."""
+        """Stop waiting; returns False when another thread has already woken this one."""
         try:
             self._waiting.remove(lock)
         except ValueError:

@@ -1,7 +1,7 @@
-"""Ids that are used once, without asking the system for each: a random beginning for each process, and a count.
+"""Unique ids without a system call for each: a random prefix for each process, and a counter, as NATS's own nuid.
 
-NATS's own clients make theirs so (nuid). In the child of a fork the beginning is another one, or parent and child
-would give the same id to different messages, of which JetStream keeps the first alone.
+The child of a fork gets a prefix of its own. With its parent's, both would give the same id to different messages, and
+JetStream would store only the first.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ class Link:
 
         Parameters:
           deadline: By `time.monotonic`.
-          attempts: Wait for so many failed attempts at most.
+          attempts: Give up after this many failed attempts.
 
         Raises:
           NotSent: When none could be made before `deadline`, or the link was closed.

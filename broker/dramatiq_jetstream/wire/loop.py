@@ -32,7 +32,7 @@ BATCH_SECONDS: Final = 0.002
 #: How many calls are run in one turn of the loop.
 CALLS_AT_ONCE: Final = 1_000
 
-#: With this many calls in the mailbox, messages that may be lost are.
+#: With this many calls in the mailbox, messages that may be lost are dropped.
 MAILBOX_FULL: Final = 100_000
 
 #: How long `close` waits for the thread.
@@ -74,7 +74,7 @@ class LoopThread:
 
     @property
     def is_full(self) -> bool:
-        """Whether so many calls wait that messages which may be lost should be."""
+        """Whether MAILBOX_FULL calls wait: messages that may be lost are then dropped."""
         return len(self._mailbox) >= MAILBOX_FULL
 
     def start(self) -> None:

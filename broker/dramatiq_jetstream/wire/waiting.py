@@ -28,7 +28,7 @@ class Signal:
             self._lock.release()
 
     def wait(self, seconds: float) -> bool:
-        """Wait up to so many seconds, by the monotonic clock; returns whether it was set."""
+        """Wait at most this many seconds, by the monotonic clock; returns whether it was set."""
         return self._lock.acquire(timeout=max(0.0, seconds))
 
 
