@@ -51,6 +51,7 @@ from .worker.suspects import BUCKET as STARTS
 from .worker.suspects import Suspects
 from .worker.time_limits import keep_time_of
 from .worker.undertaker import JetStreamUndertaker
+from .worker.vitals import Vitals
 
 __all__ = ["JetStreamBroker", "broker_for"]
 
@@ -168,7 +169,9 @@ class JetStreamBroker(EmittingBroker):
         )
         self._follow_ups = FollowUps()
         self._suspects = Suspects(self.config, lambda: self.bucket(STARTS))
-        self.attachment = Attachment(self._undertaker, self._follow_ups, self._suspects)
+        self.attachment = Attachment(
+            self._undertaker, self._follow_ups, self._suspects, Vitals(self.connection, self.ledger)
+        )
         self._presence = Presence(lambda: self.declarations.memory_bucket(WORKERS), self._show_arguments)
         self._publications = Publications(
             self.config, self._follow_ups.unique_id, self.connection.room_beside

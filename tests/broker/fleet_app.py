@@ -64,7 +64,7 @@ def die_once(name: str) -> None:
 
 
 @dramatiq.actor(max_retries=0)
-def end_thread(name: str) -> None:
+def end_worker_thread(name: str) -> None:
     """Ends the thread that runs it, once it is done."""
     note("ran", name)
 
@@ -73,6 +73,18 @@ def end_thread(name: str) -> None:
 
     thread: Any = threading.current_thread()
     thread.work_queue = SimpleNamespace(get=leave, task_done=thread.work_queue.task_done)
+
+
+@dramatiq.actor(max_retries=0)
+def end_consumer_thread(name: str) -> None:
+    """Ends the thread that takes the messages of the default queue."""
+    note("ran", name)
+
+    def leave() -> None:
+        raise SystemExit
+
+    thread: Any = threading.current_thread()
+    thread.consumers["default"].handle_delayed_messages = leave
 
 
 @dramatiq.actor(queue_name="other", max_retries=0)

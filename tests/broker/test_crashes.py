@@ -7,6 +7,7 @@ import signal
 import time
 
 import dramatiq
+import pytest
 
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually
@@ -54,6 +55,26 @@ def test_sigterm_hands_back_what_was_not_begun_at_once(make_fleet):
     assert stopping.wait() == 0
     fleet.broker.join("default", timeout=5_000)
     assert fleet.counts() == {"began long": 1, "ended long": 1, "ran m0": 1, "ran m1": 1, "ran m2": 1}
+
+
+@pytest.mark.parametrize("kind", ["worker", "consumer"])
+def test_a_process_that_loses_a_thread_gives_back_what_it_holds_and_ends(make_fleet, kind):
+    """Its messages run elsewhere at once, not after `ack_wait`, and its status says that it failed."""
+    fleet = make_fleet(ack_wait=60_000)
+    broken = fleet.start(threads=2)
+    fleet.send("hold", "other")
+    fleet.wait_for("began other")
+    fleet.send(f"end_{kind}_thread", "it")
+    for number in range(4):
+        fleet.send("mark", f"m{number}")
+    fleet.wait_for("ran it")
+    fleet.open("other")
+    assert broken.wait(60) != 0
+    fleet.start(threads=2)
+    for number in range(4):
+        fleet.wait_for(f"ran m{number}", timeout=20)
+    fleet.broker.join("default", timeout=10_000)
+    assert fleet.counts()["ended other"] == 1
 
 
 def test_poison_takes_nothing_along_that_died_beside_it(make_fleet):

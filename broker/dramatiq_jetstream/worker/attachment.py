@@ -15,6 +15,7 @@ from .attempts import Attempts
 from .consumer import JetStreamConsumer, JetStreamMessage, Undertaker
 from .follow_ups import FollowUps
 from .suspects import Suspects
+from .vitals import Vitals
 from .work_queue import DelayQueue, WorkQueue
 
 __all__ = ["Attachment"]
@@ -23,20 +24,25 @@ __all__ = ["Attachment"]
 class Attachment:
     """The worker of this process, if there is one."""
 
-    def __init__(self, undertaker: Undertaker, follow_ups: FollowUps, suspects: Suspects) -> None:
+    def __init__(
+        self, undertaker: Undertaker, follow_ups: FollowUps, suspects: Suspects, vitals: Vitals
+    ) -> None:
         self._undertaker = undertaker
         self._follow_ups = follow_ups
         self._suspects = suspects
+        self._vitals = vitals
         self._worker: Worker | None = None
 
     def detach(self) -> None:
         """Know of no worker: in the child of a fork, the parent's has no threads."""
         self._worker = None
+        self._vitals.watch(None)
 
     def attach(self, worker: Any) -> None:
         """Give a worker that boots our work queue; its threads, which take it from here, are not made yet."""
         self._worker = worker
         worker.work_queue = WorkQueue()
+        self._vitals.watch(worker)
 
     def replace_delay_queue(self, consumer_thread: Any) -> None:
         """Give a consumer thread a delay queue that is always empty: the server holds delayed messages."""

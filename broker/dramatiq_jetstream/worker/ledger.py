@@ -21,7 +21,7 @@ from dramatiq_jetstream.wire.connection import Connection
 
 from .delivery import Delivery
 from .durables import LOOK_AFTER_SECONDS, Durable, Durables
-from .settlements import ACK, WPI, Key, Settlements
+from .settlements import ACK, NAK, WPI, Key, Settlements
 
 __all__ = ["Ledger"]
 
@@ -111,6 +111,15 @@ class Ledger:
             self.settlements.answer(durable, delivery.key, delivery.ack_subject, answer)
         elif answer == ACK:
             self.settlements.note_done(durable, delivery.key)
+
+    def give_back_all(self) -> None:
+        """Give back everything that is held, for others to have it at once."""
+        self._connection.post(self._give_back_all)
+
+    def _give_back_all(self) -> None:
+        for delivery in list(self._held.values()):
+            delivery.settled = True
+            self._settle(delivery, NAK)
 
     def abandon(self, delivery: Delivery) -> None:
         """Stop holding a delivery without an answer: it is delivered again when its `ack_wait` is over."""
