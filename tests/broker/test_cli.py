@@ -224,6 +224,28 @@ def test_doctor_compares_every_setting(
     assert "settings" not in findings
 
 
+def test_doctor_finds_a_priority_that_no_worker_serves(fleet: Fleet, nats_url: str, namespace: str) -> None:
+    """After `max_priority` was lowered, say: workers ask for what is below, and nobody for what is above."""
+    broker = JetStreamBroker(nats_url, namespace=namespace, max_priority=3)
+    broker.declare_queue("mail")
+    broker.setup()
+    broker.enqueue(dramatiq.Message("mail", "x", (), {}, {"broker_priority": 3}))
+    connection = broker.connection
+    subscription = connection.subscribe(connection.new_inbox(), lambda message: None)
+    pull = f"$JS.API.CONSUMER.MSG.NEXT.{broker.names.queue_stream('mail')}.worker"
+    connection.send(pull, b'{"batch": 1, "expires": 20000000000}', reply=subscription.subject)
+
+    def found() -> bool:
+        try:
+            fleet("doctor", "--json")
+        except Refused as failed:
+            return "1 messages of priority 3 wait and no worker asks for that level" in str(failed)
+        return False
+
+    eventually(found)
+    broker.close()
+
+
 def test_setup_prepares_what_a_module_declares(
     fleet: Fleet, nats_url: str, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

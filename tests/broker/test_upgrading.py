@@ -360,6 +360,41 @@ def test_an_actor_that_moves_to_another_queue(make_broker: MakeProgram) -> None:
         eventually(lambda: ran == ["new 2", "old 1", "new 3"])
 
 
+def versions(make_broker: MakeProgram, **options: Any) -> tuple[JetStreamBroker, JetStreamBroker, list[str]]:
+    """A version with the actor `one`, another that has `two` as well, and what they ran."""
+    ran: list[str] = []
+    small, large = make_broker(**options), make_broker(**options)
+    for broker, name in ((small, "one"), (large, "one"), (large, "two")):
+        dramatiq.actor(
+            lambda n, name=name: ran.append(f"{name} {n}"), broker=broker, queue_name="q", actor_name=name
+        )
+    return small, large, ran
+
+
+def test_an_actor_that_is_new(make_broker: MakeProgram) -> None:
+    """Old workers leave its messages to new ones, which run all of them."""
+    old, new, ran = versions(make_broker)
+    with running(old), running(new):
+        for number in range(10):
+            new.actors["two"].send(number)
+            new.actors["one"].send(number)
+        eventually(lambda: len(ran) == 20, timeout=60)
+    assert sorted(ran) == sorted(f"{name} {number}" for name in ("one", "two") for number in range(10))
+    assert list(new.dead_letters.list("q")) == []
+
+
+def test_an_actor_that_is_removed(make_broker: MakeProgram) -> None:
+    """Its messages become dead letters when no worker is left that has it, and a replay runs them later."""
+    new, old, ran = versions(make_broker, unknown_actor_grace=0)
+    old.actors["two"].send(1)
+    with running(new):
+        (letter,) = eventually(lambda: list(new.dead_letters.list("q")))
+    assert (letter.actor, letter.reason) == ("two", "unknown actor")
+    with running(old):
+        old.dead_letters.replay(letter.id)
+        eventually(lambda: ran == ["two 1"])
+
+
 @pytest.mark.parametrize(
     ("setting", "was", "becomes"),
     [

@@ -233,6 +233,7 @@ def _queue(fleet: Fleet, name: str) -> Iterator[Finding]:
         )
     else:
         yield Finding(f"queue {name}", OK, f"{stats.ready} ready, {stats.in_flight} in flight")
+    yield from _unserved_levels(name, consumers)
     if stats.dead:
         yield Finding(
             f"queue {name}",
@@ -240,6 +241,26 @@ def _queue(fleet: Fleet, name: str) -> Iterator[Finding]:
             f"{stats.dead} dead letters",
             f"`fleet dead list --queue {name}` lists them.",
         )
+
+
+def _unserved_levels(queue: str, consumers: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Find priorities that no worker asks for, although workers ask for the lowest, which they do last."""
+    waiting = {consumer["name"]: consumer["num_waiting"] for consumer in consumers}
+    for consumer in consumers:
+        base, _, level = consumer["name"].partition("-")
+        if (
+            base == "worker"
+            and level
+            and consumer["num_pending"]
+            and not consumer["num_waiting"]
+            and waiting[base]
+        ):
+            yield Finding(
+                f"queue {queue}",
+                FAILURE,
+                f"{consumer['num_pending']} messages of priority {level} wait and no worker asks for that level",
+                f"start workers with a max_priority of {level} or more until they are done.",
+            )
 
 
 COMMANDS.append(doctor)
