@@ -283,7 +283,13 @@ class Bucket:
         last = publications[-1]
         last.headers = {**(last.headers or {}), HEADER_BATCH_COMMIT: "1"}
         try:
-            final = self.connection.publish_batch(publications).seq
+            try:
+                final = self.connection.publish_batch(publications).seq
+            except TopologyMissing:
+                if not self._declare:
+                    raise
+                self.declare()  # it was deleted on the server
+                final = self.connection.publish_batch(publications).seq
         except ApiError as error:
             if error.err_code not in CONFLICT:
                 raise

@@ -486,6 +486,31 @@ def test_reading_a_bucket_that_was_deleted_makes_it_again_at_once(bucket: Bucket
     assert bucket.stream in bucket.connection.api("STREAM.NAMES")["streams"]
 
 
+def test_an_atomic_change_makes_a_deleted_bucket_again(bucket: Bucket) -> None:
+    """As a single write does."""
+    bucket.put("k", b"1")
+    bucket.connection.api(f"STREAM.DELETE.{bucket.stream}")
+    bucket.update_all({"a": (b"1", 0), "b": (b"2", 0)})
+    assert bucket.keys() == ["a", "b"]
+
+
+def test_keys_are_cleared_by_their_prefix(bucket: Bucket) -> None:
+    """All that begin with it are gone, others stay, and one that another writer changes meanwhile stays too."""
+    for key in ("q/a", "q/b", "q/c", "qq/a", "other"):
+        bucket.put(key, b"1")
+    items = bucket.items
+
+    def then_changed(prefix: str) -> Iterator[Entry]:
+        found = list(items(prefix))
+        bucket.put("q/b", b"2")
+        yield from found
+
+    bucket.items = then_changed  # type: ignore[method-assign]
+    bucket.clear("q/")
+    bucket.items = items  # type: ignore[method-assign]
+    assert sorted(bucket.keys()) == ["other", "q/b", "qq/a"]
+
+
 def test_a_note_makes_a_deleted_bucket_again(bucket: Bucket) -> None:
     """The first is lost with the bucket, those that come after are kept."""
     bucket.note("k", b"0")

@@ -53,8 +53,7 @@ def cancel(fleet: Fleet, message_ids: tuple[str, ...], queue: str | None) -> Non
     broker = fleet.broker
     wanted = [fleet.check_queue(queue)] if queue else fleet.queue_names()
     cancelled = {
-        message_id: sum(delays.cancel(broker.connection, broker.names, name, message_id) for name in wanted)
-        for message_id in message_ids
+        message_id: sum(broker.cancel(message_id, name) for name in wanted) for message_id in message_ids
     }
     missing = [message_id for message_id, count in cancelled.items() if not count]
     fleet.show({"cancelled": cancelled}, f"{sum(cancelled.values())} cancelled.")

@@ -30,6 +30,7 @@ from dramatiq_jetstream.errors import (
     TopologyMissing,
 )
 from dramatiq_jetstream.jetstream.names import HEADER_BATCH_COMMIT, HEADER_BATCH_ID, HEADER_BATCH_SEQUENCE
+from dramatiq_jetstream.wire.asking import NO_RESPONDERS_GRACE_MS
 from dramatiq_jetstream.wire.connection import Connection, PubAck, Publication
 from dramatiq_jetstream.wire.error_numbers import BATCH_ALREADY_STORED, BATCH_PARTS_MISSING
 from dramatiq_jetstream.wire.ids import new_id
@@ -45,8 +46,8 @@ MAX_BYTES = 8_000_000
 #: From this many messages on an atomic batch is faster than storing one by one.
 WORTH_A_BATCH = 16
 
-#: Initial commit timeout in milliseconds; it doubles on each retry.
-COMMIT_WAIT = 2_000
+#: Initial commit timeout in milliseconds, which doubles on each retry; longer than a stream may take to start.
+COMMIT_WAIT = NO_RESPONDERS_GRACE_MS + 1_000
 
 #: What became of a publication; None says that it was stored in a batch, which has no acknowledgement for each.
 Outcome = PubAck | Exception | None
