@@ -7,8 +7,10 @@ contract and the catalogue are shared with it.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ from nats.js.client import JetStreamContext
 from nats.js.errors import NotFoundError, ServiceUnavailableError
 
 from orders.v1.events_pb2 import (
+    OrderCancelled,
     OrderConfirmed,
     OrderCreated,
     OrderDeclined,
@@ -39,9 +42,12 @@ EVENTS = {
     "paid": OrderPaid,
     "declined": OrderDeclined,
     "confirmed": OrderConfirmed,
+    "cancelled": OrderCancelled,
     "failed": OrderFailed,
 }
 FINAL = frozenset({"confirmed", "rejected"})
+#: What everything that a stranger made up has in it.
+FORGED = b"forged"
 QUEUES = ("orders", "payments", "projection")
 
 # One look may take this long altogether, in seconds.
@@ -72,6 +78,8 @@ class Books:
       charges: The gateway's, one mapping each: order_id, status, amount, key.
       dead: The dead letters: actor and reason.
       queues: What waits, by queue, and by consumer of the stream of events.
+      ledger: The states through which each order went.
+      believed: Orders of whose records in the read model something comes from a stranger.
     """
 
     log: list[dict[str, Any]]
@@ -82,6 +90,8 @@ class Books:
     charges: list[dict[str, Any]]
     dead: list[dict[str, str]]
     queues: dict[str, int]
+    ledger: dict[str, frozenset[str]] = field(default_factory=dict)
+    believed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -100,18 +110,26 @@ def read_books(nats_url: str, gateway_url: str, log: Path, stock_before: dict[st
         # First: when nothing waits, nothing of what is read afterwards changes any more.
         queues = await _waiting(js)
         events = [event for stored in await _stream(js, "ORDERS") for event in _event(stored)]
-        model = {
-            stored.subject.removeprefix("$KV.dramatiq-orders."): frozenset(
-                name.partition(".")[0] for name in json.loads(stored.data)["events"]
-            )
+        records = {
+            stored.subject.removeprefix("$KV.dramatiq-orders."): stored.data
             for stored in await _stream(js, "KV_dramatiq-orders")
+        }
+        # An order of a stranger is one all the same, and none of the client's.
+        records = {order_id: data for order_id, data in records.items() if not order_id.startswith("forged")}
+        ledger = {
+            stored.subject.removeprefix("$KV.dramatiq-stock.order."): frozenset(json.loads(stored.data)["at"])
+            for stored in await _stream(js, "KV_dramatiq-stock")
+            if stored.subject.startswith("$KV.dramatiq-stock.order.")
         }
         return Books(
             log=read_log(log),
             events=events,
             stock_before=stock_before,
             stock_after=await _stock(js),
-            model=model,
+            model={
+                order_id: frozenset(name.partition(".")[0] for name in json.loads(data)["events"])
+                for order_id, data in records.items()
+            },
             charges=read_charges(gateway_url),
             dead=[
                 {
@@ -120,8 +138,11 @@ def read_books(nats_url: str, gateway_url: str, log: Path, stock_before: dict[st
                     "error": stored.headers.get("Dramatiq-Dead-Error", "")[:200],
                 }
                 for stored in await _stream(js, "dramatiq_dead")
+                if not is_forged(stored.data)
             ],
             queues=queues,
+            ledger=ledger,
+            believed=frozenset(order_id for order_id, data in records.items() if FORGED in data),
         )
 
     return _run(nats_url, read)
@@ -243,9 +264,9 @@ async def _stream(js: JetStreamContext, name: str, start: int = 1) -> list[Store
 
 
 def _event(stored: Stored) -> list[Event]:
-    """Return the event of a message, nothing for what is none."""
+    """Return the event of a message, nothing for what is none, or what a stranger made up."""
     name = stored.subject.removeprefix("ORDER.")
-    if name not in EVENTS:
+    if name not in EVENTS or FORGED in stored.data:
         return []
     event: Any = EVENTS[name]()
     event.ParseFromString(stored.data)
@@ -263,6 +284,13 @@ def _event(stored: Stored) -> list[Event]:
             getattr(event, "total_minor", 0),
         )
     ]
+
+
+def is_forged(data: bytes) -> bool:
+    """Whether a dead letter is of what a stranger made up; a retry carries its event in base64."""
+    return FORGED in data or any(
+        FORGED in base64.b64decode(found) for found in re.findall(rb'"data": ?"([A-Za-z0-9+/=]+)"', data)
+    )
 
 
 async def _stock(js: JetStreamContext) -> dict[str, int]:

@@ -33,6 +33,7 @@ def check(books: Books) -> list[Verdict]:
     """Return a verdict on every promise."""
     return [
         accepted_is_stored(books),
+        accepted_is_this_order(books),
         one_final_status(books),
         one_order_each(books),
         charged_once(books),
@@ -40,6 +41,7 @@ def check(books: Books) -> list[Verdict]:
         all_accounted(books),
         nothing_waits(books),
         model_agrees(books),
+        ledger_is_shown(books),
     ]
 
 
@@ -49,6 +51,28 @@ def accepted_is_stored(books: Books) -> Verdict:
     stored = {event.order_id for event in books.events if event.name == "created"}
     lost = accepted - stored
     return _verdict("accepted orders are stored", lost, f"{len(accepted)} accepted, {len(lost)} lost")
+
+
+def accepted_is_this_order(books: Books) -> Verdict:
+    """What was answered 202 is the order that was asked for, and its id stands for no other."""
+    stored: dict[str, Event] = {}
+    for event in sorted(books.events, key=lambda event: event.sequence):
+        if event.name == "created":
+            stored.setdefault(event.order_id, event)
+    wrong = set()
+    checked = 0
+    for entry in books.log:
+        event = stored.get(entry["order_id"]) if entry["accepted"] else None
+        if event is not None and "quantities" in entry:
+            checked += 1
+            asked = (entry["customer_id"], entry["quantities"])
+            if asked != (event.customer_id, dict(event.quantities)):
+                wrong.add(event.order_id)
+    return _verdict(
+        "an accepted order is the one that was asked for",
+        wrong,
+        f"{checked} checked, {len(wrong)} are others",
+    )
 
 
 def one_final_status(books: Books) -> Verdict:
@@ -162,6 +186,32 @@ def model_agrees(books: Books) -> Verdict:
         "the read model says what the stream says",
         differ,
         f"{len(books.model)} records, {len(names)} orders, {len(differ)} differ",
+    )
+
+
+#: The states of the ledger of which each event is the report.
+_STATES = {
+    "reserved": {"held"},
+    "paid": {"paid"},
+    "declined": {"declined"},
+    "confirmed": {"confirmed"},
+    "rejected": {"rejected", "released"},
+    "cancelled": {"cancelled"},
+}
+
+
+def ledger_is_shown(books: Books) -> Verdict:
+    """What is shown of an order is what the ledger says: nothing of a stranger's, and no step that was not done."""
+    ahead = {
+        order_id
+        for order_id, names in books.model.items()
+        for name in names & _STATES.keys()
+        if not _STATES[name] & books.ledger.get(order_id, frozenset())
+    }
+    return _verdict(
+        "what is shown is what the ledger says",
+        ahead | books.believed,
+        f"{len(books.model)} records, {len(ahead)} ahead of the ledger, {len(books.believed)} with what was forged",
     )
 
 

@@ -12,6 +12,7 @@ import os
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ class Log:
         self._lock = threading.Lock()
         #: When each accepted order was accepted.
         self.accepted: dict[str, float] = {}
+        #: Order ids that clients are going to choose.
+        self.chosen: list[str] = []
 
     def write(self, **entry: Any) -> None:
         """Append an answer."""
@@ -110,8 +113,13 @@ class Load:
         session = requests.Session()
         session.headers["Authorization"] = f"Bearer {self._key}"
         count = 0
+        chosen = self._choose(number, count)
         while not self._stop.wait(choice.uniform(0.5, 1.5) * self._pause):
             count += 1
+            if count % 4 == 0:
+                self._place_rivals(session, chosen, choice)
+                chosen = self._choose(number, count)
+                continue
             customer = f"{self._run}-{number}-{count}"
             body: dict[str, Any] = {
                 "customer_id": customer,
@@ -131,6 +139,7 @@ class Load:
                 "key": key,
                 "customer_id": body["customer_id"],
                 "order_id": None,
+                "quantities": {item["sku"]: item["quantity"] for item in body["items"]},
                 "accepted": False,
             }
             try:
@@ -147,6 +156,52 @@ class Load:
                 self._log.write(**entry, answer=answer.status_code, text=answer.text[:300])
             time.sleep(pause)
             pause = min(1.0, pause * 1.5)
+
+    def _choose(self, number: int, count: int) -> str:
+        """Return an order id for later, so that strangers learn of it before it is used."""
+        chosen = f"{self._run}-{number}-chosen-{count}"
+        self._log.chosen.append(chosen)
+        return chosen
+
+    def _place_rivals(self, session: requests.Session, order_id: str, choice: random.Random) -> None:
+        """Place two different orders under one id at once, with keys of their own: one may be accepted."""
+        rivals = []
+        for number in (1, 2):
+            customer = f"{order_id}-rival-{number}"
+            items = [OrderItem(sku=sku, quantity=quantity) for sku, quantity in _items(choice)]
+            rivals.append(OrderCreated(order_id=order_id, customer_id=customer, items=items))
+        with ThreadPoolExecutor(2) as pool:
+            for placing in [pool.submit(self._place_rival, session, rival) for rival in rivals]:
+                placing.result()
+
+    def _place_rival(self, session: requests.Session, rival: OrderCreated) -> None:
+        key = f"key-{rival.customer_id}"
+        headers = {
+            "Authorization": str(session.headers["Authorization"]),
+            "Idempotency-Key": key,
+            "Content-Type": "application/x-protobuf",
+        }
+        entry: dict[str, Any] = {
+            "kind": "api",
+            "key": key,
+            "customer_id": rival.customer_id,
+            "order_id": rival.order_id,
+            "quantities": {item.sku: item.quantity for item in rival.items},
+        }
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            try:
+                answer = requests.post(
+                    f"{self._url}/api/orders", data=rival.SerializeToString(), headers=headers, timeout=10
+                )
+            except requests.RequestException as error:
+                self._log.write(**entry, accepted=False, answer=type(error).__name__)
+            else:
+                accepted = answer.status_code == 202
+                self._log.write(**entry, accepted=accepted, answer=answer.status_code)
+                if accepted or "order-id-taken" in answer.text:
+                    return
+            time.sleep(0.5)
 
     async def _publish(self, choice: random.Random) -> None:
         client = await nats.connect(
@@ -172,6 +227,7 @@ class Load:
                         "key": event.order_id,
                         "customer_id": event.customer_id,
                         "order_id": event.order_id,
+                        "quantities": dict(items),
                     }
                     try:
                         ack = await js.publish("ORDER.created", event.SerializeToString(), timeout=3)

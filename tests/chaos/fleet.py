@@ -53,6 +53,7 @@ class Fleet:
       directory: Where everything is kept.
       network: The namespaces to run a cluster in; None runs it on the loopback, where nothing can be cut.
       modules: Further modules that the workers import: a broken build for the test of the checker.
+      web: The module of the front end's `create_app`: another broken build.
       processes: Worker processes of each of the two worker fleets.
     """
 
@@ -63,6 +64,7 @@ class Fleet:
         *,
         network: Network | None = None,
         modules: Sequence[str] = (),
+        web: str = "web",
         processes: int = 1,
         threads: int = 4,
     ) -> None:
@@ -83,6 +85,7 @@ class Fleet:
         self.gateway_url = f"http://{self.host}:{self._ports[0]}"
         self.url = f"http://{self.host}:{self._ports[1]}"
         self._modules = list(modules)
+        self._app = f"{web}:create_app()"
         self._processes = processes
         self._threads = threads
         self._exit = ExitStack()
@@ -165,7 +168,7 @@ class Fleet:
         return Process(self._isolated(command), log=self.directory / "gateway.log")
 
     def _web(self) -> Process:
-        command = [sys.executable, "-m", "gunicorn", "-c", "web/gunicorn.conf.py", "web:create_app()"]
+        command = [sys.executable, "-m", "gunicorn", "-c", "web/gunicorn.conf.py", self._app]
         return Process(
             self._isolated(command),
             log=self.directory / "web.log",

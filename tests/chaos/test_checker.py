@@ -32,14 +32,19 @@ def books() -> Books:
         _event(8, "rejected", "b"),
     ]
     log = [
-        {"key": "1", "customer_id": "c-a", "order_id": "a", "accepted": True, "answer": "202", "at": 1.0},
+        {"key": "1", "customer_id": "c-a", "order_id": "a", "accepted": True, "answer": "202", "at": 1.0}
+        | {"quantities": {"MUG-01": 2}},
         {"key": "2", "customer_id": "c-b", "order_id": "b", "accepted": True, "answer": "202", "at": 2.0},
     ]
     model: dict[str, frozenset[str]] = {
         order: frozenset(event.name for event in events if event.order_id == order) for order in "ab"
     }
     charges = [{"order_id": "a", "status": "captured", "amount": 2_000, "key": "a"}]
-    return Books(log, events, {"MUG-01": 10}, {"MUG-01": 8}, model, charges, [], {"orders": 0})
+    ledger = {
+        "a": frozenset({"held", "paid", "confirmed"}),
+        "b": frozenset({"held", "declined", "released"}),
+    }
+    return Books(log, events, {"MUG-01": 10}, {"MUG-01": 8}, model, charges, [], {"orders": 0}, ledger)
 
 
 def _broken(books: Books) -> set[str]:
@@ -49,7 +54,7 @@ def _broken(books: Books) -> set[str]:
 def test_good_books_are_good(books: Books) -> None:
     """Every promise gets a verdict, and all were kept."""
     assert _broken(books) == set()
-    assert len(check(books)) == 8
+    assert len(check(books)) == 10
 
 
 def test_an_ack_before_the_effect_is_found(books: Books) -> None:
@@ -125,6 +130,50 @@ def test_what_is_stuck_is_found(books: Books) -> None:
     assert "nothing is stuck" in _broken(replace(books, queues={"orders": 3}))
     letter = {"actor": "capture_payment", "reason": "retries exhausted", "error": ""}
     assert "nothing is stuck" in _broken(replace(books, dead=[letter]))
+
+
+def test_another_order_than_was_accepted_is_found(books: Books) -> None:
+    """Two different orders under one id were answered 202, and one is stored."""
+    other = {**books.log[0], "quantities": {"MUG-01": 9}}
+    assert "an accepted order is the one that was asked for" in _broken(
+        replace(books, log=[*books.log, other])
+    )
+
+
+def test_a_step_that_the_ledger_does_not_know_is_found(books: Books) -> None:
+    """A forged confirmation is shown, whether its text is or not; so is an order that never was."""
+    promise = "what is shown is what the ledger says"
+    model = {**books.model, "b": books.model["b"] | {"confirmed"}}
+    assert promise in _broken(replace(books, model=model))
+    assert promise in _broken(replace(books, model={**books.model, "never": frozenset({"created", "paid"})}))
+    assert promise in _broken(replace(books, believed=frozenset({"a"})))
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize(
+    ("modules", "web", "promise"),
+    [
+        (["tests.chaos.broken_belief"], "web", "what is shown is what the ledger says"),
+        ([], "tests.chaos.broken_claims", "an accepted order is the one that was asked for"),
+    ],
+)
+def test_real_builds_that_believe_strangers_are_found(
+    tmp_path: Path, modules: list[str], web: str, promise: str
+) -> None:
+    """The service itself, broken in one place, while strangers meddle and rivals choose the same ids."""
+    result = run(
+        "single",
+        [BY_NAME["gateway-slow"]],
+        directory=tmp_path,
+        seed=1,
+        rate=40.0,
+        settle=15.0,
+        say=print,
+        modules=modules,
+        web=web,
+    )
+    broken = {verdict.promise for verdict in result.verdicts if not verdict.kept}
+    assert promise in broken, "\n".join(verdict.line() for verdict in result.verdicts)
 
 
 @pytest.mark.timeout(150)

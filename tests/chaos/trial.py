@@ -15,12 +15,13 @@ from dramatiq.errors import BrokerError
 from nats.errors import Error as NatsError
 
 from dramatiq_jetstream import JetStreamBroker
-from tests.chaos.books import FINAL, Books, Event, read_books, read_events, read_stock
+from tests.chaos.books import FINAL, Books, Event, is_forged, read_books, read_events, read_stock
 from tests.chaos.checker import Verdict, accepted_orders, check
 from tests.chaos.client import Load, Log
 from tests.chaos.faults import Fault
 from tests.chaos.fleet import Fleet, Topology
 from tests.chaos.network import Network
+from tests.chaos.stranger import Stranger
 
 #: An operator looks at a dead letter before replaying it; so much later, in milliseconds.
 _LOOKED_AT = 1_500
@@ -146,7 +147,9 @@ class Trial:
                 self._final.setdefault(event.order_id, event.at)
         letters = self._broker.dead_letters
         for letter in letters.list(limit=200):
-            if letter.time < time.time() * 1000 - _LOOKED_AT and letters.replay(letter):
+            if is_forged(letter.data):
+                letters.drop(letter)  # it stands for no order of ours
+            elif letter.time < time.time() * 1000 - _LOOKED_AT and letters.replay(letter):
                 self.replayed += 1
 
 
@@ -161,6 +164,7 @@ def run(
     say: Say,
     network: Network | None = None,
     modules: Sequence[str] = (),
+    web: str = "web",
     processes: int = 1,
 ) -> Result:
     """Run one topology through a schedule of faults and check its books."""
@@ -169,12 +173,15 @@ def run(
     log_file = directory / "client.jsonl"
     log = Log(log_file)
     started = time.monotonic()
-    with Fleet(directory, topology, network=network, modules=modules, processes=processes) as fleet:
+    with Fleet(directory, topology, network=network, modules=modules, web=web, processes=processes) as fleet:
         say(f"  {topology}: the service is up after {time.monotonic() - started:.0f} s")
         stock_before = read_stock(fleet.nats_url)
         trial = Trial(fleet, log, settle=settle, say=say)
         try:
-            with Load(fleet.url, fleet.key, fleet.nats_url, log, rate=rate, seed=seed):
+            with (
+                Load(fleet.url, fleet.key, fleet.nats_url, log, rate=rate, seed=seed),
+                Stranger(fleet.nats_url, log, seed=seed),
+            ):
                 trial.warm_up()
                 for fault in schedule:
                     measured = trial.measure(fault, random.Random(choice.randrange(2**32)))
