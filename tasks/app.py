@@ -19,7 +19,8 @@ from google.protobuf.message import Message
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.events import Events
-from dramatiq_jetstream.jetstream.topology import StreamConfig, dead_letters, ensure_stream
+from dramatiq_jetstream.jetstream.ensuring import ensure_stream
+from dramatiq_jetstream.jetstream.topology import StreamConfig, dead_letters
 from dramatiq_jetstream.kv import DEPOSED, Bucket
 
 from . import credentials, events, idempotency, logs, orders, outage, stock, telemetry, tokens

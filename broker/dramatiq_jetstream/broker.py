@@ -28,9 +28,10 @@ from .config import DUPLICATE_WINDOW, BrokerConfig, ConnectOptions
 from .dead_letters import DeadLetters
 from .errors import InvalidOption, TopologyMissing
 from .jetstream.declaring import Declarations
+from .jetstream.ensuring import all_of
 from .jetstream.keeping import Keeper
 from .jetstream.names import HEADER_MSG_ID, Names, check_subject
-from .jetstream.topology import WORKERS, all_of
+from .jetstream.topology import WORKERS
 from .kv import Bucket
 from .queues import Queues, QueueStats
 from .sending import batches, delays

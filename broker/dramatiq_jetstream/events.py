@@ -24,7 +24,7 @@ from dramatiq.middleware import Middleware, MiddlewareError
 from .broker import JetStreamBroker
 from .config import Storage
 from .errors import InvalidName, InvalidOption
-from .jetstream import topology
+from .jetstream import ensuring, topology
 from .jetstream.names import check_subject, covers
 from .sending.envelope import Event, event_of, to_message
 from .worker.delivery import Delivery, Source, event_in
@@ -178,14 +178,14 @@ class Events(Middleware):
     def ensure(self, broker: JetStreamBroker) -> None:
         """Make the stream if it is missing; for programs that publish and have no worker."""
         if not self._ensured and broker.config.declare:
-            topology.ensure_stream(broker.connection, self.config(broker))
+            ensuring.ensure_stream(broker.connection, self.config(broker))
         self._ensured = True
 
     def setup_topology(self, broker: JetStreamBroker, *, update: bool = False) -> dict[str, str]:
         """Create the stream and the durable of every subscription; called by `broker.setup`."""
 
         def stream() -> dict[str, str]:
-            outcome = topology.ensure_stream(broker.connection, self.config(broker), update=update)
+            outcome = ensuring.ensure_stream(broker.connection, self.config(broker), update=update)
             return {f"stream {self.stream}": outcome}
 
         def consumer(config: topology.ConsumerConfig) -> dict[str, str]:
@@ -193,13 +193,13 @@ class Events(Middleware):
             return {f"consumer {config.name} of {config.stream}": outcome}
 
         wanted = [self._durable(broker, name, wanted) for name, (_, wanted) in self._subscriptions.items()]
-        return topology.all_of([stream, *(functools.partial(consumer, config) for config in wanted)])
+        return ensuring.all_of([stream, *(functools.partial(consumer, config) for config in wanted)])
 
     def _ensure_durable(
         self, broker: JetStreamBroker, config: topology.ConsumerConfig, *, update: bool = False
     ) -> str:
         mine = [self._durable(broker, name, wanted).name for name, (_, wanted) in self._subscriptions.items()]
-        return topology.ensure_subscription(broker.connection, config, declared=mine, update=update)
+        return ensuring.ensure_subscription(broker.connection, config, declared=mine, update=update)
 
     def _durable(
         self, broker: JetStreamBroker, actor_name: str, wanted: Subscription
@@ -271,7 +271,7 @@ class Events(Middleware):
         config = self._durable(broker, actor_name, wanted)
 
         def declare() -> None:
-            topology.ensure_stream(broker.connection, self.config(broker))
+            ensuring.ensure_stream(broker.connection, self.config(broker))
             self._ensure_durable(broker, config)
 
         def decode(delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:

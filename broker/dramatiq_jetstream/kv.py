@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from .errors import ApiError, InvalidOption, KeyExists, RevisionConflict, TopologyMissing
+from .jetstream.ensuring import ensure_stream
 from .jetstream.listing import Listing
 from .jetstream.names import (
     HEADER_BATCH_COMMIT,
@@ -37,7 +38,7 @@ from .jetstream.names import (
     encode_key,
 )
 from .jetstream.reading import StoredMessage, last_message, last_message_direct
-from .jetstream.topology import StreamConfig, ensure_stream
+from .jetstream.topology import StreamConfig
 from .jetstream.watching import Watch
 from .wire.answers import is_no_responders
 from .wire.connection import Connection, Msg, PubAck, Publication
@@ -345,7 +346,7 @@ class Bucket:
                 raise outcome
 
     def declare(self, *, update: bool = False) -> str:
-        """Create the bucket if it is missing, with `update` change what differs; as `topology.ensure_stream`."""
+        """Create the bucket if it is missing, with `update` change what differs; as `ensuring.ensure_stream`."""
         outcome = ensure_stream(self.connection, self.config, update=update)
         self._one_server = outcome != "differs" and self.config.settings["num_replicas"] == 1
         self._declared = True

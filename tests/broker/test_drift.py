@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.errors import ApiError, TopologyMismatch
-from dramatiq_jetstream.jetstream import drift, topology
+from dramatiq_jetstream.jetstream import drift, ensuring, topology
 from dramatiq_jetstream.jetstream.drift import REFUSED, WARNED, Verdict, differences
 from dramatiq_jetstream.jetstream.names import Names
 
@@ -120,7 +120,7 @@ def test_a_foreign_setting_of_a_consumer(fresh, caplog, case):
     settings, verdict = CONSUMER[case]
     broker = fresh()
     name = broker.names.queue_stream("q")
-    topology.ensure_stream(broker.connection, topology.queue(broker.names, "q"))
+    ensuring.ensure_stream(broker.connection, topology.queue(broker.names, "q"))
     declared = topology.worker(broker.names, "q", ack_wait=30_000)
     create_consumer(broker, name, foreign(declared, settings, broker.names.namespace))
     _check(fresh, caplog, broker, f"consumer worker of {name}", case, verdict)

@@ -8,7 +8,7 @@ import time
 import dramatiq
 import pytest
 
-from dramatiq_jetstream.jetstream import topology
+from dramatiq_jetstream.jetstream import ensuring, topology
 from dramatiq_jetstream.testing import NatsServer
 from dramatiq_jetstream.worker import feed as feeds
 from tests.broker.conformance.workers import running
@@ -31,7 +31,7 @@ def consumer(broker, action, **settings):
     if action == "update":
         config = broker.connection.api(f"CONSUMER.INFO.{stream}.worker")["config"]
     else:
-        topology.ensure_stream(broker.connection, topology.queue(names, "default"))
+        ensuring.ensure_stream(broker.connection, topology.queue(names, "default"))
         config = topology.worker(names, "default", ack_wait=30_000).to_json()
     broker.connection.api(
         f"CONSUMER.CREATE.{stream}.worker.{subject}",

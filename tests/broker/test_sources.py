@@ -9,7 +9,7 @@ import pytest
 
 from dramatiq_jetstream.errors import NotFound
 from dramatiq_jetstream.events import subscription
-from dramatiq_jetstream.jetstream import topology
+from dramatiq_jetstream.jetstream import ensuring, topology
 from dramatiq_jetstream.periodic import Periodic, list_schedules
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually, holds
@@ -31,7 +31,7 @@ def spoil(broker, stream, durable, subject):
     config = topology._durable(
         "worker", stream, durable, subject, ack_wait=30_000, max_in_flight=None, replicas=1
     )
-    topology.ensure_consumer(broker.connection, config)
+    ensuring.ensure_consumer(broker.connection, config)
 
 
 def complaints(caplog, *words):
@@ -49,7 +49,7 @@ def test_a_subscription_that_cannot_be_read_stops_nothing_else(service, topic, c
     _, seen = noting(service, "good", subscribe=subscription(f"{topic}.good"))
     _, later = noting(service, "bad", subscribe=subscription(f"{topic}.bad"))
     durable = service.names.subscription_durable("bad")
-    topology.ensure_stream(service.connection, topology.events(topic, [f"{topic}.>"]))
+    ensuring.ensure_stream(service.connection, topology.events(topic, [f"{topic}.>"]))
     spoil(service, topic, durable, f"{topic}.other")
     with running(service):
         work.send(1)
@@ -68,7 +68,7 @@ def test_a_priority_that_cannot_be_read_stops_no_other_one(make_broker, short_pa
     broker = make_broker(max_priority=3)
     work, ran = noting(broker)
     stream = broker.names.queue_stream("default")
-    topology.ensure_stream(broker.connection, topology.queue(broker.names, "default"))
+    ensuring.ensure_stream(broker.connection, topology.queue(broker.names, "default"))
     spoil(broker, stream, "worker-2", broker.names.all_delayed("default"))
     for priority in range(4):
         publication = broker._publications.publication(

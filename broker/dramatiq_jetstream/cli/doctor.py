@@ -12,7 +12,7 @@ from dramatiq.common import current_millis
 from dramatiq.errors import DramatiqError
 
 from dramatiq_jetstream.config import Storage
-from dramatiq_jetstream.jetstream import drift, inventory, topology
+from dramatiq_jetstream.jetstream import drift, ensuring, inventory, topology
 from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID
 from dramatiq_jetstream.jetstream.reading import last_message
 
@@ -103,7 +103,7 @@ def _write(fleet: Fleet) -> Iterator[Finding]:
     storage = Storage(duplicate_window=10_000, max_bytes=1_000_000)
     config = topology.queue(broker.names, "doctor=check", storage=storage)
     connection = broker.connection
-    topology.ensure_stream(connection, config)
+    ensuring.ensure_stream(connection, config)
     try:
         subject = broker.names.task("doctor=check")
         before = current_millis()
@@ -194,7 +194,7 @@ def _differing(what: str, differences: list[drift.Difference]) -> Finding:
         what[0].lower() + what[1:],
         FAILURE if refused else WARNING,
         "; ".join(map(str, differences)),
-        topology.advice(differences),
+        ensuring.advice(differences),
     )
 
 

@@ -13,7 +13,7 @@ from dramatiq_jetstream.config import BrokerConfig
 from dramatiq_jetstream.kv import Bucket
 from dramatiq_jetstream.wire.connection import Connection
 
-from . import topology
+from . import ensuring, topology
 from .topology import ConsumerConfig, StreamConfig
 
 __all__ = ["Declarations"]
@@ -37,7 +37,7 @@ class Declarations:
         declared = sorted(queues)
         streams = [self._dead_letters(), *map(self._queue, declared)]
         consumers = [consumer for queue_name in declared for consumer in self._consumers(queue_name)]
-        outcome = topology.all_of(
+        outcome = ensuring.all_of(
             [
                 *(partial(self._setup_stream, stream, update=update) for stream in streams),
                 *(partial(self._setup_consumer, consumer, update=update) for consumer in consumers),
@@ -47,15 +47,15 @@ class Declarations:
         return outcome
 
     def _setup_stream(self, stream: StreamConfig, *, update: bool) -> dict[str, str]:
-        return {f"stream {stream.name}": topology.ensure_stream(self._connection, stream, update=update)}
+        return {f"stream {stream.name}": ensuring.ensure_stream(self._connection, stream, update=update)}
 
     def _setup_consumer(self, consumer: ConsumerConfig, *, update: bool) -> dict[str, str]:
-        outcome = topology.ensure_consumer(self._connection, consumer, update=update)
+        outcome = ensuring.ensure_consumer(self._connection, consumer, update=update)
         return {f"consumer {consumer.name} of {consumer.stream}": outcome}
 
     def setup_buckets(self, *, update: bool) -> dict[str, str]:
         """Create the buckets that are missing, with `update` change those that differ."""
-        return topology.all_of(
+        return ensuring.all_of(
             [partial(self._setup_bucket, bucket, update=update) for bucket in list(self.buckets.values())]
         )
 
@@ -67,21 +67,21 @@ class Declarations:
         if queue_name in self._ensured and not again:
             return
         if self._config.declare:
-            topology.ensure_stream(self._connection, self._queue(queue_name))
+            ensuring.ensure_stream(self._connection, self._queue(queue_name))
             for consumer in self._consumers(queue_name):
-                topology.ensure_consumer(self._connection, consumer)
+                ensuring.ensure_consumer(self._connection, consumer)
         self._ensured.add(queue_name)
 
     def ensure_worker(self, queue_name: str, priority: int | None) -> None:
         """Make a queue's stream and one of its consumers if they are missing."""
-        topology.ensure_stream(self._connection, self._queue(queue_name))
-        topology.ensure_consumer(self._connection, self._consumer(queue_name, priority))
+        ensuring.ensure_stream(self._connection, self._queue(queue_name))
+        ensuring.ensure_consumer(self._connection, self._consumer(queue_name, priority))
 
     def ensure_dead_letters(self, again: bool = False) -> None:
         """Make the stream of dead letters; `again` when it may have disappeared."""
         stream = self._config.names.dead_stream
         if (again or stream not in self._ensured) and self._config.declare:
-            topology.ensure_stream(self._connection, self._dead_letters())
+            ensuring.ensure_stream(self._connection, self._dead_letters())
         self._ensured.add(stream)
 
     def bucket(

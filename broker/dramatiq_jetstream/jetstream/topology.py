@@ -1,46 +1,21 @@
-"""Every stream and consumer configuration, and how declared topology is created.
-
-Creating is idempotent and never changes what exists: what differs is an error where it loses or holds up messages
-(`TopologyMismatch`), and a warning where it does not, given once in a process. `drift` says which is which. Bringing
-the server in line is a deliberate step, `fleet setup --update`.
-
-A crash between two creations leaves the rest to the next process that declares the same thing.
-"""
+"""Every stream and consumer configuration. `ensuring` creates them, `drift` compares them with what exists."""
 
 from __future__ import annotations
 
-import functools
-import logging
-import re
-import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dramatiq_jetstream.config import DUPLICATE_WINDOW, Storage
-from dramatiq_jetstream.errors import ApiError, NotFound, TopologyMismatch
-from dramatiq_jetstream.wire.connection import Connection
-from dramatiq_jetstream.wire.error_numbers import (
-    CONSUMER_EXISTS,
-    MAX_BYTES_REQUIRED,
-    REPLICAS_EXCEED_STREAM,
-    STREAM_EXISTS,
-)
 
-from .drift import MILLISECOND, Difference, Kind, Verdict, differences, in_line
-from .inventory import consumers
-from .names import METADATA_AFTER, METADATA_SUBSCRIBER, Names, bucket_stream, covers
+from .drift import MILLISECOND, Kind
+from .names import METADATA_SUBSCRIBER, Names, bucket_stream
 
 __all__ = [
     "ConsumerConfig",
     "StreamConfig",
-    "advice",
-    "all_of",
     "bucket",
     "dead_letters",
-    "ensure_consumer",
-    "ensure_stream",
-    "ensure_subscription",
     "events",
     "queue",
     "recognise_consumer",
@@ -49,20 +24,12 @@ __all__ = [
     "worker",
 ]
 
-logger = logging.getLogger(__name__)
-
 #: What streams have that nobody said more of.
 STORAGE = Storage()
-
-#: How long consumers wait for their stream to be copied to more servers; milliseconds.
-SCALING = 60_000
 
 #: Requests that may wait at one consumer; the server's default of 512 is a hundred idle processes.
 MAX_WAITING = 8_192
 
-
-#: How the server says that it remembers no message id for as long.
-_WINDOW_LIMIT = re.compile(r"duplicates window can not be larger then server limit of (\w+)")
 
 Json = dict[str, Any]
 
@@ -319,230 +286,3 @@ def recognise_consumer(names: Names, stream: str, existing: Json) -> ConsumerCon
         return None
     subject = existing.get("filter_subject", "")
     return _durable("subscription", stream, name, subject, ack_wait=wait, max_in_flight=None, replicas=1)
-
-
-def ensure_stream(connection: Connection, config: StreamConfig, *, update: bool = False) -> str:
-    """Create a stream if it is missing; return "created", "unchanged", "updated" or "differs".
-
-    Raises:
-      TopologyMismatch: When it exists with settings that lose or hold up messages and that are not to be, or
-        cannot be, changed.
-    """
-    wanted = config.to_json()
-    try:
-        existing = connection.api(f"STREAM.INFO.{config.name}")["config"]
-    except NotFound:
-        try:
-            return _judge(config, _create_stream(connection, wanted), "created")
-        except ApiError as error:
-            if error.err_code != STREAM_EXISTS:  # another process was first, with other settings
-                raise _with_advice(error) from None
-            existing = connection.api(f"STREAM.INFO.{config.name}")["config"]
-    found = differences(config.kind, existing, wanted)
-    if update and _changeable(found):
-        try:
-            changed = connection.api(f"STREAM.UPDATE.{config.name}", in_line(existing, wanted, found))
-        except ApiError as error:
-            raise _with_advice(error) from None
-        return _judge(config, changed["config"], "updated")
-    return _judge(config, existing, "unchanged")
-
-
-def _create_stream(connection: Connection, wanted: Json) -> Json:
-    """Create a stream; with a shorter duplicate window where the server allows none as long as was declared."""
-    try:
-        return dict(connection.api(f"STREAM.CREATE.{wanted['name']}", wanted)["config"])
-    except ApiError as error:
-        limit = _WINDOW_LIMIT.search(error.description)
-        if limit is None or _duration(limit[1]) < connection.timeout:
-            raise
-    shorter = {**wanted, "duplicate_window": _duration(limit[1]) * MILLISECOND}
-    return dict(connection.api(f"STREAM.CREATE.{wanted['name']}", shorter)["config"])
-
-
-def _duration(text: str) -> int:
-    """Milliseconds of a duration as the server writes it, as in `1m30s`."""
-    units = {"h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
-    return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)(ms|h|m|s)", text))
-
-
-def ensure_subscription(
-    connection: Connection, config: ConsumerConfig, *, declared: Collection[str], update: bool = False
-) -> str:
-    """As `ensure_consumer`, for the durable of an actor that subscribes to events.
-
-    A missing one begins with the stream's first event, unless its actor has another name than before: when a durable
-    of the same queue has the same subject and is not `declared` here, the new one begins where that one stands.
-
-    Raises:
-      TopologyMismatch: Also when `update` would leave events undelivered that wait at a subject of before.
-    """
-    try:
-        existing = connection.api(f"CONSUMER.INFO.{config.stream}.{config.name}")
-    except NotFound:
-        before = _before(connection, config, declared)
-        return ensure_consumer(connection, config if before is None else _behind(config, before))
-    if update:
-        _check_nothing_waits(config, existing)
-    return ensure_consumer(connection, config, update=update)
-
-
-def _before(connection: Connection, config: ConsumerConfig, declared: Collection[str]) -> Json | None:
-    """The durable that a subscription had under an earlier name of its actor, if exactly one can be it."""
-    found: dict[str, Json] = {}
-    succeeded = set()
-    for info in consumers(connection, config.stream):
-        metadata = info["config"].get("metadata") or {}
-        succeeded.add(metadata.get(METADATA_AFTER))
-        if (
-            metadata.get(METADATA_SUBSCRIBER) == config.settings["metadata"][METADATA_SUBSCRIBER]
-            and info["config"].get("filter_subject") == config.settings["filter_subject"]
-            and info["name"] not in declared
-        ):
-            found[info["name"]] = info
-    candidates = [info for name, info in found.items() if name not in succeeded]
-    return candidates[0] if len(candidates) == 1 else None
-
-
-def _behind(config: ConsumerConfig, before: Json) -> ConsumerConfig:
-    """The same durable, to begin where another one stands."""
-    floor = before["ack_floor"]["stream_seq"]
-    logger.warning(
-        "%s begins behind event %d, where %s stands: that has the same queue and subject, and its actor is not "
-        "declared here, so it is taken for the same one under an earlier name.",
-        config,
-        floor,
-        before["name"],
-    )
-    settings = {
-        **config.settings,
-        "deliver_policy": "by_start_sequence",
-        "opt_start_seq": floor + 1,
-        "metadata": {**config.settings["metadata"], METADATA_AFTER: before["name"]},
-    }
-    return replace(config, settings=settings)
-
-
-def _check_nothing_waits(config: ConsumerConfig, existing: Json) -> None:
-    have, want = existing["config"].get("filter_subject", ""), config.settings["filter_subject"]
-    waiting = existing["num_pending"]
-    if waiting and not covers(want, have):
-        raise TopologyMismatch(
-            f"{config} has {waiting} events waiting on {have!r}, which would never be delivered once it is set to "
-            f"{want!r}. Let the old workers handle them first, or subscribe to {want!r} with an actor of its own.",
-            {"filter_subject": (have, want)},
-        )
-
-
-def _with_advice(error: ApiError) -> ApiError:
-    """The same error; where a setting of the broker helps, it says which."""
-    if error.err_code == MAX_BYTES_REQUIRED:
-        advice = "give the broker max_stream_bytes"
-    elif "duplicates window" in error.description:
-        advice = "give the broker a shorter duplicate_window"
-    else:
-        return error
-    return type(error)(error.code, error.err_code, f"{error.description}; {advice}")
-
-
-def ensure_consumer(connection: Connection, config: ConsumerConfig, *, update: bool = False) -> str:
-    """Create a durable if it is missing; results and errors as for `ensure_stream`."""
-    wanted = config.to_json()
-    try:
-        existing = connection.api(f"CONSUMER.INFO.{config.stream}.{config.name}")["config"]
-    except NotFound:
-        try:
-            return _judge(config, _create_consumer(connection, config, patient=update), "created")
-        except ApiError as error:
-            if error.err_code not in CONSUMER_EXISTS:  # another process was first, with other settings
-                raise
-            existing = connection.api(f"CONSUMER.INFO.{config.stream}.{config.name}")["config"]
-    found = differences(config.kind, existing, wanted)
-    if update and _changeable(found):
-        changed = _put_consumer(connection, config, in_line(existing, wanted, found), "update")
-        return _judge(config, changed, "updated")
-    return _judge(config, existing, "unchanged")
-
-
-def _create_consumer(connection: Connection, config: ConsumerConfig, *, patient: bool) -> Json:
-    """Create a consumer; while its stream is on fewer servers, on as many as that unless `patient`."""
-    wanted = config.to_json()
-    if not patient:
-        try:
-            return _put_consumer(connection, config, wanted, "create", patience=0)
-        except ApiError as error:
-            if error.err_code != REPLICAS_EXCEED_STREAM:
-                raise
-        wanted["num_replicas"] = 0
-    return _put_consumer(connection, config, wanted, "create")
-
-
-def _put_consumer(
-    connection: Connection, config: ConsumerConfig, wanted: Json, action: str, *, patience: int = SCALING
-) -> Json:
-    deadline = time.monotonic() + patience / 1000
-    while True:
-        try:
-            answer = connection.api(
-                f"CONSUMER.CREATE.{config.stream}.{config.name}.{wanted['filter_subject']}",
-                {"stream_name": config.stream, "config": wanted, "action": action},
-            )
-            return dict(answer["config"])
-        except ApiError as error:
-            # While a stream is copied to more servers, its consumers cannot have as many yet.
-            if error.err_code != REPLICAS_EXCEED_STREAM or time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
-
-
-def _changeable(found: list[Difference]) -> bool:
-    return any(difference.is_known and not difference.fixed for difference in found)
-
-
-def _judge(config: StreamConfig | ConsumerConfig, existing: Json, outcome: str) -> str:
-    """Return `outcome`, or "differs" when what the server has still is not what was declared."""
-    found = differences(config.kind, existing, config.to_json())
-    found = [difference for difference in found if difference.verdict is not Verdict.UNKNOWN_OFF]
-    if not found:
-        return outcome
-    mismatch = TopologyMismatch(
-        f"{config} differs from its declaration: {'; '.join(map(str, found))}. {advice(found)}",
-        {difference.setting: (difference.have, difference.want) for difference in found},
-    )
-    if any(difference.verdict is Verdict.REFUSED for difference in found):
-        raise mismatch
-    _warn_once(str(mismatch))
-    return "differs"
-
-
-def all_of(steps: Iterable[Callable[[], Mapping[str, str]]]) -> dict[str, str]:
-    """Carry out every step of a set-up and return all outcomes; of two with the same name the first counts.
-
-    Raises:
-      TopologyMismatch: With everything that was refused, when all other steps are done.
-    """
-    outcome: dict[str, str] = {}
-    refused: list[TopologyMismatch] = []
-    for step in steps:
-        try:
-            outcome = {**step(), **outcome}
-        except TopologyMismatch as mismatch:
-            refused.append(mismatch)
-    if len(refused) == 1:
-        raise refused[0]
-    if refused:
-        differences = {name: pair for mismatch in refused for name, pair in mismatch.differences.items()}
-        raise TopologyMismatch("\n".join(map(str, refused)), differences)
-    return outcome
-
-
-def advice(found: list[Difference]) -> str:
-    """How to end differences."""
-    if all(difference.fixed for difference in found):
-        return "The server cannot change that: when what it holds is no longer needed, delete it and run `fleet setup`."
-    return "Change the declaration, or bring the server in line with `fleet setup --update`."
-
-
-@functools.lru_cache(maxsize=1_000)
-def _warn_once(text: str) -> None:
-    logger.warning("%s", text)
