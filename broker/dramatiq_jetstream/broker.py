@@ -10,49 +10,34 @@ it was. If it dies between an actor's end and the ack, the actor runs again else
 
 from __future__ import annotations
 
-import contextlib
 import ssl
-import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from dramatiq.broker import Broker, MessageProxy
-from dramatiq.common import q_name
-from dramatiq.errors import QueueJoinTimeout, QueueNotFound
+from dramatiq.errors import QueueNotFound
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware
-from dramatiq.worker import QUEUE_PREFETCH
 
 from .config import DUPLICATE_WINDOW, BrokerConfig, ConnectOptions
 from .dead_letters import DeadLetters
-from .errors import InvalidOption, TopologyMissing
+from .errors import InvalidOption
 from .jetstream.declaring import Declarations
 from .jetstream.ensuring import all_of
-from .jetstream.keeping import Keeper
-from .jetstream.names import HEADER_MSG_ID, Names, check_subject
+from .jetstream.names import Names
 from .jetstream.topology import WORKERS
 from .kv import Bucket
 from .queues import Queues, QueueStats
-from .sending import batches, delays
-from .sending.many import Many, Ready
-from .sending.publications import Publications
-from .sending.unique import Claim, free
+from .sending.sender import Sender
 from .streams import Stream
-from .wire.connection import Connection, PubAck, Publication
-from .wire.ids import new_id
-from .worker.attachment import Attachment
+from .wire.connection import Connection, PubAck
 from .worker.consumer import JetStreamConsumer
 from .worker.emission import EmittingBroker
-from .worker.follow_ups import FollowUps
-from .worker.ledger import Ledger
-from .worker.presence import Presence, describe_arguments
-from .worker.sources import Sources
+from .worker.presence import describe_arguments
 from .worker.suspects import BUCKET as STARTS
-from .worker.suspects import Suspects
 from .worker.time_limits import keep_time_of
-from .worker.undertaker import JetStreamUndertaker
-from .worker.vitals import Vitals
+from .worker.workplace import Workplace
 
 __all__ = ["JetStreamBroker", "broker_for"]
 
@@ -155,33 +140,32 @@ class JetStreamBroker(EmittingBroker):
         self.stored_queues = Queues(
             self.config, self.connection, self.declarations, self.dead_letters, self._event_streams
         )
-        self.ledger = Ledger(self.connection)
-        self.keeper = Keeper(self.connection)
-        self.sources = Sources(
-            self.config, self.connection, self.declarations, self.ledger.durables, self.keeper
-        )
-        self._undertaker = JetStreamUndertaker(
+        self.describe_arguments: Callable[[MessageProxy], str] = describe_arguments
+        self._workplace = Workplace(
             self.config,
             self.connection,
-            self.ledger,
+            self.declarations,
             self.dead_letters,
             actor_options=lambda name: self.get_actor(name).options,
             emit=self.emit_own,
+            starts=lambda: self.bucket(STARTS),
+            workers=lambda: self.declarations.memory_bucket(WORKERS),
+            describe=lambda message: self.describe_arguments(message),
         )
-        self._follow_ups = FollowUps()
-        self._suspects = Suspects(self.config, lambda: self.bucket(STARTS))
-        self.attachment = Attachment(
-            self._undertaker, self._follow_ups, self._suspects, Vitals(self.connection, self.ledger)
+        self.ledger = self._workplace.ledger
+        self.keeper = self._workplace.keeper
+        self.sources = self._workplace.sources
+        self.attachment = self._workplace.attachment
+        self._sender = Sender(
+            self.config,
+            self.connection,
+            self.declarations,
+            self,
+            self._workplace.follow_ups,
+            lambda: self.bucket("unique"),
         )
-        self._presence = Presence(lambda: self.declarations.memory_bucket(WORKERS), self._show_arguments)
-        self._publications = Publications(
-            self.config, self._follow_ups.unique_id, self.connection.room_beside
-        )
-        self._consumers: list[JetStreamConsumer] = []
-        self.describe_arguments: Callable[[MessageProxy], str] = describe_arguments
-        self.connection.on_fork(self._forget_worker)
         super().__init__(middleware=middleware)
-        self._react()
+        self.first, self.last = self._workplace.first(), self._workplace.last()
         self.queues: set[str] = set()
 
     @property
@@ -256,57 +240,7 @@ class JetStreamBroker(EmittingBroker):
           MessageTooLarge: When it is over the server's `max_payload`.
           MessageNotUnique: When its option `unique_key` was used within its `unique_window`.
         """
-        try:
-            return self._enqueue(message, delay)
-        except BaseException as error:
-            self._follow_ups.failed(error)
-            raise
-
-    def _enqueue(self, message: Message[Any], delay: int | None) -> Message[Any]:
-        announced, queue_name, publication, claim = self._prepare(message, delay)
-        try:
-            ack = self._store(queue_name, publication)
-        except BaseException as error:
-            if claim is not None:
-                claim.failed(error)
-            raise
-        if claim is not None:
-            claim.stored(ack)
-        self.emit_after("enqueue", announced, delay)
-        return announced
-
-    def _prepare(self, message: Message[Any], delay: int | None) -> Ready:
-        """Announce a message, and make what is published for it."""
-        queue_name = q_name(message.queue_name)
-        self.declare_queue(queue_name)
-        announced = self._publications.announced(message, delay)
-        self.declarations.ensure_queue(queue_name)
-        self.emit_before("enqueue", announced, delay)
-        publication = self._publications.publication(announced, delay)
-        # A retry is not another message, however late it comes.
-        if "unique_key" not in announced.options or self._follow_ups.is_retry(announced):
-            return announced, queue_name, publication, None
-        claim = Claim(self.config, self.bucket("unique"), announced, publication)
-        return announced, queue_name, publication, claim
-
-    def _store(self, queue_name: str, publication: Publication) -> PubAck:
-        """Publish to a queue, which is made again if it disappeared."""
-        deadline = time.monotonic() + self.config.enqueue_timeout / 1000
-        while True:
-            left = max(1, int((deadline - time.monotonic()) * 1000))
-            try:
-                return self.connection.publish(
-                    publication.subject, publication.payload, publication.headers, timeout=left
-                )
-            except TopologyMissing:
-                if time.monotonic() >= deadline or not self._make_again(queue_name):
-                    raise
-
-    def _make_again(self, queue_name: str) -> bool:
-        """Make a queue whose stream is gone; False when that is not allowed."""
-        if self.config.declare:
-            self.declarations.ensure_queue(queue_name, again=True)
-        return self.config.declare
+        return self._sender.enqueue(message, delay)
 
     def enqueue_many(
         self, messages: Iterable[Message[Any]], *, atomic: bool = False, delay: int | None = None
@@ -322,37 +256,7 @@ class JetStreamBroker(EmittingBroker):
           As `enqueue`. Without `atomic` each message stands for itself: the error is that of the first that failed,
             and its `__cause__`, a `NotAllStored`, says which messages are stored, which are not, and why.
         """
-        try:
-            enqueue = self._enqueue_all_or_none if atomic else self._enqueue_each
-            return enqueue(list(messages), delay)
-        except BaseException as error:
-            self._follow_ups.failed(error)
-            raise
-
-    def _enqueue_each(self, messages: list[Message[Any]], delay: int | None) -> list[Message[Any]]:
-        many = Many(messages, self.config.enqueue_timeout / 1000)
-        many.make_ready(lambda message: self._prepare(message, delay))
-        stored = many.store(self.connection, self._make_again)
-        for message in stored:
-            self.emit_after("enqueue", message, delay)
-        many.raise_failure()
-        return stored
-
-    def _enqueue_all_or_none(self, messages: list[Message[Any]], delay: int | None) -> list[Message[Any]]:
-        batches.check_atomic(messages)
-        ready = [self._prepare(message, delay) for message in messages]
-        if len(ready) == 1:
-            self._store(ready[0][1], ready[0][2])
-        elif ready:
-            batches.store_atomically(
-                self.connection,
-                [publication for _, _, publication, _ in ready],
-                deadline=time.monotonic() + self.config.enqueue_timeout / 1000,
-                make_again=lambda: self._make_again(ready[0][1]),
-            )
-        for announced, _, _, _ in ready:
-            self.emit_after("enqueue", announced, delay)
-        return [announced for announced, _, _, _ in ready]
+        return self._sender.enqueue_many(list(messages), atomic=atomic, delay=delay)
 
     def cancel(self, message_id: str, queue_name: str | None = None) -> int:
         """Cancel the delays of a message, and free its unique key; return how many were waiting.
@@ -364,16 +268,7 @@ class JetStreamBroker(EmittingBroker):
           BrokerConnectionError: When it is not known to be cancelled.
         """
         wanted = self.queues if queue_name is None else {queue_name}
-        return sum(self._cancel(name, message_id) for name in wanted)
-
-    def _cancel(self, queue_name: str, message_id: str) -> int:
-        waiting = delays.waiting(self.connection, self.names, queue_name, message_id)
-        if waiting is None:
-            return 0
-        cancelled = delays.cancel(self.connection, self.names, queue_name, message_id)
-        if cancelled:
-            free(self.bucket("unique"), queue_name, waiting)
-        return cancelled
+        return sum(self._sender.cancel(name, message_id) for name in wanted)
 
     def publish(
         self,
@@ -394,14 +289,7 @@ class JetStreamBroker(EmittingBroker):
         Raises:
           As `enqueue`; TopologyMissing when no stream takes the subject.
         """
-        try:
-            check_subject(subject)
-            data = event if isinstance(event, bytes) else event.SerializeToString()
-            complete = {**(headers or {}), HEADER_MSG_ID: event_id or new_id()}
-            return self.connection.publish(subject, data, complete, timeout=timeout)
-        except BaseException as error:
-            self._follow_ups.failed(error)
-            raise
+        return self._sender.publish(subject, event, event_id=event_id, headers=headers, timeout=timeout)
 
     # Consuming
 
@@ -415,25 +303,7 @@ class JetStreamBroker(EmittingBroker):
         if queue_name not in self.queues:
             raise QueueNotFound(queue_name)
         self.keeper.do(self.names.dead_stream, "dead letters", self.declarations.ensure_dead_letters)
-        consumer = JetStreamConsumer(
-            self.connection,
-            self.ledger,
-            queue_name,
-            self.sources,
-            prefetch=max(1, prefetch),
-            timeout=timeout,
-            lookahead=queue_name not in self.config.max_in_flight and not QUEUE_PREFETCH,
-            suspects=self._suspects,
-            undertaker=self._undertaker,
-            give_back=self.attachment.return_unstarted,
-        )
-        # Several consumer threads come here at once, so nothing but single steps.
-        for other in list(self._consumers):
-            if other.stopping:
-                with contextlib.suppress(ValueError):
-                    self._consumers.remove(other)
-        self._consumers.append(consumer)
-        return consumer
+        return self._workplace.consumers.open(queue_name, prefetch=prefetch, timeout=timeout)
 
     # Dramatiq's middleware and signals
 
@@ -447,38 +317,8 @@ class JetStreamBroker(EmittingBroker):
         keep_time_of(middleware)
         super().add_middleware(middleware, before=before, after=after)
 
-    def _react(self) -> None:
-        """Say what this broker does at Dramatiq's signals."""
-        self.first["before_worker_boot"] = self.attachment.attach
-        self.last["before_worker_shutdown"] = self.attachment.stop_consuming
-        self.first["after_consumer_thread_boot"] = self.attachment.replace_delay_queue
-        self.first["after_worker_thread_boot"] = self.attachment.replace_attempts
-        self.first["after_worker_boot"] = self._presence.begin
-        self.last["after_worker_shutdown"] = self._presence.end
-        self.first["before_process_message"] = self._presence.message_begins
-        self.first["after_process_message"] = self._follow_ups.begin
-        self.last["after_process_message"] = self._forget_done
-        self.first["after_skip_message"] = self._follow_ups.begin
-        self.last["after_skip_message"] = self._forget_done
-        self.first["before_nack"] = self._follow_ups.begin
-        self.last["before_nack"] = self._forget_done
-
-    def _forget_done(self, message: MessageProxy) -> None:
-        self._follow_ups.end()
-        self._presence.message_ended(message)
-
-    def _show_arguments(self, message: MessageProxy) -> str:
-        return self.describe_arguments(message)
-
     def failed_in(self, hook: str, middleware: Middleware, error: BaseException) -> None:
-        self._follow_ups.middleware_failed(middleware, error)
-
-    def _forget_worker(self) -> None:
-        """In the child of a fork, where the parent's worker has no threads."""
-        self.attachment.detach()
-        self._consumers = []
-        self._suspects.forget()
-        self._presence.forget()
+        self._workplace.follow_ups.middleware_failed(middleware, error)
 
     def _event_streams(self) -> set[str]:
         streams = (getattr(middleware, "stream", None) for middleware in self.middleware)
@@ -531,19 +371,13 @@ class JetStreamBroker(EmittingBroker):
         if queue_name not in self.queues:
             raise QueueNotFound(queue_name)
         self.declarations.ensure_queue(queue_name)
-        deadline = None if timeout is None else time.monotonic() + timeout / 1000
         sources = self.sources.of(queue_name)
         self.sources.declare(sources)
-        while self.stored_queues.unfinished(queue_name, sources):
-            if deadline is not None and time.monotonic() >= deadline:
-                raise QueueJoinTimeout(queue_name)
-            time.sleep(interval / 1000)
+        self.stored_queues.join(queue_name, sources, interval=interval, timeout=timeout)
 
     def close(self) -> None:
         """Close the connection; what was enqueued is stored, what was acked is sent."""
-        for consumer in self._consumers:
-            consumer.close()
-        self._consumers = []
+        self._workplace.consumers.close()
         self.connection.close()
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from dramatiq.common import current_millis
+from dramatiq.errors import QueueJoinTimeout
 
 from .config import BrokerConfig
 from .dead_letters import DeadLetters
@@ -172,6 +174,14 @@ class Queues:
             except BrokerError as error:
                 logger.warning("Unique keys of %r stay taken until their windows end: %s", queue, error)
         return purged
+
+    def join(self, queue: str, sources: Sequence[Source], *, interval: int, timeout: int | None) -> None:
+        """Wait until nothing of a queue is unfinished; see `JetStreamBroker.join`."""
+        deadline = None if timeout is None else time.monotonic() + timeout / 1000
+        while self.unfinished(queue, sources):
+            if deadline is not None and time.monotonic() >= deadline:
+                raise QueueJoinTimeout(queue)
+            time.sleep(interval / 1000)
 
     def unfinished(self, queue: str, sources: Sequence[Source]) -> int:
         """How many messages a queue has that are not done: ready, running or delayed, and its actors' events."""

@@ -21,7 +21,9 @@ def noting(broker, **options):
 
 
 def feeds_of(broker):
-    return eventually(lambda: [feed for consumer in broker._consumers for feed in consumer._puller._feeds])
+    return eventually(
+        lambda: [feed for consumer in broker._workplace.consumers._open for feed in consumer._puller._feeds]
+    )
 
 
 def consumer(broker, action, **settings):

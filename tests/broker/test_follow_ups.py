@@ -128,7 +128,7 @@ def test_a_message_is_redelivered_until_its_follow_up_is_stored(offline, prepare
 
 def fail_enqueueing(broker, monkeypatch, actor_name, error):
     """Make storing messages for one actor fail."""
-    store = broker._store
+    store = broker._sender._store
     tried = []
 
     def fail(queue_name, publication):
@@ -137,7 +137,7 @@ def fail_enqueueing(broker, monkeypatch, actor_name, error):
             raise error
         store(queue_name, publication)
 
-    monkeypatch.setattr(broker, "_store", fail)
+    monkeypatch.setattr(broker._sender, "_store", fail)
     return tried
 
 

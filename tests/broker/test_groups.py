@@ -110,14 +110,14 @@ def test_the_last_member_is_told_again_until_its_callback_is_stored(broker, back
     ended = []
     part = dramatiq.actor(lambda: None, actor_name="part")
     finished = dramatiq.actor(lambda: ended.append("finished"), actor_name="finished", queue_name="after")
-    store, failures = broker._store, [BrokerConnectionError("not now")]
+    store, failures = broker._sender._store, [BrokerConnectionError("not now")]
 
     def fail_once(queue_name, *publication):
         if queue_name == "after" and failures:
             raise failures.pop()
         return store(queue_name, *publication)
 
-    monkeypatch.setattr(broker, "_store", fail_once)
+    monkeypatch.setattr(broker._sender, "_store", fail_once)
     with running(broker):
         start_group(broker, [part.message(), part.message()], finished)
         eventually(lambda: ended == ["finished"])

@@ -78,14 +78,14 @@ def test_what_is_put_off_comes_again_after_its_delay_and_no_sooner(broker, monke
     ran = []
     dramatiq.actor(lambda *_: None, actor_name="done")
     work = dramatiq.actor(lambda: ran.append(time.monotonic()), actor_name="work", on_success="done")
-    store = broker._store
+    store = broker._sender._store
 
     def fail_once(queue_name: str, publication: object) -> None:
         if b'"actor_name":"done"' in publication.payload and len(ran) == 1:
             raise BrokerConnectionError("not now")
         store(queue_name, publication)
 
-    monkeypatch.setattr(broker, "_store", fail_once)
+    monkeypatch.setattr(broker._sender, "_store", fail_once)
     with running(broker):
         work.send()
         eventually(lambda: len(ran) == 2, timeout=20)
@@ -111,14 +111,14 @@ def test_with_a_limit_in_flight_a_message_that_waits_leaves_its_place(make_broke
     full = [True]
     scan = dramatiq.actor(ran.append, broker=broker, queue_name="scan", actor_name="scan")
     step = dramatiq.actor(lambda *_: followed.append(1), broker=broker, queue_name="next", actor_name="step")
-    store = broker._store
+    store = broker._sender._store
 
     def store_if_there_is_room(queue_name: str, publication: object) -> None:
         if queue_name == "next" and full[0]:
             raise error
         store(queue_name, publication)
 
-    monkeypatch.setattr(broker, "_store", store_if_there_is_room)
+    monkeypatch.setattr(broker._sender, "_store", store_if_there_is_room)
     pipeline([scan.message("piped"), step.message()], broker=broker).run()
     for number in range(3):
         scan.send(number)
@@ -141,14 +141,14 @@ def test_a_message_that_is_put_off_again_and_again_has_an_end(make_broker, monke
     ran = []
     dramatiq.actor(lambda *_: None, broker=broker, actor_name="done", queue_name="next")
     work = dramatiq.actor(lambda: ran.append(1), broker=broker, actor_name="work", on_success="done")
-    store = broker._store
+    store = broker._sender._store
 
     def fail(queue_name: str, publication: object) -> None:
         if queue_name == "next":
             raise BrokerConnectionError("not now")
         store(queue_name, publication)
 
-    monkeypatch.setattr(broker, "_store", fail)
+    monkeypatch.setattr(broker._sender, "_store", fail)
     with running(broker):
         message = work.send()
         (letter,) = eventually(broker.dead_letters.list)
@@ -211,9 +211,11 @@ class TestUnknownActors:
         )
         new.setup()
         new.publish(f"{stream}.a", b"data")
-        await_actor, waited = old._undertaker.await_actor, []
+        await_actor, waited = old._workplace.undertaker.await_actor, []
         monkeypatch.setattr(
-            old._undertaker, "await_actor", lambda d, name=None: waited.append(d) or await_actor(d, name)
+            old._workplace.undertaker,
+            "await_actor",
+            lambda d, name=None: waited.append(d) or await_actor(d, name),
         )
         with running(new):
             eventually(lambda: len(got) == 1)

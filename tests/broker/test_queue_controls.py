@@ -177,7 +177,9 @@ def test_a_message_that_was_not_stored_does_not_keep_its_key(work, monkeypatch):
     """After a failed enqueue the next one with the key is the first."""
     with monkeypatch.context() as patch:
         patch.setattr(
-            work.broker, "_store", lambda *_: (_ for _ in ()).throw(BrokerConnectionError("not stored"))
+            work.broker._sender,
+            "_store",
+            lambda *_: (_ for _ in ()).throw(BrokerConnectionError("not stored")),
         )
         with pytest.raises(BrokerConnectionError):
             send(work, "k")
@@ -235,7 +237,7 @@ def test_a_call_is_safely_repeated_with_its_key_when_it_is_not_known_what_became
 def test_the_same_message_may_be_repeated_when_it_is_not_known_to_be_stored(work, monkeypatch):
     """A caller that enqueues the very same message again is told that it is stored, and it is there once."""
     broker = work.broker
-    store = broker._store
+    store = broker._sender._store
 
     def lose_the_answer(*arguments):
         store(*arguments)
@@ -243,7 +245,7 @@ def test_the_same_message_may_be_repeated_when_it_is_not_known_to_be_stored(work
 
     message = work.message_with_options(unique_key="k")
     with monkeypatch.context() as patch:
-        patch.setattr(broker, "_store", lose_the_answer)
+        patch.setattr(broker._sender, "_store", lose_the_answer)
         with pytest.raises(StoreTimeout):
             broker.enqueue(message)
     broker.enqueue(message)

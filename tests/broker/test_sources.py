@@ -71,7 +71,7 @@ def test_a_priority_that_cannot_be_read_stops_no_other_one(make_broker, short_pa
     ensuring.ensure_stream(broker.connection, topology.queue(broker.names, "default"))
     spoil(broker, stream, "worker-2", broker.names.all_delayed("default"))
     for priority in range(4):
-        publication = broker._publications.publication(
+        publication = broker._sender._publications.publication(
             work.message_with_options(args=(priority,), broker_priority=priority), None
         )
         broker.connection.publish(publication.subject, publication.payload, publication.headers)

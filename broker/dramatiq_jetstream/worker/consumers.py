@@ -1,0 +1,72 @@
+"""The consumers that Dramatiq's consumer threads have opened in this process."""
+
+from __future__ import annotations
+
+import contextlib
+
+from dramatiq.worker import QUEUE_PREFETCH
+
+from dramatiq_jetstream.config import BrokerConfig
+from dramatiq_jetstream.wire.connection import Connection
+
+from .attachment import Attachment
+from .consumer import JetStreamConsumer, Undertaker
+from .ledger import Ledger
+from .sources import Sources
+from .suspects import Suspects
+
+__all__ = ["Consumers"]
+
+
+class Consumers:
+    """Opens consumers, and closes those that are open."""
+
+    def __init__(
+        self,
+        config: BrokerConfig,
+        connection: Connection,
+        ledger: Ledger,
+        sources: Sources,
+        suspects: Suspects,
+        undertaker: Undertaker,
+        attachment: Attachment,
+    ) -> None:
+        self._config = config
+        self._connection = connection
+        self._ledger = ledger
+        self._sources = sources
+        self._suspects = suspects
+        self._undertaker = undertaker
+        self._attachment = attachment
+        self._open: list[JetStreamConsumer] = []
+
+    def open(self, queue_name: str, *, prefetch: int, timeout: int) -> JetStreamConsumer:
+        """Make a consumer of a queue; several threads come here at once, so there are nothing but single steps."""
+        consumer = JetStreamConsumer(
+            self._connection,
+            self._ledger,
+            queue_name,
+            self._sources,
+            prefetch=max(1, prefetch),
+            timeout=timeout,
+            lookahead=queue_name not in self._config.max_in_flight and not QUEUE_PREFETCH,
+            suspects=self._suspects,
+            undertaker=self._undertaker,
+            give_back=self._attachment.return_unstarted,
+        )
+        for other in list(self._open):
+            if other.stopping:
+                with contextlib.suppress(ValueError):
+                    self._open.remove(other)
+        self._open.append(consumer)
+        return consumer
+
+    def close(self) -> None:
+        """Close all that are open."""
+        for consumer in self._open:
+            consumer.close()
+        self.forget()
+
+    def forget(self) -> None:
+        """Know of none: in the child of a fork, they are the parent's."""
+        self._open = []

@@ -1,0 +1,106 @@
+"""Everything that a broker has for the worker of its process, put together, and what of it listens to which signal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dramatiq.broker import MessageProxy
+
+from dramatiq_jetstream.config import BrokerConfig
+from dramatiq_jetstream.dead_letters import DeadLetters
+from dramatiq_jetstream.jetstream.declaring import Declarations
+from dramatiq_jetstream.jetstream.keeping import Keeper
+from dramatiq_jetstream.kv import Bucket
+from dramatiq_jetstream.wire.connection import Connection
+
+from .attachment import Attachment
+from .consumers import Consumers
+from .follow_ups import FollowUps
+from .ledger import Ledger
+from .presence import Presence
+from .sources import Sources
+from .suspects import Suspects
+from .undertaker import JetStreamUndertaker
+from .vitals import Vitals
+
+__all__ = ["Workplace"]
+
+Reaction = Callable[..., object]
+
+
+class Workplace:
+    """What a worker works with.
+
+    Parameters:
+      actor_options: The options of the actor with that name.
+      emit: Calls a hook of this library's own (see `emission`).
+      starts: Returns the bucket in which the starts of suspects are noted.
+      describe: Makes the text of a message's arguments, for people.
+    """
+
+    def __init__(
+        self,
+        config: BrokerConfig,
+        connection: Connection,
+        declarations: Declarations,
+        dead_letters: DeadLetters,
+        *,
+        actor_options: Callable[[str], Mapping[str, Any]],
+        emit: Callable[..., None],
+        starts: Callable[[], Bucket],
+        workers: Callable[[], Bucket],
+        describe: Callable[[MessageProxy], str],
+    ) -> None:
+        self.ledger = Ledger(connection)
+        self.keeper = Keeper(connection)
+        self.sources = Sources(config, connection, declarations, self.ledger.durables, self.keeper)
+        self.follow_ups = FollowUps()
+        self._suspects = Suspects(config, starts)
+        undertaker = JetStreamUndertaker(
+            config, connection, self.ledger, dead_letters, actor_options=actor_options, emit=emit
+        )
+        self.undertaker = undertaker
+        self.attachment = Attachment(
+            undertaker, self.follow_ups, self._suspects, Vitals(connection, self.ledger)
+        )
+        self._presence = Presence(workers, describe)
+        self.consumers = Consumers(
+            config, connection, self.ledger, self.sources, self._suspects, undertaker, self.attachment
+        )
+        connection.on_fork(self._forget)
+
+    def first(self) -> dict[str, Reaction]:
+        """What to do at a hook before any middleware."""
+        begin = self.follow_ups.begin
+        return {
+            "before_worker_boot": self.attachment.attach,
+            "after_worker_boot": self._presence.begin,
+            "after_consumer_thread_boot": self.attachment.replace_delay_queue,
+            "after_worker_thread_boot": self.attachment.replace_attempts,
+            "before_process_message": self._presence.message_begins,
+            "after_process_message": begin,
+            "after_skip_message": begin,
+            "before_nack": begin,
+        }
+
+    def last(self) -> dict[str, Reaction]:
+        """What to do at a hook when all middleware is done, or was interrupted."""
+        return {
+            "before_worker_shutdown": self.attachment.stop_consuming,
+            "after_worker_shutdown": self._presence.end,
+            "after_process_message": self._ended,
+            "after_skip_message": self._ended,
+            "before_nack": self._ended,
+        }
+
+    def _ended(self, message: MessageProxy) -> None:
+        self.follow_ups.end()
+        self._presence.message_ended(message)
+
+    def _forget(self) -> None:
+        """In the child of a fork, where the parent's worker has no threads."""
+        self.attachment.detach()
+        self.consumers.forget()
+        self._suspects.forget()
+        self._presence.forget()
