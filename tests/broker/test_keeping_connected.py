@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import nkeys
 import pytest
@@ -23,7 +24,6 @@ from dramatiq_jetstream.config import ConnectOptions
 from dramatiq_jetstream.errors import BrokerConnectionError, ConnectionFailed, ServerUnsupported
 from dramatiq_jetstream.testing import NatsServer, find_executable
 from dramatiq_jetstream.testing.server import free_port
-from dramatiq_jetstream.wire import opening
 from dramatiq_jetstream.wire.addresses import Address
 from dramatiq_jetstream.wire.connection import Connection
 from dramatiq_jetstream.wire.login import LoginUnreadable, read_login
@@ -239,10 +239,14 @@ def test_a_name_with_a_dead_address_connects_to_the_next(own_nats_server, monkey
     """Its first address accepts and is silent, as behind a broken load balancer."""
     port = own_nats_server.port
 
-    async def look_up(address: Address) -> list[tuple[str, int]]:
-        return [("127.0.0.2", port), ("127.0.0.1", port)]
+    original = socket.getaddrinfo
 
-    monkeypatch.setattr(opening, "_look_up", look_up)  # no resolver here gives a name two addresses
+    def look_up(host: str, *args: Any) -> list[tuple[Any, ...]]:
+        if host != "two.example":
+            return original(host, *args)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in ("127.0.0.2", "127.0.0.1")]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)  # no resolver here gives a name two addresses
     with socket.create_server(("127.0.0.2", port)):
         broker = JetStreamBroker(f"nats://two.example:{port}", enqueue_timeout=4_000)
         broker.declare_queue("default")

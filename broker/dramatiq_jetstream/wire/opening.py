@@ -182,8 +182,9 @@ def _explain(options: ConnectOptions, address: Address, error: BaseException) ->
 async def _look_up(address: Address) -> list[tuple[str, int]]:
     with contextlib.suppress(ValueError):
         return [(str(ipaddress.ip_address(address.host)), address.port)]
-    found = await asyncio.get_running_loop().getaddrinfo(
-        address.host, address.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+    # Not the loop's own, which with uvloop is another resolver than Python's.
+    found = await asyncio.get_running_loop().run_in_executor(
+        None, socket.getaddrinfo, address.host, address.port, 0, socket.SOCK_STREAM, socket.IPPROTO_TCP
     )
     return list(dict.fromkeys((str(sockaddr[0]), address.port) for *_, sockaddr in found))
 
