@@ -193,7 +193,7 @@ class Settings:
         if not self.token_keys:
             raise InvalidSetting(
                 "Payment tokens cannot be encrypted: set TOKEN_KEY, for `web` and the workers alike, to what "
-                "`python -m tasks.tokens` prints."
+                "`python -m tasks.token_key` prints."
             )
 
     def _check_provider(self) -> None:
@@ -289,7 +289,7 @@ class _Reader:
                 Fernet(value)
         except ValueError:
             # Not the value: it is a secret.
-            raise InvalidSetting(f"{name} must be what `python -m tasks.tokens` prints.") from None
+            raise InvalidSetting(f"{name} must be what `python -m tasks.token_key` prints.") from None
         return values
 
     def template(self, name: str, field: str) -> str | None:

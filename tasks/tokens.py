@@ -7,8 +7,8 @@ published until its payment is decided or the order is rejected. What is never d
 A crash after a token was kept and before its order was published leaves an entry that expires. A crash after the
 payment was decided and before the token was dropped is mended when the step is done again.
 
-``python -m tasks.tokens`` prints a new key. Several keys stand after one another with commas: the first encrypts, all
-decrypt, so a new one is put in front and the old one is taken away when what it encrypted has expired.
+``python -m tasks.token_key`` prints a new key. Several keys stand after one another with commas: the first encrypts,
+all decrypt, so a new one is put in front and the old one is taken away when what it encrypted has expired.
 """
 
 from __future__ import annotations
@@ -115,7 +115,3 @@ class Tokens:
                 self._bucket.delete(order_id)
         except BrokerError:
             pass
-
-
-if __name__ == "__main__":
-    print(Fernet.generate_key().decode())

@@ -12,7 +12,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from dramatiq_jetstream.errors import MessageTooLarge
 from tasks import broker, logs, telemetry
 from tasks.settings import Settings, front_end_settings
-from web import access, admission, api, health, openapi, pages, security, sign_in
+from web import access, admission, api, health, keys_page, openapi, pages, security, sign_in
 from web.live import Streams
 from web.problems import Problem, from_status, unavailable
 from web.rates import Rates
@@ -48,6 +48,7 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     app.register_blueprint(health.blueprint)
     app.register_blueprint(openapi.blueprint)
     app.register_blueprint(sign_in.blueprint)
+    app.register_blueprint(keys_page.blueprint)
     sign_in.configure(app, app_settings)
     security.protect(app)
     if app_settings.proxies:

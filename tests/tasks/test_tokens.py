@@ -125,5 +125,5 @@ def test_a_worker_does_not_start_without_a_key(tmp_path: Path, value: str) -> No
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert "TOKEN_KEY" in line
-    assert "python -m tasks.tokens" in line
+    assert "python -m tasks.token_key" in line
     assert "secret" not in line.replace("secrets", "")

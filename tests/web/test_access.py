@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hmac
 import json
+import re
 import secrets
 import uuid
 from collections.abc import Callable, Iterator
@@ -72,7 +73,7 @@ def test_strangers_get_nothing(closed: Closed) -> None:
         view = app.view_functions[rule.endpoint]
         if not view.needed_scopes:  # type: ignore[attr-defined]
             continue
-        path = rule.rule.replace("<path:order_id>", "some-order")
+        path = re.sub("<[^>]*>", "some-order", rule.rule)
         for method in (rule.methods or set()) - {"OPTIONS"}:
             answer = closed.ask(None, method, path)
             assert answer.status_code == 401, (method, path)
@@ -490,3 +491,29 @@ def test_one_order_takes_no_more_than_one_order_may(closed: Closed) -> None:
         ).status_code
         == 202
     )
+
+
+def test_administrators_manage_keys_on_a_page(closed: Closed) -> None:
+    """They make a key that works, see it once, and revoke it; nobody else gets there."""
+    assert closed.run("operators", "set", "ada", "--scope", "admin", stdin=f"{PASSWORD}\n").returncode == 0
+    browser, _ = sign_in(closed, "ada", PASSWORD)
+    url = f"{closed.stack.url}/admin/keys"
+    data = {"name": "from-the-page", "scope": ["order"], "customer_id": "dora", "days": "30"}
+    page = browser.post(url, data=data, headers=SAME_SITE, timeout=20)
+    assert page.status_code == 201
+    (text,) = re.findall(r"ord_[0-9a-f]{12}_[A-Za-z0-9_-]{43}", page.text)
+    assert closed.order(text, "dora").status_code == 202
+    assert closed.order(text, "alice").status_code == 403
+    listed = browser.get(url, timeout=20).text
+    assert text not in listed
+    assert "from-the-page" in listed
+    wrong = browser.post(url, data={"name": "a b", "scope": ["order"]}, headers=SAME_SITE, timeout=20)
+    assert (wrong.status_code, "A name has" in wrong.text) == (422, True)
+    key_id = text.split("_")[1]
+    foreign = browser.post(f"{url}/{key_id}/revoke", headers={"Origin": "https://evil.example"}, timeout=20)
+    assert foreign.status_code == 403
+    assert browser.post(f"{url}/{key_id}/revoke", headers=SAME_SITE, timeout=20).status_code == 200
+    eventually(lambda: closed.get(text, "/api/orders").status_code == 401, timeout=15)
+    for who in ("alice", "operator", "reader"):
+        assert closed.get(who, "/admin/keys").status_code == 403
+        assert closed.ask(who, "POST", "/admin/keys", data=data).status_code == 403

@@ -43,7 +43,7 @@ ROUTES = [
         sorted((rule.methods or set()) - {"OPTIONS", "HEAD"}),
     )
     for rule in create_app(Settings(access="open", host="127.0.0.1")).url_map.iter_rules()
-    if "filename" not in rule.arguments
+    if rule.arguments <= {"order_id"}
 ]
 OF_ONE_ORDER = [route for route in ROUTES if "{" in route[0]]
 OF_MANY = [path for path, methods in ROUTES if "{" not in path and "GET" in methods]
