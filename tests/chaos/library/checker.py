@@ -28,6 +28,9 @@ MORE_MEMORY, MORE_THREADS, MORE_FILES = 80 * 2**20, 8, 16
 #: What a store has lost or brings back may be a little older than the fault, in seconds.
 NOT_YET = 3.0
 
+#: The name of the fault that is none.
+QUIET = "nothing"
+
 #: Nothing follows these, so that they are done when they have ended.
 PLAIN = frozenset({"work", "complete", *SUBSCRIBERS})
 
@@ -243,18 +246,15 @@ def ticks_as_scheduled(facts: Facts) -> Verdict:
     stamps = sorted(
         {run.stored / 1000 for run in facts.books.runs if run.actor == "tick" and run.what == "began"}
     )
+    faults = [period for period in facts.books.periods if period.fault != QUIET]
     wrong = set()
-    edges = [facts.books.began, *stamps, facts.books.ended]
-    for before, after in pairwise(edges):
-        disturbed = any(_meets(p, before - every, after, after_s=TICKS_AGAIN) for p in facts.books.periods)
-        if after - before > 3 * every + GRACE and not disturbed:
+    for before, after in pairwise([facts.books.began, *stamps, facts.books.ended]):
+        disturbed = _disturbed(faults, before, after)
+        if after - before - disturbed > 3 * every + GRACE:
             wrong.add(f"none between {before:.1f} and {after:.1f}")
     for before, after in pairwise(stamps):
-        disturbed = any(_meets(p, before - every, after + every) for p in facts.books.periods)
-        if after - before < every / 2 and not disturbed:
+        if after - before < every / 2 and not any(_meets(p, before - every, after + every) for p in faults):
             wrong.add(f"two at {before:.2f} and {after:.2f}")
-    if stamps and facts.books.ended - stamps[-1] > 3 * every + GRACE:
-        wrong.add(f"none after {stamps[-1]:.1f}")
     return _verdict("ticks come as scheduled", wrong, f"{len(stamps)} ticks, {len(wrong)} wrong")
 
 
@@ -321,8 +321,19 @@ PROMISES: tuple[Callable[[Facts], Verdict], ...] = (
 )
 
 
-def _meets(period: Period, begin: float, end: float, *, after_s: float = 0.0) -> bool:
-    return period.began <= end and begin <= period.ended + after_s
+def _meets(period: Period, begin: float, end: float) -> bool:
+    return period.began <= end and begin <= period.ended
+
+
+def _disturbed(periods: Iterable[Period], begin: float, end: float) -> float:
+    """Return how many seconds between two moments there was a fault, or ticks had yet to come again."""
+    seconds = 0.0
+    reached = begin
+    for period in sorted(periods, key=lambda period: period.began):
+        until = min(end, period.ended + TICKS_AGAIN)
+        seconds += max(0.0, until - max(reached, period.began))
+        reached = max(reached, until)
+    return seconds
 
 
 def _verdict(promise: str, culprits: Iterable[str], numbers: str) -> Verdict:

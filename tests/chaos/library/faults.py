@@ -18,6 +18,7 @@ from nats.js.errors import NotFoundError
 
 from tests.chaos.fleet import pick, send
 from tests.chaos.library.books import connected
+from tests.chaos.library.checker import QUIET
 from tests.chaos.library.fleet import LibraryFleet
 from tests.chaos.library.settings import ACK_WAIT, EVENTS, NAMESPACE
 from tests.support.proxy import Proxy
@@ -40,6 +41,10 @@ class Fault:
     topologies: frozenset[str] = BOTH
     repeats: bool = False
     destroys: bool = False
+
+
+def _nothing(fleet: LibraryFleet, choice: random.Random) -> None:
+    time.sleep(6)
 
 
 # Processes
@@ -280,6 +285,7 @@ _SHORT = (0.5, 4.0)
 _LONG = (ACK_WAIT / 1000 + 1, ACK_WAIT / 1000 + 4)
 
 FAULTS: tuple[Fault, ...] = (
+    Fault(QUIET, "no fault, for 6 s", _nothing),
     Fault("worker-killed", "kill -9 of a worker process", _kill_worker, repeats=True),
     Fault("supervisor-killed", "kill -9 of a supervisor", _kill_supervisor, repeats=True),
     Fault("producer-killed", "kill -9 of the producer", _kill_producer),
