@@ -240,6 +240,7 @@ class JetStreamBroker(EmittingBroker):
           MessageTooLarge: When it is over the server's `max_payload`.
           MessageNotUnique: When its option `unique_key` was used within its `unique_window`.
         """
+        self.connection.reopen()
         return self._sender.enqueue(message, delay)
 
     def enqueue_many(
@@ -256,6 +257,7 @@ class JetStreamBroker(EmittingBroker):
           As `enqueue`. Without `atomic` each message stands for itself: the error is that of the first that failed,
             and its `__cause__`, a `NotAllStored`, says which messages are stored, which are not, and why.
         """
+        self.connection.reopen()
         return self._sender.enqueue_many(list(messages), atomic=atomic, delay=delay)
 
     def cancel(self, message_id: str, queue_name: str | None = None) -> int:
@@ -289,6 +291,7 @@ class JetStreamBroker(EmittingBroker):
         Raises:
           As `enqueue`; TopologyMissing when no stream takes the subject.
         """
+        self.connection.reopen()
         return self._sender.publish(subject, event, event_id=event_id, headers=headers, timeout=timeout)
 
     # Consuming
@@ -302,6 +305,7 @@ class JetStreamBroker(EmittingBroker):
         """
         if queue_name not in self.queues:
             raise QueueNotFound(queue_name)
+        self.connection.reopen()
         self.keeper.do(self.names.dead_stream, "dead letters", self.declarations.ensure_dead_letters)
         return self._workplace.consumers.open(queue_name, prefetch=prefetch, timeout=timeout)
 
@@ -376,7 +380,10 @@ class JetStreamBroker(EmittingBroker):
         self.stored_queues.join(queue_name, sources, interval=interval, timeout=timeout)
 
     def close(self) -> None:
-        """Close the connection; what was enqueued is stored, what was acked is sent."""
+        """Close the connection; what was enqueued is stored, what was acked is sent.
+
+        As with Dramatiq's own brokers, the next message that is sent or consumed opens it again.
+        """
         self._workplace.consumers.close()
         self.connection.close()
 

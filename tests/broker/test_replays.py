@@ -19,6 +19,14 @@ class Failing(RuntimeError):
 
 
 @pytest.fixture
+def broker(make_broker, monkeypatch):
+    """One that makes a dead letter at once of what no actor is for."""
+    broker = make_broker(unknown_actor_grace=0)
+    monkeypatch.setattr(dramatiq.broker, "global_broker", broker)
+    return broker
+
+
+@pytest.fixture
 def work(broker):
     """An actor that fails while `work.broken` is true; `work.ran` has the arguments of its runs."""
 

@@ -10,6 +10,7 @@ published twice happens when the schedule is stored.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,16 +46,16 @@ class Delayed:
 
 
 def check_delay(delay: object) -> int:
-    """Return a delay in milliseconds.
+    """Return a delay in milliseconds; one that is negative is over, as on other brokers.
 
     Raises:
-      InvalidOption: When it is negative, not a number, or longer than ten years.
+      InvalidOption: When it is not a number, or longer than ten years.
     """
-    if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay <= MAX_DELAY:
+    if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not -math.inf < delay <= MAX_DELAY:
         raise InvalidOption(
-            f"delay={delay!r} cannot be used: give a number of milliseconds from 0 to {MAX_DELAY} (ten years)."
+            f"delay={delay!r} cannot be used: give a number of milliseconds up to {MAX_DELAY} (ten years)."
         )
-    return int(delay)
+    return max(0, int(delay))
 
 
 def eta_after(delay: int) -> int:

@@ -67,7 +67,7 @@ class Publications:
             headers.update(trace_headers(context))
         own = dict(headers)
         subject = target
-        if delay:  # not one of 0, which needs no schedule
+        if delay is not None and delay > 0:  # one that is over needs no schedule
             subject = self._config.names.delayed(queue_name, announced.message_id, unique)
             headers.update(delays.schedule(int(announced.options["eta"]), target))
         body = encode(stored)

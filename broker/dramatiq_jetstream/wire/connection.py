@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import json
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -62,6 +63,7 @@ NOT_NOW_SECONDS: Final = 0.25
 #: API requests whose answer tells what they changed, so that a repetition would tell something else.
 ONCE: Final = ("STREAM.PURGE.", "STREAM.DELETE.", "STREAM.MSG.DELETE.", "CONSUMER.DELETE.")
 
+_reopening = threading.Lock()
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
@@ -168,6 +170,13 @@ class Connection:
         """Close the connection; calls that wait for an answer get an error."""
         self._closed = True
         self._link.close()
+
+    def reopen(self) -> None:
+        """After `close`, connect again at the next use; does nothing before."""
+        with _reopening:
+            if self._closed:
+                self._link = Link(self.options, self._listeners, self._interests)
+                self._closed = False
 
     # Storing
 

@@ -169,7 +169,7 @@ class Link:
         before = self._attempts
         while True:
             if self.loop.closed:
-                raise NotSent("The connection to NATS was closed; make a new broker to go on.")
+                raise NotSent("The connection to NATS was closed.")
             self.loop.start()
             signal = self._waiters.add()
             try:

@@ -29,10 +29,12 @@ from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.common import current_millis
 from dramatiq.errors import ActorNotFound, BrokerError, DecodeError
 from dramatiq.message import Message
+from dramatiq.middleware import SkipMessage
 from dramatiq.worker import ConsumerThread
 
 from dramatiq_jetstream import dead_letters
 from dramatiq_jetstream.errors import ApiError, MessageTooLarge
+from dramatiq_jetstream.jetstream.names import HEADER_TICK
 from dramatiq_jetstream.wire.connection import Connection
 from dramatiq_jetstream.wire.handover import Handover
 
@@ -40,6 +42,7 @@ from .delivery import Delivery
 from .ledger import Ledger
 from .pulling import Puller
 from .room import Room
+from .running import is_abort
 from .settlements import ACK
 from .sources import Sources
 from .suspects import Suspects
@@ -353,7 +356,7 @@ class JetStreamConsumer(Consumer):
                 self.undertaker.put_off(delivery)
                 return
             failed = True
-        if not failed:
+        if not failed or (error is None and _is_unwanted(message)):
             self.ledger.settle(delivery, ACK)
             return
         try:
@@ -402,6 +405,12 @@ class JetStreamConsumer(Consumer):
                 return
             for delivery in arrived:
                 self.undertaker.hand_back(delivery)
+
+
+def _is_unwanted(message: JetStreamMessage) -> bool:
+    """Whether a message that failed is nothing to look at: it was aborted, or is a tick that came too late."""
+    error = message._exception
+    return is_abort(error) or (isinstance(error, SkipMessage) and HEADER_TICK in message._delivery.headers)
 
 
 def _is_permanent(error: BaseException) -> bool:

@@ -4,7 +4,7 @@ Dramatiq calls every middleware at every hook, and most of them inherit an empty
 thirty calls for each message, a tenth of the time it takes to work off one that does nothing. What a middleware
 has of its own is looked up when the list of middleware changes, so a method must not be replaced after that.
 Dramatiq's `Pipelines` imports a module at every message, before it sees that this one is not part of a pipeline; it
-is called for those that are.
+is called for those that are. `Retries` is not asked about a message that was aborted: it is not wanted any more.
 
 Dramatiq's `Results` stores how an actor failed after the message was nacked, when it is too late to keep the message
 if that does not work. Here it is called before.
@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dramatiq.broker import Broker, MessageProxy
-from dramatiq.middleware import Middleware, MiddlewareError, Pipelines
+from dramatiq.middleware import Middleware, MiddlewareError, Pipelines, Retries
 from dramatiq.results import Results
+
+from .running import is_abort
 
 __all__ = ["EmittingBroker"]
 
@@ -163,11 +165,24 @@ def _listens(middleware: Middleware, hook: str) -> bool:
 
 def _method(middleware: Middleware, hook: str) -> Callable[..., Any]:
     method: Callable[..., Any] = getattr(middleware, hook)
-    if type(middleware) is not Pipelines or hook != "after_process_message":
+    if hook != "after_process_message":
         return method
+    if type(middleware) is Pipelines:
 
-    def in_pipelines(broker: Broker, message: MessageProxy, **outcome: Any) -> None:
-        if "pipe_target" in message.options:
-            method(broker, message, **outcome)
+        def in_pipelines(broker: Broker, message: MessageProxy, **outcome: Any) -> None:
+            if "pipe_target" in message.options:
+                method(broker, message, **outcome)
 
-    return in_pipelines
+        return in_pipelines
+    if isinstance(middleware, Retries):
+
+        def unless_aborted(
+            broker: Broker, message: MessageProxy, *, exception: BaseException | None = None, **outcome: Any
+        ) -> None:
+            if is_abort(exception):
+                message.fail()
+            else:
+                method(broker, message, exception=exception, **outcome)
+
+        return unless_aborted
+    return method
