@@ -227,7 +227,7 @@ def orders_store() -> Orders:
 @_once
 def events_stored() -> EventStream:
     """Return the reader of the events."""
-    return EventStream(broker.connection, lambda: event_stream.ensure(broker))
+    return EventStream(broker.stream(events.STREAM), lambda: event_stream.ensure(broker))
 
 
 @_once

@@ -21,13 +21,14 @@ from dataclasses import dataclass
 from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
+from dramatiq_jetstream.streams import Range
 
 from .announcements import Testimony
 from .events import Happened, order_id_of
 from .orders import Stored, key_of, merge, stored_in, with_event
 from .ports import Bucket, Entry
 from .stock import Stock
-from .stream import EventStream, Range
+from .stream import EventStream
 
 #: How many events are held in memory before the records of their orders are written.
 _CHUNK = 5_000

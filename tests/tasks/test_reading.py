@@ -59,6 +59,29 @@ def test_accepted_orders_without_a_worker(quiet: Stack) -> None:
     assert pages(quiet, 100) == [ids]
 
 
+@pytest.mark.parametrize("skew", [3.0, -70.0, 86_400.0])
+def test_accepted_orders_whatever_the_clock(tmp_path: Path, skew: float) -> None:
+    """The front end's clock is ahead or behind: GET finds what was accepted, under ids that were made or chosen."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time\n"
+        "now, now_ns = time.time, time.time_ns\n"
+        f"time.time = lambda: now() + {skew}\n"
+        f"time.time_ns = lambda: now_ns() + int({skew} * 10**9)\n"
+    )
+    with Stack(tmp_path, workers=False, env={"PYTHONPATH": str(tmp_path)}) as shop:
+        made = shop.order()["order_id"]
+        clock = int(made.replace("-", "")[:12], 16) / 1000  # which the front end goes by
+        assert abs(clock - time.time() - skew) < 60
+        event = created(order_id="chosen-1", customer_id="c-1")
+        headers = {"Content-Type": "application/x-protobuf"}
+        answer = shop.post("/api/orders", data=event.SerializeToString(), headers=headers)
+        assert answer.status_code == 202
+        for order_id in (made, "chosen-1"):
+            assert shop.get(f"/api/orders/{order_id}").json()["status"] == "accepted"
+            assert shop.get(f"/orders/{order_id}").status_code == 200
+        assert pages(shop, 5) == [["chosen-1", made]]
+
+
 def test_empty_list(quiet: Stack) -> None:
     """Before the first order there is one empty page."""
     assert pages(quiet, 5) == [[]]

@@ -12,10 +12,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import tasks.rebuild
+from dramatiq_jetstream.streams import Range
 from orders.v1.events_pb2 import OrderConfirmed, OrderPaid
 from tasks.events import Happened
 from tasks.rebuild import Rebuild, Summary
-from tasks.stream import Range
 from tests.tasks.fakes import FakeEntry
 from tests.tasks.test_saga_properties import Service, created
 
