@@ -242,6 +242,10 @@ def _arrives_or_is_said(broker, stream, consumer):
     assert said == any(harmful)
     if said:
         return
+    _twenty_arrive(connection, name, "worker", subject)
+
+
+def _twenty_arrive(connection, stream, durable, subject):
     wanted = {b"message %d" % number for number in range(20)}
     for body in sorted(wanted):
         connection.publish(subject, body)
@@ -249,7 +253,86 @@ def _arrives_or_is_said(broker, stream, consumer):
     inbox = connection.new_inbox()
     subscription = connection.subscribe(inbox, lambda message: message.data and arrived.put(message.data))
     body = json.dumps({"batch": 20, "expires": 10 * SECOND}).encode()
-    connection.send(f"$JS.API.CONSUMER.MSG.NEXT.{name}.worker", body, reply=inbox)
+    connection.send(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}", body, reply=inbox)
     deadline = time.monotonic() + 10
     assert {arrived.get(timeout=max(0.1, deadline - time.monotonic())) for _ in wanted} == wanted
     subscription.close()
+
+
+#: Foreign values for a stream of events, and whether something has to be said of them.
+EVENTS = {
+    "max_msgs": ({"max_msgs": 3}, True),
+    "max_bytes": ({"max_bytes": 1_500}, True),
+    "max_age": ({"max_age": SECOND, "duplicate_window": SECOND}, True),
+    "max_msgs_per_subject": ({"max_msgs_per_subject": 3}, True),
+    "discard": ({"max_msgs": 3, "discard": "new"}, True),
+    "storage": ({"storage": "memory"}, True),
+    "no_ack": ({"no_ack": True}, True),
+    "retention": ({"retention": "interest"}, True),
+    "subject_transform": ({"subject_transform": {"src": "NS.ev.a", "dest": "NS.ev.b"}}, True),
+    "consumer_limits": ({"consumer_limits": {"inactive_threshold": 5 * SECOND}}, True),
+    "deny_purge": ({"deny_purge": True}, True),
+    "allow_msg_counter": ({"allow_msg_counter": True}, True),
+    "wider": ({"subjects": ["NS.ev.>", "NS.more.>"]}, True),
+    "compression": ({"compression": "s2"}, False),
+    "allow_msg_ttl": ({"allow_msg_ttl": True}, False),
+    "allow_rollup_hdrs": ({"allow_rollup_hdrs": True}, False),
+    "description": ({"description": "what happens in the shop"}, False),
+}
+
+#: The same for a consumer that an actor subscribes with.
+SUBSCRIPTION = {
+    "deliver_policy": ({"deliver_policy": "new"}, True),
+    "opt_start_seq": ({"deliver_policy": "by_start_sequence", "opt_start_seq": 1_000}, True),
+    "last_per_subject": ({"deliver_policy": "last_per_subject"}, True),
+    "ack_policy all": ({"ack_policy": "all"}, True),
+    "ack_policy none": ({"ack_policy": "none", "max_ack_pending": 0, "ack_wait": 0, "max_deliver": 1}, True),
+    "filter_subjects": ({"filter_subject": "", "filter_subjects": ["NS.ev.b", "NS.ev.c"]}, True),
+    "headers_only": ({"headers_only": True}, True),
+    "max_deliver": ({"max_deliver": 1}, True),
+    "inactive_threshold": ({"inactive_threshold": 5 * SECOND}, True),
+    "mem_storage": ({"mem_storage": True}, True),
+    "replay_policy": ({"replay_policy": "original"}, True),
+    "another queue's": ({"metadata": {"dramatiq-subscriber": "else/q"}}, True),
+    "sample_freq": ({"sample_freq": "50%"}, False),
+    "description": ({"description": "reserves"}, False),
+}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    stream=st.sets(st.sampled_from(sorted(EVENTS)), max_size=2),
+    consumer=st.sets(st.sampled_from(sorted(SUBSCRIPTION)), max_size=2),
+)
+def test_events_that_are_accepted_in_silence_arrive(nats_url, namespace, stream, consumer):
+    """The same for streams of events, which are often another program's, and for those who subscribe to them."""
+    broker = JetStreamBroker(nats_url, namespace=f"{namespace}{next(_numbers)}", enqueue_timeout=3_000)
+    names, connection = broker.names, broker.connection
+    subject = f"{names.namespace}.ev.a"
+    events = topology.events(f"{names.namespace}-ev", [f"{names.namespace}.ev.>"])
+    durable = topology.subscription(names, events.name, "on", "q", subject, ack_wait=30_000)
+    try:
+        merged = [{}, {}]
+        for number, (chosen, table) in enumerate(((stream, EVENTS), (consumer, SUBSCRIPTION))):
+            for case in sorted(chosen):
+                merged[number] |= table[case][0]
+        try:
+            connection.api(f"STREAM.CREATE.{events.name}", foreign(events, merged[0], names.namespace))
+            create_consumer(broker, events.name, foreign(durable, merged[1], names.namespace))
+        except ApiError:
+            return  # the server does not take that mixture
+        outcomes = []
+        for ensure in (
+            lambda: ensuring.ensure_stream(connection, events),
+            lambda: ensuring.ensure_subscription(connection, durable, declared=[durable.name]),
+        ):
+            try:
+                outcomes.append(ensure())
+            except TopologyMismatch:
+                outcomes.append("refused")
+        harmful = any(EVENTS[case][1] for case in stream), any(SUBSCRIPTION[case][1] for case in consumer)
+        assert tuple(outcome != "unchanged" for outcome in outcomes) == harmful
+        if not any(harmful):
+            _twenty_arrive(connection, events.name, durable.name, subject)
+    finally:
+        broker.close()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -473,6 +475,31 @@ def test_a_watch_sees_a_bucket_that_was_made_again(bucket: Bucket, monkeypatch: 
     eventually(lambda: seen.values == [("k", b"19"), ("k", b"after")])
     bucket.put("k", b"later")
     eventually(lambda: seen.values[2:] == [("k", b"later")])
+    watch.close()
+
+
+def test_a_watch_sees_a_bucket_that_came_back_older(
+    make_bucket: MakeBucket, own_nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """A store that was restored from a copy is the same stream, and ends before what the watch has seen."""
+    bucket, store = make_bucket(own_nats_server.url), tmp_path / "nats"
+    for number in range(5):
+        bucket.put("k", b"%d" % number)
+    own_nats_server.stop()
+    shutil.copytree(store, tmp_path / "copy")
+    own_nats_server.start()
+    for number in range(5, 20):
+        bucket.put("k", b"%d" % number)
+    seen = Seen()
+    watch = bucket.watch("", seen)
+    eventually(lambda: seen.values == [("k", b"19")])
+    own_nats_server.kill()
+    shutil.rmtree(store)
+    (tmp_path / "copy").rename(store)
+    own_nats_server.start()
+    eventually(lambda: seen.values == [("k", b"19"), ("k", b"4")], timeout=20)
+    bucket.put("k", b"after")
+    eventually(lambda: seen.values[2:] == [("k", b"after")])
     watch.close()
 
 
