@@ -32,6 +32,7 @@ except ModuleNotFoundError as error:
 from .broker import broker_for
 from .errors import PermissionDenied, RevisionConflict
 from .jetstream.inventory import queue_names
+from .jetstream.names import short_key
 from .jetstream.wakeups import announced_key, announcements
 from .sending.delays import due
 from .wire.connection import Msg
@@ -77,16 +78,17 @@ class JetStreamBackend(EventBackend):
             delays[message_id] = self._delay_of(message_id)
         for event in events:
             lifetime = delays[Abortable.key_to_id(event.key)] + max(1, ttl)
-            self.bucket.put(event.key, json.dumps(event.params).encode(), ttl=lifetime)
+            self.bucket.put(short_key(event.key), json.dumps(event.params).encode(), ttl=lifetime)
 
     def poll(self, key: str) -> Event | None:
         """Take the signal for a key if there is one."""
+        name = short_key(key)
         while True:
-            entry = self.bucket.get(key)
+            entry = self.bucket.get(name)
             if entry is None:
                 return None
             try:
-                self.bucket.delete(key, revision=entry.revision)
+                self.bucket.delete(name, revision=entry.revision)
             except RevisionConflict:
                 continue  # somebody else took it, or it was given again
             return Event(key, json.loads(entry.value))
@@ -97,13 +99,13 @@ class JetStreamBackend(EventBackend):
         Parameters:
           timeout: Milliseconds to wait at most.
         """
-        wanted = list(keys)
+        wanted = {short_key(key): key for key in keys}
         deadline = time.monotonic() + timeout / 1000
         self._listen()
         while True:
             self._wake.clear()
-            for key in self._to_look_for(wanted):
-                event = self.poll(key)
+            for name in self._to_look_for(list(wanted)):
+                event = self.poll(wanted[name])
                 if event is not None:
                     return event
             left = deadline - time.monotonic()

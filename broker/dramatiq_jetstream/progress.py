@@ -21,7 +21,7 @@ from dramatiq.middleware import Middleware
 
 from .broker import JetStreamBroker
 from .errors import BrokerError, InvalidOption
-from .jetstream.names import id_token
+from .jetstream.names import short_key
 from .kv import Bucket
 
 __all__ = ["Progress", "ProgressOf", "progress", "read_progress"]
@@ -119,7 +119,9 @@ def progress(done: float, total: float | None = None, note: str = "") -> None:
     running.sent = now
     said = {"done": done, "total": total, "note": note, "at": int(time.time() * 1000)}
     try:
-        _bucket(running.broker).note(_key(running.message_id), json.dumps(said).encode(), ttl=running.ttl)
+        _bucket(running.broker).note(
+            short_key(running.message_id), json.dumps(said).encode(), ttl=running.ttl
+        )
     except BrokerError as error:
         logger.warning("The progress of %s was not stored: %s", running.message_id, error)
 
@@ -138,15 +140,9 @@ def read_progress(message_id: str, broker: JetStreamBroker | None = None) -> Pro
         raise InvalidOption(
             "progress is kept by a JetStreamBroker: pass one, or set it as Dramatiq's broker."
         )
-    entry = _bucket(chosen).get(_key(message_id))
+    entry = _bucket(chosen).get(short_key(message_id))
     return None if entry is None else ProgressOf(message_id=message_id, **json.loads(entry.value))
 
 
 def _bucket(broker: JetStreamBroker) -> Bucket:
     return broker.bucket(BUCKET)
-
-
-def _key(message_id: str) -> str:
-    """The key of a message; a hash stands for an id that is too long for a subject."""
-    token = id_token(message_id)
-    return token if token.startswith("=~") else message_id

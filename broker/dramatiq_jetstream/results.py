@@ -28,7 +28,7 @@ from dramatiq.results.result import wrap_exception, wrap_result
 
 from .broker import broker_for
 from .errors import BrokerConnectionError, MessageTooLarge
-from .jetstream.names import HEADER_PARTS
+from .jetstream.names import HEADER_PARTS, short_key
 from .jetstream.wakeups import Wakeups
 from .kv import Entry
 
@@ -141,6 +141,10 @@ class JetStreamBackend(ResultBackend):
         name, _, count = head.headers[HEADER_PARTS].partition(" ")
         parts = [self.bucket.get(f"parts.{name}.{number}") for number in range(int(count))]
         return b"".join(part.value for part in parts if part is not None) if all(parts) else None
+
+    def build_message_key(self, message: Message[Any]) -> str:
+        """The key of a message's result; a hash stands for a readable one that is too long."""
+        return short_key(super().build_message_key(message))
 
     def store_result(self, message: Message[Any], result: Any, ttl: int) -> None:
         """Store a result for `ttl` milliseconds.

@@ -22,7 +22,7 @@ def offline(make_broker, proxy, monkeypatch):
     Returns the broker, the function that an actor calls, and what it noted: the runs and the follow-ups.
     """
     monkeypatch.setattr("dramatiq_jetstream.worker.undertaker.FIRST_DELAY_MS", 50)
-    broker = make_broker(proxy.url, enqueue_timeout=300)
+    broker = make_broker(proxy.url, enqueue_timeout=1_000)
     runs = []
     threads = []
 
@@ -31,7 +31,7 @@ def offline(make_broker, proxy, monkeypatch):
         if len(runs) == 1:
             proxy.lose()
             # Longer than enqueueing what follows may take.
-            threads.append(threading.Timer(0.8, proxy.restore))
+            threads.append(threading.Timer(2.0, proxy.restore))
             threads[-1].start()
 
     yield broker, first_run, runs

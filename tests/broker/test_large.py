@@ -10,10 +10,14 @@ import random
 import dramatiq
 import pytest
 from dramatiq import Message
+from dramatiq.results import Results
+from dramatiq_abort import Abortable, abort
 
-from dramatiq_jetstream.errors import MessageTooLarge
+from dramatiq_jetstream.abort import JetStreamBackend as AbortBackend
+from dramatiq_jetstream.errors import MessageNotUnique, MessageTooLarge
 from dramatiq_jetstream.events import subscription
 from dramatiq_jetstream.progress import Progress, progress, read_progress
+from dramatiq_jetstream.results import JetStreamBackend as ResultBackend
 from dramatiq_jetstream.sending.envelope import encode
 from dramatiq_jetstream.sending.fitting import fit, unfolded
 from dramatiq_jetstream.wire.headers import encode_headers
@@ -145,13 +149,25 @@ def test_a_compressed_body_that_is_none_is_a_dead_letter(broker, failing):
     assert letters[0].data == b"not compressed"
 
 
+def test_the_largest_message_has_its_callbacks(broker, failing):
+    """A callback gets the whole message, and how it failed, as arguments."""
+    heard = []
+    dramatiq.actor(lambda message, result: heard.append(digest(message["args"][0])), actor_name="well")
+    dramatiq.actor(lambda message, error: heard.append(error["type"]), actor_name="badly")
+    message = largest(broker, failing, on_success="well", on_failure="badly")
+    broker.enqueue(message)
+    run(broker)
+    assert heard == ["ValueError", "ValueError", digest(message.args[0])]
+    assert broker.dead_letters.list() == []
+
+
 def test_a_letter_whose_follow_up_is_too_large_names_the_error_of_the_actor(broker):
-    """The real error comes first."""
+    """The real error comes first, and then that its callback has no room for it."""
     dramatiq.actor(lambda message, error: None, actor_name="gave_up")
 
     @dramatiq.actor(max_retries=0, on_failure="gave_up")
     def work():
-        raise ValueError("the real reason " + "x" * 1_100_000)
+        raise ValueError("the real reason " + text(2_000_000))
 
     with running(broker):
         work.send()
@@ -197,4 +213,28 @@ def test_progress_of_a_message_with_a_very_long_id_is_kept(broker):
         found = eventually(lambda: read_progress(message_id, broker))
     assert (found.message_id, found.note) == (message_id, "half")
     assert read_progress(message_id + "y", broker) is None
+    assert broker.connection.state.reconnects == reconnects
+
+
+def test_a_very_long_id_or_key_harms_nothing(broker):
+    """Results, aborts and unique keys of such a message work as for any other."""
+    results = ResultBackend(broker, use_namespace_prefix_keys=True)
+    broker.add_middleware(Results(backend=results))
+    broker.add_middleware(Abortable(backend=AbortBackend(broker)))
+    ran = []
+    dramatiq.actor(lambda: ran.append(1) or "done", actor_name="work", store_results=True)
+    options = {"unique_key": "k" * 5_000}
+    message = Message("default", "work", (), {}, options, message_id="x" * 5_000)
+    broker.enqueue(message)
+    with pytest.raises(MessageNotUnique):
+        broker.enqueue(Message("default", "work", (), {}, options))
+    reconnects = broker.connection.state.reconnects
+    with running(broker):
+        assert results.get_result(message, block=True) == "done"
+        broker.join("default", timeout=10_000)
+    aborted = broker.enqueue(Message("default", "work", (), {}, {}, message_id="y" * 5_000))
+    abort(aborted.message_id)
+    with running(broker):
+        broker.join("default", timeout=10_000)
+    assert ran == [1]
     assert broker.connection.state.reconnects == reconnects

@@ -338,5 +338,12 @@ def encode_key(key: str) -> str:
     return ".".join(encode(part) for part in key.split("."))
 
 
+def short_key(key: str) -> str:
+    """A key that is made from something of another program; a hash stands for one that is too long for a subject."""
+    if len(encode_key(key)) <= MAX_SUBJECT_BYTES:
+        return key
+    return f"=~{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
 def decode_key(token: str) -> str:
     return ".".join(decode(part) for part in token.split("."))

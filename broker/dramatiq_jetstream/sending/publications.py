@@ -30,6 +30,7 @@ class Publications:
     Parameters:
       unique_id: Tells one enqueue call from another; becomes the call's `Nats-Msg-Id`.
       room_beside: Bytes that headers leave for a body.
+      encloses: Whether a message is a callback with the message it follows as its argument.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class Publications:
         config: BrokerConfig,
         unique_id: Callable[[Message[Any]], str],
         room_beside: Callable[[Mapping[str, str]], int],
+        encloses: Callable[[Message[Any]], bool],
     ) -> None:
         self._config = config
         self._unique_id = unique_id
         self._room_beside = room_beside
+        self._encloses = encloses
 
     @staticmethod
     def announced(message: Message[Any], delay: int | None) -> Message[Any]:
@@ -73,10 +76,13 @@ class Publications:
         body = encode(stored)
         if len(body) > ALWAYS_FITS:
             room = self._room_beside(headers)
-            # What its caller made too large is refused.
-            if len(body) > room and (is_enlarged(stored) or len(body) <= self._room_beside(own)):
+            if len(body) > room and self._grew(stored, len(body), own):
                 body = fit(stored, room, headers)
         return Publication(subject, body, headers)
+
+    def _grew(self, message: Message[Any], size: int, own: Mapping[str, str]) -> bool:
+        """Whether a message is too large by what was added to it. What its caller made too large is refused."""
+        return is_enlarged(message) or self._encloses(message) or size <= self._room_beside(own)
 
     def _priority(self, message: Message[Any]) -> int | None:
         """The priority of a message; as in RabbitMQ, one above the highest is the highest."""

@@ -50,6 +50,9 @@ class FollowedMessages(Protocol):
     def unique_id(self, message: Message[Any]) -> str:
         """What tells one enqueue call from another."""
 
+    def encloses(self, message: Message[Any]) -> bool:
+        """Whether `message` is a callback that carries the message this thread has just run."""
+
     def is_retry(self, message: Message[Any]) -> bool:
         """Whether this thread has just run `message`."""
 
@@ -79,7 +82,9 @@ class Sender:
         self._announcer = announcer
         self._follow_ups = follow_ups
         self._unique_keys = unique_keys
-        self._publications = Publications(config, follow_ups.unique_id, connection.room_beside)
+        self._publications = Publications(
+            config, follow_ups.unique_id, connection.room_beside, follow_ups.encloses
+        )
 
     def enqueue(self, message: Message[Any], delay: int | None) -> Message[Any]:
         """See `JetStreamBroker.enqueue`."""
@@ -136,7 +141,7 @@ class Sender:
             return 0
         cancelled = delays.cancel(self._connection, self._config.names, queue_name, message_id)
         if cancelled:
-            free(self._unique_keys(), queue_name, waiting)
+            free(self._unique_keys(), waiting)
         return cancelled
 
     def _prepare(self, message: Message[Any], delay: int | None) -> Ready:

@@ -31,7 +31,7 @@ from dramatiq_jetstream.errors import (
     RevisionConflict,
     StoreFull,
 )
-from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID, encode
+from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID, encode, short_key
 from dramatiq_jetstream.jetstream.reading import StoredMessage, message_at, parse_time
 from dramatiq_jetstream.kv import Bucket, Entry
 from dramatiq_jetstream.wire.connection import PubAck, Publication
@@ -69,7 +69,7 @@ class Claim:
         self._message = message
         self._window = window
         self._config = config
-        self._name = prefix(q_name(message.queue_name)) + str(message.options["unique_key"])
+        self._name = name_of(message)
         self._revision = 0
         self._publish_id = ""
         self._earlier: str | None = None  # the message of an earlier call of which nothing is known
@@ -157,12 +157,17 @@ class Claim:
         )
 
 
+def name_of(message: Message[Any]) -> str:
+    """The name under which a message's unique key is kept."""
+    return prefix(q_name(message.queue_name)) + short_key(str(message.options["unique_key"]))
+
+
 def prefix(queue: str) -> str:
     """What the keys of a queue begin with."""
     return f"{encode(queue)}/"
 
 
-def free(bucket: Bucket, queue: str, stored: StoredMessage) -> None:
+def free(bucket: Bucket, stored: StoredMessage) -> None:
     """Free the unique key of a stored message that was cancelled, if it has one and still holds it."""
     try:
         message = envelope.decode(unfolded(stored.data, stored.headers))
@@ -170,7 +175,7 @@ def free(bucket: Bucket, queue: str, stored: StoredMessage) -> None:
         return
     if not isinstance(message.options, Mapping) or "unique_key" not in message.options:
         return
-    name = prefix(queue) + str(message.options["unique_key"])
+    name = name_of(message)
     holder = bucket.get(name)
     if holder is not None and json.loads(holder.value)["message"] == message.message_id:
         with contextlib.suppress(RevisionConflict):

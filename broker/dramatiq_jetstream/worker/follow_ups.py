@@ -63,6 +63,12 @@ class FollowUps(threading.local):
         call = f"{current._delivery.origin}:{message.message_id}:{self._calls[message.message_id]}"
         return hashlib.sha256(call.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
+    def encloses(self, message: Message[Any]) -> bool:
+        """Whether `message` is a callback that carries the message this thread has just run."""
+        if self._message is None or not message.args or not isinstance(message.args[0], dict):
+            return False
+        return bool(message.args[0].get("message_id") == self._message.message_id)
+
     def is_retry(self, message: Message[Any]) -> bool:
         """Whether this thread has just run `message`, so that enqueueing it is a retry."""
         return self._message is not None and self._message.message_id == message.message_id
