@@ -21,7 +21,7 @@ from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.events import Events
 from dramatiq_jetstream.jetstream.ensuring import ensure_stream
 from dramatiq_jetstream.jetstream.topology import StreamConfig, dead_letters
-from dramatiq_jetstream.kv import DEPOSED, Bucket
+from dramatiq_jetstream.kv import DEPOSED_SECONDS, Bucket
 
 from . import credentials, events, idempotency, logs, orders, outage, stock, telemetry, tokens
 from .catalogue import CATALOGUE
@@ -208,7 +208,7 @@ def operators() -> Operators:
 
 def _patience() -> int:
     """Return for how long what is missing or old is read again: while a server may believe to be the leader."""
-    return int(DEPOSED * 1000) if SETTINGS.replicas > 1 else 0
+    return int(DEPOSED_SECONDS * 1000) if SETTINGS.replicas > 1 else 0
 
 
 @_once

@@ -1,7 +1,7 @@
 """Key-value buckets: compare-and-set, time to live per key, consistent listings, watches (ADR-8, ADR-43).
 
 The server holds all state: a bucket is a stream, a key is a subject, a revision is a stream sequence and is
-never used twice. Reads go to the stream's leader, so whoever wrote a key also reads it; when a bucket's
+never used twice. Reads go to the stream's leader, so a writer reads what it wrote; when a bucket's
 replicas were changed, programs that declared it before must be started again.
 
 Each write carries an id of its own. A write whose acknowledgement got lost is sent again by the connection
@@ -13,7 +13,7 @@ In a cluster a server that was the leader may not know for a while that it is no
 what it has, and its answer may come before the true leader's: a write is refused although it is being stored, and
 a read gives what was there before. So a refusal is believed only when the key has a revision that is newer than
 the expected one and is not ours; otherwise the write is sent again under its id. A read may be outdated for that
-while: whoever acts on one has to compare-and-set.
+while: a caller that acts on one has to compare-and-set.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .wire.connection import Connection, Msg, PubAck, Publication
 from .wire.error_numbers import CONFLICT, OTHER_WRITE_IN_FLIGHT, ROLLUP_FAILED
 from .wire.ids import new_id
 
-__all__ = ["DEPOSED", "Bucket", "Entry", "Snapshot"]
+__all__ = ["DEPOSED_SECONDS", "Bucket", "Entry", "Snapshot"]
 
 HEADER_OPERATION = "KV-Operation"
 HEADER_MARKER_REASON = "Nats-Marker-Reason"
@@ -53,10 +53,10 @@ HEADER_ROLLUP = "Nats-Rollup"
 HEADER_EXPECTED_SUBJECT = "Nats-Expected-Last-Subject-Sequence-Subject"
 
 #: How long the mark of a deleted key is kept, in seconds: long enough for watches to see it.
-MARK_TTL = 60
+MARK_TTL_SECONDS = 60
 
 #: Seconds for which a server may believe to be the leader although it is not.
-DEPOSED = 5.0
+DEPOSED_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Bucket:
         """Return everything under a prefix in memory, as one state to compare-and-set against.
 
         A write under the prefix while it is read only makes the revision newer than a part of the entries
-        is; `update(..., within=prefix)` with that revision then still fails for whoever missed it.
+        is; `update(..., within=prefix)` with that revision then still fails for a caller that missed it.
         """
         entries: dict[str, Entry] = {}
         revision = 0
@@ -423,7 +423,7 @@ class Bucket:
             if newest is not None and newest.headers.get(HEADER_MSG_ID) == write:
                 return newest.sequence
             outdated = newest is None or newest.sequence <= expected
-            if outdated and not self._one_server and time.monotonic() - began < DEPOSED:
+            if outdated and not self._one_server and time.monotonic() - began < DEPOSED_SECONDS:
                 time.sleep(random.uniform(0.005, 0.05))
                 continue
             own = None
@@ -460,4 +460,4 @@ def _is_mark(stored: StoredMessage) -> bool:
 
 def _mark() -> dict[str, str]:
     # The rollup drops the key's history, the mark's time to live drops the mark.
-    return {HEADER_OPERATION: "PURGE", HEADER_ROLLUP: "sub", HEADER_TTL: f"{MARK_TTL}s"}
+    return {HEADER_OPERATION: "PURGE", HEADER_ROLLUP: "sub", HEADER_TTL: f"{MARK_TTL_SECONDS}s"}

@@ -1,4 +1,4 @@
-"""Settings on the server that nobody declared: whatever loses messages or holds them up is refused or warned of."""
+"""Settings on the server that were not declared: what loses messages or holds them up is refused or warned of."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def test_delete_wants_the_revision_it_knows(bucket: Bucket) -> None:
 
 def test_the_mark_of_a_deleted_key_disappears(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deleted keys leave nothing behind for ever."""
-    monkeypatch.setattr("dramatiq_jetstream.kv.MARK_TTL", 1)
+    monkeypatch.setattr("dramatiq_jetstream.kv.MARK_TTL_SECONDS", 1)
     bucket.put("k", b"1")
     bucket.delete("k")
 
@@ -450,7 +450,7 @@ def test_a_watch_goes_on_when_its_consumer_disappears(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A consumer that was deleted on the server is noticed by its silence and replaced."""
-    monkeypatch.setattr("dramatiq_jetstream.jetstream.watching.SILENCE", 0.5)
+    monkeypatch.setattr("dramatiq_jetstream.jetstream.watching.SILENCE_SECONDS", 0.5)
     bucket.put("k", b"1")
     seen = Seen()
     watch = bucket.watch("", seen)
@@ -464,7 +464,7 @@ def test_a_watch_goes_on_when_its_consumer_disappears(
 
 def test_a_watch_sees_a_bucket_that_was_made_again(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its sequences begin again, far below those that the watch has seen."""
-    monkeypatch.setattr("dramatiq_jetstream.jetstream.watching.SILENCE", 0.5)
+    monkeypatch.setattr("dramatiq_jetstream.jetstream.watching.SILENCE_SECONDS", 0.5)
     for number in range(20):
         bucket.put("k", b"%d" % number)
     seen = Seen()

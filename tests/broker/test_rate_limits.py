@@ -247,7 +247,7 @@ def test_whoever_waits_is_woken_by_the_server(
     make_backend: MakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wait ends within milliseconds of the notification, without looking again and again."""
-    monkeypatch.setattr("dramatiq_jetstream.jetstream.wakeups.LOOK_AGAIN", 3600.0)
+    monkeypatch.setattr("dramatiq_jetstream.jetstream.wakeups.LOOK_AGAIN_SECONDS", 3600.0)
     waiting, notifying = make_backend(), make_backend()
     with ThreadPoolExecutor(1) as pool:
         for number in range(10):

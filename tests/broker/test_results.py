@@ -60,7 +60,7 @@ def cable(nats_url: str) -> Iterator[DeafCable]:
 @pytest.fixture
 def never_look_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only announcements and reconnects wake whoever waits."""
-    monkeypatch.setattr("dramatiq_jetstream.jetstream.wakeups.LOOK_AGAIN", 3600.0)
+    monkeypatch.setattr("dramatiq_jetstream.jetstream.wakeups.LOOK_AGAIN_SECONDS", 3600.0)
 
 
 def a_message(number: int = 0) -> Message[Any]:
@@ -144,7 +144,7 @@ def test_whoever_waits_looks_now_and_then_in_any_case(
     make_backend: MakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without any announcement, as from a bucket that was made without them, a result is found late, not never."""
-    monkeypatch.setattr("dramatiq_jetstream.jetstream.wakeups.LOOK_AGAIN", 0.3)
+    monkeypatch.setattr("dramatiq_jetstream.jetstream.wakeups.LOOK_AGAIN_SECONDS", 0.3)
     waiting, storing = make_backend(), make_backend()
     storing.store_result(a_message(1), 1, 60_000)
     config = storing.bucket.connection.api(f"STREAM.INFO.{storing.bucket.stream}")["config"]
@@ -183,7 +183,7 @@ def test_a_process_stays_subscribed_only_while_somebody_waits(
     backend: JetStreamBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The subscription is given up after a while without waiters, and made again for the next one."""
-    monkeypatch.setattr("dramatiq_jetstream.jetstream.wakeups.LINGER", 0.0)
+    monkeypatch.setattr("dramatiq_jetstream.jetstream.wakeups.LINGER_SECONDS", 0.0)
     subscriptions = len(backend.bucket.connection._subscriptions)
     for number in range(2):
         backend.store_result(a_message(number), number, 60_000)

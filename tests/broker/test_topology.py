@@ -84,7 +84,7 @@ def test_setup_of_many_processes_at_once(declare):
 
 
 def test_processes_that_disagree_race_to_one_clear_outcome(make_broker):
-    """Whoever comes second with other settings is told the difference."""
+    """The second process, with other settings, is told the difference."""
     brokers = [make_broker(ack_wait=ack_wait) for ack_wait in (5_000, 6_000) * 4]
     for broker in brokers:
         broker.declare_queue("default")
@@ -193,7 +193,7 @@ def test_signals_keep_pace_with_an_older_consumer(make_broker, caplog):
 
 
 def test_without_declare_only_what_exists_is_used(make_broker, declare):
-    """Prepared by `setup`, everything works; nothing is made, and differences are nobody's business."""
+    """Prepared by `setup`, everything works; nothing is made, and differences are not looked at."""
     declare().setup()
     broker = declare(declare=False)
     before = everything(broker)
@@ -236,7 +236,7 @@ def test_more_replicas_than_servers_is_a_clear_error(make_broker):
 
 
 def test_a_queue_that_is_deleted_under_a_worker_is_made_again(make_broker, monkeypatch):
-    """Whoever deletes a stream loses its messages; the fleet goes on with the next ones."""
+    """The messages of a deleted stream are lost; the fleet goes on with the next ones."""
     monkeypatch.setattr("dramatiq.worker.CONSUMER_RESTART_DELAY_SECS", 0.2)
     broker, producer = make_broker(), make_broker()
     ran = []
@@ -306,7 +306,7 @@ def test_a_consumer_that_is_deleted_under_a_worker_is_made_again(make_broker, mo
     assert sorted(ran) == list(range(6))
 
 
-def test_declaring_contacts_nobody():
+def test_declaring_contacts_no_server():
     """Declaring queues and actors works without a server, as modules are imported everywhere."""
     broker = JetStreamBroker("nats://127.0.0.1:1")
     started = time.monotonic()

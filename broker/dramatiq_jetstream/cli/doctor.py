@@ -24,10 +24,10 @@ OK, WARNING, FAILURE = "ok", "warning", "failure"
 _MARKS = {OK: "[green]✓[/green]", WARNING: "[yellow]![/yellow]", FAILURE: "[red]✗[/red]"}
 
 #: A clock that differs by more than this from the server's makes delays visibly late; milliseconds.
-MAX_SKEW = 1_000
+MAX_SKEW_MS = 1_000
 
 #: The share of a limit from which on it is warned of.
-FULL = 0.8
+FULL_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _account(fleet: Fleet) -> Iterator[Finding]:
     used, most = info.get("storage", 0), limits.get("max_storage", -1)
     share = used / most if most > 0 else 0.0
     detail = f"{used:,} bytes used" + (f" of {most:,}" if most > 0 else ", no limit for the account")
-    if share > FULL:
+    if share > FULL_SHARE:
         yield Finding(
             "storage", WARNING if share < 0.95 else FAILURE, detail, "raise max_file_store or purge."
         )
@@ -113,7 +113,7 @@ def _write(fleet: Fleet) -> Iterator[Finding]:
         yield Finding("store", OK, f"a message is stored in {taken:.1f} ms")
         stored = last_message(connection, config.name, subject)
         skew = 0 if stored is None else stored.time - (before + current_millis()) // 2
-        if abs(skew) > MAX_SKEW:
+        if abs(skew) > MAX_SKEW_MS:
             yield Finding(
                 "clock",
                 WARNING,
@@ -181,10 +181,12 @@ def _limited(stream: dict[str, Any], used: int) -> Finding:
     share = used / stream["max_bytes"]
     return Finding(
         f"stream {stream['name']}",
-        OK if share < FULL else WARNING if share < 1 else FAILURE,
+        OK if share < FULL_SHARE else WARNING if share < 1 else FAILURE,
         f"{share:.0%} of its max_bytes of {stream['max_bytes']:,} are used; when it is full, the server throws away "
         "the oldest messages",
-        "" if share < FULL else "start workers, or raise max_stream_bytes and run `fleet setup --update`.",
+        ""
+        if share < FULL_SHARE
+        else "start workers, or raise max_stream_bytes and run `fleet setup --update`.",
     )
 
 

@@ -20,15 +20,15 @@ from .reading import StoredMessage, last_message, parse_time
 
 __all__ = ["Listing"]
 
-#: Messages and bytes of one page; whoever lists never holds more than this on top of what it keeps.
+#: Messages and bytes of one page; a caller never holds more than this beside what it keeps.
 PAGE = 10_000
 PAGE_BYTES = 8 * 1024 * 1024
 
 #: Seconds without a message after which a page counts as lost and is asked for again.
-SILENCE = 2.0
+SILENCE_SECONDS = 2.0
 
 #: Seconds between two looks at a replica that lags behind.
-LAG_WAIT = 0.05
+LAG_PAUSE_SECONDS = 0.05
 
 
 class Listing:
@@ -50,7 +50,7 @@ class Listing:
 
         Parameters:
           start: The sequence to begin with.
-          page: How many messages are asked for at once; less for whoever is going to stop early.
+          page: How many messages to ask for at once; choose fewer if you are going to stop early.
           timeout: Milliseconds for each page; None takes the connection's own.
 
         Raises:
@@ -79,7 +79,7 @@ class Listing:
                     f"Stream {self._stream}: the replicas did not catch up with their leader within "
                     f"{seconds * 1000:.0f} ms."
                 )
-            time.sleep(LAG_WAIT)
+            time.sleep(LAG_PAUSE_SECONDS)
 
     def _newest(self, subject: str) -> int:
         message = last_message(self._connection, self._stream, subject)
@@ -111,7 +111,7 @@ class Listing:
     def _collect(self, answers: Handover[Msg], deadline: float) -> list[StoredMessage]:
         found: list[StoredMessage] = []
         while True:
-            answer = answers.get(timeout=max(0.01, min(SILENCE, deadline - time.monotonic())))
+            answer = answers.get(timeout=max(0.01, min(SILENCE_SECONDS, deadline - time.monotonic())))
             headers = dict(answer.headers or {})
             match headers.get("Status"):
                 case None:

@@ -76,7 +76,7 @@ METADATA_AFTER = "dramatiq-after"
 MAX_NAME_BYTES = 255
 
 #: A longer subject would break the server's limit for one line of its protocol (4 KiB, with reply and
-#: sizes), upon which it closes the connection.
+#: sizes); the server then closes the connection.
 MAX_SUBJECT_BYTES = 1_000
 
 #: A message id takes up to this many bytes of a subject; a longer one is represented by its hash.

@@ -24,7 +24,7 @@ __all__ = [
     "worker",
 ]
 
-#: What streams have that nobody said more of.
+#: The defaults of every stream.
 STORAGE = Storage()
 
 #: Requests that may wait at one consumer; the server's default of 512 is a hundred idle processes.
@@ -117,7 +117,7 @@ def events(
     max_age: int | None = None,
     storage: Storage = STORAGE,
 ) -> StreamConfig:
-    """A stream of events, kept whoever has read them."""
+    """A stream of events, which keeps them after they were read."""
     return StreamConfig(
         "events",
         name,

@@ -3,9 +3,9 @@
 The server announces every entry of an announcing bucket, without its value, after it is stored (`republish`
 in the stream's configuration). An announcement only says "look now": what counts is what the bucket then
 holds. One that is lost costs time, never a result, because waiters also look after every reconnect and, in
-case of what nobody thought of, every few seconds.
+any case, every few seconds.
 
-While nobody waits, a process does not stay subscribed for long.
+While no thread waits, a process does not stay subscribed for long.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .names import decode_key
 __all__ = ["Wakeups", "announced_key", "announcements"]
 
 #: Seconds after which a waiter looks without having been woken.
-LOOK_AGAIN = 5.0
+LOOK_AGAIN_SECONDS = 5.0
 
-#: Seconds that a subscription stays when nobody waits any more.
-LINGER = 30.0
+#: Seconds that a subscription stays when no thread waits any more.
+LINGER_SECONDS = 30.0
 
 
 def announcements(bucket: Bucket) -> str:
@@ -49,7 +49,7 @@ class Wakeups:
         self._forget()
 
     def _forget(self) -> None:
-        """Start from nothing: at creation, and in the child of a fork, where nobody waits yet."""
+        """Start from nothing: at creation, and in the child of a fork, where no thread waits yet."""
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._waiters: dict[str, set[threading.Event]] = {}
@@ -89,7 +89,7 @@ class Wakeups:
     @staticmethod
     def wait(event: threading.Event, seconds: float) -> None:
         """Wait until the event is set, but not longer than until it is time for a look anyway."""
-        event.wait(min(seconds, LOOK_AGAIN))
+        event.wait(min(seconds, LOOK_AGAIN_SECONDS))
 
     def _subscribe(self) -> None:
         if self._subscription is not None:
@@ -107,7 +107,7 @@ class Wakeups:
         with self._lock:
             for event in self._waiters.get(key, ()):
                 event.set()
-            idle = not self._waiters and time.monotonic() - self._idle_since > LINGER
+            idle = not self._waiters and time.monotonic() - self._idle_since > LINGER_SECONDS
             subscription = self._subscription
             if idle:
                 self._subscription = None

@@ -1,4 +1,4 @@
-"""Following a bucket as it changes: an ordered, ephemeral consumer that is made anew whenever it breaks off.
+"""Following a bucket as it changes: an ordered, ephemeral consumer that is replaced whenever it breaks off.
 
 The server holds the consumer, this process holds the sequence of the last entry it has seen. A gap, a
 reconnect or silence (the server sends heartbeats) ends the consumer and starts another one behind that
@@ -27,16 +27,16 @@ __all__ = ["Watch"]
 
 logger = logging.getLogger(__name__)
 
-SECOND = 1_000_000_000  # JetStream's durations are nanoseconds
+_NANOSECONDS = 1_000_000_000  # JetStream's durations are nanoseconds
 
 #: Seconds between heartbeats of the server, after how many seconds of silence the consumer is replaced, and
-#: after how many the server forgets one that nobody reads.
-HEARTBEAT = 2
-SILENCE = 5.0
-FORGET_AFTER = 60
+#: after how many the server forgets one without a reader.
+HEARTBEAT_SECONDS = 2
+SILENCE_SECONDS = 5.0
+FORGET_AFTER_SECONDS = 60
 
 #: Seconds before a consumer that could not be made is tried again.
-RETRY = 0.5
+RETRY_SECONDS = 0.5
 
 
 class Watch:
@@ -109,8 +109,8 @@ class Watch:
             "max_deliver": 1,
             "replay_policy": "instant",
             "flow_control": True,
-            "idle_heartbeat": HEARTBEAT * SECOND,
-            "inactive_threshold": FORGET_AFTER * SECOND,
+            "idle_heartbeat": HEARTBEAT_SECONDS * _NANOSECONDS,
+            "inactive_threshold": FORGET_AFTER_SECONDS * _NANOSECONDS,
             "mem_storage": True,
             "num_replicas": 1,
         }
@@ -121,7 +121,7 @@ class Watch:
             json.dumps({"stream_name": self._stream, "config": config, "action": "create"}).encode(),
             f"{self._inbox}.made.{self._generation}",
         )
-        self._restart_in(SILENCE)
+        self._restart_in(SILENCE_SECONDS)
 
     def _restart_in(self, seconds: float) -> None:
         if self._alive is not None:
@@ -142,7 +142,7 @@ class Watch:
         first = 4 if len(tokens) > 9 else 2
         if tokens[first + 1] != self._name:
             return
-        self._restart_in(SILENCE)
+        self._restart_in(SILENCE_SECONDS)
         sequence, delivered, timestamp = (int(token) for token in tokens[first + 3 : first + 6])
         if delivered != self._delivered + 1:
             self._restart()
@@ -176,7 +176,7 @@ class Watch:
                 self.subject,
                 error.get("description"),
             )
-            self._restart_in(RETRY)
+            self._restart_in(RETRY_SECONDS)
             return
         self._connection.write(
             self._connection.api_subject(f"STREAM.INFO.{self._stream}"),
@@ -199,7 +199,7 @@ class Watch:
 
     def _handle_status(self, message: Msg) -> None:
         headers = dict(message.headers or {})
-        self._restart_in(SILENCE)
+        self._restart_in(SILENCE_SECONDS)
         if message.reply:  # flow control: the server waits for our answer
             self._connection.write(message.reply)
             return
