@@ -14,7 +14,6 @@ import atexit
 import contextlib
 import json
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -63,7 +62,6 @@ NOT_NOW_SECONDS: Final = 0.25
 #: API requests whose answer tells what they changed, so that a repetition would tell something else.
 ONCE: Final = ("STREAM.PURGE.", "STREAM.DELETE.", "STREAM.MSG.DELETE.", "CONSUMER.DELETE.")
 
-_reopening = threading.Lock()
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
@@ -173,10 +171,12 @@ class Connection:
 
     def reopen(self) -> None:
         """After `close`, connect again at the next use; does nothing before."""
-        with _reopening:
-            if self._closed:
-                self._link = Link(self.options, self._listeners, self._interests)
-                self._closed = False
+        closed = self._link
+        if self._closed and closed.is_closed:
+            # One atomic step decides which link it is, without a lock that an interrupt or a fork could leave taken.
+            successor = Link(self.options, self._listeners, self._interests)
+            self._link = closed.__dict__.setdefault("successor", successor)
+            self._closed = False
 
     # Storing
 

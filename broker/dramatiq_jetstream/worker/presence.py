@@ -87,6 +87,8 @@ class Presence:
         if self._stop is None:
             return
         self._stop.set()
+        if not self._bucket().connection.is_connected:
+            return  # the record will expire, and a worker that stops waits for no server
         try:
             self._bucket().delete(self._key)
         except BrokerError as error:
