@@ -35,6 +35,7 @@ from .wire.connection import Connection, PubAck
 from .worker.consumer import JetStreamConsumer
 from .worker.emission import EmittingBroker
 from .worker.presence import describe_arguments
+from .worker.shutdown_notices import give_notice_for
 from .worker.suspects import BUCKET as STARTS
 from .worker.time_limits import keep_time_of
 from .worker.workplace import Workplace
@@ -320,6 +321,7 @@ class JetStreamBroker(EmittingBroker):
         after: type[Middleware] | None = None,
     ) -> None:
         keep_time_of(middleware)
+        give_notice_for(middleware)
         super().add_middleware(middleware, before=before, after=after)
 
     def failed_in(self, hook: str, middleware: Middleware, error: BaseException) -> None:

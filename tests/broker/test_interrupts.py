@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -15,6 +17,7 @@ from dramatiq.middleware import Interrupt, Shutdown, TimeLimitExceeded, raise_th
 
 from dramatiq_jetstream.worker import interrupts
 from dramatiq_jetstream.worker.attempts import Attempts
+from dramatiq_jetstream.worker.shutdown_notices import ShutdownNotices
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually
 
@@ -118,3 +121,97 @@ def test_what_strikes_past_the_gate_costs_no_message_and_no_thread(broker, monke
     assert max(lines.values()) < places[-1], "there are lines that were not struck"
     assert [place for place in places if runs.get(place, 0) < 2] == []
     assert broker.dead_letters.list() == []
+
+
+class TestShutdownNotices:
+    """Dramatiq's `notify_shutdown`, for the messages that run when the worker stops."""
+
+    def test_all_that_run_are_told_while_others_end(self, broker):
+        """Threads that come and go do not keep the rest from hearing of it."""
+        told = []
+        begun = threading.Semaphore(0)
+
+        @dramatiq.actor(notify_shutdown=True, max_retries=0)
+        def long() -> None:
+            begun.release()
+            try:
+                for _ in range(1_000):
+                    time.sleep(0.01)
+            except Shutdown:
+                told.append(1)
+
+        short = dramatiq.actor(lambda: None, actor_name="short", notify_shutdown=True)
+        with running(broker, threads=8):
+            for _ in range(4):
+                long.send()
+            for _ in range(4):
+                assert begun.acquire(timeout=10)
+            broker.enqueue_many([short.message() for _ in range(200)])
+        assert told == [1] * 4
+
+    def test_a_message_that_begins_meanwhile_is_not_struck_for_the_one_before(self):
+        """The mark of a message is gone with it."""
+        notices = ShutdownNotices(logging.getLogger(__name__))
+        notices.add_notification()
+        (mark,) = notices._marks.values()
+        notices.remove_notification()
+        notices.add_notification()
+        assert not notices._is_due(threading.get_ident(), mark)
+
+
+def test_an_interrupt_that_comes_before_the_actor_waits_for_it() -> None:
+    """A shutdown that is noticed while middleware prepares a message ends its actor at once."""
+    gate = interrupts.Gate()
+    gate.expect()
+    raise_thread_exception(threading.get_ident(), Shutdown)  # not now
+    ran = []
+    with pytest.raises(Shutdown):
+        gate.call(ran.append, (1,), {})
+    gate.expect()  # the next message has nothing to do with it
+    assert gate.call(lambda: "result", (), {}) == "result"
+    raise_thread_exception(threading.get_ident(), Shutdown)  # too late
+    interrupts._gates.pop(threading.get_ident())
+    assert ran == []
+
+
+def test_a_thread_that_is_struck_without_end_is_struck_in_its_actor_only() -> None:
+    """Two others interrupt it as often as they can."""
+    outcome: list[str] = []
+    strikes: list[int] = []
+    over = threading.Event()
+
+    def work() -> None:
+        gate = interrupts.Gate()
+        ident.append(threading.get_ident())
+        try:
+            while not over.is_set():
+                gate.expect()
+                try:
+                    gate.call(time.sleep, (0,), {})
+                except Interrupt:
+                    strikes.append(1)
+                # No interrupt may strike here: it would end this thread.
+                outcome.extend("after" for _ in range(20))
+        except BaseException as error:  # noqa: BLE001
+            outcome.append(f"struck after the actor: {error!r}")
+        finally:
+            interrupts._gates.pop(threading.get_ident(), None)
+
+    ident: list[int] = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    eventually(lambda: ident)
+
+    def strike() -> None:
+        while not over.is_set() and len(strikes) < 200:
+            raise_thread_exception(ident[0], Interrupt)
+
+    strikers = [threading.Thread(target=strike) for _ in range(2)]
+    for striker in strikers:
+        striker.start()
+    for striker in strikers:
+        striker.join(20)
+    over.set()
+    thread.join(10)
+    assert strikes
+    assert set(outcome) == {"after"}

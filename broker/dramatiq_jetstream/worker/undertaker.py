@@ -47,8 +47,10 @@ logger = logging.getLogger(__name__)
 FIRST_DELAY_MS = 2_000
 LONGEST_DELAY_MS = 60_000
 
-#: A message whose actor this program does not have comes again after this time, here or at another worker.
-UNKNOWN_ACTOR_DELAY_MS = 2_000
+#: A message whose actor this program does not have comes again, here or at another worker, after half of the time that
+#: this has been so, but no sooner and no later than these.
+UNKNOWN_ACTOR_DELAY_MS = 300
+LONGEST_UNKNOWN_ACTOR_DELAY_MS = 5_000
 
 #: Of how many messages this process remembers why they are to be dead letters, when those cannot be stored.
 MOST_UNSTORED = 10_000
@@ -235,10 +237,10 @@ class JetStreamUndertaker:
             if not is_tick:
                 return False
             self._ledger.settle(delivery, ACK)
-        elif self._store_later(delivery, UNKNOWN_ACTOR_DELAY_MS, {HEADER_UNKNOWN_SINCE: str(first)}):
-            self._ledger.settle(delivery, ACK)
-        else:
-            self._ledger.settle(delivery, nak_after(UNKNOWN_ACTOR_DELAY_MS))
+            return True
+        delay = max(UNKNOWN_ACTOR_DELAY_MS, min((now - first) // 2, LONGEST_UNKNOWN_ACTOR_DELAY_MS))
+        is_stored = self._store_later(delivery, delay, {HEADER_UNKNOWN_SINCE: str(first)})
+        self._ledger.settle(delivery, ACK if is_stored else nak_after(delay))
         return True
 
     def _store_later(self, delivery: Delivery, delay: int, marks: Mapping[str, str]) -> bool:
