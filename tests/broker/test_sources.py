@@ -26,6 +26,13 @@ def noting(broker, name="work", **options):
     return dramatiq.actor(ran.append, broker=broker, actor_name=name, **options), ran
 
 
+def exists(broker, stream, durable):
+    try:
+        return broker.connection.api(f"CONSUMER.INFO.{stream}.{durable}")
+    except NotFound:
+        return None
+
+
 def spoil(broker, stream, durable, subject):
     """Make a durable that reads something else than what is declared."""
     config = topology._durable(
@@ -132,8 +139,7 @@ def test_a_subscription_is_made_again_with_its_stream(service, topic, short_paus
         eventually(lambda: ran == [1])
         thread = worker.consumers["default"].consumer
         service.connection.api(f"STREAM.DELETE.{topic}")
-        eventually(lambda: topic in service.connection.api("STREAM.NAMES")["streams"])
-        eventually(lambda: service.connection.api(f"STREAM.INFO.{topic}")["state"]["consumer_count"] == 1)
+        eventually(lambda: exists(service, topic, service.names.subscription_durable("on_event")))
         eventually(lambda: service.connection.api(f"STREAM.INFO.{topic}"))
         service.publish(f"{topic}.made", b"1")
         eventually(lambda: seen == [b"1"])

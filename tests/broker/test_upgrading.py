@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID, HEADER_TICK
 from dramatiq_jetstream.periodic import Periodic, list_schedules
 from dramatiq_jetstream.results import JetStreamBackend
 from dramatiq_jetstream.testing import NatsCluster
-from tests.broker.conformance.workers import running
+from tests.broker.conformance.workers import consuming, running
 from tests.support.polling import eventually, holds
 
 MakeProgram = Callable[..., JetStreamBroker]
@@ -443,25 +444,86 @@ def test_a_limit_for_each_stream(make_broker: MakeProgram) -> None:
         old.setup()
 
 
-def test_a_higher_max_priority(make_broker: MakeProgram) -> None:
-    """New workers serve the new levels, old workers the old ones."""
-    ran: list[str] = []
+def test_a_shorter_ack_wait(make_broker: MakeProgram) -> None:
+    """Old workers signal in time for it before it counts: what they run runs once, however long it takes."""
+    began: list[str] = []
+    gate = threading.Event()
 
-    def program(version: str, levels: int) -> JetStreamBroker:
+    def program(version: str, ack_wait: int) -> JetStreamBroker:
+        broker = make_broker(ack_wait=ack_wait)
+
+        def work() -> None:
+            began.append(version)
+            gate.wait(60)
+
+        dramatiq.actor(work, broker=broker, queue_name="q", actor_name="work", max_retries=0)
+        return broker
+
+    old, other, new = program("old", 30_000), program("other", 30_000), program("new", 1_000)
+    with running(old, threads=1, prefetch=1):
+        old.actors["work"].send()
+        eventually(lambda: began == ["old"])
+        with running(other, threads=1, prefetch=1):
+            holds(lambda: began == ["old"], 1.5)  # longer than the new ack_wait without a signal
+            new.setup(update=True)
+            holds(lambda: began == ["old"], 2.5)
+            # and for what is delivered to an old worker since
+            other.actors["work"].send()
+            eventually(lambda: began == ["old", "other"])
+            holds(lambda: began == ["old", "other"], 2.5)
+            gate.set()
+    config = new.connection.api(f"CONSUMER.INFO.{new.names.queue_stream('q')}.worker")["config"]
+    assert config["ack_wait"] == 1_000_000_000
+    assert not any(name.startswith("dramatiq") for name in config.get("metadata") or {})
+    assert set(new.setup().values()) == {"unchanged"}
+
+
+@pytest.fixture
+def levelled(make_broker: MakeProgram) -> Callable[[list[str], str, int | None], JetStreamBroker]:
+    """Makes versions of a program with some levels of priority, which note what they ran."""
+
+    def make(ran: list[str], version: str, levels: int | None) -> JetStreamBroker:
         broker = make_broker(max_priority=levels)
         dramatiq.actor(
             lambda n: ran.append(f"{version} {n}"), broker=broker, queue_name="q", actor_name="work"
         )
         return broker
 
-    old, new = program("old", 1), program("new", 3)
+    return make
+
+
+def test_a_higher_max_priority(levelled: Callable[..., JetStreamBroker]) -> None:
+    """New workers serve the new levels; old workers the old ones, and what they find when they start."""
+    ran: list[str] = []
+    old, new = levelled(ran, "old", 1), levelled(ran, "new", 3)
     old.setup()
-    new.actors["work"].send_with_options(args=("low",), broker_priority=1)
-    new.actors["work"].send_with_options(args=("high",), broker_priority=3)
-    with running(old):
+    with running(old) as worker:
+        eventually(lambda: consuming(worker, "q") and old.keeper.is_idle)
+        new.actors["work"].send_with_options(args=("high",), broker_priority=3)
+        new.actors["work"].send_with_options(args=("low",), broker_priority=1)
         eventually(lambda: ran == ["old low"])
         with running(new):
             eventually(lambda: ran == ["old low", "new high"])
+    new.actors["work"].send_with_options(args=("later",), broker_priority=3)
+    with running(levelled(ran, "restarted", 1)):
+        eventually(lambda: ran[2:] == ["restarted later"])
+
+
+@pytest.mark.parametrize("levels", [2, None])
+def test_a_lower_max_priority(
+    levelled: Callable[..., JetStreamBroker], levels: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What old processes enqueued, and go on to, runs first as before, and the log says what is to be removed."""
+    ran: list[str] = []
+    old, new = levelled(ran, "old", 5), levelled(ran, "new", levels)
+    for priority in range(6):
+        old.actors["work"].send_with_options(args=(priority,), broker_priority=priority)
+    with running(new, threads=1):
+        eventually(lambda: sorted(ran) == [f"new {priority}" for priority in range(6)])
+        assert new.join("q", timeout=5_000) is None
+        old.actors["work"].send_with_options(args=(5,), broker_priority=5)
+        eventually(lambda: len(ran) == 7)
+    assert "Queue q has the priority 5, which this program does not" in caplog.text
 
 
 def test_another_namespace(make_broker: MakeProgram, namespace: str) -> None:

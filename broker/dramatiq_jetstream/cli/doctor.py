@@ -261,7 +261,7 @@ def _unserved_levels(queue: str, consumers: list[dict[str, Any]]) -> Iterator[Fi
                 f"queue {queue}",
                 FAILURE,
                 f"{consumer['num_pending']} messages of priority {level} wait and no worker asks for that level",
-                f"start workers with a max_priority of {level} or more until they are done.",
+                f"start workers with a max_priority of {level} or more, or restart those that run, which find it.",
             )
 
 

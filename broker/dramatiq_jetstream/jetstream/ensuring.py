@@ -28,7 +28,7 @@ from dramatiq_jetstream.wire.error_numbers import (
 
 from .drift import MILLISECOND, Difference, Verdict, differences, in_line
 from .inventory import consumers
-from .names import METADATA_AFTER, METADATA_SUBSCRIBER, covers
+from .names import METADATA_ACK_WAIT, METADATA_AFTER, METADATA_SUBSCRIBER, covers
 from .topology import ConsumerConfig, StreamConfig
 
 __all__ = ["advice", "all_of", "ensure_consumer", "ensure_stream", "ensure_subscription"]
@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 #: How long a consumer waits for its stream to be copied to more servers, and the pause between two tries.
 SCALING_MS = 60_000
 SCALING_PAUSE_SECONDS = 0.5
+
+#: How long a shorter `ack_wait` is announced: workers look at the consumer of what they run every two seconds.
+ANNOUNCE_SECONDS = 5.0
 
 #: How the server says that it remembers no message id for as long.
 _WINDOW_LIMIT = re.compile(r"duplicates window can not be larger then server limit of (\w+)")
@@ -183,9 +186,21 @@ def ensure_consumer(connection: Connection, config: ConsumerConfig, *, update: b
             existing = connection.api(f"CONSUMER.INFO.{config.stream}.{config.name}")["config"]
     found = differences(config.kind, existing, wanted)
     if update and _changeable(found):
-        changed = _put_consumer(connection, config, in_line(existing, wanted, found), "update")
+        changes = in_line(existing, wanted, found)
+        if changes["ack_wait"] < existing["ack_wait"]:
+            _announce_ack_wait(connection, config, existing, changes["ack_wait"])
+        changed = _put_consumer(connection, config, changes, "update")
         return _judge(config, changed, "updated")
     return _judge(config, existing, "unchanged")
+
+
+def _announce_ack_wait(connection: Connection, config: ConsumerConfig, existing: Json, ack_wait: int) -> None:
+    """Have workers signal in time for a shorter `ack_wait` before it counts, or what they run would run twice."""
+    if not connection.api(f"CONSUMER.INFO.{config.stream}.{config.name}")["num_ack_pending"]:
+        return
+    metadata = {**(existing.get("metadata") or {}), METADATA_ACK_WAIT: str(ack_wait // MILLISECOND)}
+    _put_consumer(connection, config, {**existing, "metadata": metadata}, "update")
+    time.sleep(ANNOUNCE_SECONDS)
 
 
 def _create_consumer(connection: Connection, config: ConsumerConfig, *, patient: bool) -> Json:

@@ -72,6 +72,9 @@ METADATA_SUBSCRIBER = "dramatiq-subscriber"
 #: What such a durable says when it began where that of an actor with an earlier name stood.
 METADATA_AFTER = "dramatiq-after"
 
+#: What a consumer says of itself while its `ack_wait` is about to become shorter: the new one, in milliseconds.
+METADATA_ACK_WAIT = "dramatiq-ack-wait"
+
 #: The server takes no longer name of a stream or consumer: it becomes a directory of its store.
 MAX_NAME_BYTES = 255
 
@@ -263,6 +266,11 @@ class Names:
 
     def worker_durable(self, priority: int | None = None) -> str:
         return "worker" if priority is None else f"worker-{priority}"
+
+    def priority_of_durable(self, durable: str) -> int | None:
+        """Return the priority that a durable of a queue is for, or None for 0 and for another program's."""
+        base, _, priority = durable.partition("-")
+        return int(priority) if base == self.worker_durable() and priority.isdecimal() else None
 
     def subscription_durable(self, actor_name: str) -> str:
         durable = f"{_before_dash(self.namespace)}-{encode(actor_name)}"

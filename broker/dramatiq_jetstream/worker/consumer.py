@@ -198,6 +198,7 @@ class JetStreamConsumer(Consumer):
             surplus=self._surplus,
         )
         sources.open(self._opened)
+        sources.find_others(queue_name, self._puller.add)
         suspects.listen(self._wake)
 
     # For Dramatiq's threads

@@ -34,6 +34,7 @@ from typing import Any
 from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.errors import BrokerConnectionError, NotFound, PermissionDenied
+from dramatiq_jetstream.jetstream.names import METADATA_ACK_WAIT
 from dramatiq_jetstream.wire.answers import translate
 from dramatiq_jetstream.wire.connection import Connection, Msg, Subscription
 
@@ -367,7 +368,10 @@ def _leader(info: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def _ack_wait(info: Mapping[str, Any]) -> int:
-    return int(info["config"]["ack_wait"]) // _MILLISECOND
+    """The server's `ack_wait` in milliseconds, or the shorter one that is announced."""
+    config = info["config"]
+    present = int(config["ack_wait"]) // _MILLISECOND
+    return min(present, int((config.get("metadata") or {}).get(METADATA_ACK_WAIT, present)))
 
 
 def _rfc3339(nanoseconds: int) -> str:

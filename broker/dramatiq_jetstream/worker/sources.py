@@ -12,6 +12,7 @@ carries an event gets the decoded event as its actor's argument.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from dramatiq.message import Message
 
 from dramatiq_jetstream.config import BrokerConfig
 from dramatiq_jetstream.errors import NotFound, PermissionDenied, TopologyMissing
+from dramatiq_jetstream.jetstream import inventory
 from dramatiq_jetstream.jetstream.declaring import Declarations
 from dramatiq_jetstream.jetstream.keeping import Keeper
 from dramatiq_jetstream.jetstream.names import HEADER_BODY, HEADER_TICK
@@ -32,6 +34,8 @@ from .delivery import Delivery, Source
 from .durables import Durable, Durables
 
 __all__ = ["Sources"]
+
+logger = logging.getLogger(__name__)
 
 
 class Sources:
@@ -83,6 +87,38 @@ class Sources:
             declare = partial(self._declarations.ensure_worker, queue_name, priority)
             own.append(Source(queue_name, durable, rank, declare, self._decode))
         return own + [make() for make in self._subscriptions.get(queue_name, {}).values()]
+
+    def find_others(self, queue_name: str, add: Callable[[Source], None]) -> None:
+        """Add the priorities of a queue that exist and that this program does not have; returns at once.
+
+        Another version of the program had a higher `max_priority`: its messages are still to be run.
+        """
+        stream = self._config.names.queue_stream(queue_name)
+        job = partial(self._add_others, queue_name, stream, add)
+        self._keeper.do(stream, f"other priorities of {stream}", job)
+
+    def _add_others(self, queue_name: str, stream: str, add: Callable[[Source], None]) -> None:
+        names = self._config.names
+        own = {names.worker_durable(priority) for priority in self._config.priorities}
+        try:
+            existing = {info["name"] for info in inventory.consumers(self._connection, stream)}
+        except (NotFound, PermissionDenied):
+            return  # there are none, or none that we may know of
+        for name in sorted(existing - own):
+            priority = names.priority_of_durable(name)
+            if priority is None:
+                continue
+            logger.warning(
+                "Queue %s has the priority %d, which this program does not: it is served all the same. When no program "
+                "uses it any more, delete the consumer %s of stream %s.",
+                queue_name,
+                priority,
+                name,
+                stream,
+            )
+            durable = self.durable(stream, name)
+            add(Source(queue_name, durable, -priority, lambda: None, self._decode))
+            self._connection.post(self._durables.begin, durable)
 
     def open(self, sources: Iterable[Source]) -> None:
         """Declare sources and keep them readable until they are closed; returns at once."""
