@@ -31,7 +31,7 @@ from dramatiq_jetstream.testing import NatsCluster, NatsServer
 from dramatiq_jetstream.wire.connection import Connection, ConnectOptions, Publication
 from dramatiq_jetstream.wire.error_numbers import WRONG_LAST_SEQUENCE
 from tests.broker.cables import DeafCable
-from tests.support.polling import eventually
+from tests.support.polling import eventually, holds
 
 MakeBucket = Callable[..., Bucket]
 
@@ -462,8 +462,11 @@ def test_a_watch_goes_on_when_its_consumer_disappears(
     watch.close()
 
 
-def test_a_watch_sees_a_bucket_that_was_made_again(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its sequences begin again, far below those that the watch has seen."""
+def test_a_watch_sees_a_bucket_that_was_made_again(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its sequences begin again, far below those that the watch has seen; that it is missing is said once."""
+    monkeypatch.setattr("dramatiq_jetstream.jetstream.watching.RETRY_SECONDS", 0.05)
     monkeypatch.setattr("dramatiq_jetstream.jetstream.watching.SILENCE_SECONDS", 0.5)
     for number in range(20):
         bucket.put("k", b"%d" % number)
@@ -471,6 +474,8 @@ def test_a_watch_sees_a_bucket_that_was_made_again(bucket: Bucket, monkeypatch: 
     watch = bucket.watch("", seen)
     eventually(lambda: seen.values == [("k", b"19")])
     bucket.connection.api(f"STREAM.DELETE.{bucket.stream}")
+    eventually(lambda: "could not be set up" in caplog.text)
+    holds(lambda: caplog.text.count("could not be set up") == 1, 0.5)
     bucket.put("k", b"after")
     eventually(lambda: seen.values == [("k", b"19"), ("k", b"after")])
     bucket.put("k", b"later")

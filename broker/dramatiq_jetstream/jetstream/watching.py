@@ -56,6 +56,7 @@ class Watch:
         self._sequence = 0
         self._behind = 0  # what had been seen when the consumer was asked for
         self._created = ""
+        self._complaint = ""  # why the last consumer could not be made, as the log has said
         self._name = ""
         self._generation = 0
         self._delivered = 0
@@ -171,13 +172,13 @@ class Watch:
         if error is None:
             error = json.loads(message.data).get("error")
         if error is not None:
-            logger.warning(
-                "A watch on %s could not be set up (%s); trying again.",
-                self.subject,
-                error.get("description"),
-            )
+            reason = str(error.get("description"))
+            if reason != self._complaint:
+                self._complaint = reason
+                logger.warning("A watch on %s could not be set up (%s); trying again.", self.subject, reason)
             self._restart_in(RETRY_SECONDS)
             return
+        self._complaint = ""
         self._connection.write(
             self._connection.api_subject(f"STREAM.INFO.{self._stream}"),
             b"",
