@@ -66,14 +66,17 @@ class Tally:
 class Shop:
     """The service's API, with a kept-open connection for each thread."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str | None) -> None:
         self.url = url
+        self._key = key
         self._local = threading.local()
 
     def _session(self) -> requests.Session:
         session: requests.Session | None = getattr(self._local, "session", None)
         if session is None:
             session = self._local.session = requests.Session()
+            if self._key is not None:
+                session.headers["Authorization"] = f"Bearer {self._key}"
         return session
 
     def healthy(self) -> str | None:
@@ -220,8 +223,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(10_000), help="for the same mix again")
     default_url = os.environ.get("URL") or f"http://127.0.0.1:{os.environ.get('PORT') or 8000}"
     parser.add_argument("--url", default=default_url, help="where the service is (URL, else this machine)")
+    parser.add_argument("--key", help="an API key that may order and read, for a service that asks who comes")
     options = parser.parse_args()
-    shop = Shop(options.url.rstrip("/"))
+    shop = Shop(options.url.rstrip("/"), options.key)
     problem = shop.healthy()
     if problem is not None:
         print(problem, file=sys.stderr)

@@ -40,8 +40,11 @@ _NO_ITEM = Item("", 0)
 T = TypeVar("T")
 
 
-def parse_order_json(body: bytes) -> OrderRequest:
+def parse_order_json(body: bytes, customer_id: str | None = None) -> OrderRequest:
     """Read `{"customer_id", "items": [{"sku", "quantity"}], "payment_token"?}`; other members are ignored.
+
+    Parameters:
+      customer_id: Who orders when the body does not say.
 
     Raises:
       InvalidOrder: With every field that is wrong, or "body" when it is not JSON.
@@ -61,7 +64,7 @@ def parse_order_json(body: bytes) -> OrderRequest:
     if not isinstance(data, dict):
         raise InvalidOrder("body", "must be a JSON object with customer_id and items.")
     flaws = _Flaws()
-    customer_id = flaws.of(check_customer_id, data.get("customer_id"))
+    customer = flaws.of(check_customer_id, data.get("customer_id", customer_id))
     items = data.get("items")
     read: list[Item] = []
     if not isinstance(items, list):
@@ -71,11 +74,14 @@ def parse_order_json(body: bytes) -> OrderRequest:
     token = flaws.of(_check_token, data.get("payment_token"))
     flaws.of(_check_pieces, read)
     flaws.check()
-    return OrderRequest(customer_id or "", read, token)
+    return OrderRequest(customer or "", read, token)
 
 
-def parse_order_protobuf(body: bytes) -> OrderRequest:
+def parse_order_protobuf(body: bytes, customer_id: str | None = None) -> OrderRequest:
     """Read an OrderCreated message; its order id may be empty, its prices and totals may be left out.
+
+    Parameters:
+      customer_id: Who orders when the message does not say.
 
     Raises:
       InvalidOrder: With every field that is wrong, or "body" when it is not such a message.
@@ -90,7 +96,7 @@ def parse_order_protobuf(body: bytes) -> OrderRequest:
     flaws = _Flaws()
     if event.order_id and not usable_order_id(event.order_id):
         flaws.add("order_id", f"must be 1 to {MAX_ID_LENGTH} letters, digits, '-', '_', '.' or '~'.")
-    customer_id = flaws.of(check_customer_id, event.customer_id)
+    customer = flaws.of(check_customer_id, event.customer_id or customer_id)
     items: list[Item] = []
     if flaws.of(_check_count, event.items) is not None:
         items = [
@@ -102,7 +108,7 @@ def parse_order_protobuf(body: bytes) -> OrderRequest:
     if not flaws:
         _check_prices(flaws, event)
     flaws.check()
-    return OrderRequest(customer_id or "", items, token, event.order_id or None)
+    return OrderRequest(customer or "", items, token, event.order_id or None)
 
 
 class _Flaws:

@@ -20,7 +20,7 @@ blueprint = Blueprint("api", __name__)
 
 DEFAULT_LIMIT = 20
 MAX_LIMIT = 100
-_PARSERS: dict[str, Callable[[bytes], OrderRequest]] = {
+_PARSERS: dict[str, Callable[[bytes, str | None], OrderRequest]] = {
     "application/json": service.parse_order_json,
     "application/x-protobuf": service.parse_order_protobuf,
     "application/protobuf": service.parse_order_protobuf,
@@ -48,7 +48,7 @@ def place_order() -> Response:
             headers={"Accept": "application/json, application/x-protobuf"},
         )
     try:
-        order_request = parse(request.get_data())
+        order_request = parse(request.get_data(), caller().customer_id)
         accepted = accept(order_request, key)
     except InvalidOrder as error:
         refuse(error)

@@ -264,9 +264,14 @@ _TIME = {"type": "string", "format": "date-time"}
 _SCHEMAS: dict[str, Any] = {
     "OrderRequest": {
         "type": "object",
-        "required": ["customer_id", "items"],
+        "required": ["items"],
         "properties": {
-            "customer_id": {"type": "string", "minLength": 1, "maxLength": MAX_ID_LENGTH},
+            "customer_id": {
+                "type": "string",
+                "minLength": 1,
+                "maxLength": MAX_ID_LENGTH,
+                "description": "Who orders. One who acts for a single customer may leave it out.",
+            },
             "items": {
                 "type": "array",
                 "minItems": 1,

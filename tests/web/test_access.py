@@ -517,3 +517,15 @@ def test_administrators_manage_keys_on_a_page(closed: Closed) -> None:
     for who in ("alice", "operator", "reader"):
         assert closed.get(who, "/admin/keys").status_code == 403
         assert closed.ask(who, "POST", "/admin/keys", data=data).status_code == 403
+
+
+def test_a_customer_need_not_say_who_orders(closed: Closed) -> None:
+    """Who acts for one customer may leave the customer out, in JSON and in protobuf; who acts for all may not."""
+    body = {"items": [{"sku": "MUG-01", "quantity": 1}]}
+    assert closed.ask("alice", "POST", "/api/orders", json=body).json()["customer_id"] == "alice"
+    assert closed.ask("shop", "POST", "/api/orders", json=body).status_code == 422
+    assert closed.ask("alice", "POST", "/api/orders", json={**body, "customer_id": None}).status_code == 422
+    event = OrderCreated(items=[OrderItem(sku="MUG-01", quantity=1)]).SerializeToString()
+    sent = {"Content-Type": "application/x-protobuf"}
+    answer = closed.ask("alice", "POST", "/api/orders", data=event, headers=sent)
+    assert answer.json()["customer_id"] == "alice"
