@@ -157,13 +157,8 @@ def full(scene: Scene) -> None:
     eventually(lambda: scene.connection._link._client.paused)
 
 
-def closed(scene: Scene) -> None:
-    connected(scene)
-    scene.broker.close()
-
-
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-@pytest.mark.parametrize("state", [never_there, never_greets, lost, lost_and_silent, full, closed])
+@pytest.mark.parametrize("state", [never_there, never_greets, lost, lost_and_silent, full])
 def test_what_cannot_be_sent_in_time_is_never_sent(scene, state, call):
     """The error comes within the call's time and says so; when all is well again, nothing has changed."""
     before = scene.effects()
@@ -175,11 +170,38 @@ def test_what_cannot_be_sent_in_time_is_never_sent(scene, state, call):
     assert "None" not in str(caught.value)
     scene.proxy.restore()
     scene.proxy.release()
-    if state is not closed:
-        eventually(lambda: scene.connection.is_connected, timeout=20)
-        # A question that goes the way that the others would have gone, behind them.
-        scene.connection._link.lanes._not_before = float("inf")
-        eventually(lambda: _answers(scene), timeout=20)
+    eventually(lambda: scene.connection.is_connected, timeout=20)
+    # A question that goes the way that the others would have gone, behind them.
+    scene.connection._link.lanes._not_before = float("inf")
+    eventually(lambda: _answers(scene), timeout=20)
+    assert scene.effects() == before
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_what_waits_when_the_connection_is_closed_is_never_sent(scene, call, monkeypatch):
+    """It gets its error at once, and does not go out when the broker is used again."""
+    before = scene.effects()
+    lost(scene)
+    scene.connection.timeout = 20_000
+    monkeypatch.setattr(f"{__name__}.TIMEOUT_MS", 20_000)
+    object.__setattr__(scene.broker.config, "enqueue_timeout", 20_000)
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call(scene)
+        except BrokerError as error:
+            raised.append(error)
+
+    calling = threading.Thread(target=run)
+    calling.start()
+    eventually(lambda: scene.connection._link.calls._waiting)
+    scene.broker.close()
+    calling.join(10)
+    assert [type(error) for error in raised] == [NotSent]
+    scene.proxy.restore()
+    scene.connection.reopen()
+    assert scene.connection.api("INFO")
     assert scene.effects() == before
 
 

@@ -115,7 +115,9 @@ class LoopThread:
             return
         with contextlib.suppress(RuntimeError):  # it was closed before
             loop.call_soon_threadsafe(self._begin_to_end)
-        if threading.current_thread() is not self.thread and not self._ended.wait(CLOSE_SECONDS):
+        if threading.current_thread() is self.thread:
+            return
+        if not self._ended.wait(CLOSE_SECONDS):
             logger.warning("The connection to NATS did not close within %d s; leaving it.", CLOSE_SECONDS)
         self._ended.set()  # for another thread that closes
 
