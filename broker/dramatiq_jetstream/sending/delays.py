@@ -35,6 +35,10 @@ MAX_DELAY = 10 * 365 * 86_400_000
 PAGE = 100_000
 
 
+#: The headers that make a message a schedule.
+SCHEDULE_HEADERS = (HEADER_SCHEDULE, HEADER_SCHEDULE_TARGET)
+
+
 @dataclass(frozen=True)
 class Delayed:
     """A message that waits for its time."""

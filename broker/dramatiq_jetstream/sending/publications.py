@@ -68,7 +68,6 @@ class Publications:
         context = announced.options.get(OPTION_TRACE_CONTEXT)
         if context is not None:
             headers.update(trace_headers(context))
-        own = dict(headers)
         subject = target
         if delay is not None and delay > 0:  # one that is over needs no schedule
             subject = self._config.names.delayed(queue_name, announced.message_id, unique)
@@ -76,13 +75,16 @@ class Publications:
         body = encode(stored)
         if len(body) > ALWAYS_FITS:
             room = self._room_beside(headers)
-            if len(body) > room and self._grew(stored, len(body), own):
+            if len(body) > room and self._grew(stored, len(body), headers):
                 body = fit(stored, room, headers)
         return Publication(subject, body, headers)
 
-    def _grew(self, message: Message[Any], size: int, own: Mapping[str, str]) -> bool:
+    def _grew(self, message: Message[Any], size: int, headers: Mapping[str, str]) -> bool:
         """Whether a message is too large by what was added to it. What its caller made too large is refused."""
-        return is_enlarged(message) or self._encloses(message) or size <= self._room_beside(own)
+        if is_enlarged(message) or self._encloses(message):
+            return True
+        own = {name: value for name, value in headers.items() if name not in delays.SCHEDULE_HEADERS}
+        return size <= self._room_beside(own)
 
     def _priority(self, message: Message[Any]) -> int | None:
         """The priority of a message; as in RabbitMQ, one above the highest is the highest."""
