@@ -18,9 +18,7 @@ from dramatiq.middleware import Middleware
 from google.protobuf.message import Message
 
 from dramatiq_jetstream import JetStreamBroker
-from dramatiq_jetstream.events import Events
-from dramatiq_jetstream.jetstream.ensuring import ensure_stream
-from dramatiq_jetstream.jetstream.topology import StreamConfig, dead_letters
+from dramatiq_jetstream.events import DeadLetterEvents, Events
 from dramatiq_jetstream.kv import DEPOSED_SECONDS, Bucket
 
 from . import credentials, events, idempotency, logs, orders, outage, stock, telemetry, tokens
@@ -64,7 +62,7 @@ class Buckets(Middleware):
     def setup_topology(self, broker: JetStreamBroker, *, update: bool = False) -> dict[str, str]:
         """Create what is missing; called by `broker.setup`."""
         outcome = {
-            f"bucket {bucket.name}": ensure_stream(broker.connection, bucket.config, update=update)
+            f"bucket {bucket.name}": bucket.declare(update=update)
             for bucket in (
                 stock_bucket(),
                 orders_bucket(),
@@ -76,17 +74,6 @@ class Buckets(Middleware):
         }
         levels = stock_store().available()
         return {**outcome, "stock": f"{len(levels)} products"}
-
-
-class DeadLetterEvents(Events):
-    """The stream of dead letters, so that an actor can subscribe to it as to any event.
-
-    A dead letter is stored whatever a message died of, and its subscription survives every crash.
-    """
-
-    def config(self, broker: JetStreamBroker) -> StreamConfig:
-        """Return the stream as the broker itself declares it."""
-        return dead_letters(broker.names, ttl=broker.config.dead_message_ttl, storage=broker.config.storage)
 
 
 class Boot(Middleware):
@@ -112,7 +99,7 @@ broker = JetStreamBroker(
     ack_wait=SETTINGS.ack_wait,
     enqueue_timeout=SETTINGS.accept_timeout,
 )
-dead_letter_events = DeadLetterEvents(broker.names.dead_stream, [broker.names.all_dead_with_bodies])
+dead_letter_events = DeadLetterEvents(broker)
 for middleware in (event_stream, dead_letter_events, Buckets(), Boot()):
     broker.add_middleware(middleware)
 broker.add_middleware(logs.LogContext(), before=type(broker.middleware[0]))

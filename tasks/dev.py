@@ -23,7 +23,7 @@ from typing import Any
 from cryptography.fernet import Fernet
 from dramatiq.errors import BrokerError
 
-from dramatiq_jetstream.wire.connection import Connection, ConnectOptions
+from dramatiq_jetstream import JetStreamBroker
 
 from .numbers import whole_number
 from .settings import InvalidSetting, Settings, is_loopback, settings
@@ -106,13 +106,13 @@ def _port(name: str, default: int) -> int:
 
 def _check_server(url: str) -> None:
     """Make sure that the server of NATS_URL is there and can be used."""
-    connection = Connection(ConnectOptions.of(url))
+    broker = JetStreamBroker(url, middleware=[])
     try:
-        connection.connect()
+        broker.connection.connect()
     except BrokerError as error:
         raise InTheWay(f"{error} (NATS_URL is set; unset it to have a server started here.)") from None
     finally:
-        connection.close()
+        broker.close()
 
 
 def _check_ports(processes: dict[str, str], environment: dict[str, str]) -> None:

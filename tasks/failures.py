@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dramatiq_jetstream.dead_letters import DeadLetter
-from dramatiq_jetstream.sending.envelope import event_of
+from dramatiq_jetstream.events import event_of
 
 from .events import DecodeError, UnusableEvent, decode, order_id_of
 

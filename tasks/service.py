@@ -15,8 +15,6 @@ from typing import Any
 
 from dramatiq.errors import BrokerError
 
-from dramatiq_jetstream.jetstream.names import bucket_subject
-
 from . import app
 from .accept import Acceptance
 from .catalogue import CATALOGUE, CURRENCY
@@ -156,11 +154,7 @@ def products() -> list[Product]:
 def wait_for_change(order_id: str, revision: int, timeout: int = 25_000) -> Order | None:
     """Wait up to `timeout` ms for the order to have another revision; returns it as it is then, or None."""
     deadline = time.monotonic() + timeout / 1000
-    heard = threading.Event()
-    # A write is a message on the key's subject: hearing it costs the server no consumer.
-    subject = bucket_subject(app.orders_bucket().name, order_id)
-    subscription = app.broker.connection.subscribe(subject, lambda _: heard.set())
-    try:
+    with app.orders_bucket().hearing(order_id) as heard:
         while True:
             order = get_order(order_id)
             left = deadline - time.monotonic()
@@ -171,8 +165,6 @@ def wait_for_change(order_id: str, revision: int, timeout: int = 25_000) -> Orde
                 order = _after_write(order_id, revision)
                 if order is None or order.revision != revision:
                     return order
-    finally:
-        subscription.close()
 
 
 def _after_write(order_id: str, revision: int) -> Order | None:

@@ -30,7 +30,15 @@ from .sending.envelope import Event, event_of, to_message
 from .worker.delivery import Delivery, Source, event_in
 from .worker.running import running_message
 
-__all__ = ["Event", "Events", "Subscription", "current_event", "subscription"]
+__all__ = [
+    "DeadLetterEvents",
+    "Event",
+    "Events",
+    "Subscription",
+    "current_event",
+    "event_of",
+    "subscription",
+]
 
 #: What an actor receives: an instance of a protobuf class, by subject if there are several, or what a
 #: function makes of the event.
@@ -288,6 +296,28 @@ class Events(Middleware):
             actor=actor_name,
             takes=functools.partial(covers, wanted.subject),
         )
+
+
+class DeadLetterEvents(Events):
+    """Middleware that lets actors subscribe to a broker's own dead letters as to any event.
+
+        broker.add_middleware(DeadLetterEvents(broker))
+
+        @dramatiq.actor(subscribe=subscription(broker.names.all_dead_with_bodies, read_letter))
+
+    A dead letter is stored whatever a message died of, and its subscription survives every crash.
+
+    Parameters:
+      broker: The broker whose dead letters they are.
+    """
+
+    def __init__(self, broker: JetStreamBroker) -> None:
+        super().__init__(broker.names.dead_stream, [broker.names.all_dead_with_bodies])
+
+    def config(self, broker: JetStreamBroker) -> topology.StreamConfig:
+        """The stream as the broker itself declares it."""
+        config = broker.config
+        return topology.dead_letters(config.names, ttl=config.dead_message_ttl, storage=config.storage)
 
 
 def _all_events(broker: Broker) -> list[Events]:

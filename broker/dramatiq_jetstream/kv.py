@@ -18,7 +18,9 @@ while: a caller that acts on one has to compare-and-set.
 
 from __future__ import annotations
 
+import contextlib
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -193,6 +195,21 @@ class Bucket:
           headers: NATS headers to keep with the value.
         """
         return self._publish(self._subject(key), value, {**(headers or {}), **self._headers(ttl)}).seq
+
+    @contextlib.contextmanager
+    def hearing(self, key: str) -> Iterator[threading.Event]:
+        """Yield an event that is set whenever the key is written, for a thread that waits for a change.
+
+        It costs the server no consumer. A write is heard as it is sent, which is a moment before it is stored: look,
+        and look again shortly. One that is lost with the connection is not heard, so look from time to time as well.
+        """
+        self._ensure()
+        heard = threading.Event()
+        subscription = self.connection.subscribe(self._subject(key), lambda _: heard.set())
+        try:
+            yield heard
+        finally:
+            subscription.close()
 
     def note(self, key: str, value: bytes, *, ttl: int | None = None) -> None:
         """Store a value without waiting; it may get lost. For what only informs people, from any thread.

@@ -662,3 +662,14 @@ def test_asking_for_a_write_leaves_a_cluster_alone(
         assert bucket._stored_as(subject, "nobody-wrote-this") is None
     assert bucket.update("k", b"2", revision=revision) == revision + 1
     assert value(bucket, "k") == b"2"
+
+
+def test_a_waiting_thread_hears_of_a_write(broker):
+    """From any program, for this key alone, without a consumer on the server."""
+    bucket = broker.bucket("heard")
+    with bucket.hearing("order.1") as heard:
+        bucket.put("order.2", b"another")
+        assert not heard.wait(0.3)
+        bucket.put("order.1", b"this one")
+        assert heard.wait(5)
+    assert broker.stream(bucket.stream).consumers() == []

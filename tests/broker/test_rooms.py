@@ -119,3 +119,24 @@ def test_a_public_module_says_what_it_publishes(module: str) -> None:
     for name in imported.__all__:
         published = getattr(imported, name)
         assert not callable(published) or published.__doc__, name
+
+
+#: What stands in folders and is public all the same: what the folder itself exports.
+PUBLIC_FOLDERS = {"testing"}
+
+
+@pytest.mark.parametrize("package", ["tasks", "web"])
+def test_the_service_uses_only_what_is_public(package: str) -> None:
+    """The library's first user does what every user can: it imports from modules at the root, and their `__all__`."""
+    repository = ROOT.parents[1]
+    for path in (repository / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith(f"{PACKAGE}.") for alias in node.names), path
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").partition(".")[0] != PACKAGE:
+                continue
+            _, _, module = (node.module or "").partition(".")
+            assert "." not in module, f"{path} imports {node.module}"
+            assert module not in {_room(name) for name in MODULES if "." in name} - PUBLIC_FOLDERS, path
+            published = __import__(node.module or PACKAGE, fromlist=["__all__"]).__all__
+            assert {alias.name for alias in node.names} <= set(published), path
