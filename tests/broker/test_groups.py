@@ -18,7 +18,7 @@ from dramatiq.rate_limits import Barrier
 from dramatiq_jetstream import JetStreamBroker, group
 from dramatiq_jetstream.errors import BrokerConnectionError, InvalidOption
 from dramatiq_jetstream.rate_limits import JetStreamBackend
-from dramatiq_jetstream.testing import NatsServer
+from dramatiq_jetstream.testing import NatsCluster, NatsServer
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually, holds
 from tests.support.processes import WORKER_READY, dramatiq_worker
@@ -210,6 +210,39 @@ def test_members_that_share_an_id_are_refused(broker, backend):
     with pytest.raises(InvalidOption, match="have the message id"):
         start_group(broker, [message, message], work)
     assert broker.queue_stats("default").ready == 0
+
+
+def test_a_group_on_a_cluster_whose_leader_is_killed_is_counted_exactly(
+    nats_cluster: NatsCluster, namespace: str
+) -> None:
+    """The leader of the counts dies in the middle of 60 members: the callback comes once, after all of them."""
+    broker = JetStreamBroker(nats_cluster.urls, namespace=namespace, replicas=3, enqueue_timeout=20_000)
+    backend = JetStreamBackend(broker)
+    broker.add_middleware(GroupCallbacks(backend))
+    ran: list[Any] = []
+    halfway = threading.Event()
+
+    def part(number: int) -> None:
+        ran.append(number)
+        if len(ran) == 30:
+            halfway.set()
+
+    members = dramatiq.actor(part, broker=broker, actor_name="part")
+    finished = dramatiq.actor(
+        lambda: ran.append(f"finished after {len(set(ran))}"), broker=broker, actor_name="finished"
+    )
+    with running(broker):
+        start_group(broker, [members.message(number) for number in range(60)], finished)
+        assert halfway.wait(60)
+        victim = nats_cluster.leader_of(backend.bucket.stream)
+        nats_cluster.kill(victim)
+        try:
+            eventually(lambda: any(isinstance(line, str) for line in ran), timeout=90)
+        finally:
+            nats_cluster.restart(victim)
+        broker.join("default", timeout=60_000)
+    broker.close()
+    assert [line for line in ran if isinstance(line, str)] == ["finished after 60"]
 
 
 PROGRAM = """
