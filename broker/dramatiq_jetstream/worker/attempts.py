@@ -22,6 +22,14 @@ from .suspects import Suspects
 
 __all__ = ["Attempts"]
 
+# In the words of Dramatiq, as all that it would log itself.
+_DISCARDED = (
+    "Actor '%s' returned a value that is not None, and you haven't added the "
+    "Results middleware to the broker, so the value has been discarded. "
+    "Consider adding the Results middleware to your broker or piping the "
+    "result into another actor."
+)
+
 
 class Attempts:
     """The attempts of the calling worker thread, one after the other."""
@@ -78,11 +86,7 @@ class Attempts:
                     and message.options.get("pipe_target") is None
                     and not has_results_middleware(self._broker)
                 ):
-                    self._logger.warning(
-                        "Actor %r returned a value that is not None, which is dropped: add the Results middleware "
-                        "to the broker, or pipe the message into another actor.",
-                        actor.actor_name,
-                    )
+                    self._logger.warning(_DISCARDED, actor.actor_name)
         except SkipMessage as error:
             if message.failed:
                 message.stuff_exception(error)
@@ -94,9 +98,11 @@ class Attempts:
             if isinstance(error, RateLimitExceeded):
                 self._logger.debug("Rate limit exceeded in message %s: %s.", message, error)
             elif throws and isinstance(error, throws):
-                self._logger.info("Message %s failed with the expected %s.", message, type(error).__name__)
+                self._logger.info(
+                    "Failed to process message %s with expected exception %s.", message, type(error).__name__
+                )
             elif not isinstance(error, Retry):
-                self._logger.exception("Message %s failed with an unhandled exception.", message)
+                self._logger.exception("Failed to process message %s with unhandled exception.", message)
             self._broker.emit_after("process_message", message, exception=error)
         else:
             self._broker.emit_after("process_message", message, result=result)
