@@ -18,6 +18,7 @@ from typing import Any
 
 from dramatiq.actor import Actor
 from dramatiq.broker import Broker
+from dramatiq.errors import ActorNotFound
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware, MiddlewareError
 
@@ -271,7 +272,7 @@ class Events(Middleware):
             actor.queue_name,
             actor.actor_name,
             lambda: self._source(broker, actor.actor_name),
-            wanted.decode,
+            functools.partial(_decode, actor.actor_name, wanted),
         )
 
     def _source(self, broker: JetStreamBroker, actor_name: str) -> Source:
@@ -318,6 +319,16 @@ class DeadLetterEvents(Events):
         """The stream as the broker itself declares it."""
         config = broker.config
         return topology.dead_letters(config.names, ttl=config.dead_message_ttl, storage=config.storage)
+
+
+def _decode(actor_name: str, wanted: Subscription, event: Event) -> Any:
+    """Decode an event; what another version of the program subscribed to is for its workers."""
+    try:
+        return wanted.decode(event)
+    except Exception as error:
+        if covers(wanted.subject, event.subject):
+            raise
+        raise ActorNotFound(f"Actor {actor_name!r} does not subscribe to {event.subject} here.") from error
 
 
 def _all_events(broker: Broker) -> list[Events]:

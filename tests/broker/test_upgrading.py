@@ -19,7 +19,7 @@ from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.cli import main
 from dramatiq_jetstream.errors import InvalidOption, TopologyMismatch
 from dramatiq_jetstream.events import Event, Events, subscription
-from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID, HEADER_TICK
+from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID, HEADER_TICK, HEADER_UNKNOWN_SINCE
 from dramatiq_jetstream.periodic import Periodic, list_schedules
 from dramatiq_jetstream.results import JetStreamBackend
 from dramatiq_jetstream.testing import NatsCluster
@@ -145,7 +145,7 @@ def test_a_tick_that_no_worker_takes(make_broker: MakeProgram) -> None:
 PROGRAM = """
 import dramatiq
 from dramatiq_jetstream import JetStreamBroker
-from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID, HEADER_TICK
+from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID, HEADER_TICK, HEADER_UNKNOWN_SINCE
 from dramatiq_jetstream.periodic import Periodic
 if not isinstance(dramatiq.broker.global_broker, JetStreamBroker) or \\
         dramatiq.broker.global_broker.names.namespace != {namespace!r}:
@@ -237,6 +237,37 @@ def test_a_subscription_with_another_subject(subscriber: MakeProgram, topic: str
             eventually(lambda: sorted(new_got) == [0, 1, 2], timeout=30)
     assert old_got == [1]
     assert list(new.dead_letters.list("q")) == []
+
+
+def test_a_retry_of_an_event_of_another_subject(subscriber: MakeProgram, topic: str) -> None:
+    """A retry that an old worker takes is left to new ones as well."""
+    attempts: list[Any] = []
+
+    class Got(list[Any]):
+        def append(self, value: Any) -> None:
+            attempts.append(value)
+            if len(attempts) == 1:
+                raise ValueError("not yet")
+            super().append(value)
+
+    old_got, new_got = [], Got()
+    old, new = subscriber(old_got, "a", only("v1")), subscriber(new_got, "b", only("v2"))
+    new.actors["on"].options.update(min_backoff=500, max_backoff=500)
+    new.setup()
+    with running(new):
+        new.publish(f"{topic}.b", b'{"v2": 1}')
+        eventually(lambda: attempts == [1])
+    with running(old):
+        stream = old.stream(old.names.queue_stream("q"))
+        eventually(
+            lambda: (
+                (put_off := stream.first(old.names.all_delayed("q"))) is not None
+                and HEADER_UNKNOWN_SINCE in put_off.headers
+            )
+        )
+        with running(new):
+            eventually(lambda: new_got == [1], timeout=60)
+    assert (old_got, list(new.dead_letters.list("q"))) == ([], [])
 
 
 def test_a_subscription_with_another_subject_while_events_wait(subscriber: MakeProgram, topic: str) -> None:

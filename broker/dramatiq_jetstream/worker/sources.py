@@ -196,7 +196,7 @@ class Sources:
         """What an actor receives for an event.
 
         Raises:
-          ActorNotFound: When there is no such actor here, or it has no subscription.
+          ActorNotFound: When there is no such actor here, or its subscription is for other events.
           DecodeError: When the event's bytes are not what the actor's subscription says.
         """
         decode = self._decoders.get(actor_name)
@@ -206,5 +206,7 @@ class Sources:
             )
         try:
             return decode(event)
+        except ActorNotFound:
+            raise
         except Exception as error:
             raise DecodeError(f"Failed to decode the event {event.subject}.", event.data, error) from error
