@@ -307,7 +307,6 @@ class JetStreamBroker(EmittingBroker):
         if queue_name not in self.queues:
             raise QueueNotFound(queue_name)
         self.connection.reopen()
-        self.connection.connect()  # a worker without its server hears of that soon, and can be stopped meanwhile
         self.keeper.do(self.names.dead_stream, "dead letters", self.declarations.ensure_dead_letters)
         return self._workplace.consumers.open(queue_name, prefetch=prefetch, timeout=timeout)
 

@@ -164,6 +164,19 @@ class Connection:
         """
         self._link.wait_open(time.monotonic() + self.options.connect_timeout / 1000 + 1, attempts=2)
 
+    def confirm(self, *, timeout: int | None = None) -> None:
+        """Wait until the server has handled everything that was sent before.
+
+        Parameters:
+          timeout: Milliseconds to wait; None takes the connection's own.
+
+        Raises:
+          BrokerConnectionError: When it does not in time.
+        """
+        deadline = self._deadline(timeout)
+        self._link.wait_open(deadline)
+        ask(self._link, "", b"", None, deadline, repeat=True)
+
     def close(self) -> None:
         """Close the connection; calls that wait for an answer get an error."""
         self._closed = True

@@ -239,7 +239,10 @@ class Link:
 
     def describe(self) -> tuple[str, str]:
         """Where the servers are, and what was heard of them last, for an error."""
-        return self.options.display, self.state.last_error or "no answer yet"
+        client = self._client
+        stuck = client is not None and client.open and client.paused
+        reason = "its socket takes no more" if stuck else self.state.last_error
+        return self.options.display, reason or "no answer yet"
 
     def _flush(self) -> None:
         """Write the outbox, as far as the socket takes it."""

@@ -17,6 +17,9 @@ from .suspects import Suspects
 
 __all__ = ["Consumers"]
 
+#: How long a new consumer waits for the server, in milliseconds.
+CONFIRM_MS = 2_000
+
 
 class Consumers:
     """Opens consumers, and closes those that are open."""
@@ -41,7 +44,13 @@ class Consumers:
         self._open: list[JetStreamConsumer] = []
 
     def open(self, queue_name: str, *, prefetch: int, timeout: int) -> JetStreamConsumer:
-        """Make a consumer of a queue; several threads come here at once, so there are nothing but single steps."""
+        """Make a consumer of a queue; several threads come here at once, so there are nothing but single steps.
+
+        Raises:
+          BrokerConnectionError: When the server cannot be reached; soon, so that the worker can be stopped meanwhile.
+        """
+        self._connection.connect()
+        self._connection.confirm(timeout=min(self._connection.timeout, CONFIRM_MS))
         consumer = JetStreamConsumer(
             self._connection,
             self._ledger,
