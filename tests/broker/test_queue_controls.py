@@ -193,7 +193,7 @@ def test_a_call_is_safely_repeated_with_its_key_when_it_is_not_known_what_became
     own_nats_server, make_broker, monkeypatch, who, first
 ):
     """The server freezes around the first publish; whatever became of it, the repeated call leaves one message."""
-    broker = make_broker(own_nats_server.url, enqueue_timeout=1_000)
+    broker = make_broker(own_nats_server.url, enqueue_timeout=3_000)
     repeating = broker if who == "the same caller" else make_broker(own_nats_server.url)
     broker.declare_queue("default")
     broker.setup()
@@ -220,7 +220,7 @@ def test_a_call_is_safely_repeated_with_its_key_when_it_is_not_known_what_became
 
         def time_is_up():
             now = repeating.connection.api(f"STREAM.INFO.{stream}")["ts"]
-            return parse_time(now) - entry.created >= 1_000
+            return parse_time(now) - entry.created >= 3_000
 
         eventually(time_is_up)
     again = dataclasses.replace(message, message_id="again")

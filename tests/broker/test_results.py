@@ -269,7 +269,7 @@ def test_a_result_is_stored_before_its_message_is_settled(
 ) -> None:
     """The server is away for longer than storing may take: the message stays, and its result comes afterwards."""
     monkeypatch.setattr("dramatiq_jetstream.worker.undertaker.FIRST_DELAY_MS", 50)
-    broker = make_broker(proxy.url, enqueue_timeout=500)
+    broker = make_broker(proxy.url, enqueue_timeout=1_500)
     backend = JetStreamBackend(broker)
     broker.add_middleware(Results(backend=backend))
     runs: list[int] = []
@@ -278,7 +278,7 @@ def test_a_result_is_stored_before_its_message_is_settled(
         runs.append(1)
         if len(runs) == 1:
             proxy.lose()
-            threading.Timer(1.5, proxy.restore).start()
+            threading.Timer(3.0, proxy.restore).start()
 
     class Skip(dramatiq.Middleware):
         def before_process_message(self, broker: Any, message: Any) -> None:
