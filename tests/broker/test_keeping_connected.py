@@ -172,6 +172,8 @@ def test_a_refused_login_is_said_once_and_ends_when_it_is_right_again(tmp_path, 
         eventually(lambda: not broker.connection.is_open)
         with pytest.raises(BrokerConnectionError, match="refused us"):
             broker.enqueue(message())
+        with pytest.raises(BrokerConnectionError, match="refused us"):
+            broker.consume("default")
         holds(lambda: not broker.connection.is_open, 4)
         assert server.log_tail(1_000).count("authentication error") <= 8
         assert caplog.text.count("refused us") == 1
