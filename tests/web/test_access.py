@@ -529,3 +529,9 @@ def test_a_customer_need_not_say_who_orders(closed: Closed) -> None:
     sent = {"Content-Type": "application/x-protobuf"}
     answer = closed.ask("alice", "POST", "/api/orders", data=event, headers=sent)
     assert answer.json()["customer_id"] == "alice"
+
+
+def test_the_page_of_the_api_can_be_tried_with_a_key(closed: Closed, service: Stack) -> None:
+    """A service that asks who comes has a field for it there; an open one needs none."""
+    assert 'id="key"' in closed.get(None, "/docs").text
+    assert 'id="key"' not in service.get("/docs").text

@@ -12,6 +12,8 @@ function request(form) {
     else if (value !== "" && input.dataset.in === "query") query.set(input.name, value);
     else if (value !== "") headers[input.name] = value;
   }
+  const key = document.getElementById("key")?.value.trim();
+  if (key) headers.Authorization = `Bearer ${key}`;
   const body = form.elements.body?.value;
   if (body !== undefined) headers["Content-Type"] = "application/json";
   const search = query.toString();
