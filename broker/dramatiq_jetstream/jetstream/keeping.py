@@ -85,7 +85,7 @@ class Keeper:
             self.do(stream, f"{what} of {stream}", partial(restore, stream))
 
     def _run(self, stream: str, jobs: _StreamJobs) -> None:
-        while not self._connection.is_closed:
+        while True:
             jobs.added.clear()
             for what, job in list(jobs.jobs.items()):
                 if self._succeeds(what, job):
@@ -93,7 +93,7 @@ class Keeper:
                         if jobs.jobs.get(what) is job:
                             del jobs.jobs[what]
             with self._lock:
-                if not jobs.jobs:
+                if not jobs.jobs or self._connection.is_closed:
                     del self._streams[stream]
                     return
             jobs.added.wait(RETRY_SECONDS)

@@ -181,6 +181,7 @@ class Connection:
         """Close the connection; calls that wait for an answer get an error."""
         self._closed = True
         self._link.close()
+        self._listeners.note_closed()
 
     def reopen(self) -> None:
         """After `close`, connect again at the next use; does nothing before."""

@@ -44,6 +44,11 @@ class Listeners:
     tick: list[Callable[[], None]] = field(default_factory=list)
     fork: list[Callable[[], None]] = field(default_factory=list)
 
+    def note_closed(self) -> None:
+        """Say that the connection is lost, when its loop has ended."""
+        for callback in list(self.lost):
+            callback()
+
     def forget(self, callback: Callable[..., None]) -> None:
         everything: tuple[list[Any], ...] = (self.lost, self.reconnect, self.fence, self.tick, self.fork)
         for callbacks in everything:

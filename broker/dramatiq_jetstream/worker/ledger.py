@@ -137,7 +137,10 @@ class Ledger:
 
     def flush(self, seconds: float) -> None:
         """Wait until the server has all that was posted so far, if it can be reached, up to so long."""
+        deadline = time.monotonic() + seconds
         arrived = threading.Event()
+        while self.settlements.waits and self._connection.is_connected and time.monotonic() < deadline:
+            arrived.wait(0.01)
         wanted: list[int] = []
 
         def note(fence: int) -> None:
@@ -146,7 +149,6 @@ class Ledger:
 
         self._connection.on_fence(note)
         self._connection.post(lambda: wanted.append(self._connection.next_fence))
-        deadline = time.monotonic() + seconds
         while self._connection.is_connected and time.monotonic() < deadline:
             self._connection.hurry_fence()
             if arrived.wait(0.01):

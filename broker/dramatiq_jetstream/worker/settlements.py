@@ -154,6 +154,14 @@ class Settlements:
     def unproven(self) -> int:
         return sum(book.unproven for book in list(self._books.values()))
 
+    @property
+    def waits(self) -> bool:
+        """Whether answers wait for a doubt to end."""
+        return any(
+            book.unproven and not (durable.certain or durable.missing)
+            for durable, book in list(self._books.items())
+        )
+
     def unproven_of(self, durable: Durable) -> Iterable[Key]:
         """What is answered and may be answered once more."""
         for round_ in self._book(durable).rounds():
