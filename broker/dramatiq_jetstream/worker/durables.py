@@ -183,8 +183,8 @@ class Durables:
         self._ask(durable)
 
     def _unsettle(self, durable: Durable) -> None:
-        if durable.certain or durable.missing:
-            durable._since = time.monotonic()
+        if durable.certain or durable.missing or not self._connection.is_open:
+            durable._since = 0.0
         durable.certain = durable.missing = False
         # What is asked now is not to be believed any more.
         durable._doubts += 1
@@ -215,6 +215,7 @@ class Durables:
 
     def _ask(self, durable: Durable) -> None:
         if durable._task is None and self._connection.is_open and time.monotonic() >= durable._next:
+            durable._since = durable._since or time.monotonic()
             durable._next = time.monotonic() + PAUSE_SECONDS
             self._start(durable, self._settle(durable))
 
@@ -333,7 +334,7 @@ class Durables:
             if not durable._wanted or durable.certain or durable.missing:
                 continue
             self._ask(durable)
-            if now - durable._since > SILENCE_SECONDS and not durable._silent:
+            if durable._since and now - durable._since > SILENCE_SECONDS and not durable._silent:
                 durable._silent = True
                 logger.warning(
                     "The consumer %s does not answer; its messages wait, those of other consumers do not.",
@@ -348,7 +349,7 @@ class Durables:
     def _reconnected(self) -> None:
         for durable in list(self._durables.values()):
             self._unsettle(durable)
-            durable._since, durable._next = time.monotonic(), 0.0
+            durable._since, durable._next = 0.0, 0.0
             if durable._wanted:
                 self._ask(durable)
 
