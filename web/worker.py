@@ -40,8 +40,11 @@ MAX_LINE: Final = 8_190
 #: What is read of a body, so that its refusal arrives: a connection closed with unread data is reset.
 MAX_BODY: Final = 16_000_000
 
-# How often the loop looks at the deadlines, and tells gunicorn that it lives.
+# How often the loop looks at the deadlines.
 _BEAT_SECONDS = 1
+
+# How often an idle loop tells gunicorn that it lives, and looks whether it was asked to stop.
+_LOOK_SECONDS = 0.25
 
 
 class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress has no types
@@ -133,7 +136,7 @@ class BufferedWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         if self.ppid != os.getppid():
             self.log.info("The master process has ended; so does this one.")
             self.alive = False
-        wasyncore.loop(timeout=_BEAT_SECONDS, map=connections, use_poll=True, count=1)
+        wasyncore.loop(timeout=_LOOK_SECONDS, map=connections, use_poll=True, count=1)
 
     def _listen(self, sock: Any, connections: dict[int, Any], dispatcher: ThreadedTaskDispatcher) -> Any:
         adjustments = Adjustments(
