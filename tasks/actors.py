@@ -8,7 +8,7 @@
     orders     announce_failure (a dead letter, of whatever cause)
     projection project_event    ORDER.>
 
-Payments have a queue of their own because they wait for somebody else: it can be paused alone, and it has workers
+Payments have a queue of their own because they wait for another party: it can be paused alone, and it has workers
 alone (`worker_payments` in the Procfile), so that a gateway that hangs holds no thread of another step.
 """
 
@@ -97,7 +97,7 @@ def _itself(event: Event) -> Event:
     return event
 
 
-# However long publishing fails, the failure is not given up: nobody would learn of it.
+# However long publishing fails, the failure is not given up: no one else would learn of it.
 @dramatiq.actor(
     subscribe=subscription(app.broker.names.all_dead, _itself),
     **{**app.step_options("orders", FINISH), "max_retries": None},

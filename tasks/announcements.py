@@ -74,7 +74,7 @@ class Testimony:
     def attested(self, happened: Happened) -> Happened | None:
         """Return what the ledger confirms of an event, in the ledger's words; None when that is nothing.
 
-        An order that nobody has claimed the id of is claimed by this, so nothing is shown that the ledger does not
+        An order whose id is unclaimed is claimed by this, so nothing is shown that the ledger does not
         have.
         """
         event = happened.event

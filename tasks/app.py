@@ -110,7 +110,7 @@ def publish(event: Message, at: int, *, timeout: int | None = None) -> int:
     """Store an event that happened at `at` (milliseconds), once however often it is repeated; return its place.
 
     An answer that the id is there already counts only if this event is: anybody may publish under any id. If
-    something else is stored under it, the event is stored under an id that nobody can have taken.
+    something else is stored under it, the event is stored under an id that no other program can have taken.
     """
     event_stream.ensure(broker)
     event_id = events.event_id(event)

@@ -1,7 +1,7 @@
 """Runs the whole service on one machine: `python -m tasks.dev up`, which is what `make up` calls.
 
 honcho runs the processes of Procfile.dev and shows their output. On top of what it does by itself: what is in the
-way is said in one line before anything starts; nats starts first and stops last, so that nobody is left without it;
+way is said in one line before anything starts; nats starts first and stops last, so that no process is left without it;
 and only the head of each process is told to stop, because those of workers and gunicorn see to their own.
 """
 
@@ -69,7 +69,7 @@ def _environment() -> dict[str, str]:
     host = os.environ.get("HOST") or "127.0.0.1"
     defaults = {
         "HOST": host,
-        # Nobody else reaches this machine's own addresses; one who sets a provider up wants to see people sign in.
+        # Other machines do not reach these addresses; a developer who sets a provider up wants to see people sign in.
         "ACCESS": "open" if is_loopback(host) and not os.environ.get("OIDC_ISSUER") else "required",
         "PORT": str(settings().port),
         "NATS_URL": f"nats://127.0.0.1:{_port('NATS_PORT', 4222)}",

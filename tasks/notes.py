@@ -1,7 +1,7 @@
 """What an operator has to know of an order beside its record: which steps were given up, and which refunds are due.
 
 Keys, in the bucket of the stock: `failed.{order_id}` holds the first failure of each step that was ever given up,
-`refund.{order_id}` the charge of an order that was cancelled, until somebody has seen to it. Every change is a
+`refund.{order_id}` the charge of an order that was cancelled, until an operator has seen to it. Every change is a
 compare-and-set. Neither is part of the record, so a note never keeps a step from moving the record on.
 """
 
@@ -98,11 +98,11 @@ class Notes:
                 continue  # there are two who note it at most, each once
 
     def refunds(self) -> Iterator[Refund]:
-        """Yield the refunds that nobody has seen to."""
+        """Yield the refunds that are still to be made."""
         return map(_refund, self._bucket.items("refund."))
 
     def refunded(self, order_id: str) -> bool:
-        """Note that somebody has seen to a refund; False when there is none."""
+        """Note that an operator has made a refund; False when there is none."""
         key = f"refund.{order_id}"
         known = self._bucket.get(key) is not None
         self._bucket.delete(key)

@@ -41,7 +41,7 @@ class Outage:
 
     Parameters:
       bucket: Where the note is kept.
-      ttl: Milliseconds after which it is gone unless somebody renews it.
+      ttl: Milliseconds after which it is gone unless it is renewed.
       now: The time in milliseconds.
     """
 

@@ -46,7 +46,7 @@ def first_record(event: OrderCreated, at: int) -> Record:
 
 
 def claimed(claims: Claims, order_id: str, event: OrderCreated, now: Callable[[], int]) -> Claim:
-    """Return what an order id stands for: for the order that an event asks for, if nobody has claimed it."""
+    """Return what an order id stands for: for the order that an event asks for, if it is unclaimed."""
     claim = claims.find(order_id)
     if claim is None:
         at = now()
@@ -117,7 +117,7 @@ def _check_total(event: OrderCreated, lines: tuple[Line, ...]) -> int:
 
 
 def _amount(minor: int) -> str:
-    # A double may hold 1e308: nobody reads three hundred digits.
+    # A double may hold 1e308: three hundred digits are of no use to a reader.
     return money.to_text(minor, CURRENCY) if abs(minor) < 10**15 else "an amount of 14 digits or more"
 
 

@@ -71,7 +71,7 @@ class Rebuild:
         self._now = now
         self._summary = Summary()
         self._range = Range(0, 0)
-        # The keys of the events of each order of which this run has found the first place.
+        # For each order whose first event this run has found, the keys of its events.
         self._placed: dict[str, frozenset[str]] = {}
 
     def run(self) -> Summary:
@@ -148,7 +148,7 @@ class Rebuild:
         return True
 
     def _remove_strangers(self) -> None:
-        """Remove the records of orders that the ledger does not know, or of which the stream has no event."""
+        """Remove the records of orders that the ledger does not know, or that have no event in the stream."""
         for entry in self._bucket.items():
             if self._placed.get(entry.key):
                 continue

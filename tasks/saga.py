@@ -16,8 +16,8 @@ content.
 The event is only what calls a step. What the step does comes from the record, and an event that the record
 contradicts is refused: a stranger may have published it.
 
-A step that comes late, when the record is past it, does nothing: whoever moved the record on had seen the
-event that this step would publish. While the record still stands where the step left it, nobody can know
+A step that comes late, when the record is past it, does nothing: the step that moved the record on had seen the
+event that this step would publish. While the record still stands where the step left it, no one can know
 whether the event was published, so it is published again, unless the read model has it already.
 """
 
@@ -42,7 +42,7 @@ from .stock import Found, Stock
 from .text import shown
 from .tokens import TokenMissing, Tokens, is_reference
 
-#: The steps, and the events of which each publishes one when it has done its work.
+#: The steps, and for each the events that it may publish when it has done its work.
 OUTCOMES: Final[dict[str, frozenset[str]]] = {
     "reserve": frozenset({"reserved", "rejected"}),
     "pay": frozenset({"paid", "declined"}),
@@ -175,7 +175,7 @@ class Saga:
         """End an order that is neither paid nor over, and give back what it holds; returns what is recorded then.
 
         One whose payment was declined is rejected, as it would have been. If its payment may have been tried, a
-        refund is noted for somebody to see to: only the gateway knows whether it was captured.
+        refund is noted for an operator: only the gateway knows whether it was captured.
 
         Raises:
           NotCancellable: When there is no such order, or it is paid or over.
@@ -194,7 +194,7 @@ class Saga:
         return found
 
     def _recorded(self, order_id: str, event: Message, state: str) -> Found:
-        # What this process remembers is good enough to go on from: whoever did so before made it outdated. But an
+        # What this process remembers is good enough to go on from: a step that did so before made it outdated. But an
         # order that was cancelled meanwhile is not charged.
         found = None if state == "held" else self._stock.recall(order_id)
         if found is None or found.record.state != state:

@@ -248,7 +248,7 @@ def _connect() -> None:
 
 
 def health() -> dict[str, Any]:
-    """Return what /health shows of the connection to NATS; it asks nobody and does not wait."""
+    """Return what /health shows of the connection to NATS; it asks no server and does not wait."""
     connection = app.broker.connection
     state = connection.state
     return {

@@ -6,13 +6,13 @@ and `tasks.notes` keep theirs in the same bucket.)
 
 A decision is one compare-and-set on `levels.all`: it takes the stock (or gives it back) and notes the decision
 in pending, both or none. Then the order's record is written, and later the note is dropped. A process that is
-killed in between leaves the note, and whoever does the step again finds it there and writes the record. So
+killed in between leaves the note, and the next run of the step finds it there and writes the record. So
 nothing is taken twice, given back twice or taken without a record, and an order of several products gets all
 or none. (An atomic batch over several keys would say the same in fewer words; JetStream makes a temporary
 stream for each, which takes it several milliseconds.)
 
 A decision is made once because of an order of things: know `levels.all` at some revision, *then* look for the
-order's record and note, then compare-and-set from that revision. Whoever decides in between changes the
+order's record and note, then compare-and-set from that revision. A decision in between changes the
 revision, and a note is dropped only after its record was written, so one of the two is always seen.
 
 In a cluster a server that was the leader may answer reads for some seconds from what it had (see the library's
@@ -131,7 +131,7 @@ class Stock:
       initial: The pieces of each sku that there are before the first order.
       now: The time in milliseconds.
       timeout: Milliseconds for which a decision competes with others before StockBusy.
-      sweep_after: Milliseconds after which a note that nobody has dropped is taken for one left behind.
+      sweep_after: Milliseconds after which a note that was not dropped is taken for one left behind.
       patience: Milliseconds for which a record that is behind what is known of it is read again; 0 for one server.
     """
 
@@ -188,7 +188,7 @@ class Stock:
     def recall(self, order_id: str) -> Found | None:
         """Return the record of an order as this process wrote it a moment ago.
 
-        Others may have gone on from there; `forward` finds out. Not older, because whoever goes on from an outdated
+        Others may have gone on from there; `forward` finds out. Not older, because a step that goes on from an outdated
         record asks the gateway again, which knows the charge for a limited time only.
         """
         with self._lock:
@@ -275,14 +275,14 @@ class Stock:
             found = self._settle(_Change(order_id, decide))
             if found.record.state != "held":
                 return found
-            # Whoever is faster has moved it on, and from there it does not come back.
+            # A faster process has moved it on, and from there it does not come back.
             self.forward(order_id, found, found.record.forward("cancelling", at, reason=reason))
 
     def forward(self, order_id: str, found: Found, record: Record) -> Found:
-        """Replace the record that was found; returns the newer one when somebody else was faster.
+        """Replace the record that was found; returns the newer one when another process was faster.
 
         Raises:
-          RecordBehind: When it is said that somebody was, and the record does not show it.
+          RecordBehind: When the server says that one was, and the record does not show it.
         """
         try:
             revision = self._bucket.update(f"order.{order_id}", record.encode(), revision=found.revision)
@@ -301,7 +301,7 @@ class Stock:
         self._look(change)
         self._waiting.append(change)
         with self._turn:
-            # Whoever has the turn decides for all that wait meanwhile, perhaps for us.
+            # The thread whose turn it is decides for all that wait meanwhile, perhaps for us.
             while not change.settled:
                 batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
                 try:
@@ -384,7 +384,7 @@ class Stock:
             revision = self._bucket.create(f"order.{order_id}", decided.encode())
             return self._remember(order_id, Found(decided, revision, fresh=True))
         except KeyExists:
-            # Somebody who did the step again has written it, and may have gone on from there.
+            # Another run of the step has written it, and may have gone on from there.
             found = self.find(order_id)
             if found is None:
                 raise
@@ -441,7 +441,7 @@ class Stock:
 
 
 def _current(existing: Found | None, noted: Record | None) -> Record | None:
-    """Return what holds of an order's record and the note about it, of which either may be behind."""
+    """Return what holds of an order's record and the note about it; either may be behind."""
     if existing is None or noted is None:
         return noted if existing is None else existing.record
     return noted if (existing.record.state, noted.state) in _GIVEN_BACK else existing.record

@@ -1,4 +1,4 @@
-"""Says what each route needs, and lets nobody in without it.
+"""Says what each route needs, and refuses a caller without it.
 
 Every view is declared, with `needs` or `anyone`; the application does not start with one that is not. What a caller may
 see of what they asked for is decided where it is read (`web.api.find_order`, `find_page`), by `Caller.sees`.

@@ -140,5 +140,5 @@ def _drain() -> None:
         while left > 0 and (chunk := stream.read(min(65_536, left))):
             left -= len(chunk)
     except OSError:
-        # The client hung up while sending, so nobody is waiting for the answer.
+        # The client hung up while sending, so no one is waiting for the answer.
         return

@@ -71,7 +71,7 @@ class JetStreamBackend(EventBackend):
         self._wake = threading.Event()
 
     def notify(self, events: Iterable[Event], ttl: int) -> None:
-        """Signal events; each is kept until somebody takes it, at most `ttl` milliseconds after it could be."""
+        """Signal events; each is kept until a worker takes it, at most `ttl` milliseconds after it could be."""
         events = list(events)
         delays = dict.fromkeys((Abortable.key_to_id(event.key) for event in events), 0)
         for message_id in delays:
@@ -90,7 +90,7 @@ class JetStreamBackend(EventBackend):
             try:
                 self.bucket.delete(name, revision=entry.revision)
             except RevisionConflict:
-                continue  # somebody else took it, or it was given again
+                continue  # another worker took it, or it was given again
             return Event(key, json.loads(entry.value))
 
     def wait_many(self, keys: Iterable[str], timeout: int) -> Event | None:

@@ -282,7 +282,7 @@ class JetStreamBroker(EmittingBroker):
         headers: Mapping[str, str] | None = None,
         timeout: int | None = None,
     ) -> PubAck:
-        """Store an event for whoever subscribed to its subject.
+        """Store an event for the subscribers of its subject.
 
         Parameters:
           event: Bytes, or a protobuf message.

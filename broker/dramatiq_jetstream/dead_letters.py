@@ -1,4 +1,4 @@
-"""Messages that cannot be worked off, kept as they came, to be looked at, replayed or dropped.
+"""Messages that could not be processed, kept as they came, to be inspected, replayed or dropped.
 
 A dead letter is stored before the message it stands for is acknowledged. If the process dies between the
 two, the message is delivered again and its letter is stored again on the same subject, of which the stream
@@ -154,7 +154,7 @@ class DeadLetters:
           origin: What identifies the message in its stream: the same origin is the same letter.
           subject: Where a replay goes.
           history: The earlier failures of the message, as `history_of` finds them in it.
-          event: The event of which this is the first run; a replay hands it to `actor` alone.
+          event: The event, if this was its first run; a replay hands it to `actor` alone.
         """
         self._ensure(False)
         kept = {

@@ -97,7 +97,7 @@ def _decoder(type_: Any) -> Decoder:
 class _Protobuf:
     """Decodes one protobuf class.
 
-    Protobuf accepts almost any bytes as a message of unknown fields. A body of which the class knows no
+    Protobuf accepts almost any bytes as a message of unknown fields. A body in which the class knows no
     field at all is some other message, and is refused.
     """
 

@@ -1,7 +1,7 @@
 """Periodic tasks without a scheduler process: the schedules live in JetStream, which stores every tick.
 
 An actor with the option `cron=` or `every=` has one schedule, on a subject of its own in its queue's stream.
-The server stores a message for each tick on the queue; whoever works it off, works it off once. A worker
+The server stores a message for each tick on the queue; one worker runs it, once. A worker
 that boots stores the schedule only if it is missing or differs, with a compare-and-set on what it saw, so any
 number of workers may boot at once: the schedule is there once, and its phase is not disturbed.
 
@@ -246,7 +246,7 @@ def _scheduled(broker: JetStreamBroker, queue: str) -> list[str]:
 def _store(
     broker: JetStreamBroker, actor: Actor[Any, Any], expression: cron.Expression, changes: Changes
 ) -> str:
-    """Store a schedule unless it is there just so; whoever is first wins, and the others see that."""
+    """Store a schedule unless it is there already; the first program wins, and the others see that."""
     queue, name = actor.queue_name, actor.actor_name
     stream, subject = broker.names.queue_stream(queue), broker.names.periodic(queue, name)
     message: Message[Any] = Message(queue, name, (), {}, {}, message_id=name)

@@ -70,7 +70,7 @@ class JetStreamBackend(RateLimiterBackend):
         self._forget()
 
     def _forget(self) -> None:
-        """Start anew: at creation, and in the child of a fork, where nobody would give back a turn."""
+        """Start from nothing: at creation, and in the child of a fork, where no thread would give back a turn."""
         self._process = os.getpid()
         self._lines = [_Line() for _ in range(LINES)]
 

@@ -135,7 +135,7 @@ class JetStreamBackend(ResultBackend):
         return Missing if data is None else self.encoder.decode(data)
 
     def _join(self, head: Entry) -> bytes | None:
-        """The encoded result of which `head` is all or the beginning; None when it is expiring just now."""
+        """The encoded result that `head` is, or begins; None when it is expiring just now."""
         if HEADER_PARTS not in head.headers:
             return head.value
         name, _, count = head.headers[HEADER_PARTS].partition(" ")

@@ -28,7 +28,7 @@ def _filters(function: _Function) -> _Function:
 
 @click.group()
 def dead() -> None:
-    """Messages that could not be worked off."""
+    """Messages that could not be processed."""
 
 
 @dead.command("list")

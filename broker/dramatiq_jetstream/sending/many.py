@@ -1,4 +1,4 @@
-"""One call that enqueues many messages, each of which is stored or refused by itself.
+"""One call that enqueues many messages; each is stored or refused by itself.
 
 Whatever one message raises while it is made ready, taken by its unique key or stored is its own outcome, and the others
 go on. Interrupts are not: they end the call at once, and what was sent by then may be stored.

@@ -72,7 +72,7 @@ class Claim:
         self._name = name_of(message)
         self._revision = 0
         self._publish_id = ""
-        self._earlier: str | None = None  # the message of an earlier call of which nothing is known
+        self._earlier: str | None = None  # the message of an earlier call whose outcome is unknown
         headers = dict(publication.headers or {})
         headers[HEADER_MSG_ID] = self._publish_id = self._take(headers[HEADER_MSG_ID])
         publication.headers = headers
@@ -129,7 +129,7 @@ class Claim:
             raise self._not_unique()
 
     def _is_ours(self, ack: PubAck) -> bool:
-        """Whether what the stream has is this message, of which an earlier acknowledgement was lost."""
+        """Whether the stream already holds this message, from a call whose acknowledgement was lost."""
         stored = message_at(self._bucket.connection, ack.stream, ack.seq)
         return stored is not None and self._message.message_id.encode() in stored.data
 

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 
 __all__ = ["spawn"]
 
-# The parent may be gone before the request is made; then nobody would deliver the signal.
+# The parent may be gone before the request is made; then the signal would never come.
 _BIND_TO_PARENT = """
 import ctypes, os, sys
 PR_SET_PDEATHSIG, SIGKILL = 1, 9

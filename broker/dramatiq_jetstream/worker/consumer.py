@@ -49,7 +49,7 @@ from .suspects import Suspects
 
 __all__ = ["JetStreamConsumer", "JetStreamMessage", "Undertaker"]
 
-#: Numbers of errors that pass when somebody raises a limit: of streams, consumers or storage.
+#: Errors that pass when a limit is raised: of streams, consumers or storage.
 _PASSING = frozenset({10026, 10027, 10047, 10077})
 
 # Failures of a follow-up that another run would only repeat.
@@ -66,7 +66,7 @@ _PERMANENT = (
 
 
 class Undertaker(Protocol):
-    """Stores elsewhere what is not worked off here; called on Dramatiq's threads.
+    """Stores elsewhere what is not processed here; called on Dramatiq's threads.
 
     `bury`, `bury_again`, `reject` and `postpone` raise an error when the storing is not known to have worked.
     """
@@ -148,7 +148,7 @@ class JetStreamConsumer(Consumer):
       prefetch: How many messages Dramatiq may have at once, those that are worked on included.
       timeout: Milliseconds after which the iterator yields None when there is nothing.
       lookahead: Whether a little more than the prefetch may wait here while messages are short.
-      undertaker: Stores elsewhere what is not worked off here.
+      undertaker: Stores elsewhere what is not processed here.
       suspects: Those of this process's messages that may be the death of it.
       give_back: Takes messages of a queue that were not begun out of Dramatiq's hands again, other than so many.
     """

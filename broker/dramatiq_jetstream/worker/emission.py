@@ -1,7 +1,7 @@
 """Calls middleware as Dramatiq's `Broker` does, but only those that do something at a hook.
 
 Dramatiq calls every middleware at every hook, and most of them inherit an empty method for most hooks: about
-thirty calls for each message, a tenth of the time it takes to work off one that does nothing. What a middleware
+thirty calls for each message, a tenth of the time of one that does nothing. What a middleware
 has of its own is looked up when the list of middleware changes, so a method must not be replaced after that.
 Dramatiq's `Pipelines` imports a module at every message, before it sees that this one is not part of a pipeline; it
 is called for those that are. `Retries` is not asked about a message that was aborted: it is not wanted any more.

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 EXPIRES_SECONDS = 30.0
 HEARTBEAT_SECONDS = 2.0
 
-#: A request of which nothing was heard for this long is not known to the server.
+#: After this long without a word about a request, the server does not know it.
 SILENCE_SECONDS = 5.0
 
 #: Requests of one source at a time; a message that fills a small one must not wait for the next.

@@ -1,7 +1,7 @@
 """What this process holds: deliveries that are on their way through Dramatiq.
 
 A `Delivery` is *held* from its arrival until it is settled. While it is held, an in-progress signal every
-third of its `ack_wait` keeps the server from giving it to somebody else, however long its actor runs.
+third of its `ack_wait` keeps the server from giving it to another worker, however long its actor runs.
 
 A message that arrives a second time while it is held is not handed over again, only its new ack subject is noted; one
 that arrives again after its work was done is acked again without being run (see `settlements`). A message is known by

@@ -1,6 +1,6 @@
 """Which message the calling thread, or coroutine, is working on.
 
-A JetStreamBroker notes it around its middleware and the actor, so that whoever asks (log lines, `current_event`) needs
+A JetStreamBroker notes it around its middleware and the actor, so that log lines and `current_event` need
 no middleware of its own, which would cost something for every message.
 """
 

@@ -1,4 +1,4 @@
-"""Puts aside what a consumer does not work off: dead letters, postponed and handed back messages.
+"""Stores what a consumer does not process: dead letters, postponed messages, messages handed back.
 
 Whatever is put aside is stored first and acked afterwards. If the process dies between the two, the message
 is delivered again and put aside again: a dead letter replaces itself (see `dead_letters`), what is stored
@@ -83,7 +83,7 @@ class JetStreamUndertaker:
         self._letters = letters
         self._actor_options = actor_options
         self._emit = emit
-        self._unknown: set[str] = set()  # actors that are not declared here, of which the log has said so
+        self._unknown: set[str] = set()  # undeclared actors that were logged already
         self._unstored: dict[str, tuple[str, str]] = {}
 
     def bury(self, delivery: Delivery, reason: str, error: str) -> None:
@@ -178,7 +178,7 @@ class JetStreamUndertaker:
         """Give back a delivery that was not begun, for another worker to have it at once.
 
         The server counts deliveries, and knows no difference between one that was given back and one whose
-        worker died. What has come as often as is allowed is therefore stored anew, to be counted from one.
+        worker died. What has come as often as is allowed is therefore stored again, to be counted from one.
         """
         if delivery.settled or delivery.deliveries < self._config.max_deliveries:
             self._ledger.settle(delivery, NAK)
@@ -187,7 +187,7 @@ class JetStreamUndertaker:
             if not self._connection.is_connected:
                 raise BrokerConnectionError("there is no connection to give it back over")
             self._store_anew(delivery)
-        except BrokerError as error:  # whatever it is, there is nobody to handle it, and others to give back
+        except BrokerError as error:  # there are others to give back, and no caller to handle it
             logger.warning("%s will be delivered again after its ack_wait: %s", delivery, error)
             self._ledger.abandon(delivery)
         else:
@@ -196,7 +196,7 @@ class JetStreamUndertaker:
     def put_off(self, delivery: Delivery) -> None:
         """Have a delivery come again after a while, longer each time: what follows it could not be stored now.
 
-        The server counts what waits for that as in flight. On a queue that limits those, the message is stored anew
+        The server counts what waits for that as in flight. On a queue that limits those, the message is stored again
         with a delay, if it can be, and leaves its place to others.
         """
         delay = min(FIRST_DELAY_MS << min(delivery.deliveries - 1, 10), LONGEST_DELAY_MS)
@@ -244,7 +244,7 @@ class JetStreamUndertaker:
         return True
 
     def _store_later(self, delivery: Delivery, delay: int, marks: Mapping[str, str]) -> bool:
-        """Store a message of a queue anew, to come after `delay` milliseconds; False when that cannot be done now."""
+        """Store a message of a queue again, to come after `delay` milliseconds; False when that cannot be done now."""
         if delivery.source.actor is not None or not self._connection.is_connected:
             return False
         unique = f"later:{delivery.origin}:{delivery.deliveries}:{delivery.sequence}"

@@ -53,12 +53,12 @@ class WorkQueue(Handover[Item]):
             if items:
                 try:
                     return items.popleft()
-                except IndexError:  # somebody else was faster
+                except IndexError:  # another thread was faster
                     continue
         raise IndexError
 
     def task_done(self) -> None:
-        """Say that an item that was taken has been worked off."""
+        """Say that an item that was taken is done."""
         try:
             self._unfinished.pop()
         except IndexError:
@@ -68,9 +68,9 @@ class WorkQueue(Handover[Item]):
                 self._finished.notify_all()
 
     def join(self) -> None:
-        """Wait until all items have been worked off."""
+        """Wait until all items are done."""
         with self._finished:
-            # Said before looking, so that whoever finishes the last one after the look wakes us.
+            # Said before looking, so that the thread that finishes the last one after the look wakes us.
             self._joining += 1
             try:
                 while self._unfinished:
