@@ -102,7 +102,7 @@ class Books:
     Attributes:
       letters: Label and actor of each dead letter, with its reason and error.
       waiting: What waits in the queues and at the consumers, in words; `waiting_labels` those of its messages.
-      results: Those labels of `answer` of which a result is there.
+      results: Those labels of `answer` of which a result is there, or was before a fault destroyed the store.
       consumers: The names of the consumers of each stream.
       unhealthy: What the supervisors' probes and the producer's end complain about.
       sizes: Of each process that lived throughout, at first and at last.
@@ -270,7 +270,7 @@ async def _messages(js: JetStreamContext, stream: str) -> list[dict[str, str]]:
     sequence = 1
     while len(found) < _MOST:
         try:
-            stored = await js.get_msg(stream, seq=sequence, next=True)
+            stored = await js.get_msg(stream, subject=">", seq=sequence, next=True)
         except NotFoundError:
             break
         sequence = (stored.seq or 0) + 1

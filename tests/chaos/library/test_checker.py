@@ -34,6 +34,7 @@ def _call(kind: str, *labels: str, actor: str = "work", told: str = "stored", **
 
 
 def _runs(label: str, actor: str = "work", at: float = 11.0, end: str = "ended", **more: object) -> list[Run]:
+    more = {"stored": 10_500, **more}
     return [
         Run(when, 1, what, actor, label, f"id of {label}", **more)  # type: ignore[arg-type]
         for when, what in ((at, "began"), (at + 0.5, end))

@@ -37,6 +37,9 @@ from tests.chaos.library.settings import OPTIONS
 
 Say = Callable[[str], None]
 
+#: So many threads has a process that is at work; what it has then is what it may keep.
+GROWN_UP = 8
+
 #: How long a producer may take to end, in seconds.
 PATIENCE = 60.0
 
@@ -91,6 +94,8 @@ class Trial:
         self._server = Server([], [], frozenset(), {})
         self._first: dict[int, Size] = {}
         self._complaints: list[str] = []
+        self._results: set[str] = set()
+        self._letters: dict[tuple[str, ...], dict[str, str]] = {}
         self.periods: list[Period] = []
         self._began = time.time()
 
@@ -100,11 +105,12 @@ class Trial:
         assert done, (
             f"too little was done before the first fault: {Counter(r.actor for r in self._journal.runs)}"
         )
-        self._first = sizes(self._pids())
         self._began = time.time()
 
     def measure(self, fault: Fault, choice: random.Random) -> Measured:
         """Go through one fault and wait until all that was stored before its end is done."""
+        if fault.destroys:
+            self._read_results()
         restarts = self._fleet.restarts
         began = time.time()
         fault.inject(self._fleet, choice)
@@ -113,8 +119,6 @@ class Trial:
         measured = Measured(fault.name, self._fleet.topology, ended - began)
         recovered = self._wait(lambda: not unfinished(self._books(), ended))
         measured.recovered = time.time() - ended if recovered else None
-        for pid, size in sizes(self._pids()).items():
-            self._first.setdefault(pid, size)
         books = self._books()
         measured.stored = sum(
             told == "stored"
@@ -141,6 +145,7 @@ class Trial:
         # A supervisor starts what has died again by itself; it gets the time for that.
         self._wait(lambda: not self._fleet.unhealthy())
         self._look()
+        self._read_results()
         return self._books(final=True)
 
     def _pids(self) -> list[int]:
@@ -154,10 +159,10 @@ class Trial:
         return Books(
             calls=calls,
             runs=self._journal.read(),
-            letters=server.letters,
+            letters=list(self._letters.values()),
             waiting=server.waiting,
             waiting_labels=server.waiting_labels,
-            results=self._results(calls) if final else frozenset(),
+            results=frozenset(self._results),
             consumers=server.consumers,
             unhealthy=[*self._complaints, *self._fleet.unhealthy()] if final else [],
             sizes={pid: (self._first[pid], size) for pid, size in last.items()},
@@ -166,10 +171,11 @@ class Trial:
             ended=time.time(),
         )
 
-    def _results(self, calls: list[Any]) -> frozenset[str]:
+    def _read_results(self) -> None:
         broker = JetStreamBroker(self._fleet.nats_url, declare=False, middleware=[], **OPTIONS)
         try:
-            return results_of(results.JetStreamBackend(broker), calls)
+            wanted = [call for call in self._log.read() if not self._results.issuperset(call.labels)]
+            self._results |= results_of(results.JetStreamBackend(broker), wanted)
         finally:
             broker.close()
 
@@ -191,7 +197,13 @@ class Trial:
 
     def _look(self) -> None:
         self._server = read_server(self._fleet.nats_url)
+        # A store that is destroyed takes its letters along.
+        self._letters |= {tuple(letter.values()): letter for letter in self._server.letters}
         self._journal.read()
+        for pid, size in sizes(self._pids()).items():
+            # One that was just born has not grown up yet.
+            if size.threads >= GROWN_UP:
+                self._first.setdefault(pid, size)
 
 
 def run(
