@@ -29,8 +29,8 @@ from dramatiq_jetstream.worker.consumer import JetStreamMessage
 SHARE = 0.2
 
 
-def _wrong() -> bool:
-    return random.random() < SHARE
+def _wrong(share: float = SHARE) -> bool:
+    return random.random() < share
 
 
 def _lose() -> None:
@@ -104,7 +104,7 @@ def _drop_results() -> None:
     after = Results.after_process_message
 
     def dropping(self: Results, *arguments: Any, **outcome: Any) -> None:
-        if not _wrong():
+        if not _wrong(0.7):
             after(self, *arguments, **outcome)
 
     Results.after_process_message = dropping  # type: ignore[method-assign]
@@ -167,12 +167,13 @@ def _kill_threads() -> None:
 
 
 def _leak() -> None:
-    """Every run leaves an open file and a megabyte behind."""
+    """Every run leaves open files and a megabyte behind."""
     run = Attempts._run
     kept: list[Any] = []
 
     def leaking(self: Attempts, message: Any) -> None:
-        kept.append((os.open(os.devnull, os.O_RDONLY), bytearray(os.urandom(1 << 20))))
+        kept.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(5))
+        kept.append(bytearray(os.urandom(1 << 20)))
         run(self, message)
 
     Attempts._run = leaking  # type: ignore[method-assign]

@@ -195,6 +195,8 @@ def test_what_is_stuck_dead_or_grown_is_found(books: Books) -> None:
 @pytest.mark.timeout(240)
 def test_a_real_build_that_breaks_every_promise_is_found(tmp_path: Path) -> None:
     """The library itself, broken in one place for each promise, and an outage in which calls are refused."""
+    # A process with a dead thread ends, which would free what hangs.
+    together = tuple(name for name in BREAKS if name != "kill-threads")
     result = run(
         "single",
         [BY_NAME["links-lost-long"], BY_NAME[QUIET]],
@@ -203,6 +205,6 @@ def test_a_real_build_that_breaks_every_promise_is_found(tmp_path: Path) -> None
         rate=15.0,
         settle=6.0,
         say=print,
-        broken=tuple(BREAKS),
+        broken=together,
     )
     assert result.broken == set(BREAKS_PROMISE.values()), "\n".join(v.line() for v in result.verdicts)
