@@ -15,6 +15,7 @@ from dramatiq_jetstream.abort import JetStreamBackend as AbortBackend
 from dramatiq_jetstream.errors import ApiError, BrokerError, InvalidOption, QueueNotFound, TopologyMismatch
 from dramatiq_jetstream.events import Events, subscription
 from dramatiq_jetstream.jetstream import topology
+from dramatiq_jetstream.jetstream.inventory import stream_names
 from dramatiq_jetstream.testing import NatsServer
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually, holds
@@ -43,10 +44,9 @@ def declare(make_broker, namespace):
 def everything(broker):
     """The configuration of every stream and consumer that belongs to the test."""
     found = {}
-    names = [
-        name for name in broker.connection.api("STREAM.NAMES")["streams"] if broker.names.namespace in name
-    ]
-    for name in names:
+    for name in stream_names(broker.connection):
+        if broker.names.namespace not in name:
+            continue
         found[name] = broker.connection.api(f"STREAM.INFO.{name}")["config"]
         for consumer in broker.connection.api(f"CONSUMER.LIST.{name}")["consumers"] or []:
             found[f"{name}/{consumer['name']}"] = consumer["config"]

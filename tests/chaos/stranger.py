@@ -89,8 +89,10 @@ class Stranger:
 
 def _events(order_id: str) -> list[tuple[str, Message]]:
     items = [OrderItem(sku="NOTE-01", quantity=7)]
+    # Under an id of its own the right total would make it an order like any other, which the books leave out.
+    total = 1.0 if order_id.startswith(FORGED) else 62.65
     return [
-        ("created", OrderCreated(order_id=order_id, customer_id=FORGED, items=items, total_amount=62.65)),
+        ("created", OrderCreated(order_id=order_id, customer_id=FORGED, items=items, total_amount=total)),
         ("reserved", OrderReserved(order_id=order_id, customer_id=FORGED, items=items, currency="NOPE")),
         ("paid", OrderPaid(order_id=order_id, charge_id=FORGED)),
         ("declined", OrderDeclined(order_id=order_id, code=FORGED, reason=FORGED)),

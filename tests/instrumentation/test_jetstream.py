@@ -174,9 +174,10 @@ def test_a_batch_that_cannot_be_sent_is_an_error(telemetry: Recorded, queue: str
     ],
 )
 def test_what_never_reaches_an_actor_is_counted_by_its_reason(
-    fleet: JetStreamBroker, telemetry: Recorded, queue: str, body: bytes, reason: str
+    nats_url: str, namespace: str, telemetry: Recorded, queue: str, body: bytes, reason: str
 ) -> None:
     """Dead letters that no attempt was made for have a span and count as well."""
+    fleet = JetStreamBroker(nats_url, namespace=namespace, unknown_actor_grace=0)
     fleet.declare_queue(queue)
     fleet.setup()
     fleet.connection.publish(fleet.names.task(queue), body.replace(b"{queue}", queue.encode()))
@@ -186,6 +187,7 @@ def test_what_never_reaches_an_actor_is_counted_by_its_reason(
     assert span.attributes["dramatiq.dead_letter.reason"] == reason
     (point,) = telemetry.points("dramatiq.messages.dead_lettered")
     assert (point.value, point.attributes["dramatiq.dead_letter.reason"]) == (1, reason)
+    fleet.close()
 
 
 def test_a_dead_letter_and_its_replay_stay_in_the_trace(

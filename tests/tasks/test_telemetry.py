@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from cryptography.fernet import Fernet
 
 from tests.support.otlp import OtlpReceiver
 from tests.support.processes import REPOSITORY, dramatiq_worker, python
@@ -113,6 +114,7 @@ def test_a_wrong_value_is_named(variables: dict[str, str]) -> None:
             "PYTHONPATH": str(REPOSITORY / "proto"),
             "ACCESS": "open",
             "HOST": "127.0.0.1",
+            "TOKEN_KEY": Fernet.generate_key().decode(),
             **variables,
         },
         capture_output=True,
