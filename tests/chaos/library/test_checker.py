@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from tests.chaos.library.books import Books, Call, Period, Run, Size
 from tests.chaos.library.broken import BREAKS, BREAKS_PROMISE
-from tests.chaos.library.checker import PROMISES, QUIET, check, unfinished
-from tests.chaos.library.faults import BY_NAME
-from tests.chaos.library.trial import run
+from tests.chaos.library.checker import PROMISES, check, unfinished
 
 MIB = 2**20
 
@@ -190,21 +187,3 @@ def test_what_is_stuck_dead_or_grown_is_found(books: Books) -> None:
     for last in (Size(300 * MIB, 10, 20), Size(100 * MIB, 30, 20), Size(100 * MIB, 10, 80)):
         assert _broken(replace(books, sizes={1: (first, last)})) == {"nothing grows"}
     assert _broken(replace(books, consumers={"CHAOS": ["a", "b", "c"]})) == {"nothing grows"}
-
-
-@pytest.mark.timeout(240)
-def test_a_real_build_that_breaks_every_promise_is_found(tmp_path: Path) -> None:
-    """The library itself, broken in one place for each promise, and an outage in which calls are refused."""
-    # A process with a dead thread ends, which would free what hangs.
-    together = tuple(name for name in BREAKS if name != "kill-threads")
-    result = run(
-        "single",
-        [BY_NAME["links-lost-long"], BY_NAME[QUIET]],
-        directory=tmp_path,
-        seed=1,
-        rate=15.0,
-        settle=6.0,
-        say=print,
-        broken=together,
-    )
-    assert result.broken == set(BREAKS_PROMISE.values()), "\n".join(v.line() for v in result.verdicts)
