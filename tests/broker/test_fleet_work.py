@@ -147,7 +147,7 @@ def test_a_worker_is_replaced_after_its_tasks(make_fleet):
 
 
 def test_a_quiet_fleet_takes_nothing_more(make_fleet):
-    """What runs goes on, what waits stays on the server for others."""
+    """What runs goes on, what waits stays on the server for others; also after a reload."""
     fleet = make_fleet()
     workers = fleet.start(supervised=True, processes=1, threads=1)
     fleet.send("hold", "a")
@@ -158,8 +158,13 @@ def test_a_quiet_fleet_takes_nothing_more(make_fleet):
     fleet.open("a")
     fleet.wait_for("ended a")
     holds(lambda: fleet.counts()["ran m"] == 0, 1.0)
-    assert fleet.broker.queue_stats("default").ready == 1
+    workers.send_signal(signal.SIGHUP)
+    workers.wait_for_output(WORKER_READY, count=2)
+    holds(lambda: fleet.counts()["ran m"] == 0, 2.0)
     assert workers.running
+    other = fleet.start(supervised=True, processes=1, threads=1)
+    fleet.wait_for("ran m")
+    assert other.running
 
 
 def test_a_second_signal_returns_what_runs(make_fleet):

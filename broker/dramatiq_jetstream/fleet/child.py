@@ -107,6 +107,8 @@ class Child:
         broker.ledger.board = self._board
         broker.connection.on_tick(self._loop_turned)
         worker = dramatiq.Worker(broker, queues=set(options.queues) or None, worker_threads=options.threads)
+        if options.quiet:
+            broker.attachment.be_quiet()
         worker.start()
         self._channel.say(ready=_describe(broker, worker))
         logger.info("Worker process is ready for action.")
@@ -137,7 +139,7 @@ class Child:
                     self._told_to_stop = True
                 else:
                     logger.info("Taking nothing more; running actors go on.")
-                    broker.attachment.stop_consuming(worker)
+                    broker.attachment.be_quiet(worker)
             for message in self._channel.read():
                 self._return(broker, message.get("hand_on", ()))
                 if message.get("stop_now"):

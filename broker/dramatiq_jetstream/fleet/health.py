@@ -69,8 +69,9 @@ class _Handler(BaseHTTPRequestHandler):
             stuck = [process.pid for process in self.fleet.workers if _is_stuck(process)]
             self._answer(503 if stuck else 200, f"stuck: {stuck}\n" if stuck else "alive\n")
         elif self.path == "/health/ready":
-            ready = any(_is_ready(process) for process in self.fleet.workers)
-            self._answer(200 if ready else 503, "ready\n" if ready else "no worker is connected yet\n")
+            ready = not self.fleet.is_quiet and any(map(_is_ready, self.fleet.workers))
+            why_not = "the fleet is quiet\n" if self.fleet.is_quiet else "no worker is connected yet\n"
+            self._answer(200 if ready else 503, "ready\n" if ready else why_not)
         elif self.path == "/metrics":
             self._answer(200, _metrics(self.fleet), "text/plain; version=0.0.4; charset=utf-8")
         else:

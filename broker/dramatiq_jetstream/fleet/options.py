@@ -26,6 +26,7 @@ class WorkOptions:
       forks: Functions to run in a process each, as `module:function`; those of the middleware come on top.
       verbose: 0 logs from INFO up, 1 from DEBUG.
       skip_logging: Leave logging to the program.
+      quiet: Take nothing: a process that replaces another one of a quiet fleet.
     """
 
     broker: str
@@ -42,6 +43,7 @@ class WorkOptions:
     forks: tuple[str, ...] = ()
     verbose: int = 0
     skip_logging: bool = False
+    quiet: bool = False
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

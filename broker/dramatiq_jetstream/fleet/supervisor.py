@@ -20,6 +20,7 @@ Signals of the parent, in the order of severity:
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import selectors
 import signal
@@ -69,7 +70,7 @@ class Supervisor:
         self._forks: list[subprocess.Popen[bytes]] = []
         self._selector = selectors.DefaultSelector()
         self._stopping = False
-        self._quiet = False
+        self.is_quiet = False
         self._seen_ready = False
         self._early_deaths = 0
         self._status = EXIT_OK
@@ -115,7 +116,7 @@ class Supervisor:
         return self._status
 
     def _start(self) -> WorkerProcess:
-        process = WorkerProcess(self._options)
+        process = WorkerProcess(dataclasses.replace(self._options, quiet=self.is_quiet))
         self._selector.register(process.channel, selectors.EVENT_READ, process)
         self._selector.register(process.output, selectors.EVENT_READ, process)
         return process
@@ -145,8 +146,8 @@ class Supervisor:
             self._run_forks(process.ready or {})
         for slot in self.slots:
             slot.promote()
-        if self._quiet:
-            process.signal(signal.SIGUSR1)
+        if self.is_quiet:
+            process.signal(signal.SIGUSR1)  # it may have started before the fleet was quiet
         self._hand_on()
 
     def _run_forks(self, ready: dict[str, Any]) -> None:
@@ -166,14 +167,18 @@ class Supervisor:
         elif number == signal.SIGHUP:
             self._reload()
         elif number == signal.SIGUSR1:
-            self._quiet = True
-            for process in self.workers:
-                process.signal(signal.SIGUSR1)
+            self.is_quiet = True
+            self._signal_ready(signal.SIGUSR1)
         else:
             for line in self.state():
                 logger.info("%s", line)
-            for process in self.workers:
-                process.signal(signal.SIGUSR2)
+            self._signal_ready(signal.SIGUSR2)
+
+    def _signal_ready(self, number: signal.Signals) -> None:
+        """Send a signal to the workers that listen for it; it would end one that is starting."""
+        for process in self.workers:
+            if process.ready is not None:
+                process.signal(number)
 
     def _stop(self) -> None:
         for process in self.workers:
@@ -192,7 +197,8 @@ class Supervisor:
         """One line for each worker."""
         for slot in self.slots:
             for process in slot.processes():
-                what = "stopping" if process.stopping else "starting" if process.ready is None else "serving"
+                serves = "quiet" if self.is_quiet else "serving"
+                what = "stopping" if process.stopping else "starting" if process.ready is None else serves
                 age = time.monotonic() - process.started
                 yield (
                     f"worker {slot.number}: PID {process.pid}, {what}, {age:.0f} s old, "
@@ -223,7 +229,7 @@ class Supervisor:
         self._held += held
         if process.failed is not None and not self._seen_ready:
             self._give_up(EXIT_PROGRAM, process.failed)
-        elif not (process.stopping and status == 0):
+        elif not (process.stopping and status in (0, -signal.SIGTERM)):
             self._died(slot, process, status, len(held))
         self._hand_on()
 

@@ -22,7 +22,11 @@ __all__ = ["Attachment"]
 
 
 class Attachment:
-    """The worker of this process, if there is one."""
+    """The worker of this process, if there is one.
+
+    Attributes:
+      is_quiet: Whether this process is to take nothing more.
+    """
 
     def __init__(
         self, undertaker: Undertaker, follow_ups: FollowUps, suspects: Suspects, vitals: Vitals
@@ -32,6 +36,7 @@ class Attachment:
         self._suspects = suspects
         self._vitals = vitals
         self._worker: Worker | None = None
+        self.is_quiet = False
 
     def detach(self) -> None:
         """Know of no worker: in the child of a fork, the parent's has no threads."""
@@ -52,6 +57,12 @@ class Attachment:
         """Run messages our way; called on the thread itself before its first one."""
         attempts = Attempts(worker_thread, self._follow_ups, self._undertaker, self._suspects)
         worker_thread.process_message = attempts.process_message
+
+    def be_quiet(self, worker: Worker | None = None) -> None:
+        """Take nothing more for as long as this process lives; consumers that are opened later take nothing either."""
+        self.is_quiet = True
+        if worker is not None:
+            self.stop_consuming(worker)
 
     def stop_consuming(self, worker: Worker) -> None:
         """Return what a stopping worker has not begun at once, however long its running actors take."""

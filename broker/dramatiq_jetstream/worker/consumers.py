@@ -68,6 +68,8 @@ class Consumers:
                 with contextlib.suppress(ValueError):
                     self._open.remove(other)
         self._open.append(consumer)
+        if self._attachment.is_quiet:
+            consumer.stop_pulling()
         return consumer
 
     def close(self) -> None:
