@@ -86,7 +86,7 @@ class Address(click.ParamType[tuple[str, int]]):
     show_default=True,
     help="Milliseconds that running actors get when a worker stops.",
 )
-@click.option("--max-tasks", type=click.IntRange(1), help="Replace a worker after so many attempts.")
+@click.option("--max-tasks", type=click.IntRange(1), help="Replace a worker after this many attempts.")
 @click.option(
     "--max-age", type=click.FloatRange(1), metavar="SECONDS", help="Replace a worker that is this old."
 )

@@ -20,9 +20,9 @@ class WorkOptions:
       queues: The queues to serve; all that are declared when empty.
       path: Directories put before the import path.
       shutdown_timeout: Milliseconds that a stopping process gets for its running actors.
-      max_tasks, max_age, max_memory: After so many attempts, so many seconds or with so many bytes (resident) a process
-        is replaced; None for never.
-      max_memory_hard: With so many bytes it is killed.
+      max_tasks, max_age, max_memory: After this many attempts, at this age in seconds, or with this many resident
+        bytes, a process is replaced; None for never.
+      max_memory_hard: With this many bytes it is killed.
       forks: Functions to run in a process each, as `module:function`; those of the middleware come on top.
       verbose: 0 logs from INFO up, 1 from DEBUG.
       skip_logging: Leave logging to the program.

@@ -6,7 +6,8 @@ server, a living worker does.
 
 A worker that dies leaves its board (see `board`). What it held is named to a worker that lives, which returns it to
 the server, and the server gives it to the next worker that asks. Without a living worker that waits for the
-replacement. If the parent dies, its workers see their channels closed and stop as at SIGTERM.
+replacement. If the worker that was asked dies before it has done so, those messages wait for `ack_wait`. If the
+parent dies, its workers see their channels closed and stop as at SIGTERM.
 
 Signals of the parent, in the order of severity:
 
