@@ -153,7 +153,7 @@ class JetStreamBroker(EmittingBroker):
             workers=lambda: self.declarations.memory_bucket(WORKERS),
             describe=lambda message: self.describe_arguments(message),
         )
-        self.ledger = self._workplace.ledger
+        self.in_flight = self._workplace.in_flight
         self.keeper = self._workplace.keeper
         self.sources = self._workplace.sources
         self.attachment = self._workplace.attachment

@@ -148,7 +148,7 @@ def test_acks_that_a_killed_server_had_not_come_to_are_sent_again(own_nats_serve
         own_nats_server.start()
         broker.join("default", timeout=60_000)
     assert ran == Counter(range(6_000)), f"{left} were left"
-    assert broker.ledger.settlements.unproven < 6_000
+    assert broker.in_flight.settlements.unproven < 6_000
 
 
 def test_what_is_settled_is_proven_within_seconds(nats_url, make_broker):
@@ -158,7 +158,7 @@ def test_what_is_settled_is_proven_within_seconds(nats_url, make_broker):
     with running(broker):
         broker.enqueue_many([work.message() for _ in range(300)])
         broker.join("default", timeout=20_000)
-        eventually(lambda: broker.ledger.settlements.unproven == 0, timeout=5)
+        eventually(lambda: broker.in_flight.settlements.unproven == 0, timeout=5)
 
 
 def test_nothing_more_is_asked_for_while_too_many_acks_wait(own_nats_server, make_broker, monkeypatch):
@@ -170,7 +170,7 @@ def test_nothing_more_is_asked_for_while_too_many_acks_wait(own_nats_server, mak
 
     def work(number):
         nonlocal most
-        most = max(most, broker.ledger.settlements.unproven)
+        most = max(most, broker.in_flight.settlements.unproven)
         ran.append(number)
 
     actor = dramatiq.actor(work, broker=broker)
@@ -188,10 +188,10 @@ def test_nothing_more_is_asked_for_while_the_server_says_nothing_of_acks(nats_ur
     work = dramatiq.actor(ran.append, broker=broker, actor_name="work")
     with running(broker):
         work.send(1)
-        eventually(lambda: ran == [1] and broker.ledger.settlements.unproven == 0)
-        ((durable, book),) = broker.ledger.settlements._books.items()
+        eventually(lambda: ran == [1] and broker.in_flight.settlements.unproven == 0)
+        ((durable, book),) = broker.in_flight.settlements._books.items()
         book.since, book.asked = time.monotonic() - 21, _Round()
-        assert broker.ledger.settlements.is_behind(durable)
+        assert broker.in_flight.settlements.is_behind(durable)
         broker.enqueue_many([work.message(number) for number in range(100)])
         time.sleep(0.5)
         already = len(ran)

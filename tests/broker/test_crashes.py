@@ -159,7 +159,7 @@ def test_stops_of_workers_do_not_make_poison(make_broker):
         # Without threads, a worker takes messages and begins none.
         broker = another()
         with running(broker, threads=0, prefetch=4):
-            eventually(lambda ledger=broker.ledger: ledger.held == 1)
+            eventually(lambda in_flight=broker.in_flight: in_flight.held == 1)
     with running(another()):
         producer.join("default", timeout=5_000)
     assert ran == ["patient"]

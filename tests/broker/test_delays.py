@@ -107,7 +107,7 @@ def test_a_retry_waits_on_the_server(broker):
         message = work.send()
         eventually(lambda: broker.queue_stats("default").delayed == 1)
         eventually(lambda: broker.queue_stats("default").in_flight == 0)
-        assert broker.ledger.held == 0
+        assert broker.in_flight.held == 0
     assert broker.cancel(message.message_id) == 1
     assert failed == [1]
 

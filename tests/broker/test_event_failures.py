@@ -118,7 +118,7 @@ def test_an_event_handed_back_too_often_is_not_poison(make_service, topic):
         broker = make_service(max_deliveries=2)
         subscribe(broker, f"{topic}.created")
         with running(broker, threads=0, prefetch=4):
-            eventually(lambda ledger=broker.ledger: ledger.held == 1)
+            eventually(lambda in_flight=broker.in_flight: in_flight.held == 1)
     last = make_service(max_deliveries=2)
     seen = subscribe(last, f"{topic}.created")
     with running(last):
@@ -178,8 +178,8 @@ def test_large_events_of_stopping_workers_are_given_back(make_service, topic):
     stopping = make_service(max_deliveries=1, ack_wait=1_000)
     subscribe(stopping, f"{topic}.created")
     with running(stopping, threads=0, prefetch=4):
-        eventually(lambda: stopping.ledger.held == 2)
-    assert stopping.ledger.held == 0
+        eventually(lambda: stopping.in_flight.held == 2)
+    assert stopping.in_flight.held == 0
     last = make_service(max_deliveries=1, ack_wait=1_000)
     seen = subscribe(last, f"{topic}.created")
     with running(last):
@@ -206,7 +206,7 @@ def test_what_a_stopping_worker_is_still_sent_does_not_count_as_a_try(make_servi
 
     monkeypatch.setattr(stopping._workplace.undertaker, "_store_anew", store)
     with running(stopping, threads=0, prefetch=4):
-        eventually(lambda: stopping.ledger.held == 1)
+        eventually(lambda: stopping.in_flight.held == 1)
         monkeypatch.setattr(Subscription, "withdraw", later)
     monkeypatch.undo()
     assert len(set(stored)) == 2, "what came back was not stored anew"

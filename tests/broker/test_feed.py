@@ -187,7 +187,7 @@ def test_a_leader_that_freezes_and_dies_stops_a_worker_for_seconds(nats_cluster,
             victim.kill()
             program.enqueue_many([work.message(number) for number in range(200, 300)])
             eventually(lambda: len(set(ran)) == 300, timeout=40)
-            eventually(lambda: program.ledger.settlements.unproven == 0, timeout=40)
+            eventually(lambda: program.in_flight.settlements.unproven == 0, timeout=40)
     finally:
         victim.start()
     assert sorted(ran) == list(range(300))

@@ -263,7 +263,7 @@ def test_asking_how_far_the_server_is_does_not_put_off_what_was_given_back(make_
     with running(broker):
         work.send()
         assert eventually(broker.dead_letters.list, timeout=8)
-        eventually(lambda: broker.ledger.settlements.unproven == 0)
+        eventually(lambda: broker.in_flight.settlements.unproven == 0)
 
 
 def test_follow_ups_that_were_stored_are_not_stored_again(make_broker, monkeypatch):

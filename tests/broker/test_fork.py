@@ -169,7 +169,7 @@ def test_an_actor_that_forks_keeps_its_messages_to_itself(make_broker, max_prior
         broker.enqueue(message("from the child"))
         pipe.send(("ready", None))
         pipe.recv()
-        return broker.ledger.held, len(broker.connection._subscriptions)
+        return broker.in_flight.held, len(broker.connection._subscriptions)
 
     @dramatiq.actor(broker=broker)
     def work(name):

@@ -48,14 +48,14 @@ class Program:
         return self.broker.connection.api(f"CONSUMER.INFO.{self.stream}.worker")["num_ack_pending"]
 
     def life(self):
-        return self.broker.ledger.durables.get(self.stream, "worker", ACK_WAIT).life
+        return self.broker.in_flight.durables.get(self.stream, "worker", ACK_WAIT).life
 
     def finish(self, *names):
         """Let the actors end, and wait until the server has all that is said of them."""
         self.gate.set()
         eventually(lambda: set(names) <= set(self.ended))
-        eventually(lambda: self.broker.ledger.held == 0)
-        self.broker.ledger.flush(2)
+        eventually(lambda: self.broker.in_flight.held == 0)
+        self.broker.in_flight.flush(2)
 
 
 @pytest.fixture
@@ -106,8 +106,8 @@ def test_acks_of_a_stream_that_is_gone_remove_nothing_from_its_successor(
             # What of them this worker took is done as well, by itself.
             mine = [name for name in fresh if name not in new.began]
             eventually(lambda: set(mine) <= set(old.ended))
-            eventually(lambda: old.broker.ledger.held == 0)
-            old.broker.ledger.flush(2)
+            eventually(lambda: old.broker.in_flight.held == 0)
+            old.broker.in_flight.flush(2)
             eventually(lambda: old.stored() == 4 - len(mine))
             holds(lambda: old.stored() == 4 - len(mine), 0.5)
             new.gate.set()
@@ -140,7 +140,7 @@ def test_acks_of_an_outage_remove_nothing_from_an_older_copy_of_the_store(own_na
             eventually(lambda: old.life() not in (None, life), timeout=20)
             assert old.broker.connection.api(f"CONSUMER.INFO.{old.stream}.worker")["created"] == created
             eventually(lambda: len(old.began) + len(new.began) == 8)
-            old.broker.ledger.flush(2)
+            old.broker.in_flight.flush(2)
             assert old.stored() == 4
             old.gate.set()
             new.gate.set()
@@ -184,7 +184,7 @@ def test_no_answer_of_an_earlier_life_leaves_the_process(own_nats_server, progra
     old = program()
     with running(old.broker, threads=1, prefetch=4):
         old.send("a", "b", "c", "d")
-        eventually(lambda: old.began == ["a"] and old.broker.ledger.held == 4)
+        eventually(lambda: old.began == ["a"] and old.broker.in_flight.held == 4)
         life = old.life()
         delete(own_nats_server, old)
         eventually(lambda: old.life() is not life, timeout=20)
@@ -198,7 +198,7 @@ def test_no_answer_of_an_earlier_life_leaves_the_process(own_nats_server, progra
         holds(lambda: not {ACK, NAK, WPI} & set(written), 1.3 * ACK_WAIT / 3000)
         old.gate.set()
     assert not {ACK, NAK, WPI} & set(written)
-    assert old.broker.ledger.held == 0
+    assert old.broker.in_flight.held == 0
 
 
 def test_what_was_held_over_a_close_is_not_answered_in_another_life(own_nats_server, program):
@@ -215,7 +215,9 @@ def test_what_was_held_over_a_close_is_not_answered_in_another_life(own_nats_ser
         eventually(lambda: new.began == ["b"], timeout=20)
         old.send("c")  # it is open again, with what the old life left
         consumer.ack(message)
-        eventually(lambda: old.broker.ledger.held == old.broker.ledger.settlements.unproven == 0, timeout=20)
+        eventually(
+            lambda: old.broker.in_flight.held == old.broker.in_flight.settlements.unproven == 0, timeout=20
+        )
         assert new.stored() == 2
         new.gate.set()
         eventually(lambda: new.stored() == 0)

@@ -79,7 +79,7 @@ def test_signals_are_for_what_is_held_only(make_broker):
     with running(broker, threads=1):
         for _ in range(2):
             work.send()
-        eventually(lambda: broker.ledger.held == 2)
+        eventually(lambda: broker.in_flight.held == 2)
         done.set()
         broker.join("default", timeout=5_000)
-        eventually(lambda: broker.ledger.held == 0)
+        eventually(lambda: broker.in_flight.held == 0)

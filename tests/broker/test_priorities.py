@@ -117,11 +117,11 @@ def test_a_worker_holds_no_more_than_its_prefetch_for_long(ranked, prefetch):
     broker, work, gate, ran = ranked
     with running(broker, threads=1, prefetch=prefetch):
         send(work, "first")
-        eventually(lambda: broker.ledger.held == 1)
+        eventually(lambda: broker.in_flight.held == 1)
         for number in range(30):
             send(work, number, number % (MAX_PRIORITY + 1))
-        eventually(lambda: broker.ledger.held == prefetch)
-        holds(lambda: broker.ledger.held <= prefetch, 1)
+        eventually(lambda: broker.in_flight.held == prefetch)
+        holds(lambda: broker.in_flight.held <= prefetch, 1)
         gate.set()
         broker.join("default", timeout=20_000)
     assert sorted(map(str, ran)) == sorted(map(str, ["first", *range(30)]))

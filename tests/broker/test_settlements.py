@@ -9,7 +9,7 @@ import pytest
 from dramatiq_jetstream.errors import BrokerConnectionError
 from dramatiq_jetstream.worker import settlements
 from dramatiq_jetstream.worker.durables import Durable
-from dramatiq_jetstream.worker.ledger import Ledger
+from dramatiq_jetstream.worker.in_flight import InFlight
 from dramatiq_jetstream.worker.settlements import ACK, NAK, WPI, Settlements
 
 A, B, C = (("stream", "worker", number, 1_700_000_000) for number in (1, 2, 3))
@@ -125,11 +125,11 @@ def test_what_was_given_back_and_comes_again_is_not_given_back_once_more(connect
 
 
 def test_what_is_held_again_is_given_back_no_more(connection, durable):
-    ledger = Ledger(connection)
-    ledger.settlements.answer(durable, A, "ack.1", NAK)
+    in_flight = InFlight(connection)
+    in_flight.settlements.answer(durable, A, "ack.1", NAK)
     delivery = SimpleNamespace(key=A, source=SimpleNamespace(durable=durable), ack_subject="ack.2")
-    assert ledger.receive(delivery)
-    assert ledger.settlements.unproven == 0
+    assert in_flight.receive(delivery)
+    assert in_flight.settlements.unproven == 0
 
 
 def test_in_doubt_answers_are_kept_and_sent_when_the_life_goes_on(connection, durable, settled):

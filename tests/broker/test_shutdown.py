@@ -62,7 +62,7 @@ def test_workers_that_stop_under_load_leave_nothing_waiting(make_broker, namespa
             with running(broker, threads=2) as worker:
                 eventually(lambda before=before: len(ran) > before + 20)
             assert worker.work_queue.unfinished_tasks == 0
-            assert broker.ledger.held == 0
+            assert broker.in_flight.held == 0
             broker.close()
     finally:
         stop.set()

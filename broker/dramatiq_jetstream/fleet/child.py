@@ -104,7 +104,7 @@ class Child:
             return EXIT_PROGRAM
         broker.emit_after("process_boot")
         broker.add_middleware(_Noting(self._board))
-        broker.ledger.board = self._board
+        broker.in_flight.board = self._board
         broker.connection.on_tick(self._loop_turned)
         worker = dramatiq.Worker(broker, queues=set(options.queues) or None, worker_threads=options.threads)
         if options.quiet:
@@ -154,7 +154,7 @@ class Child:
         """Return messages to the server, which gives them to the next workers that ask."""
         for ack_subject in ack_subjects:
             broker.connection.send(ack_subject, b"-NAK")
-        broker.ledger.flush(1.0)
+        broker.in_flight.flush(1.0)
 
     def _look(self, broker: JetStreamBroker, worker: dramatiq.Worker) -> None:
         """Say that this process lives, unless its loop is stuck; count its dead threads."""

@@ -1,1 +1,1 @@
-"""A delivery on its way through a worker, until its ack: pull, ledger, consumer, settle. Private."""
+"""A delivery on its way through a worker, until its ack: fetch, run, settle. Private."""

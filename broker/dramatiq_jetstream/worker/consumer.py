@@ -39,7 +39,7 @@ from dramatiq_jetstream.wire.connection import Connection
 from dramatiq_jetstream.wire.handover import Handover
 
 from .delivery import Delivery
-from .ledger import Ledger
+from .in_flight import InFlight
 from .pulling import Puller
 from .room import Room
 from .running import is_abort
@@ -156,7 +156,7 @@ class JetStreamConsumer(Consumer):
     def __init__(
         self,
         connection: Connection,
-        ledger: Ledger,
+        in_flight: InFlight,
         queue_name: str,
         sources: Sources,
         *,
@@ -169,7 +169,7 @@ class JetStreamConsumer(Consumer):
     ) -> None:
         self.logger = logging.getLogger(__name__)
         self.connection = connection
-        self.ledger = ledger
+        self.in_flight = in_flight
         self.queue_name = queue_name
         self.prefetch = prefetch
         self.timeout = timeout / 1000
@@ -190,7 +190,7 @@ class JetStreamConsumer(Consumer):
         self._opened = sources.of(queue_name)
         self._puller = Puller(
             connection,
-            ledger,
+            in_flight,
             self._opened,
             self._room,
             owner=self,
@@ -332,7 +332,7 @@ class JetStreamConsumer(Consumer):
             self.logger.warning("%s cannot be stored elsewhere now and will come again: %s", delivery, error)
             self.undertaker.put_off(delivery)
         else:
-            self.ledger.settle(delivery, ACK)
+            self.in_flight.settle(delivery, ACK)
 
     def ack(self, message: MessageProxy) -> None:
         """Note that a message is done; the ack is sent by the loop, again after a reconnect if need be."""
@@ -358,7 +358,7 @@ class JetStreamConsumer(Consumer):
                 return
             failed = True
         if not failed or (error is None and _is_unwanted(message)):
-            self.ledger.settle(delivery, ACK)
+            self.in_flight.settle(delivery, ACK)
             return
         try:
             self.undertaker.reject(message, error)
@@ -370,7 +370,7 @@ class JetStreamConsumer(Consumer):
             )
             self.undertaker.put_off(delivery)
         else:
-            self.ledger.settle(delivery, ACK)
+            self.in_flight.settle(delivery, ACK)
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         """Give messages back to the queue at once."""
@@ -389,7 +389,7 @@ class JetStreamConsumer(Consumer):
         """Give back what was not handed over, and wait until the server knows what we settled."""
         self.stop_pulling()
         self._empty()
-        self.ledger.flush(2)
+        self.in_flight.flush(2)
         self._empty()
         self.suspects.ignore(self._wake)
         self._puller.close()

@@ -11,7 +11,7 @@ from dramatiq_jetstream.wire.connection import Connection
 
 from .attachment import Attachment
 from .consumer import JetStreamConsumer, Undertaker
-from .ledger import Ledger
+from .in_flight import InFlight
 from .sources import Sources
 from .suspects import Suspects
 
@@ -28,7 +28,7 @@ class Consumers:
         self,
         config: BrokerConfig,
         connection: Connection,
-        ledger: Ledger,
+        in_flight: InFlight,
         sources: Sources,
         suspects: Suspects,
         undertaker: Undertaker,
@@ -36,7 +36,7 @@ class Consumers:
     ) -> None:
         self._config = config
         self._connection = connection
-        self._ledger = ledger
+        self._in_flight = in_flight
         self._sources = sources
         self._suspects = suspects
         self._undertaker = undertaker
@@ -53,7 +53,7 @@ class Consumers:
         self._connection.confirm(timeout=min(self._connection.timeout, CONFIRM_MS))
         consumer = JetStreamConsumer(
             self._connection,
-            self._ledger,
+            self._in_flight,
             queue_name,
             self._sources,
             prefetch=max(1, prefetch),

@@ -22,7 +22,7 @@ from dramatiq_jetstream.wire.connection import Connection, Msg
 from .delivery import Delivery, Owner, Source
 from .durables import Durable
 from .feed import Feed
-from .ledger import Ledger
+from .in_flight import InFlight
 from .room import Room
 
 __all__ = ["Puller"]
@@ -41,7 +41,7 @@ class Puller:
     def __init__(
         self,
         connection: Connection,
-        ledger: Ledger,
+        in_flight: InFlight,
         sources: list[Source],
         room: Room,
         *,
@@ -50,7 +50,7 @@ class Puller:
         surplus: Callable[[], None],
     ) -> None:
         self._connection = connection
-        self._ledger = ledger
+        self._in_flight = in_flight
         self._room = room
         self._owner = owner
         self._deliver = deliver
@@ -60,10 +60,10 @@ class Puller:
         self._arrived: list[Delivery] = []
         self._feeds: list[Feed] = []
         self._ranks: list[list[Feed]] = []
-        ledger.durables.listen()
+        in_flight.durables.listen()
         connection.on_tick(self._tick)
         connection.on_fork(self._forsake)
-        ledger.durables.on_certain(self._certain)
+        in_flight.durables.on_certain(self._certain)
         for source in sources:
             self.add(source)
 
@@ -71,7 +71,7 @@ class Puller:
 
     def add(self, source: Source) -> None:
         """Read one more source."""
-        durables = self._ledger.durables
+        durables = self._in_flight.durables
         feed = Feed(self._connection, durables, source, receive=self._receive, changed=self._replenish_soon)
         self._connection.post(self._include, feed)
 
@@ -89,7 +89,7 @@ class Puller:
     def _forsake(self) -> None:
         """Want nothing any more; also in the child of a fork, where these are the parent's messages."""
         self._stopping = True
-        self._ledger.durables.forget(self._certain)
+        self._in_flight.durables.forget(self._certain)
         self._connection.forget(self._tick)
         for feed in list(self._feeds):
             feed.close()
@@ -124,7 +124,7 @@ class Puller:
         if not feed.pulls and len(self._feeds) > 1:
             feed.drained = delivery.pending == 0
             self._replenish_soon()
-        if not self._ledger.receive(delivery):
+        if not self._in_flight.receive(delivery):
             return
         self._room.arrived()
         if self._stopping:
@@ -145,7 +145,7 @@ class Puller:
         if (
             free <= 0
             or self._stopping
-            or any(self._ledger.settlements.is_behind(feed.source.durable) for feed in self._feeds)
+            or any(self._in_flight.settlements.is_behind(feed.source.durable) for feed in self._feeds)
         ):
             for feed in self._feeds:
                 feed.drained = False  # as time passes without a standing request

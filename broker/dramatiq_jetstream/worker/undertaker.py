@@ -36,7 +36,7 @@ from dramatiq_jetstream.wire.connection import Connection
 
 from .consumer import JetStreamMessage
 from .delivery import Delivery, Source, event_in
-from .ledger import Ledger
+from .in_flight import InFlight
 from .settlements import ACK, NAK, nak_after
 
 __all__ = ["JetStreamUndertaker"]
@@ -71,7 +71,7 @@ class JetStreamUndertaker:
         self,
         config: BrokerConfig,
         connection: Connection,
-        ledger: Ledger,
+        in_flight: InFlight,
         letters: DeadLetters,
         *,
         actor_options: Callable[[str], Mapping[str, Any]],
@@ -79,7 +79,7 @@ class JetStreamUndertaker:
     ) -> None:
         self._config = config
         self._connection = connection
-        self._ledger = ledger
+        self._in_flight = in_flight
         self._letters = letters
         self._actor_options = actor_options
         self._emit = emit
@@ -181,7 +181,7 @@ class JetStreamUndertaker:
         worker died. What has come as often as is allowed is therefore stored again, to be counted from one.
         """
         if delivery.settled or delivery.deliveries < self._config.max_deliveries:
-            self._ledger.settle(delivery, NAK)
+            self._in_flight.settle(delivery, NAK)
             return
         try:
             if not self._connection.is_connected:
@@ -189,9 +189,9 @@ class JetStreamUndertaker:
             self._store_anew(delivery)
         except BrokerError as error:  # there are others to give back, and no caller to handle it
             logger.warning("%s will be delivered again after its ack_wait: %s", delivery, error)
-            self._ledger.abandon(delivery)
+            self._in_flight.abandon(delivery)
         else:
-            self._ledger.settle(delivery, ACK)
+            self._in_flight.settle(delivery, ACK)
 
     def put_off(self, delivery: Delivery) -> None:
         """Have a delivery come again after a while, longer each time: what follows it could not be stored now.
@@ -202,9 +202,9 @@ class JetStreamUndertaker:
         delay = min(FIRST_DELAY_MS << min(delivery.deliveries - 1, 10), LONGEST_DELAY_MS)
         marks = {HEADER_ORIGIN: delivery.origin, HEADER_EARLIER_DELIVERIES: str(delivery.deliveries)}
         if delivery.source.queue in self._config.max_in_flight and self._store_later(delivery, delay, marks):
-            self._ledger.settle(delivery, ACK)
+            self._in_flight.settle(delivery, ACK)
         else:
-            self._ledger.settle(delivery, nak_after(delay))
+            self._in_flight.settle(delivery, nak_after(delay))
 
     def knows_actor(self, name: str) -> bool:
         """Whether this program has an actor of that name."""
@@ -236,11 +236,11 @@ class JetStreamUndertaker:
         if now - first >= self._config.unknown_actor_grace:
             if not is_tick:
                 return False
-            self._ledger.settle(delivery, ACK)
+            self._in_flight.settle(delivery, ACK)
             return True
         delay = max(UNKNOWN_ACTOR_DELAY_MS, min((now - first) // 2, LONGEST_UNKNOWN_ACTOR_DELAY_MS))
         is_stored = self._store_later(delivery, delay, {HEADER_UNKNOWN_SINCE: str(first)})
-        self._ledger.settle(delivery, ACK if is_stored else nak_after(delay))
+        self._in_flight.settle(delivery, ACK if is_stored else nak_after(delay))
         return True
 
     def _store_later(self, delivery: Delivery, delay: int, marks: Mapping[str, str]) -> bool:

@@ -21,7 +21,7 @@ from dramatiq.worker import Worker
 
 from dramatiq_jetstream.wire.connection import Connection
 
-from .ledger import Ledger
+from .in_flight import InFlight
 
 __all__ = ["Vitals"]
 
@@ -43,8 +43,8 @@ logger = logging.getLogger(__name__)
 class Vitals:
     """Looks after the threads of this process's worker."""
 
-    def __init__(self, connection: Connection, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, connection: Connection, in_flight: InFlight) -> None:
+        self._in_flight = in_flight
         self._worker: Worker | None = None
         self._looked = 0.0
         connection.on_tick(self._look)
@@ -75,8 +75,8 @@ class Vitals:
         )
         try:
             worker.stop(timeout=int(GRACE_SECONDS * 1000))
-            self._ledger.give_back_all()
-            self._ledger.flush(FLUSH_SECONDS)
+            self._in_flight.give_back_all()
+            self._in_flight.flush(FLUSH_SECONDS)
         except BaseException:
             logger.critical(
                 "Not everything could be given back; it comes again after its ack_wait.", exc_info=True

@@ -17,7 +17,7 @@ from dramatiq_jetstream.wire.connection import Connection
 from .attachment import Attachment
 from .consumers import Consumers
 from .follow_ups import FollowUps
-from .ledger import Ledger
+from .in_flight import InFlight
 from .presence import Presence
 from .sources import Sources
 from .suspects import Suspects
@@ -52,21 +52,21 @@ class Workplace:
         workers: Callable[[], Bucket],
         describe: Callable[[MessageProxy], str],
     ) -> None:
-        self.ledger = Ledger(connection)
+        self.in_flight = InFlight(connection)
         self.keeper = Keeper(connection)
-        self.sources = Sources(config, connection, declarations, self.ledger.durables, self.keeper)
+        self.sources = Sources(config, connection, declarations, self.in_flight.durables, self.keeper)
         self.follow_ups = FollowUps()
         self._suspects = Suspects(config, starts)
         undertaker = JetStreamUndertaker(
-            config, connection, self.ledger, dead_letters, actor_options=actor_options, emit=emit
+            config, connection, self.in_flight, dead_letters, actor_options=actor_options, emit=emit
         )
         self.undertaker = undertaker
         self.attachment = Attachment(
-            undertaker, self.follow_ups, self._suspects, Vitals(connection, self.ledger)
+            undertaker, self.follow_ups, self._suspects, Vitals(connection, self.in_flight)
         )
         self._presence = Presence(workers, describe)
         self.consumers = Consumers(
-            config, connection, self.ledger, self.sources, self._suspects, undertaker, self.attachment
+            config, connection, self.in_flight, self.sources, self._suspects, undertaker, self.attachment
         )
         connection.on_fork(self._forget)
 

@@ -23,7 +23,7 @@ from .delivery import Delivery
 from .durables import LOOK_AFTER_SECONDS, Durable, Durables
 from .settlements import ACK, NAK, WPI, Key, Settlements
 
-__all__ = ["Ledger"]
+__all__ = ["InFlight"]
 
 
 class HeldBoard(Protocol):
@@ -39,7 +39,7 @@ class HeldBoard(Protocol):
         """Forget a delivery that was settled."""
 
 
-class Ledger:
+class InFlight:
     """The deliveries of one process, over all its consumers and reconnects."""
 
     def __init__(self, connection: Connection) -> None:
