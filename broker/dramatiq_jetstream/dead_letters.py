@@ -160,7 +160,7 @@ class DeadLetters:
         kept = {
             name: value
             for name, value in headers.items()
-            if not name.startswith(("Nats-", "Dramatiq-Dead-")) and name not in wire_names.PUT_OFF_HEADERS
+            if not name.startswith(("Nats-", "Dramatiq-Dead-")) and name not in wire_names.REQUEUE_HEADERS
         }
         letter = {
             **kept,

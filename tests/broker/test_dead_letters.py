@@ -283,7 +283,7 @@ def test_headers_too_large_for_a_letter_are_left_out(broker, fail):
 
 def test_a_letter_is_stored_before_its_message_is_acked(broker, fail, monkeypatch):
     """While the letter cannot be stored the message stays, and comes again to no thread's cost; it is not run again."""
-    monkeypatch.setattr("dramatiq_jetstream.worker.undertaker.FIRST_DELAY_MS", 50)
+    monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 50)
     store = broker.dead_letters.store
     tried = []
 

@@ -200,11 +200,11 @@ def test_what_a_stopping_worker_is_still_sent_does_not_count_as_a_try(make_servi
     def later(subscription):
         threading.Timer(0.05, at_once, [subscription]).start()
 
-    def store(delivery, inner=stopping._workplace.undertaker._store_anew):
+    def store(delivery, inner=stopping._workplace.rerouter._store_again):
         stored.append(delivery.stream)
         inner(delivery)
 
-    monkeypatch.setattr(stopping._workplace.undertaker, "_store_anew", store)
+    monkeypatch.setattr(stopping._workplace.rerouter, "_store_again", store)
     with running(stopping, threads=0, prefetch=4):
         eventually(lambda: stopping.in_flight.held == 1)
         monkeypatch.setattr(Subscription, "withdraw", later)

@@ -21,7 +21,7 @@ def offline(make_broker, proxy, monkeypatch):
 
     Returns the broker, the function that an actor calls, and what it noted: the runs and the follow-ups.
     """
-    monkeypatch.setattr("dramatiq_jetstream.worker.undertaker.FIRST_DELAY_MS", 50)
+    monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 50)
     broker = make_broker(proxy.url, enqueue_timeout=1_000)
     runs = []
     threads = []
@@ -143,7 +143,7 @@ def fail_enqueueing(broker, monkeypatch, actor_name, error):
 
 def test_a_follow_up_that_never_succeeds_ends_as_a_dead_letter(make_broker, monkeypatch):
     """Redelivery has an end: after `max_deliveries` the message is a dead letter, not lost."""
-    monkeypatch.setattr("dramatiq_jetstream.worker.undertaker.FIRST_DELAY_MS", 20)
+    monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 20)
     broker = make_broker(max_deliveries=3)
     runs = []
     dramatiq.actor(lambda message, result: None, broker=broker, actor_name="done")
@@ -254,7 +254,7 @@ def test_what_an_actor_enqueues_itself_is_its_own_affair(broker, monkeypatch):
 
 def test_asking_how_far_the_server_is_does_not_put_off_what_was_given_back(make_broker, monkeypatch):
     """A message that is to come again after 400 ms does, however often the server is asked in between."""
-    monkeypatch.setattr("dramatiq_jetstream.worker.undertaker.FIRST_DELAY_MS", 400)
+    monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 400)
     monkeypatch.setattr("dramatiq_jetstream.worker.settlements.PROBE_INTERVAL", 0.05)
     broker = make_broker(max_deliveries=3)
     dramatiq.actor(lambda message, result: None, broker=broker, actor_name="done")
@@ -268,7 +268,7 @@ def test_asking_how_far_the_server_is_does_not_put_off_what_was_given_back(make_
 
 def test_follow_ups_that_were_stored_are_not_stored_again(make_broker, monkeypatch):
     """When one follow-up fails and the message runs again, the pipeline's next step is enqueued once."""
-    monkeypatch.setattr("dramatiq_jetstream.worker.undertaker.FIRST_DELAY_MS", 20)
+    monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 20)
     broker = make_broker(max_deliveries=3)
     ran = []
     dramatiq.actor(lambda message, result: None, broker=broker, actor_name="done")

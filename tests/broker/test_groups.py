@@ -42,7 +42,7 @@ class RunsAgain(Middleware):
 
 @pytest.fixture
 def runs_again(broker: JetStreamBroker, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunsAgain]:
-    monkeypatch.setattr("dramatiq_jetstream.worker.undertaker.FIRST_DELAY_MS", 20)
+    monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 20)
     middleware = RunsAgain()
     broker.add_middleware(middleware)
     return middleware

@@ -96,7 +96,7 @@ def test_nothing_strikes_after_the_actor(broker, follow_up, exception):
 
 def test_what_strikes_past_the_gate_costs_no_message_and_no_thread(broker, monkeypatch):
     """An exception that other code raises at any line of ours after the actor makes the message run again, at most."""
-    monkeypatch.setattr("dramatiq_jetstream.worker.undertaker.FIRST_DELAY_MS", 20)
+    monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 20)
     runs: dict[int, int] = {}
     lines: dict[int, int] = {}
 

@@ -52,7 +52,7 @@ def test_a_full_store_drains_although_dead_letters_do_not_fit(tmp_path, make_bro
 
 def test_an_undecodable_message_whose_letter_cannot_be_stored_comes_again(broker, monkeypatch):
     """It is not acked: when there is room again, its letter is stored."""
-    monkeypatch.setattr("dramatiq_jetstream.worker.undertaker.FIRST_DELAY_MS", 50)
+    monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 50)
     broker.declare_queue("default")
     store = broker.dead_letters.store
     tried = []
@@ -74,7 +74,7 @@ def test_an_undecodable_message_whose_letter_cannot_be_stored_comes_again(broker
 
 def test_what_is_put_off_comes_again_after_its_delay_and_no_sooner(broker, monkeypatch):
     """The delay is in the unit that the server takes: two seconds are two seconds."""
-    monkeypatch.setattr("dramatiq_jetstream.worker.undertaker.FIRST_DELAY_MS", 1_000)
+    monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 1_000)
     ran = []
     dramatiq.actor(lambda *_: None, actor_name="done")
     work = dramatiq.actor(lambda: ran.append(time.monotonic()), actor_name="work", on_success="done")
@@ -105,7 +105,7 @@ def test_what_is_put_off_comes_again_after_its_delay_and_no_sooner(broker, monke
 )
 def test_with_a_limit_in_flight_a_message_that_waits_leaves_its_place(make_broker, monkeypatch, error):
     """The next queue's stream is full for a while: the messages behind run, the pipeline goes on afterwards."""
-    monkeypatch.setattr("dramatiq_jetstream.worker.undertaker.FIRST_DELAY_MS", 500)
+    monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 500)
     broker = make_broker(max_in_flight={"scan": 1})
     ran, followed = [], []
     full = [True]
@@ -136,7 +136,7 @@ def test_with_a_limit_in_flight_a_message_that_waits_leaves_its_place(make_broke
 
 def test_a_message_that_is_put_off_again_and_again_has_an_end(make_broker, monkeypatch):
     """Deliveries are counted on, also over those that were stored anew."""
-    monkeypatch.setattr("dramatiq_jetstream.worker.undertaker.FIRST_DELAY_MS", 20)
+    monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 20)
     broker = make_broker(max_in_flight={"default": 1}, max_deliveries=3)
     ran = []
     dramatiq.actor(lambda *_: None, broker=broker, actor_name="done", queue_name="next")
@@ -167,7 +167,7 @@ class TestUnknownActors:
 
     @pytest.fixture(autouse=True)
     def _soon(self, monkeypatch):
-        monkeypatch.setattr("dramatiq_jetstream.worker.undertaker.UNKNOWN_ACTOR_DELAY_MS", 200)
+        monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.UNKNOWN_ACTOR_DELAY_MS", 200)
 
     def test_messages_and_ticks_reach_the_worker_that_knows_their_actor(self, make_broker):
         """An old worker gives them back until they are taken; nothing becomes a dead letter."""
@@ -211,11 +211,11 @@ class TestUnknownActors:
         )
         new.setup()
         new.publish(f"{stream}.a", b"data")
-        await_actor, waited = old._workplace.undertaker.await_actor, []
+        wait_for_actor, waited = old._workplace.rerouter.wait_for_actor, []
         monkeypatch.setattr(
-            old._workplace.undertaker,
-            "await_actor",
-            lambda d, name=None: waited.append(d) or await_actor(d, name),
+            old._workplace.rerouter,
+            "wait_for_actor",
+            lambda d, name=None: waited.append(d) or wait_for_actor(d, name),
         )
         with running(new):
             eventually(lambda: len(got) == 1)

@@ -268,7 +268,7 @@ def test_a_result_is_stored_before_its_message_is_settled(
     make_broker: Any, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, outcome: str
 ) -> None:
     """The server is away for longer than storing may take: the message stays, and its result comes afterwards."""
-    monkeypatch.setattr("dramatiq_jetstream.worker.undertaker.FIRST_DELAY_MS", 50)
+    monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 50)
     broker = make_broker(proxy.url, enqueue_timeout=1_500)
     backend = JetStreamBackend(broker)
     broker.add_middleware(Results(backend=backend))

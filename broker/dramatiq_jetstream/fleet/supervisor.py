@@ -110,7 +110,7 @@ class Supervisor:
                     self._hear(key.data)
             for number in signals.read():
                 self._signalled(number)
-            self._bury()
+            self._reap()
             self._look()
         for fork in self._forks:
             fork.terminate()
@@ -161,7 +161,7 @@ class Supervisor:
 
     def _signalled(self, number: signal.Signals) -> None:
         if number == signal.SIGCHLD:
-            return  # `_bury` looks at every process
+            return  # `_reap` looks at every process
         logger.info("Received %s.", number.name)
         if number in (signal.SIGTERM, signal.SIGINT):
             self._stop()
@@ -209,7 +209,7 @@ class Supervisor:
 
     # Processes that end
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         for slot in self.slots:
             for process in slot.processes():
                 if process.exit_status is not None:

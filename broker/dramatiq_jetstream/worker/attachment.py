@@ -12,7 +12,7 @@ from dramatiq.common import iter_queue
 from dramatiq.worker import Worker
 
 from .attempts import Attempts
-from .consumer import JetStreamConsumer, JetStreamMessage, Undertaker
+from .consumer import JetStreamConsumer, JetStreamMessage, Rerouter
 from .follow_ups import FollowUps
 from .suspects import Suspects
 from .vitals import Vitals
@@ -28,10 +28,8 @@ class Attachment:
       is_quiet: Whether this process is to take nothing more.
     """
 
-    def __init__(
-        self, undertaker: Undertaker, follow_ups: FollowUps, suspects: Suspects, vitals: Vitals
-    ) -> None:
-        self._undertaker = undertaker
+    def __init__(self, rerouter: Rerouter, follow_ups: FollowUps, suspects: Suspects, vitals: Vitals) -> None:
+        self._rerouter = rerouter
         self._follow_ups = follow_ups
         self._suspects = suspects
         self._vitals = vitals
@@ -55,7 +53,7 @@ class Attachment:
 
     def replace_attempts(self, worker_thread: Any) -> None:
         """Run messages our way; called on the thread itself before its first one."""
-        attempts = Attempts(worker_thread, self._follow_ups, self._undertaker, self._suspects)
+        attempts = Attempts(worker_thread, self._follow_ups, self._rerouter, self._suspects)
         worker_thread.process_message = attempts.process_message
 
     def be_quiet(self, worker: Worker | None = None) -> None:
@@ -83,7 +81,7 @@ class Attachment:
             message = item.message
             ours = isinstance(message, JetStreamMessage) and message.queue_name == queue_name
             if ours and keep <= 0:
-                self._undertaker.hand_back(message._delivery)
+                self._rerouter.requeue(message._delivery)
             else:
                 keep -= ours
                 work_queue.put(item)

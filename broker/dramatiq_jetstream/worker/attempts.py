@@ -15,7 +15,7 @@ from dramatiq.errors import RateLimitExceeded, Retry
 from dramatiq.middleware import SkipMessage
 from dramatiq.worker import WorkerThread, has_results_middleware
 
-from .consumer import JetStreamMessage, Undertaker
+from .consumer import JetStreamMessage, Rerouter
 from .follow_ups import FollowUps
 from .interrupts import Gate
 from .suspects import Suspects
@@ -35,13 +35,13 @@ class Attempts:
     """The attempts of the calling worker thread, one after the other."""
 
     def __init__(
-        self, thread: WorkerThread, follow_ups: FollowUps, undertaker: Undertaker, suspects: Suspects
+        self, thread: WorkerThread, follow_ups: FollowUps, rerouter: Rerouter, suspects: Suspects
     ) -> None:
         self._thread = thread
         self._broker = thread.broker
         self._logger = thread.logger
         self._follow_ups = follow_ups
-        self._undertaker = undertaker
+        self._rerouter = rerouter
         self._suspects = suspects
         self._gate = Gate()
 
@@ -68,7 +68,7 @@ class Attempts:
             self._thread.consumers[message.queue_name].post_process_message(message)
         finally:
             if isinstance(message, JetStreamMessage) and not message._delivery.settled:
-                self._undertaker.put_off(message._delivery)
+                self._rerouter.requeue_later(message._delivery)
 
     def _run(self, message: MessageProxy) -> None:
         """The actor, and everything that follows it but the ack."""

@@ -47,7 +47,7 @@ from .settlements import ACK
 from .sources import Sources
 from .suspects import Suspects
 
-__all__ = ["JetStreamConsumer", "JetStreamMessage", "Undertaker"]
+__all__ = ["JetStreamConsumer", "JetStreamMessage", "Rerouter"]
 
 #: Errors that pass when a limit is raised: of streams, consumers or storage.
 _PASSING = frozenset({10026, 10027, 10047, 10077})
@@ -65,38 +65,38 @@ _PERMANENT = (
 )
 
 
-class Undertaker(Protocol):
-    """Stores elsewhere what is not processed here; called on Dramatiq's threads.
+class Rerouter(Protocol):
+    """Sends elsewhere what is not processed here; called on Dramatiq's threads.
 
-    `bury`, `bury_again`, `reject` and `postpone` raise an error when the storing is not known to have worked.
+    What stores a dead letter, and `delay_until_eta`, raises an error unless the server has confirmed it.
     """
 
-    def bury(self, delivery: Delivery, reason: str, error: str) -> None:
+    def store_dead_letter(self, delivery: Delivery, reason: str, error: str) -> None:
         """Store a dead letter for what never became a message here."""
 
     def reject(self, message: JetStreamMessage, follow_up_error: BaseException | None) -> None:
         """Store a dead letter for a message that failed, or whose follow-up can never be enqueued."""
 
-    def has_letter_for(self, delivery: Delivery) -> bool:
-        """Whether it was to be a dead letter here before, which could not be stored then."""
+    def owes_dead_letter(self, delivery: Delivery) -> bool:
+        """Whether a dead letter for this message could not be stored when it was here before."""
 
-    def bury_again(self, delivery: Delivery) -> None:
+    def retry_dead_letter(self, delivery: Delivery) -> None:
         """Store the dead letter that could not be stored when the message was here before."""
 
-    def postpone(self, message: JetStreamMessage) -> None:
+    def delay_until_eta(self, message: JetStreamMessage) -> None:
         """Have the server keep a message until its option `eta`."""
 
-    def hand_back(self, delivery: Delivery) -> None:
-        """Settle a delivery that was not begun, so that another worker can have it at once."""
+    def requeue(self, delivery: Delivery) -> None:
+        """Return a delivery that was not started, so that another worker can have it at once."""
 
-    def put_off(self, delivery: Delivery) -> None:
-        """Have a delivery come again after a while: what follows it could not be stored now."""
+    def requeue_later(self, delivery: Delivery) -> None:
+        """Have a message delivered again after a while: what follows it could not be stored now."""
 
     def knows_actor(self, name: str) -> bool:
         """Whether this program has an actor of that name."""
 
-    def await_actor(self, delivery: Delivery, name: str | None = None) -> bool:
-        """Put off a message whose actor this program does not have; False when that was tried for long enough."""
+    def wait_for_actor(self, delivery: Delivery, name: str | None = None) -> bool:
+        """Requeue a message whose actor is not declared here; returns False once the grace period is over."""
 
 
 class JetStreamMessage(MessageProxy):
@@ -148,9 +148,9 @@ class JetStreamConsumer(Consumer):
       prefetch: How many messages Dramatiq may have at once, those that are worked on included.
       timeout: Milliseconds after which the iterator yields None when there is nothing.
       lookahead: Whether a little more than the prefetch may wait here while messages are short.
-      undertaker: Stores elsewhere what is not processed here.
+      rerouter: Sends elsewhere what is not processed here.
       suspects: Those of this process's messages that may be the death of it.
-      give_back: Takes messages of a queue that were not begun out of Dramatiq's hands again, other than so many.
+      return_unstarted: Takes a queue and how many of its unstarted messages to keep; the server gets the others back.
     """
 
     def __init__(
@@ -164,8 +164,8 @@ class JetStreamConsumer(Consumer):
         timeout: int,
         lookahead: bool,
         suspects: Suspects,
-        undertaker: Undertaker,
-        give_back: Callable[[str, int], None],
+        rerouter: Rerouter,
+        return_unstarted: Callable[[str, int], None],
     ) -> None:
         self.logger = logging.getLogger(__name__)
         self.connection = connection
@@ -174,8 +174,8 @@ class JetStreamConsumer(Consumer):
         self.prefetch = prefetch
         self.timeout = timeout / 1000
         self.suspects = suspects
-        self.undertaker = undertaker
-        self.give_back = give_back
+        self.rerouter = rerouter
+        self.return_unstarted = return_unstarted
         self.lookahead = lookahead
         self.stopping = False
         # A program that takes messages by itself needs no actors.
@@ -208,13 +208,13 @@ class JetStreamConsumer(Consumer):
         while not self.stopping:
             if self._has_surplus:
                 self._has_surplus = False
-                self._give_back_all()
-                self.give_back(self.queue_name, max(1, self.prefetch // 2))
+                self._requeue_all()
+                self.return_unstarted(self.queue_name, max(1, self.prefetch // 2))
             if (delivery := self._next_delivery()) is not None:
                 message = self._decode(delivery)
                 if message is None or not self.stopping:
                     return message
-                self.undertaker.hand_back(message._delivery)
+                self.rerouter.requeue(message._delivery)
             try:
                 arrived = self._handover.get(timeout=max(0.0, deadline - time.monotonic()))
             except Empty:
@@ -254,9 +254,9 @@ class JetStreamConsumer(Consumer):
         self._has_surplus = True
         self._wake()
 
-    def _give_back_all(self) -> None:
+    def _requeue_all(self) -> None:
         while self._ready:
-            self.undertaker.hand_back(heappop(self._ready)[-1])
+            self.rerouter.requeue(heappop(self._ready)[-1])
 
     def _leave_to_others(self, delivery: Delivery) -> None:
         """Give back what another version of the program asked for, later each time."""
@@ -266,18 +266,18 @@ class JetStreamConsumer(Consumer):
                 delivery.source,
                 delivery.subject,
             )
-        self.undertaker.put_off(delivery)
+        self.rerouter.requeue_later(delivery)
 
     def _decode(self, delivery: Delivery) -> JetStreamMessage | None:
         if not delivery.source.takes(delivery.subject):
             self._leave_to_others(delivery)
             return None
-        if self.undertaker.has_letter_for(delivery):
-            self._put_away(delivery, lambda: self.undertaker.bury_again(delivery))
+        if self.rerouter.owes_dead_letter(delivery):
+            self._store_elsewhere(delivery, lambda: self.rerouter.retry_dead_letter(delivery))
             return None
         try:
             if self.suspects.has_killed(delivery):
-                self._bury(
+                self._make_dead_letter(
                     delivery,
                     dead_letters.DELIVERED_TOO_OFTEN,
                     f"Delivered {delivery.deliveries} times without being settled: its workers may have died of it, "
@@ -286,19 +286,19 @@ class JetStreamConsumer(Consumer):
                 return None
         except BrokerError as error:
             self.logger.warning("How often %s was started is not known now: %s", delivery, error)
-            self.undertaker.put_off(delivery)
+            self.rerouter.requeue_later(delivery)
             return None
         try:
             message, arguments = delivery.source.decode(delivery)
         except ActorNotFound as error:
-            if not self.undertaker.await_actor(delivery):
-                self._bury(delivery, dead_letters.UNKNOWN_ACTOR, str(error))
+            if not self.rerouter.wait_for_actor(delivery):
+                self._make_dead_letter(delivery, dead_letters.UNKNOWN_ACTOR, str(error))
             return None
         except Exception as error:  # noqa: BLE001 - whatever decoding raises, these bytes are not a message
             cause = (error.error if isinstance(error, DecodeError) else None) or error
-            self._bury(delivery, dead_letters.UNDECODABLE, f"{type(cause).__name__}: {cause}")
+            self._make_dead_letter(delivery, dead_letters.UNDECODABLE, f"{type(cause).__name__}: {cause}")
             return None
-        if self._lacks_actor(message.actor_name) and self.undertaker.await_actor(
+        if self._lacks_actor(message.actor_name) and self.rerouter.wait_for_actor(
             delivery, message.actor_name
         ):
             return None
@@ -307,7 +307,7 @@ class JetStreamConsumer(Consumer):
             eta = message.options["eta"]
             if isinstance(eta, (int, float)) and eta > current_millis():
                 # Dramatiq would hold it in its memory.
-                self._put_away(delivery, lambda: self.undertaker.postpone(proxy))
+                self._store_elsewhere(delivery, lambda: self.rerouter.delay_until_eta(proxy))
                 return None
             if not isinstance(eta, (int, float, NoneType)):
                 self.logger.warning(
@@ -317,20 +317,20 @@ class JetStreamConsumer(Consumer):
         return proxy
 
     def _lacks_actor(self, name: str) -> bool:
-        return self._runs_actors and not self.undertaker.knows_actor(name)
+        return self._runs_actors and not self.rerouter.knows_actor(name)
 
-    def _bury(self, delivery: Delivery, reason: str, error: str) -> None:
+    def _make_dead_letter(self, delivery: Delivery, reason: str, error: str) -> None:
         """Make a dead letter of what never becomes a message here."""
         self.logger.error("A message from %s is %s: %s", delivery.source, reason, error)
-        self._put_away(delivery, lambda: self.undertaker.bury(delivery, reason, error))
+        self._store_elsewhere(delivery, lambda: self.rerouter.store_dead_letter(delivery, reason, error))
 
-    def _put_away(self, delivery: Delivery, store: Callable[[], None]) -> None:
+    def _store_elsewhere(self, delivery: Delivery, store: Callable[[], None]) -> None:
         """Store a delivery elsewhere, then ack it."""
         try:
             store()
         except Exception as error:  # noqa: BLE001 - nothing may be raised here, or it would stay with us
             self.logger.warning("%s cannot be stored elsewhere now and will come again: %s", delivery, error)
-            self.undertaker.put_off(delivery)
+            self.rerouter.requeue_later(delivery)
         else:
             self.in_flight.settle(delivery, ACK)
 
@@ -354,21 +354,21 @@ class JetStreamConsumer(Consumer):
                     message.message_id,
                     error,
                 )
-                self.undertaker.put_off(delivery)
+                self.rerouter.requeue_later(delivery)
                 return
             failed = True
         if not failed or (error is None and _is_unwanted(message)):
             self.in_flight.settle(delivery, ACK)
             return
         try:
-            self.undertaker.reject(message, error)
+            self.rerouter.reject(message, error)
         except Exception as error:  # noqa: BLE001 - Dramatiq would call again, and hold up a thread with it
             self.logger.warning(
                 "Message %s has no dead letter and will run again, because it could not be stored: %s",
                 message.message_id,
                 error,
             )
-            self.undertaker.put_off(delivery)
+            self.rerouter.requeue_later(delivery)
         else:
             self.in_flight.settle(delivery, ACK)
 
@@ -376,7 +376,7 @@ class JetStreamConsumer(Consumer):
         """Give messages back to the queue at once."""
         for message in messages:
             if isinstance(message, JetStreamMessage):
-                self.undertaker.hand_back(message._delivery)
+                self.rerouter.requeue(message._delivery)
 
     def stop_pulling(self) -> None:
         """Ask for nothing more; the consumer thread gives back what was not handed over, at once."""
@@ -396,16 +396,16 @@ class JetStreamConsumer(Consumer):
 
     def _empty(self, timeout: float = 0.0) -> None:
         """Give back what has arrived, until nothing came for `timeout` seconds."""
-        self._give_back_all()
+        self._requeue_all()
         while self._suspected:
-            self.undertaker.hand_back(heappop(self._suspected)[-1])
+            self.rerouter.requeue(heappop(self._suspected)[-1])
         while True:
             try:
                 arrived = self._handover.get(timeout=timeout)
             except Empty:
                 return
             for delivery in arrived:
-                self.undertaker.hand_back(delivery)
+                self.rerouter.requeue(delivery)
 
 
 def _is_unwanted(message: JetStreamMessage) -> bool:

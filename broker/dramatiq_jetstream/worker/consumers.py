@@ -10,7 +10,7 @@ from dramatiq_jetstream.config import BrokerConfig
 from dramatiq_jetstream.wire.connection import Connection
 
 from .attachment import Attachment
-from .consumer import JetStreamConsumer, Undertaker
+from .consumer import JetStreamConsumer, Rerouter
 from .in_flight import InFlight
 from .sources import Sources
 from .suspects import Suspects
@@ -31,7 +31,7 @@ class Consumers:
         in_flight: InFlight,
         sources: Sources,
         suspects: Suspects,
-        undertaker: Undertaker,
+        rerouter: Rerouter,
         attachment: Attachment,
     ) -> None:
         self._config = config
@@ -39,7 +39,7 @@ class Consumers:
         self._in_flight = in_flight
         self._sources = sources
         self._suspects = suspects
-        self._undertaker = undertaker
+        self._rerouter = rerouter
         self._attachment = attachment
         self._open: list[JetStreamConsumer] = []
 
@@ -60,8 +60,8 @@ class Consumers:
             timeout=timeout,
             lookahead=queue_name not in self._config.max_in_flight and not QUEUE_PREFETCH,
             suspects=self._suspects,
-            undertaker=self._undertaker,
-            give_back=self._attachment.return_unstarted,
+            rerouter=self._rerouter,
+            return_unstarted=self._attachment.return_unstarted,
         )
         for other in list(self._open):
             if other.stopping:

@@ -112,11 +112,11 @@ class InFlight:
         elif answer == ACK:
             self.settlements.note_done(durable, delivery.key)
 
-    def give_back_all(self) -> None:
+    def requeue_all(self) -> None:
         """Give back everything that is held, for others to have it at once."""
-        self._connection.post(self._give_back_all)
+        self._connection.post(self._requeue_all)
 
-    def _give_back_all(self) -> None:
+    def _requeue_all(self) -> None:
         for delivery in list(self._held.values()):
             delivery.settled = True
             self._settle(delivery, NAK)

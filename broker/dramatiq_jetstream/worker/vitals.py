@@ -75,7 +75,7 @@ class Vitals:
         )
         try:
             worker.stop(timeout=int(GRACE_SECONDS * 1000))
-            self._in_flight.give_back_all()
+            self._in_flight.requeue_all()
             self._in_flight.flush(FLUSH_SECONDS)
         except BaseException:
             logger.critical(

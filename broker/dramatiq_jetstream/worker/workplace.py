@@ -19,9 +19,9 @@ from .consumers import Consumers
 from .follow_ups import FollowUps
 from .in_flight import InFlight
 from .presence import Presence
+from .rerouting import JetStreamRerouter
 from .sources import Sources
 from .suspects import Suspects
-from .undertaker import JetStreamUndertaker
 from .vitals import Vitals
 
 __all__ = ["Workplace"]
@@ -57,16 +57,16 @@ class Workplace:
         self.sources = Sources(config, connection, declarations, self.in_flight.durables, self.keeper)
         self.follow_ups = FollowUps()
         self._suspects = Suspects(config, starts)
-        undertaker = JetStreamUndertaker(
+        rerouter = JetStreamRerouter(
             config, connection, self.in_flight, dead_letters, actor_options=actor_options, emit=emit
         )
-        self.undertaker = undertaker
+        self.rerouter = rerouter
         self.attachment = Attachment(
-            undertaker, self.follow_ups, self._suspects, Vitals(connection, self.in_flight)
+            rerouter, self.follow_ups, self._suspects, Vitals(connection, self.in_flight)
         )
         self._presence = Presence(workers, describe)
         self.consumers = Consumers(
-            config, connection, self.in_flight, self.sources, self._suspects, undertaker, self.attachment
+            config, connection, self.in_flight, self.sources, self._suspects, rerouter, self.attachment
         )
         connection.on_fork(self._forget)
 

@@ -64,7 +64,7 @@ class BrokerKind(Kind):
     #: `flush(queue)` also drops the queue's dead letters. (`flush_all` always does.)
     flush_drops_dead_letters: bool = True
     #: What a worker took and did not begin is ready again as soon as the worker stops.
-    hands_back_at_shutdown: bool = True
+    requeues_at_shutdown: bool = True
     #: Messages of a consumer that went away without settling them are delivered again.
     redelivers: bool = True
     #: Options of the broker with which that happens soon.
@@ -101,7 +101,7 @@ BROKERS = [
         declares_canonical_queues=False,
         flush_drops_delayed=False,
         flush_drops_dead_letters=False,
-        hands_back_at_shutdown=False,
+        requeues_at_shutdown=False,
         redelivers=False,
         rejects_undecodable=False,
         ignores_foreign_settlement=False,

@@ -89,7 +89,7 @@ class Rig(ABC):
         """The rate limiter backend that a program would use beside this broker."""
         return limits_backends.StubBackend()
 
-    def hand_back(self, queue: str) -> None:  # noqa: B027 - most need nothing
+    def requeue(self, queue: str) -> None:  # noqa: B027 - most need nothing
         """Do what the storage needs to notice that a consumer is gone."""
 
     def expire_dead_letters(self, queue: str) -> None:  # noqa: B027 - most need nothing
@@ -190,7 +190,7 @@ class RedisRig(Rig):
     def limits(self) -> RateLimiterBackend:
         return limits_backends.RedisBackend(url=self.url)
 
-    def hand_back(self, queue: str) -> None:
+    def requeue(self, queue: str) -> None:
         with self.another(heartbeat_timeout=0, maintenance_chance=MAINTENANCE_SCALE) as other:
             other.do_qsize(queue)
 

@@ -25,7 +25,7 @@ def test_messages_of_a_process_that_went_away_are_delivered_again(make_rig, queu
         consumer = lost.consume(queue, prefetch=200, timeout=50)
         assert {message.message_id for message in _take(consumer, 200)} == sent
         consumer.close()
-    rig.hand_back(queue)
+    rig.requeue(queue)
 
     consumer = rig.broker.consume(queue, prefetch=200, timeout=50)
     found = _take(consumer, 200)
@@ -57,7 +57,7 @@ def test_an_acked_message_is_gone(rig, broker, queue):
     assert taken.message_id == message.message_id
     consumer.ack(taken)
     consumer.close()
-    rig.hand_back(queue)
+    rig.requeue(queue)
     rig.expect(queue, waiting=0, dead=0)
     other = broker.consume(queue, timeout=50)
     assert next(other) is None
@@ -75,7 +75,7 @@ def test_settling_a_message_of_another_consumer_does_nothing(rig, broker, queue)
     consumer.nack(rig.foreign(taken))
     consumer.ack(taken)
     consumer.close()
-    rig.hand_back(queue)
+    rig.requeue(queue)
     rig.expect(queue, waiting=0, dead=0)
 
 

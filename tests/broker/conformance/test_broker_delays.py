@@ -123,7 +123,7 @@ def test_the_actor_cannot_tell_that_its_message_was_delayed(rig, broker, actor, 
     assert "eta" not in received[0].options
 
 
-@pytest.mark.where(hands_back_at_shutdown=True)
+@pytest.mark.where(requeues_at_shutdown=True)
 def test_a_delayed_message_outlives_the_worker(rig, broker, actor, queue):
     """A worker that stops while a message is delayed leaves it to the next one."""
     done = []

@@ -240,8 +240,8 @@ def test_two_workers_share_a_queue(rig, broker, actor, queue):
     assert set(seen.values()) == {1}
 
 
-@pytest.mark.where(hands_back_at_shutdown=True)
-def test_what_a_worker_did_not_begin_is_handed_back(rig, broker, actor, queue):
+@pytest.mark.where(requeues_at_shutdown=True)
+def test_what_a_worker_did_not_begin_is_requeued(rig, broker, actor, queue):
     """At shutdown the running message is finished, and the fetched ones are ready for the next worker."""
     started, go_on = threading.Event(), threading.Event()
     done = []

@@ -63,7 +63,7 @@ def test_an_actor_that_wants_to_know_is_told_of_the_shutdown(rig, broker, actor,
     with running(broker):
         assert started.wait(timeout=10)
     assert ended_by == ["shutdown"]
-    if broker_kind.hands_back_at_shutdown:
+    if broker_kind.requeues_at_shutdown:
         with running(broker) as worker:
             eventually(lambda: ended_by == ["shutdown", "done"])
             rig.drain(queue, worker)
@@ -84,7 +84,7 @@ def test_an_actor_that_does_not_want_to_know_is_let_finish(rig, broker, actor, q
     with running(broker):
         assert started.wait(timeout=10)
     assert ended == [1]
-    rig.hand_back(queue)
+    rig.requeue(queue)
     rig.expect(queue, waiting=0, delayed=0, dead=0)
 
 

@@ -1,9 +1,9 @@
-"""Stores what a consumer does not process: dead letters, postponed messages, messages handed back.
+"""Where a message goes that is not processed here: to the dead letters, into a delay, or back to its queue.
 
-Whatever is put aside is stored first and acked afterwards. If the process dies between the two, the message
-is delivered again and put aside again: a dead letter replaces itself (see `dead_letters`), what is stored
-elsewhere carries a message id that says where it came from, so that JetStream stores it once. What cannot be put aside
-comes again later; a message that comes again to the process that could not store its dead letter is not run once more.
+It is stored there first and acked afterwards. If the process dies between the two, the message is delivered and stored
+again: a dead letter replaces itself (see `dead_letters`), and everything else has a `Nats-Msg-Id` made from where it
+came from, so JetStream stores it once. What cannot be stored is delivered again later. If its dead letter is what could
+not be stored, this process does not run it again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dramatiq_jetstream.jetstream.names import (
     HEADER_ORIGIN,
     HEADER_TICK,
     HEADER_UNKNOWN_SINCE,
-    PUT_OFF_HEADERS,
+    REQUEUE_HEADERS,
 )
 from dramatiq_jetstream.sending import delays
 from dramatiq_jetstream.sending.envelope import to_message
@@ -39,7 +39,7 @@ from .delivery import Delivery, Source, event_in
 from .in_flight import InFlight
 from .settlements import ACK, NAK, nak_after
 
-__all__ = ["JetStreamUndertaker"]
+__all__ = ["JetStreamRerouter"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ MOST_UNSTORED = 10_000
 STORE_LATER_TIMEOUT_MS = 2_000
 
 
-class JetStreamUndertaker:
-    """The `Undertaker` of a broker's consumers.
+class JetStreamRerouter:
+    """The `Rerouter` of a broker's consumers.
 
     Parameters:
       actor_options: The options of the actor with that name.
@@ -86,7 +86,7 @@ class JetStreamUndertaker:
         self._unknown: set[str] = set()  # undeclared actors that were logged already
         self._unstored: dict[str, tuple[str, str]] = {}
 
-    def bury(self, delivery: Delivery, reason: str, error: str) -> None:
+    def store_dead_letter(self, delivery: Delivery, reason: str, error: str) -> None:
         """Store a dead letter for what never became a message here."""
         self._store_letter(delivery, reason, error, None)
 
@@ -112,11 +112,11 @@ class JetStreamUndertaker:
             return dead_letters.REJECTED, _describe(error)
         return dead_letters.RETRIES_EXHAUSTED, _describe(error)
 
-    def has_letter_for(self, delivery: Delivery) -> bool:
+    def owes_dead_letter(self, delivery: Delivery) -> bool:
         """Whether it was to be a dead letter here before, which could not be stored then."""
         return bool(self._unstored) and delivery.origin in self._unstored
 
-    def bury_again(self, delivery: Delivery) -> None:
+    def retry_dead_letter(self, delivery: Delivery) -> None:
         """Store the dead letter that could not be stored when the message was here before."""
         reason, error = self._unstored[delivery.origin]
         self._store_letter(delivery, reason, error, None)
@@ -156,7 +156,7 @@ class JetStreamUndertaker:
         )
         self._emit("after_dead_letter", source.queue, reason, message, headers=delivery.headers)
 
-    def postpone(self, message: JetStreamMessage) -> None:
+    def delay_until_eta(self, message: JetStreamMessage) -> None:
         """Have the server keep a message that came before its time, as another program may have sent it."""
         delivery = message._delivery
         unique = f"postponed:{delivery.origin}"
@@ -174,7 +174,7 @@ class JetStreamUndertaker:
         body = fit(message, self._connection.room_beside(headers), headers)
         self._connection.publish(subject, body, headers)
 
-    def hand_back(self, delivery: Delivery) -> None:
+    def requeue(self, delivery: Delivery) -> None:
         """Give back a delivery that was not begun, for another worker to have it at once.
 
         The server counts deliveries, and knows no difference between one that was given back and one whose
@@ -186,14 +186,14 @@ class JetStreamUndertaker:
         try:
             if not self._connection.is_connected:
                 raise BrokerConnectionError("there is no connection to give it back over")
-            self._store_anew(delivery)
+            self._store_again(delivery)
         except BrokerError as error:  # there are others to give back, and no caller to handle it
             logger.warning("%s will be delivered again after its ack_wait: %s", delivery, error)
             self._in_flight.abandon(delivery)
         else:
             self._in_flight.settle(delivery, ACK)
 
-    def put_off(self, delivery: Delivery) -> None:
+    def requeue_later(self, delivery: Delivery) -> None:
         """Have a delivery come again after a while, longer each time: what follows it could not be stored now.
 
         The server counts what waits for that as in flight. On a queue that limits those, the message is stored again
@@ -214,7 +214,7 @@ class JetStreamUndertaker:
             return False
         return True
 
-    def await_actor(self, delivery: Delivery, name: str | None = None) -> bool:
+    def wait_for_actor(self, delivery: Delivery, name: str | None = None) -> bool:
         """Put off a message whose actor this program does not have; False when that was tried for long enough.
 
         While programs of two versions run, another worker may have it. A tick is dropped in the end: there is another.
@@ -268,7 +268,7 @@ class JetStreamUndertaker:
             return False
         return True
 
-    def _store_anew(self, delivery: Delivery) -> None:
+    def _store_again(self, delivery: Delivery) -> None:
         source: Source = delivery.source
         headers = _own_headers(delivery.headers)
         headers[HEADER_MSG_ID] = f"anew:{delivery.origin}:{delivery.deliveries}"
@@ -284,7 +284,7 @@ def _own_headers(headers: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in headers.items()
-        if not name.startswith("Nats-") and name not in PUT_OFF_HEADERS
+        if not name.startswith("Nats-") and name not in REQUEUE_HEADERS
     }
 
 
