@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.events import DeadLetterEvents, Events
-from dramatiq_jetstream.kv import DEPOSED_SECONDS, Bucket
+from dramatiq_jetstream.kv import Bucket
 
 from . import credentials, events, idempotency, logs, orders, outage, stock, telemetry, tokens
 from .catalogue import CATALOGUE
@@ -178,7 +178,7 @@ def tokens_bucket() -> Bucket:
 def token_store() -> Tokens:
     """Return the payment tokens."""
     ttl = SETTINGS.payment_patience + tokens.KEPT_MS
-    return Tokens(tokens_bucket(), SETTINGS.token_keys, ttl=ttl, patience=_patience())
+    return Tokens(tokens_bucket(), SETTINGS.token_keys, ttl=ttl)
 
 
 @_once
@@ -193,16 +193,11 @@ def operators() -> Operators:
     return Operators(access_bucket(), now)
 
 
-def _patience() -> int:
-    """Return for how long what is missing or old is read again: while a server may believe to be the leader."""
-    return int(DEPOSED_SECONDS * 1000) if SETTINGS.replicas > 1 else 0
-
-
 @_once
 def stock_store() -> Stock:
     """Return the stock, which all threads share so that their decisions can be made together."""
     initial = {entry.sku: entry.initial_stock for entry in CATALOGUE.values()}
-    return Stock(stock_bucket(), initial, now, patience=_patience())
+    return Stock(stock_bucket(), initial, now)
 
 
 @_once

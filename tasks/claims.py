@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -68,20 +66,14 @@ class Claim:
 
 
 class Claims:
-    """The claims in their bucket.
+    """The claims in their bucket."""
 
-    Parameters:
-      bucket: Where they are kept.
-      patience: Milliseconds for which a claim that was made and cannot be seen is read again; 0 for one server.
-    """
-
-    def __init__(self, bucket: Bucket, *, patience: int = 0) -> None:
+    def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
-        self._patience = patience
 
-    def find(self, order_id: str) -> Claim | None:
+    def find(self, order_id: str, *, linearizable: bool = False) -> Claim | None:
         """Return what an id stands for."""
-        entry = self._bucket.get(f"claim.{order_id}")
+        entry = self._bucket.get(f"claim.{order_id}", linearizable=linearizable)
         return None if entry is None else Claim.decode(entry.value)
 
     def claim(self, order_id: str, wanted: Claim) -> tuple[Claim, bool]:
@@ -94,13 +86,11 @@ class Claims:
             self._bucket.create(f"claim.{order_id}", wanted.encode())
             return wanted, True
         except KeyExists as conflict:
-            deadline = time.monotonic() + self._patience / 1000
-            while (existing := self.find(order_id)) is None:
-                if time.monotonic() >= deadline:
-                    raise ClaimBehind(
-                        f"the claim on order id {order_id} cannot be read as it is now."
-                    ) from conflict
-                time.sleep(random.uniform(0.005, 0.05))
+            existing = self.find(order_id) or self.find(order_id, linearizable=True)
+            if existing is None:
+                raise ClaimBehind(
+                    f"the claim on order id {order_id} cannot be read as it is now."
+                ) from conflict
             return existing, False
 
 

@@ -17,7 +17,7 @@ revision, and a note is dropped only after its record was written, so one of the
 
 In a cluster a server that was the leader may answer reads for some seconds from what it had (see the library's
 `kv`). Decisions do not suffer, because they compare-and-set; a record that is behind what is known of it is read
-again, until it is not.
+once more, linearizably. So a forged event, which the record contradicts for good, costs a write and holds no thread.
 
 The decisions that the threads of one process want at the same time are made in one compare-and-set: a product
 that everybody wants costs one for all of them, instead of a race that all but one lose.
@@ -132,7 +132,6 @@ class Stock:
       now: The time in milliseconds.
       timeout: Milliseconds for which a decision competes with others before StockBusy.
       sweep_after: Milliseconds after which a note that was not dropped is taken for one left behind.
-      patience: Milliseconds for which a record that is behind what is known of it is read again; 0 for one server.
     """
 
     def __init__(
@@ -143,17 +142,15 @@ class Stock:
         *,
         timeout: int = 10_000,
         sweep_after: int = 30_000,
-        patience: int = 0,
     ) -> None:
         #: The claims on order ids and the notes on orders, in the same bucket.
-        self.claims = Claims(bucket, patience=patience)
+        self.claims = Claims(bucket)
         self.notes = Notes(bucket)
         self._bucket = bucket
         self._initial = initial
         self._now = now
         self._timeout = timeout
         self._sweep_after = sweep_after
-        self._patience = patience
         self._levels: Levels | None = None
         self._heard: Entry | None = None
         self._waiting: deque[_Change] = deque()
@@ -171,19 +168,15 @@ class Stock:
         levels = self._read()
         return {sku: levels.pieces.get(sku, initial) for sku, initial in self._initial.items()}
 
-    def find(self, order_id: str) -> Found | None:
+    def find(self, order_id: str, *, linearizable: bool = False) -> Found | None:
         """Return the record of an order."""
-        entry = self._bucket.get(f"order.{order_id}")
+        entry = self._bucket.get(f"order.{order_id}", linearizable=linearizable)
         return None if entry is None else Found(Record.decode(entry.value), entry.revision)
 
     def find_newer(self, order_id: str, is_newer: Callable[[Found | None], bool]) -> Found | None:
-        """Return the record of an order, waiting for one that is not behind; after that time, what there is."""
-        deadline = time.monotonic() + self._patience / 1000
-        while True:
-            found = self.find(order_id)
-            if is_newer(found) or time.monotonic() >= deadline:
-                return found
-            time.sleep(random.uniform(0.005, 0.05))
+        """Return the record of an order; one that seems to be behind is read again, so that it is not."""
+        found = self.find(order_id)
+        return found if is_newer(found) else self.find(order_id, linearizable=True)
 
     def recall(self, order_id: str) -> Found | None:
         """Return the record of an order as this process wrote it a moment ago.

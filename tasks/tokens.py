@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
-import time
 from collections.abc import Iterable
 from typing import Final
 
@@ -64,12 +62,10 @@ class Tokens:
       bucket: Where they are kept.
       keys: Fernet keys; the first encrypts. Without any, tokens can only be dropped.
       ttl: Milliseconds for which a token is kept at most.
-      patience: Milliseconds for which a token that is missing is looked for again; 0 for one server.
     """
 
-    def __init__(self, bucket: Bucket, keys: Iterable[str], *, ttl: int, patience: int = 0) -> None:
+    def __init__(self, bucket: Bucket, keys: Iterable[str], *, ttl: int) -> None:
         self._bucket = bucket
-        self._patience = patience
         self._ciphers = [Fernet(key) for key in keys]
         self._ttl = ttl
 
@@ -95,11 +91,9 @@ class Tokens:
           TokenUnreadable: When the key is missing with which it was encrypted.
         """
         # A server that was the leader a moment ago may not have it yet, and an order must not be declined for that.
-        deadline = time.monotonic() + self._patience / 1000
-        while (entry := self._bucket.get(order_id)) is None:
-            if time.monotonic() >= deadline:
-                return None
-            time.sleep(random.uniform(0.005, 0.05))
+        entry = self._bucket.get(order_id) or self._bucket.get(order_id, linearizable=True)
+        if entry is None:
+            return None
         try:
             kept_for, kept_as, token = json.loads(self._cipher.decrypt(entry.value))
         except InvalidToken:

@@ -13,7 +13,11 @@ In a cluster a server that was the leader may not know for a while that it is no
 what it has, and its answer may come before the true leader's: a write is refused although it is being stored, and
 a read gives what was there before. So a refusal is believed only when the key has a revision that is newer than
 the expected one and is not ours; otherwise the write is sent again under its id. A read may be outdated for that
-while: a caller that acts on one has to compare-and-set.
+while: a caller that acts on one has to compare-and-set, or asks for a linearizable one.
+
+A linearizable read costs a write: a mark that only a majority can store. A replica that has the mark also has what was
+acknowledged before it, so any replica is asked for both at once. No thread waits until a server notices that it is
+not the leader any more.
 """
 
 from __future__ import annotations
@@ -56,6 +60,9 @@ HEADER_EXPECTED_SUBJECT = "Nats-Expected-Last-Subject-Sequence-Subject"
 
 #: How long the mark of a deleted key is kept, in seconds: long enough for watches to see it.
 MARK_TTL_SECONDS = 60
+
+#: What linearizable reads write, as a subject that no key has.
+_READ_MARK = "=read"
 
 #: Seconds for which a server may believe to be the leader although it is not.
 DEPOSED_SECONDS = 5.0
@@ -110,6 +117,7 @@ class Bucket:
         self._declare = declare
         self._declared = False
         self._listing = Listing(connection, self.stream)
+        self._read_mark = f"$KV.{self.name}.{_READ_MARK}"
         self._one_server = False  # whether no server can be behind another; known once it is declared
         self._gone = False
 
@@ -118,15 +126,18 @@ class Bucket:
 
     # Reading
 
-    def get(self, key: str, *, timeout: int | None = None) -> Entry | None:
+    def get(self, key: str, *, timeout: int | None = None, linearizable: bool = False) -> Entry | None:
         """Return the key's entry from the leader, or None when it is missing, deleted or expired.
 
         Parameters:
           timeout: Milliseconds to wait for the server; None takes the connection's own.
+          linearizable: Return what is newer than everything that was acknowledged before the call, whichever server
+            answers. Where several have the bucket it costs a write, so read so what surprised you.
         """
         self._ensure()
+        read = self._agreed if linearizable and not self._one_server else self._last
         try:
-            stored = self._last(self._subject(key), timeout=timeout, must_exist=self._declare)
+            stored = read(self._subject(key), timeout=timeout, must_exist=self._declare)
         except TopologyMissing:
             self.declare()  # it was deleted on the server
             return None
@@ -177,6 +188,8 @@ class Bucket:
         self._ensure()
 
         def receive(stored: StoredMessage) -> None:
+            if stored.subject == self._read_mark:
+                return
             entry = self._entry(stored)
             if entry.key.startswith(prefix):
                 callback(entry)
@@ -377,6 +390,15 @@ class Bucket:
         """The newest message on a subject; from the leader, if another server may be behind it."""
         read = last_message_direct if self._one_server else last_message
         return read(self.connection, self.stream, subject, timeout=timeout, must_exist=must_exist)
+
+    def _agreed(
+        self, subject: str, *, timeout: int | None = None, must_exist: bool = False
+    ) -> StoredMessage | None:
+        """The newest message on a subject, from a replica that has what a majority had when this was called."""
+        mark = self.connection.publish(
+            self._read_mark, b"", {**_mark(), HEADER_MSG_ID: new_id()}, timeout=timeout
+        )
+        return self._listing.newest([subject, self._read_mark], since=mark.seq, timeout=timeout).get(subject)
 
     def _ensure(self) -> None:
         if self._declare and not self._declared:

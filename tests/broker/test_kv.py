@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import threading
@@ -318,6 +319,32 @@ def test_a_leader_of_yesterday_does_not_hide_who_was_first(
         writer.update("k", b"mine", revision=before)
     assert not outdated
     assert value(other, "k") == b"theirs"
+
+
+def test_a_linearizable_read_is_not_taken_in_by_a_leader_of_yesterday(
+    make_bucket: MakeBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What such a server answers is not what it returns: of a key that was changed, made or deleted."""
+    bucket = make_bucket()
+    bucket.put("changed", b"before")
+    bucket.put("deleted", b"before")
+    last = kv.last_message
+    outdated = {
+        bucket._subject(key): last(bucket.connection, bucket.stream, bucket._subject(key))
+        for key in ("changed", "made", "deleted")
+    }
+    bucket.put("changed", b"now")
+    bucket.put("made", b"now")
+    bucket.delete("deleted")
+    monkeypatch.setattr(kv, "last_message", lambda _connection, _stream, subject, **_: outdated[subject])
+    bucket._one_server = False
+
+    def read(*, linearizable: bool) -> list[bytes | None]:
+        entries = (bucket.get(key, linearizable=linearizable) for key in ("changed", "made", "deleted"))
+        return [entry and entry.value for entry in entries]
+
+    assert read(linearizable=False) == [b"before", None, b"before"]
+    assert read(linearizable=True) == [b"now", b"now", None]
 
 
 def test_a_lost_conflict_is_still_a_conflict(make_bucket: MakeBucket, cable: DeafCable) -> None:
@@ -646,6 +673,24 @@ def test_three_replicas_are_read_as_they_were_written(
 
     with ThreadPoolExecutor(4) as pool:
         assert sum(pool.map(take, buckets * 2)) == 5
+
+
+def test_linearizable_reads_on_a_cluster(make_bucket: MakeBucket, nats_cluster: NatsCluster) -> None:
+    """Whichever replica answers, it has what was acknowledged before; nothing of the reads is seen in the bucket."""
+    writer, reader = (make_bucket(url, storage=Storage(replicas=3)) for url in nats_cluster.urls[:2])
+    seen: list[str] = []
+    with contextlib.closing(reader.watch("", lambda entry: seen.append(entry.key))):
+        assert reader.get("k", linearizable=True) is None
+        for n in range(50):
+            revision = writer.put("k", b"%d" % n)
+            entry = reader.get("k", linearizable=True)
+            assert entry is not None
+            assert (entry.value, entry.revision) == (b"%d" % n, revision)
+        assert reader.get("missing", linearizable=True) is None
+        assert reader.keys() == ["k"]
+        writer.put("last", b"")
+        assert eventually(lambda: "last" in seen)
+    assert set(seen) == {"k", "last"}
 
 
 def test_asking_for_a_write_leaves_a_cluster_alone(

@@ -7,7 +7,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,16 +153,6 @@ class Trial:
                 self.replayed += 1
 
 
-def _stranger(topology: Topology, nats_url: str, log: Log, seed: int) -> AbstractContextManager[object]:
-    """A program that forges events, on one server only.
-
-    On a cluster each contradiction holds a worker thread for up to five seconds, because a server that was the leader
-    may have given an outdated record. Without permissions that keep it away, the stranger would hold up all orders for
-    longer than a trial lasts.
-    """
-    return nullcontext() if topology == "cluster" else Stranger(nats_url, log, seed=seed)
-
-
 def run(
     topology: Topology,
     schedule: Iterable[Fault],
@@ -191,7 +180,7 @@ def run(
         try:
             with (
                 Load(fleet.url, fleet.key, fleet.nats_url, log, rate=rate, seed=seed),
-                _stranger(topology, fleet.nats_url, log, seed),
+                Stranger(fleet.nats_url, log, seed=seed),
             ):
                 trial.warm_up()
                 for fault in schedule:

@@ -42,7 +42,7 @@ class FakeBucket:
         self._revision = 0
         self._lock = threading.Lock()
 
-    def get(self, key: str) -> FakeEntry | None:
+    def get(self, key: str, *, linearizable: bool = False) -> FakeEntry | None:
         self.pause(f"get {key}")
         return self.entries.get(key)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from queue import Empty
+from typing import Any
 
 from dramatiq_jetstream.errors import BrokerConnectionError, TopologyMissing
 from dramatiq_jetstream.wire.connection import Connection, Msg, Subscription
@@ -74,21 +75,49 @@ class Listing:
             newest = self._newest(subject)
             if start > newest:
                 return
-            if time.monotonic() > deadline:
-                raise BrokerConnectionError(
-                    f"Stream {self._stream}: the replicas did not catch up with their leader within "
-                    f"{seconds * 1000:.0f} ms."
-                )
-            time.sleep(LAG_PAUSE_SECONDS)
+            self._check(deadline)
+
+    def newest(
+        self, subjects: Sequence[str], *, since: int, timeout: int | None = None
+    ) -> dict[str, StoredMessage]:
+        """Return the newest message on each of the subjects (no wildcards), as one replica has them at one moment.
+
+        Parameters:
+          since: A sequence that is acknowledged, and not newer than the newest message on the last subject. A replica
+            that has not applied it yet is not believed.
+          timeout: Milliseconds; None takes the connection's own.
+
+        Raises:
+          TopologyMissing, BrokerConnectionError: As for `read`.
+        """
+        deadline = time.monotonic() + (self._connection.timeout if timeout is None else timeout) / 1000
+        while True:
+            # A message that is overwritten while it is read cuts the answer short.
+            found, complete = self._ask({"multi_last": list(subjects)}, deadline)
+            newest = {message.subject: message for message in found}
+            last = newest.get(subjects[-1])
+            if complete and last is not None and last.sequence >= since:
+                return newest
+            self._check(deadline)
+
+    def _check(self, deadline: float) -> None:
+        """Pause before a replica that lags is looked at again."""
+        if time.monotonic() > deadline:
+            raise BrokerConnectionError(
+                f"Stream {self._stream}: the replicas did not catch up with their leader in time."
+            )
+        time.sleep(LAG_PAUSE_SECONDS)
 
     def _newest(self, subject: str) -> int:
         message = last_message(self._connection, self._stream, subject)
         return message.sequence if message is not None else 0
 
     def _page(self, subject: str, start: int, size: int, deadline: float) -> list[StoredMessage]:
-        request = json.dumps(
-            {"seq": start, "next_by_subj": subject, "batch": size, "max_bytes": PAGE_BYTES}
-        ).encode()
+        request = {"seq": start, "next_by_subj": subject, "batch": size, "max_bytes": PAGE_BYTES}
+        return self._ask(request, deadline)[0]
+
+    def _ask(self, request: Mapping[str, Any], deadline: float) -> tuple[list[StoredMessage], bool]:
+        """Return the messages of an answer, and whether it came to its regular end."""
         inbox = self._listen()
         while True:
             token = secrets.token_hex(8)
@@ -96,7 +125,7 @@ class Listing:
             try:
                 self._connection.send(
                     self._connection.api_subject(f"DIRECT.GET.{self._stream}"),
-                    request,
+                    json.dumps(request).encode(),
                     reply=f"{inbox}.{token}",
                 )
                 return self._collect(answers, deadline)
@@ -108,7 +137,7 @@ class Listing:
             finally:
                 del self._pages[token]
 
-    def _collect(self, answers: Handover[Msg], deadline: float) -> list[StoredMessage]:
+    def _collect(self, answers: Handover[Msg], deadline: float) -> tuple[list[StoredMessage], bool]:
         found: list[StoredMessage] = []
         while True:
             answer = answers.get(timeout=max(0.01, min(SILENCE_SECONDS, deadline - time.monotonic())))
@@ -125,8 +154,8 @@ class Listing:
                             time=parse_time(headers["Nats-Time-Stamp"]),
                         )
                     )
-                case "204" | "404":  # the end of the page; nothing there
-                    return found
+                case "204" | "404" as end:  # the end of the page; nothing there, or not any more
+                    return found, end == "204"
                 case "503":
                     raise TopologyMissing(
                         f"Stream {self._stream} does not exist, or allows no direct reads: "
