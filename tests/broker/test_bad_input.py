@@ -78,7 +78,7 @@ def test_queues_of_any_name_work(make_broker, queue):
     broker.enqueue(work.message("later").copy(queue_name=queue), delay=20)
     broker.enqueue(Message(queue, "nobody", (), {}, {}))
     with running(broker, queues={queue}):
-        broker.join(queue, timeout=10_000)
+        broker.join(queue, timeout=30_000)
     assert sorted(ran) == ["later", "now"]
     (letter,) = broker.dead_letters.list(queue)
     assert letter.queue == queue
@@ -236,7 +236,7 @@ def test_a_full_store_is_refused_and_nothing_is_lost(tmp_path):
         with pytest.raises(StoreFull):
             broker.enqueue_many([work.message(99, "x" * 100_000)] * 3)
         with running(broker):
-            broker.join("default", timeout=20_000)
+            broker.join("default", timeout=30_000)
         assert set(ran) >= set(stored)
         eventually(lambda: _sent(work))
         broker.close()

@@ -270,7 +270,7 @@ def test_a_group_is_enqueued_as_one_batch(broker, batches):
     assert whole.run() is whole
     assert batches == [3]
     with running(broker):
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
     assert sorted(ran) == [("first",), ("inner",), ("second", 0), ("single",)]
 
 
@@ -308,7 +308,7 @@ def test_a_group_of_another_broker_runs_as_ever(stub_broker):
     work = dramatiq.actor(ran.append, broker=stub_broker, actor_name="work")
     with running(stub_broker):
         group([work.message(1), work.message(2)], broker=stub_broker).run()
-        stub_broker.join("default", timeout=5_000)
+        stub_broker.join("default", timeout=30_000)
     assert sorted(ran) == [1, 2]
 
 

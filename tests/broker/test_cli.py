@@ -100,7 +100,7 @@ def test_pause_and_resume_hold_for_the_fleet(
     try:
         assert fleet("queues", "--json")[0]["ready"] == 1
         fleet("resume", "mail")
-        broker.join("mail", timeout=10_000)
+        broker.join("mail", timeout=30_000)
     finally:
         running.stop()
     assert not fleet("queues", "--json")[0]["paused"]
@@ -385,5 +385,5 @@ def test_server_runs_a_real_server_and_keeps_its_data(tmp_path: Path) -> None:
             broker.enqueue(dramatiq.Message("default", "x", (), {}, {}))
         finally:
             process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 0
+            assert process.wait(30) == 0
     broker.close()

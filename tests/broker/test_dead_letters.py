@@ -55,7 +55,7 @@ def test_a_letter_says_all_there_is_to_say(broker, fail):
     put(broker, message.encode(), traceparent=TRACEPARENT)
     with running(broker):
         letter = one_letter(broker)
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
     assert letter.reason == "retries exhausted"
     assert letter.error == "Failing: no such customer"
     assert (letter.queue, letter.actor, letter.message_id) == ("default", "fail", message.message_id)
@@ -103,7 +103,7 @@ def test_undecodable(broker, body):
     broker.get_actor("work").send("next")
     with running(broker):
         letter = one_letter(broker, reason="undecodable")
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
     assert letter.data == body
     assert letter.error
     assert (letter.actor, letter.message_id, letter.decode()) == (None, None, None)
@@ -135,7 +135,7 @@ def test_a_message_with_wrong_types_is_undecodable(broker, field, value, error):
     with running(broker, threads=1) as worker:
         letter = one_letter(broker)
         broker.enqueue(good)
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
         assert all(thread.is_alive() for thread in [*worker.workers, *worker.consumers.values()])
     assert letter.reason == "undecodable"
     assert error in letter.error
@@ -260,7 +260,7 @@ def test_the_largest_message_still_becomes_a_letter(broker, fail):
     put(broker, message.encode())
     with running(broker):
         letter = one_letter(broker)
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
     assert letter.data == message.encode()
     assert (letter.actor, letter.reason) == ("fail", "retries exhausted")
     assert broker.dead_letters.count("default") == 1
@@ -276,7 +276,7 @@ def test_headers_too_large_for_a_letter_are_left_out(broker, fail):
     put(broker, message.encode(), **{"x-huge": "h" * (64 * 1024 - 300)})
     with running(broker):
         letter = one_letter(broker)
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
     assert letter.data == message.encode()
     assert letter.error == "Failing: failed"
 
@@ -298,7 +298,7 @@ def test_a_letter_is_stored_before_its_message_is_acked(broker, fail, monkeypatc
     with running(broker):
         fail.send()
         letter = one_letter(broker)
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
     assert (letter.reason, letter.deliveries) == ("retries exhausted", 4)
     assert letter.error == tried[0]["error"]
     assert len(tried) == 4

@@ -40,7 +40,7 @@ def test_several_processes_share_the_work(make_fleet, start_method):
         fleet.send("mark", f"m{number}")
     for name in names:
         fleet.open(name)
-    fleet.broker.join("default", timeout=20_000)
+    fleet.broker.join("default", timeout=30_000)
     assert set(fleet.counts().values()) == {1}
     assert len(fleet.counts()) == 2 * len(names) + 50
     assert workers.stop() == 0
@@ -92,7 +92,7 @@ def test_sighup_finishes_what_runs_and_goes_on(make_fleet):
     fleet.open("old")
     workers.wait_for_output(WORKER_READY, count=2)
     fleet.wait_for("ran waiting")
-    fleet.broker.join("default", timeout=10_000)
+    fleet.broker.join("default", timeout=30_000)
     assert fleet.counts() == {"began old": 1, "ended old": 1, "ran waiting": 1}
 
 

@@ -21,7 +21,7 @@ def test_an_event_without_any_header_reaches_its_actor(service, topic):
     with running(service):
         publish_raw(service, f"{topic}.created", order("o-7").SerializeToString())
         eventually(lambda: seen)
-        service.join("default", timeout=5_000)
+        service.join("default", timeout=30_000)
     assert seen == [order("o-7")]
     assert service.dead_letters.list() == []
 
@@ -42,7 +42,7 @@ def test_the_actor_learns_where_its_event_comes_from(service, topic):
         publish_raw(service, f"{topic}.a.b", b"\x00\xff", {"ce-id": "id-1", "x-other": "é"})
         eventually(lambda: found)
         ordinary.send()
-        service.join("default", timeout=5_000)
+        service.join("default", timeout=30_000)
     event = found[0]
     assert (event.subject, event.data, event.stream, event.sequence, event.id) == (
         f"{topic}.a.b",
@@ -74,11 +74,11 @@ def test_two_actors_receive_every_event_independently(make_service, topic):
     for number in range(5):
         fast.publish(f"{topic}.created", b"%d" % number)
     with running(fast):
-        fast.join("default", timeout=5_000)
+        fast.join("default", timeout=30_000)
     assert len(seen) == len(failing) == 5
     assert late == []
     with running(slow):
-        slow.join("slow", timeout=5_000)
+        slow.join("slow", timeout=30_000)
     assert len(late) == 5
     assert fast.dead_letters.count() == 5
 
@@ -91,7 +91,7 @@ def test_an_event_goes_to_one_worker_of_an_actor(make_service, topic):
     with running(workers[0]), running(workers[1]), running(workers[2]):
         for number in range(60):
             workers[0].publish(f"{topic}.created", b"%d" % number)
-        workers[0].join("default", timeout=10_000)
+        workers[0].join("default", timeout=30_000)
     assert sorted(map(int, sum(seen, []))) == list(range(60))  # noqa: RUF017
 
 
@@ -104,7 +104,7 @@ def test_a_wildcard_may_have_a_type_for_each_subject(service, topic):
     service.publish(f"{topic}.noted", b"text")
     service.publish(f"{topic}.unknown", b"what is this")
     with running(service, threads=1):
-        service.join("default", timeout=5_000)
+        service.join("default", timeout=30_000)
     assert seen == [order(), "TEXT"]
     (letter,) = service.dead_letters.list()
     assert (letter.reason, letter.actor, letter.data) == ("undecodable", "handle", b"what is this")
@@ -160,7 +160,7 @@ def test_one_queue_may_have_events_of_several_streams(make_broker, topic, namesp
             for name in ("A", "B"):
                 broker.publish(f"{topic}{name}.x", b"%d" % number)
             work.send_with_options(args=(number,), broker_priority=number % 3)
-        broker.join("mixed", timeout=15_000)
+        broker.join("mixed", timeout=30_000)
     for received in (*seen.values(), messages):
         assert sorted(map(int, received)) == list(range(100))
 
@@ -202,7 +202,7 @@ def test_an_event_id_is_stored_once(service, topic):
     service.publish(f"{topic}.a", b"2")
     service.publish(f"{topic}.a", order())
     with running(service, threads=1):
-        service.join("default", timeout=5_000)
+        service.join("default", timeout=30_000)
     assert seen == [b"1", b"2", order().SerializeToString()]
 
 
@@ -229,7 +229,7 @@ def test_odd_headers_of_other_programs_do_no_harm(service, topic, nats_url):
         for number, headers in enumerate(raw):
             publish_wire(nats_url, f"{topic}.created", headers, b"%d" % number)
         eventually(lambda: len(seen) == len(raw))
-        service.join("default", timeout=5_000)
+        service.join("default", timeout=30_000)
     assert sorted(map(int, seen)) == list(range(len(raw)))
     assert service.connection.state.reconnects == 0
 

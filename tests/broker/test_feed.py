@@ -115,7 +115,7 @@ def test_a_consumer_that_nothing_can_be_fetched_from_is_named_once(
     with running(first):
         feeds_of(first)
         with running(second):
-            eventually(lambda: said in caplog.text, timeout=15)
+            eventually(lambda: said in caplog.text)
             holds(lambda: caplog.text.count(said) <= 2, 1.5)
 
 
@@ -140,7 +140,7 @@ def test_the_worker_and_the_server_agree_on_what_was_asked_for(make_broker, monk
                 work.send(number)
                 time.sleep(0.02)  # each fills a part of another request
             eventually(agree)
-        eventually(lambda: min(pull.number for pull in feeds_of(broker)[0].pulls) > 6, timeout=15)
+        eventually(lambda: min(pull.number for pull in feeds_of(broker)[0].pulls) > 6)
         eventually(agree)
         work.send(0)
         eventually(lambda: len(ran) == 19)
@@ -163,7 +163,7 @@ def test_requests_are_bounded_in_bytes(make_broker, monkeypatch):
 
     monkeypatch.setattr(broker.connection, "write", spy)
     with running(broker, threads=8):
-        eventually(lambda: len(ran) == 12, timeout=30)
+        eventually(lambda: len(ran) == 12)
     assert {request["max_bytes"] for request in asked} == {feeds.MAX_BYTES}
     assert len(asked) >= 12 / 2
 

@@ -52,7 +52,7 @@ def test_what_a_killed_worker_ran_begins_elsewhere_at_once(make_fleet, number):
     assert runner(fleet, "a") != victim
     for name in "abc":
         fleet.open(name)
-    fleet.broker.join("default", timeout=20_000)
+    fleet.broker.join("default", timeout=30_000)
     assert began(fleet, neighbour) == 1
     workers.wait_for_output(WORKER_READY, count=3)
     assert workers.running
@@ -80,7 +80,7 @@ def test_the_messages_that_were_not_begun_are_handed_on_too(make_fleet):
     os.kill(first.children()[0], signal.SIGKILL)
     for name in "abc":
         fleet.open(name)
-    fleet.broker.join("default", timeout=20_000)
+    fleet.broker.join("default", timeout=30_000)
     assert {began(fleet, name) for name in "bc"} == {1}
     assert second.running
 
@@ -198,7 +198,7 @@ def test_workers_stop_when_their_supervisor_is_killed(make_fleet):
         except FileNotFoundError:
             return False
 
-    eventually(lambda: not any(map(alive, children)), timeout=20)
+    eventually(lambda: not any(map(alive, children)))
 
 
 def test_the_probes_tell_a_stuck_worker_from_a_busy_one(make_fleet):
@@ -225,7 +225,7 @@ def test_the_probes_tell_a_stuck_worker_from_a_busy_one(make_fleet):
     (child,) = workers.children()
     os.kill(child, signal.SIGSTOP)
     try:
-        eventually(lambda: status("/health/live") == 503, timeout=30)
+        eventually(lambda: status("/health/live") == 503)
     finally:
         os.kill(child, signal.SIGCONT)
     eventually(lambda: status("/health/live") == 200)

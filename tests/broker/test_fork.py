@@ -189,7 +189,7 @@ def test_an_actor_that_forks_keeps_its_messages_to_itself(make_broker, max_prior
         for number in range(50):
             work.send(str(number))
         eventually(lambda: len(ran) == 52)
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
         child.pipe.send("end")
         assert child.answer() == (0, 0)
     assert {pid for _, pid in ran} == {os.getpid()}

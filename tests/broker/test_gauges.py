@@ -115,7 +115,7 @@ def test_they_come_back_with_the_server(own_nats_server: NatsServer, queue: str)
     own_nats_server.kill()
     eventually(lambda: samples(gauges)["dramatiq_connection_up", ""] == 0)
     own_nats_server.start()
-    eventually(lambda: samples(gauges).get(("dramatiq_queue_ready", queue)) == 1, timeout=20)
+    eventually(lambda: samples(gauges).get(("dramatiq_queue_ready", queue)) == 1)
     found = samples(gauges)
     assert found["dramatiq_connection_up", ""] == 1
     assert found["dramatiq_connection_reconnects_total", ""] >= 1

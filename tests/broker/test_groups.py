@@ -70,7 +70,7 @@ def test_a_member_that_runs_twice_is_counted_once(broker, backend, runs_again):
 
     @dramatiq.actor
     def slow():
-        assert release.wait(20)
+        assert release.wait(30)
         ended.append("slow")
 
     finished = dramatiq.actor(lambda: ended.append("finished"), actor_name="finished", queue_name="after")
@@ -81,7 +81,7 @@ def test_a_member_that_runs_twice_is_counted_once(broker, backend, runs_again):
         assert ended == []
         release.set()
         eventually(lambda: "finished" in ended)
-        broker.join("after", timeout=10_000)
+        broker.join("after", timeout=30_000)
     assert ended == ["slow", "finished"]
 
 
@@ -121,7 +121,7 @@ def test_the_last_member_is_told_again_until_its_callback_is_stored(broker, back
     with running(broker):
         start_group(broker, [part.message(), part.message()], finished)
         eventually(lambda: ended == ["finished"])
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
     assert sum(runs_again.runs.values()) == 4
     assert ended == ["finished"]
 
@@ -142,10 +142,10 @@ def test_a_barrier_in_an_actor_is_open_again_only_until_the_message_has_succeede
 
     with running(broker):
         arrive.send("first")
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
         arrive.send("second")
         eventually(lambda: len(told) == 4)
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
     # Its second run succeeded, but what followed was not stored; its third is told the same.
     assert told == [("first", False), ("second", True), ("second", True), ("second", True)]
 
@@ -162,11 +162,11 @@ def test_a_run_after_the_work_is_done_does_not_find_the_barrier_open(broker, bac
 
     with running(broker):
         message = arrive.send()
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
         keys = backend.bucket.keys("gate.member.")
         eventually(lambda: [backend.bucket.get(key).value for key in keys] == [b"done"])
         broker.enqueue(message)  # as its redelivery after a crash would
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
     assert told == [True, False]
 
 
@@ -180,7 +180,7 @@ def test_a_barrier_that_is_gone_is_open_to_no_one(broker, backend, caplog):
 
     with running(broker):
         arrive.send()
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
     assert told == [False]
     assert "'gone' has expired or was never made" in caplog.text
 
@@ -198,7 +198,7 @@ def test_parties_outside_of_actors_are_counted_by_call(broker, backend):
     assert barrier.wait(block=False) is False
     with running(broker):
         arrive.send()
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
         assert barrier.wait(block=True, timeout=5_000) is True
     assert told == [False]
 
@@ -310,15 +310,15 @@ def test_a_worker_that_dies_between_the_count_and_the_ack_does_not_count_twice(
         )
 
     with worker("first", DIE="1"):
-        eventually(lambda: lines()["part 0"] == 1, timeout=30)
+        eventually(lambda: lines()["part 0"] == 1)
         with worker("second") as second:
             second.wait_for_output(WORKER_READY, timeout=30)
-            eventually(lambda: lines()["part 0"] == 2, timeout=30)
+            eventually(lambda: lines()["part 0"] == 2)
             client.declare_queue("default")
             eventually(lambda: client.queue_stats("default").ready == 0)
             holds(lambda: lines()["finished"] == 0, 1.0)
             Path(f"{seen}.open").touch()
-            eventually(lambda: lines()["finished"] == 1, timeout=30)
-            client.join("after", timeout=10_000)
+            eventually(lambda: lines()["finished"] == 1)
+            client.join("after", timeout=30_000)
     client.close()
     assert lines()["finished"] == 1

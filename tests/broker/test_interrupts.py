@@ -86,7 +86,7 @@ def test_nothing_strikes_after_the_actor(broker, follow_up, exception):
         else:
             actor.send()
         eventually(lambda: followed)
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
         assert all(thread.is_alive() for thread in worker.workers)
     assert after_work.lines > 100
     assert len(runs) == (2 if follow_up == "retry" else 1)

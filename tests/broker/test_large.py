@@ -62,7 +62,7 @@ def failing(broker):
 
 def run(broker):
     with running(broker, threads=1):
-        broker.join("default", timeout=20_000)
+        broker.join("default", timeout=30_000)
 
 
 def test_the_largest_message_is_retried(broker, failing):
@@ -133,7 +133,7 @@ def test_a_large_event_is_retried_and_replayed(service, topic, size):
         assert letter.reason == "retries exhausted"
         assert service.dead_letters.replay(letter)
         eventually(lambda: runs == [digest(body)] * 3)
-        service.join("default", timeout=10_000)
+        service.join("default", timeout=30_000)
     assert service.dead_letters.list() == []
 
 
@@ -209,7 +209,7 @@ def test_progress_of_a_message_with_a_very_long_id_is_kept(broker):
     reconnects = broker.connection.state.reconnects
     with running(broker):
         broker.enqueue(Message("default", "work", (), {}, {}, message_id=message_id))
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
         found = eventually(lambda: read_progress(message_id, broker))
     assert (found.message_id, found.note) == (message_id, "half")
     assert read_progress(message_id + "y", broker) is None
@@ -231,10 +231,10 @@ def test_a_very_long_id_or_key_harms_nothing(broker):
     reconnects = broker.connection.state.reconnects
     with running(broker):
         assert results.get_result(message, block=True) == "done"
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
     aborted = broker.enqueue(Message("default", "work", (), {}, {}, message_id="y" * 5_000))
     abort(aborted.message_id)
     with running(broker):
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
     assert ran == [1]
     assert broker.connection.state.reconnects == reconnects

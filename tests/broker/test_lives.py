@@ -94,13 +94,13 @@ def test_acks_of_a_stream_that_is_gone_remove_nothing_from_its_successor(
         eventually(lambda: old.began == ["old 0"])
         life = old.life()
         lose(own_nats_server, old)
-        eventually(lambda: old.life() is not life, timeout=20)
+        eventually(lambda: old.life() is not life)
         fresh = [f"new {number}" for number in range(4)]
         # As many as the sequences that the old messages had; begun by whichever worker, ended by none.
         with running(new.broker, threads=8):
             new.send(*fresh)
-            eventually(lambda: old.stored() == old.in_flight() == 4, timeout=20)
-            eventually(lambda: old.life() not in (None, life), timeout=20)
+            eventually(lambda: old.stored() == old.in_flight() == 4)
+            eventually(lambda: old.life() not in (None, life))
             old.gate.set()
             eventually(lambda: names[0] in old.ended)
             # What of them this worker took is done as well, by itself.
@@ -137,7 +137,7 @@ def test_acks_of_an_outage_remove_nothing_from_an_older_copy_of_the_store(own_na
         eventually(lambda: new.broker.connection.is_connected or new.broker.connection.connect() or True)
         with running(new.broker, threads=4):
             new.send("e", "f", "g", "h")
-            eventually(lambda: old.life() not in (None, life), timeout=20)
+            eventually(lambda: old.life() not in (None, life))
             assert old.broker.connection.api(f"CONSUMER.INFO.{old.stream}.worker")["created"] == created
             eventually(lambda: len(old.began) + len(new.began) == 8)
             old.broker.in_flight.flush(2)
@@ -159,7 +159,7 @@ def test_acks_of_an_outage_are_sent_when_the_stream_is_the_same(own_nats_server,
         old.finish("a", "b", "c")
         own_nats_server.start()
         other.send("d")
-        eventually(lambda: "d" in old.ended, timeout=20)
+        eventually(lambda: "d" in old.ended)
         eventually(lambda: old.stored() == 0)
         holds(lambda: old.began == ["a", "b", "c", "d"], 1.0)
         assert old.life() is life
@@ -173,7 +173,7 @@ def test_what_is_done_is_acked_when_a_consumer_alone_was_made_again(own_nats_ser
         eventually(lambda: len(old.began) == 2)
         life = old.life()
         old.broker.connection.api(f"CONSUMER.DELETE.{old.stream}.worker")
-        eventually(lambda: old.life() not in (None, life), timeout=20)
+        eventually(lambda: old.life() not in (None, life))
         old.finish("a", "b")
         eventually(lambda: old.stored() == 0)
         holds(lambda: len(old.began) == 2, 0.5)
@@ -187,7 +187,7 @@ def test_no_answer_of_an_earlier_life_leaves_the_process(own_nats_server, progra
         eventually(lambda: old.began == ["a"] and old.broker.in_flight.held == 4)
         life = old.life()
         delete(own_nats_server, old)
-        eventually(lambda: old.life() is not life, timeout=20)
+        eventually(lambda: old.life() is not life)
         written = []
         write = old.broker.connection.write
         monkeypatch.setattr(
@@ -212,7 +212,7 @@ def test_what_was_held_over_a_close_is_not_answered_in_another_life(own_nats_ser
     delete(own_nats_server, new)
     with running(new.broker, threads=1):
         new.send("b")
-        eventually(lambda: new.began == ["b"], timeout=20)
+        eventually(lambda: new.began == ["b"])
         old.send("c")  # it is open again, with what the old life left
         consumer.ack(message)
         eventually(

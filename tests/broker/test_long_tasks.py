@@ -37,7 +37,7 @@ def test_a_task_of_several_ack_waits_runs_once(make_broker):
             holds(lambda: len(began) == threads, 3.2 * ACK_WAIT / 1000)
             assert busy.queue_stats("default").redelivered == 0
             release.set()
-            busy.join("default", timeout=10_000)
+            busy.join("default", timeout=30_000)
     assert sorted(began) == list(range(2 * threads))
 
 
@@ -63,7 +63,7 @@ def test_coroutines_and_computations_keep_their_messages(make_broker):
     with running(broker):
         wait.send()
         compute.send()
-        broker.join("default", timeout=15_000)
+        broker.join("default", timeout=30_000)
     assert sorted(began) == ["compute", "wait"]
 
 
@@ -74,12 +74,12 @@ def test_signals_are_for_what_is_held_only(make_broker):
 
     @dramatiq.actor(broker=broker)
     def work():
-        done.wait(10)
+        done.wait(30)
 
     with running(broker, threads=1):
         for _ in range(2):
             work.send()
         eventually(lambda: broker.in_flight.held == 2)
         done.set()
-        broker.join("default", timeout=5_000)
+        broker.join("default", timeout=30_000)
         eventually(lambda: broker.in_flight.held == 0)

@@ -152,7 +152,7 @@ def test_ticks_while_the_server_was_down_are_one(own_nats_server: NatsServer, na
             time.sleep(0.1)
         own_nats_server.start()
         back, before = time.monotonic(), len(seen)
-        eventually(lambda: len(seen) >= before + 3, timeout=15)
+        eventually(lambda: len(seen) >= before + 3)
         # Four were due while it was down. Without the rule they would all come at once.
         assert sum(1 for at in seen[before:] if at < back + 0.9) <= 2
     finally:
@@ -190,7 +190,7 @@ def test_a_fleet_runs_every_tick_once_while_a_worker_is_killed(
             worker.start()
         for worker in workers:
             worker.wait_for_output(WORKER_READY, timeout=40)
-        eventually(ticks.exists, timeout=10)
+        eventually(ticks.exists)
         started = time.monotonic()
         while time.monotonic() < started + SECONDS / 2:
             time.sleep(0.1)

@@ -92,9 +92,9 @@ def test_a_producer_and_a_worker_do_their_work(
         producer.work.send_with_options(args=("once",), unique_key="k")
         producer.broker.publish("ORDER.created", b"event")
         wanted = {"now", "later", "once", b"event"}
-        eventually(lambda: wanted <= set(worker.done) and worker.done.count("fail") == 2, timeout=20)
+        eventually(lambda: wanted <= set(worker.done) and worker.done.count("fail") == 2)
         eventually(lambda: len(operator.broker.dead_letters.list()) == 1)
-        operator.broker.join("default", timeout=10_000)
+        operator.broker.join("default", timeout=30_000)
     finally:
         running.stop()
         worker.broker.close()

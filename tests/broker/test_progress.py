@@ -38,7 +38,7 @@ def test_another_process_reads_what_was_said(
     @dramatiq.actor(broker=broker)
     def export() -> None:
         progress(1, 4, "rows")
-        go_on.wait(10)
+        go_on.wait(30)
         progress(4, 4, "rows")
 
     worker_of()
@@ -69,7 +69,7 @@ def test_a_loop_may_say_it_in_every_turn(broker: JetStreamBroker, worker_of) -> 
 
     worker_of()
     message = count.send()
-    eventually(lambda: taken, timeout=20)
+    eventually(lambda: taken)
     eventually(lambda: read_progress(message.message_id, broker).done == 20_000)
     assert taken[0] / 20_000 < 50e-6  # generous: other tests may run beside
     written = broker.connection.api(f"STREAM.INFO.{broker.bucket('progress').stream}")["state"]["last_seq"]

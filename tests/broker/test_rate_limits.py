@@ -239,7 +239,7 @@ def test_what_a_killed_process_held_comes_free(
             return acquired
 
     assert not taken()
-    assert eventually(taken, timeout=10)
+    assert eventually(taken)
     assert 2.9 <= time.time() - held < 6
 
 
@@ -255,7 +255,7 @@ def test_whoever_waits_is_woken_by_the_server(
             eventually(lambda: waiting._wakeups._waiters)
             notifying.wait_notify(f"k{number}", 60_000)
             before = time.monotonic()
-            assert woken.result(timeout=5) is True
+            assert woken.result(timeout=30) is True
             assert time.monotonic() - before < 3  # without it, 10 s
 
 
@@ -266,7 +266,7 @@ def test_a_wait_without_a_timeout_ends_with_the_notification(make_backend: MakeB
         woken = pool.submit(waiting.wait, "k", None)
         eventually(lambda: waiting._wakeups._waiters)
         notifying.wait_notify("k", 60_000)
-        assert woken.result(timeout=5) is True
+        assert woken.result(timeout=30) is True
 
 
 def test_an_increment_whose_answer_got_lost_counts_once(make_backend: MakeBackend, nats_url: str) -> None:
@@ -293,11 +293,11 @@ def test_an_increment_whose_answer_got_lost_counts_once(make_backend: MakeBacken
 
     with ThreadPoolExecutor(1) as pool:
         counted = pool.submit(counting.incr, "n", 1, 10, 60_000)
-        read.wait(5)
+        read.wait(30)
         eventually(lambda: value() == 2)
         cable.cut()
         cable.deaf = False
-        assert counted.result(timeout=20) is True
+        assert counted.result(timeout=30) is True
     assert value() == 2
     cable.close()
 
@@ -389,7 +389,7 @@ def test_a_thread_that_is_interrupted_while_it_waits_for_its_turn_gives_it_on(
 
     def slow(key: str) -> Any:
         waiting.set()
-        going_on.wait(10)
+        going_on.wait(30)
         return read(key)
 
     def use() -> None:
@@ -402,7 +402,7 @@ def test_a_thread_that_is_interrupted_while_it_waits_for_its_turn_gives_it_on(
     backend.bucket.get = slow  # type: ignore[method-assign]
     first = threading.Thread(target=use)
     first.start()
-    assert waiting.wait(10)
+    assert waiting.wait(30)
     second = threading.Thread(target=use)
     second.start()
     eventually(lambda: any(len(line._bells) == 2 for line in backend._lines))

@@ -72,7 +72,7 @@ def test_a_program_of_the_readme_runs(name: str, nats_url: str, namespace: str, 
             stderr=subprocess.STDOUT,
         )
     try:
-        eventually(lambda: "ready for action" in log.read_text(), timeout=30)
+        eventually(lambda: "ready for action" in log.read_text())
         if program.output is not None:
             ran = subprocess.run(
                 [sys.executable, f"{name}.py"],
@@ -86,7 +86,7 @@ def test_a_program_of_the_readme_runs(name: str, nats_url: str, namespace: str, 
             assert ran.returncode == 0, ran.stderr
             assert ran.stdout.replace(namespace, "").replace("PARCELS_", "PARCELS") == program.output
         for line in WORKERS.get(name, []):
-            eventually(lambda line=line: line in log.read_text().replace(namespace, ""), timeout=20)
+            eventually(lambda line=line: line in log.read_text().replace(namespace, ""))
     finally:
         worker.terminate()
         worker.wait(30)

@@ -312,11 +312,11 @@ def test_a_cluster_survives_the_death_of_a_leader(nats_cluster: NatsCluster) -> 
     try:
         leader = nats_cluster.leader_of("SURVIVES", timeout=30_000)
         assert leader is not dead
-        eventually(lambda: is_readable_through(leader) is None, timeout=30)
+        eventually(lambda: is_readable_through(leader) is None)
     finally:
         nats_cluster.restart(dead)
     assert all(node.running for node in nats_cluster.nodes)
-    eventually(lambda: is_readable_through(dead) is None, timeout=30)
+    eventually(lambda: is_readable_through(dead) is None)
 
 
 def test_an_unknown_node_or_stream_is_a_clear_error(nats_cluster: NatsCluster) -> None:

@@ -69,7 +69,7 @@ def test_workers_that_stop_under_load_leave_nothing_waiting(make_broker, namespa
         producing.join(15)
     last = another()
     with running(last, threads=4):
-        last.join("default", timeout=20_000)
+        last.join("default", timeout=30_000)
     assert set(ran) == sent
     assert sum(ran.values()) == len(sent)
 
@@ -91,7 +91,7 @@ def test_join_of_the_worker_counts_what_was_given_back(make_broker):
         slow.set()  # so that what was fetched ahead is given back
         eventually(lambda: len(ran) > 155)
         slow.clear()
-        broker.join("default", timeout=20_000)
+        broker.join("default", timeout=30_000)
         worker.join()
         assert worker.work_queue.unfinished_tasks == 0
     assert sorted(ran) == list(range(300))
@@ -108,7 +108,7 @@ def test_a_stopped_worker_does_not_stop_another_one_of_the_same_broker(make_brok
             eventually(lambda: ran == [1])
         for number in range(2, 30):
             work.send(number)
-        broker.join("default", timeout=10_000)
+        broker.join("default", timeout=30_000)
     assert sorted(ran) == list(range(1, 30))
 
 
@@ -123,7 +123,7 @@ def test_closing_the_broker_under_a_running_worker_loses_nothing(make_broker):
         eventually(lambda: len(ran) > 20)
         broker.close()
     with running(other):
-        other.join("default", timeout=20_000)
+        other.join("default", timeout=30_000)
     assert set(ran) == set(range(300))
 
 

@@ -87,7 +87,7 @@ def test_a_worker_with_nothing_to_do_stays_in_sight(broker, quick):
     dramatiq.actor(lambda: None, actor_name="idle")
     with running(broker):
         first = eventually(lambda: only(broker))
-        eventually(lambda: (found := only(broker)) and found.at > first.at + 3_500, timeout=20)
+        eventually(lambda: (found := only(broker)) and found.at > first.at + 3_500)
 
 
 def test_a_deleted_bucket_is_made_again(broker, quick):
@@ -96,7 +96,7 @@ def test_a_deleted_bucket_is_made_again(broker, quick):
     with running(broker):
         eventually(lambda: only(broker))
         broker.connection.api(f"STREAM.DELETE.KV_{broker.names.bucket('workers')}")
-        eventually(lambda: only(broker), timeout=20)
+        eventually(lambda: only(broker))
 
 
 def test_a_killed_worker_is_gone_by_itself(make_fleet):
@@ -104,7 +104,7 @@ def test_a_killed_worker_is_gone_by_itself(make_fleet):
     fleet = make_fleet()
     workers = fleet.start(processes=2, threads=1)
     fleet.send("hold", "a")
-    eventually(lambda: sum(len(worker.running) for worker in list_workers(fleet.broker)) == 1, timeout=20)
+    eventually(lambda: sum(len(worker.running) for worker in list_workers(fleet.broker)) == 1)
 
     def command(*arguments):
         line = [sys.executable, "-m", "dramatiq_jetstream.cli", "--json", *arguments]
@@ -120,5 +120,5 @@ def test_a_killed_worker_is_gone_by_itself(make_fleet):
     killed = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     workers.kill()
-    eventually(lambda: victim not in [worker.pid for worker in list_workers(fleet.broker)], timeout=30)
+    eventually(lambda: victim not in [worker.pid for worker in list_workers(fleet.broker)])
     assert time.monotonic() - killed < 25  # 15 s, and what a busy machine adds

@@ -119,7 +119,7 @@ def test_a_message_of_another_program_brings_its_context(
     body = Message(queue, "act", (), {}, {}).encode()
     fleet.connection.publish(fleet.names.task(queue), body, {"Traceparent": TRACEPARENT})
     with running(fleet):
-        fleet.join(queue, timeout=10_000)
+        fleet.join(queue, timeout=30_000)
     (process,) = telemetry.spans(f"process {queue}")
     assert (process.trace_id, process.parent_id) == (TRACE_ID, SPAN_ID)
 

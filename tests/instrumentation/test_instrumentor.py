@@ -98,7 +98,7 @@ def test_it_can_be_instrumented_again(recorded: Recorded, instrument: Any, queue
     instrument()
     act.send()
     with running(broker):
-        broker.join(queue, timeout=10_000)
+        broker.join(queue, timeout=30_000)
     recorded.spans(f"send {queue}", *[f"process {queue}"] * 2)
 
 
@@ -149,10 +149,10 @@ def test_uninstrumenting_in_the_middle_of_a_message(
 
     stop.send()
     with running(broker, threads=1):
-        broker.join(queue, timeout=10_000)
+        broker.join(queue, timeout=30_000)
         instrument()
         after.send()
-        broker.join(queue, timeout=10_000)
+        broker.join(queue, timeout=30_000)
     first, last, process = recorded.spans(f"send {queue}", f"send {queue}", f"process {queue}")
     assert process.parent_id == last.span_id
     assert first.trace_id != last.trace_id
@@ -181,7 +181,7 @@ def test_no_context_is_left_behind(telemetry: Recorded, queue: str) -> None:
         act.send(fail)
     broker.enqueue(act.message_with_options(args=(False,), max_age=-1))
     with running(broker):
-        broker.join(queue, timeout=10_000)
+        broker.join(queue, timeout=30_000)
     assert left == [{}, {}, {}]
 
 

@@ -59,7 +59,7 @@ def test_a_shutdown_ends_the_attempt(stub: Fleet, telemetry: Recorded, queue: st
 
     slow.send()
     with running(stub.broker):
-        assert started.wait(10)
+        assert started.wait(30)
 
     spans = telemetry.spans(f"send {queue}", f"process {queue}", f"send {queue}")
     assert spans[1].attributes["error.type"] == f"{Shutdown.__module__}.Shutdown"
@@ -85,9 +85,9 @@ def test_aborted_messages_are_told_apart(
         abort(message.message_id, middleware=abortable)
     with running(stub.broker):
         if while_it_runs:
-            assert started.wait(10)
+            assert started.wait(30)
             abort(message.message_id, middleware=abortable)
-        stub.broker.join(queue, timeout=10_000)  # type: ignore[attr-defined]
+        stub.broker.join(queue, timeout=30_000)  # type: ignore[attr-defined]
 
     _, process = telemetry.spans(f"send {queue}", f"process {queue}")
     assert process.attributes["dramatiq.outcome"] == "aborted"
@@ -126,7 +126,7 @@ def test_an_exception_that_strikes_in_middleware_leaves_nothing_open(
     act.send()
     act.send()
     with running(stub.broker, threads=1):
-        stub.broker.join(queue, timeout=10_000)  # type: ignore[attr-defined]
+        stub.broker.join(queue, timeout=30_000)  # type: ignore[attr-defined]
 
     spans = telemetry.spans(*[f"send {queue}", f"process {queue}"] * 2)
     outcomes = [span.attributes["dramatiq.outcome"] for span in spans if span.kind == "CONSUMER"]

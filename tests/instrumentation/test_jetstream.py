@@ -140,7 +140,7 @@ def test_a_batch_is_created_one_by_one_and_sent_at_once(
     fleet.enqueue_many(messages)
     assert all(message.options == {} for message in messages)
     with running(fleet):
-        fleet.join(queue, timeout=10_000)
+        fleet.join(queue, timeout=30_000)
     spans = telemetry.spans(*[f"create {queue}", f"process {queue}"] * 5, f"send {queue}")
     created = {s.span_id: s.attributes["messaging.message.id"] for s in spans if s.kind == "PRODUCER"}
     attempts = {s.parent_id: s.attributes["messaging.message.id"] for s in spans if s.kind == "CONSUMER"}
@@ -294,7 +294,7 @@ def test_a_redelivered_message_says_so(
     assert next(gone.consume(queue, timeout=5_000)) is not None
     gone.connection.close()
     with running(broker):
-        broker.join(queue, timeout=20_000)
+        broker.join(queue, timeout=30_000)
     broker.close()
     spans = telemetry.spans(f"send {queue}", f"process {queue}")
     assert spans[1].attributes["dramatiq.delivery_count"] >= 2

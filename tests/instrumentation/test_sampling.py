@@ -59,7 +59,7 @@ def work(queue: str) -> Iterator[tuple[Work, list[Any]]]:
 
         broker.queues[queue].put(Message(queue, "act", (), {}, {CARRIER_OPTION: carrier}).encode())
         with running(broker, threads=1):
-            broker.join(queue, timeout=10_000)
+            broker.join(queue, timeout=30_000)
         return Recorded(provider, meters, exporter, reader)
 
     yield work, found

@@ -102,7 +102,7 @@ class Process:
     def kill(self) -> None:
         """kill -9 for it and everything in its session, and wait for its end."""
         self._signal_session(signal.SIGKILL)
-        self.popen.wait(timeout=10)
+        self.popen.wait(timeout=30)
 
     def wait(self, timeout: float = 20.0) -> int:
         """Wait for its end by itself; returns the exit code."""

@@ -236,12 +236,12 @@ def test_second_request_while_the_first_runs(
 
     def linger() -> None:
         entered.set()
-        assert leave.wait(10)
+        assert leave.wait(30)
 
     stream.before = linger
     with ThreadPoolExecutor() as pool:
         first = pool.submit(front.accept, "k")
-        assert entered.wait(10)
+        assert entered.wait(30)
         with pytest.raises(IdempotencyInProgress):
             front.accept("k")
         with pytest.raises(IdempotencyInProgress):

@@ -232,7 +232,7 @@ def test_front_of_the_compose_file(tmp_path: Path) -> None:
                 except requests.ConnectionError:
                     return False
 
-            eventually(placed, timeout=20)
+            eventually(placed)
             stream = requests.get(f"{url}/orders/nothing/stream", timeout=10)
             assert (stream.status_code, stream.headers["Server"]) == (404, "nginx")
 

@@ -92,7 +92,7 @@ def test_no_line_of_an_actor_lacks_its_fields(
 
     messages = {pay.send(order_id).message_id: order_id for order_id in ("o-1", "o-2")}
     with running(broker, threads=2):
-        broker.join(queue, timeout=10_000)
+        broker.join(queue, timeout=30_000)
     attempts = {
         f"{span.context.span_id:016x}": span
         for span in exporter.get_finished_spans()
@@ -142,7 +142,7 @@ def test_fields_do_not_outlive_their_message(configure: Configure, broker: StubB
     for what in ("bind", "look", "skip", "look"):
         act.send(what)
     with running(broker, threads=1):
-        broker.join(queue, timeout=10_000)
+        broker.join(queue, timeout=30_000)
     assert [line.get("order_id") for line in lines(output) if line["message"] == "seen"] == [
         "o-1",
         None,
@@ -164,7 +164,7 @@ def test_fields_cannot_forge_the_line(configure: Configure, broker: StubBroker, 
 
     act.send()
     with running(broker, threads=1):
-        broker.join(queue, timeout=10_000)
+        broker.join(queue, timeout=30_000)
     (line,) = [line for line in lines(output) if line["logger"] == "orders"]
     assert (line["level"], line["message"], line["order_id"]) == ("WARNING", "true\nstory", "a\nb")
 

@@ -264,7 +264,7 @@ def test_killed_workers_lose_nothing(tmp_path_factory: pytest.TempPathFactory) -
             for _ in range(50):
                 token = random.choice(["tok_ok", "tok_ok", "tok_declined"])
                 order_ids.append(producer.publish(created(("MUG-01", 1), ("TEE-01", 2), payment_token=token)))
-            eventually(lambda: producer.status(order_ids[-50]) not in (None, "accepted"), timeout=30)
+            eventually(lambda: producer.status(order_ids[-50]) not in (None, "accepted"))
             shop.workers.kill()
             shop.workers.start()
         for order_id in order_ids:

@@ -34,7 +34,7 @@ def test_orders_wait_visibly_and_go_on(patient: Stack) -> None:
         bodies = [patient.get(f"/api/orders/{order['order_id']}").json() for order in orders]
         return all(body.get("waiting_for") == "payment provider" for body in bodies)
 
-    eventually(waiting, timeout=20)
+    eventually(waiting)
     page = patient.get(f"/orders/{orders[0]['order_id']}", headers={"Accept": "text/html"})
     assert "waiting for the payment provider" in page.text
     state = patient.get(f"/orders/{orders[0]['order_id']}/state").json()
@@ -68,7 +68,7 @@ def test_patience_ends(tmp_path: Path) -> None:
         stack.knobs(failure_rate=1.0)
         order_id = stack.order()["order_id"]
         started = time.monotonic()
-        eventually(lambda: stack.get(f"/api/orders/{order_id}").json()["status"] == "failed", timeout=30)
+        eventually(lambda: stack.get(f"/api/orders/{order_id}").json()["status"] == "failed")
         assert time.monotonic() - started > 2.0
         body = stack.get(f"/api/orders/{order_id}").json()
         assert "waiting_for" not in body

@@ -108,7 +108,7 @@ def test_a_program_that_places_orders(guarded: Stack, operator: Producer) -> Non
         return (await client.jetstream().publish("ORDER.created", event.SerializeToString())).seq
 
     assert as_ordering(guarded.nats, place) > 0
-    eventually(lambda: operator.status(event.order_id) == "confirmed", timeout=30)
+    eventually(lambda: operator.status(event.order_id) == "confirmed")
 
 
 @pytest.mark.parametrize("name", [*FORGED, "cancelled", "created.x", "anything"])

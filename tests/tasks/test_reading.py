@@ -148,7 +148,7 @@ def test_waiting_for_a_change(shop: Stack, producer: Producer) -> None:
         assert status == "confirmed"
         assert 300 <= waited < 2_000
         process.stdin.close()
-        process.wait(10)
+        process.wait(30)
 
 
 def rebuild(shop: Stack) -> str:

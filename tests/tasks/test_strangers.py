@@ -108,7 +108,7 @@ def test_ids_of_events_that_are_taken_hold_nothing_up(waiting: Stack, tmp_path: 
     assert waiting.get(f"/api/orders/{order_id}").json()["status"] == "accepted"
     with dramatiq_worker("tasks", log=tmp_path / "late.log", env=waiting.environment):
         order = producer.wait(order_id, "confirmed", "accepted", "reserved", "paid")
-        eventually(lambda: producer.status(order_id) == "confirmed", timeout=30)
+        eventually(lambda: producer.status(order_id) == "confirmed")
         order = waiting.get(f"/api/orders/{order_id}").json()
     assert [entry["event"] for entry in order["history"]] == list(names)
     assert pieces(order) == 2
@@ -126,7 +126,7 @@ def test_a_foreign_order_under_an_id_of_ours(waiting: Stack, tmp_path: Path) -> 
     producer.publish(created(("NOTE-01", 8), order_id=order_id))
     assert pieces(waiting.get(f"/api/orders/{order_id}").json()) == 2
     with dramatiq_worker("tasks", log=tmp_path / "late.log", env=waiting.environment):
-        eventually(lambda: producer.status(order_id) == "confirmed", timeout=30)
+        eventually(lambda: producer.status(order_id) == "confirmed")
         eventually(lambda: len(broker.dead_letters.list("orders")) == 2)
     letters = broker.dead_letters.list("orders")
     assert all("other contents" in letter.error for letter in letters)
@@ -207,7 +207,7 @@ def settled(producer: Producer, but: frozenset[str] | set[str] = frozenset()) ->
             if one["num_pending"] + one["num_ack_pending"] and not any(name in one["name"] for name in but)
         ]
 
-    eventually(lambda: not waiting(), timeout=30)
+    eventually(lambda: not waiting())
 
 
 def test_many_repetitions_do_not_slow_the_pages(waiting: Stack) -> None:

@@ -63,7 +63,7 @@ def test_a_token_is_never_stored_in_clear_and_goes(tmp_path: Path) -> None:
                 "rejected",
                 "rejected",
             ]
-            eventually(lambda: kept(stack) == [], timeout=20)
+            eventually(lambda: kept(stack) == [])
         assert not stored(tmp_path / "nats", TOKEN)
 
 

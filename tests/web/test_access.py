@@ -189,7 +189,7 @@ def test_keys_are_made_listed_and_revoked(closed: Closed) -> None:
     everything = closed.run("keys", "list", "--json").stdout
     assert text.split("_", 2)[2] not in everything
     assert closed.run("keys", "revoke", key_id).returncode == 0
-    eventually(lambda: closed.get(text, "/api/orders").status_code == 401, timeout=15)
+    eventually(lambda: closed.get(text, "/api/orders").status_code == 401)
     assert "revoked" in next(
         line for line in closed.run("keys", "list").stdout.splitlines() if key_id in line
     )
@@ -340,11 +340,11 @@ def test_a_session_ends(closed: Closed) -> None:
     changed.headers["Cookie"] = f"{cookie.name}={'A' if cookie.value[0] != 'A' else 'B'}{cookie.value[1:]}"
     assert not opens(changed)
     assert closed.run("operators", "set", "pavel", stdin=f"{PASSWORD} 2\n").returncode == 0
-    eventually(lambda: not opens(browser), timeout=15)
+    eventually(lambda: not opens(browser))
     browser, answer = sign_in(closed, "pavel", f"{PASSWORD} 2")
     assert answer.status_code == 303
     assert closed.run("operators", "remove", "pavel").returncode == 0
-    eventually(lambda: not opens(browser), timeout=15)
+    eventually(lambda: not opens(browser))
 
 
 def test_a_foreign_site_can_do_nothing_with_a_session(closed: Closed) -> None:
@@ -513,7 +513,7 @@ def test_administrators_manage_keys_on_a_page(closed: Closed) -> None:
     foreign = browser.post(f"{url}/{key_id}/revoke", headers={"Origin": "https://evil.example"}, timeout=20)
     assert foreign.status_code == 403
     assert browser.post(f"{url}/{key_id}/revoke", headers=SAME_SITE, timeout=20).status_code == 200
-    eventually(lambda: closed.get(text, "/api/orders").status_code == 401, timeout=15)
+    eventually(lambda: closed.get(text, "/api/orders").status_code == 401)
     for who in ("alice", "operator", "reader"):
         assert closed.get(who, "/admin/keys").status_code == 403
         assert closed.ask(who, "POST", "/admin/keys", data=data).status_code == 403

@@ -79,7 +79,7 @@ def test_open_pages_leave_threads_for_orders(quiet: Stack) -> None:
         for stream in streams:
             stream.close()
     # The places are free again, also when readers just go away.
-    eventually(lambda: _opens(quiet, order_id), timeout=8)
+    eventually(lambda: _opens(quiet, order_id))
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_an_order_that_was_given_up_and_replayed_is_one_trace(service: Stack, re
     """The dead letter, what it was announced as, and its replay by the fleet command stay with the order."""
     service.knobs(fail_next=2)
     order_id = service.order()["order_id"]
-    eventually(lambda: service.get(f"/api/orders/{order_id}").json()["status"] == "failed", timeout=20)
+    eventually(lambda: service.get(f"/api/orders/{order_id}").json()["status"] == "failed")
     instrument = Path(sys.executable).with_name("opentelemetry-instrument")
     fleet = [sys.executable, "-m", "dramatiq_jetstream.cli", "--url", service.nats.url, "dead", "replay"]
     env = {**os.environ, **service.environment, **INSTRUMENT}

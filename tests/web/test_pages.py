@@ -37,7 +37,7 @@ def test_the_form_places_an_order(service: Stack) -> None:
         assert "Order confirmed" in text
         return text
 
-    text = eventually(page, timeout=20)
+    text = eventually(page)
     assert "http-equiv" not in text
     assert "€25.80" in text
     assert "Enamel mug" in text

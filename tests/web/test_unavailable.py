@@ -43,7 +43,7 @@ def test_health_follows_the_connection(own: Stack) -> None:
     answer = own.get("/health")
     assert answer.json()["status"] == "unavailable"
     own.nats.start()
-    eventually(lambda: all(health(own) == 200 for _ in range(6)), timeout=15)
+    eventually(lambda: all(health(own) == 200 for _ in range(6)))
 
 
 def test_without_nats_nothing_is_accepted(own: Stack) -> None:
@@ -81,7 +81,7 @@ def test_without_nats_nothing_is_accepted(own: Stack) -> None:
     assert 'value="xxxxxxxxxxxxxxxxxxxx"' in form.text
 
     own.nats.start()
-    eventually(own.healthy, timeout=15)
+    eventually(own.healthy)
 
     # The client tries again with the same key, and again: it is one order, whatever the first one came to.
     def again() -> dict[str, object] | None:
@@ -140,7 +140,7 @@ def test_two_hundred_posts_during_a_restart(own: Stack) -> None:
 
     with ThreadPoolExecutor(200) as pool:
         waiting = [pool.submit(place, number) for number in range(200)]
-        eventually(lambda: sum(future.done() for future in waiting) >= 20, timeout=30)
+        eventually(lambda: sum(future.done() for future in waiting) >= 20)
         own.nats.kill()
         # Longer than a request waits for a connection, so that some must fail.
         time.sleep(3.0)
@@ -158,7 +158,7 @@ def test_two_hundred_posts_during_a_restart(own: Stack) -> None:
         assert own.final(order_id, timeout=60)["status"] == "confirmed"
 
     # And who got an error tries again with the same key: no customer ends up with two orders.
-    eventually(own.healthy, timeout=15)
+    eventually(own.healthy)
     for number, answer in enumerate(answers):
         if answer.status_code == 503:
             eventually(lambda number=number: _accepted(own, number), timeout=30, interval=0.2)

@@ -119,10 +119,10 @@ def _running(command: list[str], log: Path, environment: dict[str, str]) -> Iter
     finally:
         process.terminate()
         try:
-            process.wait(timeout=20)
+            process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait(timeout=10)
+            process.wait(timeout=30)
 
 
 def _wait_until_ready(

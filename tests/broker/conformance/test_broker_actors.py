@@ -60,7 +60,7 @@ def test_names_of_queues_and_actors_may_have_dots_and_dashes(rig, broker, queue)
 
     with running(broker) as worker:
         note.send_with_options(delay=10)
-        assert done.wait(timeout=10)
+        assert done.wait(timeout=30)
         rig.drain(name, worker)
     rig.expect(name, dead=0)
 

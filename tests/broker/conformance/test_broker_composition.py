@@ -94,7 +94,7 @@ def test_waiting_for_a_pipeline_has_a_timeout(rig, broker, actor, queue):
 
     @actor(store_results=True)
     def wait(*args):
-        go_on.wait(timeout=10)
+        go_on.wait(timeout=30)
 
     pipe = wait.message() | wait.message()
     with running(broker) as worker:
@@ -158,7 +158,7 @@ def test_a_group_runs_side_by_side(rig, broker, actor, queue):
 
     @actor(store_results=True)
     def meet(number):
-        together.wait(timeout=10)
+        together.wait(timeout=30)
         return number
 
     parts = group(meet.message(number) for number in range(4))
@@ -186,7 +186,7 @@ def test_a_group_counts_what_is_complete_in_any_order(rig, broker, actor, queue)
 
     @actor(store_results=True)
     def wait(number):
-        gates[number].wait(timeout=10)
+        gates[number].wait(timeout=30)
 
     parts = group(wait.message(number) for number in range(3))
     with running(broker, threads=3) as worker:

@@ -143,7 +143,7 @@ def test_a_worker_goes_on_after_its_connection_was_cut(rig, cable, queue):
             rig.drain(queue, worker)
             assert cable.cut() >= 1
             rig.broker.enqueue(note.message(2))
-            eventually(lambda: done == {1, 2}, timeout=15)
+            eventually(lambda: done == {1, 2})
             rig.drain(queue, worker)
 
 

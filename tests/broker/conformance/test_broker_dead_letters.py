@@ -80,7 +80,7 @@ def test_a_message_for_an_unknown_actor_becomes_a_dead_letter(rig, broker, actor
     recorder = Recorder()
     broker.add_middleware(recorder)
     with running(broker) as worker:
-        assert done.wait(timeout=10)
+        assert done.wait(timeout=30)
         eventually(lambda: rig.dead(queue) == 1)
         rig.drain(queue, worker)
     assert recorder.of(unknown.message_id) == ["before_nack", "after_nack"]
@@ -103,7 +103,7 @@ def test_a_body_that_cannot_be_decoded_becomes_a_dead_letter(rig, broker, actor,
     rig.put(queue, body)
     note.send()
     with running(broker, prefetch=1) as worker:
-        assert done.wait(timeout=10)
+        assert done.wait(timeout=30)
         eventually(lambda: rig.dead(queue) == 1)
         rig.drain(queue, worker)
     rig.expect(queue, waiting=0)
@@ -150,7 +150,7 @@ def test_without_retries_middleware_a_failed_message_is_settled(make_rig, queue)
 
     fail.send()
     with running(rig.broker) as worker:
-        assert failed.wait(timeout=10)
+        assert failed.wait(timeout=30)
         rig.drain(queue, worker)
     rig.expect(queue, waiting=0, dead=0)
 
@@ -239,7 +239,7 @@ def test_flush_drops_what_is_ready_and_what_is_delayed(rig, broker, actor, queue
         broker.flush(dq_name(queue))
     rig.expect(queue, waiting=0, delayed=0)
     rig.expect(other, waiting=1)
-    broker.join(queue, timeout=5000)
+    broker.join(queue, timeout=30_000)
     with running(broker, queues=[queue]):
         holds(lambda: not runs, 0.1)
 
@@ -279,7 +279,7 @@ def test_join_returns_at_once_when_there_is_nothing(broker, queue):
     """An empty queue is finished. (RabbitMQ's join looks several times, for want of a count of what runs.)"""
     broker.declare_queue(queue)
     before = time.monotonic()
-    broker.join(queue, timeout=5000)
+    broker.join(queue, timeout=30_000)
     assert time.monotonic() - before < 2
 
 
@@ -300,12 +300,12 @@ def test_join_waits_for_running_messages_and_has_a_timeout(rig, broker, actor, q
     @actor
     def wait():
         started.set()
-        go_on.wait(timeout=10)
+        go_on.wait(timeout=30)
 
     with running(broker):
         wait.send()
-        assert started.wait(timeout=10)
+        assert started.wait(timeout=30)
         with pytest.raises(QueueJoinTimeout):
             broker.join(queue, timeout=200)
         go_on.set()
-        broker.join(queue, timeout=5000)
+        broker.join(queue, timeout=30_000)

@@ -58,7 +58,7 @@ def test_a_delay_of_zero_is_no_delay(rig, broker, actor, queue):
 
     with running(broker) as worker:
         note.send_with_options(delay=0)
-        assert done.wait(timeout=5)
+        assert done.wait(timeout=30)
         rig.drain(queue, worker)
 
 
@@ -174,7 +174,7 @@ def test_a_worker_holds_no_delayed_message(rig, broker, actor, queue):
         note.send_with_options(delay=600_000)
     with running(broker) as worker:
         note.send(last=True)
-        assert done.wait(timeout=5), "a ready message was held up by delayed ones"
+        assert done.wait(timeout=30), "a ready message was held up by delayed ones"
         holds(lambda: worker.consumers[queue].delay_queue.empty() and worker.work_queue.empty(), 0.1)
         assert set(worker.consumers) == {queue}
     assert "before_delay_message" not in recorder.names()
@@ -191,7 +191,7 @@ def test_join_waits_for_delayed_messages(rig, broker, actor, queue):
 
     with running(broker):
         note.send_with_options(delay=400)
-        broker.join(queue, timeout=10_000)
+        broker.join(queue, timeout=30_000)
         eventually(lambda: done == [1])
 
 
@@ -226,7 +226,7 @@ def test_join_misses_nothing_that_a_running_message_delays(broker, actor, queue)
 
     with running(broker, threads=1):
         first.send()
-        broker.join(queue, timeout=10_000)
+        broker.join(queue, timeout=30_000)
         assert done == ["first", "second"]
 
 
@@ -241,7 +241,7 @@ def test_an_eta_that_makes_no_sense_does_not_hold_a_message_up(rig, broker, acto
 
     rig.put(queue, note.message_with_options(eta=eta).encode())
     with running(broker) as worker:
-        assert done.wait(timeout=10)
+        assert done.wait(timeout=30)
         rig.drain(queue, worker)
     rig.expect(queue, dead=0)
 

@@ -226,7 +226,7 @@ def test_two_workers_share_a_queue(rig, broker, actor, queue):
 
     def note(number):
         if number < 2:
-            both.wait(timeout=10)  # no worker gets further before the other has begun
+            both.wait(timeout=30)  # no worker gets further before the other has begun
         seen[number] += 1
 
     here = actor(note)
@@ -249,13 +249,13 @@ def test_what_a_worker_did_not_begin_is_requeued(rig, broker, actor, queue):
     @actor
     def wait(number):
         started.set()
-        go_on.wait(timeout=10)
+        go_on.wait(timeout=30)
         done.append(number)
 
     for number in range(4):
         wait.send(number)
     with running(broker, threads=1, prefetch=4) as worker:
-        assert started.wait(timeout=10)
+        assert started.wait(timeout=30)
         eventually(lambda: worker.work_queue.qsize() == 3)
         # stop() waits for the actor, so somebody else must let it go on once the worker was told to stop.
         threading.Timer(0.1, go_on.set).start()
@@ -263,6 +263,6 @@ def test_what_a_worker_did_not_begin_is_requeued(rig, broker, actor, queue):
 
     with running(broker) as worker:
         # Sooner than a server that had only lost sight of the first worker would deliver them again.
-        eventually(lambda: len(done) == 4, timeout=5)
+        eventually(lambda: len(done) == 4)
         rig.drain(queue, worker)
     assert sorted(done) == [0, 1, 2, 3]

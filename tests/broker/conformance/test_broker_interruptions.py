@@ -61,7 +61,7 @@ def test_an_actor_that_wants_to_know_is_told_of_the_shutdown(rig, broker, actor,
 
     work.send()
     with running(broker):
-        assert started.wait(timeout=10)
+        assert started.wait(timeout=30)
     assert ended_by == ["shutdown"]
     if broker_kind.requeues_at_shutdown:
         with running(broker) as worker:
@@ -82,7 +82,7 @@ def test_an_actor_that_does_not_want_to_know_is_let_finish(rig, broker, actor, q
 
     work.send()
     with running(broker):
-        assert started.wait(timeout=10)
+        assert started.wait(timeout=30)
     assert ended == [1]
     rig.requeue(queue)
     rig.expect(queue, waiting=0, delayed=0, dead=0)
@@ -108,7 +108,7 @@ def test_a_shutdown_does_not_reach_threads_that_are_done(rig, broker, actor, que
     work.send(False)
     work.send(True)
     with running(broker, threads=2):
-        assert long_started.wait(timeout=10)
+        assert long_started.wait(timeout=30)
         eventually(lambda: ended == ["done"])
     assert ended == ["done", "shutdown"]
     eventually(lambda: rig.dead(queue) == 1)

@@ -163,7 +163,7 @@ def test_middleware_that_breaks_does_not_stop_a_message(rig, broker, actor, queu
     broker.add_middleware(type("Breaks", (Middleware,), {name: broken(name) for name in names})())
     with running(broker) as worker:
         work.send()
-        assert done.wait(timeout=10)
+        assert done.wait(timeout=30)
         eventually(lambda: called == set(names))
         rig.drain(queue, worker)
     rig.expect(queue, dead=0)

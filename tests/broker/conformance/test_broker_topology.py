@@ -171,7 +171,7 @@ def test_joining_an_undeclared_queue_raises(broker, queue):
 @pytest.mark.where(join_undeclared="returns")
 def test_joining_an_undeclared_queue_returns(broker, queue):
     """A queue that was never declared has nothing to wait for."""
-    assert broker.join(queue, timeout=5000) is None
+    assert broker.join(queue, timeout=30_000) is None
     broker.declare_queue(queue)
 
 

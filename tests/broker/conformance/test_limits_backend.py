@@ -98,7 +98,7 @@ def test_a_counter_is_exact_under_contention(pair, key, amount):
 
     def contend(number):
         backend = pair[number % 2]
-        start.wait(timeout=10)
+        start.wait(timeout=30)
         return sum(backend.incr(key, amount, maximum, TTL) for _ in range(5))
 
     with ThreadPoolExecutor(max_workers=16) as pool:
@@ -108,7 +108,7 @@ def test_a_counter_is_exact_under_contention(pair, key, amount):
 
         def give_back(number):
             backend = pair[number % 2]
-            start.wait(timeout=10)
+            start.wait(timeout=30)
             return sum(backend.decr(key, amount, 0, TTL) for _ in range(5))
 
         assert sum(pool.map(give_back, range(16))) == 30
@@ -122,7 +122,7 @@ def test_a_sum_is_never_passed_under_contention(pair, key):
 
     def contend(number):
         backend = pair[number % 2]
-        start.wait(timeout=10)
+        start.wait(timeout=30)
         return sum(backend.incr_and_sum(keys[number % 4], lambda: keys, 1, 20, TTL) for _ in range(4))
 
     with ThreadPoolExecutor(max_workers=16) as pool:
@@ -135,7 +135,7 @@ def test_only_one_adds_under_contention(pair, key):
     start = threading.Barrier(16)
 
     def contend(number):
-        start.wait(timeout=10)
+        start.wait(timeout=30)
         return pair[number % 2].add(key, number, TTL)
 
     with ThreadPoolExecutor(max_workers=16) as pool:
@@ -197,9 +197,9 @@ def test_a_notification_wakes_all_who_wait(pair, key):
         time.sleep(0.2)  # there is no way to see that they wait
         before = time.monotonic()
         pair[0].wait_notify(events, TTL)
-        assert [bool(future.result(timeout=10)) for future in waiting] == [True] * 8
+        assert [bool(future.result(timeout=30)) for future in waiting] == [True] * 8
         assert time.monotonic() - before < 5
-        assert not other.result(timeout=10)
+        assert not other.result(timeout=30)
 
 
 @pytest.mark.where(remembers_notifications=True)

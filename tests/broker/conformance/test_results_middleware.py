@@ -53,11 +53,11 @@ def test_a_result_is_missing_until_the_actor_is_done(results):
     @dramatiq.actor(store_results=True)
     def work():
         started.set()
-        assert go_on.wait(timeout=10)
+        assert go_on.wait(timeout=30)
         return 42
 
     message = work.send()
-    assert started.wait(timeout=10)
+    assert started.wait(timeout=30)
     with pytest.raises(ResultMissing):
         message.get_result()
     go_on.set()
@@ -186,7 +186,7 @@ def test_a_result_that_cannot_be_stored_does_not_change_the_outcome(broker):
     with running(broker) as worker:
         message = work.send()
         recorder.wait_for("after_ack", message.message_id)
-        broker.join(work.queue_name, timeout=5000)
+        broker.join(work.queue_name, timeout=30_000)
         worker.join()
     assert runs == [1]
     assert "after_nack" not in recorder.of(message.message_id)
@@ -228,7 +228,7 @@ def test_a_group_waits_for_all_parts():
     @dramatiq.actor(store_results=True)
     def work(wait):
         if wait:
-            slow.wait(timeout=10)
+            slow.wait(timeout=30)
         return time.monotonic()
 
     parts = group([work.message(True), work.message(False)])

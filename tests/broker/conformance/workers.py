@@ -46,7 +46,7 @@ def pause_threads(worker: Worker) -> None:
     for thread in worker.workers:
         thread.pause()
     for thread in worker.workers:
-        assert thread.paused_event.wait(timeout=10), "a worker thread did not pause"
+        assert thread.paused_event.wait(timeout=30), "a worker thread did not pause"
 
 
 def resume_threads(worker: Worker) -> None:
