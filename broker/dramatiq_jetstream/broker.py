@@ -33,7 +33,7 @@ from .sending.sender import Sender
 from .streams import Stream
 from .wire.connection import Connection, PubAck
 from .worker.consumer import JetStreamConsumer
-from .worker.emission import EmittingBroker
+from .worker.hooks import HookedBroker
 from .worker.presence import describe_arguments
 from .worker.shutdown_notices import give_notice_for
 from .worker.suspects import BUCKET as STARTS
@@ -43,7 +43,7 @@ from .worker.workplace import Workplace
 __all__ = ["JetStreamBroker", "broker_for"]
 
 
-class JetStreamBroker(EmittingBroker):
+class JetStreamBroker(HookedBroker):
     """A Dramatiq broker on NATS JetStream. All times are milliseconds.
 
     Parameters:

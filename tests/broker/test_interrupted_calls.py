@@ -17,8 +17,8 @@ import pytest
 
 from dramatiq_jetstream.wire import lanes
 from dramatiq_jetstream.wire.connection import Connection, ConnectOptions
-from dramatiq_jetstream.wire.handover import Handover
 from dramatiq_jetstream.wire.ids import new_id
+from dramatiq_jetstream.wire.thread_queue import ThreadQueue
 from tests.support.polling import eventually
 
 
@@ -172,7 +172,7 @@ def test_a_close(nats_url):
 @pytest.mark.parametrize("timeout", [0.01, None])
 def test_taking_from_a_queue_between_threads(timeout):
     """The thread that was struck takes the item, or the next one does; no thread waits beside an item."""
-    queue: Handover[int] = Handover()
+    queue: ThreadQueue[int] = ThreadQueue()
 
     def take() -> None:
         if timeout is None:

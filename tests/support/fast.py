@@ -17,7 +17,7 @@ MODULES = {
     "tests/benchmarks/test_statistics.py",
     "tests/benchmarks/test_tally.py",
     "tests/broker/test_board.py",
-    "tests/broker/test_emission.py",
+    "tests/broker/test_hooks.py",
     "tests/broker/test_envelope.py",
     "tests/broker/test_ids.py",
     "tests/broker/test_naming.py",

@@ -15,7 +15,7 @@ from typing import Any
 
 from dramatiq_jetstream.errors import BrokerConnectionError, TopologyMissing
 from dramatiq_jetstream.wire.connection import Connection, Msg, Subscription
-from dramatiq_jetstream.wire.handover import Handover
+from dramatiq_jetstream.wire.thread_queue import ThreadQueue
 
 from .reading import StoredMessage, last_message, parse_time
 
@@ -40,7 +40,7 @@ class Listing:
         self._stream = stream
         self._inbox = ""
         self._subscription: Subscription | None = None
-        self._pages: dict[str, Handover[Msg]] = {}
+        self._pages: dict[str, ThreadQueue[Msg]] = {}
 
     def read(
         self, subject: str, *, start: int = 1, page: int = PAGE, timeout: int | None = None
@@ -121,7 +121,7 @@ class Listing:
         inbox = self._listen()
         while True:
             token = secrets.token_hex(8)
-            answers = self._pages[token] = Handover()
+            answers = self._pages[token] = ThreadQueue()
             try:
                 self._connection.send(
                     self._connection.api_subject(f"DIRECT.GET.{self._stream}"),
@@ -137,7 +137,7 @@ class Listing:
             finally:
                 del self._pages[token]
 
-    def _collect(self, answers: Handover[Msg], deadline: float) -> tuple[list[StoredMessage], bool]:
+    def _collect(self, answers: ThreadQueue[Msg], deadline: float) -> tuple[list[StoredMessage], bool]:
         found: list[StoredMessage] = []
         while True:
             answer = answers.get(timeout=max(0.01, min(SILENCE_SECONDS, deadline - time.monotonic())))

@@ -36,7 +36,7 @@ from dramatiq_jetstream import dead_letters
 from dramatiq_jetstream.errors import ApiError, MessageTooLarge
 from dramatiq_jetstream.jetstream.names import HEADER_TICK
 from dramatiq_jetstream.wire.connection import Connection
-from dramatiq_jetstream.wire.handover import Handover
+from dramatiq_jetstream.wire.thread_queue import ThreadQueue
 
 from .delivery import Delivery
 from .in_flight import InFlight
@@ -180,7 +180,7 @@ class JetStreamConsumer(Consumer):
         self.stopping = False
         # A program that takes messages by itself needs no actors.
         self._runs_actors = isinstance(current_thread(), ConsumerThread)
-        self._handover: Handover[list[Delivery]] = Handover()
+        self._arrivals: ThreadQueue[list[Delivery]] = ThreadQueue()
         self._ready: list[tuple[int, int, Delivery]] = []  # the consumer thread's own
         self._suspected: list[tuple[int, int, Delivery]] = []  # as well; the latest stored first
         self._order = itertools.count()
@@ -194,7 +194,7 @@ class JetStreamConsumer(Consumer):
             self._opened,
             self._room,
             owner=self,
-            deliver=self._handover.put,
+            deliver=self._arrivals.put,
             surplus=self._surplus,
         )
         sources.open(self._opened)
@@ -216,7 +216,7 @@ class JetStreamConsumer(Consumer):
                     return message
                 self.rerouter.requeue(message._delivery)
             try:
-                arrived = self._handover.get(timeout=max(0.0, deadline - time.monotonic()))
+                arrived = self._arrivals.get(timeout=max(0.0, deadline - time.monotonic()))
             except Empty:
                 return None
             for delivery in arrived:
@@ -237,7 +237,7 @@ class JetStreamConsumer(Consumer):
             delivery = heappop(self._ready)[-1]
         else:
             return None
-        self._room.hand_over(delivery)
+        self._room.occupy(delivery)
         return delivery
 
     def released(self, delivery: Delivery, *, done: bool) -> None:
@@ -248,7 +248,7 @@ class JetStreamConsumer(Consumer):
         self._puller.ask_under_load()
 
     def _wake(self) -> None:
-        self._handover.put([])
+        self._arrivals.put([])
 
     def _surplus(self) -> None:
         self._has_surplus = True
@@ -401,7 +401,7 @@ class JetStreamConsumer(Consumer):
             self.rerouter.requeue(heappop(self._suspected)[-1])
         while True:
             try:
-                arrived = self._handover.get(timeout=timeout)
+                arrived = self._arrivals.get(timeout=timeout)
             except Empty:
                 return
             for delivery in arrived:

@@ -66,7 +66,7 @@ class Delivery:
         "ack_subject",
         "data",
         "deliveries",
-        "handed_over",
+        "has_place",
         "key",
         "life",
         "owner",
@@ -88,7 +88,7 @@ class Delivery:
         self.ack_subject = message.reply
         self.source = source
         self.owner = owner
-        self.handed_over = False
+        self.has_place = False
         # $JS.ACK.<stream>.<consumer>.<deliveries>.<sequence>.<..>.<timestamp>.<pending>, and with a domain
         # and an account hash: $JS.ACK.<domain>.<hash>.<stream>. … .<pending>.<random>
         tokens = message.reply.split(".")

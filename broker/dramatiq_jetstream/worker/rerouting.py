@@ -64,7 +64,7 @@ class JetStreamRerouter:
 
     Parameters:
       actor_options: The options of the actor with that name.
-      emit: Calls a hook of this library's own (see `emission`).
+      emit: Calls a hook of this library's own (see `hooks`).
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """The queue between a worker's consumer threads and its worker threads: lowest priority first.
 
-Dramatiq uses `queue.PriorityQueue`, whose lock is held while Python compares messages; `handover` says what comes of
-it. Here a deque for each priority holds the items, so nothing is compared and nothing is locked.
+Dramatiq uses `queue.PriorityQueue`, which holds a lock while Python compares messages; `thread_queue` says what that
+costs. Here a deque for each priority holds the items, so nothing is compared and nothing is locked.
 
-A process that dies loses nothing with it: what is in here is held, not settled (see `deliveries`).
+A process that dies loses nothing with it: its messages are in flight, not settled (see `in_flight`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import deque
 from queue import SimpleQueue
 from typing import Protocol
 
-from dramatiq_jetstream.wire.handover import Handover
+from dramatiq_jetstream.wire.thread_queue import ThreadQueue
 
 __all__ = ["DelayQueue", "WorkQueue"]
 
@@ -23,7 +23,7 @@ class Item(Protocol):
     def priority(self) -> int: ...
 
 
-class WorkQueue(Handover[Item]):
+class WorkQueue(ThreadQueue[Item]):
     """What a Dramatiq worker needs of `queue.PriorityQueue`: lowest priority first, and then first in, first out."""
 
     def __init__(self) -> None:
@@ -90,9 +90,9 @@ class WorkQueue(Handover[Item]):
 
 
 class DelayQueue(WorkQueue):
-    """A consumer's delay queue, into which nothing comes, because what is delayed is with the server.
+    """A consumer's delay queue. Always empty: the server holds delayed messages.
 
-    Dramatiq looks into it before each message. One call of C tells it that there is nothing, until there is.
+    Dramatiq looks into it before each message, so `get_nowait` is one call of C until something is put.
     """
 
     def __init__(self) -> None:

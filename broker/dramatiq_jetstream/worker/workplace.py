@@ -34,7 +34,7 @@ class Workplace:
 
     Parameters:
       actor_options: The options of the actor with that name.
-      emit: Calls a hook of this library's own (see `emission`).
+      emit: Calls a hook of this library's own (see `hooks`).
       starts: Returns the bucket in which the starts of suspects are noted.
       describe: Makes the text of a message's arguments, for people.
     """

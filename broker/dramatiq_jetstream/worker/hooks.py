@@ -1,16 +1,15 @@
-"""Calls middleware as Dramatiq's `Broker` does, but only those that do something at a hook.
+"""Calls middleware as Dramatiq's `Broker` does, but only the middleware that does something at a hook.
 
-Dramatiq calls every middleware at every hook, and most of them inherit an empty method for most hooks: about
-thirty calls for each message, a tenth of the time of one that does nothing. What a middleware
-has of its own is looked up when the list of middleware changes, so a method must not be replaced after that.
-Dramatiq's `Pipelines` imports a module at every message, before it sees that this one is not part of a pipeline; it
-is called for those that are. `Retries` is not asked about a message that was aborted: it is not wanted any more.
+Dramatiq calls every middleware at every hook, and most of them inherit an empty method for most hooks: about thirty
+calls per message, a tenth of the time of a message that does nothing. Here the methods to call are looked up once, and
+again when the list of middleware changes, so a method must not be replaced in between.
 
-Dramatiq's `Results` stores how an actor failed after the message was nacked, when it is too late to keep the message
-if that does not work. Here it is called before.
+Three middleware classes are called differently. `Pipelines` imports a module at every message before it sees that the
+message has no next step, so it is only called for messages that have one. `Retries` is not called for an aborted
+message, which must not run again. `Results` stores a failure after the nack, when it is too late to keep the message if
+storing fails, so it is called before the nack.
 
-What the broker itself does at a signal is noted with the hook too, instead of in methods around these, which would cost
-more calls for each.
+What the broker itself does at a hook is kept with the hook. Methods around these would cost more calls per message.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from dramatiq.results import Results
 
 from .running import is_abort
 
-__all__ = ["EmittingBroker"]
+__all__ = ["HookedBroker"]
 
 _UNEXPECTED = "Unexpected failure in %s of %r."  # in the words of Dramatiq
 
@@ -48,7 +47,7 @@ class _Hook:
 class _Hooks:
     """What a broker and its list of middleware do at each signal, looked up when it is first emitted."""
 
-    def __init__(self, broker: EmittingBroker) -> None:
+    def __init__(self, broker: HookedBroker) -> None:
         self._broker = broker
         self.middleware = list(broker.middleware)
         self.before: dict[str, _Hook] = {}
@@ -78,7 +77,7 @@ class _Hooks:
         return _Hook(listeners, self._broker.first.get(name), self._broker.last.get(name))
 
 
-class EmittingBroker(Broker):
+class HookedBroker(Broker):
     """A broker that emits signals with the same order, arguments and handling of errors as Dramatiq's.
 
     Attributes:

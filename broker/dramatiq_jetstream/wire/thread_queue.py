@@ -23,7 +23,7 @@ from collections import deque
 from queue import Empty
 from typing import Final, Generic, TypeVar
 
-__all__ = ["Handover"]
+__all__ = ["ThreadQueue"]
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 LOOK_AGAIN_SECONDS: Final = 1.0
 
 
-class Handover(Generic[T]):
+class ThreadQueue(Generic[T]):
     """First in, first out, for any number of threads."""
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from dramatiq.middleware import Middleware
 
-from dramatiq_jetstream.worker.emission import EmittingBroker
+from dramatiq_jetstream.worker.hooks import HookedBroker
 
 
 class Noting(Middleware):
@@ -33,7 +33,7 @@ def when(request):
 
 
 def emitting(when, heard, *middleware):
-    broker = EmittingBroker(middleware=list(middleware))
+    broker = HookedBroker(middleware=list(middleware))
     broker.first[f"{when}_ack"] = lambda message: heard.append(("first", message))
     broker.last[f"{when}_ack"] = lambda message: heard.append(("last", message))
     return broker, getattr(broker, f"emit_{when}")
@@ -56,7 +56,7 @@ def test_middleware_that_fails_keeps_nobody_from_hearing(when):
 def test_a_broker_comes_last_when_it_was_interrupted(when):
     """A time limit, a shutdown or an abort may strike in any middleware."""
     heard = []
-    broker = EmittingBroker(middleware=[Noting(heard, KeyboardInterrupt())])
+    broker = HookedBroker(middleware=[Noting(heard, KeyboardInterrupt())])
     broker.first[f"{when}_enqueue"] = lambda message: heard.append(("first", message))
     broker.last[f"{when}_enqueue"] = lambda message: heard.append(("last", message))
     with pytest.raises(KeyboardInterrupt):
@@ -80,7 +80,7 @@ def test_what_is_raised_after_a_message_keeps_no_middleware_from_hearing(signal)
 
     setattr(Exits, f"after_{signal}", leave)
     setattr(Hears, f"after_{signal}", lambda self, broker, message: heard.append(message))
-    broker = EmittingBroker(middleware=[Hears(), Exits()])
+    broker = HookedBroker(middleware=[Hears(), Exits()])
     broker.failed_in = lambda *arguments: failed.append(arguments)
     broker.emit_after(signal, "m")
     assert heard == ["m"]
