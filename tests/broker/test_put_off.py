@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import time
 from collections import Counter
 
@@ -10,7 +12,9 @@ import dramatiq
 import pytest
 from dramatiq import Message, pipeline
 from dramatiq.errors import BrokerConnectionError
+from dramatiq.middleware import Callbacks, Retries
 
+from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.errors import ApiError, StoreFull
 from dramatiq_jetstream.events import Events, subscription
 from dramatiq_jetstream.periodic import Periodic
@@ -135,7 +139,7 @@ def test_with_a_limit_in_flight_a_message_that_waits_leaves_its_place(make_broke
 
 
 def test_a_message_that_is_put_off_again_and_again_has_an_end(make_broker, monkeypatch):
-    """Deliveries are counted on, also over those that were stored anew."""
+    """What is not known to pass counts on, also over deliveries that were stored anew."""
     monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 20)
     broker = make_broker(max_in_flight={"default": 1}, max_deliveries=3)
     ran = []
@@ -145,7 +149,7 @@ def test_a_message_that_is_put_off_again_and_again_has_an_end(make_broker, monke
 
     def fail(queue_name: str, publication: object) -> None:
         if queue_name == "next":
-            raise BrokerConnectionError("not now")
+            raise RuntimeError("not now")
         store(queue_name, publication)
 
     monkeypatch.setattr(broker._sender, "_store", fail)
@@ -160,6 +164,65 @@ def test_a_message_that_is_put_off_again_and_again_has_an_end(make_broker, monke
     )
     assert ran == [1, 1, 1]
     assert not {"Dramatiq-Origin", "Dramatiq-Earlier-Deliveries"} & set(letter.headers)
+
+
+@pytest.mark.parametrize("from_event", [False, True], ids=["message", "event"])
+def test_a_limit_of_the_account_makes_no_dead_letter_however_long_it_lasts(
+    tmp_path, make_broker, monkeypatch, from_event
+):
+    """The account may have no further stream for the next queue: the message waits until it may."""
+    monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 20)
+    monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.LONGEST_DELAY_MS", 100)
+
+    def limited_to(streams: int) -> str:
+        account = f"jetstream {{ max_streams: {streams} }}, users: [{{ user: u, password: p }}]"
+        return f"accounts {{ A {{ {account} }} }}\nno_auth_user: u\n"
+
+    with NatsServer(tmp_path / "nats", sync="2m", config=limited_to(20)) as server:
+        broker = make_broker(server.url, max_deliveries=2, middleware=[Callbacks(), Retries()])
+        broker.add_middleware(Events("EV", ["EV.>"]))
+        ran: list[bytes] = []
+        followed: list[int] = []
+        options = {"subscribe": subscription("EV.a")} if from_event else {}
+        dramatiq.actor(
+            lambda *_: followed.append(1), broker=broker, actor_name="done", queue_name="next", max_retries=0
+        )
+        work = dramatiq.actor(
+            ran.append, broker=broker, actor_name="work", on_success="done", max_retries=0, **options
+        )
+        broker.queues.discard("next")
+        broker.setup()
+        (server.store_dir / "nats-server.conf").write_text(
+            server._configuration().replace("max_streams: 20", "max_streams: 1")
+        )
+        os.kill(server.pid, signal.SIGHUP)
+        eventually(lambda: _is_refused(broker), timeout=30)
+        if from_event:
+            broker.publish("EV.a", b"data")
+        else:
+            work.send("data")
+        with running(broker, threads=2, queues={"default"}):
+            eventually(lambda: len(ran) >= 6, timeout=60)
+            assert broker.dead_letters.list() == []
+            (server.store_dir / "nats-server.conf").write_text(server._configuration())
+            os.kill(server.pid, signal.SIGHUP)
+            eventually(lambda: "next" in broker.queues and broker.queue_stats("next").ready == 1, timeout=60)
+            broker.join("default", timeout=30_000)
+        with running(broker, queues={"next"}):
+            eventually(lambda: followed, timeout=30)
+        assert followed == [1]
+        assert broker.dead_letters.list() == []
+        broker.close()
+
+
+def _is_refused(broker: JetStreamBroker) -> bool:
+    """Whether the account may have no further stream by now."""
+    try:
+        broker.connection.api("STREAM.CREATE.probe", {"name": "probe", "subjects": ["probe"]})
+    except ApiError as error:
+        return error.err_code == 10027
+    broker.connection.api("STREAM.DELETE.probe")
+    return False
 
 
 class TestUnknownActors:

@@ -89,8 +89,8 @@ class Rerouter(Protocol):
     def requeue(self, delivery: Delivery) -> None:
         """Return a delivery that was not started, so that another worker can have it at once."""
 
-    def requeue_later(self, delivery: Delivery) -> None:
-        """Have a message delivered again after a while: what follows it could not be stored now."""
+    def requeue_later(self, delivery: Delivery, because: BaseException | None = None) -> None:
+        """Have a message delivered again after a while; `because` of the error for which it ran in vain, if it ran."""
 
     def knows_actor(self, name: str) -> bool:
         """Whether this program has an actor of that name."""
@@ -354,7 +354,7 @@ class JetStreamConsumer(Consumer):
                     message.message_id,
                     error,
                 )
-                self.rerouter.requeue_later(delivery)
+                self.rerouter.requeue_later(delivery, error)
                 return
             failed = True
         if not failed or (error is None and _is_unwanted(message)):
@@ -368,7 +368,7 @@ class JetStreamConsumer(Consumer):
                 message.message_id,
                 error,
             )
-            self.rerouter.requeue_later(delivery)
+            self.rerouter.requeue_later(delivery, error)
         else:
             self.in_flight.settle(delivery, ACK)
 

@@ -4,6 +4,9 @@ It is stored there first and acked afterwards. If the process dies between the t
 again: a dead letter replaces itself (see `dead_letters`), and everything else has a `Nats-Msg-Id` made from where it
 came from, so JetStream stores it once. What cannot be stored is delivered again later. If its dead letter is what could
 not be stored, this process does not run it again.
+
+A message that is delivered again for an error that passes, such as a full store or an outage, is not to blame for that.
+Before its deliveries make it a suspect it is stored again, and counted from one. What is not known to pass counts on.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from dramatiq.middleware import SkipMessage
 from dramatiq_jetstream import dead_letters
 from dramatiq_jetstream.config import BrokerConfig
 from dramatiq_jetstream.dead_letters import DeadLetters
+from dramatiq_jetstream.errors import PermissionDenied
 from dramatiq_jetstream.jetstream.names import (
     HEADER_BODY,
     HEADER_EARLIER_DELIVERIES,
@@ -38,6 +42,7 @@ from .consumer import JetStreamMessage
 from .delivery import Delivery, Source, event_in
 from .in_flight import InFlight
 from .settlements import ACK, NAK, nak_after
+from .suspects import Suspects
 
 __all__ = ["JetStreamRerouter"]
 
@@ -73,6 +78,7 @@ class JetStreamRerouter:
         connection: Connection,
         in_flight: InFlight,
         letters: DeadLetters,
+        suspects: Suspects,
         *,
         actor_options: Callable[[str], Mapping[str, Any]],
         emit: Callable[..., None],
@@ -81,6 +87,7 @@ class JetStreamRerouter:
         self._connection = connection
         self._in_flight = in_flight
         self._letters = letters
+        self._suspects = suspects
         self._actor_options = actor_options
         self._emit = emit
         self._unknown: set[str] = set()  # undeclared actors that were logged already
@@ -169,10 +176,12 @@ class JetStreamRerouter:
         options = {name: value for name, value in message.options.items() if name != "eta"}
         self._publish(subject, dataclasses.replace(message._message, options=options), headers)
 
-    def _publish(self, subject: str, message: Message[Any], headers: dict[str, str]) -> None:
+    def _publish(
+        self, subject: str, message: Message[Any], headers: dict[str, str], *, timeout: int | None = None
+    ) -> None:
         headers.pop(HEADER_BODY, None)
         body = fit(message, self._connection.room_beside(headers), headers)
-        self._connection.publish(subject, body, headers)
+        self._connection.publish(subject, body, headers, timeout=timeout)
 
     def requeue(self, delivery: Delivery) -> None:
         """Give back a delivery that was not begun, for another worker to have it at once.
@@ -193,15 +202,20 @@ class JetStreamRerouter:
         else:
             self._in_flight.settle(delivery, ACK)
 
-    def requeue_later(self, delivery: Delivery) -> None:
+    def requeue_later(self, delivery: Delivery, because: BaseException | None = None) -> None:
         """Have a delivery come again after a while, longer each time: what follows it could not be stored now.
 
         The server counts what waits for that as in flight. On a queue that limits those, the message is stored again
         with a delay, if it can be, and leaves its place to others.
         """
         delay = min(FIRST_DELAY_MS << min(delivery.deliveries - 1, 10), LONGEST_DELAY_MS)
-        marks = {HEADER_ORIGIN: delivery.origin, HEADER_EARLIER_DELIVERIES: str(delivery.deliveries)}
-        if delivery.source.queue in self._config.max_in_flight and self._store_later(delivery, delay, marks):
+        marks = {HEADER_ORIGIN: delivery.origin}
+        store = delivery.source.queue in self._config.max_in_flight
+        if _passes(because) and self._suspects.excuse(delivery):
+            store = True
+        else:
+            marks[HEADER_EARLIER_DELIVERIES] = str(delivery.deliveries)
+        if store and self._store_later(delivery, delay, marks):
             self._in_flight.settle(delivery, ACK)
         else:
             self._in_flight.settle(delivery, nak_after(delay))
@@ -239,28 +253,27 @@ class JetStreamRerouter:
             self._in_flight.settle(delivery, ACK)
             return True
         delay = max(UNKNOWN_ACTOR_DELAY_MS, min((now - first) // 2, LONGEST_UNKNOWN_ACTOR_DELAY_MS))
-        is_stored = self._store_later(delivery, delay, {HEADER_UNKNOWN_SINCE: str(first)})
+        mark = {HEADER_UNKNOWN_SINCE: str(first)}
+        is_stored = delivery.source.actor is None and self._store_later(delivery, delay, mark)
         self._in_flight.settle(delivery, ACK if is_stored else nak_after(delay))
         return True
 
     def _store_later(self, delivery: Delivery, delay: int, marks: Mapping[str, str]) -> bool:
-        """Store a message of a queue again, to come after `delay` milliseconds; False when that cannot be done now."""
-        if delivery.source.actor is not None or not self._connection.is_connected:
+        """Store a message again, to come after `delay` milliseconds; False when that cannot be done now."""
+        if not self._connection.is_connected:
             return False
+        source: Source = delivery.source
         unique = f"later:{delivery.origin}:{delivery.deliveries}:{delivery.sequence}"
+        target = delivery.subject if source.actor is None else self._config.names.task(source.queue)
         headers = {
             **_own_headers(delivery.headers),
             **marks,
             HEADER_MSG_ID: unique,
-            **delays.schedule(delays.eta_after(delay), delivery.subject),
+            **delays.schedule(delays.eta_after(delay), target),
         }
+        subject = self._config.names.delayed(source.queue, delivery.origin, unique)
         try:
-            self._connection.publish(
-                self._config.names.delayed(delivery.source.queue, delivery.origin, unique),
-                delivery.data,
-                headers,
-                timeout=STORE_LATER_TIMEOUT_MS,
-            )
+            self._store_as_message(subject, delivery, headers, timeout=STORE_LATER_TIMEOUT_MS)
         except BrokerError as error:
             logger.warning(
                 "%s cannot be stored to come later, and is given back instead: %s", delivery, error
@@ -272,11 +285,19 @@ class JetStreamRerouter:
         source: Source = delivery.source
         headers = _own_headers(delivery.headers)
         headers[HEADER_MSG_ID] = f"anew:{delivery.origin}:{delivery.deliveries}"
+        subject = delivery.subject if source.actor is None else self._config.names.task(source.queue)
+        self._store_as_message(subject, delivery, headers)
+
+    def _store_as_message(
+        self, subject: str, delivery: Delivery, headers: dict[str, str], *, timeout: int | None = None
+    ) -> None:
+        """Store what was delivered as a message of its queue: an event becomes one that carries it."""
+        source: Source = delivery.source
         if source.actor is None:
-            self._connection.publish(delivery.subject, delivery.data, headers)
-            return
-        message = to_message(event_in(delivery), queue=source.queue, actor=source.actor)
-        self._publish(self._config.names.task(source.queue), message, headers)
+            self._connection.publish(subject, delivery.data, headers, timeout=timeout)
+        else:
+            message = to_message(event_in(delivery), queue=source.queue, actor=source.actor)
+            self._publish(subject, message, headers, timeout=timeout)
 
 
 def _own_headers(headers: Mapping[str, str]) -> dict[str, str]:
@@ -286,6 +307,11 @@ def _own_headers(headers: Mapping[str, str]) -> dict[str, str]:
         for name, value in headers.items()
         if not name.startswith("Nats-") and name not in REQUEUE_HEADERS
     }
+
+
+def _passes(error: BaseException | None) -> bool:
+    """Whether an error is of the server, and goes away without the message: a limit, an outage, a missing stream."""
+    return isinstance(error, BrokerError) and not isinstance(error, PermissionDenied)
 
 
 def _describe(error: BaseException) -> str:

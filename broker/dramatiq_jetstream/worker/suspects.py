@@ -11,6 +11,9 @@ withdrawn when the next one starts. A dead letter is for a message that was deli
 The latest stored suspect is first: messages begin in the order in which they are stored, so the last of those that a
 dead process held are the likeliest not to have been begun.
 
+A message that comes again because of an error that passes (see `rerouting`) is stored again before it becomes a
+suspect. If that cannot be done, as in an outage, its process remembers that this start was not to blame.
+
 If the process dies between the note and the start, the start counts although it was none. If starts cannot be noted (a
 worker without the permission, for instance), deliveries count instead.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from dramatiq_jetstream.config import BrokerConfig
@@ -38,6 +42,9 @@ ALONE_SECONDS = 10.0
 
 #: How long they are kept after the last one, in milliseconds: a week.
 KEPT_MS = 7 * 86_400_000
+
+#: Of how many messages a process remembers that some of their starts were not to blame.
+MOST_EXCUSED = 10_000
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +68,7 @@ class Suspects:
         self._lock = threading.Lock()
         self._alone: Delivery | None = None
         self._since = 0.0
+        self._excused: Counter[str] = Counter()
 
     def include(self, delivery: Delivery) -> bool:
         """Whether a message is one, for having been delivered so often."""
@@ -95,6 +103,12 @@ class Suspects:
         for free in list(self._waiting):
             free()
 
+    def excuse(self, delivery: Delivery) -> bool:
+        """Hold a start against nothing; returns whether the next delivery would make the message a suspect."""
+        if self.include(delivery) and len(self._excused) < MOST_EXCUSED:
+            self._excused[delivery.origin] += 1
+        return delivery.deliveries >= self._unquestioned
+
     def note_start(self, delivery: Delivery) -> None:
         """Count the start of a suspect, before it."""
         if self.include(delivery):
@@ -121,7 +135,7 @@ class Suspects:
         except (ApiError, PermissionDenied, QueueNotFound) as error:
             logger.warning("The starts of %s were not counted, so its deliveries are: %s", delivery, error)
             return True
-        return starts >= self._most - self._unquestioned
+        return starts - self._excused[delivery.origin] >= self._most - self._unquestioned
 
     @staticmethod
     def _starts(bucket: Bucket, delivery: Delivery) -> int:

@@ -58,7 +58,13 @@ class Workplace:
         self.follow_ups = FollowUps()
         self._suspects = Suspects(config, starts)
         rerouter = JetStreamRerouter(
-            config, connection, self.in_flight, dead_letters, actor_options=actor_options, emit=emit
+            config,
+            connection,
+            self.in_flight,
+            dead_letters,
+            self._suspects,
+            actor_options=actor_options,
+            emit=emit,
         )
         self.rerouter = rerouter
         self.attachment = Attachment(
