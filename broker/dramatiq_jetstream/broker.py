@@ -23,6 +23,7 @@ from dramatiq.middleware import Middleware
 from .config import DUPLICATE_WINDOW, BrokerConfig, ConnectOptions
 from .dead_letters import DeadLetters
 from .errors import InvalidOption
+from .history import History
 from .jetstream.declaring import Declarations
 from .jetstream.ensuring import all_of
 from .jetstream.names import Names
@@ -32,9 +33,9 @@ from .queues import Queues, QueueStats
 from .sending.sender import Sender
 from .streams import Stream
 from .wire.connection import Connection, PubAck
+from .worker.arguments import describe_arguments
 from .worker.consumer import JetStreamConsumer
 from .worker.hooks import HookedBroker
-from .worker.presence import describe_arguments
 from .worker.shutdown_notices import give_notice_for
 from .worker.suspects import BUCKET as STARTS
 from .worker.time_limits import keep_time_of
@@ -67,11 +68,21 @@ class JetStreamBroker(HookedBroker):
       duplicate_window: How long a repeated publish is recognised; shorter for a server that allows no more.
       max_stream_bytes: The room that each stream and bucket reserves, for accounts that demand a limit; None for
         none. A queue that is full loses its oldest messages, so make it larger than any backlog.
+      history: Which attempts leave a record (see `history`): "failures" (failures, retries and aborts), "all", a share
+        of the successes beside these (0 to 1), or None for no history.
+      history_ttl: How long a record is kept (7 days).
+      history_bytes: The most room that all records may take; beyond it the oldest go. Nothing is reserved.
       inbox_prefix: First tokens of the subjects on which answers arrive, for accounts that restrict them.
       tls_handshake_first: Begin with TLS, for servers with `handshake_first`. Without it a `tls://` address is tried
         the usual way first, which costs a second.
       domain: The JetStream domain to use, for instance the hub's from a leaf node.
       api_prefix: First tokens of the JetStream API in place of `$JS.API`, for accounts that import it.
+
+    Attributes:
+      history: What became of messages (see `history`).
+      describe_arguments: Makes the text of a message's arguments that people see in `workers` and the history, of which
+        200 characters are kept; assign a function of the message to leave out what is secret.
+      program_version: What `workers` shows as the version of the program; assign a text.
 
     Raises:
       InvalidName, InvalidOption: When a setting can never work; nothing is contacted before first use.
@@ -100,6 +111,9 @@ class JetStreamBroker(HookedBroker):
         max_in_flight: Mapping[str, int] | None = None,
         duplicate_window: int = DUPLICATE_WINDOW,
         max_stream_bytes: int | None = None,
+        history: str | float | None = "failures",
+        history_ttl: int = 7 * 86_400_000,
+        history_bytes: int = 1_000_000_000,
         inbox_prefix: str = "_INBOX",
         tls_handshake_first: bool = False,
         domain: str | None = None,
@@ -132,6 +146,9 @@ class JetStreamBroker(HookedBroker):
             max_in_flight=max_in_flight or {},
             duplicate_window=duplicate_window,
             max_stream_bytes=max_stream_bytes,
+            history=history,
+            history_ttl=history_ttl,
+            history_bytes=history_bytes,
         )
         self.connection = Connection(connect, timeout=enqueue_timeout)
         self.declarations = Declarations(self.config, self.connection)
@@ -141,7 +158,9 @@ class JetStreamBroker(HookedBroker):
         self.stored_queues = Queues(
             self.config, self.connection, self.declarations, self.dead_letters, self._event_streams
         )
+        self.history = History(self.connection, self.names)
         self.describe_arguments: Callable[[MessageProxy], str] = describe_arguments
+        self.program_version = ""
         self._workplace = Workplace(
             self.config,
             self.connection,
@@ -152,6 +171,7 @@ class JetStreamBroker(HookedBroker):
             starts=lambda: self.bucket(STARTS),
             workers=lambda: self.declarations.memory_bucket(WORKERS),
             describe=lambda message: self.describe_arguments(message),
+            program_version=lambda: self.program_version,
         )
         self.in_flight = self._workplace.in_flight
         self.keeper = self._workplace.keeper

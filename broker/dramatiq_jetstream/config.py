@@ -163,6 +163,9 @@ class BrokerConfig:
     max_in_flight: Mapping[str, int] = field(default_factory=dict)
     duplicate_window: int = DUPLICATE_WINDOW
     max_stream_bytes: int | None = None
+    history: str | float | None = "failures"
+    history_ttl: int = 7 * 86_400_000
+    history_bytes: int = 1_000_000_000
     names: Names = field(init=False)
 
     def __post_init__(self) -> None:
@@ -174,6 +177,9 @@ class BrokerConfig:
         _at_least("unknown_actor_grace", self.unknown_actor_grace, 0)
         _at_least("dead_message_ttl", self.dead_message_ttl, 1_000)
         _at_least("enqueue_timeout", self.enqueue_timeout, 100)
+        _at_least("history_ttl", self.history_ttl, 1_000)
+        _at_least("history_bytes", self.history_bytes, 1_000_000)
+        _check_history(self.history)
         _at_least("duplicate_window", self.duplicate_window, 100)
         if self.duplicate_window < self.enqueue_timeout:
             raise InvalidOption(
@@ -196,6 +202,13 @@ class BrokerConfig:
                 )
 
     @property
+    def recorded_successes(self) -> float:
+        """The share of successful attempts of which the history keeps a record."""
+        if isinstance(self.history, str) or self.history is None:
+            return 1.0 if self.history == "all" else 0.0
+        return float(self.history)
+
+    @property
     def storage(self) -> Storage:
         """What all streams of the broker have in common."""
         return Storage(self.replicas, self.duplicate_window, self.max_stream_bytes)
@@ -204,6 +217,14 @@ class BrokerConfig:
     def priorities(self) -> list[int | None]:
         """The priorities of a queue, highest first; None is 0."""
         return [*range(self.max_priority or 0, 0, -1), None]
+
+
+def _check_history(value: object) -> None:
+    is_share = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+    if value not in ("failures", "all", None) and not is_share:
+        raise InvalidOption(
+            f'history={value!r} cannot be used: give "failures", "all", a share of successes from 0 to 1, or None.'
+        )
 
 
 def _at_least(option: str, value: object, minimum: int) -> None:

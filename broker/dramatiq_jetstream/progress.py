@@ -23,6 +23,7 @@ from .broker import JetStreamBroker
 from .errors import BrokerError, InvalidOption
 from .jetstream.names import short_key
 from .kv import Bucket
+from .worker.running import note_said
 
 __all__ = ["Progress", "ProgressOf", "progress", "read_progress"]
 
@@ -118,6 +119,7 @@ def progress(done: float, total: float | None = None, note: str = "") -> None:
         return
     running.sent = now
     said = {"done": done, "total": total, "note": note, "at": int(time.time() * 1000)}
+    note_said(said)
     try:
         _bucket(running.broker).note(
             short_key(running.message_id), json.dumps(said).encode(), ttl=running.ttl

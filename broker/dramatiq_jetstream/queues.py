@@ -98,7 +98,7 @@ class Queues:
             stream
             for stream in stream_names(self._connection)
             if self._names.queue_of_stream(stream) is None
-            and stream != self._names.dead_stream
+            and stream not in (self._names.dead_stream, self._names.history_stream)
             and not stream.startswith("KV_")
         ]
 

@@ -35,7 +35,7 @@ class Declarations:
     def setup_queues(self, queues: Iterable[str], *, update: bool) -> dict[str, str]:
         """Create what queues need and is missing; see `JetStreamBroker.setup`."""
         declared = sorted(queues)
-        streams = [self._dead_letters(), *map(self._queue, declared)]
+        streams = [self._dead_letters(), *self._history(), *map(self._queue, declared)]
         consumers = [consumer for queue_name in declared for consumer in self._consumers(queue_name)]
         outcome = ensuring.all_of(
             [
@@ -84,6 +84,13 @@ class Declarations:
             ensuring.ensure_stream(self._connection, self._dead_letters())
         self._ensured.add(stream)
 
+    def ensure_history(self) -> bool:
+        """Make the stream of the history if it is missing; False when it may not be made."""
+        if self._config.declare:
+            for stream in self._history():
+                ensuring.ensure_stream(self._connection, stream)
+        return self._config.declare
+
     def bucket(
         self, name: str, *, history: int = 1, ttl: int | None = None, max_value_bytes: int | None = None
     ) -> Bucket:
@@ -115,6 +122,17 @@ class Declarations:
     def _dead_letters(self) -> StreamConfig:
         config = self._config
         return topology.dead_letters(config.names, ttl=config.dead_message_ttl, storage=config.storage)
+
+    def _history(self) -> list[StreamConfig]:
+        """The stream of the history; none when none is kept."""
+        config = self._config
+        if config.history is None:
+            return []
+        return [
+            topology.history(
+                config.names, ttl=config.history_ttl, room=config.history_bytes, storage=config.storage
+            )
+        ]
 
     def _queue(self, queue_name: str) -> StreamConfig:
         return topology.queue(self._config.names, queue_name, storage=self._config.storage)

@@ -22,7 +22,7 @@ MILLISECOND = 1_000_000  # JetStream's durations are nanoseconds
 Json = Mapping[str, Any]
 
 #: What a stream or a consumer is for.
-Kind = Literal["queue", "dead letters", "events", "bucket", "worker", "subscription"]
+Kind = Literal["queue", "dead letters", "history", "events", "bucket", "worker", "subscription"]
 
 
 class Verdict(Enum):
@@ -217,6 +217,7 @@ class Difference:
 _CHOSEN: Mapping[Kind, frozenset[str]] = {
     "queue": frozenset({"num_replicas", "duplicate_window", "max_bytes"}),
     "dead letters": frozenset({"num_replicas", "duplicate_window", "max_age", "max_bytes"}),
+    "history": frozenset({"num_replicas", "duplicate_window", "max_age", "max_bytes", "max_msgs"}),
     "events": frozenset({"num_replicas", "duplicate_window", "subjects", "discard", *_LIMITS, "max_age"}),
     "bucket": frozenset(
         {

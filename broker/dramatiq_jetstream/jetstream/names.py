@@ -233,6 +233,10 @@ class Names:
     def dead_stream(self) -> str:
         return f"{_before_queue(self.namespace)}_dead"
 
+    @property
+    def history_stream(self) -> str:
+        return f"{_before_queue(self.namespace)}_history"
+
     # Subjects of a queue
 
     def queue_subjects(self, queue: str) -> str:
@@ -306,6 +310,24 @@ class Names:
     @property
     def all_dead_with_bodies(self) -> str:
         return f"{self.namespace}.dead.>"
+
+    # History
+
+    def history(self, queue: str, actor: str, message_id: str) -> str:
+        """Where the attempts of one message are recorded."""
+        return f"{self.namespace}.history.{self._queue(queue)}.{id_token(actor)}.{id_token(message_id)}"
+
+    def history_of(self, queue: str | None = None, actor: str | None = None) -> str:
+        """The records of a queue, of an actor, or all."""
+        queue_token = "*" if queue is None else self._queue(queue)
+        return f"{self.namespace}.history.{queue_token}.{'*' if actor is None else id_token(actor)}.*"
+
+    def history_of_message(self, message_id: str) -> str:
+        return f"{self.namespace}.history.*.*.{id_token(message_id)}"
+
+    @property
+    def all_history(self) -> str:
+        return f"{self.namespace}.history.>"
 
     # Buckets
 

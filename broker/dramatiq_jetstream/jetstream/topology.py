@@ -17,6 +17,7 @@ __all__ = [
     "bucket",
     "dead_letters",
     "events",
+    "history",
     "queue",
     "recognise_consumer",
     "recognise_stream",
@@ -106,6 +107,31 @@ def dead_letters(names: Names, *, ttl: int, storage: Storage = STORAGE) -> Strea
             "max_age": ttl * MILLISECOND,
             "max_msgs_per_subject": 1,
             "allow_direct": False,
+        },
+    )
+
+
+#: The largest record of the history, in bytes, and how many records of one message are kept.
+MAX_RECORD_BYTES = 10_000
+MAX_RECORDS_OF_MESSAGE = 100
+
+
+def history(names: Names, *, ttl: int, room: int, storage: Storage = STORAGE) -> StreamConfig:
+    """The stream of the history of a namespace; each record is kept for `ttl` milliseconds, in `room` bytes at most.
+
+    The room is a number of records, because a limit in bytes would reserve that much of the server's disk.
+    """
+    return StreamConfig(
+        "history",
+        names.history_stream,
+        {
+            "subjects": [names.all_history],
+            "retention": "limits",
+            **_stored(storage, lifetime=ttl),
+            "max_age": ttl * MILLISECOND,
+            "max_msgs": room // MAX_RECORD_BYTES,
+            "max_msgs_per_subject": MAX_RECORDS_OF_MESSAGE,
+            "allow_direct": True,
         },
     )
 
@@ -266,6 +292,9 @@ def recognise_stream(names: Names, existing: Json) -> StreamConfig | None:
         return queue(names, queue_name)
     if name == names.dead_stream:
         return dead_letters(names, ttl=existing.get("max_age", 0) // MILLISECOND or DUPLICATE_WINDOW)
+    if name == names.history_stream:
+        ttl = existing.get("max_age", 0) // MILLISECOND or DUPLICATE_WINDOW
+        return history(names, ttl=ttl, room=existing.get("max_msgs", 0) * MAX_RECORD_BYTES)
     bucket_name = names.bucket_of_stream(name)
     if bucket_name is None:
         return None

@@ -14,6 +14,7 @@ from dramatiq.worker import Worker
 from .attempts import Attempts
 from .consumer import JetStreamConsumer, JetStreamMessage, Rerouter
 from .follow_ups import FollowUps
+from .recorder import Recorder
 from .suspects import Suspects
 from .vitals import Vitals
 from .work_queue import DelayQueue, WorkQueue
@@ -28,10 +29,18 @@ class Attachment:
       is_quiet: Whether this process is to take nothing more.
     """
 
-    def __init__(self, rerouter: Rerouter, follow_ups: FollowUps, suspects: Suspects, vitals: Vitals) -> None:
+    def __init__(
+        self,
+        rerouter: Rerouter,
+        follow_ups: FollowUps,
+        suspects: Suspects,
+        recorder: Recorder,
+        vitals: Vitals,
+    ) -> None:
         self._rerouter = rerouter
         self._follow_ups = follow_ups
         self._suspects = suspects
+        self._recorder = recorder
         self._vitals = vitals
         self._worker: Worker | None = None
         self.is_quiet = False
@@ -53,7 +62,7 @@ class Attachment:
 
     def replace_attempts(self, worker_thread: Any) -> None:
         """Run messages our way; called on the thread itself before its first one."""
-        attempts = Attempts(worker_thread, self._follow_ups, self._rerouter, self._suspects)
+        attempts = Attempts(worker_thread, self._follow_ups, self._rerouter, self._suspects, self._recorder)
         worker_thread.process_message = attempts.process_message
 
     def be_quiet(self, worker: Worker | None = None) -> None:

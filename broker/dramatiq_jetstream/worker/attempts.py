@@ -18,6 +18,7 @@ from dramatiq.worker import WorkerThread, has_results_middleware
 from .consumer import JetStreamMessage, Rerouter
 from .follow_ups import FollowUps
 from .interrupts import Gate
+from .recorder import Recorder
 from .suspects import Suspects
 
 __all__ = ["Attempts"]
@@ -35,7 +36,12 @@ class Attempts:
     """The attempts of the calling worker thread, one after the other."""
 
     def __init__(
-        self, thread: WorkerThread, follow_ups: FollowUps, rerouter: Rerouter, suspects: Suspects
+        self,
+        thread: WorkerThread,
+        follow_ups: FollowUps,
+        rerouter: Rerouter,
+        suspects: Suspects,
+        recorder: Recorder,
     ) -> None:
         self._thread = thread
         self._broker = thread.broker
@@ -43,6 +49,7 @@ class Attempts:
         self._follow_ups = follow_ups
         self._rerouter = rerouter
         self._suspects = suspects
+        self._recorder = recorder
         self._gate = Gate()
 
     def process_message(self, message: MessageProxy) -> None:
@@ -55,6 +62,8 @@ class Attempts:
             self._logger.critical("Message %s was not settled as it should be.", message, exc_info=True)
         finally:
             self._thread.work_queue.task_done()
+            if isinstance(message, JetStreamMessage) and message.to_record is not None:
+                self._recorder.record(message, message.to_record)
             # The exception's frames would stay in memory for as long as it is referred to.
             message.clear_exception()
 

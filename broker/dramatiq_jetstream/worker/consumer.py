@@ -23,7 +23,7 @@ from heapq import heappop, heappush
 from queue import Empty
 from threading import current_thread
 from types import NoneType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.common import current_millis
@@ -99,6 +99,15 @@ class Rerouter(Protocol):
         """Requeue a message whose actor is not declared here; returns False once the grace period is over."""
 
 
+class Ended(NamedTuple):
+    """How an attempt ended, until it is recorded: when it began and ended, in seconds, and what became of it."""
+
+    began: float
+    ended: float
+    skipped: bool
+    retried: bool
+
+
 class JetStreamMessage(MessageProxy):
     """A message on its way through a worker.
 
@@ -106,7 +115,12 @@ class JetStreamMessage(MessageProxy):
       delivery_count: How often the server has delivered it, this time included; 1 is the first.
       follow_up_error: Why a retry, pipeline step or callback of it could not be enqueued, if so.
       once_followed_up: What to call when its actor has succeeded and all that follows is stored.
+      to_record: How its attempt ended, if the history is to have a record of it.
+      is_cancelled: Whether it was skipped because it was aborted before it began.
     """
+
+    to_record: Ended | None = None
+    is_cancelled = False
 
     def __init__(
         self, message: Message[Any], delivery: Delivery, arguments: tuple[Any, ...] | None = None

@@ -73,6 +73,10 @@ class FollowUps(threading.local):
         """Whether this thread has just run `message`, so that enqueueing it is a retry."""
         return self._message is not None and self._message.message_id == message.message_id
 
+    def has_retried(self, message: MessageProxy) -> bool:
+        """Whether this thread has enqueued `message` again after it had run it."""
+        return self._calls is not None and message.message_id in self._calls
+
     def middleware_failed(self, middleware: Middleware, error: BaseException) -> None:
         """Note that a middleware failed after the actor ran, or before its failure is settled."""
         if isinstance(middleware, _MIDDLEWARE):

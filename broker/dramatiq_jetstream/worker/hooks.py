@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dramatiq.broker import Broker, MessageProxy
-from dramatiq.middleware import Middleware, MiddlewareError, Pipelines, Retries
+from dramatiq.middleware import Middleware, MiddlewareError, Pipelines, Retries, SkipMessage
 from dramatiq.results import Results
 
-from .running import is_abort
+from .running import is_abort, is_abortable
 
 __all__ = ["HookedBroker"]
 
@@ -164,6 +164,16 @@ def _listens(middleware: Middleware, hook: str) -> bool:
 
 def _method(middleware: Middleware, hook: str) -> Callable[..., Any]:
     method: Callable[..., Any] = getattr(middleware, hook)
+    if hook == "before_process_message" and is_abortable(middleware):
+
+        def noting_cancellation(broker: Broker, message: MessageProxy) -> None:
+            try:
+                method(broker, message)
+            except SkipMessage:
+                vars(message)["is_cancelled"] = True
+                raise
+
+        return noting_cancellation
     if hook != "after_process_message":
         return method
     if type(middleware) is Pipelines:

@@ -27,9 +27,10 @@ from dramatiq.worker import Worker
 
 from dramatiq_jetstream.kv import Bucket
 
-from .running import running_message
+from .arguments import Describe, shown_arguments
+from .running import running_message, said_of
 
-__all__ = ["INTERVAL_SECONDS", "Presence", "describe_arguments"]
+__all__ = ["INTERVAL_SECONDS", "Presence"]
 
 #: How often an idle worker says that it is there; its record lives three times as long.
 INTERVAL_SECONDS = 5.0
@@ -37,19 +38,13 @@ INTERVAL_SECONDS = 5.0
 #: How often a record is written at most.
 BATCH_SECONDS = 1.0
 
-#: Characters of a message's arguments, and running messages, that a record has at most.
-MAX_ARGUMENTS = 200
+#: Running messages that a record has at most, and characters of one's id.
 MAX_RUNNING = 200
+MAX_ID = 200
 
 _VERSION = version("dramatiq-jetstream")
 
 logger = logging.getLogger(__name__)
-
-
-def describe_arguments(message: MessageProxy) -> str:
-    """The arguments of a message as a call shows them."""
-    named = [f"{name}={value!r}" for name, value in message.kwargs.items()]
-    return ", ".join([*map(repr, message.args), *named])
 
 
 class Presence:
@@ -58,11 +53,15 @@ class Presence:
     Parameters:
       bucket: Returns the bucket `workers`.
       describe: Makes the text of a message's arguments.
+      program_version: Returns what the program says of its version.
     """
 
-    def __init__(self, bucket: Callable[[], Bucket], describe: Callable[[MessageProxy], str]) -> None:
+    def __init__(
+        self, bucket: Callable[[], Bucket], describe: Describe, program_version: Callable[[], str]
+    ) -> None:
         self._bucket = bucket
         self._describe_arguments = describe
+        self._program_version = program_version
         self.forget()
 
     def forget(self) -> None:
@@ -101,13 +100,16 @@ class Presence:
         running_message.set(message)
         self._running[threading.get_ident()] = message, time.time()
 
-    def message_ended(self, message: MessageProxy) -> None:
-        """Note that this thread runs nothing."""
+    def message_ended(self, message: MessageProxy) -> float | None:
+        """Note that this thread runs nothing; return since when it ran the message, None when it did not."""
         running_message.set(None)
-        if self._running.pop(threading.get_ident(), None) is not None:
-            # Several threads count; a lost count of thousands informs people just as well.
-            self._done += 1
-            self._failed += message._exception is not None
+        ran = self._running.pop(threading.get_ident(), None)
+        if ran is None:
+            return None
+        # Several threads count; a lost count of thousands informs people just as well.
+        self._done += 1
+        self._failed += message._exception is not None
+        return ran[1]
 
     # The presence thread
 
@@ -133,6 +135,7 @@ class Presence:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "version": _VERSION,
+            "program_version": str(self._program_version())[:MAX_ID],
             "since": since,
             "at": int(time.time() * 1000),
             "queues": sorted(worker.consumers),
@@ -145,18 +148,20 @@ class Presence:
         }
 
     def _describe(self, message: MessageProxy, since: float) -> dict[str, Any]:
-        try:
-            arguments = self._describe_arguments(message)[:MAX_ARGUMENTS]
-        except Exception as error:  # noqa: BLE001 - the program's own code
-            arguments = f"({type(error).__name__})"
-        return {
-            "message_id": message.message_id[:MAX_ARGUMENTS],
+        retries = message.options.get("retries", 0)
+        described: dict[str, Any] = {
+            "message_id": message.message_id[:MAX_ID],
             "actor": message.actor_name,
             "queue": message.queue_name,
-            "attempt": int(message.options.get("retries", 0)) + 1,
+            "attempt": retries + 1 if isinstance(retries, int) else 1,
+            "deliveries": getattr(message, "delivery_count", 1),
             "since": int(since * 1000),
-            "arguments": arguments,
+            "arguments": shown_arguments(message, self._describe_arguments),
         }
+        said = said_of(message)
+        if said is not None:
+            described["progress"] = said
+        return described
 
 
 def _resident(peak: int) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from dramatiq.broker import MessageProxy
+from dramatiq.worker import Worker
 
 from dramatiq_jetstream.config import BrokerConfig
 from dramatiq_jetstream.dead_letters import DeadLetters
@@ -14,11 +16,14 @@ from dramatiq_jetstream.jetstream.keeping import Keeper
 from dramatiq_jetstream.kv import Bucket
 from dramatiq_jetstream.wire.connection import Connection
 
+from .arguments import Describe
 from .attachment import Attachment
+from .consumer import Ended, JetStreamMessage
 from .consumers import Consumers
 from .follow_ups import FollowUps
 from .in_flight import InFlight
 from .presence import Presence
+from .recorder import Recorder
 from .rerouting import JetStreamRerouter
 from .sources import Sources
 from .suspects import Suspects
@@ -37,6 +42,7 @@ class Workplace:
       emit: Calls a hook of this library's own (see `hooks`).
       starts: Returns the bucket in which the starts of suspects are noted.
       describe: Makes the text of a message's arguments, for people.
+      program_version: Returns what the program says of its version, for people.
     """
 
     def __init__(
@@ -50,7 +56,8 @@ class Workplace:
         emit: Callable[..., None],
         starts: Callable[[], Bucket],
         workers: Callable[[], Bucket],
-        describe: Callable[[MessageProxy], str],
+        describe: Describe,
+        program_version: Callable[[], str],
     ) -> None:
         self.in_flight = InFlight(connection)
         self.keeper = Keeper(connection)
@@ -67,10 +74,12 @@ class Workplace:
             emit=emit,
         )
         self.rerouter = rerouter
+        self._recorder = Recorder(config, connection, declarations.ensure_history, describe)
+        self._records = config.history is not None
         self.attachment = Attachment(
-            rerouter, self.follow_ups, self._suspects, Vitals(connection, self.in_flight)
+            rerouter, self.follow_ups, self._suspects, self._recorder, Vitals(connection, self.in_flight)
         )
-        self._presence = Presence(workers, describe)
+        self._presence = Presence(workers, describe, program_version)
         self.consumers = Consumers(
             config, connection, self.in_flight, self.sources, self._suspects, rerouter, self.attachment
         )
@@ -94,15 +103,36 @@ class Workplace:
         """What to do at a hook when all middleware is done, or was interrupted."""
         return {
             "before_worker_shutdown": self.attachment.stop_consuming,
-            "after_worker_shutdown": self._presence.end,
+            "after_worker_shutdown": self._shut_down,
             "after_process_message": self._ended,
-            "after_skip_message": self._ended,
+            "after_skip_message": self._skipped,
             "before_nack": self._ended,
         }
 
     def _ended(self, message: MessageProxy) -> None:
         self.follow_ups.end()
-        self._presence.message_ended(message)
+        began = self._presence.message_ended(message)
+        if (
+            self._recorder.keeps_successes
+            or message._exception is not None
+            or message.failed
+            or message.options
+        ):
+            self._note_for_record(message, began)
+
+    def _skipped(self, message: MessageProxy) -> None:
+        self.follow_ups.end()
+        self._note_for_record(message, self._presence.message_ended(message), skipped=True)
+
+    def _note_for_record(self, message: MessageProxy, began: float | None, *, skipped: bool = False) -> None:
+        """Have an attempt recorded when its message is settled."""
+        if self._records and began is not None and isinstance(message, JetStreamMessage):
+            retried = self.follow_ups.has_retried(message)
+            message.to_record = Ended(began, time.time(), skipped, retried)
+
+    def _shut_down(self, worker: Worker) -> None:
+        self._recorder.flush()
+        self._presence.end(worker)
 
     def _forget(self) -> None:
         """In the child of a fork, where the parent's worker has no threads."""
@@ -110,3 +140,4 @@ class Workplace:
         self.consumers.forget()
         self._suspects.forget()
         self._presence.forget()
+        self._recorder.forget()
