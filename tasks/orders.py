@@ -67,7 +67,7 @@ class OrderBusy(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class _Cached:
     """A record and its revision, 0 and None when there is none."""
 
     stored: Stored | None
@@ -79,7 +79,7 @@ class Orders:
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
-        self._recent: OrderedDict[str, _Known] = OrderedDict()
+        self._recent: OrderedDict[str, _Cached] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, order_id: str) -> Order | None:
@@ -127,7 +127,7 @@ class Orders:
                     ) from None
                 time.sleep(random.uniform(0, 0.01))
 
-    def _guess(self, order_id: str) -> _Known:
+    def _guess(self, order_id: str) -> _Cached:
         """Return the record as this process last saw it."""
         with self._lock:
             known = self._recent.get(order_id)
@@ -135,17 +135,17 @@ class Orders:
             return known
         return self._look(order_id)
 
-    def _look(self, order_id: str) -> _Known:
+    def _look(self, order_id: str) -> _Cached:
         entry = self._bucket.get(order_id)
-        return _Known(None, 0) if entry is None else _Known(stored_in(entry), entry.revision)
+        return _Cached(None, 0) if entry is None else _Cached(stored_in(entry), entry.revision)
 
-    def _write(self, order_id: str, stored: Stored, revision: int) -> _Known:
+    def _write(self, order_id: str, stored: Stored, revision: int) -> _Cached:
         value = json.dumps(stored, separators=(",", ":")).encode()
         if revision == 0:
-            return _Known(stored, self._bucket.create(order_id, value))
-        return _Known(stored, self._bucket.update(order_id, value, revision=revision))
+            return _Cached(stored, self._bucket.create(order_id, value))
+        return _Cached(stored, self._bucket.update(order_id, value, revision=revision))
 
-    def _remember(self, order_id: str, known: _Known) -> None:
+    def _remember(self, order_id: str, known: _Cached) -> None:
         with self._lock:
             self._recent[order_id] = known
             self._recent.move_to_end(order_id)

@@ -179,7 +179,7 @@ def _after_write(order_id: str, revision: int) -> Order | None:
         pause *= 2
 
 
-class Watch:
+class OrderWatch:
     """Follows one order on a thread of its own until it is closed."""
 
     def __init__(self, order_id: str, callback: Callable[[Order], None]) -> None:
@@ -208,9 +208,9 @@ class Watch:
                 self._callback(order)
 
 
-def watch_order(order_id: str, callback: Callable[[Order], None]) -> Watch:
+def watch_order(order_id: str, callback: Callable[[Order], None]) -> OrderWatch:
     """Call `callback` on a thread of its own with the order, now and after each change, until closed."""
-    return Watch(order_id, callback)
+    return OrderWatch(order_id, callback)
 
 
 _connecting = threading.Lock()

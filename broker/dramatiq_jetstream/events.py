@@ -28,8 +28,8 @@ from .errors import InvalidName, InvalidOption
 from .jetstream import ensuring, topology
 from .jetstream.names import check_subject, covers
 from .sending.envelope import Event, event_of, to_message
+from .worker.current import current_message
 from .worker.delivery import Delivery, Source, event_in
-from .worker.running import running_message
 
 __all__ = [
     "DeadLetterEvents",
@@ -128,7 +128,7 @@ def current_event() -> Event | None:
 
     None outside of actors and for ordinary messages.
     """
-    message = running_message.get()
+    message = current_message.get()
     return None if message is None else event_of(message)
 
 

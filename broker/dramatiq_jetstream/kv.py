@@ -45,7 +45,7 @@ from .jetstream.names import (
 )
 from .jetstream.reading import StoredMessage, last_message, last_message_direct
 from .jetstream.topology import StreamConfig
-from .jetstream.watching import Watch
+from .jetstream.watching import KeyWatcher
 from .wire.answers import is_no_responders
 from .wire.connection import Connection, Msg, PubAck, Publication
 from .wire.error_numbers import CONFLICT, OTHER_WRITE_IN_FLIGHT, ROLLUP_FAILED
@@ -175,7 +175,7 @@ class Bucket:
         """Return the keys that start with `prefix`."""
         return list(dict.fromkeys(entry.key for entry in self.items(prefix)))
 
-    def watch(self, prefix: str, callback: Callable[[Entry], None]) -> Watch:
+    def watch(self, prefix: str, callback: Callable[[Entry], None]) -> KeyWatcher:
         """Call `callback` for each entry whose key starts with `prefix`: those that exist, then each change.
 
         Deletions come as entries with `deleted` set; expiry is not announced. The callback runs on the
@@ -194,7 +194,7 @@ class Bucket:
             if entry.key.startswith(prefix):
                 callback(entry)
 
-        return Watch(self.connection, self.stream, self._filter(prefix), receive)
+        return KeyWatcher(self.connection, self.stream, self._filter(prefix), receive)
 
     # Writing
 

@@ -31,7 +31,7 @@ from .broker import broker_for
 from .errors import BrokerConnectionError, BrokerError, RevisionConflict
 from .jetstream.wakeups import Wakeups
 from .worker.consumer import JetStreamMessage
-from .worker.running import running_message
+from .worker.current import current_message
 
 __all__ = ["JetStreamBackend"]
 
@@ -99,7 +99,7 @@ class JetStreamBackend(RateLimiterBackend):
         Counting one down to one is what barriers do, and no limiter: an actor's message is counted once, however
         often it runs.
         """
-        message = running_message.get()
+        message = current_message.get()
         if amount == minimum == 1 and isinstance(message, JetStreamMessage):
             return not self._is_last(key, message, ttl)
         return self._change(key, -amount, ttl, lambda value: value >= minimum)

@@ -9,7 +9,7 @@ import pytest
 
 from dramatiq_jetstream.errors import TopologyMissing
 from dramatiq_jetstream.events import current_event, subscription
-from dramatiq_jetstream.wire.connection import Subscription
+from dramatiq_jetstream.wire.connection import CoreSubscription
 from orders.v1.events_pb2 import OrderCreated
 from tests.broker.conformance.workers import running
 from tests.broker.services import order, publish_raw, subscribe
@@ -195,7 +195,7 @@ def test_what_a_stopping_worker_is_still_sent_does_not_count_as_a_try(make_servi
     publisher.publish(f"{topic}.created", b"small")
     stopping = make_service(max_deliveries=1)
     subscribe(stopping, f"{topic}.created")
-    at_once, stored = Subscription.withdraw, []
+    at_once, stored = CoreSubscription.withdraw, []
 
     def later(subscription):
         threading.Timer(0.05, at_once, [subscription]).start()
@@ -207,7 +207,7 @@ def test_what_a_stopping_worker_is_still_sent_does_not_count_as_a_try(make_servi
     monkeypatch.setattr(stopping._workplace.rerouter, "_store_again", store)
     with running(stopping, threads=0, prefetch=4):
         eventually(lambda: stopping.in_flight.held == 1)
-        monkeypatch.setattr(Subscription, "withdraw", later)
+        monkeypatch.setattr(CoreSubscription, "withdraw", later)
     monkeypatch.undo()
     assert len(set(stored)) == 2, "what came back was not stored anew"
     last = make_service(max_deliveries=1)

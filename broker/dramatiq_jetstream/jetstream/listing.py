@@ -14,7 +14,7 @@ from queue import Empty
 from typing import Any
 
 from dramatiq_jetstream.errors import BrokerConnectionError, TopologyMissing
-from dramatiq_jetstream.wire.connection import Connection, Msg, Subscription
+from dramatiq_jetstream.wire.connection import Connection, CoreSubscription, Msg
 from dramatiq_jetstream.wire.thread_queue import ThreadQueue
 
 from .reading import StoredMessage, last_message, parse_time
@@ -39,7 +39,7 @@ class Listing:
         self._connection = connection
         self._stream = stream
         self._inbox = ""
-        self._subscription: Subscription | None = None
+        self._subscription: CoreSubscription | None = None
         self._pages: dict[str, ThreadQueue[Msg]] = {}
 
     def read(

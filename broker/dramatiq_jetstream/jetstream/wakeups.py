@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from dramatiq_jetstream.kv import Bucket
-from dramatiq_jetstream.wire.connection import Msg, Subscription
+from dramatiq_jetstream.wire.connection import CoreSubscription, Msg
 
 from .names import decode_key
 
@@ -53,7 +53,7 @@ class Wakeups:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._waiters: dict[str, set[threading.Event]] = {}
-        self._subscription: Subscription | None = None
+        self._subscription: CoreSubscription | None = None
         self._idle_since = 0.0
 
     @contextmanager

@@ -7,7 +7,7 @@ sequence, so no entry is missed and none comes twice. The server forgets a consu
 Sequences belong to one life of the stream. After each consumer was made, the server is asked when its stream was
 made and how far it goes: a stream that was deleted and made again, or came back with less, is read from its start.
 
-Everything here runs on the connection's loop thread, except `Watch`'s constructor and `close`.
+Everything here runs on the connection's loop thread, except `KeyWatcher`'s constructor and `close`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dramatiq_jetstream.wire.connection import Connection, Msg
 
 from .reading import StoredMessage
 
-__all__ = ["Watch"]
+__all__ = ["KeyWatcher"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ FORGET_AFTER_SECONDS = 60
 RETRY_SECONDS = 0.5
 
 
-class Watch:
+class KeyWatcher:
     """Calls `callback` on the loop thread for each message under `subject`, until `close`.
 
     First come the newest messages that exist, one per subject, then each one that is stored. The callback

@@ -47,11 +47,19 @@ from .calls import Call
 from .error_numbers import TRANSIENT
 from .headers import encode_headers
 from .ids import new_id
-from .interests import Listeners, Subscription
 from .link import ConnectionState, Link
+from .listeners import CoreSubscription, Listeners
 from .protocol import encode_subscribe
 
-__all__ = ["ConnectOptions", "Connection", "ConnectionState", "Msg", "PubAck", "Publication", "Subscription"]
+__all__ = [
+    "ConnectOptions",
+    "Connection",
+    "ConnectionState",
+    "CoreSubscription",
+    "Msg",
+    "PubAck",
+    "Publication",
+]
 
 #: How many publishes of one batch are under way at once.
 BATCH_WINDOW: Final = 4_000
@@ -95,15 +103,15 @@ class Connection:
         self.timeout = timeout
         self._closed = False
         self._listeners = Listeners()
-        self._interests: dict[int, Subscription] = {}
+        self._by_sid: dict[int, CoreSubscription] = {}
         self._sids = count(2)
         self._inherited: list[Link] = []  # kept, so that collecting them does not touch the parent's sockets
-        self._link = Link(self.options, self._listeners, self._interests)
+        self._link = Link(self.options, self._listeners, self._by_sid)
         _connections.add(self)
 
     def _start_again(self) -> None:
         self._inherited.append(self._link)
-        self._link = Link(self.options, self._listeners, self._interests)
+        self._link = Link(self.options, self._listeners, self._by_sid)
         if self._closed:
             self._link.close()
         for callback in list(self._listeners.fork):
@@ -116,8 +124,8 @@ class Connection:
         return self._link.state
 
     @property
-    def _subscriptions(self) -> list[Subscription]:
-        return list(self._interests.values())
+    def _subscriptions(self) -> list[CoreSubscription]:
+        return list(self._by_sid.values())
 
     @property
     def inbox(self) -> str:
@@ -188,7 +196,7 @@ class Connection:
         closed = self._link
         if self._closed and closed.is_closed:
             # One atomic step decides which link it is, without a lock that an interrupt or a fork could leave taken.
-            successor = Link(self.options, self._listeners, self._interests)
+            successor = Link(self.options, self._listeners, self._by_sid)
             self._link = closed.__dict__.setdefault("successor", successor)
             self._closed = False
 
@@ -461,7 +469,7 @@ class Connection:
         timeout: int | None = None,
         confirmed: bool = False,
         wait: bool = True,
-    ) -> Subscription:
+    ) -> CoreSubscription:
         """Call `callback` on the loop thread for each message on `subject`; it must neither block nor raise.
 
         It returns once the server knows of the interest; while the connection is lost, at once, and the server learns
@@ -480,14 +488,14 @@ class Connection:
         deadline = self._deadline(timeout)
         link = self._link
         link.wait_open(deadline)
-        subscription = Subscription(
+        subscription = CoreSubscription(
             subject,
             callback,
             next(self._sids),
             lambda ended: self._link.unsubscribe(ended),
             lambda ended: self._link.withdraw(ended),
         )
-        self._interests[subscription.sid] = subscription
+        self._by_sid[subscription.sid] = subscription
         try:
             link.post(link.enqueue, encode_subscribe(subject, subscription.sid))
             # A message to ourselves, which the server handles after what was sent before.

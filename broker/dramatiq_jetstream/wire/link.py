@@ -38,8 +38,8 @@ from .calls import Call, Calls
 from .client import Client
 from .headers import Headers, Msg
 from .ids import new_id
-from .interests import Listeners, Subscription
 from .lanes import Lanes
+from .listeners import CoreSubscription, Listeners
 from .login import LoginUnreadable, preload
 from .loop import LoopThread
 from .opening import Servers, open_client
@@ -98,7 +98,7 @@ class Link:
     """
 
     def __init__(
-        self, options: ConnectOptions, listeners: Listeners, subscriptions: dict[int, Subscription]
+        self, options: ConnectOptions, listeners: Listeners, subscriptions: dict[int, CoreSubscription]
     ) -> None:
         preload(options)
         self.options = options
@@ -199,13 +199,13 @@ class Link:
         self.lane_failures += answer is True
         return answer
 
-    def unsubscribe(self, subscription: Subscription) -> None:
+    def unsubscribe(self, subscription: CoreSubscription) -> None:
         """End an interest."""
         known = self._subscriptions.pop(subscription.sid, None) is not None
         if known and self.loop.started:
             self.post(self.enqueue, encode_unsubscribe(subscription.sid))
 
-    def withdraw(self, subscription: Subscription) -> None:
+    def withdraw(self, subscription: CoreSubscription) -> None:
         """Have the server send no more of a subject."""
         self.post(self.enqueue, encode_unsubscribe(subscription.sid))
 

@@ -38,11 +38,11 @@ from dramatiq_jetstream.jetstream.names import HEADER_TICK
 from dramatiq_jetstream.wire.connection import Connection
 from dramatiq_jetstream.wire.thread_queue import ThreadQueue
 
+from .current import is_abort
 from .delivery import Delivery
 from .in_flight import InFlight
 from .pulling import Puller
 from .room import Room
-from .running import is_abort
 from .settlements import ACK
 from .sources import Sources
 from .suspects import Suspects

@@ -36,14 +36,14 @@ from dramatiq.errors import BrokerError
 from dramatiq_jetstream.errors import BrokerConnectionError, NotFound, PermissionDenied
 from dramatiq_jetstream.jetstream.names import METADATA_ACK_WAIT
 from dramatiq_jetstream.wire.answers import translate
-from dramatiq_jetstream.wire.connection import Connection, Msg, Subscription
+from dramatiq_jetstream.wire.connection import Connection, CoreSubscription, Msg
 
 __all__ = ["Durable", "Durables"]
 
 logger = logging.getLogger(__name__)
 
 #: How long an answer about a durable is awaited, and the pause before the server is asked again.
-ANSWER_SECONDS = 2.0
+REPLY_SECONDS = 2.0
 PAUSE_SECONDS = 0.3
 
 #: A durable is looked at this often while deliveries of it are held for longer than LOOK_AFTER_SECONDS.
@@ -132,7 +132,7 @@ class Durables:
         self._on_certain: list[Callable[[Durable, bool], None]] = []
         self._on_missing: list[Callable[[Durable], None]] = []
         self._denied: set[str] = set()
-        self._deletions: Subscription | None = None
+        self._deletions: CoreSubscription | None = None
         connection.on_lost(self._lost)
         connection.on_reconnect(self._reconnected)
         connection.on_tick(self._tick)
@@ -280,7 +280,7 @@ class Durables:
                 answered.set_result(answer)
 
         payload = b"" if body is None else json.dumps(body).encode()
-        self._connection.query(self._connection.api_subject(verb), payload, note, ANSWER_SECONDS)
+        self._connection.query(self._connection.api_subject(verb), payload, note, REPLY_SECONDS)
         answer = await answered
         if isinstance(answer, BaseException):
             raise answer if isinstance(answer, BrokerError) else BrokerConnectionError(str(answer))

@@ -97,7 +97,7 @@ class Presence:
 
     def message_begins(self, message: MessageProxy) -> None:
         """Note what this thread runs."""
-        running_message.set(message)
+        current_message.set(message)
         self._running[threading.get_ident()] = message, time.time()
 
     def message_ended(self, message: MessageProxy) -> float | None:

@@ -7,7 +7,7 @@ stands at every source may arrive at once, beyond what there is room for. A sour
 over.
 
 Requests do not survive what puts a durable in doubt (a reconnect, a new leader); they are made again when it is
-certain. What the requests are, and what the server answers to them, is the business of `feed`.
+certain. What the requests are, and what the server answers to them, is the business of `fetching`.
 
 If the process dies, what arrived is delivered again. Everything here runs on the loop thread, except the constructor,
 `stop` and `close`.
@@ -21,7 +21,7 @@ from dramatiq_jetstream.wire.connection import Connection, Msg
 
 from .delivery import Delivery, Owner, Source
 from .durables import Durable
-from .feed import Feed
+from .fetching import Fetcher
 from .in_flight import InFlight
 from .room import Room
 
@@ -58,8 +58,8 @@ class Puller:
         self._stopping = False
         self._replenishing = False
         self._arrived: list[Delivery] = []
-        self._feeds: list[Feed] = []
-        self._ranks: list[list[Feed]] = []
+        self._fetchers: list[Fetcher] = []
+        self._ranks: list[list[Fetcher]] = []
         in_flight.durables.listen()
         connection.on_tick(self._tick)
         connection.on_fork(self._forsake)
@@ -72,14 +72,16 @@ class Puller:
     def add(self, source: Source) -> None:
         """Read one more source."""
         durables = self._in_flight.durables
-        feed = Feed(self._connection, durables, source, receive=self._receive, changed=self._replenish_soon)
-        self._connection.post(self._include, feed)
+        fetcher = Fetcher(
+            self._connection, durables, source, receive=self._receive, changed=self._replenish_soon
+        )
+        self._connection.post(self._include, fetcher)
 
     def stop(self) -> None:
         """Ask for nothing more; what is still on its way is delivered, to be given back."""
         self._stopping = True
-        for feed in list(self._feeds):
-            feed.stop()
+        for fetcher in list(self._fetchers):
+            fetcher.stop()
 
     def close(self) -> None:
         self.stop()
@@ -91,17 +93,17 @@ class Puller:
         self._stopping = True
         self._in_flight.durables.forget(self._certain)
         self._connection.forget(self._tick)
-        for feed in list(self._feeds):
-            feed.close()
+        for fetcher in list(self._fetchers):
+            fetcher.close()
 
     # On the loop thread
 
-    def _include(self, feed: Feed) -> None:
-        self._feeds = [*self._feeds, feed]
-        ranks = sorted({each.source.rank for each in self._feeds})
-        self._ranks = [[each for each in self._feeds if each.source.rank == rank] for rank in ranks]
+    def _include(self, fetcher: Fetcher) -> None:
+        self._fetchers = [*self._fetchers, fetcher]
+        ranks = sorted({each.source.rank for each in self._fetchers})
+        self._ranks = [[each for each in self._fetchers if each.source.rank == rank] for rank in ranks]
         if self._stopping:
-            feed.close()
+            fetcher.close()
         else:
             self._replenish_soon()
 
@@ -119,10 +121,10 @@ class Puller:
     def _replenish_under_load(self) -> None:
         self._replenish(self._room.worth_asking)
 
-    def _receive(self, feed: Feed, message: Msg) -> None:
-        delivery = Delivery(message, feed.source, self._owner)
-        if not feed.pulls and len(self._feeds) > 1:
-            feed.drained = delivery.pending == 0
+    def _receive(self, fetcher: Fetcher, message: Msg) -> None:
+        delivery = Delivery(message, fetcher.source, self._owner)
+        if not fetcher.pulls and len(self._fetchers) > 1:
+            fetcher.drained = delivery.pending == 0
             self._replenish_soon()
         if not self._in_flight.receive(delivery):
             return
@@ -145,43 +147,45 @@ class Puller:
         if (
             free <= 0
             or self._stopping
-            or any(self._in_flight.settlements.is_behind(feed.source.durable) for feed in self._feeds)
+            or any(
+                self._in_flight.settlements.is_behind(fetcher.source.durable) for fetcher in self._fetchers
+            )
         ):
-            for feed in self._feeds:
-                feed.drained = False  # as time passes without a standing request
+            for fetcher in self._fetchers:
+                fetcher.drained = False  # as time passes without a standing request
             return
-        if len(self._feeds) == 1:
-            self._ask_alone(self._feeds[0], free, least)
+        if len(self._fetchers) == 1:
+            self._ask_alone(self._fetchers[0], free, least)
             return
-        free -= sum(pull.left for feed in self._feeds for pull in feed.pulls if pull.probe)
+        free -= sum(pull.left for fetcher in self._fetchers for pull in fetcher.pulls if pull.probe)
         for rank in self._ranks:
-            feeds = [feed for feed in rank if feed.is_readable]
-            unknown = [feed for feed in feeds if not feed.pulls and not feed.drained]
-            for position, feed in enumerate(unknown):
-                free -= feed.ask(min(free, max(1, free // (len(unknown) - position))), probe=True)
-            for feed in feeds:
-                if feed.drained and not feed.pulls:
-                    feed.ask(1, probe=False)
+            fetchers = [fetcher for fetcher in rank if fetcher.is_readable]
+            unknown = [fetcher for fetcher in fetchers if not fetcher.pulls and not fetcher.drained]
+            for position, fetcher in enumerate(unknown):
+                free -= fetcher.ask(min(free, max(1, free // (len(unknown) - position))), probe=True)
+            for fetcher in fetchers:
+                if fetcher.drained and not fetcher.pulls:
+                    fetcher.ask(1, probe=False)
             rank.append(rank.pop(0))  # where there is room for few, another one comes first next time
-            if not all(feed.is_empty for feed in feeds):
+            if not all(fetcher.is_empty for fetcher in fetchers):
                 return  # what they answer brings us here again
 
-    def _ask_alone(self, feed: Feed, free: int, least: int) -> None:
-        unasked = free - feed.outstanding
-        if unasked < least or not feed.is_readable:
+    def _ask_alone(self, fetcher: Fetcher, free: int, least: int) -> None:
+        unasked = free - fetcher.outstanding
+        if unasked < least or not fetcher.is_readable:
             return
-        while unasked > 0 and (asked := feed.ask(unasked, probe=False)):
+        while unasked > 0 and (asked := fetcher.ask(unasked, probe=False)):
             unasked -= asked
 
     def _certain(self, durable: Durable, same: bool) -> None:
-        for feed in self._feeds:
-            if feed.source.durable is durable:
-                feed.clear()
+        for fetcher in self._fetchers:
+            if fetcher.source.durable is durable:
+                fetcher.clear()
                 self._replenish()
 
     def _tick(self) -> None:
-        for feed in self._feeds:
-            feed.tick()
+        for fetcher in self._fetchers:
+            fetcher.tick()
         if self._room.has_surplus():
             self._surplus()
         if self._connection.is_open:

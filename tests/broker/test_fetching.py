@@ -10,7 +10,7 @@ import pytest
 
 from dramatiq_jetstream.jetstream import ensuring, topology
 from dramatiq_jetstream.testing import NatsServer
-from dramatiq_jetstream.worker import feed as feeds
+from dramatiq_jetstream.worker import fetching
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually, holds
 
@@ -22,7 +22,7 @@ def noting(broker, **options):
 
 def feeds_of(broker):
     return eventually(
-        lambda: [feed for consumer in broker._workplace.consumers._open for feed in consumer._puller._feeds]
+        lambda: [one for consumer in broker._workplace.consumers._open for one in consumer._puller._fetchers]
     )
 
 
@@ -81,7 +81,7 @@ def test_a_server_that_limits_requests_is_asked_within_its_limits(tmp_path, make
 
 def test_a_message_larger_than_a_consumer_lets_us_ask_for_is_named(make_broker, caplog, monkeypatch):
     """Once; and it runs when the limit was removed."""
-    monkeypatch.setattr(feeds, "REFUSED_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(fetching, "REFUSED_PAUSE_SECONDS", 0.2)
     broker = make_broker()
     work, ran = noting(broker)
     work.send("x" * 5_000)
@@ -105,9 +105,9 @@ def test_a_consumer_that_nothing_can_be_fetched_from_is_named_once(
     make_broker, caplog, monkeypatch, settings, said
 ):
     """Its worker says what to change, and goes on trying."""
-    monkeypatch.setattr(feeds, "SILENCE_SECONDS", 1.0)
-    monkeypatch.setattr(feeds, "REFUSED_PAUSE_SECONDS", 0.2)
-    monkeypatch.setattr(feeds, "HEARTBEAT_SECONDS", 0.4)
+    monkeypatch.setattr(fetching, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(fetching, "REFUSED_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(fetching, "HEARTBEAT_SECONDS", 0.4)
     first, second = make_broker(declare=False), make_broker(declare=False)
     consumer(first, "create", **settings)
     noting(first)
@@ -121,8 +121,8 @@ def test_a_consumer_that_nothing_can_be_fetched_from_is_named_once(
 
 def test_the_worker_and_the_server_agree_on_what_was_asked_for(make_broker, monkeypatch):
     """The server serves requests in turn; after some overlapped and some expired, none is forgotten or made up."""
-    monkeypatch.setattr(feeds, "EXPIRES_SECONDS", 2.5)
-    monkeypatch.setattr(feeds, "HEARTBEAT_SECONDS", 0.5)
+    monkeypatch.setattr(fetching, "EXPIRES_SECONDS", 2.5)
+    monkeypatch.setattr(fetching, "HEARTBEAT_SECONDS", 0.5)
     broker = make_broker()
     work, ran = noting(broker)
     stream = broker.names.queue_stream("default")
@@ -164,7 +164,7 @@ def test_requests_are_bounded_in_bytes(make_broker, monkeypatch):
     monkeypatch.setattr(broker.connection, "write", spy)
     with running(broker, threads=8):
         eventually(lambda: len(ran) == 12)
-    assert {request["max_bytes"] for request in asked} == {feeds.MAX_BYTES}
+    assert {request["max_bytes"] for request in asked} == {fetching.MAX_BYTES}
     assert len(asked) >= 12 / 2
 
 

@@ -11,18 +11,18 @@ from dramatiq_jetstream.errors import PermissionDenied
 
 from .headers import Msg
 
-__all__ = ["Listeners", "Subscription"]
+__all__ = ["CoreSubscription", "Listeners"]
 
 
 @dataclass(eq=False)
-class Subscription:
+class CoreSubscription:
     """Interest in a subject that lives until `close`, through every reconnect."""
 
     subject: str
     callback: Callable[[Msg], None]
     sid: int
-    _close: Callable[[Subscription], None] = field(repr=False)
-    _withdraw: Callable[[Subscription], None] = field(repr=False)
+    _close: Callable[[CoreSubscription], None] = field(repr=False)
+    _withdraw: Callable[[CoreSubscription], None] = field(repr=False)
     denied: PermissionDenied | None = None
 
     def close(self) -> None:

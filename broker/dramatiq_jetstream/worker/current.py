@@ -18,7 +18,7 @@ __all__ = ["is_abort", "is_abortable", "note_said", "running_message", "said_of"
 #: Characters of what an actor notes with its progress that people see of a running message.
 MAX_NOTE = 200
 
-running_message: ContextVar[MessageProxy | None] = ContextVar("dramatiq_jetstream_message", default=None)
+current_message: ContextVar[MessageProxy | None] = ContextVar("dramatiq_jetstream_message", default=None)
 
 
 def note_said(said: Mapping[str, Any]) -> None:

@@ -24,12 +24,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dramatiq_jetstream.wire.connection import Connection, Msg, Subscription
+from dramatiq_jetstream.wire.connection import Connection, CoreSubscription, Msg
 
 from .delivery import Source
 from .durables import Durables
 
-__all__ = ["Feed", "Pull"]
+__all__ = ["Fetcher", "Pull"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +70,10 @@ class Pull:
 class _Slot:
     pull: Pull | None = None
     heard: float = 0.0
-    subscription: Subscription | None = None
+    subscription: CoreSubscription | None = None
 
 
-class Feed:
+class Fetcher:
     """The requests of one source.
 
     Parameters:
@@ -90,7 +90,7 @@ class Feed:
         durables: Durables,
         source: Source,
         *,
-        receive: Callable[[Feed, Msg], None],
+        receive: Callable[[Fetcher, Msg], None],
         changed: Callable[[], None],
     ) -> None:
         self.source = source
