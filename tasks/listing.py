@@ -87,7 +87,7 @@ class OrderList:
                 orders.append(order)
                 last = place
             elif created:
-                self._forget(place)
+                self._drop(place)
         return Page(orders, None)
 
     def _mentions(self, before: int | None) -> Iterator[tuple[int, tuple[str, str] | None]]:
@@ -141,7 +141,7 @@ class OrderList:
                 _, oldest = self._blocks.popitem(last=False)
                 self._remembered -= len(oldest.orders)
 
-    def _forget(self, place: int) -> None:
+    def _drop(self, place: int) -> None:
         with self._lock:
             block = self._blocks.get(place // BLOCK)
             if block is not None and block.orders.pop(place, None) is not None:

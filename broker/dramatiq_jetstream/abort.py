@@ -59,9 +59,9 @@ class JetStreamBackend(EventBackend):
     def __init__(self, broker: Broker | None = None, *, url: str | Iterable[str] | None = None) -> None:
         self.broker, self._own = broker_for(broker, url)
         self.bucket = self.broker.declarations.announcing_bucket("aborts")
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         """Start from nothing: at creation, and in the child of a fork."""
         self._process = os.getpid()
         self._lock = threading.Lock()
@@ -120,7 +120,7 @@ class JetStreamBackend(EventBackend):
 
     def _listen(self) -> None:
         if self._process != os.getpid():
-            self._forget()
+            self._reset()
         try:
             with self._lock:
                 if self._listening:

@@ -67,9 +67,9 @@ class JetStreamBackend(RateLimiterBackend):
         self.broker, self._own = broker_for(broker, url)
         self.bucket = self.broker.declarations.announcing_bucket("rate-limits")
         self._wakeups = Wakeups(self.bucket)
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         """Start from nothing: at creation, and in the child of a fork, where no thread would give back a turn."""
         self._process = os.getpid()
         self._lines = [_Line() for _ in range(LINES)]
@@ -221,7 +221,7 @@ class JetStreamBackend(RateLimiterBackend):
     def _in_turn(self, name: str, change: Callable[[float], bool]) -> bool:
         """Wait for this thread's turn to change a counter, and call `change` with the time until which it may try."""
         if self._process != os.getpid():
-            self._forget()
+            self._reset()
         return self._lines[hash(name) % LINES].serve(name, change, self.bucket.connection.timeout / 1000)
 
     def _attempts(self, key: str, deadline: float) -> Iterator[int]:

@@ -20,7 +20,7 @@ def noting(broker, **options):
     return dramatiq.actor(ran.append, broker=broker, actor_name="work", **options), ran
 
 
-def feeds_of(broker):
+def fetchers_of(broker):
     return eventually(
         lambda: [one for consumer in broker._workplace.consumers._open for one in consumer._puller._fetchers]
     )
@@ -113,7 +113,7 @@ def test_a_consumer_that_nothing_can_be_fetched_from_is_named_once(
     noting(first)
     noting(second)
     with running(first):
-        feeds_of(first)
+        fetchers_of(first)
         with running(second):
             eventually(lambda: said in caplog.text)
             holds(lambda: caplog.text.count(said) <= 2, 1.5)
@@ -129,18 +129,18 @@ def test_the_worker_and_the_server_agree_on_what_was_asked_for(make_broker, monk
 
     def agree():
         info = broker.connection.api(f"CONSUMER.INFO.{stream}.worker")
-        pulls = feeds_of(broker)[0].pulls
+        pulls = fetchers_of(broker)[0].pulls
         assert info["num_waiting"] == len(pulls)
         return all(pull.left > 0 for pull in pulls)
 
     with running(broker, threads=8):
-        eventually(lambda: feeds_of(broker)[0].pulls)
+        eventually(lambda: fetchers_of(broker)[0].pulls)
         for count in (5, 10, 3):
             for number in range(count):
                 work.send(number)
                 time.sleep(0.02)  # each fills a part of another request
             eventually(agree)
-        eventually(lambda: min(pull.number for pull in feeds_of(broker)[0].pulls) > 6)
+        eventually(lambda: min(pull.number for pull in fetchers_of(broker)[0].pulls) > 6)
         eventually(agree)
         work.send(0)
         eventually(lambda: len(ran) == 19)

@@ -43,10 +43,10 @@ class Keeper:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._renewals: dict[str, Callable[[str], None]] = {}
-        self._forget()
-        connection.on_fork(self._forget)
+        self._reset()
+        connection.on_fork(self._reset)
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         """Start from nothing: at creation, and in the child of a fork, where the parent's threads are not ours."""
         self._lock = threading.Lock()
         self._streams: dict[str, _StreamJobs] = {}

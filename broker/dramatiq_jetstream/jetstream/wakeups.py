@@ -46,9 +46,9 @@ class Wakeups:
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
         self._connection = bucket.connection
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         """Start from nothing: at creation, and in the child of a fork, where no thread waits yet."""
         self._process = os.getpid()
         self._lock = threading.Lock()
@@ -64,7 +64,7 @@ class Wakeups:
         before each look.
         """
         if self._process != os.getpid():
-            self._forget()
+            self._reset()
         self._subscribe()
         event = threading.Event()
         wanted = list(keys)
@@ -112,7 +112,7 @@ class Wakeups:
             if idle:
                 self._subscription = None
         if idle and subscription is not None:
-            self._connection.forget(self._wake_all)
+            self._connection.remove_callback(self._wake_all)
             subscription.close()
 
     def _wake_all(self) -> None:

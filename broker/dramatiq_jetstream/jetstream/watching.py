@@ -77,7 +77,7 @@ class KeyWatcher:
         if self._closed:
             return
         self._closed = True
-        self._connection.forget(self._restart)
+        self._connection.remove_callback(self._restart)
         for subscription in self._subscriptions:
             subscription.close()
         self._connection.post(self._stop)

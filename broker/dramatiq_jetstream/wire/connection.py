@@ -551,9 +551,9 @@ class Connection:
         """Call `callback` in the child of a fork, where nothing is connected yet."""
         self._listeners.fork.append(callback)
 
-    def forget(self, callback: Callable[..., None]) -> None:
+    def remove_callback(self, callback: Callable[..., None]) -> None:
         """Undo every `on_…` for a callback."""
-        self._listeners.forget(callback)
+        self._listeners.remove(callback)
 
     def hurry_fence(self) -> None:
         """Send the next fence now instead of within a second; from any thread."""

@@ -49,7 +49,7 @@ class Listeners:
         for callback in list(self.lost):
             callback()
 
-    def forget(self, callback: Callable[..., None]) -> None:
+    def remove(self, callback: Callable[..., None]) -> None:
         everything: tuple[list[Any], ...] = (self.lost, self.reconnect, self.fence, self.tick, self.fork)
         for callbacks in everything:
             with contextlib.suppress(ValueError):

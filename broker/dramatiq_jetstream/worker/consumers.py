@@ -76,8 +76,8 @@ class Consumers:
         """Close all that are open."""
         for consumer in self._open:
             consumer.close()
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Know of none: in the child of a fork, they are the parent's."""
         self._open = []

@@ -136,7 +136,7 @@ class Durables:
         connection.on_lost(self._lost)
         connection.on_reconnect(self._reconnected)
         connection.on_tick(self._tick)
-        connection.on_fork(self._forget)
+        connection.on_fork(self._reset)
 
     def get(self, stream: str, name: str, ack_wait: int) -> Durable:
         """The durable of that name; from any thread."""
@@ -161,7 +161,7 @@ class Durables:
         """Call `callback(durable)` when the server says that there is no such durable."""
         self._on_missing.append(callback)
 
-    def forget(self, callback: Callable[..., None]) -> None:
+    def remove_callback(self, callback: Callable[..., None]) -> None:
         """Undo `on_certain` or `on_missing` for a callback."""
         for callbacks in (self._on_certain, self._on_missing):
             if callback in callbacks:
@@ -353,7 +353,7 @@ class Durables:
             if durable._wanted:
                 self._ask(durable)
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         """In the child of a fork: the parent's tasks and messages are not ours."""
         if self._deletions is not None:
             self._deletions.close()

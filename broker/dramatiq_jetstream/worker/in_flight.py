@@ -153,7 +153,7 @@ class InFlight:
             self._connection.hurry_fence()
             if arrived.wait(0.01):
                 break
-        self._connection.forget(note)
+        self._connection.remove_callback(note)
 
     def _signal(self) -> None:
         """Send the in-progress signals that are due, and look at the durables whose messages take long."""

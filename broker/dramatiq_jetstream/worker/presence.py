@@ -64,7 +64,7 @@ class Presence:
         self._program_version = program_version
         self.forget()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Start from nothing: at creation, and in the child of a fork."""
         self._running: dict[int, tuple[MessageProxy, float]] = {}
         self._done = 0

@@ -85,14 +85,14 @@ class Puller:
 
     def close(self) -> None:
         self.stop()
-        self._connection.forget(self._forsake)
+        self._connection.remove_callback(self._forsake)
         self._forsake()
 
     def _forsake(self) -> None:
         """Want nothing any more; also in the child of a fork, where these are the parent's messages."""
         self._stopping = True
-        self._in_flight.durables.forget(self._certain)
-        self._connection.forget(self._tick)
+        self._in_flight.durables.remove_callback(self._certain)
+        self._connection.remove_callback(self._tick)
         for fetcher in list(self._fetchers):
             fetcher.close()
 

@@ -61,9 +61,9 @@ class Suspects:
         self._unquestioned = max(1, config.max_deliveries // 2)
         self._bucket = bucket
         self._waiting: list[Callable[[], None]] = []
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Start with none, as in the child of a fork."""
         self._lock = threading.Lock()
         self._alone: Delivery | None = None

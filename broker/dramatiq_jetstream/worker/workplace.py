@@ -83,7 +83,7 @@ class Workplace:
         self.consumers = Consumers(
             config, connection, self.in_flight, self.sources, self._suspects, rerouter, self.attachment
         )
-        connection.on_fork(self._forget)
+        connection.on_fork(self._reset)
 
     def first(self) -> dict[str, Reaction]:
         """What to do at a hook before any middleware."""
@@ -134,7 +134,7 @@ class Workplace:
         self._recorder.flush()
         self._presence.end(worker)
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         """In the child of a fork, where the parent's worker has no threads."""
         self.attachment.detach()
         self.consumers.forget()
