@@ -306,8 +306,8 @@ class DeadLetters:
         purged = 0
         try:
             for subject in (self._names.dead_of_queue(queue), self._names.dead_with_bodies(queue)):
-                answer = self._connection.api(f"STREAM.PURGE.{self._names.dead_stream}", {"filter": subject})
-                purged = purged or int(answer.get("purged", 0))
+                reply = self._connection.api(f"STREAM.PURGE.{self._names.dead_stream}", {"filter": subject})
+                purged = purged or int(reply.get("purged", 0))
         except NotFound:
             return 0
         return purged

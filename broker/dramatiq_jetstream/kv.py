@@ -46,10 +46,10 @@ from .jetstream.names import (
 from .jetstream.reading import StoredMessage, last_message, last_message_direct
 from .jetstream.topology import StreamConfig
 from .jetstream.watching import KeyWatcher
-from .wire.answers import is_no_responders
 from .wire.connection import Connection, Msg, PubAck, Publication
 from .wire.error_numbers import CONFLICT, OTHER_WRITE_IN_FLIGHT, ROLLUP_FAILED
 from .wire.ids import new_id
+from .wire.replies import is_no_responders
 
 __all__ = ["DEPOSED_SECONDS", "Bucket", "Entry", "Snapshot"]
 
@@ -235,8 +235,8 @@ class Bucket:
             self.declare()
         self.connection.tell(self._subject(key), value, self._headers(ttl), self._noted)
 
-    def _noted(self, answer: Msg | BaseException) -> None:
-        if self._declare and not isinstance(answer, BaseException) and is_no_responders(answer):
+    def _noted(self, reply: Msg | BaseException) -> None:
+        if self._declare and not isinstance(reply, BaseException) and is_no_responders(reply):
             self._gone = True
 
     def create(self, key: str, value: bytes, *, ttl: int | None = None) -> int:

@@ -346,9 +346,9 @@ def remove_schedule(broker: JetStreamBroker, queue: str, actor: str) -> bool:
 def _purge(broker: JetStreamBroker, queue: str, actor: str) -> bool:
     stream = broker.names.queue_stream(queue)
     try:
-        answer = broker.connection.api(
+        reply = broker.connection.api(
             f"STREAM.PURGE.{stream}", {"filter": broker.names.periodic(queue, actor)}
         )
     except NotFound:
         return False
-    return bool(answer.get("purged"))
+    return bool(reply.get("purged"))

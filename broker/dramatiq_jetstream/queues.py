@@ -166,8 +166,8 @@ class Queues:
         purged = 0
         for subject in subjects:
             with contextlib.suppress(NotFound):
-                answer = self._connection.api(f"STREAM.PURGE.{stream}", {"filter": subject})
-                purged += int(answer.get("purged", 0))
+                reply = self._connection.api(f"STREAM.PURGE.{stream}", {"filter": subject})
+                purged += int(reply.get("purged", 0))
         if ready and delayed:
             try:
                 self._declarations.bucket("unique").clear(unique.prefix(queue))

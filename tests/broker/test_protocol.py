@@ -86,8 +86,8 @@ def test_what_arrives_is_what_nats_py_would_hand_over(parts, data):
     arrived = [said(event) for chunk in chunks for event in reader.receive(chunk)]
     calls = expected(wire)
     assert arrived == [call for call in calls if call != "ping"]
-    assert reader.answers() == b"PONG\r\n" * calls.count("ping")
-    assert reader.answers() == b""
+    assert reader.pongs() == b"PONG\r\n" * calls.count("ping")
+    assert reader.pongs() == b""
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def acked(settled, durable, *keys):
 
 
 def test_what_is_acked_counts_as_acked_before_and_after_its_proof(connection, durable, settled):
-    settled.answer(durable, A, "ack.1", ACK)
+    settled.send(durable, A, "ack.1", ACK)
     assert acked(settled, durable, A, B) == [True, False]
     connection.tick()
     assert connection.questions == [("ack.1", WPI)]
@@ -85,9 +85,9 @@ def test_what_is_acked_counts_as_acked_before_and_after_its_proof(connection, du
 
 
 def test_an_answer_proves_what_was_sent_before_its_question_alone(connection, durable, settled):
-    settled.answer(durable, A, "ack.1", ACK)
+    settled.send(durable, A, "ack.1", ACK)
     connection.tick()
-    settled.answer(durable, B, "ack.2", ACK)
+    settled.send(durable, B, "ack.2", ACK)
     connection.tick()
     assert len(connection.questions) == 1, "there is one question to a consumer at a time"
     connection.answer()
@@ -97,11 +97,11 @@ def test_an_answer_proves_what_was_sent_before_its_question_alone(connection, du
 
 
 def test_what_is_not_proven_is_sent_again_after_a_reconnect(connection, durable, settled):
-    settled.answer(durable, A, "ack.1", ACK)
+    settled.send(durable, A, "ack.1", ACK)
     connection.tick()
     answer_of_before = connection.answer
-    settled.answer(durable, B, "ack.2", NAK)
-    settled.answer(durable, C, "ack.3", ACK)
+    settled.send(durable, B, "ack.2", NAK)
+    settled.send(durable, C, "ack.3", ACK)
     connection.written.clear()
     settled.resume(durable, same=True)
     assert sorted(connection.written) == [("ack.1", ACK), ("ack.2", NAK), ("ack.3", ACK)]
@@ -116,7 +116,7 @@ def test_what_is_not_proven_is_sent_again_after_a_reconnect(connection, durable,
 
 
 def test_what_was_given_back_and_comes_again_is_not_given_back_once_more(connection, durable, settled):
-    settled.answer(durable, A, "ack.1", NAK)
+    settled.send(durable, A, "ack.1", NAK)
     assert acked(settled, durable, A) == [False]
     settled.drop(durable, A)
     connection.written.clear()
@@ -126,7 +126,7 @@ def test_what_was_given_back_and_comes_again_is_not_given_back_once_more(connect
 
 def test_what_is_held_again_is_given_back_no_more(connection, durable):
     in_flight = InFlight(connection)
-    in_flight.settlements.answer(durable, A, "ack.1", NAK)
+    in_flight.settlements.send(durable, A, "ack.1", NAK)
     delivery = SimpleNamespace(key=A, source=SimpleNamespace(durable=durable), ack_subject="ack.2")
     assert in_flight.receive(delivery)
     assert in_flight.settlements.unproven == 0
@@ -134,8 +134,8 @@ def test_what_is_held_again_is_given_back_no_more(connection, durable):
 
 def test_in_doubt_answers_are_kept_and_sent_when_the_life_goes_on(connection, durable, settled):
     durable.certain = False
-    settled.answer(durable, A, "ack.1", ACK)
-    settled.answer(durable, B, "ack.2", NAK)
+    settled.send(durable, A, "ack.1", ACK)
+    settled.send(durable, B, "ack.2", NAK)
     connection.tick()
     assert (connection.written, connection.questions) == ([], [])
     durable.certain = True
@@ -146,11 +146,11 @@ def test_in_doubt_answers_are_kept_and_sent_when_the_life_goes_on(connection, du
 def test_answers_of_a_life_that_is_over_are_dropped_and_what_was_done_is_remembered(
     connection, durable, settled
 ):
-    settled.answer(durable, A, "ack.1", ACK)
+    settled.send(durable, A, "ack.1", ACK)
     connection.tick()
     durable.certain = False
-    settled.answer(durable, B, "ack.2", ACK)
-    settled.answer(durable, C, "ack.3", NAK)
+    settled.send(durable, B, "ack.2", ACK)
+    settled.send(durable, C, "ack.3", NAK)
     connection.written.clear()
     durable.certain = True
     settled.resume(durable, same=False)
@@ -162,7 +162,7 @@ def test_answers_of_a_life_that_is_over_are_dropped_and_what_was_done_is_remembe
 def test_a_question_without_an_answer_raises_a_doubt_and_the_next_is_given_more_time(
     connection, durable, doubts, settled
 ):
-    settled.answer(durable, A, "ack.1", ACK)
+    settled.send(durable, A, "ack.1", ACK)
     connection.tick()
     connection.answer(BrokerConnectionError("none in time"))
     assert doubts == [durable]
@@ -173,7 +173,7 @@ def test_a_question_without_an_answer_raises_a_doubt_and_the_next_is_given_more_
 
 def test_what_is_given_back_is_not_asked_about(connection, durable, settled):
     """A question is an in-progress signal: it would put off the next delivery."""
-    settled.answer(durable, A, "ack.1", NAK)
+    settled.send(durable, A, "ack.1", NAK)
     connection.tick()
     assert connection.questions == []
     assert settled.unproven == 0
@@ -183,7 +183,7 @@ def test_what_is_given_back_is_not_asked_about(connection, durable, settled):
 def test_what_was_acked_before_a_reconnect_outlasts_the_usual_time(connection, durable, settled, monkeypatch):
     monkeypatch.setattr(settlements, "REMEMBER", 0.0)
     for number, key in enumerate((A, B, C)):
-        settled.answer(durable, key, f"ack.{number}", ACK)
+        settled.send(durable, key, f"ack.{number}", ACK)
         connection.tick()
         connection.answer()
         if key == A:
@@ -192,7 +192,7 @@ def test_what_was_acked_before_a_reconnect_outlasts_the_usual_time(connection, d
 
 
 def test_a_child_of_a_fork_owes_nothing(connection, durable, settled):
-    settled.answer(durable, A, "ack.1", ACK)
+    settled.send(durable, A, "ack.1", ACK)
     connection.fork()
     connection.written.clear()
     settled.resume(durable, same=True)

@@ -222,11 +222,11 @@ def _put_consumer(
     deadline = time.monotonic() + patience / 1000
     while True:
         try:
-            answer = connection.api(
+            reply = connection.api(
                 f"CONSUMER.CREATE.{config.stream}.{config.name}.{wanted['filter_subject']}",
                 {"stream_name": config.stream, "config": wanted, "action": action},
             )
-            return dict(answer["config"])
+            return dict(reply["config"])
         except ApiError as error:
             # While a stream is copied to more servers, its consumers cannot have as many yet.
             if error.err_code != REPLICAS_EXCEED_STREAM or time.monotonic() > deadline:

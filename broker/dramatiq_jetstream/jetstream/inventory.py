@@ -16,11 +16,11 @@ def consumers(connection: Connection, stream: str) -> Iterator[dict[str, Any]]:
     """What the server knows of every consumer of a stream."""
     offset = 0
     while True:
-        answer = connection.api(f"CONSUMER.LIST.{stream}", {"offset": offset})
-        found = answer.get("consumers") or []
+        reply = connection.api(f"CONSUMER.LIST.{stream}", {"offset": offset})
+        found = reply.get("consumers") or []
         yield from found
         offset += len(found)
-        if not found or offset >= answer["total"]:
+        if not found or offset >= reply["total"]:
             return
 
 
@@ -28,11 +28,11 @@ def streams(connection: Connection) -> Iterator[dict[str, Any]]:
     """What the server knows of every stream of the account."""
     offset = 0
     while True:
-        answer = connection.api("STREAM.LIST", {"offset": offset})
-        found = answer.get("streams") or []
+        reply = connection.api("STREAM.LIST", {"offset": offset})
+        found = reply.get("streams") or []
         yield from found
         offset += len(found)
-        if not found or offset >= answer["total"]:
+        if not found or offset >= reply["total"]:
             return
 
 
@@ -41,10 +41,10 @@ def stream_names(connection: Connection, subject: str | None = None) -> list[str
     found: list[str] = []
     body = {} if subject is None else {"subject": subject}
     while True:
-        answer = connection.api("STREAM.NAMES", {**body, "offset": len(found)})
-        page = answer.get("streams") or []
+        reply = connection.api("STREAM.NAMES", {**body, "offset": len(found)})
+        page = reply.get("streams") or []
         found += page
-        if not page or len(found) >= answer["total"]:
+        if not page or len(found) >= reply["total"]:
             return found
 
 

@@ -121,14 +121,14 @@ class Listing:
         inbox = self._listen()
         while True:
             token = secrets.token_hex(8)
-            answers = self._pages[token] = ThreadQueue()
+            replies = self._pages[token] = ThreadQueue()
             try:
                 self._connection.send(
                     self._connection.api_subject(f"DIRECT.GET.{self._stream}"),
                     json.dumps(request).encode(),
                     reply=f"{inbox}.{token}",
                 )
-                return self._collect(answers, deadline)
+                return self._collect(replies, deadline)
             except Empty:
                 if time.monotonic() > deadline:
                     raise BrokerConnectionError(
@@ -137,11 +137,11 @@ class Listing:
             finally:
                 del self._pages[token]
 
-    def _collect(self, answers: ThreadQueue[Msg], deadline: float) -> tuple[list[StoredMessage], bool]:
+    def _collect(self, replies: ThreadQueue[Msg], deadline: float) -> tuple[list[StoredMessage], bool]:
         found: list[StoredMessage] = []
         while True:
-            answer = answers.get(timeout=max(0.01, min(SILENCE_SECONDS, deadline - time.monotonic())))
-            headers = dict(answer.headers or {})
+            reply = replies.get(timeout=max(0.01, min(SILENCE_SECONDS, deadline - time.monotonic())))
+            headers = dict(reply.headers or {})
             match headers.get("Status"):
                 case None:
                     found.append(
@@ -149,7 +149,7 @@ class Listing:
                             stream=self._stream,
                             sequence=int(headers["Nats-Sequence"]),
                             subject=headers["Nats-Subject"],
-                            data=answer.data,
+                            data=reply.data,
                             headers=headers,
                             time=parse_time(headers["Nats-Time-Stamp"]),
                         )
@@ -174,6 +174,6 @@ class Listing:
         return self._inbox
 
     def _receive(self, message: Msg) -> None:
-        answers = self._pages.get(message.subject.rpartition(".")[2])
-        if answers is not None:
-            answers.put(message)
+        replies = self._pages.get(message.subject.rpartition(".")[2])
+        if replies is not None:
+            replies.put(message)

@@ -100,10 +100,10 @@ def last_message_direct(
     if len(subject) + len(stream) > _MAX_DIRECT:
         return last_message(connection, stream, subject, timeout=timeout, must_exist=must_exist)
     # The leader knows at once whether a stream that does not answer exists.
-    answer = connection.request(
+    reply = connection.request(
         connection.api_subject(f"DIRECT.GET.{stream}.{subject}"), timeout=timeout, resend=True, patient=False
     )
-    headers = answer.headers
+    headers = reply.headers
     if headers.get("Status") == "404":
         return None
     if "Nats-Sequence" not in headers:  # not served directly, or not now
@@ -112,7 +112,7 @@ def last_message_direct(
         stream=stream,
         sequence=int(headers["Nats-Sequence"]),
         subject=headers["Nats-Subject"],
-        data=answer.data,
+        data=reply.data,
         headers={name: value for name, value in headers.items() if name not in _DIRECT_HEADERS},
         time=parse_time(headers["Nats-Time-Stamp"]),
     )

@@ -92,12 +92,12 @@ def waiting(connection: Connection, names: Names, queue: str, message_id: str) -
 def cancel(connection: Connection, names: Names, queue: str, message_id: str) -> int:
     """Cancel the delays of a message; return how many there were (a message that already fired is not one)."""
     try:
-        answer = connection.api(
+        reply = connection.api(
             f"STREAM.PURGE.{names.queue_stream(queue)}", {"filter": names.delayed_message(queue, message_id)}
         )
     except NotFound:
         return 0
-    return int(answer.get("purged", 0))
+    return int(reply.get("purged", 0))
 
 
 def subjects(connection: Connection, stream: str, subject: str) -> Iterator[str]:

@@ -12,10 +12,10 @@ from typing import Final
 
 from dramatiq.errors import BrokerError
 
-from .answers import PubAck, Publication, is_no_responders, read_puback
 from .calls import Call
 from .headers import Headers, Msg
 from .link import Link
+from .replies import PubAck, Publication, is_no_responders, read_puback
 from .waiting import Signal
 
 __all__ = ["ask", "publish_window"]
@@ -41,9 +41,9 @@ def publish_window(
     done = Signal()
 
     def receiver(position: int) -> Callable[[Msg | BaseException], bool]:
-        def receive(answer: Msg | BaseException) -> bool:
+        def receive(reply: Msg | BaseException) -> bool:
             nonlocal remaining
-            outcome = read_puback(items[position].subject, answer, patient=time.monotonic() < grace)
+            outcome = read_puback(items[position].subject, reply, patient=time.monotonic() < grace)
             if outcome is None:
                 return True
             outcomes[position] = outcome
@@ -88,7 +88,7 @@ def ask(
     maybe_sent: bool = False,
     patient: bool = True,
 ) -> Msg:
-    """Send a request by the loop and wait for its answer.
+    """Send a request by the loop and wait for its reply.
 
     Parameters:
       subject: Where it goes; "" for a message to ourselves, answered after everything that was sent before.
@@ -100,17 +100,17 @@ def ask(
 
     Raises:
       NotSent: When nothing was sent in time.
-      BrokerConnectionError: When no answer came in time.
+      BrokerConnectionError: When no reply came in time.
       PermissionDenied: When the server refused the subject.
     """
-    answers: list[Msg | BaseException] = []
+    replies: list[Msg | BaseException] = []
     done = Signal()
     grace = min(deadline, time.monotonic() + NO_RESPONDERS_GRACE_MS / 1000) if patient else 0.0
 
-    def receive(answer: Msg | BaseException) -> bool:
-        if isinstance(answer, Msg) and is_no_responders(answer) and time.monotonic() < grace:
+    def receive(reply: Msg | BaseException) -> bool:
+        if isinstance(reply, Msg) and is_no_responders(reply) and time.monotonic() < grace:
             return True
-        answers.append(answer)
+        replies.append(reply)
         done.set()
         return False
 
@@ -118,10 +118,10 @@ def ask(
         subject, payload, headers, receive, deadline, repeat=repeat, parts=parts, maybe_sent=maybe_sent
     )
     _wait(link, [call], done, deadline)
-    answer = answers[0] if answers else call.error(*link.describe())
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
+    reply = replies[0] if replies else call.error(*link.describe())
+    if isinstance(reply, BaseException):
+        raise reply
+    return reply
 
 
 def _wait(link: Link, calls: list[Call], done: Signal, deadline: float) -> None:

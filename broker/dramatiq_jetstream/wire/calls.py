@@ -25,10 +25,10 @@ from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.errors import BrokerConnectionError, ConnectionClosed, NotSent, StoreTimeout
 
-from .answers import permission_denied
 from .client import Client
 from .headers import Headers, Msg
 from .protocol import Outgoing
+from .replies import permission_denied
 
 __all__ = ["Call", "Calls"]
 
@@ -48,7 +48,7 @@ class Call:
     Attributes:
       subject: Where it goes; "" for a message to ourselves, which is answered once the server has handled everything
         that was sent before.
-      answer: Called on the loop thread with the answer or an error; returns True for "not now, try again".
+      on_reply: Called on the loop thread with the reply or an error; returns True for "not now, try again".
       deadline: By `time.monotonic`; nothing is sent from then on.
       repeat: Whether it may be sent again.
       parts: What has to be written before it, on the same connection: the other messages of an atomic batch.
@@ -57,13 +57,13 @@ class Call:
     """
 
     __slots__ = (
-        "answer",
         "begun",
         "client",
         "deadline",
         "headers",
         "maybe_sent",
         "offset",
+        "on_reply",
         "parts",
         "payload",
         "queued",
@@ -80,7 +80,7 @@ class Call:
         subject: str,
         payload: bytes,
         headers: Headers | bytes | None,
-        answer: Callable[[Msg | BaseException], bool],
+        on_reply: Callable[[Msg | BaseException], bool],
         deadline: float,
         *,
         repeat: bool,
@@ -90,7 +90,7 @@ class Call:
         self.subject = subject
         self.payload = payload
         self.headers = headers
-        self.answer = answer
+        self.on_reply = on_reply
         self.deadline = deadline
         self.repeat = repeat
         self.parts = parts
@@ -180,11 +180,11 @@ class Calls:
         self._waiting[token] = call
         self._transmit(token, call)
 
-    def answered(self, token: str, message: Msg) -> None:
+    def receive(self, token: str, message: Msg) -> None:
         call = self._waiting.get(token)
         if call is None:
             return  # an answer to what was sent twice, or too late
-        if call.answer(message):
+        if call.on_reply(message):
             call.wait = NOT_NOW_SECONDS
         else:
             del self._waiting[token]
@@ -193,7 +193,7 @@ class Calls:
         """The server denied us a subject; returns whether a call was about it."""
         tokens = [token for token, call in self._waiting.items() if call.subject == subject]
         for token in tokens:
-            self._waiting.pop(token).answer(permission_denied("publish", subject))
+            self._waiting.pop(token).on_reply(permission_denied("publish", subject))
         return bool(tokens)
 
     def fail(self, call: Call, error: BrokerError | ValueError) -> None:
@@ -201,7 +201,7 @@ class Calls:
         for token, waiting in list(self._waiting.items()):
             if waiting is call:
                 del self._waiting[token]
-                call.answer(error)
+                call.on_reply(error)
 
     def lost(self) -> None:
         """The connection is gone: fail what was sent on it and may not be repeated."""
@@ -210,7 +210,7 @@ class Calls:
             call.queued = False
             if call.begun and not call.repeat:
                 del self._waiting[token]
-                call.answer(
+                call.on_reply(
                     NotSent(
                         f"The connection to NATS at {where} was lost ({reason}) before a batch was complete; "
                         "nothing was stored."
@@ -245,9 +245,11 @@ class Calls:
         """The connection is closed for good."""
         for call in list(self._waiting.values()):
             if call.known_unsent:
-                call.answer(NotSent(f"The connection to NATS was closed; nothing was sent to {call.target}."))
+                call.on_reply(
+                    NotSent(f"The connection to NATS was closed; nothing was sent to {call.target}.")
+                )
             else:
-                call.answer(ConnectionClosed("The connection to NATS was closed before an answer came."))
+                call.on_reply(ConnectionClosed("The connection to NATS was closed before an answer came."))
         self._waiting.clear()
 
     def _transmit(self, token: str, call: Call) -> None:
@@ -266,4 +268,4 @@ class Calls:
             client.abort("the socket takes nothing any more")
             if call.times == 1:
                 call.sent = None
-        call.answer(call.error(*self._link.describe()))
+        call.on_reply(call.error(*self._link.describe()))

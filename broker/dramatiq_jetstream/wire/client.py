@@ -134,9 +134,9 @@ class Client(asyncio.Protocol):
         except ProtocolError as error:
             self.abort(str(error))
             return
-        answers = self._protocol.answers()
-        if answers:
-            self.write(answers)
+        pongs = self._protocol.pongs()
+        if pongs:
+            self.write(pongs)
         receive = self._receive
         for event in events:
             receive(event)

@@ -31,7 +31,15 @@ from dramatiq_jetstream.errors import (
     TopologyMissing,
 )
 
-from .answers import (
+from .asking import ask, publish_window
+from .calls import Call
+from .error_numbers import TRANSIENT
+from .headers import encode_headers
+from .ids import new_id
+from .link import ConnectionState, Link
+from .listeners import CoreSubscription, Listeners
+from .protocol import encode_subscribe
+from .replies import (
     Headers,
     Msg,
     PubAck,
@@ -42,14 +50,6 @@ from .answers import (
     read_puback,
     translate,
 )
-from .asking import ask, publish_window
-from .calls import Call
-from .error_numbers import TRANSIENT
-from .headers import encode_headers
-from .ids import new_id
-from .link import ConnectionState, Link
-from .listeners import CoreSubscription, Listeners
-from .protocol import encode_subscribe
 
 __all__ = [
     "ConnectOptions",
@@ -129,7 +129,7 @@ class Connection:
 
     @property
     def inbox(self) -> str:
-        """The subject under which answers to us arrive."""
+        """The subject under which replies to us arrive."""
         return self._link.inbox
 
     @property
@@ -222,10 +222,10 @@ class Connection:
         link.wait_open(deadline)
         item = Publication(subject, payload, headers)
         check(item, link.max_payload)
-        answer = link.ask(subject, payload, item.block, deadline - time.monotonic())
-        maybe_sent = answer is True
-        if isinstance(answer, Msg):
-            outcome = read_puback(subject, answer, patient=True)
+        reply = link.ask(subject, payload, item.block, deadline - time.monotonic())
+        maybe_sent = reply is True
+        if isinstance(reply, Msg):
+            outcome = read_puback(subject, reply, patient=True)
             if isinstance(outcome, PubAck):
                 return outcome
             if outcome is not None:
@@ -286,11 +286,11 @@ class Connection:
             else:
                 outcomes.append(None)
                 items.append(item)
-        answers: list[PubAck | BrokerError] = []
+        replies: list[PubAck | BrokerError] = []
         for start in range(0, len(items), BATCH_WINDOW):
-            answers += publish_window(self._link, items[start : start + BATCH_WINDOW], deadline)
-        answer = iter(answers)
-        return [next(answer) if outcome is None else outcome for outcome in outcomes]
+            replies += publish_window(self._link, items[start : start + BATCH_WINDOW], deadline)
+        reply = iter(replies)
+        return [next(reply) if outcome is None else outcome for outcome in outcomes]
 
     def publish_batch(self, publications: list[Publication], *, timeout: int | None = None) -> PubAck:
         """Send an atomic batch, numbered and with its commit last, and wait for the commit's acknowledgement.
@@ -302,7 +302,7 @@ class Connection:
         for item in publications:
             check(item, self._link.max_payload)
         *parts, commit = publications
-        answer = ask(
+        reply = ask(
             self._link,
             commit.subject,
             commit.payload,
@@ -311,7 +311,7 @@ class Connection:
             repeat=False,
             parts=[(part.subject, part.payload, "", part.block) for part in parts],
         )
-        outcome = read_puback(commit.subject, answer, patient=False)
+        outcome = read_puback(commit.subject, reply, patient=False)
         if isinstance(outcome, PubAck):
             return outcome
         raise outcome or StoreTimeout(f"JetStream could not take a batch for {commit.subject} now.")
@@ -345,10 +345,10 @@ class Connection:
         self._link.wait_open(deadline)
         maybe_sent = False
         if resend:
-            answer = self._link.ask(subject, payload, headers, deadline - time.monotonic())
-            if isinstance(answer, Msg) and not (patient and is_no_responders(answer)):
-                return answer
-            maybe_sent = answer is True
+            reply = self._link.ask(subject, payload, headers, deadline - time.monotonic())
+            if isinstance(reply, Msg) and not (patient and is_no_responders(reply)):
+                return reply
+            maybe_sent = reply is True
         return ask(
             self._link,
             subject,
@@ -377,8 +377,8 @@ class Connection:
         deadline = self._deadline(timeout)
         link.wait_open(deadline)
 
-        def receive(answer: Msg | BaseException) -> bool:
-            told(answer)
+        def receive(reply: Msg | BaseException) -> bool:
+            told(reply)
             return False
 
         def start() -> None:
@@ -402,10 +402,10 @@ class Connection:
         """
         deadline = time.monotonic() + seconds
 
-        def receive(answer: Msg | BaseException) -> bool:
-            if isinstance(answer, Msg) and is_no_responders(answer):
+        def receive(reply: Msg | BaseException) -> bool:
+            if isinstance(reply, Msg) and is_no_responders(reply):
                 return True  # no leader now: again, soon
-            over(answer)
+            over(reply)
             return False
 
         self._link.calls.start(Call(subject, payload, None, receive, deadline, repeat=False))
@@ -425,16 +425,16 @@ class Connection:
         repeat = not verb.startswith(ONCE)
         while True:
             left = max(1, int((deadline - time.monotonic()) * 1000))
-            answer = self.request(self.api_subject(verb), payload, timeout=left, resend=repeat)
-            if is_no_responders(answer):
+            reply = self.request(self.api_subject(verb), payload, timeout=left, resend=repeat)
+            if is_no_responders(reply):
                 raise ServerUnsupported(
                     f"JetStream does not answer at {self.options.display}: it is switched off for this "
                     "account, or has no leader now."
                 )
-            reply = cast(dict[str, Any], json.loads(answer.data))
-            error = reply.get("error")
+            body = cast(dict[str, Any], json.loads(reply.data))
+            error = body.get("error")
             if error is None:
-                return reply
+                return body
             translated = translate(error)
             if error.get("err_code") not in TRANSIENT or time.monotonic() + NOT_NOW_SECONDS > deadline:
                 raise translated
@@ -458,7 +458,7 @@ class Connection:
             self._link.post(self._link.write, subject, payload, reply, headers)
 
     def new_inbox(self) -> str:
-        """Return a fresh subject for answers; add tokens to it as needed."""
+        """Return a fresh subject for replies; add tokens to it as needed."""
         return f"{self.options.inbox_prefix}.{new_id()}"
 
     def subscribe(

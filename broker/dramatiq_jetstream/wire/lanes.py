@@ -178,9 +178,9 @@ class _Lane:
         if not data:
             raise _Broken("the server closed it, or its time was up")
         self._events.extend(self._protocol.receive(data))
-        answers = self._protocol.answers()
-        if answers:
-            self._socket.sendall(answers)
+        pongs = self._protocol.pongs()
+        if pongs:
+            self._socket.sendall(pongs)
 
 
 class Lanes:
@@ -209,7 +209,7 @@ class Lanes:
             lane = self._borrow(patience)
             if lane is None:
                 return False
-            answer = lane.ask(subject, payload, headers, patience)
+            reply = lane.ask(subject, payload, headers, patience)
         except (OSError, ValueError, BrokerError, ProtocolError, _Broken) as error:
             logger.debug("A lane to NATS failed: %s", error)
             self._not_before = time.monotonic() + self._pause
@@ -224,7 +224,7 @@ class Lanes:
         self._idle.append(lane)
         if self._closed:
             self._close_idle()
-        return answer
+        return reply
 
     def _borrow(self, patience: float) -> _Lane | None:
         try:

@@ -33,7 +33,6 @@ from dramatiq.errors import BrokerError
 from dramatiq_jetstream.config import ConnectOptions
 from dramatiq_jetstream.errors import NotSent, ServerUnsupported
 
-from .answers import permission_denied, read_permission_error
 from .calls import Call, Calls
 from .client import Client
 from .headers import Headers, Msg
@@ -45,6 +44,7 @@ from .loop import LoopThread
 from .opening import Servers, open_client
 from .outbox import Outbox
 from .protocol import Event, Outgoing, ServerError, ServerInfo, encode_subscribe, encode_unsubscribe
+from .replies import permission_denied, read_permission_error
 from .tls import Refused
 from .waiting import Waiters
 
@@ -195,9 +195,9 @@ class Link:
         lanes = self.lanes
         if lanes is None or not self.is_connected:
             return False
-        answer = lanes.ask(subject, payload, headers, seconds)
-        self.lane_failures += answer is True
-        return answer
+        reply = lanes.ask(subject, payload, headers, seconds)
+        self.lane_failures += reply is True
+        return reply
 
     def unsubscribe(self, subscription: CoreSubscription) -> None:
         """End an interest."""
@@ -252,7 +252,7 @@ class Link:
     def _receive(self, event: Event) -> None:
         if type(event) is Msg:
             if event.sid == _INBOX_SID:
-                self._receive_answer(event)
+                self._receive_reply(event)
                 return
             subscription = self._subscriptions.get(event.sid)
             if subscription is not None:
@@ -266,16 +266,16 @@ class Link:
             self._client.info |= event.fields
             self._servers.learn(self._client.address, event.fields)
 
-    def _receive_answer(self, message: Msg) -> None:
+    def _receive_reply(self, message: Msg) -> None:
         token = message.subject[len(self.inbox) + 1 :]
         if token == "fence":
             self._fence_seen = max(self._fence_seen, int(message.data))
             self._call_all(self._listeners.fence, self._fence_seen)
             return
         try:
-            self.calls.answered(token, message)
+            self.calls.receive(token, message)
         except Exception:
-            self.logger.exception("An answer on %s could not be read.", message.subject)
+            self.logger.exception("A reply on %s could not be read.", message.subject)
 
     def _receive_error(self, text: str) -> None:
         self.state.last_error = text

@@ -206,7 +206,7 @@ async def _check_server(options: ConnectOptions, client: Client) -> None:
     )
     try:
         async with asyncio.timeout(JETSTREAM_SECONDS):
-            answer = await client.expect(Msg)
+            reply = await client.expect(Msg)
     except RefusedByServer as error:
         if "permissions violation" in str(error).lower():
             client.reason = None
@@ -218,7 +218,7 @@ async def _check_server(options: ConnectOptions, client: Client) -> None:
         raise ServerUnsupported(
             f"{where} does not run JetStream, and no other node of its cluster answers."
         ) from None
-    refusal = {} if answer.headers.get("Status") == "503" else json.loads(answer.data or b"{}").get("error")
+    refusal = {} if reply.headers.get("Status") == "503" else json.loads(reply.data or b"{}").get("error")
     if refusal == {} or (refusal is not None and refusal.get("err_code") in _NO_JETSTREAM):
         raise ServerUnsupported(
             f"{where} has JetStream switched off: start it with --jetstream, add a jetstream block to its "

@@ -15,10 +15,10 @@ from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.errors import InvalidOption, MessageTooLarge
 
-from .answers import check_subject
 from .calls import Call, Calls
 from .client import Client
 from .protocol import Outgoing, encode_publish
+from .replies import check_subject
 
 __all__ = ["Outbox"]
 

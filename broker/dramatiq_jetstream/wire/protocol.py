@@ -78,7 +78,7 @@ class Protocol:
     def __init__(self) -> None:
         self._parts: list[bytes] = []
         self._missing = 0
-        self._answers = b""
+        self._pongs = b""
 
     def receive(self, data: bytes) -> list[Event]:
         """Parse what arrived and return what became complete, in order.
@@ -135,10 +135,10 @@ class Protocol:
             at = stop + 2
         return events
 
-    def answers(self) -> bytes:
-        """What has to be written now in answer to what arrived; each answer is returned once."""
-        answers, self._answers = self._answers, b""
-        return answers
+    def pongs(self) -> bytes:
+        """The PONGs that have to be written now, for the PINGs that arrived; each is returned once."""
+        pongs, self._pongs = self._pongs, b""
+        return pongs
 
     def _keep(self, rest: bytes, missing: int) -> None:
         self._parts.append(rest)
@@ -146,7 +146,7 @@ class Protocol:
 
     def _handle_line(self, line: bytes, events: list[Event]) -> None:
         if line == b"PING":
-            self._answers += _PONG
+            self._pongs += _PONG
         elif line == b"PONG":
             events.append(Pong())
         elif line.startswith(b"-ERR"):

@@ -35,8 +35,8 @@ from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.errors import BrokerConnectionError, NotFound, PermissionDenied
 from dramatiq_jetstream.jetstream.names import METADATA_ACK_WAIT
-from dramatiq_jetstream.wire.answers import translate
 from dramatiq_jetstream.wire.connection import Connection, CoreSubscription, Msg
+from dramatiq_jetstream.wire.replies import translate
 
 __all__ = ["Durable", "Durables"]
 

@@ -69,7 +69,7 @@ class InFlight:
             return False
         durable = delivery.source.durable
         if self.settlements.has_acked(durable, delivery.key):
-            self._answer(delivery, ACK)
+            self._send(delivery, ACK)
             return False
         self.settlements.drop(durable, delivery.key)
         self._held[delivery.key] = delivery
@@ -90,26 +90,26 @@ class InFlight:
             self.board.release(delivery.slot)
             delivery.slot = None
 
-    def settle(self, delivery: Delivery, answer: bytes) -> None:
+    def settle(self, delivery: Delivery, settlement: bytes) -> None:
         """Give the server its answer to a delivery, once; any thread may call it and does not wait."""
         if not delivery.settled:
             connection = self._connection
             # With a lookahead it hardly matters when the server hears of it: other messages are here already.
             post = connection.post_lazily if delivery.owner.lookahead else connection.post
-            post(self._settle, delivery, answer)
+            post(self._settle, delivery, settlement)
             delivery.settled = True  # last: if this thread is interrupted before, it may give another answer
 
-    def _settle(self, delivery: Delivery, answer: bytes) -> None:
+    def _settle(self, delivery: Delivery, settlement: bytes) -> None:
         if self._held.pop(delivery.key, None) is None:
             return  # the first answer counts
-        self._answer(delivery, answer)
-        self._release(delivery, done=answer == ACK)
+        self._send(delivery, settlement)
+        self._release(delivery, done=settlement == ACK)
 
-    def _answer(self, delivery: Delivery, answer: bytes) -> None:
+    def _send(self, delivery: Delivery, settlement: bytes) -> None:
         durable = delivery.source.durable
         if delivery.life is durable.life:
-            self.settlements.answer(durable, delivery.key, delivery.ack_subject, answer)
-        elif answer == ACK:
+            self.settlements.send(durable, delivery.key, delivery.ack_subject, settlement)
+        elif settlement == ACK:
             self.settlements.note_done(durable, delivery.key)
 
     def requeue_all(self) -> None:

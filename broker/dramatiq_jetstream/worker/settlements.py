@@ -174,15 +174,15 @@ class Settlements:
             book = self._books[durable] = _Book()
         return book
 
-    def answer(self, durable: Durable, key: Key, ack_subject: str, answer: bytes) -> None:
+    def send(self, durable: Durable, key: Key, ack_subject: str, settlement: bytes) -> None:
         """Give the server its answer to a delivery of the present life, now or when the durable is certain."""
         book = self._books.get(durable) or self._book(durable)
-        if answer == ACK:
+        if settlement == ACK:
             book.sent.acks[key] = ack_subject
         else:
-            book.sent.others[key] = ack_subject, answer
+            book.sent.others[key] = ack_subject, settlement
         if durable.certain:
-            self._connection.write(ack_subject, answer)
+            self._connection.write(ack_subject, settlement)
 
     def note_done(self, durable: Durable, key: Key) -> None:
         """Remember that a message of an earlier life is done, in case it is delivered in this one."""
@@ -221,8 +221,8 @@ class Settlements:
         book.sent, book.asked = again, None
         for ack_subject in again.acks.values():
             self._connection.write(ack_subject, ACK)
-        for ack_subject, answer in again.others.values():
-            self._connection.write(ack_subject, answer)
+        for ack_subject, settlement in again.others.values():
+            self._connection.write(ack_subject, settlement)
 
     def _probe(self) -> None:
         """Ask each consumer whose deliveries were answered since the last time how far it has come."""
@@ -246,10 +246,10 @@ class Settlements:
                 self._note_proven(book, asked)
 
     def _prover(self, durable: Durable, book: _Book, asked: _Round) -> Callable[[Msg | BaseException], None]:
-        def note(answer: Msg | BaseException) -> None:
+        def note(reply: Msg | BaseException) -> None:
             if book.asked is not asked:
                 return  # asked before a doubt, after which everything was sent again
-            if isinstance(answer, BaseException):
+            if isinstance(reply, BaseException):
                 book.patience = min(2 * book.patience, PROBE_TIMEOUT_MOST)
                 self._doubt(durable)
             else:

@@ -111,27 +111,27 @@ def check(item: Publication, limit: int) -> None:
         )
 
 
-def is_no_responders(answer: Msg) -> bool:
-    return not answer.data and bool(answer.headers) and (answer.headers or {}).get("Status") == "503"
+def is_no_responders(reply: Msg) -> bool:
+    return not reply.data and bool(reply.headers) and (reply.headers or {}).get("Status") == "503"
 
 
-def read_puback(subject: str, answer: Msg | BaseException, *, patient: bool) -> PubAck | BrokerError | None:
+def read_puback(subject: str, reply: Msg | BaseException, *, patient: bool) -> PubAck | BrokerError | None:
     """Return what an answer to a publish says, or None when it says "try again"."""
-    if isinstance(answer, BaseException):
-        return answer if isinstance(answer, BrokerError) else BrokerError(str(answer))
-    stored = _STORED.fullmatch(answer.data)
+    if isinstance(reply, BaseException):
+        return reply if isinstance(reply, BrokerError) else BrokerError(str(reply))
+    stored = _STORED.fullmatch(reply.data)
     if stored is not None:
         return PubAck(stored[1].decode(), int(stored[2]))
-    if is_no_responders(answer):
+    if is_no_responders(reply):
         if patient:
             return None
         return TopologyMissing(
             f"No stream takes {subject}: prepare it with `fleet setup`, or let the broker declare it."
         )
-    reply = json.loads(answer.data)
-    error = reply.get("error")
+    body = json.loads(reply.data)
+    error = body.get("error")
     if error is None:
-        return PubAck(reply["stream"], reply["seq"], reply.get("duplicate", False))
+        return PubAck(body["stream"], body["seq"], body.get("duplicate", False))
     if error.get("err_code") in error_numbers.TRANSIENT:
         return None
     return translate(error)
