@@ -23,7 +23,7 @@ from .broker import JetStreamBroker
 from .errors import BrokerError, InvalidOption
 from .jetstream.names import short_key
 from .kv import Bucket
-from .worker.running import note_said
+from .worker.current import note_said
 
 __all__ = ["Progress", "ProgressOf", "progress", "read_progress"]
 

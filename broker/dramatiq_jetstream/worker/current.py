@@ -13,7 +13,7 @@ from typing import Any
 
 from dramatiq import MessageProxy
 
-__all__ = ["is_abort", "is_abortable", "note_said", "running_message", "said_of"]
+__all__ = ["current_message", "is_abort", "is_abortable", "note_said", "said_of"]
 
 #: Characters of what an actor notes with its progress that people see of a running message.
 MAX_NOTE = 200
@@ -23,7 +23,7 @@ current_message: ContextVar[MessageProxy | None] = ContextVar("dramatiq_jetstrea
 
 def note_said(said: Mapping[str, Any]) -> None:
     """Note what the running actor says of its progress with its message, for the presence of its worker."""
-    message = running_message.get()
+    message = current_message.get()
     if message is not None:
         vars(message)["progress_said"] = {**said, "note": str(said["note"])[:MAX_NOTE]}
 

@@ -22,7 +22,7 @@ from dramatiq.broker import Broker, MessageProxy
 from dramatiq.middleware import Middleware, MiddlewareError, Pipelines, Retries, SkipMessage
 from dramatiq.results import Results
 
-from .running import is_abort, is_abortable
+from .current import is_abort, is_abortable
 
 __all__ = ["HookedBroker"]
 

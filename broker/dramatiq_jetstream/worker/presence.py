@@ -28,7 +28,7 @@ from dramatiq.worker import Worker
 from dramatiq_jetstream.kv import Bucket
 
 from .arguments import Describe, shown_arguments
-from .running import running_message, said_of
+from .current import current_message, said_of
 
 __all__ = ["INTERVAL_SECONDS", "Presence"]
 
@@ -62,7 +62,7 @@ class Presence:
         self._bucket = bucket
         self._describe_arguments = describe
         self._program_version = program_version
-        self.forget()
+        self.reset()
 
     def reset(self) -> None:
         """Start from nothing: at creation, and in the child of a fork."""
@@ -102,7 +102,7 @@ class Presence:
 
     def message_ended(self, message: MessageProxy) -> float | None:
         """Note that this thread runs nothing; return since when it ran the message, None when it did not."""
-        running_message.set(None)
+        current_message.set(None)
         ran = self._running.pop(threading.get_ident(), None)
         if ran is None:
             return None

@@ -34,7 +34,7 @@ from dramatiq_jetstream.wire.ids import new_id
 
 from .arguments import Describe, shown_arguments
 from .consumer import Ended, JetStreamMessage
-from .running import is_abort
+from .current import is_abort
 
 __all__ = ["Recorder", "traceback_of"]
 
@@ -104,9 +104,9 @@ class Recorder:
         self._describe = describe
         self.keeps_successes = self._share > 0
         self._warned: set[str] = set()
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Start with nothing: at creation, and in the child of a fork."""
         self._buffer: SimpleQueue[Record | threading.Event] = SimpleQueue()
         self._thread: threading.Thread | None = None

@@ -137,7 +137,7 @@ class Workplace:
     def _reset(self) -> None:
         """In the child of a fork, where the parent's worker has no threads."""
         self.attachment.detach()
-        self.consumers.forget()
-        self._suspects.forget()
-        self._presence.forget()
-        self._recorder.forget()
+        self.consumers.reset()
+        self._suspects.reset()
+        self._presence.reset()
+        self._recorder.reset()
