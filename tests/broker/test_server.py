@@ -282,12 +282,20 @@ def test_a_cluster_replicates_and_knows_its_leaders(nats_cluster: NatsCluster) -
     """Three nodes form, a stream with three replicas has a leader, which is also what JetStream says."""
 
     async def make(js: JetStreamContext) -> str:
-        info = await js.add_stream(name="R3", subjects=["r3"], num_replicas=3)
+        await js.add_stream(name="R3", subjects=["r3"], num_replicas=3)
         await js.publish("r3", b"kept")
+        info = await js.stream_info("R3")
         return str(info.cluster.leader if info.cluster else None)
 
+    def agreed() -> bool:
+        # A new stream has no leader at first, and may change it.
+        try:
+            return jetstream(nats_cluster.urls, make) == nats_cluster.leader_of("R3").name
+        except nats.errors.Error:
+            return False
+
     assert nats_cluster.leader() in nats_cluster.nodes
-    assert jetstream(nats_cluster.urls, make) == nats_cluster.leader_of("R3").name
+    assert eventually(agreed)
 
 
 def test_a_cluster_survives_the_death_of_a_leader(nats_cluster: NatsCluster) -> None:
@@ -307,7 +315,14 @@ def test_a_cluster_survives_the_death_of_a_leader(nats_cluster: NatsCluster) -> 
         except nats.errors.TimeoutError as error:
             raise AssertionError("no answer") from error
 
-    jetstream(nats_cluster.urls, make)
+    def is_stored() -> bool:
+        try:
+            jetstream(nats_cluster.urls, make)
+        except nats.errors.Error:
+            return False
+        return True
+
+    eventually(is_stored)
     dead = nats_cluster.kill(nats_cluster.leader_of("SURVIVES"))
     try:
         leader = nats_cluster.leader_of("SURVIVES", timeout=30_000)

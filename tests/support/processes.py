@@ -73,7 +73,7 @@ class Process:
     def output(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def wait_for_output(self, pattern: str, *, count: int = 1, timeout: float = 20.0) -> list[str]:
+    def wait_for_output(self, pattern: str, *, count: int = 1, timeout: float = 60.0) -> list[str]:
         """Wait until the regular expression was found `count` times; returns what was found."""
 
         def found() -> list[str]:
@@ -104,7 +104,7 @@ class Process:
         self._signal_session(signal.SIGKILL)
         self.popen.wait(timeout=30)
 
-    def wait(self, timeout: float = 20.0) -> int:
+    def wait(self, timeout: float = 60.0) -> int:
         """Wait for its end by itself; returns the exit code."""
         try:
             return self.popen.wait(timeout=timeout)
@@ -112,7 +112,7 @@ class Process:
             tail = self.output[-4000:]
             raise AssertionError(f"{self.command} did not end within {timeout:g} s:\n{tail}") from None
 
-    def stop(self, timeout: float = 20.0, *, signal_number: int = signal.SIGTERM) -> int:
+    def stop(self, timeout: float = 60.0, *, signal_number: int = signal.SIGTERM) -> int:
         """Ask the process to stop, kill everything it left after `timeout`; returns the exit code."""
         if self.running:
             self.send_signal(signal_number)
