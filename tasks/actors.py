@@ -7,6 +7,7 @@
     orders     release_stock    ORDER.declined
     orders     announce_failure (a dead letter, of whatever cause)
     projection project_event    ORDER.>
+    orders     look_after_orders (once a minute: orders that do not move)
 
 Payments have a queue of their own because they wait for another party: it can be paused alone, and it has workers
 alone (`worker_payments` in the Procfile), so that a gateway that hangs holds no thread of another step.
@@ -14,10 +15,12 @@ alone (`worker_payments` in the Procfile), so that a gateway that hangs holds no
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Final
 
 import dramatiq
+from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.events import Event, subscription
 from orders.v1.events_pb2 import OrderCreated, OrderDeclined, OrderPaid, OrderReserved
@@ -27,15 +30,9 @@ from .events import SUBJECTS, Happened, UnusableEvent, decode, happened, order_i
 from .failures import failure_of
 from .gateway import GatewayUnavailable
 from .outage import is_outage
+from .saga import STEPS
 
-#: The step of the saga that each actor does.
-STEPS: Final = {
-    "reserve_stock": "reserve",
-    "capture_payment": "pay",
-    "confirm_order": "confirm",
-    "release_stock": "release",
-}
-
+logger = logging.getLogger(__name__)
 
 #: What a worker does first: orders that are under way are finished before others are begun, so that little
 #: stock is held at a time and an order's time does not grow with the number of those that wait.
@@ -129,3 +126,17 @@ def project_event(what: Happened | None) -> None:
     if what is not None:
         logs.bind(order_id=order_id_of(what.event))
         app.projection().project(what)
+
+
+@dramatiq.actor(
+    every=app.look_after_every(),
+    # A tick that comes late is of no use: the next one is there.
+    max_age=app.look_after_every(),
+    **{**app.step_options("orders", FINISH), "max_retries": 0},
+)
+def look_after_orders() -> None:
+    """Report the orders that have not moved for longer than they should, and call those again that nothing calls."""
+    try:
+        app.standstill().run()
+    except BrokerError as error:
+        logger.warning("Orders that do not move were not looked after: %s", error)

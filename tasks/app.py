@@ -20,6 +20,7 @@ from google.protobuf.message import Message
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.events import DeadLetterEvents, Events
 from dramatiq_jetstream.kv import Bucket
+from dramatiq_jetstream.periodic import Periodic
 
 from . import credentials, events, idempotency, logs, orders, outage, stock, telemetry, tokens
 from .catalogue import CATALOGUE
@@ -29,11 +30,14 @@ from .gateway import HttpGateway
 from .orders import Orders
 from .outage import GuardedGateway, OneLine, Outage
 from .projection import Projection
-from .saga import Saga
+from .saga import STEPS, Saga
 from .settings import InvalidSetting, settings, worker_settings
+from .standstill import Standstill
 from .stock import Stock
 from .stream import EventStream
+from .stuck import Operator
 from .tokens import Tokens
+from .unfinished import UnfinishedOrders
 
 SETTINGS = settings()
 
@@ -100,7 +104,7 @@ broker = JetStreamBroker(
     enqueue_timeout=SETTINGS.accept_timeout,
 )
 dead_letter_events = DeadLetterEvents(broker)
-for middleware in (event_stream, dead_letter_events, Buckets(), Boot()):
+for middleware in (event_stream, dead_letter_events, Periodic(), Buckets(), Boot()):
     broker.add_middleware(middleware)
 broker.add_middleware(logs.LogContext(), before=type(broker.middleware[0]))
 dramatiq.set_broker(broker)
@@ -232,6 +236,47 @@ def saga() -> Saga:
     )
     stock_bucket().watch("levels.", stock_store().heard)
     return Saga(stock_store(), gateway, token_store(), publish, orders_store(), now)
+
+
+@_once
+def operator() -> Operator:
+    """Return what an operator does with orders."""
+    return Operator(
+        stock_store(),
+        stock_bucket(),
+        orders_store(),
+        orders_bucket(),
+        events_stored(),
+        saga(),
+        broker.dead_letters,
+        publish_again,
+        STEPS,
+    )
+
+
+@_once
+def unfinished_orders() -> UnfinishedOrders:
+    """Return the index of the orders that are not final."""
+    return UnfinishedOrders(orders_bucket(), stock_bucket(), orders_store().read)
+
+
+@_once
+def standstill() -> Standstill:
+    """Return what looks after orders that do not move."""
+    return Standstill(
+        unfinished_orders(),
+        stock_bucket(),
+        broker.queue_stats,
+        gateway_outage().since,
+        operator().redrive,
+        after=SETTINGS.stuck_after,
+        now=now,
+    )
+
+
+def look_after_every() -> int:
+    """Return how often orders that do not move are looked after, in milliseconds."""
+    return min(SETTINGS.stuck_after, 60_000)
 
 
 def step_options(queue: str, priority: int) -> dict[str, Any]:

@@ -1,152 +1,26 @@
 """Looks after orders that do not move on: `python -m tasks.operate stuck`, `redrive`, `cancel`, `refunded`.
 
     stuck      list the orders that have not moved for longer than they should, and the refunds that may be due
-    redrive    have the step that an order waits for done again: replay its dead letters, or publish its event again
+    redrive    have the step that an order waits for done again: replay its dead letters, or publish its event again.
+               (What nothing calls any more is called again by the service itself, see `tasks.standstill`.)
     cancel     end an order that is not paid: its stock is given back, its dead letters go
     refunded   note that a refund was seen to
 
-An order stands in the ledger and in the read model, not in its dead letter: one whose letter was dropped or has
-expired is found here all the same, and goes on or ends as any other. Every command may be repeated, and killed at any
-moment.
+`tasks.stuck` does it. Every command may be repeated, and killed at any moment.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Final
+from collections.abc import Iterable, Iterator
 
 from dramatiq.errors import BrokerError
-from google.protobuf.message import Message
 
-from dramatiq_jetstream.dead_letters import DeadLetter, DeadLetters
-
-from .announcements import event_of
 from .events import usable_order_id
-from .failures import failure_of
-from .ledger import Record
-from .model import FINAL_STATUSES, Order
-from .orders import Orders
-from .ports import Bucket
-from .saga import NotCancellable, Saga
+from .saga import NotCancellable
 from .stock import Stock
-from .stream import EventStream
-
-#: The states of the ledger that an order does not rest in.
-_UNDER_WAY: Final = frozenset({"held", "paid", "declined", "cancelling"})
-
-#: How long an order may stand still before it is listed, in minutes.
-PATIENCE_MINUTES: Final = 15
-
-
-@dataclass
-class Stuck:
-    """An order that has not moved: its status, since when (milliseconds), and the dead letters that it waits for."""
-
-    order_id: str
-    status: str
-    since: int
-    letters: list[DeadLetter] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        since = datetime.fromtimestamp(self.since / 1000, UTC).isoformat(timespec="seconds")
-        reasons = "; ".join(f"{one.actor}: {one.reason}: {one.error[:120]}" for one in self.letters)
-        return f"{self.order_id}  {self.status}  since {since}  {reasons or 'no dead letter'}"
-
-
-class Operator:
-    """What an operator does with orders.
-
-    Parameters:
-      publish: Stores an event once more, whatever is stored already.
-      steps: The step of each actor, by which an order's dead letters are known.
-    """
-
-    def __init__(
-        self,
-        stock: Stock,
-        stock_bucket: Bucket,
-        orders: Orders,
-        orders_bucket: Bucket,
-        stream: EventStream,
-        saga: Saga,
-        dead_letters: DeadLetters,
-        publish: Callable[[Message], None],
-        steps: Mapping[str, str],
-    ) -> None:
-        self._stock = stock
-        self._stock_bucket = stock_bucket
-        self._orders = orders
-        self._orders_bucket = orders_bucket
-        self._stream = stream
-        self._saga = saga
-        self._dead_letters = dead_letters
-        self._publish = publish
-        self._steps = steps
-
-    def stuck(self, before: int) -> list[Stuck]:
-        """Return the orders that have not moved since a time in milliseconds, longest first."""
-        found: dict[str, Stuck] = {}
-        for entry in self._orders_bucket.items():
-            order = self._orders.read(entry)
-            if order is not None and order.status not in FINAL_STATUSES and _moved_at(order) < before:
-                found[entry.key] = Stuck(entry.key, order.status, _moved_at(order))
-        for entry in self._stock_bucket.items("order."):
-            record = Record.decode(entry.value)
-            order_id, since = entry.key.removeprefix("order."), max(record.at.values())
-            if record.state in _UNDER_WAY and since < before:
-                found.setdefault(order_id, Stuck(order_id, record.state, since))
-        for order_id, letters in self._letters().items():
-            if order_id in found:
-                found[order_id].letters = letters
-        return sorted(found.values(), key=lambda one: one.since)
-
-    def redrive(self, order_id: str) -> str:
-        """Have the step that an order waits for done again; returns what was done about it."""
-        letters = self._letters().get(order_id, [])
-        replayed = sum(map(self._dead_letters.replay, letters))
-        if replayed:
-            return f"{replayed} dead letters replayed"
-        found = self._stock.find(order_id)
-        if found is not None and found.record.state == "cancelling":
-            self._saga.cancel(order_id, found.record.reason)
-            return "cancelled"
-        event = self._created(order_id) if found is None else event_of(order_id, found.record)
-        if event is None:
-            return "there is no such order"
-        self._publish(event)
-        return f"{event.DESCRIPTOR.name} published again"
-
-    def cancel(self, order_id: str, reason: str) -> str:
-        """End an order; returns what was done.
-
-        Raises:
-          NotCancellable: When there is no such order, or it is paid or over.
-        """
-        found = self._saga.cancel(order_id, reason)
-        dropped = sum(map(self._dead_letters.drop, self._letters().get(order_id, [])))
-        return f"{found.record.state}; {dropped} dead letters dropped"
-
-    def _created(self, order_id: str) -> Message | None:
-        order = self._orders.get(order_id)
-        happened = self._stream.happened_at(order.place) if order is not None and order.place else None
-        return None if happened is None else happened.event
-
-    def _letters(self) -> dict[str, list[DeadLetter]]:
-        """Return the dead letters of steps, by order."""
-        found: dict[str, list[DeadLetter]] = {}
-        for letter in self._dead_letters.list():
-            failure = failure_of(letter, self._steps)
-            if failure is not None:
-                found.setdefault(failure.order_id, []).append(letter)
-        return found
-
-
-def _moved_at(order: Order) -> int:
-    return int(max(entry.at for entry in order.history).timestamp() * 1000) if order.history else 0
+from .stuck import Operator
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -160,8 +34,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--minutes",
             type=int,
-            default=PATIENCE_MINUTES,
-            help=f"without a move for longer than this ({PATIENCE_MINUTES})",
+            help="without a move for longer than this (STUCK_AFTER, which is 15 minutes by default)",
         )
     redrive.add_argument("--all", action="store_true", help="every order that `stuck` lists")
     redrive.add_argument("orders", nargs="*", metavar="ORDER")
@@ -180,12 +53,12 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _run(
-    operator: Operator, stock: Stock, chosen: argparse.Namespace, now: int
+    operator: Operator, stock: Stock, chosen: argparse.Namespace, before: int
 ) -> Iterator[tuple[str, bool]]:
     """Yield what there is to say, and whether it went well."""
     match chosen.command:
         case "stuck":
-            for stuck in operator.stuck(now - chosen.minutes * 60_000):
+            for stuck in operator.stuck(before):
                 yield str(stuck), True
             for refund in stock.notes.refunds():
                 charge = (
@@ -197,9 +70,9 @@ def _run(
         case "redrive":
             orders: Iterable[str] = chosen.orders
             if chosen.all:
-                orders = [one.order_id for one in operator.stuck(now - chosen.minutes * 60_000)]
-            for order_id in orders:
-                yield f"{order_id}  {operator.redrive(order_id)}", True
+                orders = [one.order_id for one in operator.stuck(before)]
+            for order_id, done in operator.redrive(orders):
+                yield f"{order_id}  {done}", True
         case "cancel":
             for order_id in chosen.orders:
                 try:
@@ -215,22 +88,12 @@ def _run(
 def main(arguments: list[str] | None = None) -> int:
     chosen = _arguments(arguments)
     from . import app
-    from .actors import STEPS
 
-    operator = Operator(
-        app.stock_store(),
-        app.stock_bucket(),
-        app.orders_store(),
-        app.orders_bucket(),
-        app.events_stored(),
-        app.saga(),
-        app.broker.dead_letters,
-        app.publish_again,
-        STEPS,
-    )
+    operator = app.operator()
+    after = app.SETTINGS.stuck_after if getattr(chosen, "minutes", None) is None else chosen.minutes * 60_000
     code = 0
     try:
-        for line, well in _run(operator, app.stock_store(), chosen, app.now()):
+        for line, well in _run(operator, app.stock_store(), chosen, app.now() - after):
             print(line, file=sys.stdout if well else sys.stderr, flush=True)
             code = code if well else 1
     except BrokerError as error:

@@ -42,6 +42,14 @@ from .stock import Found, Stock
 from .text import shown
 from .tokens import TokenMissing, Tokens, is_reference
 
+#: The step that each actor does.
+STEPS: Final = {
+    "reserve_stock": "reserve",
+    "capture_payment": "pay",
+    "confirm_order": "confirm",
+    "release_stock": "release",
+}
+
 #: The steps, and for each the events that it may publish when it has done its work.
 OUTCOMES: Final[dict[str, frozenset[str]]] = {
     "reserve": frozenset({"reserved", "rejected"}),

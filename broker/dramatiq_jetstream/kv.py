@@ -157,15 +157,19 @@ class Bucket:
             revision = max(revision, stored.sequence)
         return Snapshot({key: entry for key, entry in entries.items() if not entry.deleted}, revision)
 
-    def items(self, prefix: str = "") -> Iterator[Entry]:
+    def items(self, prefix: str = "", *, after: int = 0) -> Iterator[Entry]:
         """Yield the entries whose keys start with `prefix`, page by page, oldest revision first.
 
         Entries that change meanwhile may come in both revisions.
+
+        Parameters:
+          after: Only what was written after this revision, so that a reader which comes back gets what has changed.
         """
         if self._history > 1:  # the newest of a key is only known at the end
-            yield from (e for e in self.snapshot(prefix).entries.values() if e.key.startswith(prefix))
+            entries = self.snapshot(prefix).entries.values()
+            yield from (e for e in entries if e.key.startswith(prefix) and e.revision > after)
             return
-        for stored in self._stored(prefix):
+        for stored in self._stored(prefix, after):
             if not _is_mark(stored):
                 entry = self._entry(stored)
                 if entry.key.startswith(prefix):
@@ -413,9 +417,9 @@ class Bucket:
         covered = f"{encode_key(levels)}." if "." in prefix and levels else "=." if "." in prefix else ""
         return f"$KV.{self.name}.{covered}>"
 
-    def _stored(self, prefix: str) -> Iterator[StoredMessage]:
+    def _stored(self, prefix: str, after: int = 0) -> Iterator[StoredMessage]:
         self._ensure()
-        return self._listing.read(self._filter(prefix))
+        return self._listing.read(self._filter(prefix), start=after + 1)
 
     def _entry(self, stored: StoredMessage) -> Entry:
         key = decode_key(stored.subject[len(self.name) + 5 :])

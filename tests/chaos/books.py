@@ -304,7 +304,11 @@ async def _stock(js: JetStreamContext) -> dict[str, int]:
 async def _waiting(js: JetStreamContext) -> dict[str, int]:
     waiting: dict[str, int] = {}
     for queue in QUEUES:
-        waiting[f"queue {queue}"] = (await js.stream_info(f"dramatiq_q_{queue}")).state.messages
+        state = (await js.stream_info(f"dramatiq_q_{queue}", subjects_filter=">")).state
+        # A periodic task's schedule stands there for good.
+        waiting[f"queue {queue}"] = sum(
+            count for subject, count in (state.subjects or {}).items() if ".cron." not in subject
+        )
     for consumer in await js.consumers_info("ORDERS"):
         if consumer.config.durable_name:
             unsettled = (consumer.num_pending or 0) + (consumer.num_ack_pending or 0)

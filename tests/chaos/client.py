@@ -37,6 +37,8 @@ class Log:
         self._lock = threading.Lock()
         #: When each accepted order was accepted.
         self.accepted: dict[str, float] = {}
+        #: The orders of the API, whose ids were claimed before they were accepted.
+        self.claimed: list[str] = []
         #: Order ids that clients are going to choose.
         self.chosen: list[str] = []
 
@@ -47,6 +49,8 @@ class Log:
         if entry["accepted"]:
             with self._lock:
                 self.accepted.setdefault(entry["order_id"], entry["at"])
+                if entry["kind"] == "api":
+                    self.claimed.append(entry["order_id"])
 
     def accepted_before(self, moment: float) -> list[str]:
         """Return the orders that were accepted before a moment."""

@@ -67,8 +67,9 @@ class FakeBucket:
     def delete(self, key: str, *, revision: int | None = None) -> None:
         self.entries.pop(key, None)
 
-    def items(self, prefix: str = "") -> Iterator[FakeEntry]:
-        return iter([entry for key, entry in sorted(self.entries.items()) if key.startswith(prefix)])
+    def items(self, prefix: str = "", *, after: int = 0) -> Iterator[FakeEntry]:
+        entries = sorted(self.entries.values(), key=lambda entry: entry.revision)
+        return iter([e for e in entries if e.key.startswith(prefix) and e.revision > after])
 
 
 def fake_tokens() -> Tokens:
