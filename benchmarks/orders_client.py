@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 PRODUCTS = ("MUG-01", "TEE-01", "NOTE-01", "BAG-01", "LAMP-01")
-TIMEOUT = 30.0
+TIMEOUT_SECONDS = 30.0
 FINAL = ("confirmed", "rejected", "failed")
 
 
@@ -57,7 +57,7 @@ def post(url: str, orders: int, clients: int, rate: float = 0.0) -> list[float]:
     def client() -> list[float]:
         took = []
         try:
-            with socket.create_connection((host, port), timeout=TIMEOUT) as connection:
+            with socket.create_connection((host, port), timeout=TIMEOUT_SECONDS) as connection:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 while not stop.is_set():
                     with lock:

@@ -30,7 +30,7 @@ from .catalogue import CATALOGUE, CURRENCY
 from .claims import Claim, Claims, digest_of
 from .events import Happened
 from .idempotency import Requests
-from .ledger import Line
+from .ledger import PricedItem
 from .model import AcceptedOrder, InvalidOrder, Order, OrderIdTaken, OrderRequest
 from .ports import Publisher
 from .tokens import Tokens, reference
@@ -143,7 +143,9 @@ def _claim(request: OrderRequest, at: int) -> Claim:
         if item.sku not in CATALOGUE:
             raise InvalidOrder(f"items[{position}].sku", f"names no product: there is no {item.sku!r}.")
         quantities[item.sku] = quantities.get(item.sku, 0) + item.quantity
-    lines = tuple(Line(sku, quantity, CATALOGUE[sku].unit_price) for sku, quantity in quantities.items())
+    lines = tuple(
+        PricedItem(sku, quantity, CATALOGUE[sku].unit_price) for sku, quantity in quantities.items()
+    )
     return Claim(
         at,
         digest_of(

@@ -28,7 +28,7 @@ from orders.v1.events_pb2 import (
 from . import money
 from .claims import Claim, digest_of_event
 from .events import Happened, name_of, timestamp
-from .ledger import Line, Record
+from .ledger import PricedItem, Record
 from .notes import GivenUp
 from .pricing import claimed
 from .stock import Found, Stock
@@ -201,7 +201,7 @@ def failed_event(order_id: str, step: str, failure: GivenUp) -> OrderFailed:
     )
 
 
-def _items(lines: Iterable[Line]) -> list[OrderItem]:
+def _items(lines: Iterable[PricedItem]) -> list[OrderItem]:
     return [
         OrderItem(sku=line.sku, quantity=line.quantity, unit_price_minor=line.unit_price) for line in lines
     ]

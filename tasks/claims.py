@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from dramatiq_jetstream.errors import KeyExists
 from orders.v1.events_pb2 import OrderCreated, OrderItem
 
-from .ledger import Line
+from .ledger import PricedItem
 from .model import MAX_ID_LENGTH
 from .ports import Bucket
 from .text import normalised
@@ -41,7 +41,7 @@ class Claim:
     at: int
     digest: str
     customer_id: str = ""
-    lines: tuple[Line, ...] = ()
+    lines: tuple[PricedItem, ...] = ()
     total: int = 0
     currency: str = ""
 
@@ -62,7 +62,7 @@ class Claim:
     def decode(cls, value: bytes) -> Claim:
         """Return the claim that `encode` stored."""
         stored = json.loads(value)
-        return cls(**{**stored, "lines": tuple(Line(*line) for line in stored.get("lines", ()))})
+        return cls(**{**stored, "lines": tuple(PricedItem(*line) for line in stored.get("lines", ()))})
 
 
 class Claims:

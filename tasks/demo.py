@@ -35,8 +35,8 @@ DECLINED = 5
 WANT_SCARCE = 4
 
 #: How long orders may take to become final after the last was placed, and one to be accepted; seconds.
-_PATIENCE = 120.0
-_ACCEPT_PATIENCE = 60.0
+_PATIENCE_SECONDS = 120.0
+_ACCEPT_PATIENCE_SECONDS = 60.0
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Shop:
     def place(self, body: dict[str, Any]) -> dict[str, Any] | str:
         """Place an order, as often as it takes; returns the order, or why it was refused."""
         headers = {"Idempotency-Key": str(uuid.uuid4())}
-        deadline = time.monotonic() + _ACCEPT_PATIENCE
+        deadline = time.monotonic() + _ACCEPT_PATIENCE_SECONDS
         while True:
             try:
                 answer = self._session().post(
@@ -181,7 +181,7 @@ def run(shop: Shop, count: int, concurrency: int, seed: int, console: Console) -
         for placing in [pool.submit(place) for _ in range(concurrency)]:
             placing.result()
         tally.placing = time.monotonic() - begin
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _PATIENCE_SECONDS
         while tally.statuses.total() < tally.accepted and time.monotonic() < deadline:
             time.sleep(0.05)
         tally.finishing = time.monotonic() - begin

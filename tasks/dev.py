@@ -31,8 +31,8 @@ from .settings import InvalidSetting, Settings, is_loopback, settings
 ROOT = Path(__file__).resolve().parent.parent
 
 #: How long nats may take to start, and everything to stop, in seconds.
-_START = 30.0
-_STOP = 60.0
+_START_SECONDS = 30.0
+_STOP_SECONDS = 60.0
 
 
 class InTheWay(Exception):
@@ -148,7 +148,7 @@ def _run(processes: dict[str, str], environment: dict[str, str], chosen: Setting
     from honcho.manager import Manager
     from honcho.printer import Printer
 
-    honcho.manager.KILL_WAIT = int(_STOP)
+    honcho.manager.KILL_WAIT = int(_STOP_SECONDS)
     url = f"http://{environment['HOST']}:{environment['PORT']}"
     workers = threading.Semaphore(0)
 
@@ -195,7 +195,7 @@ def _run(processes: dict[str, str], environment: dict[str, str], chosen: Setting
             others = [process for name, process in self._processes.items() if name != "nats"]
             for group in (others, nats):
                 told: list[Any] = []
-                deadline = time.monotonic() + _STOP / 2
+                deadline = time.monotonic() + _STOP_SECONDS / 2
                 while time.monotonic() < deadline and any("returncode" not in one for one in group):
                     for one in group:
                         if "pid" in one and "returncode" not in one and one not in told:
@@ -239,7 +239,7 @@ class _Heads:
 
 
 def _wait_for_nats(port: int) -> None:
-    deadline = time.monotonic() + _START
+    deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=1) as probe:

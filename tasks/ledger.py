@@ -35,7 +35,7 @@ _FORWARD: Final[dict[str, frozenset[str]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class PricedItem:
     """So many pieces of one sku at one price (minor units)."""
 
     sku: str
@@ -57,7 +57,7 @@ class Record:
     state: str
     at: Mapping[str, int]
     customer_id: str = ""
-    lines: tuple[Line, ...] = ()
+    lines: tuple[PricedItem, ...] = ()
     total: int = 0
     currency: str = ""
     payment_token: str = ""
@@ -92,7 +92,7 @@ class Record:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Record:
         """Return the record that `to_json` described."""
-        return cls(**{**stored, "lines": tuple(Line(*line) for line in stored.get("lines", ()))})
+        return cls(**{**stored, "lines": tuple(PricedItem(*line) for line in stored.get("lines", ()))})
 
     def encode(self) -> bytes:
         """Return the record as it is stored."""

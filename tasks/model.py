@@ -21,7 +21,7 @@ MAX_TEXT = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class RequestedItem:
     """So many pieces of one product, as a customer asks for them."""
 
     sku: str
@@ -36,13 +36,13 @@ class OrderRequest:
     """
 
     customer_id: str
-    items: list[Item]
+    items: list[RequestedItem]
     payment_token: str | None = None
     order_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class OrderLine:
+class OrderedItem:
     """One item of an order; `unit_price` in minor units, None for a sku that the catalogue does not have."""
 
     sku: str
@@ -77,7 +77,7 @@ class Order:
     order_id: str
     status: str
     customer_id: str
-    items: list[OrderLine]
+    items: list[OrderedItem]
     total: int
     currency: str
     history: list[HistoryEntry]

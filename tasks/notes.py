@@ -19,7 +19,7 @@ from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 from .ports import Bucket, Entry
 
 #: How long a note competes with others, in milliseconds.
-TIMEOUT: Final = 10_000
+TIMEOUT_MS: Final = 10_000
 
 
 class NoteBusy(Exception):
@@ -61,7 +61,7 @@ class Notes:
           NoteBusy: When others kept changing the notes of this order.
         """
         key = f"failed.{order_id}"
-        deadline = time.monotonic() + TIMEOUT / 1000
+        deadline = time.monotonic() + TIMEOUT_MS / 1000
         while True:
             entry = self._bucket.get(key)
             known = _failures(entry)

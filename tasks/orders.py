@@ -41,7 +41,7 @@ from orders.v1.events_pb2 import (
 from . import money
 from .catalogue import CATALOGUE, CURRENCY
 from .events import Happened, name_of, order_id_of
-from .model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TEXT, HistoryEntry, Order, OrderLine
+from .model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TEXT, HistoryEntry, Order, OrderedItem
 from .ports import Bucket, Entry
 from .saga import OUTCOMES
 from .text import normalised, shown
@@ -49,7 +49,7 @@ from .text import normalised, shown
 BUCKET: Final = "orders"
 
 #: How long a projection competes with others for one record, in milliseconds.
-TIMEOUT: Final = 10_000
+TIMEOUT_MS: Final = 10_000
 
 #: How many records a process remembers, in order not to look at each before it adds to it.
 REMEMBERED: Final = 5_000
@@ -106,7 +106,7 @@ class Orders:
           OrderBusy: When others kept changing the record.
         """
         order_id = order_id_of(happened.event)
-        deadline = time.monotonic() + TIMEOUT / 1000
+        deadline = time.monotonic() + TIMEOUT_MS / 1000
         while True:
             # A guess saves the look in many cases, and a wrong one is only found out by the compare-and-set.
             known = self._guess(order_id)
@@ -123,7 +123,7 @@ class Orders:
                 self._remember(order_id, self._look(order_id))
                 if time.monotonic() > deadline:
                     raise OrderBusy(
-                        f"the record of order {order_id} kept changing for {TIMEOUT} ms."
+                        f"the record of order {order_id} kept changing for {TIMEOUT_MS} ms."
                     ) from None
                 time.sleep(random.uniform(0, 0.01))
 
@@ -302,7 +302,7 @@ def order_of(order_id: str, stored: Stored, revision: int) -> Order:
         status=status,
         customer_id=_text(stored.get("customer_id", "")),
         items=[
-            OrderLine(_text(sku), _whole(quantity), None if price is None else _whole(price))
+            OrderedItem(_text(sku), _whole(quantity), None if price is None else _whole(price))
             for sku, quantity, price in items
         ],
         total=total,

@@ -31,8 +31,8 @@ REST_SECONDS: Final = 5
 
 _KEY = "outage"
 #: How often a process notes the outage, and looks whether there is one, in seconds.
-_NOTED_EVERY = 5.0
-_LOOKED_EVERY = 1.0
+_NOTED_EVERY_SECONDS = 5.0
+_LOOKED_EVERY_SECONDS = 1.0
 _MAX_TEXT = 200
 
 
@@ -60,7 +60,7 @@ class Outage:
         """
         with self._lock:
             now = time.monotonic()
-            if now - self._looked < _LOOKED_EVERY:
+            if now - self._looked < _LOOKED_EVERY_SECONDS:
                 return self._since
             self._looked = now
         try:
@@ -74,7 +74,7 @@ class Outage:
         """Note that the gateway does not answer."""
         with self._lock:
             now = time.monotonic()
-            if now - self._noted < _NOTED_EVERY:
+            if now - self._noted < _NOTED_EVERY_SECONDS:
                 return
             self._noted = now
         try:

@@ -24,18 +24,18 @@ from .model import (
     MAX_TOKEN_LENGTH,
     Flaw,
     InvalidOrder,
-    Item,
     OrderRequest,
+    RequestedItem,
 )
 from .text import flaw_of, normalised, shown
 
-MAX_BODY = 1_000_000
+MAX_BODY_BYTES = 1_000_000
 
 #: How many flaws of one request are named.
 MAX_FLAWS = 20
 
 # Stands for an item that cannot be read.
-_NO_ITEM = Item("", 0)
+_NO_ITEM = RequestedItem("", 0)
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ def parse_order_json(body: bytes, customer_id: str | None = None) -> OrderReques
     flaws = _Flaws()
     customer = flaws.of(check_customer_id, data.get("customer_id", customer_id))
     items = data.get("items")
-    read: list[Item] = []
+    read: list[RequestedItem] = []
     if not isinstance(items, list):
         flaws.add("items", "must be an array of items.")
     elif flaws.of(_check_count, items) is not None:
@@ -97,7 +97,7 @@ def parse_order_protobuf(body: bytes, customer_id: str | None = None) -> OrderRe
     if event.order_id and not usable_order_id(event.order_id):
         flaws.add("order_id", f"must be 1 to {MAX_ID_LENGTH} letters, digits, '-', '_', '.' or '~'.")
     customer = flaws.of(check_customer_id, event.customer_id or customer_id)
-    items: list[Item] = []
+    items: list[RequestedItem] = []
     if flaws.of(_check_count, event.items) is not None:
         items = [
             _item(flaws, f"items[{position}]", item.sku, item.quantity)
@@ -148,14 +148,14 @@ def check_customer_id(value: object) -> str:
     return name
 
 
-def _json_item(flaws: _Flaws, field: str, item: object) -> Item:
+def _json_item(flaws: _Flaws, field: str, item: object) -> RequestedItem:
     if not isinstance(item, dict):
         flaws.add(field, 'must be an object such as {"sku": "MUG-01", "quantity": 2}.')
         return _NO_ITEM
     return _item(flaws, field, item.get("sku"), item.get("quantity"))
 
 
-def _item(flaws: _Flaws, field: str, sku: object, quantity: object) -> Item:
+def _item(flaws: _Flaws, field: str, sku: object, quantity: object) -> RequestedItem:
     if not isinstance(sku, str) or not sku:
         flaws.add(f"{field}.sku", "must be the sku of a product, as text.")
     elif sku not in CATALOGUE:
@@ -165,10 +165,10 @@ def _item(flaws: _Flaws, field: str, sku: object, quantity: object) -> Item:
     if isinstance(quantity, bool) or not isinstance(quantity, int) or not 1 <= quantity <= MAX_QUANTITY:
         flaws.add(f"{field}.quantity", f"must be a whole number from 1 to {MAX_QUANTITY}.")
         return _NO_ITEM
-    return Item(str(sku), quantity)
+    return RequestedItem(str(sku), quantity)
 
 
-def _check_pieces(items: list[Item]) -> list[Item]:
+def _check_pieces(items: list[RequestedItem]) -> list[RequestedItem]:
     """Return the items that can be counted if they are not more pieces than one order may take, over all its lines."""
     pieces = sum(item.quantity for item in items)
     if pieces > MAX_QUANTITY:
@@ -211,8 +211,8 @@ def _check_prices(flaws: _Flaws, event: OrderCreated) -> None:
 
 
 def _check_size(body: bytes) -> None:
-    if len(body) > MAX_BODY:
-        raise InvalidOrder("body", f"is larger than {MAX_BODY:,} bytes.")
+    if len(body) > MAX_BODY_BYTES:
+        raise InvalidOrder("body", f"is larger than {MAX_BODY_BYTES:,} bytes.")
 
 
 def _refuse_constant(name: str) -> NoReturn:

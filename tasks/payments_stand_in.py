@@ -37,7 +37,7 @@ DECLINES = {
     "tok_expired": ("expired_card", "the card has expired"),
 }
 
-MAX_BODY = 64 * 1024
+MAX_BODY_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self) -> dict[str, Any] | None:
         """Return the body's JSON object, or answer 400 and return None."""
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > MAX_BODY:
+        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
             self.close_connection = True
             self._answer(400, {"message": "a body with a Content-Length of at most 64 KiB is needed"})
             return None

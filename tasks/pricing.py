@@ -12,7 +12,7 @@ from orders.v1.events_pb2 import OrderCreated, OrderItem
 from . import money
 from .catalogue import CATALOGUE, CURRENCY
 from .claims import Claim, Claims, customer_of, digest_of_event, quantities_of, token_of
-from .ledger import Line, Record
+from .ledger import PricedItem, Record
 from .model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TOKEN_LENGTH
 from .text import flaw_of, shown
 
@@ -82,12 +82,12 @@ def _check_form(event: OrderCreated) -> None:
         raise Refused("INVALID", f"orders are in {CURRENCY}, not in {_shown(event.currency)}")
 
 
-def _price(event: OrderCreated) -> tuple[Line, ...]:
+def _price(event: OrderCreated) -> tuple[PricedItem, ...]:
     """Return one line per sku, so that a sku that stands twice is taken from stock in one piece."""
     for item in event.items:
         _check_price(item)
     quantities = quantities_of(event.items)
-    return tuple(Line(sku, quantity, CATALOGUE[sku].unit_price) for sku, quantity in quantities.items())
+    return tuple(PricedItem(sku, quantity, CATALOGUE[sku].unit_price) for sku, quantity in quantities.items())
 
 
 def _check_price(item: OrderItem) -> None:
@@ -102,7 +102,7 @@ def _check_price(item: OrderItem) -> None:
         )
 
 
-def _check_total(event: OrderCreated, lines: tuple[Line, ...]) -> int:
+def _check_total(event: OrderCreated, lines: tuple[PricedItem, ...]) -> int:
     total = sum(line.quantity * line.unit_price for line in lines)
     stated = money.from_float(event.total_amount, CURRENCY)
     if stated is None:

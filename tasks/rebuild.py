@@ -34,7 +34,7 @@ from .stream import EventStream
 _CHUNK = 5_000
 
 #: How long one record is competed for with the workers, in seconds.
-_PATIENCE = 30.0
+_PATIENCE_SECONDS = 30.0
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Rebuild:
     def _write(self, chunk: dict[str, list[Happened]]) -> None:
         for order_id, happenings in chunk.items():
             self._summary.events += len(happenings)
-            deadline = time.monotonic() + _PATIENCE
+            deadline = time.monotonic() + _PATIENCE_SECONDS
             while not self._write_one(order_id, happenings):
                 if time.monotonic() > deadline:
                     raise BrokerError(f"The record of order {order_id} kept changing; run the rebuild again.")

@@ -30,13 +30,13 @@ from .model import (
     IdempotencyInProgress,
     InvalidCursor,
     InvalidOrder,
-    Item,
     Order,
+    OrderedItem,
     OrderIdTaken,
-    OrderLine,
     OrderRequest,
     Page,
     Product,
+    RequestedItem,
 )
 from .numbers import whole_number
 from .parsing import parse_order_json, parse_order_protobuf
@@ -51,13 +51,13 @@ __all__ = [
     "IdempotencyInProgress",
     "InvalidCursor",
     "InvalidOrder",
-    "Item",
     "Order",
     "OrderIdTaken",
-    "OrderLine",
     "OrderRequest",
+    "OrderedItem",
     "Page",
     "Product",
+    "RequestedItem",
     "accept_order",
     "get_order",
     "health",
@@ -75,10 +75,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 #: How often a watched order is looked at although nothing was heard of it, in seconds.
-_LOOK = 1.0
+_LOOK_SECONDS = 1.0
 
 #: An order's change is heard of before it is stored, so the look after it is repeated for so long, in seconds.
-_STORING = 0.5
+_STORING_SECONDS = 0.5
 
 
 @cache
@@ -160,7 +160,7 @@ def wait_for_change(order_id: str, revision: int, timeout: int = 25_000) -> Orde
             left = deadline - time.monotonic()
             if order is None or order.revision != revision or left <= 0:
                 return order
-            if heard.wait(min(left, _LOOK)):
+            if heard.wait(min(left, _LOOK_SECONDS)):
                 heard.clear()
                 order = _after_write(order_id, revision)
                 if order is None or order.revision != revision:
@@ -169,7 +169,7 @@ def wait_for_change(order_id: str, revision: int, timeout: int = 25_000) -> Orde
 
 def _after_write(order_id: str, revision: int) -> Order | None:
     """Return the order once the write that was heard is stored, or as it is when it never is."""
-    deadline = time.monotonic() + _STORING
+    deadline = time.monotonic() + _STORING_SECONDS
     pause = 0.002
     while True:
         order = app.orders_store().get(order_id)
@@ -202,7 +202,7 @@ class OrderWatch:
                 self._closed.wait(1.0)
                 continue
             if order is None:
-                self._closed.wait(_LOOK)
+                self._closed.wait(_LOOK_SECONDS)
             elif order.revision != revision and not self._closed.is_set():
                 revision = order.revision
                 self._callback(order)

@@ -49,7 +49,7 @@ MAX_BATCH: Final = 100
 
 #: How many records a process remembers that it wrote, at most, and for how many seconds.
 REMEMBERED: Final = 5_000
-RECALLED: Final = 60.0
+RECALLED_SECONDS: Final = 60.0
 
 #: How many notes that others have left behind are cleared up with one decision.
 _SWEPT_AT_ONCE: Final = 3
@@ -186,7 +186,7 @@ class Stock:
         """
         with self._lock:
             found, written = self._recent.get(order_id, (None, 0.0))
-        return found if time.monotonic() - written < RECALLED else None
+        return found if time.monotonic() - written < RECALLED_SECONDS else None
 
     def _remember(self, order_id: str, found: Found) -> Found:
         with self._lock:

@@ -19,7 +19,7 @@ from web.rates import Rates
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY = 1_000_000
+MAX_BODY_BYTES = 1_000_000
 
 # What a client may still be sending when its request is refused for its size. Reading it lets the answer
 # arrive: a connection closed with unread data is reset, and the client sees no answer at all.
@@ -33,8 +33,8 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     logs.configure(app_settings)
     traced = telemetry.configure("order-service-web", broker)
     app = Flask("web")
-    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
-    app.config["MAX_FORM_MEMORY_SIZE"] = MAX_BODY
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
+    app.config["MAX_FORM_MEMORY_SIZE"] = MAX_BODY_BYTES
     app.url_map.merge_slashes = False
     # An order begins with its id, not with its currency.
     app.json.sort_keys = False  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ stopping = threading.Event()
 
 # How long a silent stream waits before it looks whether it should end, and writes something, which is how
 # a reader that went away is noticed.
-_BEAT = 1_000
+_BEAT_MS = 1_000
 _RECONNECT_MS = 1_000
 
 
@@ -63,7 +63,7 @@ def follow(order: Order, state: Callable[[Order], dict[str, Any]], duration: int
         if left <= 0:
             return
         try:
-            changed = service.wait_for_change(order.order_id, order.revision, min(_BEAT, left))
+            changed = service.wait_for_change(order.order_id, order.revision, min(_BEAT_MS, left))
         except BrokerError:
             # The browser comes back, and is told then whether the store answers.
             return

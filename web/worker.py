@@ -35,10 +35,10 @@ ANSWER_SECONDS: Final = 60.0
 #: Beyond so many connections a process accepts no further ones until some have ended.
 MAX_CONNECTIONS: Final = 8_000
 #: Bytes of a request before its body, and of one line of them.
-MAX_HEAD: Final = 32_768
-MAX_LINE: Final = 8_190
+MAX_HEAD_BYTES: Final = 32_768
+MAX_LINE_BYTES: Final = 8_190
 #: What is read of a body, so that its refusal arrives: a connection closed with unread data is reset.
-MAX_BODY: Final = 16_000_000
+MAX_BODY_BYTES: Final = 16_000_000
 
 # How often the loop looks at the deadlines.
 _BEAT_SECONDS = 1
@@ -55,7 +55,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress has no types
         lines = header_plus.split(b"\n")
         if any(line.startswith((b" ", b"\t")) for line in lines):
             raise ParsingError("A header goes on in the next line")
-        if max(map(len, lines)) > MAX_LINE:
+        if max(map(len, lines)) > MAX_LINE_BYTES:
             raise ParsingError("A header is too long")
         super().parse_header(header_plus)
 
@@ -145,8 +145,8 @@ class BufferedWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             backlog=self.cfg.backlog,
             connection_limit=MAX_CONNECTIONS,
             cleanup_interval=_BEAT_SECONDS,
-            max_request_header_size=MAX_HEAD,
-            max_request_body_size=MAX_BODY,
+            max_request_header_size=MAX_HEAD_BYTES,
+            max_request_body_size=MAX_BODY_BYTES,
             asyncore_use_poll=True,
             # The application knows how many proxies there are (PROXIES), and drops what others say.
             clear_untrusted_proxy_headers=False,

@@ -13,7 +13,7 @@ from benchmarks.contenders.nats_bare import NatsBare
 from benchmarks.servers import NatsServer
 
 SIZE = 256
-TIMEOUT = 10.0
+TIMEOUT_SECONDS = 10.0
 
 
 class NatsSocket(NatsBare):
@@ -58,7 +58,7 @@ class Wire:
         url = urlsplit(os.environ[NatsServer.variable])
         self._inbox = b"answer.%d.%d" % (os.getpid(), threading.get_ident())
         self._message = self._request("bench", b"x" * SIZE)
-        self._socket = socket.create_connection((url.hostname or "", url.port or 0), TIMEOUT)
+        self._socket = socket.create_connection((url.hostname or "", url.port or 0), TIMEOUT_SECONDS)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.sendall(b'CONNECT {"verbose":false}\r\nSUB %b 1\r\nPING\r\n' % self._inbox)
         greeting = b""

@@ -42,7 +42,7 @@ __all__ = ["JetStreamBackend", "abort_message"]
 logger = logging.getLogger(__name__)
 
 #: Seconds after which a waiting worker looks for all its signals again, announced or not.
-LOOK_AGAIN = 5.0
+LOOK_AGAIN_SECONDS = 5.0
 
 
 class JetStreamBackend(EventBackend):
@@ -111,7 +111,7 @@ class JetStreamBackend(EventBackend):
             left = deadline - time.monotonic()
             if left <= 0:
                 return None
-            self._wake.wait(min(left, LOOK_AGAIN))
+            self._wake.wait(min(left, LOOK_AGAIN_SECONDS))
 
     def close(self) -> None:
         """Close the connection if it is this backend's own."""
@@ -135,7 +135,7 @@ class JetStreamBackend(EventBackend):
     def _to_look_for(self, wanted: list[str]) -> list[str]:
         """The keys that may have a signal: not looked for yet, or announced since."""
         with self._lock:
-            if time.monotonic() - self._looked_since > LOOK_AGAIN:
+            if time.monotonic() - self._looked_since > LOOK_AGAIN_SECONDS:
                 self._looked.clear()
                 self._looked_since = time.monotonic()
             self._looked.intersection_update(wanted)

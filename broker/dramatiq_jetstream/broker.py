@@ -20,7 +20,7 @@ from dramatiq.errors import QueueNotFound
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware
 
-from .config import DUPLICATE_WINDOW, BrokerConfig, ConnectOptions
+from .config import DUPLICATE_WINDOW_MS, BrokerConfig, ConnectOptions
 from .dead_letters import DeadLetters
 from .errors import InvalidOption
 from .history import History
@@ -109,7 +109,7 @@ class JetStreamBroker(HookedBroker):
         enqueue_timeout: int = 10_000,
         max_priority: int | None = None,
         max_in_flight: Mapping[str, int] | None = None,
-        duplicate_window: int = DUPLICATE_WINDOW,
+        duplicate_window: int = DUPLICATE_WINDOW_MS,
         max_stream_bytes: int | None = None,
         history: str | float | None = "failures",
         history_ttl: int = 7 * 86_400_000,

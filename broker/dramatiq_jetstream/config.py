@@ -14,7 +14,7 @@ from .errors import InvalidOption
 from .jetstream.names import Names
 from .wire.addresses import Address, NotAnAddress, parse_address, split_addresses
 
-__all__ = ["DUPLICATE_WINDOW", "HIGHEST_PRIORITY", "BrokerConfig", "ConnectOptions", "Storage"]
+__all__ = ["DUPLICATE_WINDOW_MS", "HIGHEST_PRIORITY", "BrokerConfig", "ConnectOptions", "Storage"]
 
 #: RabbitMQ's advice is ten; each is a durable consumer here.
 HIGHEST_PRIORITY = 32
@@ -22,7 +22,7 @@ HIGHEST_PRIORITY = 32
 _TOKENS = re.compile(r"[^\s.*>]+(\.[^\s.*>]+)*")
 
 #: How long JetStream remembers a `Nats-Msg-Id`, in milliseconds; longer than any publish is repeated.
-DUPLICATE_WINDOW = 120_000
+DUPLICATE_WINDOW_MS = 120_000
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Storage:
     """What all streams of a program have in common; `JetStreamBroker` explains each setting."""
 
     replicas: int = 1
-    duplicate_window: int = DUPLICATE_WINDOW
+    duplicate_window: int = DUPLICATE_WINDOW_MS
     max_bytes: int | None = None
 
 
@@ -161,7 +161,7 @@ class BrokerConfig:
     enqueue_timeout: int = 10_000
     max_priority: int | None = None
     max_in_flight: Mapping[str, int] = field(default_factory=dict)
-    duplicate_window: int = DUPLICATE_WINDOW
+    duplicate_window: int = DUPLICATE_WINDOW_MS
     max_stream_bytes: int | None = None
     history: str | float | None = "failures"
     history_ttl: int = 7 * 86_400_000

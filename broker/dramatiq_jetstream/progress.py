@@ -1,7 +1,7 @@
 """Progress of long tasks: an actor says how far it is, and any process can read it.
 
 What an actor says is kept for the message it runs, in a bucket with a time to live. It may be said in every
-turn of a loop: only what is at least `INTERVAL` apart is sent, without waiting for an answer, and the last
+turn of a loop: only what is at least `INTERVAL_MS` apart is sent, without waiting for an answer, and the last
 word, when all is done, always is. Progress is information for people; a loss of it harms nothing, so nothing
 is sent again.
 """
@@ -28,10 +28,10 @@ from .worker.current import note_said
 __all__ = ["Progress", "ProgressOf", "progress", "read_progress"]
 
 #: What is said sooner than this after the last is not sent; milliseconds.
-INTERVAL = 250
+INTERVAL_MS = 250
 
 #: How long what was said is kept; milliseconds.
-TTL = 86_400_000
+TTL_MS = 86_400_000
 
 BUCKET = "progress"
 
@@ -72,7 +72,7 @@ class Progress(Middleware):
       ttl: Milliseconds that what was said is kept.
     """
 
-    def __init__(self, *, ttl: int = TTL) -> None:
+    def __init__(self, *, ttl: int = TTL_MS) -> None:
         if ttl < 1_000:
             raise InvalidOption(f"ttl={ttl!r} cannot be used: give milliseconds, 1000 or more.")
         self.ttl = ttl
@@ -115,7 +115,7 @@ def progress(done: float, total: float | None = None, note: str = "") -> None:
     if running is None:
         return
     now = time.monotonic()
-    if now - running.sent < INTERVAL / 1000 and done != total:
+    if now - running.sent < INTERVAL_MS / 1000 and done != total:
         return
     running.sent = now
     said = {"done": done, "total": total, "note": note, "at": int(time.time() * 1000)}

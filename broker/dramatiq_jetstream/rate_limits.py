@@ -38,13 +38,13 @@ __all__ = ["JetStreamBackend"]
 logger = logging.getLogger(__name__)
 
 #: How many counters may be changed at once in one process; others wait for their turn.
-LINES = 64
+TURNS = 64
 
 #: Seconds after which a waiting thread looks whether it is its turn, should it not have been told.
-LOOK_AGAIN = 0.1
+LOOK_AGAIN_SECONDS = 0.1
 
 #: The longest pause, in seconds, after another process was first.
-LONGEST_PAUSE = 0.05
+LONGEST_PAUSE_SECONDS = 0.05
 
 # Levels of a bucket's keys are separated by dots. Limiters put what belongs together before an "@", as in
 # "name@1700000000", and sum over it: that is their level.
@@ -72,7 +72,7 @@ class JetStreamBackend(RateLimiterBackend):
     def _reset(self) -> None:
         """Start from nothing: at creation, and in the child of a fork, where no thread would give back a turn."""
         self._process = os.getpid()
-        self._lines = [_Line() for _ in range(LINES)]
+        self._turns = [_Turns() for _ in range(TURNS)]
 
     def add(self, key: str, value: int, ttl: int) -> bool:
         """Store a counter if there is none; returns whether there was none."""
@@ -222,7 +222,7 @@ class JetStreamBackend(RateLimiterBackend):
         """Wait for this thread's turn to change a counter, and call `change` with the time until which it may try."""
         if self._process != os.getpid():
             self._reset()
-        return self._lines[hash(name) % LINES].serve(name, change, self.bucket.connection.timeout / 1000)
+        return self._turns[hash(name) % TURNS].serve(name, change, self.bucket.connection.timeout / 1000)
 
     def _attempts(self, key: str, deadline: float) -> Iterator[int]:
         """Yield until the deadline, with pauses in which another process may get through.
@@ -237,16 +237,16 @@ class JetStreamBackend(RateLimiterBackend):
                 raise BrokerConnectionError(
                     f"Other processes changed {key!r} {attempt + 1} times while it was tried; giving up."
                 )
-            time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.001 * 2 ** min(attempt, 10))))
+            time.sleep(random.uniform(0, min(LONGEST_PAUSE_SECONDS, 0.001 * 2 ** min(attempt, 10))))
             attempt += 1
 
 
-class _Line:
+class _Turns:
     """Threads that wait for their turn, first come, first served.
 
     The first in the line has the turn: there is nothing to take and to give back. A thread stands in the line from the
     first instruction of its `try` to the first of its `finally`, so an interrupt ends its turn whenever it strikes. If
-    that is before the next thread is told, that one looks for itself, `LOOK_AGAIN` seconds later at most.
+    that is before the next thread is told, that one looks for itself, `LOOK_AGAIN_SECONDS` seconds later at most.
     """
 
     def __init__(self) -> None:
@@ -269,7 +269,7 @@ class _Line:
                     raise BrokerConnectionError(
                         f"Other threads of this process did not finish with {name!r} within {seconds * 1000:.0f} ms."
                     )
-                bell.acquire(timeout=min(left, LOOK_AGAIN))
+                bell.acquire(timeout=min(left, LOOK_AGAIN_SECONDS))
             return change(deadline)
         finally:
             self._bells.remove(bell)

@@ -37,13 +37,13 @@ __all__ = ["JetStreamBackend", "ResultNotStored"]
 logger = logging.getLogger(__name__)
 
 #: What a message needs besides the value, in bytes: subject and headers.
-ENVELOPE = 1_024
+ENVELOPE_BYTES = 1_024
 
 #: The largest result, in bytes; it is in memory as a whole wherever it is stored or read.
 MAX_RESULT_BYTES = 64 * 1024 * 1024
 
 #: How much longer than their head the parts live, in milliseconds.
-PARTS_OUTLIVE = 60_000
+PARTS_OUTLIVE_MS = 60_000
 
 
 class ResultNotStored(Exception):
@@ -183,7 +183,7 @@ class JetStreamBackend(ResultBackend):
         return data
 
     def _put(self, message_key: str, data: bytes, ttl: int) -> None:
-        limit = self.bucket.connection.max_payload - ENVELOPE
+        limit = self.bucket.connection.max_payload - ENVELOPE_BYTES
         ttl = max(1, ttl)
         if len(data) <= limit:
             self.bucket.put(message_key, data, ttl=ttl)
@@ -191,7 +191,7 @@ class JetStreamBackend(ResultBackend):
         name = secrets.token_hex(8)
         parts = [data[start : start + limit] for start in range(0, len(data), limit)]
         for number, part in enumerate(parts):
-            self.bucket.put(f"parts.{name}.{number}", part, ttl=ttl + PARTS_OUTLIVE)
+            self.bucket.put(f"parts.{name}.{number}", part, ttl=ttl + PARTS_OUTLIVE_MS)
         self.bucket.put(message_key, b"", ttl=ttl, headers={HEADER_PARTS: f"{name} {len(parts)}"})
 
     def close(self) -> None:

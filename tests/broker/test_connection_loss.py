@@ -129,9 +129,9 @@ def test_consumers_resume_after_the_server_was_killed(own_nats_server, make_brok
 def test_acks_that_a_killed_server_had_not_come_to_are_sent_again(own_nats_server, make_broker, monkeypatch):
     """It syncs each ack to disk, so they wait in its memory long after they arrived; what was done stays done."""
     # As if the backlog were ten times as long.
-    monkeypatch.setattr("dramatiq_jetstream.worker.settlements.REMEMBER", 0.2)
+    monkeypatch.setattr("dramatiq_jetstream.worker.settlements.REMEMBER_SECONDS", 0.2)
     monkeypatch.setattr("dramatiq_jetstream.worker.settlements.REMEMBER_MOST", 100)
-    monkeypatch.setattr("dramatiq_jetstream.worker.settlements.PROBE_INTERVAL", 0.1)
+    monkeypatch.setattr("dramatiq_jetstream.worker.settlements.PROBE_INTERVAL_SECONDS", 0.1)
     broker = make_broker(own_nats_server.url, ack_wait=2_000)
     ran = Counter()
 

@@ -256,7 +256,7 @@ def test_what_an_actor_enqueues_itself_is_its_own_affair(broker, monkeypatch):
 def test_asking_how_far_the_server_is_does_not_put_off_what_was_given_back(make_broker, monkeypatch):
     """A message that is to come again after 400 ms does, however often the server is asked in between."""
     monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 400)
-    monkeypatch.setattr("dramatiq_jetstream.worker.settlements.PROBE_INTERVAL", 0.05)
+    monkeypatch.setattr("dramatiq_jetstream.worker.settlements.PROBE_INTERVAL_SECONDS", 0.05)
     broker = make_broker(max_deliveries=3)
     dramatiq.actor(lambda message, result: None, broker=broker, actor_name="done")
     work = dramatiq.actor(lambda: None, broker=broker, actor_name="work", on_success="done")

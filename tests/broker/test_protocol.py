@@ -113,7 +113,7 @@ def test_what_is_not_nats_is_an_error(wire):
 
 def test_a_line_without_an_end_is_bounded(monkeypatch):
     """A peer cannot make this process keep any amount of bytes."""
-    monkeypatch.setattr(protocol, "MAX_LINE", 1_000)
+    monkeypatch.setattr(protocol, "MAX_LINE_BYTES", 1_000)
     reader = Protocol()
     for _ in range(10):
         reader.receive(b"x" * 100)

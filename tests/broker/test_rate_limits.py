@@ -19,7 +19,7 @@ from dramatiq.rate_limits import Barrier, ConcurrentRateLimiter, WindowRateLimit
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.errors import BrokerConnectionError
 from dramatiq_jetstream.jetstream.names import bucket_subject
-from dramatiq_jetstream.rate_limits import JetStreamBackend, _Line
+from dramatiq_jetstream.rate_limits import JetStreamBackend, _Turns
 from dramatiq_jetstream.testing import NatsServer
 from dramatiq_jetstream.wire.connection import Publication
 from tests.broker.cables import DeafCable
@@ -349,7 +349,7 @@ def test_a_wide_window_works(backend: JetStreamBackend) -> None:
 
 def test_no_interrupt_leaves_a_turn_taken() -> None:
     """Threads that are interrupted a thousand times while they wait, change or leave: the line moves on."""
-    line = _Line()
+    turns = _Turns()
     struck = 0
     over = threading.Event()
 
@@ -358,7 +358,7 @@ def test_no_interrupt_leaves_a_turn_taken() -> None:
         while True:
             try:
                 while not over.is_set():
-                    line.serve("key", lambda _: over.wait(0.0001), 5)
+                    turns.serve("key", lambda _: over.wait(0.0001), 5)
                 return
             except Interrupt:
                 struck += 1
@@ -375,7 +375,7 @@ def test_no_interrupt_leaves_a_turn_taken() -> None:
     for thread in threads:
         thread.join(10)
         assert not thread.is_alive()
-    assert line.serve("key", lambda _: True, 0.5)
+    assert turns.serve("key", lambda _: True, 0.5)
 
 
 def test_a_thread_that_is_interrupted_while_it_waits_for_its_turn_gives_it_on(
@@ -405,7 +405,7 @@ def test_a_thread_that_is_interrupted_while_it_waits_for_its_turn_gives_it_on(
     assert waiting.wait(30)
     second = threading.Thread(target=use)
     second.start()
-    eventually(lambda: any(len(line._bells) == 2 for line in backend._lines))
+    eventually(lambda: any(len(line._bells) == 2 for line in backend._turns))
     assert second.ident is not None
     raise_thread_exception(second.ident, Interrupt)
     going_on.set()

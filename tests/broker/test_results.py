@@ -216,7 +216,7 @@ def test_every_size_around_the_payload_limit_fits(backend: JetStreamBackend, exc
 
 def test_all_parts_of_a_result_expire(backend: JetStreamBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a large result stays on the server."""
-    monkeypatch.setattr("dramatiq_jetstream.results.PARTS_OUTLIVE", 1_000)
+    monkeypatch.setattr("dramatiq_jetstream.results.PARTS_OUTLIVE_MS", 1_000)
     backend.store_result(a_message(), "x" * 3_000_000, 1_000)
     assert len(backend.bucket.keys()) == 4
     eventually(lambda: not backend.bucket.keys())

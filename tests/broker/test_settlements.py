@@ -46,7 +46,7 @@ class NotingConnection:
 
 @pytest.fixture
 def connection(monkeypatch):
-    monkeypatch.setattr(settlements, "PROBE_INTERVAL", 0.0)
+    monkeypatch.setattr(settlements, "PROBE_INTERVAL_SECONDS", 0.0)
     return NotingConnection()
 
 
@@ -168,7 +168,7 @@ def test_a_question_without_an_answer_raises_a_doubt_and_the_next_is_given_more_
     assert doubts == [durable]
     assert settled.unproven == 1, "it is no proof"
     settled.resume(durable, same=True)
-    assert settled._books[durable].patience == 2 * settlements.PROBE_TIMEOUT
+    assert settled._books[durable].patience == 2 * settlements.PROBE_TIMEOUT_SECONDS
 
 
 def test_what_is_given_back_is_not_asked_about(connection, durable, settled):
@@ -181,7 +181,7 @@ def test_what_is_given_back_is_not_asked_about(connection, durable, settled):
 
 
 def test_what_was_acked_before_a_reconnect_outlasts_the_usual_time(connection, durable, settled, monkeypatch):
-    monkeypatch.setattr(settlements, "REMEMBER", 0.0)
+    monkeypatch.setattr(settlements, "REMEMBER_SECONDS", 0.0)
     for number, key in enumerate((A, B, C)):
         settled.send(durable, key, f"ack.{number}", ACK)
         connection.tick()

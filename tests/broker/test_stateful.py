@@ -70,7 +70,7 @@ LONG_DELAY = 600_000
 NOT_STORED = (NotSent, StoreFull, MessageTooLarge, TopologyMissing, MessageNotUnique)
 
 #: How long all that was stored may take to run in the end, in seconds.
-PATIENCE = 20.0
+PATIENCE_SECONDS = 20.0
 
 
 class Machine(RuleBasedStateMachine):
@@ -311,7 +311,7 @@ class Machine(RuleBasedStateMachine):
         """A fault that begins while an actor runs and outlasts a call, so that what follows the actor meets it."""
         self.restore()
         with running(self.broker, threads=2) as worker:
-            eventually(lambda: consuming(worker, QUEUE), PATIENCE)
+            eventually(lambda: consuming(worker, QUEUE), PATIENCE_SECONDS)
             self.send(actor)
             time.sleep(0.02)
             self._break(fault)
@@ -332,7 +332,7 @@ class Machine(RuleBasedStateMachine):
             message = self._message()
             label = str(message.args[0])
             if self._tell([message], lambda: self.broker.enqueue(message)) is None:
-                eventually(lambda: label in self.ran, PATIENCE, message=f"{label}, after a loss, ran")
+                eventually(lambda: label in self.ran, PATIENCE_SECONDS, message=f"{label}, after a loss, ran")
 
     # Faults
 
@@ -413,7 +413,7 @@ class Machine(RuleBasedStateMachine):
         self.restore()
         with running(self.broker, threads=2):
             due = self.stored - self.delayed.keys()
-            eventually(lambda: self._all_ran(due), PATIENCE, message="what was stored ran")
+            eventually(lambda: self._all_ran(due), PATIENCE_SECONDS, message="what was stored ran")
             for label, message in self.delayed.items():
                 assert label not in self.ran, f"{label} ran long before it is due"
                 # A connection that was just broken may need another call.

@@ -51,7 +51,7 @@ FORGED = b"forged"
 QUEUES = ("orders", "payments", "projection")
 
 # One look may take this long altogether, in seconds.
-_PATIENCE = 30.0
+_PATIENCE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _run(url: str, read: Any) -> Any:
 
         client = await nats.connect(url.split(","), connect_timeout=5, allow_reconnect=False, error_cb=ignore)
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(_PATIENCE_SECONDS):
                 while True:
                     try:
                         return await read(client.jetstream(timeout=10))

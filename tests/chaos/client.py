@@ -23,7 +23,7 @@ from nats.errors import Error as NatsError
 from orders.v1.events_pb2 import OrderCreated, OrderItem
 
 #: How long an order is tried before it is given up, in seconds.
-PATIENCE = 90.0
+PATIENCE_SECONDS = 90.0
 
 _PRICES = {"MUG-01": 1_290, "TEE-01": 2_450, "NOTE-01": 895, "BAG-01": 1_999, "PRINT-01": 24_000}
 _BAD_TOKENS = ("tok_declined", "tok_insufficient", "tok_expired")
@@ -108,7 +108,7 @@ class Load:
     def close(self) -> None:
         """Place no further orders; those under way are tried until they are accepted or given up."""
         self._stop.set()
-        deadline = time.monotonic() + PATIENCE + 20
+        deadline = time.monotonic() + PATIENCE_SECONDS + 20
         for thread in self._threads:
             thread.join(max(0.1, deadline - time.monotonic()))
             assert not thread.is_alive(), "a client did not come to an end"
@@ -135,7 +135,7 @@ class Load:
         session.close()
 
     def _place(self, session: requests.Session, key: str, body: dict[str, Any]) -> None:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + PATIENCE_SECONDS
         pause = 0.2
         while time.monotonic() < deadline:
             entry: dict[str, Any] = {
@@ -192,7 +192,7 @@ class Load:
             "order_id": rival.order_id,
             "quantities": {item.sku: item.quantity for item in rival.items},
         }
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
             try:
                 answer = requests.post(
@@ -224,7 +224,7 @@ class Load:
                     items=[OrderItem(sku=sku, quantity=quantity) for sku, quantity in items],
                     total_amount=sum(_PRICES[sku] * quantity for sku, quantity in items) / 100,
                 )
-                deadline = time.monotonic() + PATIENCE
+                deadline = time.monotonic() + PATIENCE_SECONDS
                 while time.monotonic() < deadline:
                     entry: dict[str, Any] = {
                         "kind": "event",

@@ -26,7 +26,7 @@ def test_a_read_that_comes_too_early_is_repeated(nats_url: str) -> None:
 
 def test_a_read_that_never_comes_through_ends(nats_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A consumer whose node is gone stays unavailable: the look ends, and says that it took too long."""
-    monkeypatch.setattr(books, "_PATIENCE", 0.5)
+    monkeypatch.setattr(books, "_PATIENCE_SECONDS", 0.5)
 
     async def read(_js: JetStreamContext) -> None:
         raise ServiceUnavailableError

@@ -21,9 +21,9 @@ from tasks.model import (
     IdempotencyConflict,
     IdempotencyInProgress,
     InvalidOrder,
-    Item,
     OrderIdTaken,
     OrderRequest,
+    RequestedItem,
 )
 from tasks.orders import Orders
 from tasks.projection import Projection
@@ -73,7 +73,7 @@ class Front:
         )
 
     def accept(self, key: str | None, quantity: int = 1, **members: str) -> tuple[str, bool]:
-        request = OrderRequest("c-1", [Item("MUG-01", quantity)], **members)
+        request = OrderRequest("c-1", [RequestedItem("MUG-01", quantity)], **members)
         accepted = self.acceptance.accept(request, key)
         return accepted.order_id, accepted.repeated
 
@@ -152,7 +152,7 @@ def test_an_order_id_has_one_content(
         for quantity, token in ((9, None), (1, "tok_other")):
             with pytest.raises(OrderIdTaken):
                 Front(broker, stream).acceptance.accept(
-                    OrderRequest("c-1", [Item("MUG-01", quantity)], token, order_id="o-1"),
+                    OrderRequest("c-1", [RequestedItem("MUG-01", quantity)], token, order_id="o-1"),
                     keys[1] and f"{keys[1]}{quantity}",
                 )
 
@@ -272,7 +272,7 @@ def test_forty_requests_at_once(broker: JetStreamBroker, stream: FakeStream) -> 
 def test_unknown_sku_is_refused_before_anything_is_written(front: Front, stream: FakeStream) -> None:
     """A request built by hand is checked as well."""
     with pytest.raises(InvalidOrder, match=r"items\[0\].sku"):
-        front.acceptance.accept(OrderRequest("c-1", [Item("NOPE", 1)]), "k")
+        front.acceptance.accept(OrderRequest("c-1", [RequestedItem("NOPE", 1)]), "k")
     assert stream.published == []
     front.accept("k")
 

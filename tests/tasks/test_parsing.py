@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orders.v1.events_pb2 import OrderCreated, OrderItem
-from tasks.model import InvalidOrder, Item, OrderRequest
+from tasks.model import InvalidOrder, OrderRequest, RequestedItem
 from tasks.parsing import parse_order_json, parse_order_protobuf
 
 
@@ -21,7 +21,7 @@ def body(**members: Any) -> bytes:
 
 def test_json_of_the_design() -> None:
     """The JSON of the documentation is read as it stands; members that nobody knows are ignored."""
-    assert parse_order_json(body(note="hello")) == OrderRequest("c-42", [Item("MUG-01", 2)])
+    assert parse_order_json(body(note="hello")) == OrderRequest("c-42", [RequestedItem("MUG-01", 2)])
     assert parse_order_json(body(payment_token="tok_visa")).payment_token == "tok_visa"
 
 
@@ -70,9 +70,9 @@ def created(**members: Any) -> bytes:
 
 def test_protobuf_with_and_without_optional_fields() -> None:
     """An order id, prices and totals may be left out, and are checked when they are there."""
-    assert parse_order_protobuf(created()) == OrderRequest("c-1", [Item("MUG-01", 2)])
+    assert parse_order_protobuf(created()) == OrderRequest("c-1", [RequestedItem("MUG-01", 2)])
     full = created(order_id="o-1", total_amount=25.8, total_minor=2580, currency="EUR", payment_token="tok")
-    assert parse_order_protobuf(full) == OrderRequest("c-1", [Item("MUG-01", 2)], "tok", "o-1")
+    assert parse_order_protobuf(full) == OrderRequest("c-1", [RequestedItem("MUG-01", 2)], "tok", "o-1")
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from dramatiq_jetstream import JetStreamBroker
-from tasks.ledger import Line, Record
+from tasks.ledger import PricedItem, Record
 from tasks.stock import Stock
 
 INITIAL = {"MUG-01": 30, "TEE-01": 20, "LAMP-01": 5}
 
 
 def wanted(*lines: tuple[str, int]) -> Record:
-    return Record("held", {"held": 1_000}, lines=tuple(Line(sku, quantity, 100) for sku, quantity in lines))
+    return Record(
+        "held", {"held": 1_000}, lines=tuple(PricedItem(sku, quantity, 100) for sku, quantity in lines)
+    )
 
 
 @pytest.fixture

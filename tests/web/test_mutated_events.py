@@ -24,7 +24,7 @@ from tests.web.stack import FINAL, Stack
 #: How large an answer may be, in bytes, and how long it may take, in seconds: far more than they are when all is well.
 ORDER_SIZE = 20_000
 LIST_SIZE = 400_000
-PATIENCE = 5.0
+PATIENCE_SECONDS = 5.0
 
 STATUSES = {"accepted", "reserved", "paid", "confirmed", "rejected", "failed", "cancelled"}
 
@@ -126,7 +126,7 @@ def look(stack: Stack, path: str, size: int, *, expected: tuple[int, ...] = (200
     took = time.monotonic() - begin
     assert answer.status_code in expected, f"{path}: {answer.status_code} {answer.text[:300]}"
     assert len(answer.content) < size, f"{path} has {len(answer.content)} bytes"
-    assert took < PATIENCE, f"{path} took {took:.1f} s"
+    assert took < PATIENCE_SECONDS, f"{path} took {took:.1f} s"
     return answer
 
 

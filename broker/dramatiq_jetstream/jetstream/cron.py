@@ -27,7 +27,7 @@ _RANGES = ((0, 59), (0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
 _DAY, _WEEKDAY = 3, 5
 
 #: The shortest interval that the server takes, in milliseconds.
-SHORTEST = 1_000
+SHORTEST_MS = 1_000
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ def read(cron: object = None, every: object = None, zone: object = None) -> Expr
 
 
 def _interval(every: object) -> Expression:
-    if isinstance(every, bool) or not isinstance(every, int) or every < SHORTEST or every % 1_000:
+    if isinstance(every, bool) or not isinstance(every, int) or every < SHORTEST_MS or every % 1_000:
         raise InvalidOption(
-            f"every={every!r} cannot be used: give milliseconds in whole seconds, {SHORTEST} or more."
+            f"every={every!r} cannot be used: give milliseconds in whole seconds, {SHORTEST_MS} or more."
         )
     return Expression(f"every {every} ms", f"@every {every // 1_000}s")
 

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from .names import METADATA_AFTER, covers
 
-__all__ = ["MILLISECOND", "Difference", "Kind", "Verdict", "differences", "in_line"]
+__all__ = ["NANOSECONDS_PER_MS", "Difference", "Kind", "Verdict", "differences", "in_line"]
 
-MILLISECOND = 1_000_000  # JetStream's durations are nanoseconds
+NANOSECONDS_PER_MS = 1_000_000  # JetStream's durations are nanoseconds
 
 Json = Mapping[str, Any]
 
@@ -305,4 +305,4 @@ def _is_on(value: object, off: object) -> bool:
 
 
 def _in_milliseconds(value: Any) -> Any:
-    return value // MILLISECOND if isinstance(value, int) else value
+    return value // NANOSECONDS_PER_MS if isinstance(value, int) else value

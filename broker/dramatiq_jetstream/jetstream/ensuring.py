@@ -26,7 +26,7 @@ from dramatiq_jetstream.wire.error_numbers import (
     STREAM_EXISTS,
 )
 
-from .drift import MILLISECOND, Difference, Verdict, differences, in_line
+from .drift import NANOSECONDS_PER_MS, Difference, Verdict, differences, in_line
 from .inventory import consumers
 from .names import METADATA_ACK_WAIT, METADATA_AFTER, METADATA_SUBSCRIBER, covers
 from .topology import ConsumerConfig, StreamConfig
@@ -83,7 +83,7 @@ def _create_stream(connection: Connection, wanted: Json) -> Json:
         limit = _WINDOW_LIMIT.search(error.description)
         if limit is None or _duration(limit[1]) < connection.timeout:
             raise
-    shorter = {**wanted, "duplicate_window": _duration(limit[1]) * MILLISECOND}
+    shorter = {**wanted, "duplicate_window": _duration(limit[1]) * NANOSECONDS_PER_MS}
     return dict(connection.api(f"STREAM.CREATE.{wanted['name']}", shorter)["config"])
 
 
@@ -198,7 +198,7 @@ def _announce_ack_wait(connection: Connection, config: ConsumerConfig, existing:
     """Have workers signal in time for a shorter `ack_wait` before it counts, or what they run would run twice."""
     if not connection.api(f"CONSUMER.INFO.{config.stream}.{config.name}")["num_ack_pending"]:
         return
-    metadata = {**(existing.get("metadata") or {}), METADATA_ACK_WAIT: str(ack_wait // MILLISECOND)}
+    metadata = {**(existing.get("metadata") or {}), METADATA_ACK_WAIT: str(ack_wait // NANOSECONDS_PER_MS)}
     _put_consumer(connection, config, {**existing, "metadata": metadata}, "update")
     time.sleep(ANNOUNCE_SECONDS)
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dramatiq_jetstream.config import DUPLICATE_WINDOW, Storage
+from dramatiq_jetstream.config import DUPLICATE_WINDOW_MS, Storage
 
-from .drift import MILLISECOND, Kind
+from .drift import NANOSECONDS_PER_MS, Kind
 from .names import METADATA_SUBSCRIBER, Names, bucket_stream
 
 __all__ = [
@@ -70,7 +70,8 @@ def _stored(storage: Storage, *, lifetime: int | None = None) -> Json:
     settings: Json = {
         "storage": "file",
         "num_replicas": storage.replicas,
-        "duplicate_window": min(storage.duplicate_window, lifetime or storage.duplicate_window) * MILLISECOND,
+        "duplicate_window": min(storage.duplicate_window, lifetime or storage.duplicate_window)
+        * NANOSECONDS_PER_MS,
     }
     return settings if storage.max_bytes is None else {**settings, "max_bytes": storage.max_bytes}
 
@@ -104,7 +105,7 @@ def dead_letters(names: Names, *, ttl: int, storage: Storage = STORAGE) -> Strea
             "subjects": [names.all_dead_with_bodies],
             "retention": "limits",
             **_stored(storage, lifetime=ttl),
-            "max_age": ttl * MILLISECOND,
+            "max_age": ttl * NANOSECONDS_PER_MS,
             "max_msgs_per_subject": 1,
             "allow_direct": False,
         },
@@ -128,7 +129,7 @@ def history(names: Names, *, ttl: int, room: int, storage: Storage = STORAGE) ->
             "subjects": [names.all_history],
             "retention": "limits",
             **_stored(storage, lifetime=ttl),
-            "max_age": ttl * MILLISECOND,
+            "max_age": ttl * NANOSECONDS_PER_MS,
             "max_msgs": room // MAX_RECORD_BYTES,
             "max_msgs_per_subject": MAX_RECORDS_OF_MESSAGE,
             "allow_direct": True,
@@ -151,7 +152,7 @@ def events(
             "subjects": subjects,
             "retention": "limits",
             **_stored(storage, lifetime=max_age),
-            "max_age": (max_age or 0) * MILLISECOND,
+            "max_age": (max_age or 0) * NANOSECONDS_PER_MS,
             "allow_direct": True,
         },
     )
@@ -177,7 +178,7 @@ def bucket(
             **_stored(storage, lifetime=ttl),
             "discard": "new",
             "max_msgs_per_subject": history,
-            "max_age": (ttl or 0) * MILLISECOND,
+            "max_age": (ttl or 0) * NANOSECONDS_PER_MS,
             "max_msg_size": -1 if max_value_bytes is None else max_value_bytes,
             "allow_rollup_hdrs": True,
             "allow_msg_ttl": True,
@@ -271,7 +272,7 @@ def _durable(
         name,
         {
             "ack_policy": "explicit",
-            "ack_wait": ack_wait * MILLISECOND,
+            "ack_wait": ack_wait * NANOSECONDS_PER_MS,
             "deliver_policy": "all",
             "filter_subject": subject,
             # Never the server's limit: past it a work queue keeps the message for ever, undelivered.
@@ -291,9 +292,11 @@ def recognise_stream(names: Names, existing: Json) -> StreamConfig | None:
     if queue_name is not None:
         return queue(names, queue_name)
     if name == names.dead_stream:
-        return dead_letters(names, ttl=existing.get("max_age", 0) // MILLISECOND or DUPLICATE_WINDOW)
+        return dead_letters(
+            names, ttl=existing.get("max_age", 0) // NANOSECONDS_PER_MS or DUPLICATE_WINDOW_MS
+        )
     if name == names.history_stream:
-        ttl = existing.get("max_age", 0) // MILLISECOND or DUPLICATE_WINDOW
+        ttl = existing.get("max_age", 0) // NANOSECONDS_PER_MS or DUPLICATE_WINDOW_MS
         return history(names, ttl=ttl, room=existing.get("max_msgs", 0) * MAX_RECORD_BYTES)
     bucket_name = names.bucket_of_stream(name)
     if bucket_name is None:
@@ -303,7 +306,7 @@ def recognise_stream(names: Names, existing: Json) -> StreamConfig | None:
 
 def recognise_consumer(names: Names, stream: str, existing: Json) -> ConsumerConfig | None:
     """The declaration that a consumer of this namespace was made from; None for another program's."""
-    name, wait = existing["name"], existing.get("ack_wait", 0) // MILLISECOND
+    name, wait = existing["name"], existing.get("ack_wait", 0) // NANOSECONDS_PER_MS
     queue_name = names.queue_of_stream(stream)
     if queue_name is not None:
         base, _, priority = name.partition("-")

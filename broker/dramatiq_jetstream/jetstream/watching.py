@@ -27,7 +27,7 @@ __all__ = ["KeyWatcher"]
 
 logger = logging.getLogger(__name__)
 
-_NANOSECONDS = 1_000_000_000  # JetStream's durations are nanoseconds
+_NANOSECONDS_PER_SECOND = 1_000_000_000  # JetStream's durations are nanoseconds
 
 #: Seconds between heartbeats of the server, after how many seconds of silence the consumer is replaced, and
 #: after how many the server forgets one without a reader.
@@ -110,8 +110,8 @@ class KeyWatcher:
             "max_deliver": 1,
             "replay_policy": "instant",
             "flow_control": True,
-            "idle_heartbeat": HEARTBEAT_SECONDS * _NANOSECONDS,
-            "inactive_threshold": FORGET_AFTER_SECONDS * _NANOSECONDS,
+            "idle_heartbeat": HEARTBEAT_SECONDS * _NANOSECONDS_PER_SECOND,
+            "inactive_threshold": FORGET_AFTER_SECONDS * _NANOSECONDS_PER_SECOND,
             "mem_storage": True,
             "num_replicas": 1,
         }

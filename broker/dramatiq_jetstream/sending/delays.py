@@ -29,7 +29,7 @@ from dramatiq_jetstream.wire.connection import Connection
 __all__ = ["Delayed", "cancel", "count", "delayed_messages", "due", "schedule", "waiting"]
 
 #: Ten years: what is due later is a mistake in units.
-MAX_DELAY = 10 * 365 * 86_400_000
+MAX_DELAY_MS = 10 * 365 * 86_400_000
 
 #: How many subjects the server lists in one answer.
 PAGE = 100_000
@@ -55,9 +55,13 @@ def check_delay(delay: object) -> int:
     Raises:
       InvalidOption: When it is not a number, or longer than ten years.
     """
-    if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not -math.inf < delay <= MAX_DELAY:
+    if (
+        isinstance(delay, bool)
+        or not isinstance(delay, (int, float))
+        or not -math.inf < delay <= MAX_DELAY_MS
+    ):
         raise InvalidOption(
-            f"delay={delay!r} cannot be used: give a number of milliseconds up to {MAX_DELAY} (ten years)."
+            f"delay={delay!r} cannot be used: give a number of milliseconds up to {MAX_DELAY_MS} (ten years)."
         )
     return max(0, int(delay))
 

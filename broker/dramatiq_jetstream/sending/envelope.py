@@ -36,7 +36,7 @@ HISTORY_OPTION = "dead_history"
 
 
 #: Times after this (the year 2286) are a mistake in units.
-_LATEST = 10_000_000_000_000
+_LATEST_MS = 10_000_000_000_000
 
 
 _TYPES: tuple[tuple[str, Any], ...] = (
@@ -120,7 +120,7 @@ def _check_contents(kwargs: dict[Any, Any], options: dict[Any, Any]) -> None:
     if not (_keys_are_text(kwargs) and _keys_are_text(options)):
         raise _refusal("its kwargs or options have keys that are not text")
     eta = options.get("eta")
-    if isinstance(eta, (int, float)) and not (math.isfinite(eta) and eta < _LATEST):
+    if isinstance(eta, (int, float)) and not (math.isfinite(eta) and eta < _LATEST_MS):
         raise _refusal(f"its eta {eta!r} is not a time in milliseconds since 1970")
     throws = options.get("throws")
     if throws:

@@ -33,7 +33,7 @@ _ENLARGED = frozenset((*ADDED, HISTORY_OPTION, EVENT_OPTION))
 TRACEBACK_START, TRACEBACK_END = 1_000, 1_000
 
 #: The largest body in bytes that is made of a compressed one: no client sends more than 64 MiB, the server's limit.
-MAX_BODY = 128 * 1024 * 1024
+MAX_BODY_BYTES = 128 * 1024 * 1024
 
 DEFLATE = "deflate"
 
@@ -70,7 +70,7 @@ def unfolded(body: bytes, headers: Mapping[str, str]) -> bytes:
         return body
     inflate = zlib.decompressobj()
     try:
-        plain = inflate.decompress(body, MAX_BODY)
+        plain = inflate.decompress(body, MAX_BODY_BYTES)
     except zlib.error as error:
         raise DecodeError(
             "The body of this message is not compressed as its header says.", body, error

@@ -21,7 +21,7 @@ from .fitting import fit, is_enlarged
 __all__ = ["Publications"]
 
 #: Bytes of a body for which no server is too small.
-ALWAYS_FITS = 1_000
+ALWAYS_FITS_BYTES = 1_000
 
 
 class Publications:
@@ -73,7 +73,7 @@ class Publications:
             subject = self._config.names.delayed(queue_name, announced.message_id, unique)
             headers.update(delays.schedule(int(announced.options["eta"]), target))
         body = encode(stored)
-        if len(body) > ALWAYS_FITS:
+        if len(body) > ALWAYS_FITS_BYTES:
             room = self._room_beside(headers)
             if len(body) > room and self._grew(stored, len(body), headers):
                 body = fit(stored, room, headers)

@@ -4,8 +4,8 @@ Everything runs on the loop thread. Before `ready`, events wait for `expect`; af
 it is parsed. `lost` is done as soon as the connection is of no use, whatever ended it: the server, the network, a
 breach of the protocol or `abort`. `reason` then says why, in the server's own words if it gave any.
 
-The transport may hold back little: `paused` is true while it has more than `HELD_BACK` bytes that the socket did not
-take. `taken` tells how much the socket did take, so that what never left this process is known.
+The transport buffers little: `paused` is true while it holds more than `HELD_BACK_BYTES` that the socket did not take.
+`taken` says how much the socket did take, so it is known what never left this process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .protocol import Event, Protocol, ProtocolError, ServerError, ServerInfo
 __all__ = ["Client", "Lost", "RefusedByServer"]
 
 #: Bytes that the transport may keep for a socket that takes no more.
-HELD_BACK: Final = 65_536
+HELD_BACK_BYTES: Final = 65_536
 
 E = TypeVar("E", bound=Event)
 
@@ -125,7 +125,7 @@ class Client(asyncio.Protocol):
     def use(self, transport: asyncio.BaseTransport) -> None:
         """Write to this transport, whose protocol this is."""
         self.transport = transport
-        self.transport.set_write_buffer_limits(high=HELD_BACK)
+        self.transport.set_write_buffer_limits(high=HELD_BACK_BYTES)
 
     def data_received(self, data: bytes) -> None:
         self.heard = True

@@ -3,9 +3,9 @@
 `client` and `lanes` are its two ways of doing I/O: an event loop with many subscriptions, and one thread with one
 question at a time. Both parse with a `Protocol` and write what the functions here encode.
 
-What a peer may make us keep is bounded: a line by `MAX_LINE`, a message by `MAX_MESSAGE`. Whatever breaks the protocol
-raises `ProtocolError`, after which the connection is of no use. An interrupt in `receive` loses bytes, so a connection
-on which one struck must be dropped.
+What a peer can make us keep is bounded: a line by `MAX_LINE_BYTES`, a message by `MAX_MESSAGE_BYTES`. Bytes that break
+the protocol raise `ProtocolError`, after which the connection is of no use. An interrupt in `receive` loses bytes, so a
+connection on which one struck must be dropped.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ __all__ = [
 ]
 
 #: The longest line that is accepted, in bytes; INFO lists the servers of a cluster.
-MAX_LINE: Final = 1_048_576
+MAX_LINE_BYTES: Final = 1_048_576
 
 #: The largest message that is accepted, in bytes; nats-server allows up to 64 MiB.
-MAX_MESSAGE: Final = 134_217_728
+MAX_MESSAGE_BYTES: Final = 134_217_728
 
 PING: Final = b"PING\r\n"
 _PONG: Final = b"PONG\r\n"
@@ -98,8 +98,8 @@ class Protocol:
         while at < size:
             end = data.find(b"\r\n", at)
             if end < 0:
-                if size - at > MAX_LINE:
-                    raise ProtocolError(f"the server sent a line of more than {MAX_LINE} bytes")
+                if size - at > MAX_LINE_BYTES:
+                    raise ProtocolError(f"the server sent a line of more than {MAX_LINE_BYTES} bytes")
                 self._keep(data[at:], 1)
                 break
             if not data.startswith(_MESSAGES, at):
@@ -116,7 +116,7 @@ class Protocol:
                 subject = words[1].decode()
             except (ValueError, IndexError):
                 raise ProtocolError(f"the server sent {_short(data[at:end])}") from None
-            if not 0 <= split <= total <= MAX_MESSAGE:
+            if not 0 <= split <= total <= MAX_MESSAGE_BYTES:
                 raise ProtocolError(f"the server sent {_short(data[at:end])}")
             body = end + 2
             stop = body + total

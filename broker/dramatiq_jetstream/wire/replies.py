@@ -27,7 +27,7 @@ from .headers import BadHeader, Headers, Msg, encode_headers
 __all__ = ["Headers", "Msg", "PubAck", "Publication"]
 
 #: The server cuts the connection at a protocol line of 4,096 bytes, which has more than the subject.
-MAX_SUBJECT: Final = 3_500
+MAX_SUBJECT_BYTES: Final = 3_500
 
 # What the server says of almost every message; anything more than that is read as JSON.
 _STORED = re.compile(rb'\{"stream":"([\w-]+)",\s*"seq":(\d+)\}', re.ASCII)
@@ -78,9 +78,9 @@ def check_subject(subject: str) -> None:
       InvalidName: When it is too long, or would end within the protocol's line.
     """
     encoded = subject.encode()
-    if len(encoded) > MAX_SUBJECT:
+    if len(encoded) > MAX_SUBJECT_BYTES:
         raise InvalidName(
-            f"subject {subject[:60]}… of {len(encoded)} bytes is too long for NATS: {MAX_SUBJECT} are possible."
+            f"subject {subject[:60]}… of {len(encoded)} bytes is too long for NATS: {MAX_SUBJECT_BYTES} are possible."
         )
     if encoded.split() != [encoded]:
         raise InvalidName(f"subject {subject!r} cannot be sent: it must not be empty or contain whitespace.")

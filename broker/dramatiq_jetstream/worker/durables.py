@@ -56,7 +56,7 @@ SILENCE_SECONDS = 6.0
 #: The server announces here that it deleted the stream named by the last token.
 _DELETED = "$JS.EVENT.ADVISORY.STREAM.DELETED."
 
-_MILLISECOND = 1_000_000  # JetStream's durations are nanoseconds
+_NANOSECONDS_PER_MS = 1_000_000  # JetStream's durations are nanoseconds
 
 
 class Durable:
@@ -371,7 +371,7 @@ def _leader(info: Mapping[str, Any]) -> tuple[object, ...]:
 def _ack_wait(info: Mapping[str, Any]) -> int:
     """The server's `ack_wait` in milliseconds, or the shorter one that is announced."""
     config = info["config"]
-    present = int(config["ack_wait"]) // _MILLISECOND
+    present = int(config["ack_wait"]) // _NANOSECONDS_PER_MS
     return min(present, int((config.get("metadata") or {}).get(METADATA_ACK_WAIT, present)))
 
 

@@ -37,24 +37,23 @@ ACK = b"+ACK"
 NAK = b"-NAK"
 WPI = b"+WPI"
 
-#: Seconds for which a proven ack is remembered, as long as there are not more than so many of them: longer than
-#: it takes to notice that a leader is gone.
-REMEMBER = 8.0
+#: How long a proven ack is remembered, unless there are more than REMEMBER_MOST: longer than it takes to notice that a
+#: leader is gone.
+REMEMBER_SECONDS = 8.0
 REMEMBER_MOST = 20_000
 
-#: Seconds for which it is remembered when a doubt came after it.
-REMEMBER_OVER_DOUBT = 120.0
+#: How long it is remembered when a doubt came after it.
+REMEMBER_OVER_DOUBT_SECONDS = 120.0
 
-#: How often, in seconds, the server is asked how far it has come with the acks. Without an answer in PROBE_TIMEOUT
-#: the question or the acks may be lost, and all are sent again; a slow server is given twice as long each time.
-PROBE_INTERVAL = 1.0
-PROBE_TIMEOUT = 30.0
-PROBE_TIMEOUT_MOST = 480.0
+#: How often the server is asked how far it has come with the acks. Without a reply within PROBE_TIMEOUT_SECONDS, the
+#: question or the acks may be lost, and all are sent again; a slow server is given twice as long each time.
+PROBE_INTERVAL_SECONDS = 1.0
+PROBE_TIMEOUT_SECONDS = 30.0
+LONGEST_PROBE_TIMEOUT_SECONDS = 480.0
 
-#: With so many answers that are not proven, or after so many seconds without one to a question, a consumer is asked
-#: for no further messages.
+#: With more unproven settlements than this, or without a reply to a question for this long, nothing more is fetched.
 MAX_UNPROVEN = 50_000
-MAX_LAG = 20.0
+MAX_LAG_SECONDS = 20.0
 
 #: Stream, consumer, sequence, and the time of storing.
 Key = tuple[str, str, int, int]
@@ -92,7 +91,7 @@ class _Book:
     sent: _Round = field(default_factory=_Round)
     asked: _Round | None = None
     since: float = 0.0
-    patience: float = PROBE_TIMEOUT
+    patience: float = PROBE_TIMEOUT_SECONDS
     done: set[Key] = field(default_factory=set)
     done_before: set[Key] = field(default_factory=set)
     turned: float = 0.0
@@ -118,11 +117,11 @@ class _Book:
     def note_proven(self, proven: _Round) -> None:
         self.done.update(proven.acks)
         now = time.monotonic()
-        if now - self.turned >= REMEMBER or len(self.done) >= REMEMBER_MOST:
+        if now - self.turned >= REMEMBER_SECONDS or len(self.done) >= REMEMBER_MOST:
             self.turned = now
             self.done_before, self.done = self.done, set()
             for key, since in list(self.done_over_doubt.items()):
-                if now - since < REMEMBER_OVER_DOUBT:
+                if now - since < REMEMBER_OVER_DOUBT_SECONDS:
                     break
                 del self.done_over_doubt[key]
 
@@ -205,7 +204,7 @@ class Settlements:
         if self.unproven > MAX_UNPROVEN:
             return True
         book = self._books.get(durable)
-        return book is not None and book.asked is not None and time.monotonic() - book.since > MAX_LAG
+        return book is not None and book.asked is not None and time.monotonic() - book.since > MAX_LAG_SECONDS
 
     def resume(self, durable: Durable, *, same: bool) -> None:
         """A doubt is over: send again what has no proof, or drop it if a new life begins."""
@@ -227,7 +226,7 @@ class Settlements:
     def _probe(self) -> None:
         """Ask each consumer whose deliveries were answered since the last time how far it has come."""
         now = time.monotonic()
-        if now - self._probed < PROBE_INTERVAL or not self._connection.is_open:
+        if now - self._probed < PROBE_INTERVAL_SECONDS or not self._connection.is_open:
             return
         self._probed = now
         for durable, book in self._books.items():
@@ -250,7 +249,7 @@ class Settlements:
             if book.asked is not asked:
                 return  # asked before a doubt, after which everything was sent again
             if isinstance(reply, BaseException):
-                book.patience = min(2 * book.patience, PROBE_TIMEOUT_MOST)
+                book.patience = min(2 * book.patience, LONGEST_PROBE_TIMEOUT_SECONDS)
                 self._doubt(durable)
             else:
                 self._note_proven(book, asked)
@@ -259,5 +258,5 @@ class Settlements:
 
     def _note_proven(self, book: _Book, asked: _Round) -> None:
         book.asked = None
-        book.patience = PROBE_TIMEOUT
+        book.patience = PROBE_TIMEOUT_SECONDS
         book.note_proven(asked)

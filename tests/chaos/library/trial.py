@@ -41,7 +41,7 @@ Say = Callable[[str], None]
 GROWN_UP = 8
 
 #: How long a producer may take to end, in seconds.
-PATIENCE = 60.0
+PATIENCE_SECONDS = 60.0
 
 
 @dataclass
@@ -138,7 +138,7 @@ class Trial:
         try:
             if producer.running:
                 os.kill(producer.pid, signal.SIGTERM)
-                producer.wait(PATIENCE)
+                producer.wait(PATIENCE_SECONDS)
         except AssertionError as error:
             self._complaints.append(f"the producer did not end: {error}")
         self._wait(lambda: not self._server.waiting and not unfinished(self._books()))
