@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -19,7 +20,7 @@ ROOMS = {
     "wire": {"errors", "config"},
     "jetstream": {"errors", "config", "wire", "kv"},
     "sending": {"errors", "config", "wire", "jetstream", "kv"},
-    "worker": {"errors", "config", "wire", "jetstream", "sending", "kv", "dead_letters"},
+    "worker": {"errors", "config", "wire", "jetstream", "sending", "kv", "dead_letters", "history"},
 }
 
 #: Folders that stand on top: nothing below imports them.
@@ -101,6 +102,15 @@ def test_the_library_imports_no_other_package_of_this_repository() -> None:
         for package in ("tasks", "web", "orders", "opentelemetry"):
             assert f"import {package}" not in source, module
             assert f"from {package}" not in source, module
+
+
+@pytest.mark.parametrize(
+    ("grammar", "home"),
+    [(r"\b10[0-2]\d\d\b", "wire.error_numbers"), (r"\$JS\.ACK", "wire.ack_subjects")],
+)
+def test_what_the_server_defines_stands_in_one_place(grammar: str, home: str) -> None:
+    """The server's error numbers and the subjects of acks are written down once."""
+    assert {module for module, path in MODULES.items() if re.search(grammar, path.read_text())} == {home}
 
 
 def test_importing_the_library_has_no_side_effect() -> None:

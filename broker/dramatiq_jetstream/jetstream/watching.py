@@ -19,6 +19,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
+from dramatiq_jetstream.wire.ack_subjects import ack_tokens, is_ack_subject
 from dramatiq_jetstream.wire.connection import Connection, Msg
 
 from .reading import StoredMessage
@@ -132,19 +133,17 @@ class KeyWatcher:
     def _receive(self, message: Msg) -> None:
         if self._closed:
             return
-        if message.reply.startswith("$JS.ACK."):  # an entry: it comes with the subject it is stored under
+        if is_ack_subject(message.reply):  # an entry: it comes with the subject it is stored under
             self._handle_entry(message)
             return
         self._handle_status(message)
 
     def _handle_entry(self, message: Msg) -> None:
-        # $JS.ACK.[domain.account.]stream.consumer.deliveries.sequence.delivered.time.pending[.token]
-        tokens = message.reply.split(".")
-        first = 4 if len(tokens) > 9 else 2
-        if tokens[first + 1] != self._name:
+        tokens = ack_tokens(message.reply)
+        if tokens[1] != self._name:
             return
         self._restart_in(SILENCE_SECONDS)
-        sequence, delivered, timestamp = (int(token) for token in tokens[first + 3 : first + 6])
+        sequence, delivered, timestamp = (int(token) for token in tokens[3:6])
         if delivered != self._delivered + 1:
             self._restart()
             return

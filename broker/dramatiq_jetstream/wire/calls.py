@@ -25,6 +25,7 @@ from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.errors import BrokerConnectionError, ConnectionClosed, NotSent, StoreTimeout
 
+from .ack_subjects import is_ack_subject
 from .client import Client
 from .headers import Headers, Msg
 from .protocol import Outgoing
@@ -140,7 +141,7 @@ class Call:
             return NotSent(
                 f"NATS at {where} took nothing for {waited} ms ({reason}); nothing was sent to {self.target}."
             )
-        if self.subject.startswith("$JS.") and not self.subject.startswith("$JS.ACK."):
+        if self.subject.startswith("$JS.") and not is_ack_subject(self.subject):
             return BrokerConnectionError(
                 f"JetStream at {where} did not answer {self.subject} within {waited} ms; "
                 "whether it did what was asked is not known."

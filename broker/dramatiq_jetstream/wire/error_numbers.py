@@ -1,6 +1,6 @@
 """The server's own numbers for its errors, as far as the library acts on them (nats-server, server/errors.json).
 
-Whatever is not here is an `ApiError` that its caller sees.
+Every other error is an `ApiError` that the caller sees. No other module names a number.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ BATCH_PARTS_MISSING: Final = frozenset({10175, 10176})  # some were lost with th
 
 #: No room: memory, storage, or a limit of the stream or account.
 FULL: Final = frozenset({10002, 10023, 10028, 10047, 10077, 10122})
+
+#: Limits that an operator may raise, of streams, consumers or storage: the same request may succeed later.
+LIMIT_REACHED: Final = frozenset({10026, 10027, 10047, 10077})
+
+#: JetStream is switched off for the account, or on the server.
+NO_JETSTREAM: Final = frozenset({10039, 10076})
 
 #: The message is larger than the server or the stream takes.
 TOO_LARGE: Final = frozenset({10054, 10097})

@@ -29,6 +29,7 @@ from dramatiq.errors import BrokerError
 from dramatiq_jetstream.config import ConnectOptions
 from dramatiq_jetstream.errors import ConnectionFailed, ServerUnsupported
 
+from . import error_numbers
 from .addresses import Address
 from .client import Client, Lost, RefusedByServer
 from .handshake import Silent, log_in_at
@@ -51,9 +52,6 @@ JETSTREAM_SECONDS: Final = 2.0
 
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 _LOGIN = re.compile(r"authori[sz]ation|authentication|expired|revoked", re.IGNORECASE)
-
-# The server's error numbers for an account, or a server, without JetStream.
-_NO_JETSTREAM: Final = frozenset({10039, 10076})
 
 
 class Servers:
@@ -219,7 +217,7 @@ async def _check_server(options: ConnectOptions, client: Client) -> None:
             f"{where} does not run JetStream, and no other node of its cluster answers."
         ) from None
     refusal = {} if reply.headers.get("Status") == "503" else json.loads(reply.data or b"{}").get("error")
-    if refusal == {} or (refusal is not None and refusal.get("err_code") in _NO_JETSTREAM):
+    if refusal == {} or (refusal is not None and refusal.get("err_code") in error_numbers.NO_JETSTREAM):
         raise ServerUnsupported(
             f"{where} has JetStream switched off: start it with --jetstream, add a jetstream block to its "
             "configuration, enable JetStream for this account, or name its domain."

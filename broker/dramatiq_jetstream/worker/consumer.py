@@ -35,6 +35,7 @@ from dramatiq.worker import ConsumerThread
 from dramatiq_jetstream import dead_letters
 from dramatiq_jetstream.errors import ApiError, MessageTooLarge
 from dramatiq_jetstream.jetstream.names import HEADER_TICK
+from dramatiq_jetstream.wire import error_numbers
 from dramatiq_jetstream.wire.connection import Connection
 from dramatiq_jetstream.wire.thread_queue import ThreadQueue
 
@@ -48,9 +49,6 @@ from .sources import Sources
 from .suspects import Suspects
 
 __all__ = ["JetStreamConsumer", "JetStreamMessage", "Rerouter"]
-
-#: Errors that pass when a limit is raised: of streams, consumers or storage.
-_PASSING = frozenset({10026, 10027, 10047, 10077})
 
 # Failures of a follow-up that another run would only repeat.
 _PERMANENT = (
@@ -430,6 +428,6 @@ def _is_unwanted(message: JetStreamMessage) -> bool:
 
 def _is_permanent(error: BaseException) -> bool:
     """Whether another run of a message would fail to enqueue what follows it for the same reason."""
-    if isinstance(error, ApiError) and (error.err_code in _PASSING or error.code >= 500):
+    if isinstance(error, ApiError) and (error.err_code in error_numbers.LIMIT_REACHED or error.code >= 500):
         return False
     return isinstance(error, _PERMANENT)

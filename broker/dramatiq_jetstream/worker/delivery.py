@@ -11,6 +11,7 @@ from dramatiq.message import Message
 
 from dramatiq_jetstream.jetstream.names import HEADER_EARLIER_DELIVERIES, HEADER_ORIGIN
 from dramatiq_jetstream.sending.envelope import Event
+from dramatiq_jetstream.wire.ack_subjects import ack_tokens
 from dramatiq_jetstream.wire.connection import Msg
 
 from .durables import Durable
@@ -89,18 +90,15 @@ class Delivery:
         self.source = source
         self.owner = owner
         self.has_place = False
-        # $JS.ACK.<stream>.<consumer>.<deliveries>.<sequence>.<..>.<timestamp>.<pending>, and with a domain
-        # and an account hash: $JS.ACK.<domain>.<hash>.<stream>. … .<pending>.<random>
-        tokens = message.reply.split(".")
-        start = 2 if len(tokens) == 9 else 4
+        tokens = ack_tokens(message.reply)
         durable = source.durable
         self.life = durable.life
         self.stream = durable.stream
-        self.deliveries = int(tokens[start + 2])
-        self.sequence = int(tokens[start + 3])
-        stored = int(tokens[start + 5])
+        self.deliveries = int(tokens[2])
+        self.sequence = int(tokens[3])
+        stored = int(tokens[5])
         self.timestamp = stored // 1_000_000
-        self.pending = int(tokens[start + 6])
+        self.pending = int(tokens[6])
         if message.mentions(HEADER_EARLIER_DELIVERIES):
             earlier = self.headers.get(HEADER_EARLIER_DELIVERIES, "")
             self.deliveries += int(earlier) if earlier.isdecimal() else 0

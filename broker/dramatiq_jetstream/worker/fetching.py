@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from dramatiq_jetstream.wire.ack_subjects import is_ack_subject
 from dramatiq_jetstream.wire.connection import Connection, CoreSubscription, Msg
 
 from .delivery import Source
@@ -195,7 +196,7 @@ class Fetcher:
         def receive(message: Msg) -> None:
             slot.heard = time.monotonic()
             pull = slot.pull
-            if message.reply.startswith("$JS.ACK."):
+            if is_ack_subject(message.reply):
                 if pull is not None:
                     pull.left -= 1
                     if pull.left <= 0:
