@@ -25,12 +25,12 @@ from typing import Final, Protocol
 
 from dramatiq_jetstream.errors import StoreTimeout
 
+from . import rules
 from .announcements import placed_event
-from .catalogue import CATALOGUE, CURRENCY
+from .catalogue import CURRENCY
 from .claims import Claim, Claims, digest_of
 from .events import Happened
 from .idempotency import Requests
-from .ledger import PricedItem
 from .model import AcceptedOrder, InvalidOrder, Order, OrderIdTaken, OrderRequest
 from .ports import Publisher
 from .tokens import Tokens, reference
@@ -137,23 +137,24 @@ def new_order_id(at: int) -> str:
 
 
 def _claim(request: OrderRequest, at: int) -> Claim:
-    """Return the claim that a request makes, at the catalogue's prices, with one line per sku."""
-    quantities: dict[str, int] = {}
+    """Return the claim that a request makes, at the catalogue's prices, with one line per sku.
+
+    Raises:
+      InvalidOrder: When an item is not of the catalogue.
+    """
     for position, item in enumerate(request.items):
-        if item.sku not in CATALOGUE:
-            raise InvalidOrder(f"items[{position}].sku", f"names no product: there is no {item.sku!r}.")
-        quantities[item.sku] = quantities.get(item.sku, 0) + item.quantity
-    lines = tuple(
-        PricedItem(sku, quantity, CATALOGUE[sku].unit_price) for sku, quantity in quantities.items()
-    )
+        for broken in rules.broken_by_item(f"items[{position}]", item.sku, item.quantity):
+            raise InvalidOrder(broken.field, broken.problem)
+    quantities = rules.quantities_of(request.items)
+    items = rules.priced(quantities)
     return Claim(
         at,
         digest_of(
             request.customer_id, quantities, reference(request.customer_id, request.payment_token or "")
         ),
         request.customer_id,
-        lines,
-        total=sum(line.quantity * line.unit_price for line in lines),
+        items,
+        total=rules.total_of(items),
         currency=CURRENCY,
     )
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dramatiq_jetstream.errors import KeyExists
-from orders.v1.events_pb2 import OrderCreated, OrderItem
+from orders.v1.events_pb2 import OrderCreated
 
 from .ledger import PricedItem
 from .model import MAX_ID_LENGTH
 from .ports import Bucket
+from .rules import quantities_of
 from .text import normalised
 from .tokens import is_reference, reference
 
@@ -114,11 +115,3 @@ def token_of(event: OrderCreated) -> str:
 def customer_of(event: OrderCreated) -> str:
     """Return who ordered, in the one form that the same name always has."""
     return normalised(event.customer_id, MAX_ID_LENGTH)
-
-
-def quantities_of(items: Iterable[OrderItem]) -> dict[str, int]:
-    """Return how many pieces of each sku are ordered."""
-    quantities: dict[str, int] = {}
-    for item in items:
-        quantities[item.sku] = quantities.get(item.sku, 0) + item.quantity
-    return quantities

@@ -1,43 +1,28 @@
 """Reads an order out of a request's body, JSON or protobuf, and names everything that is wrong with it.
 
-What is stated in an event about prices and totals is checked here as well, so that a client is told at once
-what the saga would reject later.
+The rules are those of `tasks.rules`, prices and totals included, so a client is told at once what the saga would reject
+later.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Iterable
+from typing import NoReturn
 
 from google.protobuf.message import DecodeError
 
 from orders.v1.events_pb2 import OrderCreated
 
-from . import money
-from .catalogue import CATALOGUE, CURRENCY
+from . import rules
 from .events import usable_order_id
-from .model import (
-    MAX_ID_LENGTH,
-    MAX_ITEMS,
-    MAX_QUANTITY,
-    MAX_TOKEN_LENGTH,
-    Flaw,
-    InvalidOrder,
-    OrderRequest,
-    RequestedItem,
-)
-from .text import flaw_of, normalised, shown
+from .model import MAX_ID_LENGTH, Flaw, InvalidOrder, OrderRequest, RequestedItem
+from .text import normalised
 
 MAX_BODY_BYTES = 1_000_000
 
 #: How many flaws of one request are named.
 MAX_FLAWS = 20
-
-# Stands for an item that cannot be read.
-_NO_ITEM = RequestedItem("", 0)
-
-T = TypeVar("T")
 
 
 def parse_order_json(body: bytes, customer_id: str | None = None) -> OrderRequest:
@@ -64,17 +49,23 @@ def parse_order_json(body: bytes, customer_id: str | None = None) -> OrderReques
     if not isinstance(data, dict):
         raise InvalidOrder("body", "must be a JSON object with customer_id and items.")
     flaws = _Flaws()
-    customer = flaws.of(check_customer_id, data.get("customer_id", customer_id))
+    customer = data.get("customer_id", customer_id)
+    flaws.add_broken(rules.broken_by_customer(customer))
     items = data.get("items")
     read: list[RequestedItem] = []
     if not isinstance(items, list):
         flaws.add("items", "must be an array of items.")
-    elif flaws.of(_check_count, items) is not None:
-        read = [_json_item(flaws, f"items[{position}]", item) for position, item in enumerate(items)]
-    token = flaws.of(_check_token, data.get("payment_token"))
-    flaws.of(_check_pieces, read)
+    elif not flaws.add_broken(rules.broken_by_count(items)):
+        for position, item in enumerate(items):
+            if not isinstance(item, dict):
+                flaws.add(f"items[{position}]", 'must be an object such as {"sku": "MUG-01", "quantity": 2}.')
+                continue
+            read += _item(flaws, position, item.get("sku"), item.get("quantity"))
+    token = data.get("payment_token")
+    flaws.add_broken(rules.broken_by_token(token))
+    flaws.add_broken(rules.broken_by_pieces(read))
     flaws.check()
-    return OrderRequest(customer or "", read, token)
+    return OrderRequest(_name(customer), read, token)
 
 
 def parse_order_protobuf(body: bytes, customer_id: str | None = None) -> OrderRequest:
@@ -96,19 +87,19 @@ def parse_order_protobuf(body: bytes, customer_id: str | None = None) -> OrderRe
     flaws = _Flaws()
     if event.order_id and not usable_order_id(event.order_id):
         flaws.add("order_id", f"must be 1 to {MAX_ID_LENGTH} letters, digits, '-', '_', '.' or '~'.")
-    customer = flaws.of(check_customer_id, event.customer_id or customer_id)
+    customer = event.customer_id or customer_id
+    flaws.add_broken(rules.broken_by_customer(customer))
     items: list[RequestedItem] = []
-    if flaws.of(_check_count, event.items) is not None:
-        items = [
-            _item(flaws, f"items[{position}]", item.sku, item.quantity)
-            for position, item in enumerate(event.items)
-        ]
-    token = flaws.of(_check_token, event.payment_token or None)
-    flaws.of(_check_pieces, items)
+    if not flaws.add_broken(rules.broken_by_count(event.items)):
+        for position, item in enumerate(event.items):
+            items += _item(flaws, position, item.sku, item.quantity)
+    token = event.payment_token or None
+    flaws.add_broken(rules.broken_by_token(token))
+    flaws.add_broken(rules.broken_by_pieces(items))
     if not flaws:
-        _check_prices(flaws, event)
+        flaws.add_broken(rules.broken_by_prices(event, needs_total=False))
     flaws.check()
-    return OrderRequest(customer or "", items, token, event.order_id or None)
+    return OrderRequest(_name(customer), items, token, event.order_id or None)
 
 
 class _Flaws:
@@ -124,13 +115,12 @@ class _Flaws:
         if len(self._found) < MAX_FLAWS:
             self._found.append(Flaw(field, problem))
 
-    def of(self, check: Callable[[Any], T], value: object) -> T | None:
-        """Return what a check makes of a value, None when it refuses it, which is noted."""
-        try:
-            return check(value)
-        except InvalidOrder as refusal:
-            self.add(refusal.field, refusal.problem)
-            return None
+    def add_broken(self, broken: Iterable[rules.BrokenRule]) -> bool:
+        """Note the rules that are broken; returns whether there are any."""
+        found = list(broken)
+        for rule in found:
+            self.add(rule.field, rule.problem)
+        return bool(found)
 
     def check(self) -> None:
         """Raise what was found."""
@@ -140,74 +130,24 @@ class _Flaws:
 
 
 def check_customer_id(value: object) -> str:
-    """Return the value if it can name a customer."""
-    name = normalised(value, MAX_ID_LENGTH) if isinstance(value, str) else ""
-    flaw = flaw_of(name, MAX_ID_LENGTH)
-    if flaw is not None:
-        raise InvalidOrder("customer_id", flaw)
-    return name
+    """Return the value, in the one form that a name always has, if it can name a customer.
+
+    Raises:
+      InvalidOrder: When it cannot.
+    """
+    for broken in rules.broken_by_customer(value):
+        raise InvalidOrder(broken.field, broken.problem)
+    return _name(value)
 
 
-def _json_item(flaws: _Flaws, field: str, item: object) -> RequestedItem:
-    if not isinstance(item, dict):
-        flaws.add(field, 'must be an object such as {"sku": "MUG-01", "quantity": 2}.')
-        return _NO_ITEM
-    return _item(flaws, field, item.get("sku"), item.get("quantity"))
+def _name(value: object) -> str:
+    return normalised(str(value), MAX_ID_LENGTH)
 
 
-def _item(flaws: _Flaws, field: str, sku: object, quantity: object) -> RequestedItem:
-    if not isinstance(sku, str) or not sku:
-        flaws.add(f"{field}.sku", "must be the sku of a product, as text.")
-    elif sku not in CATALOGUE:
-        name = shown(sku, MAX_ID_LENGTH)
-        flaws.add(f"{field}.sku", f"names no product: there is no {name!r} in the catalogue.")
-    # JSON's true is an int to Python.
-    if isinstance(quantity, bool) or not isinstance(quantity, int) or not 1 <= quantity <= MAX_QUANTITY:
-        flaws.add(f"{field}.quantity", f"must be a whole number from 1 to {MAX_QUANTITY}.")
-        return _NO_ITEM
-    return RequestedItem(str(sku), quantity)
-
-
-def _check_pieces(items: list[RequestedItem]) -> list[RequestedItem]:
-    """Return the items that can be counted if they are not more pieces than one order may take, over all its lines."""
-    pieces = sum(item.quantity for item in items)
-    if pieces > MAX_QUANTITY:
-        raise InvalidOrder("items", f"must have {MAX_QUANTITY} pieces at most over all lines, not {pieces}.")
-    return items
-
-
-def _check_count(items: Any) -> Any:
-    if not 1 <= len(items) <= MAX_ITEMS:
-        raise InvalidOrder("items", f"must have 1 to {MAX_ITEMS} items, not {len(items)}.")
-    return items
-
-
-def _check_token(value: object) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str) or not 1 <= len(value) <= MAX_TOKEN_LENGTH or not value.isprintable():
-        raise InvalidOrder(
-            "payment_token", f"must be text of 1 to {MAX_TOKEN_LENGTH} printable characters, or left out."
-        )
-    return value
-
-
-def _check_prices(flaws: _Flaws, event: OrderCreated) -> None:
-    total = 0
-    for position, item in enumerate(event.items):
-        price = CATALOGUE[item.sku].unit_price
-        if item.unit_price_minor not in (0, price):
-            flaws.add(
-                f"items[{position}].unit_price_minor", f"is not the catalogue's price, which is {price}."
-            )
-        total += price * item.quantity
-    # Both are 0 when the client left them out.
-    if event.total_amount != 0 and money.from_float(event.total_amount, CURRENCY) != total:
-        flaws.add("total_amount", f"is not what the items add up to: {money.to_text(total, CURRENCY)}.")
-    if event.total_minor not in (0, total):
-        flaws.add("total_minor", f"is not what the items add up to: {total}.")
-    if event.currency not in ("", CURRENCY):
-        flaws.add("currency", f"must be {CURRENCY} or left out.")
+def _item(flaws: _Flaws, position: int, sku: object, quantity: object) -> list[RequestedItem]:
+    """Note what is wrong with an item; returns it when its pieces can be counted."""
+    flaws.add_broken(rules.broken_by_item(f"items[{position}]", sku, quantity))
+    return [RequestedItem(str(sku), quantity)] if rules.is_quantity(quantity) else []
 
 
 def _check_size(body: bytes) -> None:
