@@ -19,6 +19,7 @@ from dramatiq.broker import Broker, MessageProxy
 from dramatiq.errors import QueueNotFound
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware
+from dramatiq.results import ResultMissing, Results
 
 from .config import DUPLICATE_WINDOW_MS, BrokerConfig, ConnectOptions
 from .dead_letters import DeadLetters
@@ -26,16 +27,19 @@ from .errors import InvalidOption
 from .history import History
 from .jetstream.declaring import Declarations
 from .jetstream.ensuring import all_of
+from .jetstream.inventory import queue_names
 from .jetstream.names import Names
 from .jetstream.topology import WORKERS
 from .kv import Bucket
 from .queues import Queues, QueueStats
 from .sending.sender import Sender
+from .status import MessageStatus, StatusReader
 from .streams import Stream
 from .wire.connection import Connection, PubAck
 from .worker.arguments import describe_arguments
 from .worker.consumer import JetStreamConsumer
 from .worker.hooks import HookedBroker
+from .worker.roster import read_workers
 from .worker.shutdown_notices import give_notice_for
 from .worker.suspects import BUCKET as STARTS
 from .worker.time_limits import keep_time_of
@@ -152,13 +156,27 @@ class JetStreamBroker(HookedBroker):
         )
         self.connection = Connection(connect, timeout=enqueue_timeout)
         self.declarations = Declarations(self.config, self.connection)
+        self.history = History(self.connection, self.names)
         self.dead_letters = DeadLetters(
-            self.connection, self.names, self.declarations.ensure_dead_letters, self.emit_own
+            self.connection,
+            self.names,
+            self.declarations.ensure_dead_letters,
+            self.emit_own,
+            lambda message_id: [record.as_dict() for record in self.history.of(message_id)],
         )
         self.stored_queues = Queues(
             self.config, self.connection, self.declarations, self.dead_letters, self._event_streams
         )
-        self.history = History(self.connection, self.names)
+        self._status = StatusReader(
+            self.connection,
+            self.names,
+            self.history,
+            self.dead_letters,
+            queues=lambda: self.queues or queue_names(self.connection, self.names),
+            workers=lambda: read_workers(self.declarations.memory_bucket(WORKERS)),
+            result=self._result_of,
+            actors=lambda: [(actor.queue_name, actor.actor_name) for actor in self.actors.values()],
+        )
         self.describe_arguments: Callable[[MessageProxy], str] = describe_arguments
         self.program_version = ""
         self._workplace = Workplace(
@@ -242,6 +260,17 @@ class JetStreamBroker(HookedBroker):
           ttl: Milliseconds that every key lives; None for ever, or as long as each write says.
         """
         return self.declarations.bucket(name, history=history, ttl=ttl, max_value_bytes=max_value_bytes)
+
+    def status(self, message: str | Message[Any]) -> MessageStatus:
+        """The state of a message: waiting, delayed, running, retrying, done, failed, dead, aborted (see `status`).
+
+        Parameters:
+          message: Its id, or the message itself, with which one that waits in a long queue is found too.
+
+        Raises:
+          BrokerConnectionError: When the server does not answer in time.
+        """
+        return self._status.read(message)
 
     def stream(self, name: str) -> Stream:
         """A stream of the account, to read from."""
@@ -345,6 +374,12 @@ class JetStreamBroker(HookedBroker):
 
     def failed_in(self, hook: str, middleware: Middleware, error: BaseException) -> None:
         self._workplace.follow_ups.middleware_failed(middleware, error)
+
+    def _result_of(self, message: Message[Any]) -> object:
+        for middleware in self.middleware:
+            if isinstance(middleware, Results):
+                return middleware.backend.get_result(message)
+        raise ResultMissing(message)
 
     def _event_streams(self) -> set[str]:
         streams = (getattr(middleware, "stream", None) for middleware in self.middleware)

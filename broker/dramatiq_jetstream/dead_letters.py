@@ -58,6 +58,13 @@ REASONS = (RETRIES_EXHAUSTED, UNDECODABLE, UNKNOWN_ACTOR, REJECTED, DELIVERED_TO
 MAX_ERROR = 2_000
 MAX_HISTORY = 10
 
+#: Characters of a traceback that are kept, and the bytes that it may take in a header.
+MAX_TRACEBACK = 12_000
+_MAX_TRACEBACK_HEADER = 20_000
+
+#: The bytes that earlier failures may take in a header; all headers of a message have 64 KiB.
+_MAX_HISTORY_HEADER = 20_000
+
 
 def worker_name() -> str:
     """Which process this is, for people: host and process id."""
@@ -69,7 +76,9 @@ class DeadLetter:
     """One dead letter; times are milliseconds since 1970.
 
     `history` lists the earlier failures of the same message, oldest first, one mapping for each replay.
-    `headers` are those of the message, the trace context among them.
+    `headers` are those of the message, the trace context among them. `traceback` is that of the last attempt, as Python
+    prints it; empty when no error ended it. `attempts` are the recorded attempts of the message with their errors and
+    times, oldest first, as `history.Record.as_dict` has them; only `DeadLetters.get` reads them.
     """
 
     id: str
@@ -86,6 +95,8 @@ class DeadLetter:
     headers: Mapping[str, str]
     history: tuple[Mapping[str, Any], ...] = field(default=())
     event: Event | None = None
+    traceback: str = ""
+    attempts: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
 
     def decode(self) -> Message[Any] | None:
         """The message, or None when the bytes are not one."""
@@ -105,6 +116,7 @@ class DeadLetter:
             "message_id": self.message_id,
             "reason": self.reason,
             "error": self.error,
+            "traceback": self.traceback,
             "deliveries": self.deliveries,
             "time": self.time,
             "worker": self.worker,
@@ -118,6 +130,7 @@ class DeadLetters:
     Parameters:
       ensure: Makes the stream of dead letters if it may and must; with True also if it was there once.
       emit: Calls a hook of middleware.
+      attempts: Reads what is recorded of the attempts of a message.
     """
 
     def __init__(
@@ -126,7 +139,9 @@ class DeadLetters:
         names: Names,
         ensure: Callable[[bool], None],
         emit: Callable[..., None],
+        attempts: Callable[[str], Sequence[Mapping[str, Any]]] = lambda _: (),
     ) -> None:
+        self._attempts = attempts
         self._connection = connection
         self._names = names
         self._ensure = ensure
@@ -143,6 +158,7 @@ class DeadLetters:
         reason: str,
         error: str,
         deliveries: int,
+        traceback: str = "",
         actor: str | None = None,
         message_id: str | None = None,
         event: Event | None = None,
@@ -181,8 +197,10 @@ class DeadLetters:
             place = {"subject": event.subject, "stream": event.stream, "sequence": event.sequence}
             place.update(time=event.time, id=event.id)
             letter[wire_names.HEADER_DEAD_EVENT] = json.dumps(place)
+        if traceback:
+            letter[wire_names.HEADER_DEAD_TRACEBACK] = _on_one_line(traceback)
         if history:
-            letter[wire_names.HEADER_DEAD_HISTORY] = json.dumps(list(history)[-MAX_HISTORY:])
+            letter[wire_names.HEADER_DEAD_HISTORY] = _bounded(history)
         try:
             self._put(queue, origin, data, letter, kept)
         except TopologyMissing:
@@ -204,6 +222,7 @@ class DeadLetters:
         except MessageTooLarge:
             # The message's own headers are what is large; the letter's are bounded.
             needed = {wire_names.HEADER_BODY} | (apart.keys() - kept.keys())
+            needed -= {wire_names.HEADER_DEAD_TRACEBACK}
             bounded = {name: value for name, value in apart.items() if name in needed}
             self._connection.publish(subject, b"", bounded)
 
@@ -226,8 +245,33 @@ class DeadLetters:
 
     def get(self, letter_id: str) -> DeadLetter | None:
         """The letter with an id, or None when it was replayed, dropped, or never there."""
+        letter = self._find(letter_id)
+        if letter is None or letter.message_id is None:
+            return letter
+        return dataclasses.replace(letter, attempts=tuple(self._attempts(letter.message_id)))
+
+    def _find(self, letter_id: str) -> DeadLetter | None:
         stored = message_at(self._connection, self._names.dead_stream, _number(letter_id))
         return None if stored is None else self._read(stored)
+
+    def at(self, origin: str) -> DeadLetter | None:
+        """The letter of the message with that origin, as `history.Record.letter` names it; None when it is gone."""
+        stored = last_message(self._connection, self._names.dead_stream, self._names.dead_at(origin))
+        return None if stored is None else self._read(stored)
+
+    def newest_of(self, message_id: str, *, look_at: int) -> DeadLetter | None:
+        """The letter of a message among the newest `look_at` ones; None when it is not there."""
+        stream = self._names.dead_stream
+        stored = last_message(self._connection, stream, self._names.all_dead)
+        newest = 0 if stored is None else stored.sequence
+        for sequence in range(newest, max(0, newest - look_at), -1):
+            stored = message_at(self._connection, stream, sequence)
+            if stored is None or not wire_names.covers(self._names.all_dead, stored.subject):
+                continue
+            letter = self._read(stored)
+            if letter.message_id == message_id:
+                return letter
+        return None
 
     def count(self, queue: str | None = None) -> int:
         """How many letters there are, of a queue if given."""
@@ -249,11 +293,12 @@ class DeadLetters:
         The message keeps the history of this failure: should it die again, the next letter lists it. Its age
         counts from now, so that `max_age` does not end it at once.
         """
-        found = self.get(letter.id if isinstance(letter, DeadLetter) else letter)
+        found = self._find(letter.id if isinstance(letter, DeadLetter) else letter)
         if found is None:
             return False
         entry = found.summary()
-        del entry["history"], entry["id"], entry["queue"], entry["actor"], entry["message_id"]
+        for name in ("history", "id", "queue", "actor", "message_id", "traceback"):
+            del entry[name]
         history = [*map(dict, found.history), entry][-MAX_HISTORY:]
         headers = {**found.headers, wire_names.HEADER_MSG_ID: f"replay:{found.id}:{found.time}"}
         message = found.decode()
@@ -344,6 +389,30 @@ def _number(letter_id: str) -> int:
     return int(letter_id)
 
 
+def _bounded(history: Sequence[Mapping[str, Any]]) -> str:
+    """The latest failures that a header can carry."""
+    kept = list(history)[-MAX_HISTORY:]
+    while len(text := json.dumps(kept)) > _MAX_HISTORY_HEADER and len(kept) > 1:
+        del kept[0]
+    return text
+
+
+def _on_one_line(traceback: str) -> str:
+    """A traceback as a header can carry it; of one that is too long, the end, which says what was raised."""
+    text = traceback[-MAX_TRACEBACK:]
+    while len(line := json.dumps(text)) > _MAX_TRACEBACK_HEADER:
+        text = text[-len(text) // 2 :]
+    return line
+
+
+def _traceback(headers: Mapping[str, str]) -> str:
+    try:
+        text = json.loads(headers.get(wire_names.HEADER_DEAD_TRACEBACK, '""'))
+    except ValueError:
+        return ""  # not ours: anybody may publish
+    return text if isinstance(text, str) else ""
+
+
 def _header(text: str) -> str:
     """A text on one line; what UTF-8 cannot encode, as in names of files, is escaped."""
     return " ".join(text.split())[:MAX_ERROR].encode("utf-8", "backslashreplace").decode()
@@ -381,6 +450,7 @@ def _read(stored: StoredMessage) -> DeadLetter:
         headers=own,
         history=tuple(_history(headers)),
         event=event,
+        traceback=_traceback(headers),
     )
 
 

@@ -24,6 +24,7 @@ from .errors import BrokerError, InvalidOption
 from .jetstream.names import short_key
 from .kv import Bucket
 from .worker.current import note_said
+from .worker.roster import ProgressOf
 
 __all__ = ["Progress", "ProgressOf", "progress", "read_progress"]
 
@@ -36,22 +37,6 @@ TTL_MS = 86_400_000
 BUCKET = "progress"
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ProgressOf:
-    """How far a message is: `done` of `total` (None: not known), a note, and when that was said (ms since 1970)."""
-
-    message_id: str
-    done: float
-    total: float | None
-    note: str
-    at: int
-
-    @property
-    def share(self) -> float | None:
-        """Between 0 and 1; None when the total is not known."""
-        return None if not self.total else min(1.0, self.done / self.total)
 
 
 @dataclass

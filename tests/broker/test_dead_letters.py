@@ -333,3 +333,68 @@ def test_letters_are_kept_for_their_time(make_broker):
         letter = one_letter(broker)
     eventually(lambda: broker.dead_letters.get(letter.id) is None)
     assert broker.dead_letters.count() == 0
+
+
+def test_a_letter_has_the_traceback_of_the_last_attempt_and_all_attempts(broker):
+    """As text, with every attempt's error and time; a list does without the attempts."""
+    tries = []
+
+    @dramatiq.actor(max_retries=2, min_backoff=1, max_backoff=2)
+    def work():
+        tries.append(1)
+        raise Failing(f"try {len(tries)}")
+
+    with running(broker):
+        message = work.send()
+        eventually(lambda: len(broker.history.of(message.message_id)) == 3, timeout=30)
+    letter = one_letter(broker)
+    assert letter.traceback.startswith("Traceback (most recent call last):")
+    assert letter.traceback.rstrip().endswith("Failing: try 3")
+    assert 'raise Failing(f"try {len(tries)}")' in letter.traceback
+    assert letter.attempts == ()
+    attempts = broker.dead_letters.get(letter.id).attempts
+    assert [(a["attempt"], a["outcome"], a["error"]) for a in attempts] == [
+        (1, "retried", "try 1"),
+        (2, "retried", "try 2"),
+        (3, "failed", "try 3"),
+    ]
+    assert all(a["began"] <= a["ended"] <= time.time() * 1000 for a in attempts)
+    assert broker.dead_letters.at(attempts[-1]["letter"]) == letter
+
+
+def test_a_long_traceback_keeps_its_end(broker):
+    """A letter stays within what headers may have, whatever an exception says."""
+
+    @dramatiq.actor(max_retries=0)
+    def work():
+        raise Failing("漢" * 50_000)
+
+    with running(broker):
+        work.send()
+        letter = one_letter(broker)
+    assert letter.traceback.endswith("漢\n")
+    assert len(letter.traceback) <= 12_100
+
+
+def test_an_error_that_is_not_retried_is_no_exhausted_retry(broker):
+    """`retry_when` refuses it at once; one that it would retry has used up its retries."""
+
+    class Fatal(RuntimeError):
+        pass
+
+    @dramatiq.actor(
+        retry_when=lambda retries, error: not isinstance(error, Fatal) and retries < 1,
+        min_backoff=1,
+        max_backoff=2,
+    )
+    def work(fatal):
+        raise Fatal("never again") if fatal else Failing("again")
+
+    with running(broker):
+        work.send(True)
+        work.send(False)
+        letters = eventually(lambda: len(broker.dead_letters.list()) == 2 and broker.dead_letters.list())
+    assert {(letter.error, letter.reason) for letter in letters} == {
+        ("Fatal: never again", "rejected"),
+        ("Failing: again", "retries exhausted"),
+    }

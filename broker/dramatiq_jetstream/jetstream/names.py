@@ -37,6 +37,7 @@ REQUEUE_HEADERS = frozenset({HEADER_ORIGIN, HEADER_EARLIER_DELIVERIES, HEADER_UN
 #: Headers of a dead letter.
 HEADER_DEAD_REASON = "Dramatiq-Dead-Reason"
 HEADER_DEAD_ERROR = "Dramatiq-Dead-Error"
+HEADER_DEAD_TRACEBACK = "Dramatiq-Dead-Traceback"
 HEADER_DEAD_QUEUE = "Dramatiq-Dead-Queue"
 HEADER_DEAD_SUBJECT = "Dramatiq-Dead-Subject"
 HEADER_DEAD_ACTOR = "Dramatiq-Dead-Actor"
@@ -292,6 +293,10 @@ class Names:
 
     def dead(self, queue: str, letter: str) -> str:
         return f"{self.namespace}.dead.{self._queue(queue)}.{letter}"
+
+    def dead_at(self, letter: str) -> str:
+        """A letter whose queue is not known."""
+        return f"{self.namespace}.dead.*.{letter}"
 
     def dead_body(self, queue: str, letter: str) -> str:
         """Where the body of a letter is that is too large to be in one message with the letter's headers."""

@@ -89,6 +89,7 @@ def queue(names: Names, queue_name: str, *, storage: Storage = STORAGE) -> Strea
             "allow_msg_ttl": True,
             "allow_atomic": True,
             "allow_rollup_hdrs": True,
+            "allow_direct": True,
         },
     )
 

@@ -26,7 +26,7 @@ from dramatiq_jetstream.jetstream.names import (
 from dramatiq_jetstream.jetstream.reading import StoredMessage, last_message
 from dramatiq_jetstream.wire.connection import Connection
 
-__all__ = ["Delayed", "cancel", "count", "delayed_messages", "due", "schedule", "waiting"]
+__all__ = ["Delayed", "cancel", "count", "delayed_messages", "due", "eta_of", "schedule", "waiting"]
 
 #: Ten years: what is due later is a mistake in units.
 MAX_DELAY_MS = 10 * 365 * 86_400_000
@@ -142,13 +142,18 @@ def due(connection: Connection, names: Names, queue: str, message_id: str) -> in
     return _eta(connection, names.queue_stream(queue), names.delayed_message(queue, message_id))
 
 
-def _eta(connection: Connection, stream: str, subject: str) -> int | None:
-    stored = last_message(connection, stream, subject)
-    expression = stored.headers.get(HEADER_SCHEDULE, "") if stored else ""
+def eta_of(stored: StoredMessage) -> int | None:
+    """When a stored schedule is due, in milliseconds since 1970; None when it is not for one time."""
+    expression = stored.headers.get(HEADER_SCHEDULE, "")
     if not expression.startswith("@at "):
         return None
     moment = datetime.fromisoformat(expression[4:])
     return int(moment.timestamp() * 1000)
+
+
+def _eta(connection: Connection, stream: str, subject: str) -> int | None:
+    stored = last_message(connection, stream, subject)
+    return None if stored is None else eta_of(stored)
 
 
 def now() -> int:

@@ -15,7 +15,6 @@ import logging
 import random
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
@@ -35,8 +34,9 @@ from dramatiq_jetstream.wire.ids import new_id
 from .arguments import Describe, shown_arguments
 from .consumer import Ended, JetStreamMessage
 from .current import is_abort
+from .tracebacks import text_of, traceback_of
 
-__all__ = ["Recorder", "traceback_of"]
+__all__ = ["Recorder"]
 
 #: Records that wait to be sent at most, and how many are sent at once.
 BUFFER = 5_000
@@ -52,31 +52,11 @@ RETRY_SECONDS = 1.0
 #: How long a worker that stops waits for its last records.
 FLUSH_SECONDS = 2.0
 
-#: Characters of an error's text, of its class's name, and of a traceback.
-MAX_ERROR = 1_000
+#: Characters of a traceback, and of the name of an error's class.
 MAX_TRACEBACK = 4_000
 _MAX_NAME = 200
 
 logger = logging.getLogger(__name__)
-
-
-def traceback_of(error: BaseException, most: int = MAX_TRACEBACK) -> str:
-    """The traceback of an error as text, shortened in the middle to about `most` characters."""
-    try:
-        text = "".join(traceback.format_exception(error))
-    except Exception as broken:  # noqa: BLE001 - the program's own class
-        return f"(no traceback: {type(broken).__name__})"
-    if len(text) <= most:
-        return text
-    return f"{text[: most // 4]}\n…\n{text[len(text) - most * 3 // 4 :]}"
-
-
-def text_of(error: BaseException) -> str:
-    """What an error says."""
-    try:
-        return str(error)[:MAX_ERROR]
-    except Exception as broken:  # noqa: BLE001 - the program's own class
-        return f"({type(broken).__name__})"
 
 
 class Recorder:
@@ -147,7 +127,7 @@ class Recorder:
             worker=worker_name(),
             error_type="" if error is None else type(error).__name__[:_MAX_NAME],
             error="" if error is None else text_of(error),
-            traceback="" if error is None else traceback_of(error),
+            traceback="" if error is None else traceback_of(error, MAX_TRACEBACK),
             trace_id=_trace_id(message),
             arguments=shown_arguments(message, self._describe),
             letter=message._delivery.origin if outcome == FAILED else "",

@@ -43,6 +43,7 @@ from .delivery import Delivery, Source, event_in
 from .in_flight import InFlight
 from .settlements import ACK, NAK, nak_after
 from .suspects import Suspects
+from .tracebacks import text_of, traceback_of
 
 __all__ = ["JetStreamRerouter"]
 
@@ -117,6 +118,8 @@ class JetStreamRerouter:
         throws = message.options.get("throws") or self._actor_options(message.actor_name).get("throws")
         if isinstance(error, SkipMessage) or (throws and isinstance(error, throws)):
             return dead_letters.REJECTED, _describe(error)
+        if _is_never_retried(error, self._actor_options(message.actor_name).get("retry_when")):
+            return dead_letters.REJECTED, _describe(error)
         return dead_letters.RETRIES_EXHAUSTED, _describe(error)
 
     def owes_dead_letter(self, delivery: Delivery) -> bool:
@@ -145,6 +148,7 @@ class JetStreamRerouter:
     ) -> None:
         source: Source = delivery.source
         event = None if source.actor is None else event_in(delivery)
+        failure = None if message is None else message._exception or message.follow_up_error
         self._letters.store(
             queue=source.queue,
             origin=delivery.origin,
@@ -154,6 +158,7 @@ class JetStreamRerouter:
             reason=reason,
             error=error,
             deliveries=delivery.deliveries,
+            traceback="" if failure is None else traceback_of(failure, dead_letters.MAX_TRACEBACK),
             actor=source.actor if message is None else message.actor_name,
             message_id=None if message is None else message.message_id,
             event=event,
@@ -314,5 +319,13 @@ def _passes(error: BaseException | None) -> bool:
     return isinstance(error, BrokerError) and not isinstance(error, PermissionDenied)
 
 
+def _is_never_retried(error: BaseException, retry_when: Callable[[int, BaseException], bool] | None) -> bool:
+    """Whether an actor's `retry_when` refuses an error even when no retry was used up."""
+    try:
+        return retry_when is not None and not retry_when(0, error)
+    except Exception:  # noqa: BLE001 - the program's own code; Dramatiq has called it before
+        return False
+
+
 def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {text_of(error)}"
