@@ -1,55 +1,29 @@
-"""What threads ask of JetStream, and wait for: publishes, API requests, plain requests.
-
-Every call has a deadline. It is sent before that, or never; `calls` tells how, and what its errors say. A caller waits
-until its deadline, and a thread that is interrupted takes its calls back (see `asking`).
+"""What threads ask of JetStream and wait for: publishes and API requests, over a connection to NATS.
 
 A publish may be repeated: its headers are the same, so the same `Nats-Msg-Id` stores once within the stream's duplicate
-window. So may requests that change nothing, or change nothing further the second time. Those whose answer tells what
+window. So may requests that change nothing, or change nothing further the second time. Those whose reply tells what
 they changed (`ONCE`) are sent once: repeated, they would report that there was nothing to do.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import json
-import os
 import time
-import weakref
-from collections.abc import Callable, Iterable, Mapping
-from itertools import count
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, cast
 
 from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.config import ConnectOptions
-from dramatiq_jetstream.errors import (
-    BrokerConnectionError,
-    NotSent,
-    ServerUnsupported,
-    StoreTimeout,
-    TopologyMissing,
-)
+from dramatiq_jetstream.errors import NotSent, ServerUnsupported, StoreTimeout, TopologyMissing
 
 from .asking import ask, publish_window
-from .calls import Call
+from .core_connection import CoreConnection
 from .error_numbers import TRANSIENT
-from .headers import encode_headers
-from .ids import new_id
-from .link import ConnectionState, Link
-from .listeners import CoreSubscription, Listeners
-from .protocol import encode_subscribe
-from .replies import (
-    Headers,
-    Msg,
-    PubAck,
-    Publication,
-    check,
-    check_subject,
-    is_no_responders,
-    read_puback,
-    translate,
-)
+from .headers import Headers, Msg
+from .link import ConnectionState
+from .listeners import CoreSubscription
+from .replies import PubAck, Publication, check, is_no_responders, read_puback, translate
 
 __all__ = [
     "ConnectOptions",
@@ -70,135 +44,9 @@ NOT_NOW_SECONDS: Final = 0.25
 #: API requests whose answer tells what they changed, so that a repetition would tell something else.
 ONCE: Final = ("STREAM.PURGE.", "STREAM.DELETE.", "STREAM.MSG.DELETE.", "CONSUMER.DELETE.")
 
-_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
-
-def _after_fork() -> None:
-    for connection in list(_connections):
-        connection._start_again()
-
-
-def _close_all() -> None:
-    """End the loops of a program that does not close its brokers; taken down while they run, one in C may crash."""
-    for connection in list(_connections):
-        connection.close()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-atexit.register(_close_all)
-
-
-class Connection:
-    """A connection to JetStream that any thread may use.
-
-    It is made on first use, and again in the child of a fork, where the parent's is not touched.
-
-    Parameters:
-      options: Where to connect and as whom.
-      timeout: Milliseconds that `publish`, `api` and `request` wait unless told otherwise.
-    """
-
-    def __init__(self, options: ConnectOptions | None = None, *, timeout: int = 10_000) -> None:
-        self.options = options or ConnectOptions.of()
-        self.timeout = timeout
-        self._closed = False
-        self._listeners = Listeners()
-        self._by_sid: dict[int, CoreSubscription] = {}
-        self._sids = count(2)
-        self._inherited: list[Link] = []  # kept, so that collecting them does not touch the parent's sockets
-        self._link = Link(self.options, self._listeners, self._by_sid)
-        _connections.add(self)
-
-    def _start_again(self) -> None:
-        self._inherited.append(self._link)
-        self._link = Link(self.options, self._listeners, self._by_sid)
-        if self._closed:
-            self._link.close()
-        for callback in list(self._listeners.fork):
-            callback()
-
-    # What is known of it
-
-    @property
-    def state(self) -> ConnectionState:
-        return self._link.state
-
-    @property
-    def _subscriptions(self) -> list[CoreSubscription]:
-        return list(self._by_sid.values())
-
-    @property
-    def inbox(self) -> str:
-        """The subject under which replies to us arrive."""
-        return self._link.inbox
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
-
-    @property
-    def is_open(self) -> bool:
-        """Whether messages can be written now."""
-        return self._link.is_open
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether the server is there now, as far as this process can know."""
-        return self._link.is_connected
-
-    @property
-    def repeats(self) -> int:
-        """How many requests of this process were sent again so far."""
-        return self._link.calls.resent + self._link.lane_failures
-
-    @property
-    def max_payload(self) -> int:
-        """The largest message that the server takes, in bytes, headers included."""
-        self._link.wait_open(self._deadline(None))
-        return self._link.max_payload
-
-    def room_beside(self, headers: Headers) -> int:
-        """Bytes that headers leave for a body, by what is known of the server without waiting."""
-        return self._link.max_payload - len(encode_headers(headers))
-
-    def connect(self) -> None:
-        """Connect if that has not been done; returns at once when it has, even while reconnecting.
-
-        Raises:
-          ConnectionFailed: When no server answered in time, or none accepted us.
-          ServerUnsupported: When the server is too old or has no JetStream.
-          ConnectionClosed: When this connection was closed.
-        """
-        self._link.wait_open(time.monotonic() + self.options.connect_timeout / 1000 + 1, attempts=2)
-
-    def confirm(self, *, timeout: int | None = None) -> None:
-        """Wait until the server has handled everything that was sent before.
-
-        Parameters:
-          timeout: Milliseconds to wait; None takes the connection's own.
-
-        Raises:
-          BrokerConnectionError: When it does not in time.
-        """
-        deadline = self._deadline(timeout)
-        self._link.wait_open(deadline)
-        ask(self._link, "", b"", None, deadline, repeat=True)
-
-    def close(self) -> None:
-        """Close the connection; calls that wait for an answer get an error."""
-        self._closed = True
-        self._link.close()
-        self._listeners.note_closed()
-
-    def reopen(self) -> None:
-        """After `close`, connect again at the next use; does nothing before."""
-        closed = self._link
-        if self._closed and closed.is_closed:
-            # One atomic step decides which link it is, without a lock that an interrupt or a fork could leave taken.
-            successor = Link(self.options, self._listeners, self._by_sid)
-            self._link = closed.__dict__.setdefault("successor", successor)
-            self._closed = False
+class Connection(CoreConnection):
+    """A connection to JetStream that any thread may use."""
 
     # Storing
 
@@ -316,99 +164,7 @@ class Connection:
             return outcome
         raise outcome or StoreTimeout(f"JetStream could not take a batch for {commit.subject} now.")
 
-    # Asking
-
-    def request(
-        self,
-        subject: str,
-        payload: bytes = b"",
-        headers: Headers | bytes | None = None,
-        *,
-        timeout: int | None = None,
-        resend: bool = False,
-        patient: bool = True,
-    ) -> Msg:
-        """Send a request and wait for its first answer.
-
-        Parameters:
-          resend: Send it again after a reconnect; only for requests that may be repeated.
-          patient: Take "no responders" for a stream that is starting, and ask again for a while.
-
-        Raises:
-          NotSent: When nothing was sent in time.
-          BrokerConnectionError: When no answer came in time.
-          PermissionDenied: When the server refused the subject.
-          InvalidName: For a subject that cannot be sent.
-        """
-        check_subject(subject)
-        deadline = self._deadline(timeout)
-        self._link.wait_open(deadline)
-        maybe_sent = False
-        if resend:
-            reply = self._link.ask(subject, payload, headers, deadline - time.monotonic())
-            if isinstance(reply, Msg) and not (patient and is_no_responders(reply)):
-                return reply
-            maybe_sent = reply is True
-        return ask(
-            self._link,
-            subject,
-            payload,
-            headers,
-            deadline,
-            repeat=resend,
-            maybe_sent=maybe_sent,
-            patient=patient,
-        )
-
-    def tell(
-        self,
-        subject: str,
-        payload: bytes,
-        headers: Headers | bytes | None,
-        told: Callable[[Msg | BaseException], None],
-        *,
-        timeout: int | None = None,
-    ) -> None:
-        """Send a request without waiting; `told` gets the answer, or why there is none, on the loop thread.
-
-        Without a connection nothing is sent.
-        """
-        link = self._link
-        deadline = self._deadline(timeout)
-        link.wait_open(deadline)
-
-        def receive(reply: Msg | BaseException) -> bool:
-            told(reply)
-            return False
-
-        def start() -> None:
-            if link.is_open:
-                link.calls.start(Call(subject, payload, headers, receive, deadline, repeat=False))
-            else:
-                told(
-                    NotSent(
-                        f"NATS at {self.options.display} is not connected; nothing was sent to {subject}."
-                    )
-                )
-
-        link.post(start)
-
-    def query(
-        self, subject: str, payload: bytes, over: Callable[[Msg | BaseException], None], seconds: float
-    ) -> None:
-        """Send a request from the loop thread; `over` is called there with the answer, or an error without one.
-
-        It is not sent again when the connection was lost.
-        """
-        deadline = time.monotonic() + seconds
-
-        def receive(reply: Msg | BaseException) -> bool:
-            if isinstance(reply, Msg) and is_no_responders(reply):
-                return True  # no leader now: again, soon
-            over(reply)
-            return False
-
-        self._link.calls.start(Call(subject, payload, None, receive, deadline, repeat=False))
+    # The JetStream API
 
     def api(
         self, verb: str, body: Mapping[str, Any] | None = None, *, timeout: int | None = None
@@ -431,10 +187,10 @@ class Connection:
                     f"JetStream does not answer at {self.options.display}: it is switched off for this "
                     "account, or has no leader now."
                 )
-            body = cast(dict[str, Any], json.loads(reply.data))
-            error = body.get("error")
+            found = cast(dict[str, Any], json.loads(reply.data))
+            error = found.get("error")
             if error is None:
-                return body
+                return found
             translated = translate(error)
             if error.get("err_code") not in TRANSIENT or time.monotonic() + NOT_NOW_SECONDS > deadline:
                 raise translated
@@ -443,123 +199,3 @@ class Connection:
     def api_subject(self, verb: str) -> str:
         """The subject of a request to the JetStream API, in the domain or under the prefix that was chosen."""
         return f"{self.options.api}.{verb}"
-
-    def _deadline(self, timeout: int | None) -> float:
-        return time.monotonic() + (self.timeout if timeout is None else timeout) / 1000
-
-    # Messages without JetStream
-
-    def send(
-        self, subject: str, payload: bytes = b"", headers: Headers | bytes | None = None, reply: str = ""
-    ) -> None:
-        """Publish without JetStream: lost without a listener, without a connection, and behind too many others."""
-        self._link.wait_open(self._deadline(None))
-        if not self._link.loop.is_full:
-            self._link.post(self._link.write, subject, payload, reply, headers)
-
-    def new_inbox(self) -> str:
-        """Return a fresh subject for replies; add tokens to it as needed."""
-        return f"{self.options.inbox_prefix}.{new_id()}"
-
-    def subscribe(
-        self,
-        subject: str,
-        callback: Callable[[Msg], None],
-        *,
-        timeout: int | None = None,
-        confirmed: bool = False,
-        wait: bool = True,
-    ) -> CoreSubscription:
-        """Call `callback` on the loop thread for each message on `subject`; it must neither block nor raise.
-
-        It returns once the server knows of the interest; while the connection is lost, at once, and the server learns
-        of it as soon as it is back.
-
-        Parameters:
-          timeout: Milliseconds to wait at most; None takes the connection's own.
-          confirmed: Raise, and leave no interest behind, unless the server knows of it in time.
-          wait: False to return at once, for all but the last of several.
-
-        Raises:
-          NotSent: When there has never been a connection, and none could be made in time.
-          BrokerConnectionError: With `confirmed`, when the server did not confirm the interest in time.
-          PermissionDenied: When the server refused the subject.
-        """
-        deadline = self._deadline(timeout)
-        link = self._link
-        link.wait_open(deadline)
-        subscription = CoreSubscription(
-            subject,
-            callback,
-            next(self._sids),
-            lambda ended: self._link.unsubscribe(ended),
-            lambda ended: self._link.withdraw(ended),
-        )
-        self._by_sid[subscription.sid] = subscription
-        try:
-            link.post(link.enqueue, encode_subscribe(subject, subscription.sid))
-            # A message to ourselves, which the server handles after what was sent before.
-            if confirmed:
-                ask(self._link, "", b"", None, deadline, repeat=True)
-            elif wait and link.is_open:
-                with contextlib.suppress(BrokerConnectionError):
-                    ask(self._link, "", b"", None, deadline, repeat=False)
-            if subscription.denied is not None:
-                raise subscription.denied
-        except BaseException:
-            subscription.close()
-            raise
-        return subscription
-
-    # What runs on the loop thread
-
-    def post(self, call: Callable[..., None], *args: Any) -> None:
-        """Run `call(*args)` on the loop thread soon, in the order posted. It must neither block nor raise."""
-        self._link.post(call, *args)
-
-    def post_lazily(self, call: Callable[..., None], *args: Any) -> None:
-        """As `post`, but in busy times a moment later, together with others."""
-        self._link.post_lazily(call, *args)
-
-    def write(
-        self, subject: str, payload: bytes = b"", reply: str = "", headers: Headers | bytes | None = None
-    ) -> None:
-        """Write a message soon; only on the loop thread. Without a connection it is dropped."""
-        self._link.enqueue((subject, payload, reply, headers))
-
-    def soon(self, call: Callable[[], None], delay: float = 0.0) -> None:
-        """Run `call` on the loop thread after this turn, or after `delay` seconds; only on the loop thread."""
-        self._link.soon(call, delay)
-
-    def on_lost(self, callback: Callable[[], None]) -> None:
-        """Call `callback` on the loop thread when a connection is lost, before anything is sent over another one."""
-        self._listeners.lost.append(callback)
-
-    def on_reconnect(self, callback: Callable[[], None]) -> None:
-        """Call `callback` on the loop thread after each reconnect, once unanswered publishes were sent again."""
-        self._listeners.reconnect.append(callback)
-
-    def on_fence(self, callback: Callable[[int], None]) -> None:
-        """Call `callback(n)` on the loop thread when everything sent before fence `n` has arrived."""
-        self._listeners.fence.append(callback)
-
-    def on_tick(self, callback: Callable[[], None]) -> None:
-        """Call `callback` on the loop thread ten times a second, connected or not."""
-        self._listeners.tick.append(callback)
-
-    def on_fork(self, callback: Callable[[], None]) -> None:
-        """Call `callback` in the child of a fork, where nothing is connected yet."""
-        self._listeners.fork.append(callback)
-
-    def remove_callback(self, callback: Callable[..., None]) -> None:
-        """Undo every `on_…` for a callback."""
-        self._listeners.remove(callback)
-
-    def hurry_fence(self) -> None:
-        """Send the next fence now instead of within a second; from any thread."""
-        self._link.post(self._link.send_fence)
-
-    @property
-    def next_fence(self) -> int:
-        """The fence behind everything that is sent now."""
-        return self._link.next_fence
