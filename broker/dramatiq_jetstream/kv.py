@@ -4,16 +4,9 @@ The server holds all state: a bucket is a stream, a key is a subject, a revision
 never used twice. Reads go to the stream's leader, so a writer reads what it wrote; when a bucket's
 replicas were changed, programs that declared it before must be started again.
 
-Each write carries an id of its own. A write whose acknowledgement got lost is sent again by the connection
-and is then either known to the server as a duplicate, or refused because its own first copy changed the key.
-Before such a refusal becomes a conflict, the server is asked whether it has stored that id: a writer never
-loses against itself.
-
-In a cluster a server that was the leader may not know for a while that it is not any more. It still answers, from
-what it has, and its answer may come before the true leader's: a write is refused although it is being stored, and
-a read gives what was there before. So a refusal is believed only when the key has a revision that is newer than
-the expected one and is not ours; otherwise the write is sent again under its id. A read may be outdated for that
-while: a caller that acts on one has to compare-and-set, or asks for a linearizable one.
+In a cluster, a server that was the leader may not know for a while that it no longer is, and still answer from what
+it has. So a read may be outdated: a caller that acts on one has to compare-and-set, or asks for a linearizable one.
+`jetstream.conditional_writes` says how a write is decided in spite of such a server.
 
 A linearizable read costs a write: a mark that only a majority can store. A replica that has the mark also has what was
 acknowledged before it, so any replica is asked for both at once. No thread waits until a server notices that it is
@@ -23,13 +16,17 @@ not the leader any more.
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from .errors import ApiError, InvalidOption, KeyExists, RevisionConflict, TopologyMissing
+from .jetstream.conditional_writes import (
+    HEADER_EXPECTED_SUBJECT,
+    HEADER_ROLLUP,
+    ConditionalWrites,
+    Conflict,
+)
 from .jetstream.ensuring import ensure_stream
 from .jetstream.listing import Listing
 from .jetstream.names import (
@@ -43,29 +40,24 @@ from .jetstream.names import (
     decode_key,
     encode_key,
 )
-from .jetstream.reading import StoredMessage, last_message, last_message_direct
+from .jetstream.reading import StoredMessage
 from .jetstream.topology import StreamConfig
 from .jetstream.watching import KeyWatcher
 from .wire.connection import Connection, Msg, PubAck, Publication
-from .wire.error_numbers import CONFLICT, OTHER_WRITE_IN_FLIGHT, ROLLUP_FAILED
+from .wire.error_numbers import CONFLICT
 from .wire.ids import new_id
 from .wire.replies import is_no_responders
 
-__all__ = ["DEPOSED_SECONDS", "Bucket", "Entry", "Snapshot"]
+__all__ = ["Bucket", "Entry", "Snapshot"]
 
 HEADER_OPERATION = "KV-Operation"
 HEADER_MARKER_REASON = "Nats-Marker-Reason"
-HEADER_ROLLUP = "Nats-Rollup"
-HEADER_EXPECTED_SUBJECT = "Nats-Expected-Last-Subject-Sequence-Subject"
 
 #: How long the mark of a deleted key is kept, in seconds: long enough for watches to see it.
 MARK_TTL_SECONDS = 60
 
 #: What linearizable reads write, as a subject that no key has.
 _READ_MARK = "=read"
-
-#: Seconds for which a server may believe to be the leader although it is not.
-DEPOSED_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -92,10 +84,6 @@ class Snapshot:
     revision: int
 
 
-class _Conflict(Exception):
-    """The key, or the prefix, had another revision than was expected."""
-
-
 class Bucket:
     """A key-value bucket that any thread may use. Keys may hold any characters; `.` separates levels.
 
@@ -118,7 +106,7 @@ class Bucket:
         self._declared = False
         self._listing = Listing(connection, self.stream)
         self._read_mark = f"$KV.{self.name}.{_READ_MARK}"
-        self._one_server = False  # whether no server can be behind another; known once it is declared
+        self._writes = ConditionalWrites(connection, self.stream, self._publish)
         self._gone = False
 
     def __repr__(self) -> str:
@@ -135,7 +123,7 @@ class Bucket:
             answers. Where several have the bucket it costs a write, so read so what surprised you.
         """
         self._ensure()
-        read = self._agreed if linearizable and not self._one_server else self._last
+        read = self._agreed if linearizable and not self._writes.one_server else self._writes.last
         try:
             stored = read(self._subject(key), timeout=timeout, must_exist=self._declare)
         except TopologyMissing:
@@ -253,9 +241,9 @@ class Bucket:
         expected = 0
         while True:
             try:
-                return self._compare_and_set(subject, value, self._headers(ttl), expected)
-            except _Conflict:
-                stored = self._newest(subject)
+                return self._writes.compare_and_set(subject, value, self._headers(ttl), expected)
+            except Conflict:
+                stored = self._writes.newest(subject)
             if stored is not None and not _is_mark(stored):
                 raise KeyExists(f"Key {key!r} exists already in bucket {self.name}.")
             expected = 0 if stored is None else stored.sequence
@@ -278,8 +266,8 @@ class Bucket:
         if within is not None:
             headers[HEADER_EXPECTED_SUBJECT] = self._filter(within)
         try:
-            return self._compare_and_set(self._subject(key), value, headers, revision)
-        except _Conflict:
+            return self._writes.compare_and_set(self._subject(key), value, headers, revision)
+        except Conflict:
             raise RevisionConflict(
                 f"{within or key!r} in bucket {self.name} was changed since revision {revision}: "
                 "read it again and repeat the change."
@@ -328,7 +316,7 @@ class Bucket:
         except ApiError as error:
             if error.err_code not in CONFLICT:
                 raise
-            stored = self._newest(last.subject)
+            stored = self._writes.newest(last.subject)
             if stored is not None and stored.headers.get(HEADER_BATCH_ID) == batch:
                 final = stored.sequence
             else:
@@ -355,8 +343,8 @@ class Bucket:
             self._publish(subject, b"", headers)
             return
         try:
-            self._compare_and_set(subject, b"", headers, revision)
-        except _Conflict:
+            self._writes.compare_and_set(subject, b"", headers, revision)
+        except Conflict:
             raise RevisionConflict(
                 f"{key!r} in bucket {self.name} was not deleted: it was changed since revision {revision}."
             ) from None
@@ -382,18 +370,11 @@ class Bucket:
     def declare(self, *, update: bool = False) -> str:
         """Create the bucket if it is missing, with `update` change what differs; as `ensuring.ensure_stream`."""
         outcome = ensure_stream(self.connection, self.config, update=update)
-        self._one_server = outcome != "differs" and self.config.settings["num_replicas"] == 1
+        self._writes.one_server = outcome != "differs" and self.config.settings["num_replicas"] == 1
         self._declared = True
         return outcome
 
     # Inside
-
-    def _last(
-        self, subject: str, *, timeout: int | None = None, must_exist: bool = False
-    ) -> StoredMessage | None:
-        """The newest message on a subject; from the leader, if another server may be behind it."""
-        read = last_message_direct if self._one_server else last_message
-        return read(self.connection, self.stream, subject, timeout=timeout, must_exist=must_exist)
 
     def _agreed(
         self, subject: str, *, timeout: int | None = None, must_exist: bool = False
@@ -446,55 +427,6 @@ class Bucket:
                 raise
             self.declare()  # it was deleted on the server
             return self.connection.publish(subject, value, headers)
-
-    def _compare_and_set(self, subject: str, value: bytes, headers: dict[str, str], expected: int) -> int:
-        write = new_id()
-        headers = {**headers, HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE: str(expected), HEADER_MSG_ID: write}
-        began = time.monotonic()
-        deadline = began + self.connection.timeout / 1000
-        repeats = self.connection.repeats
-        while True:
-            try:
-                return self._publish(subject, value, headers).seq
-            except ApiError as error:
-                if error.err_code == OTHER_WRITE_IN_FLIGHT and time.monotonic() < deadline:
-                    time.sleep(random.uniform(0.001, 0.01))  # how it ends decides
-                    continue
-                if error.err_code not in CONFLICT:
-                    raise
-            newest = self._newest(headers.get(HEADER_EXPECTED_SUBJECT, subject))
-            if newest is not None and newest.headers.get(HEADER_MSG_ID) == write:
-                return newest.sequence
-            outdated = newest is None or newest.sequence <= expected
-            if outdated and not self._one_server and time.monotonic() - began < DEPOSED_SECONDS:
-                time.sleep(random.uniform(0.005, 0.05))
-                continue
-            own = None
-            if not self._one_server or self.connection.repeats != repeats:  # of this write, perhaps
-                own = self._stored_as(subject, write)
-            if own is None:
-                raise _Conflict
-            return own
-
-    def _newest(self, subject: str) -> StoredMessage | None:
-        """The newest message on a subject, which may have wildcards."""
-        if subject.endswith(">"):
-            return last_message(self.connection, self.stream, subject)
-        return self._last(subject)
-
-    def _stored_as(self, subject: str, write: str) -> int | None:
-        """Ask whether a write was stored, without writing: return its revision, or None.
-
-        The server looks for duplicates before it looks at rollups, alone and in a cluster, and there is no rollup
-        of this kind. (Not every header will do: expecting another last message id stops the stream of a cluster,
-        whose servers notice only when they apply it; expecting a revision is checked before duplicates elsewhere.)
-        """
-        try:
-            return self.connection.publish(subject, b"", {HEADER_MSG_ID: write, HEADER_ROLLUP: "none"}).seq
-        except ApiError as error:
-            if error.err_code != ROLLUP_FAILED:
-                raise
-            return None
 
 
 def _is_mark(stored: StoredMessage) -> bool:

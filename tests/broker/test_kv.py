@@ -280,7 +280,7 @@ def test_a_leader_of_yesterday_is_not_believed(
 
     monkeypatch.setattr(writer.connection, "publish", refuse_once)
     monkeypatch.setattr(kv, "last_message", read)
-    writer._one_server = False
+    writer._writes.one_server = False
     writes: dict[str, Callable[[], int | None]] = {
         "create": lambda: writer.create("g.k", b"mine"),
         "update": lambda: writer.update("g.k", b"mine", revision=before),
@@ -313,7 +313,7 @@ def test_a_leader_of_yesterday_does_not_hide_who_was_first(
     monkeypatch.setattr(
         kv, "last_message", lambda *args, **more: outdated.pop() if outdated else last(*args, **more)
     )
-    writer._one_server = False
+    writer._writes.one_server = False
 
     with pytest.raises(RevisionConflict):
         writer.update("k", b"mine", revision=before)
@@ -337,7 +337,7 @@ def test_a_linearizable_read_is_not_taken_in_by_a_leader_of_yesterday(
     bucket.put("made", b"now")
     bucket.delete("deleted")
     monkeypatch.setattr(kv, "last_message", lambda _connection, _stream, subject, **_: outdated[subject])
-    bucket._one_server = False
+    bucket._writes.one_server = False
 
     def read(*, linearizable: bool) -> list[bytes | None]:
         entries = (bucket.get(key, linearizable=linearizable) for key in ("changed", "made", "deleted"))
@@ -703,8 +703,8 @@ def test_asking_for_a_write_leaves_a_cluster_alone(
     written = message_at(bucket.connection, bucket.stream, revision)
     assert written is not None
     for _ in range(3):
-        assert bucket._stored_as(subject, written.headers["Nats-Msg-Id"]) == revision
-        assert bucket._stored_as(subject, "nobody-wrote-this") is None
+        assert bucket._writes._stored_as(subject, written.headers["Nats-Msg-Id"]) == revision
+        assert bucket._writes._stored_as(subject, "nobody-wrote-this") is None
     assert bucket.update("k", b"2", revision=revision) == revision + 1
     assert value(bucket, "k") == b"2"
 
