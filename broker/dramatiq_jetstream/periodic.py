@@ -55,7 +55,7 @@ from .jetstream.reading import StoredMessage, last_message
 from .kv import Bucket
 from .sending import delays
 from .wire.error_numbers import CONFLICT
-from .worker.consumer import JetStreamMessage
+from .worker.message import JetStreamMessage
 
 __all__ = ["InvalidSchedule", "Periodic", "Schedule", "list_schedules", "remove_schedule"]
 

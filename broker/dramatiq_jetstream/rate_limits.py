@@ -30,8 +30,8 @@ from dramatiq.rate_limits import RateLimiterBackend
 from .broker import broker_for
 from .errors import BrokerConnectionError, BrokerError, RevisionConflict
 from .jetstream.wakeups import Wakeups
-from .worker.consumer import JetStreamMessage
 from .worker.current import current_message
+from .worker.message import JetStreamMessage
 
 __all__ = ["JetStreamBackend"]
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from dramatiq_jetstream import kv
 from dramatiq_jetstream.config import Storage
 from dramatiq_jetstream.errors import (
     ApiError,
@@ -24,7 +23,7 @@ from dramatiq_jetstream.errors import (
     RevisionConflict,
     TopologyMissing,
 )
-from dramatiq_jetstream.jetstream import topology
+from dramatiq_jetstream.jetstream import conditional_writes, topology
 from dramatiq_jetstream.jetstream.names import Names, bucket_subject
 from dramatiq_jetstream.jetstream.reading import message_at
 from dramatiq_jetstream.kv import Bucket, Entry
@@ -262,7 +261,7 @@ def test_a_leader_of_yesterday_is_not_believed(
     writer, reader = make_bucket(), make_bucket()
     before = writer.put("g.k", b"before") if way != "create" else 0
     writer.get("g.k")
-    publish, last = writer.connection.publish, kv.last_message
+    publish, last = writer.connection.publish, conditional_writes.last_message
     refusals = []
 
     def refuse_once(*args: Any, **kwargs: Any) -> Any:
@@ -279,7 +278,7 @@ def test_a_leader_of_yesterday_is_not_believed(
         return reads.pop() if reads else last(*args, **kwargs)
 
     monkeypatch.setattr(writer.connection, "publish", refuse_once)
-    monkeypatch.setattr(kv, "last_message", read)
+    monkeypatch.setattr(conditional_writes, "last_message", read)
     writer._writes.one_server = False
     writes: dict[str, Callable[[], int | None]] = {
         "create": lambda: writer.create("g.k", b"mine"),
@@ -307,11 +306,13 @@ def test_a_leader_of_yesterday_does_not_hide_who_was_first(
     """Also when the first reads do not show it."""
     writer, other = make_bucket(), make_bucket()
     before = writer.put("k", b"before")
-    outdated = [kv.last_message(writer.connection, writer.stream, writer._subject("k"))] * 3
+    outdated = [conditional_writes.last_message(writer.connection, writer.stream, writer._subject("k"))] * 3
     other.put("k", b"theirs")
-    last = kv.last_message
+    last = conditional_writes.last_message
     monkeypatch.setattr(
-        kv, "last_message", lambda *args, **more: outdated.pop() if outdated else last(*args, **more)
+        conditional_writes,
+        "last_message",
+        lambda *args, **more: outdated.pop() if outdated else last(*args, **more),
     )
     writer._writes.one_server = False
 
@@ -328,7 +329,7 @@ def test_a_linearizable_read_is_not_taken_in_by_a_leader_of_yesterday(
     bucket = make_bucket()
     bucket.put("changed", b"before")
     bucket.put("deleted", b"before")
-    last = kv.last_message
+    last = conditional_writes.last_message
     outdated = {
         bucket._subject(key): last(bucket.connection, bucket.stream, bucket._subject(key))
         for key in ("changed", "made", "deleted")
@@ -336,7 +337,9 @@ def test_a_linearizable_read_is_not_taken_in_by_a_leader_of_yesterday(
     bucket.put("changed", b"now")
     bucket.put("made", b"now")
     bucket.delete("deleted")
-    monkeypatch.setattr(kv, "last_message", lambda _connection, _stream, subject, **_: outdated[subject])
+    monkeypatch.setattr(
+        conditional_writes, "last_message", lambda _connection, _stream, subject, **_: outdated[subject]
+    )
     bucket._writes.one_server = False
 
     def read(*, linearizable: bool) -> list[bytes | None]:

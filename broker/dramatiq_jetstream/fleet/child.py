@@ -33,7 +33,7 @@ from dramatiq.broker import Broker, MessageProxy
 from dramatiq.middleware import Middleware
 
 from dramatiq_jetstream.broker import JetStreamBroker
-from dramatiq_jetstream.worker.consumer import JetStreamMessage
+from dramatiq_jetstream.worker.message import JetStreamMessage
 
 from .board import Board
 from .channel import Channel

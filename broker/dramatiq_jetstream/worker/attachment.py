@@ -12,9 +12,11 @@ from dramatiq.common import iter_queue
 from dramatiq.worker import Worker
 
 from .attempts import Attempts
-from .consumer import JetStreamConsumer, JetStreamMessage, Rerouter
+from .consumer import JetStreamConsumer
 from .follow_ups import FollowUps
+from .message import JetStreamMessage
 from .recorder import Recorder
+from .rerouting import Rerouter
 from .suspects import Suspects
 from .vitals import Vitals
 from .work_queue import DelayQueue, WorkQueue

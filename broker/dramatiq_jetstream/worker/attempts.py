@@ -15,10 +15,11 @@ from dramatiq.errors import RateLimitExceeded, Retry
 from dramatiq.middleware import SkipMessage
 from dramatiq.worker import WorkerThread, has_results_middleware
 
-from .consumer import JetStreamMessage, Rerouter
 from .follow_ups import FollowUps
 from .interrupts import Gate
+from .message import JetStreamMessage
 from .recorder import Recorder
+from .rerouting import Rerouter
 from .suspects import Suspects
 
 __all__ = ["Attempts"]

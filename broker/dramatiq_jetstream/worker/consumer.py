@@ -18,17 +18,15 @@ import itertools
 import logging
 import pickle
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 from queue import Empty
 from threading import current_thread
 from types import NoneType
-from typing import Any, NamedTuple, Protocol
 
 from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.common import current_millis
 from dramatiq.errors import ActorNotFound, BrokerError, DecodeError
-from dramatiq.message import Message
 from dramatiq.middleware import SkipMessage
 from dramatiq.worker import ConsumerThread
 
@@ -42,13 +40,15 @@ from dramatiq_jetstream.wire.thread_queue import ThreadQueue
 from .current import is_abort
 from .delivery import Delivery
 from .in_flight import InFlight
+from .message import JetStreamMessage
 from .pulling import Puller
+from .rerouting import Rerouter
 from .room import Room
 from .settlements import ACK
 from .sources import Sources
 from .suspects import Suspects
 
-__all__ = ["JetStreamConsumer", "JetStreamMessage", "Rerouter"]
+__all__ = ["JetStreamConsumer"]
 
 # Failures of a follow-up that another run would only repeat.
 _PERMANENT = (
@@ -61,96 +61,6 @@ _PERMANENT = (
     ApiError,
     MessageTooLarge,
 )
-
-
-class Rerouter(Protocol):
-    """Sends elsewhere what is not processed here; called on Dramatiq's threads.
-
-    What stores a dead letter, and `delay_until_eta`, raises an error unless the server has confirmed it.
-    """
-
-    def store_dead_letter(self, delivery: Delivery, reason: str, error: str) -> None:
-        """Store a dead letter for what never became a message here."""
-
-    def reject(self, message: JetStreamMessage, follow_up_error: BaseException | None) -> None:
-        """Store a dead letter for a message that failed, or whose follow-up can never be enqueued."""
-
-    def owes_dead_letter(self, delivery: Delivery) -> bool:
-        """Whether a dead letter for this message could not be stored when it was here before."""
-
-    def retry_dead_letter(self, delivery: Delivery) -> None:
-        """Store the dead letter that could not be stored when the message was here before."""
-
-    def delay_until_eta(self, message: JetStreamMessage) -> None:
-        """Have the server keep a message until its option `eta`."""
-
-    def requeue(self, delivery: Delivery) -> None:
-        """Return a delivery that was not started, so that another worker can have it at once."""
-
-    def requeue_later(self, delivery: Delivery, because: BaseException | None = None) -> None:
-        """Have a message delivered again after a while; `because` of the error for which it ran in vain, if it ran."""
-
-    def knows_actor(self, name: str) -> bool:
-        """Whether this program has an actor of that name."""
-
-    def wait_for_actor(self, delivery: Delivery, name: str | None = None) -> bool:
-        """Requeue a message whose actor is not declared here; returns False once the grace period is over."""
-
-
-class Ended(NamedTuple):
-    """How an attempt ended, until it is recorded: when it began and ended, in seconds, and what became of it."""
-
-    began: float
-    ended: float
-    skipped: bool
-    retried: bool
-
-
-class JetStreamMessage(MessageProxy):
-    """A message on its way through a worker.
-
-    Attributes:
-      delivery_count: How often the server has delivered it, this time included; 1 is the first.
-      follow_up_error: Why a retry, pipeline step or callback of it could not be enqueued, if so.
-      once_followed_up: What to call when its actor has succeeded and all that follows is stored.
-      to_record: How its attempt ended, if the history is to have a record of it.
-      is_cancelled: Whether it was skipped because it was aborted before it began.
-    """
-
-    to_record: Ended | None = None
-    is_cancelled = False
-
-    def __init__(
-        self, message: Message[Any], delivery: Delivery, arguments: tuple[Any, ...] | None = None
-    ) -> None:
-        super().__init__(message)
-        self._delivery = delivery
-        self._arguments = arguments
-        self.follow_up_error: BaseException | None = None
-        self.once_followed_up: tuple[Callable[[], None], ...] = ()
-        self.delivery_count = delivery.deliveries
-        # Dramatiq and its middleware read these twenty times for a message that does nothing; the proxy would first
-        # fail to find them, each time.
-        self.queue_name = message.queue_name
-        self.actor_name = message.actor_name
-        self.kwargs = message.kwargs
-        self.options = message.options
-        self.message_id = message.message_id
-        self.message_timestamp = message.message_timestamp
-
-    @property
-    def args(self) -> tuple[Any, ...]:  # type: ignore[override]
-        """The actor's arguments: for an event the decoded event, which is not part of the message."""
-        return self._message.args if self._arguments is None else self._arguments
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """The NATS headers that it was delivered with, in which another program may have put a trace context."""
-        return self._delivery.headers
-
-    @property
-    def redelivered(self) -> bool:
-        return self.delivery_count > 1
 
 
 class JetStreamConsumer(Consumer):

@@ -10,8 +10,9 @@ from dramatiq_jetstream.config import BrokerConfig
 from dramatiq_jetstream.wire.connection import Connection
 
 from .attachment import Attachment
-from .consumer import JetStreamConsumer, Rerouter
+from .consumer import JetStreamConsumer
 from .in_flight import InFlight
+from .rerouting import Rerouter
 from .sources import Sources
 from .suspects import Suspects
 

@@ -23,7 +23,7 @@ from dramatiq.results import Results
 from dramatiq_jetstream.errors import MessageNotUnique
 from dramatiq_jetstream.wire.ids import new_id
 
-from .consumer import JetStreamMessage
+from .message import JetStreamMessage
 
 __all__ = ["FollowUps"]
 

@@ -32,8 +32,8 @@ from dramatiq_jetstream.wire.connection import Connection, Publication
 from dramatiq_jetstream.wire.ids import new_id
 
 from .arguments import Describe, shown_arguments
-from .consumer import Ended, JetStreamMessage
 from .current import is_abort
+from .message import Ended, JetStreamMessage
 from .tracebacks import text_of, traceback_of
 
 __all__ = ["Recorder"]

@@ -38,14 +38,14 @@ from dramatiq_jetstream.sending.envelope import to_message
 from dramatiq_jetstream.sending.fitting import fit
 from dramatiq_jetstream.wire.connection import Connection
 
-from .consumer import JetStreamMessage
 from .delivery import Delivery, Source, event_in
 from .in_flight import InFlight
+from .message import JetStreamMessage
 from .settlements import ACK, NAK, nak_after
 from .suspects import Suspects
 from .tracebacks import text_of, traceback_of
 
-__all__ = ["JetStreamRerouter"]
+__all__ = ["Rerouter"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,10 @@ MOST_UNSTORED = 10_000
 STORE_LATER_TIMEOUT_MS = 2_000
 
 
-class JetStreamRerouter:
-    """The `Rerouter` of a broker's consumers.
+class Rerouter:
+    """Sends elsewhere what is not processed here; called on Dramatiq's threads.
+
+    What stores a dead letter, and `delay_until_eta`, raises an error unless the server has confirmed it.
 
     Parameters:
       actor_options: The options of the actor with that name.

@@ -18,13 +18,13 @@ from dramatiq_jetstream.wire.connection import Connection
 
 from .arguments import Describe
 from .attachment import Attachment
-from .consumer import Ended, JetStreamMessage
 from .consumers import Consumers
 from .follow_ups import FollowUps
 from .in_flight import InFlight
+from .message import Ended, JetStreamMessage
 from .presence import Presence
 from .recorder import Recorder
-from .rerouting import JetStreamRerouter
+from .rerouting import Rerouter
 from .sources import Sources
 from .suspects import Suspects
 from .vitals import Vitals
@@ -64,7 +64,7 @@ class Workplace:
         self.sources = Sources(config, connection, declarations, self.in_flight.durables, self.keeper)
         self.follow_ups = FollowUps()
         self._suspects = Suspects(config, starts)
-        rerouter = JetStreamRerouter(
+        rerouter = Rerouter(
             config,
             connection,
             self.in_flight,

@@ -23,7 +23,7 @@ from dramatiq_jetstream.errors import NotSent
 from dramatiq_jetstream.sending import unique
 from dramatiq_jetstream.wire.connection import Connection, PubAck
 from dramatiq_jetstream.worker.attempts import Attempts
-from dramatiq_jetstream.worker.consumer import JetStreamMessage
+from dramatiq_jetstream.worker.message import JetStreamMessage
 
 #: How often something that is broken goes wrong.
 SHARE = 0.2

@@ -1,0 +1,69 @@
+"""A message on its way through a worker: Dramatiq's proxy of it, with its delivery and what is noted of its attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from dramatiq.broker import MessageProxy
+from dramatiq.message import Message
+
+from .delivery import Delivery
+
+__all__ = ["Ended", "JetStreamMessage"]
+
+
+class Ended(NamedTuple):
+    """How an attempt ended, until it is recorded: when it began and ended, in seconds, and what became of it."""
+
+    began: float
+    ended: float
+    skipped: bool
+    retried: bool
+
+
+class JetStreamMessage(MessageProxy):
+    """A message on its way through a worker.
+
+    Attributes:
+      delivery_count: How often the server has delivered it, this time included; 1 is the first.
+      follow_up_error: Why a retry, pipeline step or callback of it could not be enqueued, if so.
+      once_followed_up: What to call when its actor has succeeded and all that follows is stored.
+      to_record: How its attempt ended, if the history is to have a record of it.
+      is_cancelled: Whether it was skipped because it was aborted before it began.
+    """
+
+    to_record: Ended | None = None
+    is_cancelled = False
+
+    def __init__(
+        self, message: Message[Any], delivery: Delivery, arguments: tuple[Any, ...] | None = None
+    ) -> None:
+        super().__init__(message)
+        self._delivery = delivery
+        self._arguments = arguments
+        self.follow_up_error: BaseException | None = None
+        self.once_followed_up: tuple[Callable[[], None], ...] = ()
+        self.delivery_count = delivery.deliveries
+        # Dramatiq and its middleware read these twenty times for a message that does nothing; the proxy would first
+        # fail to find them, each time.
+        self.queue_name = message.queue_name
+        self.actor_name = message.actor_name
+        self.kwargs = message.kwargs
+        self.options = message.options
+        self.message_id = message.message_id
+        self.message_timestamp = message.message_timestamp
+
+    @property
+    def args(self) -> tuple[Any, ...]:  # type: ignore[override]
+        """The actor's arguments: for an event the decoded event, which is not part of the message."""
+        return self._message.args if self._arguments is None else self._arguments
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The NATS headers that it was delivered with, in which another program may have put a trace context."""
+        return self._delivery.headers
+
+    @property
+    def redelivered(self) -> bool:
+        return self.delivery_count > 1
