@@ -179,6 +179,15 @@ def _leak() -> None:
     Attempts._run = leaking  # type: ignore[method-assign]
 
 
+def _crowd() -> None:
+    """A limiter gives everybody a turn."""
+
+    def incr(*_: object) -> bool:
+        return True
+
+    rate_limits.JetStreamBackend.incr = incr  # type: ignore[method-assign]
+
+
 BREAKS: dict[str, Callable[[], None]] = {
     "lose": _lose,
     "haunt": _haunt,
@@ -192,6 +201,7 @@ BREAKS: dict[str, Callable[[], None]] = {
     "hang": _hang,
     "kill-threads": _kill_threads,
     "leak": _leak,
+    "crowd": _crowd,
 }
 
 #: The promise that each of them breaks.
@@ -208,6 +218,7 @@ BREAKS_PROMISE = {
     "hang": "nothing is stuck",
     "kill-threads": "every process and thread is alive",
     "leak": "nothing grows",
+    "crowd": "a limiter gives no more turns than it has",
 }
 
 for _name in filter(None, os.environ.get("CHAOS_BROKEN", "").split(",")):

@@ -14,7 +14,16 @@ from itertools import pairwise
 
 from tests.chaos.checker import Verdict
 from tests.chaos.library.books import Books, Call, Period, Run
-from tests.chaos.library.settings import ABORTED, ACK_WAIT, DOOMED, ENQUEUE_TIMEOUT, EVERY, SUBSCRIBERS
+from tests.chaos.library.settings import (
+    ABORTED,
+    ACK_WAIT,
+    DOOMED,
+    ENQUEUE_TIMEOUT,
+    EVERY,
+    SUBSCRIBERS,
+    TURNS,
+    TURNS_TTL,
+)
 
 #: How much longer than promised a call may take where the machine is busy, in seconds.
 GRACE = 8.0
@@ -310,6 +319,36 @@ def nothing_grows(facts: Facts) -> Verdict:
     return _verdict("nothing grows", grown, f"{len(facts.books.sizes)} processes lived throughout")
 
 
+def turns_are_limited(facts: Facts) -> Verdict:
+    """At no time more runs hold a turn at a limiter than it has.
+
+    A turn that is held for longer than the limiter keeps it is free again, as that of a process that was away.
+    """
+    taken: dict[tuple[int, str, int], Run] = {}
+    held: list[tuple[float, float]] = []
+    for run in facts.books.runs:
+        key = (run.pid, run.id, run.retries)
+        if run.what == "took":
+            taken[key] = run
+        elif run.what == "gave" and (began := taken.pop(key, None)) is not None:
+            held.append((began.at, min(run.at, began.at + TURNS_TTL / 1000)))
+    wrong = set()
+    for began, _ in held:
+        at_once = sum(other <= began < end for other, end in held)
+        # A store that was destroyed has forgotten who holds a turn.
+        forgotten = any(
+            p.destroys and p.began - NOT_YET <= began <= p.ended + TURNS_TTL / 1000
+            for p in facts.books.periods
+        )
+        if at_once > TURNS and not forgotten:
+            wrong.add(f"{at_once} at {began:.2f}")
+    return _verdict(
+        "a limiter gives no more turns than it has",
+        wrong,
+        f"{len(held)} turns, {len(wrong)} too many at once",
+    )
+
+
 PROMISES: tuple[Callable[[Facts], Verdict], ...] = (
     stored_is_done,
     not_stored_is_never_there,
@@ -318,6 +357,7 @@ PROMISES: tuple[Callable[[Facts], Verdict], ...] = (
     keys_are_unique,
     results_are_there,
     only_failures_are_letters,
+    turns_are_limited,
     ticks_as_scheduled,
     calls_end_in_time,
     nothing_is_stuck,

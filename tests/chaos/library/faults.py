@@ -20,7 +20,7 @@ from tests.chaos.fleet import pick, send
 from tests.chaos.library.books import connected
 from tests.chaos.library.checker import QUIET
 from tests.chaos.library.fleet import LibraryFleet
-from tests.chaos.library.settings import ACK_WAIT, EVENTS, NAMESPACE
+from tests.chaos.library.settings import ACK_WAIT, EVENTS, NAMESPACE, NEW, OLD
 from tests.support.proxy import Proxy
 
 Inject = Callable[[LibraryFleet, random.Random], None]
@@ -63,8 +63,9 @@ def _kill_supervisor(fleet: LibraryFleet, choice: random.Random) -> None:
 
 
 def _kill_producer(fleet: LibraryFleet, choice: random.Random) -> None:
-    if fleet.producer.running:
-        send(fleet.producer.pid, signal.SIGKILL)
+    running = [producer for producer in fleet.producers if producer.running]
+    if running:
+        send(choice.choice(running).pid, signal.SIGKILL)
 
 
 def _stop_worker(fleet: LibraryFleet, choice: random.Random) -> None:
@@ -90,6 +91,22 @@ def _restart(fleet: LibraryFleet, choice: random.Random) -> None:
     if running:
         send(choice.choice(running).pid, signal.SIGTERM)
         time.sleep(choice.uniform(1, 3))
+
+
+def _roll(fleet: LibraryFleet, choice: random.Random) -> None:
+    """One fleet is set back to the older version and forward again, while the other one runs the newer all along."""
+    rolling = fleet.fleets[0]
+    for version in (OLD, NEW):
+        fleet.release(rolling, version)
+        time.sleep(choice.uniform(4, 7))
+
+
+def _set_clock(fleet: LibraryFleet, choice: random.Random) -> None:
+    """The clock of one client jumps, and jumps back."""
+    clock = fleet.clock(choice.choice([*fleet.links]))
+    clock.write_text(str(choice.choice((-1, 1)) * choice.uniform(1, 20)))
+    time.sleep(choice.uniform(3, 8))
+    clock.write_text("0")
 
 
 # Servers
@@ -288,10 +305,12 @@ FAULTS: tuple[Fault, ...] = (
     Fault(QUIET, "no fault, for 6 s", _nothing),
     Fault("worker-killed", "kill -9 of a worker process", _kill_worker, repeats=True),
     Fault("supervisor-killed", "kill -9 of a supervisor", _kill_supervisor, repeats=True),
-    Fault("producer-killed", "kill -9 of the producer", _kill_producer),
+    Fault("producer-killed", "kill -9 of a producer", _kill_producer),
     Fault("worker-stopped", "worker suspended for longer than ack_wait", _stop_worker, repeats=True),
     Fault("fleet-reloaded", "fleet reloaded (HUP)", _reload),
     Fault("fleet-restarted", "fleet stopped (TERM) and started", _restart),
+    Fault("version-rolled", "older version of the program beside the newer", _roll),
+    Fault("clock-set", "clock of a client wrong by up to 20 s", _set_clock),
     Fault("nats-killed", "kill -9 of a nats-server, restarted", _kill_node, repeats=True),
     Fault("leader-killed", "kill -9 of a leader, restarted", _kill_leader, CLUSTER, repeats=True),
     Fault(

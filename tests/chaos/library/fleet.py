@@ -1,4 +1,4 @@
-"""The library alone as real processes: servers, two fleets of workers, a producer, and the links between them.
+"""The library alone as real processes: servers, two fleets of workers, two producers, and the links between them.
 
 Each client process reaches each server through a proxy of its own, so that a fault may slow, hold or break one link.
 Clients log in with an nkey that is read from a file, which a fault may rotate or damage.
@@ -23,14 +23,15 @@ import requests
 
 from dramatiq_jetstream.testing import NatsCluster, NatsServer
 from tests.chaos.fleet import Supervisor, Topology
-from tests.chaos.library.settings import OPTIONS
+from tests.chaos.library.settings import NEW, OPTIONS
 from tests.support.polling import eventually
 from tests.support.ports import free_port
 from tests.support.processes import REPOSITORY, WORKER_READY, Process, children
 from tests.support.proxy import Proxy
 
 PROGRAM = "tests.chaos.library.program"
-CLIENTS = ("fleet-1", "fleet-2", "producer")
+FLEETS = ("fleet-1", "fleet-2")
+PRODUCERS = ("producer-1", "producer-2")
 
 #: How the harness itself logs in; no fault is about it.
 HARNESS = ("harness", "harness")
@@ -60,7 +61,7 @@ class QuietCluster(NatsCluster):
 
 
 class LibraryFleet:
-    """Servers (one, or three whose streams have three replicas), two fleets of two workers, and a producer.
+    """Servers (one, or three whose streams have three replicas), two fleets of two workers, and two producers.
 
     Parameters:
       broken: The names of what is broken in this build (`tests.chaos.library.broken`), for tests of the checker.
@@ -125,21 +126,22 @@ class LibraryFleet:
     def __enter__(self) -> LibraryFleet:
         with ExitStack() as starting:
             starting.enter_context(self.nats)
-            for client in CLIENTS:
+            for client in (*FLEETS, *PRODUCERS):
                 self.links[client] = [starting.enter_context(Proxy(node.url)) for node in self.nodes]
             self.fleets = [starting.enter_context(self._workers(number)) for number in (0, 1)]
             for fleet in self.fleets:
                 fleet.wait_for_output(WORKER_READY, count=self._processes, timeout=90)
-            self.producer = starting.enter_context(self._producer())
-            self.producer.wait_for_output("producing", timeout=60)
-            self._supervisor = Supervisor([*self.fleets, self.producer])
+            self.producers = [starting.enter_context(self._producer(name)) for name in PRODUCERS]
+            for producer in self.producers:
+                producer.wait_for_output("producing", timeout=60)
+            self._supervisor = Supervisor([*self.fleets, *self.producers])
             starting.callback(self._supervisor.close)
             self._exit = starting.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop_supervising()
-        for process in (*self.fleets, self.producer):
+        for process in (*self.fleets, *self.producers):
             process.kill()
         self._exit.close()
 
@@ -156,6 +158,8 @@ class LibraryFleet:
             "CHAOS_OPTIONS": json.dumps({**OPTIONS, "replicas": replicas}),
             "CHAOS_JOURNAL": str(self.journal),
             "CHAOS_BROKEN": ",".join(self._broken),
+            "CHAOS_VERSION": NEW,
+            "CHAOS_CLOCK": str(self.clock(client)),
         }
 
     def _workers(self, number: int) -> Process:
@@ -167,22 +171,22 @@ class LibraryFleet:
         return Process(
             command,
             log=self.directory / f"fleet-{number + 1}.log",
-            env=self._environment(CLIENTS[number]),
+            env=self._environment(FLEETS[number]),
             path=[REPOSITORY],
         )
 
-    def _producer(self) -> Process:
+    def _producer(self, name: str) -> Process:
         settings = {
             "log": str(self.log),
-            "name": "p",
+            "name": name,
             "seed": self._seed,
-            "rate": self._rate,
-            "threads": 8,
+            "rate": self._rate / len(PRODUCERS),
+            "threads": 4,
         }
         return Process(
             [sys.executable, "-m", "tests.chaos.library.producer"],
-            log=self.directory / "producer.log",
-            env={**self._environment("producer"), "CHAOS_PRODUCER": json.dumps(settings)},
+            log=self.directory / f"{name}.log",
+            env={**self._environment(name), "CHAOS_PRODUCER": json.dumps(settings)},
         )
 
     def worker_pids(self) -> list[int]:
@@ -204,6 +208,16 @@ class LibraryFleet:
         return found
 
     # What faults do
+
+    def clock(self, client: str) -> Path:
+        """The file that says by how many seconds the clock of a client's processes is wrong."""
+        return self.directory / f"{client}.clock"
+
+    def release(self, fleet: Process, version: str) -> None:
+        """Stop a fleet as a deployment does; what starts it again starts this version of the program."""
+        fleet.env["CHAOS_VERSION"] = version
+        if fleet.running:
+            fleet.send_signal(signal.SIGTERM)
 
     def admit(self, keys: list[Key]) -> None:
         """Have the servers admit these keys and no others; servers that run cut off who has another one."""

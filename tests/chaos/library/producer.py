@@ -30,6 +30,7 @@ from dramatiq_jetstream.errors import (
     TopologyMissing,
 )
 from tests.chaos.library import program
+from tests.chaos.library.clock import true_time
 from tests.chaos.library.settings import HOUR, MADE
 
 #: What these say is not stored is not (docs/guarantees.md).
@@ -83,6 +84,7 @@ class Producer:
             program.limited,
             program.answer,
             program.answer,
+            program.novel,
         )
         message = self._message(self._choice.choice(among))
         self._tell("send", [message], lambda: program.broker.enqueue(message))
@@ -174,7 +176,7 @@ class Producer:
         return not failure
 
     def _write(self, **line: Any) -> None:
-        os.write(self._log, json.dumps({"at": time.time(), **line}).encode() + b"\n")
+        os.write(self._log, json.dumps({"at": true_time(), **line}).encode() + b"\n")
 
 
 def _of_each(error: BrokerError) -> dict[str, str]:
@@ -194,7 +196,7 @@ def main() -> None:
     log = os.open(settings["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    born = f"{settings['name']}{int(time.time() * 1000) % 10**9}"
+    born = f"{settings['name']}-{int(true_time() * 1000) % 10**9}"
 
     def run(number: int) -> None:
         choice = random.Random(f"{settings['seed']}.{born}.{number}")

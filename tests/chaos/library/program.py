@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import dramatiq
@@ -22,8 +23,10 @@ from dramatiq_jetstream import JetStreamBroker, rate_limits, results
 from dramatiq_jetstream.abort import JetStreamBackend as AbortBackend
 from dramatiq_jetstream.events import Events, subscription
 from dramatiq_jetstream.periodic import Periodic
-from tests.chaos.library.settings import EVENTS, EVERY, HOUR, MADE
+from tests.chaos.library.clock import follow, true_time
+from tests.chaos.library.settings import EVENTS, EVERY, HOUR, MADE, OLD, TURNS, TURNS_TTL
 
+follow(Path(os.environ["CHAOS_CLOCK"]))
 _journal = os.open(os.environ["CHAOS_JOURNAL"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
 
@@ -49,10 +52,16 @@ class Journal(dramatiq.Middleware):
     def after_skip_message(self, broker: dramatiq.Broker, message: dramatiq.MessageProxy) -> None:
         self._write("skipped", message)
 
+    def note(self, what: str) -> None:
+        """Append a line about the message that runs."""
+        message = CurrentMessage.get_current_message()
+        assert message is not None
+        self._write(what, message)
+
     def _write(self, what: str, message: dramatiq.MessageProxy, error: str = "") -> None:
         label = message.args[0] if message.args else message.message_id
         line = {
-            "at": time.time(),
+            "at": true_time(),
             "pid": os.getpid(),
             "what": what,
             "actor": message.actor_name,
@@ -77,13 +86,14 @@ broker.add_middleware(Abortable(backend=AbortBackend(broker)))
 broker.add_middleware(Events(stream=EVENTS, subjects=[f"{EVENTS}.>"]))
 broker.add_middleware(Periodic())
 broker.add_middleware(CurrentMessage())
-broker.add_middleware(Journal())
+journal = Journal()
+broker.add_middleware(journal)
 dramatiq.set_broker(broker)
 
 _RETRIED: dict[str, Any] = {"max_retries": 100, "min_backoff": 50, "max_backoff": 1_000}
 
-# A killed process keeps its turn for so long; then others have it.
-_limiter = ConcurrentRateLimiter(limiter_backend, "turns", limit=2, ttl=8_000)
+# A killed process keeps its turn for as long as TURNS_TTL; then others have it.
+_limiter = ConcurrentRateLimiter(limiter_backend, "turns", limit=TURNS, ttl=TURNS_TTL)
 
 
 def _first_time() -> bool:
@@ -141,7 +151,9 @@ def long(label: str) -> None:
 def limited(label: str) -> None:
     """Needs one of two turns."""
     with _limiter.acquire():
+        journal.note("took")
         _spend(0.05)
+        journal.note("gave")
 
 
 @dramatiq.actor(queue_name="first", store_results=True, result_ttl=HOUR, **_RETRIED)
@@ -178,6 +190,13 @@ def on_made_too(label: bytes) -> None:
 @dramatiq.actor(queue_name="ticks", every=EVERY, **_RETRIED)
 def tick() -> None:
     """The periodic task."""
+
+
+if os.environ["CHAOS_VERSION"] != OLD:
+
+    @dramatiq.actor(queue_name="second", **_RETRIED)
+    def novel(label: str) -> None:
+        """What the older version of the program does not have."""
 
 
 if os.environ.get("CHAOS_BROKEN"):

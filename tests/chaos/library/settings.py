@@ -10,6 +10,13 @@ ENQUEUE_TIMEOUT = 4_000
 EVERY = 2_000
 HOUR = 3_600_000
 
+#: How many runs may hold a turn at once, and after how long a turn is free again that nobody gave back.
+TURNS = 2
+TURNS_TTL = 8_000
+
+#: The versions of the program.
+OLD, NEW = "old", "new"
+
 QUEUES = ("first", "second", "ticks")
 EVENTS = "CHAOS"
 MADE = "CHAOS.made"

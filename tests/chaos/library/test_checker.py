@@ -164,6 +164,24 @@ def test_a_letter_without_a_reason_is_found(books: Books) -> None:
     assert _broken(replace(books, letters=[*books.letters, letter])) == {"only what fails is a dead letter"}
 
 
+def test_more_turns_than_a_limiter_has_are_found(books: Books) -> None:
+    """Three runs hold one of two turns at once; two of them do after the first has given back its own, or is dead."""
+
+    def turn(name: str, took: float, gave: float | None) -> list[Run]:
+        lines = [(took, "took"), (gave, "gave")]
+        return [Run(at, 1, what, "limited", name, name) for at, what in lines if at is not None]
+
+    def held(*turns: list[Run]) -> Books:
+        return replace(books, runs=[*books.runs, *(run for one in turns for run in one)])
+
+    assert _broken(held(turn("a", 11, 12), turn("b", 11.1, 13), turn("c", 12.1, 13))) == set()
+    assert _broken(held(turn("a", 11, None), turn("b", 11.1, 13), turn("c", 11.2, 13))) == set()
+    three = held(turn("a", 11, 12), turn("b", 11.1, 13), turn("c", 11.9, 13))
+    assert _broken(three) == {"a limiter gives no more turns than it has"}
+    emptied = Period("store-emptied", 11.3, 11.4, destroys=True)
+    assert "a limiter gives no more turns than it has" not in _broken(replace(three, periods=[emptied]))
+
+
 @pytest.mark.parametrize("times", [(10, 10.2, 12, 14, 16), (10,), ()], ids=["two", "stopped", "none"])
 def test_wrong_ticks_are_found(books: Books, times: tuple[float, ...]) -> None:
     """Two at once, none any more, and none at all."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import time
@@ -134,13 +133,14 @@ class Trial:
     def settle(self) -> Books:
         """End the load, wait until all is done or the time allowed is over, and read everything."""
         self._fleet.stop_supervising()
-        producer = self._fleet.producer
-        try:
-            if producer.running:
-                os.kill(producer.pid, signal.SIGTERM)
+        running = [producer for producer in self._fleet.producers if producer.running]
+        for producer in running:
+            producer.send_signal(signal.SIGTERM)
+        for producer in running:
+            try:
                 producer.wait(PATIENCE_SECONDS)
-        except AssertionError as error:
-            self._complaints.append(f"the producer did not end: {error}")
+            except AssertionError as error:
+                self._complaints.append(f"a producer did not end: {error}")
         self._wait(lambda: not self._server.waiting and not unfinished(self._books()))
         # A supervisor starts what has died again by itself; it gets the time for that.
         self._wait(lambda: not self._fleet.unhealthy())
@@ -150,7 +150,7 @@ class Trial:
 
     def _pids(self) -> list[int]:
         fleet = self._fleet
-        return [*fleet.worker_pids(), *(p.pid for p in (*fleet.fleets, fleet.producer) if p.running)]
+        return [*fleet.worker_pids(), *(p.pid for p in (*fleet.fleets, *fleet.producers) if p.running)]
 
     def _books(self, *, final: bool = False) -> Books:
         server = self._server
