@@ -30,6 +30,7 @@ from .jetstream.names import Names
 from .jetstream.reading import StoredMessage, first_message, last_message, message_at, messages
 from .sending.envelope import HISTORY_OPTION, Event, checked, to_message
 from .sending.fitting import ADDED, fit, unfolded
+from .sending.references import References
 from .wire.connection import Connection
 from .wire.error_numbers import NO_MESSAGE_TO_DELETE
 
@@ -326,7 +327,8 @@ class DeadLetters:
                 del headers[wire_names.HEADER_DEAD_HISTORY]
             return body
         headers.pop(wire_names.HEADER_BODY, None)
-        return fit(message, self._connection.room_beside(headers), headers)
+        refer = References(self._connection).refer
+        return fit(message, self._connection.room_beside(headers), headers, refer)
 
     def drop(self, letter: DeadLetter | str) -> bool:
         """Delete a letter for good; False when it is gone already."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import os
 import random
@@ -14,12 +15,13 @@ from dramatiq.results import Results
 from dramatiq_abort import Abortable, abort
 
 from dramatiq_jetstream.abort import JetStreamBackend as AbortBackend
-from dramatiq_jetstream.errors import MessageNotUnique, MessageTooLarge
-from dramatiq_jetstream.events import subscription
+from dramatiq_jetstream.errors import MessageNotUnique, MessageTooLarge, NotSent
+from dramatiq_jetstream.events import Event, event_of, subscription
 from dramatiq_jetstream.progress import Progress, progress, read_progress
 from dramatiq_jetstream.results import JetStreamBackend as ResultBackend
-from dramatiq_jetstream.sending.envelope import encode
+from dramatiq_jetstream.sending.envelope import encode, to_message
 from dramatiq_jetstream.sending.fitting import fit, unfolded
+from dramatiq_jetstream.sending.references import References
 from dramatiq_jetstream.wire.headers import encode_headers
 from dramatiq_jetstream.wire.ids import new_id
 from tests.broker.conformance.workers import running
@@ -107,10 +109,12 @@ def test_the_largest_message_can_be_replayed(broker, failing):
     assert failing.runs == [digest(message.args[0])] * 3
 
 
-@pytest.mark.parametrize("size", [100, 900_000, 1_030_000])
+@pytest.mark.parametrize("size", [100, 900_000, 1_030_000, "largest"])
 def test_a_large_event_is_retried_and_replayed(service, topic, size):
-    """A retry carries the event with it; and a letter of one can be put back."""
+    """A retry carries the event with it, or refers to it in its stream; and a letter of one can be put back."""
     runs = []
+    if size == "largest":
+        size = MAX_PAYLOAD - len(encode_headers({"Nats-Msg-Id": new_id()}))
     body = os.urandom(size)
 
     @dramatiq.actor(
@@ -131,10 +135,97 @@ def test_a_large_event_is_retried_and_replayed(service, topic, size):
         (letter,) = eventually(service.dead_letters.list)
         assert runs == [digest(body)] * 2
         assert letter.reason == "retries exhausted"
+        carried = event_of(letter.decode())
+        assert (carried.subject, digest(carried.data)) == (f"{topic}.large", digest(body))
         assert service.dead_letters.replay(letter)
         eventually(lambda: runs == [digest(body)] * 3)
         service.join("default", timeout=30_000)
     assert service.dead_letters.list() == []
+
+
+@pytest.fixture
+def referring(service, topic):
+    """An actor that fails once with the largest event, whose retry waits for a minute; `referring.runs` counts."""
+
+    @dramatiq.actor(
+        broker=service, subscribe=subscription(f"{topic}.large"), min_backoff=60_000, max_backoff=60_001
+    )
+    def referring(data):
+        referring.runs += 1
+        raise ValueError("not yet")
+
+    referring.runs = 0
+    service.setup()
+    return referring
+
+
+def publish_largest(service, topic):
+    """Publish the largest event that the server takes, and wait until the retry that refers to it is stored."""
+    body = os.urandom(MAX_PAYLOAD - len(encode_headers({"Nats-Msg-Id": new_id()})))
+    service.publish(f"{topic}.large", body)
+    with running(service, threads=1):
+        eventually(
+            lambda: service.queue_stats("default").delayed == 1 or service.dead_letters.count(), timeout=30
+        )
+
+
+def fire(service):
+    """Have the server deliver at once what it holds back."""
+    stream = service.stream(service.names.queue_stream("default"))
+    delayed = stream.first(service.names.all_delayed("default"))
+    headers = {name: text for name, text in delayed.headers.items() if not name.startswith("Nats-")}
+    service.connection.publish(service.names.task("default"), delayed.data, headers)
+
+
+def test_a_retry_whose_event_is_gone_is_a_dead_letter_that_says_so(service, topic, referring):
+    """The stream of events was purged between the failure and the retry."""
+    publish_largest(service, topic)
+    service.connection.api(f"STREAM.PURGE.{topic}")
+    service.connection.publish(f"{topic}.large", b"another")
+    fire(service)
+    with running(service, threads=1):
+        letters = eventually(
+            lambda: [x for x in service.dead_letters.list() if x.reason == "undecodable"], timeout=30
+        )
+    assert "is gone" in letters[0].error
+
+
+def test_a_retry_whose_event_cannot_be_read_now_waits(service, topic, referring, monkeypatch):
+    """An outage between the failure and the retry makes no dead letter."""
+    monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 50)
+    publish_largest(service, topic)
+    read, asked = References.resolve, []
+
+    def resolve(self, message):
+        asked.append(message)
+        if len(asked) < 3:
+            raise NotSent("no connection")
+        return read(self, message)
+
+    monkeypatch.setattr(References, "resolve", resolve)
+    fire(service)
+    with running(service, threads=1):
+        eventually(lambda: referring.runs == 2, timeout=30)
+    assert service.dead_letters.list() == []
+
+
+def test_an_event_whose_stream_drops_what_was_read_is_not_referred_to(make_broker, topic):
+    """The reference would lead nowhere once the event is acked."""
+    broker = make_broker()
+    stream = {"name": topic, "subjects": [f"{topic}.>"], "retention": "workqueue"}
+    broker.connection.api(f"STREAM.CREATE.{topic}", stream)
+    stored = broker.stream(topic).at(broker.publish(f"{topic}.large", b"body").seq)
+    event = Event(stored.subject, stored.data, stream=topic, sequence=stored.sequence, time=stored.time)
+    message = to_message(event, queue="default", actor="actor")
+    assert References(broker.connection).refer(message) is None
+    broker.connection.api(f"STREAM.DELETE.{topic}")
+    broker.connection.api(f"STREAM.CREATE.{topic}", {**stream, "retention": "limits"})
+    assert References(broker.connection).refer(message) is None  # another life of the stream
+    stored = broker.stream(topic).at(broker.publish(f"{topic}.large", b"body").seq)
+    kept = to_message(dataclasses.replace(event, time=stored.time), queue="default", actor="actor")
+    referring = References(broker.connection).refer(kept)
+    assert event_of(referring) is None
+    assert event_of(References(broker.connection).resolve(referring)).data == b"body"
 
 
 def test_a_compressed_body_that_is_none_is_a_dead_letter(broker, failing):
@@ -176,6 +267,10 @@ def test_a_letter_whose_follow_up_is_too_large_names_the_error_of_the_actor(brok
     assert "MessageTooLarge" in letter.error
 
 
+def never(message):
+    raise AssertionError("no event is carried")
+
+
 def test_what_is_added_goes_in_this_order():
     """First the traceback is cut, then the body compressed, then traceback and history are left out."""
     base = Message("q", "a", (text(3_000),), {}, {})
@@ -185,8 +280,8 @@ def test_what_is_added_goes_in_this_order():
 
     def fitted(room):
         headers = {}
-        assert len(fit(message, room, {})) <= room
-        body = unfolded(fit(message, room, headers), headers)
+        assert len(fit(message, room, {}, never)) <= room
+        body = unfolded(fit(message, room, headers, never), headers)
         found = Message.decode(body)
         assert found.args == base.args
         return found.options, bool(headers)

@@ -16,6 +16,12 @@ from tests.support.polling import eventually, holds
 ACK_WAIT = 3_000
 
 
+@pytest.fixture
+def _same_sequences(monkeypatch):
+    """Streams begin at one, as those that other programs make, so that a new life has the sequences of the old."""
+    monkeypatch.setattr("dramatiq_jetstream.jetstream.ensuring.first_sequence", lambda: 1)
+
+
 class Program:
     """A worker program whose actor waits at a gate, and what it ran."""
 
@@ -81,6 +87,7 @@ def empty(server, program):
     server.start()
 
 
+@pytest.mark.usefixtures("_same_sequences")
 @pytest.mark.parametrize("lose", [delete, empty])
 @pytest.mark.parametrize("prefetched", [0, 3], ids=["a pull stands", "no pull stands"])
 def test_acks_of_a_stream_that_is_gone_remove_nothing_from_its_successor(
@@ -179,6 +186,7 @@ def test_what_is_done_is_acked_when_a_consumer_alone_was_made_again(own_nats_ser
         holds(lambda: len(old.began) == 2, 0.5)
 
 
+@pytest.mark.usefixtures("_same_sequences")
 def test_no_answer_of_an_earlier_life_leaves_the_process(own_nats_server, program, monkeypatch):
     """Neither acks nor what gives back or prolongs: all of them would be taken for another message."""
     old = program()
@@ -201,6 +209,7 @@ def test_no_answer_of_an_earlier_life_leaves_the_process(own_nats_server, progra
     assert old.broker.in_flight.held == 0
 
 
+@pytest.mark.usefixtures("_same_sequences")
 def test_what_was_held_over_a_close_is_not_answered_in_another_life(own_nats_server, program):
     """A broker may be used again after `close`; its stream may be another one by then."""
     old, new = program(), program()
@@ -221,3 +230,26 @@ def test_what_was_held_over_a_close_is_not_answered_in_another_life(own_nats_ser
         assert new.stored() == 2
         new.gate.set()
         eventually(lambda: new.stored() == 0)
+
+
+@pytest.mark.parametrize("answer", [ACK, NAK], ids=bytes.decode)
+def test_an_answer_that_was_under_way_meets_no_message_of_the_next_life(program, answer):
+    """It left before the stream was deleted, and arrives when others run what took its name."""
+    old, new = program(), program()
+    old.send("a", "b")
+    consumer = old.broker.consume("default", prefetch=2, timeout=10_000)
+    messages = [next(consumer), next(consumer)]
+    assert all(messages)
+    under_way = [message._delivery.ack_subject for message in messages]
+    delete(None, new)
+    with running(new.broker, threads=2):
+        new.send("c", "d")
+        eventually(lambda: set(new.began) == {"c", "d"})
+        for ack_subject in under_way:
+            # Answered: the server has come to it.
+            new.broker.connection.request(ack_subject, answer, patient=False)
+        assert new.stored() == new.in_flight() == 2
+        new.gate.set()
+        eventually(lambda: new.stored() == 0)
+    assert sorted(new.began) == ["c", "d"]
+    consumer.close()

@@ -60,7 +60,7 @@ def ensure_stream(connection: Connection, config: StreamConfig, *, update: bool 
         existing = connection.api(f"STREAM.INFO.{config.name}")["config"]
     except NotFound:
         try:
-            return _judge(config, _create_stream(connection, wanted), "created")
+            return _judge(config, _create_stream(connection, config), "created")
         except ApiError as error:
             if error.err_code != STREAM_EXISTS:  # another process was first, with other settings
                 raise _with_advice(error) from None
@@ -75,8 +75,22 @@ def ensure_stream(connection: Connection, config: StreamConfig, *, update: bool 
     return _judge(config, existing, "unchanged")
 
 
-def _create_stream(connection: Connection, wanted: Json) -> Json:
+def first_sequence() -> int:
+    """Where the sequences of a queue's new stream begin: microseconds since 1970.
+
+    The server resolves an ack by its sequence alone. A stream that is deleted and made again begins above every
+    sequence that it had before, unless it stored more than a million messages a second. So no ack of before removes a
+    message of now, however long it was on its way. Streams of events begin at 1: an ack removes nothing from them, and
+    people and programs refer to an event by its sequence.
+    """
+    return time.time_ns() // 1_000
+
+
+def _create_stream(connection: Connection, config: StreamConfig) -> Json:
     """Create a stream; with a shorter duplicate window where the server allows none as long as was declared."""
+    wanted = config.to_json()
+    if config.kind == "queue":
+        wanted["first_seq"] = first_sequence()
     try:
         return dict(connection.api(f"STREAM.CREATE.{wanted['name']}", wanted)["config"])
     except ApiError as error:

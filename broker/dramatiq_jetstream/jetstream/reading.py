@@ -10,7 +10,7 @@ import base64
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from dramatiq_jetstream.errors import NotFound, TopologyMissing
@@ -37,6 +37,10 @@ _MAX_DIRECT = 3_000
 _DIRECT_HEADERS = frozenset({"Nats-Stream", "Nats-Subject", "Nats-Sequence", "Nats-Time-Stamp"})
 
 
+_EPOCH = datetime.fromtimestamp(0, UTC)
+_MILLISECOND = timedelta(milliseconds=1)
+
+
 @dataclass(frozen=True)
 class StoredMessage:
     """A message as the stream holds it; `time` is milliseconds since 1970."""
@@ -52,7 +56,7 @@ class StoredMessage:
 def parse_time(text: str) -> int:
     """Milliseconds since 1970 of the server's RFC 3339 time, which has up to nine decimals."""
     text = re.sub(r"(\.\d{1,6})\d*", lambda m: m[1].ljust(7, "0"), text).replace("Z", "+00:00")
-    return int(datetime.fromisoformat(text).timestamp() * 1000)
+    return (datetime.fromisoformat(text) - _EPOCH) // _MILLISECOND
 
 
 def _get(

@@ -26,7 +26,17 @@ from dramatiq.message import Message, get_encoder
 
 from dramatiq_jetstream.jetstream.names import OPTION_TRACE_CONTEXT, trace_headers
 
-__all__ = ["EVENT_OPTION", "HISTORY_OPTION", "Event", "checked", "decode", "encode", "event_of", "to_message"]
+__all__ = [
+    "EVENT_OPTION",
+    "HISTORY_OPTION",
+    "Event",
+    "carried",
+    "checked",
+    "decode",
+    "encode",
+    "event_of",
+    "to_message",
+]
 
 #: The message option that carries an event.
 EVENT_OPTION = "event"
@@ -159,22 +169,25 @@ class Event:
         )
 
 
+def carried(event: Event) -> dict[str, Any]:
+    """An event as a message's option carries it."""
+    return {
+        "subject": event.subject,
+        "data": base64.b64encode(event.data).decode("ascii"),
+        "headers": dict(event.headers),
+        "stream": event.stream,
+        "sequence": event.sequence,
+        "time": event.time,
+    }
+
+
 def to_message(event: Event, *, queue: str, actor: str) -> Message[Any]:
     """The message that hands `event` to `actor`; the same event gives the same message id.
 
     The trace that the event is part of goes on with the message, where its retries, its dead letter and whatever
     instruments the actor find it.
     """
-    options: dict[str, Any] = {
-        EVENT_OPTION: {
-            "subject": event.subject,
-            "data": base64.b64encode(event.data).decode("ascii"),
-            "headers": dict(event.headers),
-            "stream": event.stream,
-            "sequence": event.sequence,
-            "time": event.time,
-        }
-    }
+    options: dict[str, Any] = {EVENT_OPTION: carried(event)}
     # Publishers in other languages may have written `Traceparent`, and NATS does not fold cases.
     context = trace_headers({name.lower(): value for name, value in event.headers.items()})
     if context:

@@ -2,8 +2,9 @@
 
 A retry adds counts and a traceback, a replay the earlier failures, a delay headers; a retry of an event carries the
 event, encoded. With these a message that was just small enough is too large for the server. Then the traceback is cut,
-the body compressed, and as a last resort traceback and history are left out, in this order, until it fits. A message
-that is too large by itself is left as it is, and refused.
+the body compressed, as a last resort traceback and history are left out, and then an event is referred to instead of
+carried (see `references`), in this order, until it fits. A message that is too large by itself is left as it is, and
+refused.
 
 A compressed body says so in a header, which travels with it through schedules and dead letters.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dramatiq.errors import DecodeError
@@ -38,8 +39,17 @@ MAX_BODY_BYTES = 128 * 1024 * 1024
 DEFLATE = "deflate"
 
 
-def fit(message: Message[Any], room: int, headers: dict[str, str]) -> bytes:
-    """Encode a message in at most `room` bytes if that can be done, and note in `headers` how."""
+def fit(
+    message: Message[Any],
+    room: int,
+    headers: dict[str, str],
+    refer: Callable[[Message[Any]], Message[Any] | None],
+) -> bytes:
+    """Encode a message in at most `room` bytes if that can be done, and note in `headers` how.
+
+    Parameters:
+      refer: Returns the message with a reference in place of the event that it carries; None if it cannot.
+    """
     body = encode(message)
     if len(body) <= room:
         return body
@@ -52,7 +62,8 @@ def fit(message: Message[Any], room: int, headers: dict[str, str]) -> bytes:
         if len(folded) <= room:
             headers[HEADER_BODY] = DEFLATE
             return folded
-    return body
+    referring = refer(_with_short_traceback(message))
+    return body if referring is None else encode(referring)
 
 
 def is_enlarged(message: Message[Any]) -> bool:

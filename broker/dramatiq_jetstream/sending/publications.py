@@ -31,6 +31,7 @@ class Publications:
       unique_id: Tells one enqueue call from another; becomes the call's `Nats-Msg-Id`.
       room_beside: Bytes that headers leave for a body.
       encloses: Whether a message is a callback with the message it follows as its argument.
+      refer: Returns a message with a reference in place of the event that it carries.
     """
 
     def __init__(
@@ -39,11 +40,13 @@ class Publications:
         unique_id: Callable[[Message[Any]], str],
         room_beside: Callable[[Mapping[str, str]], int],
         encloses: Callable[[Message[Any]], bool],
+        refer: Callable[[Message[Any]], Message[Any] | None],
     ) -> None:
         self._config = config
         self._unique_id = unique_id
         self._room_beside = room_beside
         self._encloses = encloses
+        self._refer = refer
 
     @staticmethod
     def announced(message: Message[Any], delay: int | None) -> Message[Any]:
@@ -76,7 +79,7 @@ class Publications:
         if len(body) > ALWAYS_FITS_BYTES:
             room = self._room_beside(headers)
             if len(body) > room and self._grew(stored, len(body), headers):
-                body = fit(stored, room, headers)
+                body = fit(stored, room, headers, self._refer)
         return Publication(subject, body, headers)
 
     def _grew(self, message: Message[Any], size: int, headers: Mapping[str, str]) -> bool:

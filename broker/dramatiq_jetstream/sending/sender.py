@@ -26,6 +26,7 @@ from dramatiq_jetstream.wire.ids import new_id
 from . import batches, delays
 from .many import Many, Ready
 from .publications import Publications
+from .references import References
 from .unique import Claim, free
 
 __all__ = ["Announcer", "FollowedMessages", "Sender"]
@@ -83,7 +84,11 @@ class Sender:
         self._follow_ups = follow_ups
         self._unique_keys = unique_keys
         self._publications = Publications(
-            config, follow_ups.unique_id, connection.room_beside, follow_ups.encloses
+            config,
+            follow_ups.unique_id,
+            connection.room_beside,
+            follow_ups.encloses,
+            References(connection).refer,
         )
 
     def enqueue(self, message: Message[Any], delay: int | None) -> Message[Any]:

@@ -216,6 +216,10 @@ class JetStreamConsumer(Consumer):
             if not self.rerouter.wait_for_actor(delivery):
                 self._make_dead_letter(delivery, dead_letters.UNKNOWN_ACTOR, str(error))
             return None
+        except BrokerError as error:
+            self.logger.warning("%s cannot be decoded now and is given back: %s", delivery, error)
+            self.rerouter.requeue_later(delivery)
+            return None
         except Exception as error:  # noqa: BLE001 - whatever decoding raises, these bytes are not a message
             cause = (error.error if isinstance(error, DecodeError) else None) or error
             self._make_dead_letter(delivery, dead_letters.UNDECODABLE, f"{type(cause).__name__}: {cause}")

@@ -31,11 +31,14 @@ from dramatiq_jetstream.jetstream.names import (
     HEADER_ORIGIN,
     HEADER_TICK,
     HEADER_UNKNOWN_SINCE,
+    OPTION_TRACE_CONTEXT,
     REQUEUE_HEADERS,
+    trace_headers,
 )
 from dramatiq_jetstream.sending import delays
-from dramatiq_jetstream.sending.envelope import to_message
-from dramatiq_jetstream.sending.fitting import fit
+from dramatiq_jetstream.sending.envelope import Event, decode, event_of, to_message
+from dramatiq_jetstream.sending.fitting import fit, unfolded
+from dramatiq_jetstream.sending.references import References
 from dramatiq_jetstream.wire.connection import Connection
 
 from .delivery import Delivery, Source, event_in
@@ -91,6 +94,7 @@ class Rerouter:
         self._in_flight = in_flight
         self._letters = letters
         self._suspects = suspects
+        self._references = References(connection)
         self._actor_options = actor_options
         self._emit = emit
         self._unknown: set[str] = set()  # undeclared actors that were logged already
@@ -149,14 +153,14 @@ class Rerouter:
         self, delivery: Delivery, reason: str, error: str, message: JetStreamMessage | None
     ) -> None:
         source: Source = delivery.source
-        event = None if source.actor is None else event_in(delivery)
+        event = self._event_apart(delivery, message)
         failure = None if message is None else message._exception or message.follow_up_error
         self._letters.store(
             queue=source.queue,
             origin=delivery.origin,
-            subject=delivery.subject if event is None else self._config.names.task(source.queue),
-            data=delivery.data,
-            headers=delivery.headers,
+            subject=delivery.subject if source.actor is None else self._config.names.task(source.queue),
+            data=delivery.data if event is None else event.data,
+            headers=delivery.headers if event is None else event.headers,
             reason=reason,
             error=error,
             deliveries=delivery.deliveries,
@@ -170,13 +174,22 @@ class Rerouter:
         )
         self._emit("after_dead_letter", source.queue, reason, message, headers=delivery.headers)
 
+    def _event_apart(self, delivery: Delivery, message: JetStreamMessage | None) -> Event | None:
+        """The event for a dead letter that keeps it by itself: what was delivered is it, or only refers to it."""
+        if delivery.source.actor is not None:
+            return event_in(delivery)
+        event = None if message is None else event_of(message)
+        if event is None or not self._references.is_in(decode(unfolded(delivery.data, delivery.headers))):
+            return None
+        return event
+
     def delay_until_eta(self, message: JetStreamMessage) -> None:
         """Have the server keep a message that came before its time, as another program may have sent it."""
         delivery = message._delivery
         unique = f"postponed:{delivery.origin}"
         subject = self._config.names.delayed(message.queue_name, message.message_id, unique)
         headers = {
-            **_own_headers(delivery.headers),
+            **_own_headers(delivery),
             HEADER_MSG_ID: unique,
             **delays.schedule(int(message.options["eta"]), delivery.subject),
         }
@@ -187,7 +200,7 @@ class Rerouter:
         self, subject: str, message: Message[Any], headers: dict[str, str], *, timeout: int | None = None
     ) -> None:
         headers.pop(HEADER_BODY, None)
-        body = fit(message, self._connection.room_beside(headers), headers)
+        body = fit(message, self._connection.room_beside(headers), headers, self._references.refer)
         self._connection.publish(subject, body, headers, timeout=timeout)
 
     def requeue(self, delivery: Delivery) -> None:
@@ -273,7 +286,7 @@ class Rerouter:
         unique = f"later:{delivery.origin}:{delivery.deliveries}:{delivery.sequence}"
         target = delivery.subject if source.actor is None else self._config.names.task(source.queue)
         headers = {
-            **_own_headers(delivery.headers),
+            **_own_headers(delivery),
             **marks,
             HEADER_MSG_ID: unique,
             **delays.schedule(delays.eta_after(delay), target),
@@ -290,7 +303,7 @@ class Rerouter:
 
     def _store_again(self, delivery: Delivery) -> None:
         source: Source = delivery.source
-        headers = _own_headers(delivery.headers)
+        headers = _own_headers(delivery)
         headers[HEADER_MSG_ID] = f"anew:{delivery.origin}:{delivery.deliveries}"
         subject = delivery.subject if source.actor is None else self._config.names.task(source.queue)
         self._store_as_message(subject, delivery, headers)
@@ -304,14 +317,20 @@ class Rerouter:
             self._connection.publish(subject, delivery.data, headers, timeout=timeout)
         else:
             message = to_message(event_in(delivery), queue=source.queue, actor=source.actor)
+            headers.update(trace_headers(message.options.get(OPTION_TRACE_CONTEXT)))
             self._publish(subject, message, headers, timeout=timeout)
 
 
-def _own_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """A message's own headers: what the server and workers have put there, or read, is about how it came."""
+def _own_headers(delivery: Delivery) -> dict[str, str]:
+    """A message's own headers, without those that the server and workers have put there about how it came.
+
+    An event's are in the message that carries it.
+    """
+    if delivery.source.actor is not None:
+        return {}
     return {
         name: value
-        for name, value in headers.items()
+        for name, value in delivery.headers.items()
         if not name.startswith("Nats-") and name not in REQUEUE_HEADERS
     }
 

@@ -26,8 +26,9 @@ from dramatiq_jetstream.jetstream import inventory
 from dramatiq_jetstream.jetstream.declaring import Declarations
 from dramatiq_jetstream.jetstream.keeping import Keeper
 from dramatiq_jetstream.jetstream.names import HEADER_BODY, HEADER_TICK
-from dramatiq_jetstream.sending.envelope import Event, checked, decode, event_of
+from dramatiq_jetstream.sending.envelope import EVENT_OPTION, Event, checked, decode, event_of
 from dramatiq_jetstream.sending.fitting import unfolded
+from dramatiq_jetstream.sending.references import References
 from dramatiq_jetstream.wire.connection import Connection
 
 from .delivery import Delivery, Source
@@ -54,6 +55,7 @@ class Sources:
         self._declarations = declarations
         self._durables = durables
         self._keeper = keeper
+        self._references = References(connection)
         self._open: dict[str, list[Source]] = {}
         self._seen: set[str] = set()
         self._subscriptions: dict[str, dict[str, Callable[[], Source]]] = {}
@@ -187,6 +189,10 @@ class Sources:
                 message_id=f"{message.message_id}:{delivery.sequence}",
                 message_timestamp=delivery.timestamp,
             )
+        if EVENT_OPTION not in message.options:
+            return message, None
+        if self._references.is_in(message):
+            message = self._references.resolve(message)
         event = event_of(message)
         if event is None:
             return message, None
