@@ -38,6 +38,7 @@ from .streams import Stream
 from .wire.connection import Connection, PubAck
 from .worker.arguments import describe_arguments
 from .worker.consumer import JetStreamConsumer
+from .worker.hard_limits import HARD_TIME_LIMIT
 from .worker.hooks import HookedBroker
 from .worker.roster import read_workers
 from .worker.shutdown_notices import give_notice_for
@@ -195,6 +196,7 @@ class JetStreamBroker(HookedBroker):
         self.keeper = self._workplace.keeper
         self.sources = self._workplace.sources
         self.attachment = self._workplace.attachment
+        self.killed_attempts = self._workplace.killed_attempts
         self._sender = Sender(
             self.config,
             self.connection,
@@ -204,6 +206,7 @@ class JetStreamBroker(HookedBroker):
             lambda: self.bucket("unique"),
         )
         super().__init__(middleware=middleware)
+        self.actor_options.add(HARD_TIME_LIMIT)
         self.first, self.last = self._workplace.first(), self._workplace.last()
         self.queues: set[str] = set()
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DELIVERED_TOO_OFTEN",
+    "KILLED",
     "REASONS",
     "REJECTED",
     "RETRIES_EXHAUSTED",
@@ -53,7 +54,8 @@ UNDECODABLE = "undecodable"
 UNKNOWN_ACTOR = "unknown actor"
 REJECTED = "rejected"
 DELIVERED_TOO_OFTEN = "delivered too often"
-REASONS = (RETRIES_EXHAUSTED, UNDECODABLE, UNKNOWN_ACTOR, REJECTED, DELIVERED_TOO_OFTEN)
+KILLED = "killed after its time limit"
+REASONS = (RETRIES_EXHAUSTED, UNDECODABLE, UNKNOWN_ACTOR, REJECTED, DELIVERED_TOO_OFTEN, KILLED)
 
 #: An error's text is kept up to this many characters, and so many of the last failures of a message.
 MAX_ERROR = 2_000

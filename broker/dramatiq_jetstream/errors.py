@@ -21,6 +21,9 @@
     └── ApiError                        any other answer of the JetStream API
         └── NotFound
 
+    dramatiq.middleware.MiddlewareError
+    └── HardTimeLimitExceeded           how an attempt ended whose process was killed for it
+
     ValueError
     └── InvalidName, InvalidOption      a setting that can never work
 
@@ -41,6 +44,7 @@ from dramatiq.errors import (
     QueueNotFound,
 )
 from dramatiq.message import Message
+from dramatiq.middleware import MiddlewareError
 
 __all__ = [
     "ApiError",
@@ -48,6 +52,7 @@ __all__ = [
     "BrokerError",
     "ConnectionClosed",
     "ConnectionFailed",
+    "HardTimeLimitExceeded",
     "InvalidName",
     "InvalidOption",
     "KeyExists",
@@ -156,6 +161,21 @@ class ApiError(BrokerError):
 
 class NotFound(ApiError):
     """The stream, consumer or message that was asked for does not exist."""
+
+
+class HardTimeLimitExceeded(MiddlewareError):
+    """An attempt outlived the `hard_time_limit` of its actor, and `fleet work` killed the process for it.
+
+    Attributes:
+      seconds: How long the attempt ran.
+      stack: Where its thread was, the innermost call first; empty when that could not be read.
+    """
+
+    def __init__(self, seconds: float, pid: int, stack: str) -> None:
+        where = f"; its thread was in:\n{stack}" if stack else "."
+        super().__init__(f"Worker PID {pid} was killed after {seconds:.1f} s in this attempt{where}")
+        self.seconds = seconds
+        self.stack = stack
 
 
 class InvalidName(ValueError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -90,6 +91,20 @@ def end_consumer_thread(name: str) -> None:
 @dramatiq.actor(queue_name="other", max_retries=0)
 def other(name: str) -> None:
     note("other", name)
+
+
+@dramatiq.actor(max_retries=0, time_limit=500, hard_time_limit=1_500)
+def block(name: str) -> None:
+    """Ignores its time limit: no exception strikes a thread that sleeps."""
+    note("began", name, os.getpid())
+    time.sleep(3_600)
+
+
+@dramatiq.actor(max_retries=1, min_backoff=50, max_backoff=100, hard_time_limit=1_500)
+def backtrack(name: str) -> None:
+    """Stays in C code, and lets no other thread of its process run."""
+    note("began", name, os.getpid())
+    re.match(r"(a+)+$", "a" * 64 + "b")
 
 
 @dramatiq.actor(max_retries=3, min_backoff=50, max_backoff=100)

@@ -221,6 +221,7 @@ def test_the_reasons_are_the_ones_that_are_documented():
         "unknown actor",
         "rejected",
         "delivered too often",
+        "killed after its time limit",
     }
 
 

@@ -140,7 +140,7 @@ def test_a_worker_is_replaced_after_its_tasks(make_fleet):
     workers = fleet.start("--max-tasks", "20", supervised=True, processes=2, threads=2)
     for number in range(200):
         fleet.send("mark", f"m{number}")
-    workers.wait_for_output("is replaced: it has done", count=2)
+    workers.wait_for_output("is replaced: it has run", count=2)
     fleet.broker.join("default", timeout=60_000)
     assert set(fleet.counts().values()) == {1}
     assert len(fleet.counts()) == 200
@@ -183,6 +183,36 @@ def test_a_second_signal_returns_what_runs(make_fleet):
     fleet.open("a")
     fleet.wait_for("ended a")
     assert other.running
+
+
+def test_a_thread_past_its_hard_limit_takes_its_process_along(make_fleet):
+    """Its message has a dead letter with the stack of the thread; what ran beside it begins elsewhere at once."""
+    fleet = make_fleet(ack_wait=120_000)
+    workers = fleet.start(supervised=True, processes=1, threads=2)
+    fleet.send("hold", "neighbour")
+    eventually(lambda: runner(fleet, "neighbour"))
+    fleet.send("block", "stuck")
+    eventually(lambda: began(fleet, "neighbour") == 2, timeout=30)
+    fleet.open("neighbour")
+    (letter,) = eventually(lambda: fleet.broker.dead_letters.list("default"), timeout=30)
+    assert (letter.reason, letter.actor) == ("killed after its time limit", "block")
+    assert "in block" in letter.error
+    fleet.broker.join("default", timeout=20_000)
+    assert began(fleet, "stuck") == 1
+    assert workers.output.count("outlived its hard time limit") == 1
+
+
+def test_a_retry_follows_an_attempt_past_its_hard_limit(make_fleet):
+    """Also when it let no other thread of its process run, and its message could be fetched by others only then."""
+    fleet = make_fleet(ack_wait=120_000)
+    workers = fleet.start(supervised=True, processes=2, threads=1)
+    fleet.send("backtrack", "x")
+    (letter,) = eventually(lambda: fleet.broker.dead_letters.list("default"), timeout=60)
+    assert letter.reason == "killed after its time limit"
+    assert "in backtrack" in letter.error
+    assert began(fleet, "x") == 2
+    workers.wait_for_output(WORKER_READY, count=4)
+    fleet.broker.join("default", timeout=20_000)
 
 
 def test_workers_stop_when_their_supervisor_is_killed(make_fleet):

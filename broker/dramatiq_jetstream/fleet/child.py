@@ -30,21 +30,29 @@ from typing import Any
 
 import dramatiq
 from dramatiq.broker import Broker, MessageProxy
+from dramatiq.message import Message
 from dramatiq.middleware import Middleware
 
 from dramatiq_jetstream.broker import JetStreamBroker
+from dramatiq_jetstream.errors import HardTimeLimitExceeded
+from dramatiq_jetstream.wire.intake import Intake
+from dramatiq_jetstream.worker.current import current_message
+from dramatiq_jetstream.worker.hard_limits import HARD_TIME_LIMIT, hard_time_limits
 from dramatiq_jetstream.worker.message import JetStreamMessage
 
-from .board import Board
+from .board import SERIES, Board
 from .channel import Channel
 from .options import WorkOptions
 from .program import ProgramError, load_broker, load_function, put_on_path
 from .signals import Signals
 
-__all__ = ["EXIT_PROGRAM", "main"]
+__all__ = ["EXIT_PROGRAM", "STACKS_SIGNAL", "main"]
 
 #: The exit status of a process whose program cannot be used, as that of the `dramatiq` command.
 EXIT_PROGRAM = 2
+
+#: On this signal a worker writes the stacks of its threads for the supervisor, whatever they are stuck in.
+STACKS_SIGNAL = signal.SIGRTMIN
 
 #: Seconds between two looks at the threads.
 LOOK_INTERVAL_SECONDS = 0.5
@@ -58,15 +66,33 @@ logger = logging.getLogger(__name__)
 
 
 class _Noting(Middleware):
-    """Notes on the board what this process begins and finishes."""
+    """Notes on the board what this process begins and finishes.
 
-    def __init__(self, board: Board) -> None:
+    It is the last middleware, so what it measures is the actor alone.
+    """
+
+    def __init__(self, broker: JetStreamBroker, board: Board) -> None:
         self._board = board
+        self._series = _series(broker)
+        self._limits = hard_time_limits(broker.actors)
+        self._began: dict[int, float] = {}
         self._lock = threading.Lock()
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
-        if isinstance(message, JetStreamMessage) and message._delivery.slot is not None:
-            self._board.begin(message._delivery.slot)
+        if not isinstance(message, JetStreamMessage):
+            return
+        if message.killed is not None:
+            raise message.killed
+        thread, now = threading.get_ident(), time.monotonic()
+        slot = message._delivery.slot
+        if slot is not None:
+            limit = message.options.get(HARD_TIME_LIMIT) or self._limits.get(message.actor_name)
+            now_ms = int(now * 1000)
+            if limit:
+                self._board.begin(slot, now_ms, now_ms + int(limit), thread)
+            else:
+                self._board.begin(slot, now_ms)
+        self._began[thread] = now
 
     def after_process_message(
         self,
@@ -76,8 +102,34 @@ class _Noting(Middleware):
         result: Any = None,
         exception: BaseException | None = None,
     ) -> None:
+        if not isinstance(message, JetStreamMessage):
+            return
+        began = self._began.pop(threading.get_ident(), None)
+        if message._delivery.slot is not None:
+            self._board.end(message._delivery.slot)
+        if message.killed is not None:
+            seconds = message.killed.seconds
+        elif began is not None:
+            seconds = time.monotonic() - began
+        else:
+            return  # it failed before its actor was called
+        series = self._series.get(message.actor_name, SERIES - 1)
         with self._lock:
-            self._board.note_finished(failed=exception is not None)
+            self._board.count(series, seconds, failed=exception is not None)
+
+    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
+        self._began.pop(threading.get_ident(), None)
+
+    def after_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
+        running = current_message.get()
+        if running is not None and running.message_id == message.message_id:
+            with self._lock:
+                self._board.count_retry(self._series.get(message.actor_name, SERIES - 1))
+
+
+def _series(broker: JetStreamBroker) -> dict[str, int]:
+    """Where on the board the attempts of each actor are counted."""
+    return {name: number for number, name in enumerate(sorted(broker.actors)[: SERIES - 1])}
 
 
 class Child:
@@ -103,9 +155,11 @@ class Child:
             self._channel.say(failed=f"{options.broker!r} cannot be imported:\n{traceback.format_exc()}")
             return EXIT_PROGRAM
         broker.emit_after("process_boot")
-        broker.add_middleware(_Noting(self._board))
+        broker.add_middleware(_Noting(broker, self._board))
         broker.in_flight.board = self._board
         broker.connection.on_tick(self._loop_turned)
+        intake = Intake(self._board.intake)
+        broker.connection.on_opened(lambda client: self._share(intake.read_for(client)))
         worker = dramatiq.Worker(broker, queues=set(options.queues) or None, worker_threads=options.threads)
         if options.quiet:
             broker.attachment.be_quiet()
@@ -121,6 +175,11 @@ class Child:
     def _stop(self, broker: JetStreamBroker, worker: dramatiq.Worker) -> None:
         worker.stop(timeout=self._options.shutdown_timeout)
         broker.close()
+
+    def _share(self, connection: socket.socket | None) -> None:
+        """Give the supervisor a copy of the connection, to read what is on its way to us when we are dead."""
+        if connection is not None:
+            self._channel.say(connection, connected=True)
 
     def _loop_turned(self) -> None:
         self._turned = time.monotonic()
@@ -141,7 +200,7 @@ class Child:
                     logger.info("Taking nothing more; running actors go on.")
                     broker.attachment.be_quiet(worker)
             for message in self._channel.read():
-                self._return(broker, message.get("hand_on", ()))
+                self._hand_on(broker, worker, message.get("hand_on", ()))
                 if message.get("stop_now"):
                     logger.warning("Stopping now; what runs here is returned and begins elsewhere.")
                     self._return(broker, [held.ack_subject for held in self._board.held()])
@@ -149,6 +208,34 @@ class Child:
             if self._channel.closed and not self._told_to_stop:
                 logger.warning("The supervisor is gone; stopping.")
                 self._told_to_stop = True
+
+    def _hand_on(
+        self, broker: JetStreamBroker, worker: dramatiq.Worker, dead: Iterable[dict[str, Any]]
+    ) -> None:
+        """Do what a dead worker cannot do any more for what it held, and tell the supervisor when it is done."""
+        dead = list(dead)
+        if not dead:
+            return
+        self._return(broker, [each["ack_subject"] for each in dead if "killed" not in each])
+        killed = [each for each in dead if "killed" in each]
+        if killed:
+            threading.Thread(
+                target=self._settle_killed,
+                args=(broker, worker, killed, len(dead)),
+                name="killed",
+                daemon=True,
+            ).start()
+        else:
+            self._channel.say(handed_on=len(dead))
+
+    def _settle_killed(
+        self, broker: JetStreamBroker, worker: dramatiq.Worker, killed: list[dict[str, Any]], count: int
+    ) -> None:
+        for each in killed:
+            error = HardTimeLimitExceeded(**each["killed"])
+            if not broker.killed_attempts.settle(worker, each["ack_subject"], error):
+                self._return(broker, [each["ack_subject"]])
+        self._channel.say(handed_on=count)
 
     def _return(self, broker: JetStreamBroker, ack_subjects: Iterable[str]) -> None:
         """Return messages to the server, which gives them to the next workers that ask."""
@@ -184,6 +271,7 @@ def _describe(broker: JetStreamBroker, worker: dramatiq.Worker) -> dict[str, Any
         "periodic": sorted(
             actor.actor_name for actor in broker.actors.values() if {"cron", "every"} & actor.options.keys()
         ),
+        "series": [[name, broker.actors[name].queue_name] for name in _series(broker)],
         "forks": [f"{fork.__module__}:{fork.__name__}" for each in broker.middleware for fork in each.forks],
     }
 
@@ -206,6 +294,7 @@ def main(arguments: list[str]) -> int:
     _set_up(options)
     if len(arguments) == 2:
         return _run_function(arguments[1])
+    faulthandler.register(STACKS_SIGNAL, file=int(arguments[3]), all_threads=True)
     channel = Channel(socket.socket(fileno=int(arguments[1])))
     return Child(options, channel, Board(int(arguments[2]))).run()
 

@@ -11,17 +11,27 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .board import Board
+from dramatiq_jetstream.wire.intake import deliveries_in
+
+from .board import SERIES, Board, Counts, Held
 from .channel import Channel
+from .child import STACKS_SIGNAL
 from .options import WorkOptions
 
-__all__ = ["Slot", "WorkerProcess"]
+__all__ = ["Series", "Slot", "WorkerProcess"]
+
+#: An actor and its queue.
+Series = tuple[str, str]
+
+#: The actors beyond those that are counted each by itself.
+OTHERS: Series = ("(others)", "")
 
 #: A process that lived this long after it was ready is replaced at once, in seconds.
 LIVED_SECONDS = 1.0
@@ -31,6 +41,12 @@ MAX_PAUSE_SECONDS = 30.0
 
 #: How long a process that is to stop now may take, in seconds.
 STOP_NOW_SECONDS = 2.0
+
+#: Milliseconds without a sign of life after which a process counts as stuck.
+STUCK_MS = 15_000
+
+#: How long a process gets to write the stacks of its threads, in seconds.
+STACKS_SECONDS = 0.25
 
 #: Lines of a process's output that are kept for when it dies.
 LAST_WORDS = 20
@@ -46,11 +62,15 @@ class WorkerProcess:
       ready: What it said of itself when its worker had started; None before.
       stopping: Whether it was told to stop.
       last_words: The end of what it printed.
+      outlived: The delivery for which it is killed, because its attempt outlived its hard time limit.
+      connection: A copy of its connection to NATS.
+      asked: What it was asked to hand on and has not confirmed.
     """
 
     def __init__(self, options: WorkOptions) -> None:
         ours, theirs = socket.socketpair()
         self.board = Board.create()
+        self._stacks = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self.channel = Channel(ours)
         with theirs:
             self._process = subprocess.Popen(
@@ -61,8 +81,9 @@ class WorkerProcess:
                     options.to_json(),
                     str(theirs.fileno()),
                     str(self.board.descriptor),
+                    str(self._stacks.fileno()),
                 ],
-                pass_fds=(theirs.fileno(), self.board.descriptor),
+                pass_fds=(theirs.fileno(), self.board.descriptor, self._stacks.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -79,6 +100,9 @@ class WorkerProcess:
         self.stop_by = 0.0
         self.kill_at: float | None = None
         self.killed = False
+        self.outlived: Held | None = None
+        self.asked: list[dict[str, Any]] = []
+        self.connection: socket.socket | None = None
         self.last_words: deque[str] = deque(maxlen=LAST_WORDS)
         self._jitter = 1 - JITTER * random.random()
         self._options = options
@@ -91,6 +115,24 @@ class WorkerProcess:
     def signal(self, number: int) -> None:
         """Send a signal, if it still runs."""
         self._process.send_signal(number)
+
+    @property
+    def threads(self) -> int:
+        """How many threads run actors in it."""
+        return self._options.threads if self.serves else 0
+
+    @property
+    def serves(self) -> bool:
+        """Whether it takes messages."""
+        return self.ready is not None and not self.stopping and self.board.connected
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether its interpreter, its loop or one of its threads does not move; a long actor is none of these."""
+        if self.ready is None or self.stopping:
+            return False
+        silent_ms = time.monotonic() * 1000 - self.board.last_beat
+        return self.board.threads_lost > 0 or silent_ms > STUCK_MS
 
     def stop(self) -> None:
         """Have it finish what runs, and end; it is killed when that takes longer than it may."""
@@ -111,6 +153,33 @@ class WorkerProcess:
         self.killed = True
         self._process.kill()
 
+    def outlive(self, held: Held) -> None:
+        """Have it write the stacks of its threads, then end it: an attempt of its own has outlived its limit."""
+        self.outlived = held
+        self._process.send_signal(STACKS_SIGNAL)
+        self.kill_at = time.monotonic() + STACKS_SECONDS
+
+    def stack(self, thread: int) -> str:
+        """Where a thread was when the stacks were written, the innermost call first; empty when that is not known."""
+        self._stacks.seek(0)
+        for section in self._stacks.read().decode("utf-8", "replace").split("\n\n"):
+            head, _, calls = section.partition("\n")
+            if f"0x{thread:016x} " in head:
+                return calls.strip("\n")
+        return ""
+
+    def use_connection(self, connection: socket.socket) -> None:
+        """Note that it is connected to NATS, or again."""
+        if self.connection is not None:
+            self.connection.close()
+        self.connection = connection
+
+    def lost_deliveries(self) -> set[str]:
+        """The ack subjects of what had reached this dead process, or was on its way, and is not on its board."""
+        on_board = {held.ack_subject for held in self.board.held()}
+        connection, self.connection = self.connection, None
+        return set(deliveries_in(self.board.intake, connection)) - on_board
+
     def read_output(self) -> bytes:
         """What it printed since the last call; complete lines are kept as its last words."""
         try:
@@ -127,13 +196,25 @@ class WorkerProcess:
         except (OSError, IndexError, ValueError):
             return 0
 
+    def counts(self) -> dict[Series, Counts]:
+        """The attempts that ended in it, by actor and queue."""
+        names = [(actor, queue) for actor, queue in (self.ready or {}).get("series", ())]
+        found = {name: self.board.counts(number) for number, name in enumerate(names)}
+        return {**found, OTHERS: self.board.counts(SERIES - 1)}
+
+    def attempts(self) -> int:
+        """How many attempts ended in it."""
+        return sum(counts.attempts for counts in self.counts().values())
+
     def worn(self) -> str | None:
         """Why it is to be replaced now, None if it is not."""
         options = self._options
         if self.ready is None or self.stopping:
             return None
-        if options.max_tasks is not None and self.board.finished >= options.max_tasks * self._jitter:
-            return f"it has done {self.board.finished} tasks"
+        if options.max_tasks is not None and (attempts := self.attempts()) >= (
+            options.max_tasks * self._jitter
+        ):
+            return f"it has run {attempts} attempts"
         age = time.monotonic() - self.started
         if options.max_age is not None and age >= options.max_age * self._jitter:
             return f"it is {age:.0f} s old"
@@ -146,6 +227,7 @@ class WorkerProcess:
         self.channel.close()
         self.board.close()
         self.output.close()
+        self._stacks.close()
 
 
 @dataclass(eq=False)

@@ -21,21 +21,23 @@ Signals of the parent, in the order of severity:
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from .board import Held
+from .board import Counts, Held
 from .child import EXIT_PROGRAM
 from .options import WorkOptions
 from .signals import Signals
-from .slots import Slot, WorkerProcess
+from .slots import Series, Slot, WorkerProcess
 
 __all__ = ["Supervisor"]
 
@@ -49,6 +51,17 @@ LOOK_INTERVAL_SECONDS = 0.25
 EXIT_OK, EXIT_CRASH_LOOP = 0, 1
 
 logger = logging.getLogger(__name__)
+
+
+def _now_ms() -> int:
+    return int(time.monotonic() * 1000)
+
+
+def _add(counts: dict[Series, Counts], process: WorkerProcess) -> None:
+    for series, counted in process.counts().items():
+        if counted.attempts or counted.retried:
+            counts.setdefault(series, Counts.none())
+            counts[series] += counted
 
 
 class Supervisor:
@@ -67,7 +80,7 @@ class Supervisor:
         self._booted = booted
         self._started_at = time.monotonic()
         self.slots = [Slot(number) for number in range(options.processes)]
-        self._held: list[Held] = []
+        self._held: list[dict[str, Any]] = []
         self._forks: list[subprocess.Popen[bytes]] = []
         self._selector = selectors.DefaultSelector()
         self._stopping = False
@@ -76,8 +89,9 @@ class Supervisor:
         self._early_deaths = 0
         self._status = EXIT_OK
         self.recycled = 0
-        self._ended_finished = 0
-        self._ended_failed = 0
+        self.killed = 0
+        self._past: dict[Series, Counts] = {}
+        self._counting = threading.Lock()  # a process must not be counted twice, or not at all
 
     @property
     def workers(self) -> list[WorkerProcess]:
@@ -89,13 +103,13 @@ class Supervisor:
         """How many processes were replaced because they had died."""
         return sum(slot.restarts for slot in self.slots)
 
-    def totals(self) -> tuple[int, int]:
-        """How many attempts ended, and how many of them with an error, in all workers so far."""
-        workers = self.workers
-        return (
-            self._ended_finished + sum(process.board.finished for process in workers),
-            self._ended_failed + sum(process.board.failed for process in workers),
-        )
+    def counts(self) -> dict[Series, Counts]:
+        """The attempts that ended in all workers so far, by actor and queue."""
+        with self._counting:
+            found = copy.deepcopy(self._past)
+            for process in self.workers:
+                _add(found, process)
+        return found
 
     def run(self) -> int:
         """Run the fleet until it is told to stop or gives up; returns the exit status."""
@@ -124,14 +138,21 @@ class Supervisor:
 
     def _hear(self, process: WorkerProcess) -> None:
         self._print(process)
+        self._read(process)
+        if process.channel.closed:
+            self._unregister(process.channel)
+
+    def _read(self, process: WorkerProcess) -> None:
         for message in process.channel.read():
             if "failed" in message:
                 process.failed = message["failed"]
-            else:
+            elif "connected" in message:
+                process.use_connection(message["sockets"][0])
+            elif "handed_on" in message:
+                del process.asked[: message["handed_on"]]
+            elif process.exit_status is None:
                 process.ready, process.ready_at = message["ready"], time.monotonic()
                 self._ready(process)
-        if process.channel.closed:
-            self._unregister(process.channel)
 
     def _print(self, process: WorkerProcess) -> None:
         text = process.read_output()
@@ -203,8 +224,8 @@ class Supervisor:
                 age = time.monotonic() - process.started
                 yield (
                     f"worker {slot.number}: PID {process.pid}, {what}, {age:.0f} s old, "
-                    f"{process.memory() / 1e6:.0f} MB, {process.board.finished} tasks done "
-                    f"({process.board.failed} failed), holds {sum(1 for _ in process.board.held())} messages"
+                    f"{process.memory() / 1e6:.0f} MB, {process.attempts()} attempts, "
+                    f"holds {process.board.in_flight()} messages"
                 )
 
     # Processes that end
@@ -214,25 +235,33 @@ class Supervisor:
             for process in slot.processes():
                 if process.exit_status is not None:
                     self._print(process)
-                    for message in process.channel.read():
-                        process.failed = message.get("failed", process.failed)
+                    self._read(process)
                     self._ended(slot, process)
 
     def _ended(self, slot: Slot, process: WorkerProcess) -> None:
         self._unregister(process.channel)
         self._unregister(process.output)
         status = process.exit_status or 0
-        slot.lost(process)
-        held = list(process.board.held())
-        self._ended_finished += process.board.finished
-        self._ended_failed += process.board.failed
+        with self._counting:
+            slot.lost(process)
+            _add(self._past, process)
+        held = [*map(Held, process.lost_deliveries()), *process.board.held()]
+        self._held += [self._last_will(process, each) for each in held] + process.asked
         process.close()
-        self._held += held
         if process.failed is not None and not self._seen_ready:
             self._give_up(EXIT_PROGRAM, process.failed)
         elif not (process.stopping and status in (0, -signal.SIGTERM)):
-            self._died(slot, process, status, len(held))
+            self._died(slot, process, status, sum(not each.answered for each in held))
         self._hand_on()
+
+    def _last_will(self, process: WorkerProcess, held: Held) -> dict[str, Any]:
+        """What a living worker is to do for a delivery of a dead one."""
+        if process.outlived is None or not held.is_overdue(_now_ms()):
+            return {"ack_subject": held.ack_subject}
+        seconds = (_now_ms() - held.begun_ms) / 1000
+        stack = process.stack(held.thread)
+        killed = {"seconds": seconds, "pid": process.pid, "stack": stack}
+        return {"ack_subject": held.ack_subject, "killed": killed}
 
     def _died(self, slot: Slot, process: WorkerProcess, status: int, held: int) -> None:
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
@@ -266,15 +295,17 @@ class Supervisor:
             return
 
     def _hand_on(self) -> None:
-        """Have a worker that lives return to the server what dead ones held."""
-        if not self._held:
-            return
-        for slot in self.slots:
-            for process in slot.processes():
-                if process.ready is not None and process.exit_status is None and not process.channel.closed:
-                    process.channel.say(hand_on=[held.ack_subject for held in self._held])
-                    self._held = []
-                    return
+        """Have a worker that lives return to the server what dead ones held: the one that moved last."""
+        able = [
+            process
+            for process in self.workers
+            if process.ready is not None and process.exit_status is None and not process.channel.closed
+        ]
+        if self._held and able:
+            process = max(able, key=lambda each: (not each.stopping, each.board.last_beat))
+            process.asked += self._held
+            process.channel.say(hand_on=self._held)
+            self._held = []
 
     # Limits and pauses
 
@@ -288,6 +319,7 @@ class Supervisor:
                 process.stop_now()
             if process.kill_at is not None and now > process.kill_at:
                 process.kill()
+            self._look_for_overdue(process)
             hard = self._options.max_memory_hard
             if hard is not None and not process.killed and (memory := process.memory()) > hard:
                 logger.error(
@@ -302,6 +334,16 @@ class Supervisor:
             if slot.current is None and now >= slot.not_before and (self._seen_ready or slot.number == 0):
                 slot.current = self._start()
         self._recycle()
+
+    def _look_for_overdue(self, process: WorkerProcess) -> None:
+        """Kill a process in which an attempt has outlived its hard time limit."""
+        if process.outlived is None and (overdue := process.board.overdue(_now_ms())) is not None:
+            logger.error(
+                "Worker PID %d runs an attempt that has outlived its hard time limit; killing it.",
+                process.pid,
+            )
+            self.killed += 1
+            process.outlive(overdue)
 
     def _recycle(self) -> None:
         """Replace one process that has reached a limit, unless another is being replaced already."""

@@ -141,6 +141,10 @@ class Client(asyncio.Protocol):
         for event in events:
             receive(event)
 
+    def unfinished(self, most: int) -> tuple[bytes, int]:
+        """As `Protocol.unfinished`."""
+        return self._protocol.unfinished(most)
+
     def pause_writing(self) -> None:
         self.paused = True
 

@@ -20,6 +20,7 @@ from dramatiq_jetstream.errors import BrokerConnectionError, NotSent
 
 from .asking import ask
 from .calls import Call
+from .client import Client
 from .headers import Headers, Msg, encode_headers
 from .ids import new_id
 from .link import ConnectionState, Link
@@ -100,6 +101,11 @@ class CoreConnection:
     def is_open(self) -> bool:
         """Whether messages can be written now."""
         return self._link.is_open
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the socket has taken what was written."""
+        return self._link.is_writable
 
     @property
     def is_connected(self) -> bool:
@@ -351,6 +357,10 @@ class CoreConnection:
     def on_fence(self, callback: Callable[[int], None]) -> None:
         """Call `callback(n)` on the loop thread when everything sent before fence `n` has arrived."""
         self._listeners.fence.append(callback)
+
+    def on_opened(self, callback: Callable[[Client], None]) -> None:
+        """Call `callback` on the loop thread with each new connection, before anything is delivered over it."""
+        self._listeners.opened.append(callback)
 
     def on_tick(self, callback: Callable[[], None]) -> None:
         """Call `callback` on the loop thread ten times a second, connected or not."""

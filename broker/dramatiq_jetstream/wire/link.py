@@ -137,6 +137,12 @@ class Link:
         return client is not None and client.open
 
     @property
+    def is_writable(self) -> bool:
+        """Whether the socket has taken what was written."""
+        client = self._client
+        return client is not None and client.open and not client.paused and not len(self._outbox)
+
+    @property
     def is_connected(self) -> bool:
         """Whether the server is there now, as far as this process can know."""
         client = self._client
@@ -347,6 +353,7 @@ class Link:
         state.connected = True
         state.server = client.address.netloc
         state.server_version = str(client.info.get("version"))
+        self._call_all(self._listeners.opened, client)  # before anything can be delivered
         commands = [encode_subscribe(f"{self.inbox}.*", _INBOX_SID)]
         commands += [encode_subscribe(each.subject, each.sid) for each in list(self._subscriptions.values())]
         client.write(b"".join(commands))

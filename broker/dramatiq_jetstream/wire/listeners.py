@@ -9,6 +9,7 @@ from typing import Any
 
 from dramatiq_jetstream.errors import PermissionDenied
 
+from .client import Client
 from .headers import Msg
 
 __all__ = ["CoreSubscription", "Listeners"]
@@ -38,6 +39,7 @@ class CoreSubscription:
 class Listeners:
     """What is called on the loop thread as things happen; `fork` in the child of a fork. It outlives a link."""
 
+    opened: list[Callable[[Client], None]] = field(default_factory=list)
     lost: list[Callable[[], None]] = field(default_factory=list)
     reconnect: list[Callable[[], None]] = field(default_factory=list)
     fence: list[Callable[[int], None]] = field(default_factory=list)
@@ -50,7 +52,14 @@ class Listeners:
             callback()
 
     def remove(self, callback: Callable[..., None]) -> None:
-        everything: tuple[list[Any], ...] = (self.lost, self.reconnect, self.fence, self.tick, self.fork)
+        everything: tuple[list[Any], ...] = (
+            self.opened,
+            self.lost,
+            self.reconnect,
+            self.fence,
+            self.tick,
+            self.fork,
+        )
         for callbacks in everything:
             with contextlib.suppress(ValueError):
                 callbacks.remove(callback)

@@ -135,6 +135,15 @@ class Protocol:
             at = stop + 2
         return events
 
+    def unfinished(self, most: int) -> tuple[bytes, int]:
+        """The first bytes, up to `most`, of a message that has not arrived whole, and how many of it have arrived."""
+        if not self._parts:
+            return b"", 0
+        beginning = self._parts[0]
+        if len(beginning) < most and len(self._parts) > 1:
+            beginning = b"".join(self._parts)
+        return beginning[:most], sum(map(len, self._parts))
+
     def pongs(self) -> bytes:
         """The PONGs that have to be written now, for the PINGs that arrived; each is returned once."""
         pongs, self._pongs = self._pongs, b""

@@ -38,7 +38,7 @@ from dramatiq_jetstream.wire.connection import Connection
 from dramatiq_jetstream.wire.thread_queue import ThreadQueue
 
 from .current import is_abort
-from .delivery import Delivery
+from .delivery import Delivery, Source
 from .in_flight import InFlight
 from .message import JetStreamMessage
 from .pulling import Puller
@@ -168,6 +168,11 @@ class JetStreamConsumer(Consumer):
         if self.suspects.include(delivery):
             self.suspects.settled(delivery)
         self._puller.ask_under_load()
+
+    @property
+    def sources(self) -> list[Source]:
+        """Where its messages come from, as this program declares it."""
+        return self._opened
 
     def _wake(self) -> None:
         self._arrivals.put([])

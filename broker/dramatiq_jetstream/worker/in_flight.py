@@ -25,6 +25,9 @@ from .settlements import ACK, NAK, WPI, Key, Settlements
 
 __all__ = ["InFlight"]
 
+#: After this time it is seen again whether the socket takes answers, in seconds.
+WRITABLE_SECONDS = 0.1
+
 
 class HeldBoard(Protocol):
     """Where a process notes what it holds, for the supervisor that outlives it; on the loop thread."""
@@ -35,8 +38,11 @@ class HeldBoard(Protocol):
     def move(self, slot: int, ack_subject: str) -> None:
         """Note the ack subject under which a delivery came again."""
 
+    def answer(self, slot: int) -> None:
+        """Note that a delivery was settled."""
+
     def release(self, slot: int) -> None:
-        """Forget a delivery that was settled."""
+        """Forget a delivery."""
 
 
 class InFlight:
@@ -47,6 +53,7 @@ class InFlight:
         self._held: dict[Key, Delivery] = {}
         self.redeliveries = 0
         self.board: HeldBoard | None = None
+        self._answered: list[int] = []
         self.durables = Durables(connection, self._newest)
         self.settlements = Settlements(connection, self.durables.doubt)
         connection.on_tick(self._signal)
@@ -84,6 +91,27 @@ class InFlight:
             delivery.slot = self.board.hold(delivery.ack_subject)
         else:
             self.board.move(delivery.slot, delivery.ack_subject)
+
+    def _note_answered(self, delivery: Delivery) -> None:
+        if self.board is not None and delivery.slot is not None:
+            self.board.answer(delivery.slot)
+            if not self._answered:
+                self._connection.soon(self._clear_board)
+            self._answered.append(delivery.slot)
+            delivery.slot = None
+
+    def _clear_board(self) -> None:
+        """Take off the board what was answered in an earlier turn of the loop: the socket has taken the answers."""
+        if self._connection.is_writable:
+            self._forget_answered()
+        else:
+            self._connection.soon(self._clear_board, WRITABLE_SECONDS)
+
+    def _forget_answered(self) -> None:
+        if self.board is not None:
+            for slot in self._answered:
+                self.board.release(slot)
+        self._answered.clear()
 
     def _take_off_board(self, delivery: Delivery) -> None:
         if self.board is not None and delivery.slot is not None:
@@ -132,7 +160,7 @@ class InFlight:
         self._release(delivery, done=False)
 
     def _release(self, delivery: Delivery, *, done: bool) -> None:
-        self._take_off_board(delivery)
+        self._note_answered(delivery)
         delivery.owner.released(delivery, done=done)
 
     def flush(self, seconds: float) -> None:
@@ -198,6 +226,7 @@ class InFlight:
 
     def _end_life(self, durable: Durable) -> None:
         """Let no supervisor give back what it would give back in another life."""
+        self._forget_answered()
         for delivery in self._held.values():
             if delivery.source.durable is durable and delivery.life is not durable.life:
                 self._take_off_board(delivery)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from dramatiq.broker import MessageProxy
 from dramatiq.message import Message
 
+from dramatiq_jetstream.errors import HardTimeLimitExceeded
+
 from .delivery import Delivery
 
 __all__ = ["Ended", "JetStreamMessage"]
@@ -31,10 +33,12 @@ class JetStreamMessage(MessageProxy):
       once_followed_up: What to call when its actor has succeeded and all that follows is stored.
       to_record: How its attempt ended, if the history is to have a record of it.
       is_cancelled: Whether it was skipped because it was aborted before it began.
+      killed: Why its process was killed, for an attempt that another process settles.
     """
 
     to_record: Ended | None = None
     is_cancelled = False
+    killed: HardTimeLimitExceeded | None = None
 
     def __init__(
         self, message: Message[Any], delivery: Delivery, arguments: tuple[Any, ...] | None = None

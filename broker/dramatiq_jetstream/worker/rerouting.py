@@ -23,7 +23,7 @@ from dramatiq.middleware import SkipMessage
 from dramatiq_jetstream import dead_letters
 from dramatiq_jetstream.config import BrokerConfig
 from dramatiq_jetstream.dead_letters import DeadLetters
-from dramatiq_jetstream.errors import PermissionDenied
+from dramatiq_jetstream.errors import HardTimeLimitExceeded, PermissionDenied
 from dramatiq_jetstream.jetstream.names import (
     HEADER_BODY,
     HEADER_EARLIER_DELIVERIES,
@@ -117,6 +117,8 @@ class Rerouter:
 
     def _reason(self, message: JetStreamMessage) -> tuple[str, str]:
         error = message._exception
+        if isinstance(error, HardTimeLimitExceeded):
+            return dead_letters.KILLED, str(error)
         if isinstance(error, ActorNotFound):
             return dead_letters.UNKNOWN_ACTOR, f"No actor {message.actor_name!r} is declared here."
         if error is None:

@@ -20,6 +20,7 @@ from .arguments import Describe
 from .attachment import Attachment
 from .consumers import Consumers
 from .follow_ups import FollowUps
+from .hard_limits import KilledAttempts, check_hard_time_limit
 from .in_flight import InFlight
 from .message import Ended, JetStreamMessage
 from .presence import Presence
@@ -79,6 +80,7 @@ class Workplace:
         self.attachment = Attachment(
             rerouter, self.follow_ups, self._suspects, self._recorder, Vitals(connection, self.in_flight)
         )
+        self.killed_attempts = KilledAttempts(connection, self.in_flight, self.attachment.replace_attempts)
         self._presence = Presence(workers, describe, program_version)
         self.consumers = Consumers(
             config, connection, self.in_flight, self.sources, self._suspects, rerouter, self.attachment
@@ -89,6 +91,7 @@ class Workplace:
         """What to do at a hook before any middleware."""
         begin = self.follow_ups.begin
         return {
+            "before_declare_actor": check_hard_time_limit,
             "before_worker_boot": self.attachment.attach,
             "after_worker_boot": self._presence.begin,
             "after_consumer_thread_boot": self.attachment.replace_delay_queue,
