@@ -1,7 +1,8 @@
 """Random faults under load, then the books are checked: `python -m tests.chaos --minutes 10`.
 
-There are two subjects: the order service, and with `--subject library` the library alone. The seed is printed; with
-`--seed` the same faults come in the same order again.
+There are three subjects: the order service, with `--subject library` the library alone, and with `--subject workers`
+the workers of one fleet, which are killed one at a time. The seed is printed; with `--seed` the same faults come in the
+same order again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tests.chaos.fleet import Topology
 from tests.chaos.library import __main__ as library
 from tests.chaos.network import Network
 from tests.chaos.trial import Result, run
+from tests.chaos.workers import __main__ as workers
 
 
 def schedule(
@@ -45,11 +47,16 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     subject = argparse.ArgumentParser(add_help=False)
     subject.add_argument(
-        "--subject", choices=("orders", "library"), default="orders", help="what is put to the proof"
+        "--subject",
+        choices=("orders", "library", "workers"),
+        default="orders",
+        help="what is put to the proof",
     )
     chosen, others = subject.parse_known_args(arguments)
     if chosen.subject == "library":
         return library.main(others)
+    if chosen.subject == "workers":
+        return workers.main(others)
     parser = argparse.ArgumentParser(
         prog="python -m tests.chaos",
         description="Random faults under load; then the books are checked.",

@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Final
 
+from .ack_subjects import is_ack_subject
 from .client import Client
 from .headers import Msg
 from .protocol import Protocol, ProtocolError
@@ -143,7 +144,7 @@ def deliveries_in(memory: memoryview, connection: socket.socket | None) -> Itera
     try:
         for data in received:
             for event in protocol.receive(data) if data else ():
-                if type(event) is Msg and event.reply.startswith("$JS.ACK."):
+                if type(event) is Msg and is_ack_subject(event.reply):
                     yield event.reply
     except (
         ProtocolError

@@ -23,6 +23,7 @@ from dramatiq.worker import Worker, WorkerThread
 
 from dramatiq_jetstream.errors import HardTimeLimitExceeded, InvalidOption
 from dramatiq_jetstream.jetstream.reading import message_at
+from dramatiq_jetstream.wire.ack_subjects import ack_tokens
 from dramatiq_jetstream.wire.connection import Connection, Msg
 from dramatiq_jetstream.wire.headers import encode_headers
 
@@ -93,8 +94,7 @@ class KilledAttempts:
     def _read(self, worker: Worker, ack_subject: str) -> JetStreamMessage | None:
         """The message, held by this process from now on; None when it is settled, or here, already."""
         source = self._wait_for_source(worker, ack_subject)
-        delivery = Delivery(Msg("", ack_subject, b""), source, _Owner())
-        stored = message_at(self._connection, source.stream, delivery.sequence)
+        stored = message_at(self._connection, source.stream, int(ack_tokens(ack_subject)[3]))
         if stored is None:
             return None
         headers = encode_headers(stored.headers) if stored.headers else None
@@ -117,7 +117,7 @@ class KilledAttempts:
         for thread in list(worker.consumers.values()):
             if isinstance(thread.consumer, JetStreamConsumer):
                 for source in thread.consumer.sources:
-                    if f".{source.stream}.{source.durable.name}." in ack_subject:
+                    if ack_tokens(ack_subject)[:2] == [source.stream, source.durable.name]:
                         return source
         return None
 

@@ -1,0 +1,14 @@
+"""A few kills of workers, in every way: the same trial as the long one."""
+
+from __future__ import annotations
+
+from tests.chaos.workers.trial import ACK_WAIT_MS, WAYS, run
+
+
+def test_workers_that_are_killed_under_load_lose_nothing_and_hold_nothing_up(tmp_path):
+    """What a dead worker held, begun or not, or was being sent, begins elsewhere long before its `ack_wait` is over."""
+    result = run(tmp_path, kills=12, seconds=6, seed=5, rate=40.0)
+    assert set(result.kills) == set(WAYS)
+    assert (result.lost, result.unexplained) == ([], 0)
+    assert result.fewest >= result.workers - 1
+    assert max([*result.waits, *result.delays]) < ACK_WAIT_MS / 1000 / 4
