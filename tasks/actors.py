@@ -31,6 +31,7 @@ from .failures import failure_of
 from .gateway import GatewayUnavailable
 from .outage import is_outage
 from .saga import STEPS
+from .steps import observed
 
 logger = logging.getLogger(__name__)
 
@@ -61,33 +62,33 @@ def _pay_again(retries: int, error: BaseException) -> bool:
 @_step("ORDER.created", OrderCreated, "orders", BEGIN)
 def reserve_stock(event: OrderCreated) -> None:
     """Hold the order's items in stock, or reject the order."""
-    logs.bind(order_id=event.order_id)
-    app.saga().reserve(event)
+    with observed("reserve", event) as run:
+        run.outcome = app.saga().reserve(event)
 
 
 @_step("ORDER.reserved", OrderReserved, "payments", CONTINUE, retry_when=_pay_again)
 def capture_payment(event: OrderReserved) -> None:
     """Capture the payment of an order whose items are held."""
-    logs.bind(order_id=event.order_id)
-    try:
-        app.saga().pay(event)
-    except GatewayUnavailable as error:
-        error.waited = app.now() - event.reserved_at.ToMilliseconds()
-        raise
+    with observed("pay", event) as run:
+        try:
+            run.outcome = app.saga().pay(event)
+        except GatewayUnavailable as error:
+            error.waited = app.now() - event.reserved_at.ToMilliseconds()
+            raise
 
 
 @_step("ORDER.paid", OrderPaid, "orders", FINISH)
 def confirm_order(event: OrderPaid) -> None:
     """Confirm an order that is paid."""
-    logs.bind(order_id=event.order_id)
-    app.saga().confirm(event)
+    with observed("confirm", event) as run:
+        run.outcome = app.saga().confirm(event)
 
 
 @_step("ORDER.declined", OrderDeclined, "orders", FINISH)
 def release_stock(event: OrderDeclined) -> None:
     """Give back what was held for an order whose payment was declined."""
-    logs.bind(order_id=event.order_id)
-    app.saga().release(event)
+    with observed("release", event) as run:
+        run.outcome = app.saga().release(event)
 
 
 def _itself(event: Event) -> Event:

@@ -22,7 +22,7 @@ from dramatiq_jetstream.events import DeadLetterEvents, Events
 from dramatiq_jetstream.kv import Bucket
 from dramatiq_jetstream.periodic import Periodic
 
-from . import credentials, events, idempotency, logs, orders, outage, stock, telemetry, tokens
+from . import credentials, events, idempotency, logs, metrics, orders, outage, stock, telemetry, tokens
 from .catalogue import CATALOGUE
 from .credentials import Keys, Operators
 from .events import Happened
@@ -120,7 +120,10 @@ def publish(event: Message, at: int, *, timeout: int | None = None) -> int:
     event_id = events.event_id(event)
     subject, body = events.subject_of(event), event.SerializeToString(deterministic=True)
     store = partial(
-        broker.publish, subject, body, headers=events.headers(event, event_id, at), timeout=timeout
+        broker.publish,
+        *(subject, body),
+        headers=events.headers(event, event_id, at, logs.bound("request_id")),
+        timeout=timeout,
     )
     ack = store(event_id=event_id)
     if ack.duplicate:
@@ -138,7 +141,7 @@ def publish_again(event: Message) -> None:
         events.subject_of(event),
         event,
         event_id=f"{event_id}.{secrets.token_hex(16)}",
-        headers=events.headers(event, event_id, now()),
+        headers=events.headers(event, event_id, now(), logs.bound("request_id")),
     )
 
 
@@ -207,7 +210,9 @@ def stock_store() -> Stock:
 @_once
 def orders_store() -> Orders:
     """Return the read model."""
-    return Orders(orders_bucket())
+    return Orders(
+        orders_bucket(), finished=lambda status, seconds: metrics.finished.labels(status).observe(seconds)
+    )
 
 
 @_once

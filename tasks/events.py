@@ -48,6 +48,10 @@ _NAMES: Final = {message_type: name for name, message_type in TYPES.items()}
 # What can stand in a subject's token, a path and a file name without meaning anything else there.
 _ORDER_ID = re.compile(rf"[A-Za-z0-9_~-][A-Za-z0-9._~-]{{0,{MAX_ID_LENGTH - 1}}}", re.ASCII)
 
+#: The header that names the request which placed an order.
+REQUEST_ID: Final = "Request-Id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+
 _TRACE_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
@@ -101,9 +105,21 @@ def event_id(event: Message) -> str:
     return f"{order_id}.{name}.{event.step}" if isinstance(event, OrderFailed) else f"{order_id}.{name}"
 
 
-def headers(event: Message, event_id: str, at: int) -> dict[str, str]:
-    """Return the CloudEvents headers of an event that happened at `at` (milliseconds)."""
+def request_id_in(headers: Mapping[str, str]) -> str | None:
+    """Return the id of the request that placed an order, None when there is none that could be one."""
+    named = headers.get(REQUEST_ID, "")
+    return named if is_request_id(named) else None
+
+
+def is_request_id(text: str) -> bool:
+    """Whether a text can be the id of a request."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
+def headers(event: Message, event_id: str, at: int, request_id: str | None = None) -> dict[str, str]:
+    """Return the headers of an event that happened at `at` (milliseconds): CloudEvents, and the request's id."""
     return {
+        **({} if request_id is None else {REQUEST_ID: request_id}),
         "ce-specversion": "1.0",
         "ce-id": event_id,
         "ce-type": event.DESCRIPTOR.full_name,
@@ -148,6 +164,7 @@ def isoformat(at: int) -> str:
 
 
 __all__ = [
+    "REQUEST_ID",
     "STREAM",
     "SUBJECTS",
     "TYPES",
@@ -158,9 +175,11 @@ __all__ = [
     "event_id",
     "happened",
     "headers",
+    "is_request_id",
     "isoformat",
     "name_of",
     "order_id_of",
+    "request_id_in",
     "subject_of",
     "timestamp",
     "usable_order_id",

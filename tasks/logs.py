@@ -1,6 +1,6 @@
 """Log lines that say what they are about: the actor, the message, the order, and the trace if there is one.
 
-bind(order_id=order_id)     # in an actor: on all further lines of this message, and on its span
+bind(order_id=order_id)     # in an actor or a request: on all its further lines, and on its span
 
 No text from outside can begin a line or change how one reads: control characters are escaped wherever they come
 from, and the lines of a traceback are marked.
@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
@@ -21,7 +23,7 @@ from opentelemetry import trace
 from .settings import Settings
 from .text import escaped
 
-__all__ = ["LogContext", "bind", "configure"]
+__all__ = ["LogContext", "about", "bind", "bound", "configure"]
 
 #: What the lines of the running message carry; shared with the coroutine of an async actor.
 _about: ContextVar[dict[str, Any] | None] = ContextVar("about", default=None)
@@ -50,8 +52,23 @@ class LogContext(Middleware):
         _about.set(None)
 
 
+@contextmanager
+def about(**fields: str) -> Iterator[None]:
+    """Put fields on all log lines of a block, to which `bind` may add."""
+    token = _about.set(dict(fields))
+    try:
+        yield
+    finally:
+        _about.reset(token)
+
+
+def bound(field: str) -> str | None:
+    """Return what the lines carry of a field."""
+    return (_about.get() or {}).get(field)
+
+
 def bind(**fields: str) -> None:
-    """Put fields on all further log lines of the running message, and on its span."""
+    """Put fields on all further log lines of the running message or request, and on its span."""
     about = _about.get()
     if about is not None:
         about.update(fields)

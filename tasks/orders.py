@@ -17,7 +17,7 @@ import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -41,7 +41,16 @@ from orders.v1.events_pb2 import (
 from . import money
 from .catalogue import CATALOGUE, CURRENCY
 from .events import Happened, name_of, order_id_of
-from .model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TEXT, HistoryEntry, Order, OrderedItem
+from .model import (
+    FINAL_STATUSES,
+    MAX_ID_LENGTH,
+    MAX_ITEMS,
+    MAX_QUANTITY,
+    MAX_TEXT,
+    HistoryEntry,
+    Order,
+    OrderedItem,
+)
 from .ports import Bucket, Entry
 from .saga import OUTCOMES
 from .text import normalised, shown
@@ -75,10 +84,16 @@ class _Cached:
 
 
 class Orders:
-    """The records of all orders in their bucket."""
+    """The records of all orders in their bucket.
 
-    def __init__(self, bucket: Bucket) -> None:
+    Parameters:
+      finished: Is told once of each order that a projection of this process made final: its status, and the seconds
+        since it was accepted.
+    """
+
+    def __init__(self, bucket: Bucket, finished: Callable[[str, float], None] | None = None) -> None:
         self._bucket = bucket
+        self._finished = finished
         self._recent: OrderedDict[str, _Cached] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -118,6 +133,7 @@ class Orders:
                     return
             try:
                 self._remember(order_id, self._write(order_id, stored, known.revision))
+                self._tell_if_finished(known.stored, stored)
                 return
             except (KeyExists, RevisionConflict):
                 self._remember(order_id, self._look(order_id))
@@ -126,6 +142,14 @@ class Orders:
                         f"the record of order {order_id} kept changing for {TIMEOUT_MS} ms."
                     ) from None
                 time.sleep(random.uniform(0, 0.01))
+
+    def _tell_if_finished(self, before: Stored | None, after: Stored) -> None:
+        """Tell of an order with the write that added the last fact about its end or its beginning."""
+        if self._finished is None or (before is not None and _end_of(before) is not None):
+            return
+        end = _end_of(after)
+        if end is not None:
+            self._finished(*end)
 
     def _guess(self, order_id: str) -> _Cached:
         """Return the record as this process last saw it."""
@@ -267,6 +291,15 @@ def status_of(events: Mapping[str, Mapping[str, Any]]) -> str:
         if event in events:
             return status
     return "accepted"
+
+
+def _end_of(stored: Stored) -> tuple[str, float] | None:
+    """Return the status of a record that is final, and how many seconds its order took; None before that is known."""
+    events = stored["events"]
+    status = status_of(events)
+    if status not in FINAL_STATUSES or "created" not in events:
+        return None
+    return status, max(0, events[status]["at"] - events["created"]["at"]) / 1000
 
 
 def _open_failures(events: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -21,6 +21,7 @@ from typing import Final
 from circuitbreaker import CircuitBreaker
 from dramatiq.errors import BrokerError
 
+from . import metrics
 from .gateway import GatewayUnavailable, UnusableAnswer
 from .ports import Bucket, Charge, Decline, Gateway
 
@@ -142,6 +143,8 @@ class GuardedGateway:
         except GatewayUnavailable as error:
             self._outage.note(str(error))
             raise
+        finally:
+            metrics.breaker_open.set(not self._breaker.closed)
         self._outage.over()
         return outcome
 

@@ -91,8 +91,8 @@ class Saga:
         self._history = history
         self._now = now
 
-    def reserve(self, event: OrderCreated) -> None:
-        """Hold the order's items in stock, or reject the order."""
+    def reserve(self, event: OrderCreated) -> str:
+        """Hold the order's items in stock, or reject the order; returns the state in which that leaves it."""
         order_id = order_id_of(event)
         claim = claimed(self._stock.claims, order_id, event, self._now)
         if claim.digest != digest_of_event(event):
@@ -107,9 +107,10 @@ class Saga:
             self._announce(order_id, found)
         if found.record.state != "held" and event.payment_token:
             self._tokens.drop(order_id)
+        return found.record.state
 
-    def pay(self, event: OrderReserved) -> None:
-        """Capture the payment of an order whose items are held."""
+    def pay(self, event: OrderReserved) -> str:
+        """Capture the payment of an order whose items are held; returns the state in which that leaves it."""
         order_id = order_id_of(event)
         found = self._recorded(order_id, event, "held")
         if found.record.state == "held":
@@ -118,6 +119,7 @@ class Saga:
             self._announce(order_id, found)
         if found.record.payment_token and found.record.state != "held":
             self._tokens.drop(order_id)
+        return found.record.state
 
     def _with_token(self, order_id: str, wanted: Record, token: str) -> Record:
         """Keep the token that an event brought, or see to it that the one that it names is kept."""
@@ -153,23 +155,25 @@ class Saga:
             raise TokenMissing(f"the payment token of order {order_id} is not kept any more.")
         return found
 
-    def confirm(self, event: OrderPaid) -> None:
-        """Confirm an order that is paid."""
+    def confirm(self, event: OrderPaid) -> str:
+        """Confirm an order that is paid; returns the state in which that leaves it."""
         order_id = order_id_of(event)
         found = self._recorded(order_id, event, "paid")
         if found.record.state == "paid":
             found = self._stock.forward(order_id, found, found.record.forward("confirmed", self._now()))
         self._expect(found, event, "confirmed")
         self._announce(order_id, found)
+        return found.record.state
 
-    def release(self, event: OrderDeclined) -> None:
-        """Give back what is held for an order whose payment was declined, and reject it."""
+    def release(self, event: OrderDeclined) -> str:
+        """Give back what is held for an order whose payment was declined, and reject it; returns its state then."""
         order_id = order_id_of(event)
         found = self._recorded(order_id, event, "declined")
         if found.record.state == "declined":
             found = self._stock.release(order_id, self._now())
         self._expect(found, event, "released")
         self._announce(order_id, found)
+        return found.record.state
 
     def fail(self, order_id: str, step: str, error: str, message_id: str) -> None:
         """Say that a step of an order was given up and waits as a dead letter."""

@@ -8,7 +8,7 @@ from urllib.parse import quote, urlencode
 
 from flask import Blueprint, Response, current_app, jsonify, request
 
-from tasks import service
+from tasks import logs, service
 from tasks.events import usable_order_id
 from tasks.numbers import whole_number
 from tasks.service import AcceptedOrder, InvalidCursor, InvalidOrder, Order, OrderRequest
@@ -93,7 +93,7 @@ def accept(order_request: OrderRequest, key: str | None) -> AcceptedOrder:
         raise Problem("forbidden", f"You can order for customer {who.customer_id!r} alone.")
     try:
         # Two callers may use the same key and mean nothing by it.
-        return service.accept_order(order_request, None if key is None else f"{who.space}/{key}")
+        accepted = service.accept_order(order_request, None if key is None else f"{who.space}/{key}")
     except service.IdempotencyConflict as error:
         text = str(error)
         raise Problem("idempotency-key-reused", f"{text[:1].upper()}{text[1:]}.") from None
@@ -107,6 +107,8 @@ def accept(order_request: OrderRequest, key: str | None) -> AcceptedOrder:
             "The same order with this Idempotency-Key is being stored right now: ask again shortly.",
             headers={"Retry-After": str(error.retry_after)},
         ) from None
+    logs.bind(order_id=accepted.order_id)
+    return accepted
 
 
 def refuse(error: InvalidOrder) -> NoReturn:
@@ -125,7 +127,10 @@ def find_order(order_id: str) -> Order:
 
     An id that no order can have is not even looked up.
     """
-    order = service.get_order(order_id) if usable_order_id(order_id) else None
+    if not usable_order_id(order_id):
+        raise Problem("not-found", f"There is no order {order_id[:64]!r}.")
+    logs.bind(order_id=order_id)
+    order = service.get_order(order_id)
     if order is None or not caller().sees(order):
         raise Problem("not-found", f"There is no order {order_id[:64]!r}.")
     return order

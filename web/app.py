@@ -12,7 +12,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from dramatiq_jetstream.errors import MessageTooLarge
 from tasks import broker, logs, telemetry
 from tasks.settings import Settings, front_end_settings
-from web import access, admission, api, health, keys_page, openapi, pages, security, sign_in
+from web import access, admission, api, health, keys_page, observed, openapi, pages, security, sign_in
 from web.live import Streams
 from web.problems import Problem, from_status, unavailable
 from web.rates import Rates
@@ -69,6 +69,7 @@ def create_app(app_settings: Settings | None = None) -> Flask:
         FlaskInstrumentor().instrument_app(  # type: ignore[no-untyped-call]
             app, excluded_urls="/health.*,/metrics,/static/.*"
         )
+    observed.observe(app)
     return app
 
 

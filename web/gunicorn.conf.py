@@ -8,10 +8,22 @@ request when it is there as a whole; slow clients are left to `web.worker`, whic
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import tempfile
+from pathlib import Path
 from typing import Any
 
-from tasks.settings import front_end_settings, is_loopback
+# Each process counts into files of this directory, and any of them answers `/metrics` for all. The clients' library
+# decides when it is imported, which the next import does, that numbers are kept there.
+_own_counts = (
+    None if os.environ.get("PROMETHEUS_MULTIPROC_DIR") else tempfile.mkdtemp(prefix="order-metrics-")
+)
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = _own_counts or os.environ["PROMETHEUS_MULTIPROC_DIR"]
+Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).mkdir(parents=True, exist_ok=True)
+
+from tasks.settings import front_end_settings, is_loopback  # noqa: E402
 
 _settings = front_end_settings()
 
@@ -38,6 +50,19 @@ def on_starting(server: Any) -> None:
             raise SystemExit(
                 f"ACCESS=open works on a loopback address alone, and gunicorn binds {address[0]}."
             )
+
+
+def child_exit(_server: Any, worker: Any) -> None:
+    """Drop the numbers of a process that is gone which say how it is, and keep those that say what it did."""
+    from prometheus_client import multiprocess
+
+    multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+
+
+def on_exit(_server: Any) -> None:
+    """Remove the files: the next start counts from zero, as Prometheus expects."""
+    if _own_counts is not None:
+        shutil.rmtree(_own_counts, ignore_errors=True)
 
 
 def post_worker_init(_worker: Any) -> None:

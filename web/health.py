@@ -6,14 +6,13 @@ from typing import Any
 
 from flask import Blueprint, Response, jsonify
 
-from dramatiq_jetstream.gauges import PROMETHEUS_CONTENT_TYPE, Gauges
-from tasks import broker, service
+from dramatiq_jetstream.gauges import PROMETHEUS_CONTENT_TYPE
+from tasks import service
 from web import live
+from web import metrics as web_metrics
 from web.access import anyone, needs, visitor
 
 blueprint = Blueprint("health", __name__)
-
-_gauges = Gauges(broker, connect=True)
 
 
 @blueprint.get("/health/live")
@@ -40,8 +39,8 @@ def health() -> Response:
 @blueprint.get("/metrics")
 @needs("read")
 def metrics() -> Response:
-    """Answer the state of the queues and of the connection, for Prometheus."""
-    return Response(_gauges.prometheus_text(), content_type=PROMETHEUS_CONTENT_TYPE)
+    """Answer what is counted and what the store says, for Prometheus."""
+    return Response(web_metrics.text(), content_type=PROMETHEUS_CONTENT_TYPE)
 
 
 def _report(*, stopping: bool) -> Response:

@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.otlp import OtlpReceiver, Span, silent_endpoint
 from tests.support.polling import eventually
+from tests.support.processes import Process
 from tests.web.stack import Stack
 
 ENVIRONMENT = {"OTEL_BSP_SCHEDULE_DELAY": "100", "RETRY_LIMIT": "1", "LOG_FORMAT": "json"}
@@ -184,23 +185,28 @@ def test_an_order_that_was_given_up_and_replayed_is_one_trace(service: Stack, re
 
 
 def test_lines_of_the_service_lead_to_their_trace(service: Stack, receiver: OtlpReceiver) -> None:
-    """What the log says of a step that failed carries the order, the actor, the message and the trace."""
+    """What the log says of a request and of steps, one that failed too, carries order, actor, message and trace."""
     service.knobs(fail_next=1)
     order_id = service.order()["order_id"]
     assert service.final(order_id)["status"] == "confirmed"
 
-    def about() -> list[dict[str, str]]:
-        lines = [line for line in service.workers.output.splitlines() if line.startswith("{")]
+    def about(process: Process | None = None) -> list[dict[str, str]]:
+        output = (process or service.workers).output
+        lines = [line for line in output.splitlines() if line.startswith("{")]
         return [line for line in map(json.loads, lines) if line.get("order_id") == order_id]
 
     eventually(lambda: any("Retrying" in line["message"] for line in about()))
     (attempt,) = eventually(
         lambda: [s for s in Trace(receiver, order_id).spans if s.is_error and s.kind == "CONSUMER"]
     )
-    for line in about():
+    assert {line["trace_id"] for line in about()} == {attempt.trace_id}
+    lines = [line for line in about() if line["span_id"] == attempt.span_id]
+    assert len(lines) >= 3  # that it failed, that it ended, and that it is tried again
+    for line in lines:
         assert line["actor"] == "capture_payment"
         assert line["message_id"] == _message_id(attempt) == f"{order_id}.reserved:capture_payment"
-        assert (line["trace_id"], line["span_id"]) == (attempt.trace_id, attempt.span_id)
+    (placed,) = [line for line in about(service.web) if line.get("status") == 202]
+    assert placed["trace_id"] == attempt.trace_id
 
 
 def test_an_endpoint_that_never_answers_keeps_no_order_waiting(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 - `/health/live`: 200 while the supervisor and every worker's process, loop and threads are alive. A worker that runs a
   long actor is alive; one whose interpreter or loop is stuck is not.
 - `/health/ready`: 200 while at least one worker is connected to NATS and takes messages.
-- `/metrics`: Prometheus text, all workers summed.
+- `/metrics`: Prometheus text, all workers summed, and what the program itself counts with `prometheus_client`.
 
 It is made for probes: one request at a time for each connection, each within seconds. It has no authentication, so
 bind it to loopback or to a network that only the platform reaches.
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from . import program_metrics
 from .metrics import CONTENT_TYPE, metrics
 from .supervisor import Supervisor
 
@@ -50,7 +51,8 @@ def serve_health(supervisor: Supervisor, address: tuple[str, int] | None) -> Ite
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
     try:
-        yield
+        with program_metrics.counting():
+            yield
     finally:
         server.shutdown()
         server.server_close()
@@ -71,7 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
             why_not = "the fleet is quiet\n" if self.fleet.is_quiet else "no worker is connected\n"
             self._answer(200 if ready else 503, "ready\n" if ready else why_not)
         elif path == "/metrics":
-            self._answer(200, metrics(self.fleet), CONTENT_TYPE)
+            alive = {process.pid for process in self.fleet.workers}
+            self._answer(200, metrics(self.fleet) + program_metrics.text(alive), CONTENT_TYPE)
         else:
             self._answer(404, "there are /health/live, /health/ready and /metrics\n")
 

@@ -1,0 +1,61 @@
+"""Observes one run of a step: its log lines say what they are about, one line says how it ended, and it is counted.
+
+    with observed("reserve", event) as run:
+        run.outcome = saga.reserve(event)
+
+The request that placed an order is named by a header of its events, which each step hands on with the event that it
+publishes. The header comes from whoever publishes, so it is only taken in the form that a request's id has.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from google.protobuf.message import Message
+
+from dramatiq_jetstream.events import current_event
+
+from . import logs, metrics
+from .events import UnusableEvent, name_of, request_id_in
+from .model import MAX_ID_LENGTH
+from .text import shown
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """A run of a step. `outcome` is the state in which it left the order, `error` or `refused` if it raised."""
+
+    outcome: str = "error"
+
+
+@contextmanager
+def observed(step: str, event: Message) -> Iterator[Run]:
+    """Observe a run of a step that was called by an event."""
+    order_id = shown(event.order_id, MAX_ID_LENGTH)  # type: ignore[attr-defined]  # every event has one
+    logs.bind(order_id=order_id)
+    delivered = current_event()
+    request_id = request_id_in({} if delivered is None else delivered.headers)
+    if request_id is not None:
+        logs.bind(request_id=request_id)
+    run = Run()
+    began = time.monotonic()
+    try:
+        yield run
+    except UnusableEvent:
+        run.outcome = "refused"
+        raise
+    finally:
+        seconds = time.monotonic() - began
+        metrics.steps.labels(step, run.outcome).observe(seconds)
+        milliseconds = round(seconds * 1000)
+        logger.info(
+            "Order %s: %s ended as %s after %d ms.",
+            *(order_id, step, run.outcome, milliseconds),
+            extra={"event": name_of(event), "outcome": run.outcome, "milliseconds": milliseconds},
+        )
