@@ -206,7 +206,7 @@ class JetStreamBroker(HookedBroker):
             lambda: self.bucket("unique"),
         )
         super().__init__(middleware=middleware)
-        self.actor_options.add(HARD_TIME_LIMIT)
+        self.actor_options |= {HARD_TIME_LIMIT, "log_history"}
         self.first, self.last = self._workplace.first(), self._workplace.last()
         self.queues: set[str] = set()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import dramatiq
 import pytest
-from dramatiq.middleware import Middleware, SkipMessage
+from dramatiq.middleware import AsyncIO, Middleware, SkipMessage
 from dramatiq_abort import Abortable
 
 from dramatiq_jetstream import JetStreamBroker
@@ -21,6 +22,7 @@ from dramatiq_jetstream.testing import NatsServer
 from dramatiq_jetstream.wire.connection import Publication
 from dramatiq_jetstream.wire.ids import new_id
 from dramatiq_jetstream.worker import recorder
+from dramatiq_jetstream.worker.log_lines import LogLines
 from tests.broker.conformance.workers import running
 from tests.support.history import write_history
 from tests.support.polling import eventually
@@ -395,3 +397,62 @@ def test_a_long_history_is_found_quickly(long_history: JetStreamBroker) -> None:
     }
     for name, look in looks.items():
         assert taken(look) < 3, name  # 0.3 s, and what a busy machine adds
+
+
+def test_an_actor_keeps_what_it_logs(broker: JetStreamBroker, caplog: pytest.LogCaptureFixture) -> None:
+    """With each attempt, whatever its outcome; of other actors, nothing. Coroutines log for their message too."""
+    broker.add_middleware(AsyncIO())
+    caplog.set_level(logging.INFO)
+    log = logging.getLogger("shop.charge")
+
+    @dramatiq.actor(log_history=True, min_backoff=1, max_backoff=2)
+    def charge(first: list[int]) -> None:
+        log.info("charging %s", "c-1")
+        if not tries:
+            tries.append(1)
+            raise Refused
+
+    @dramatiq.actor(log_history=True)
+    async def talk() -> None:
+        log.info("from a coroutine")
+
+    @dramatiq.actor(max_retries=0)
+    def silent() -> None:
+        log.info("not kept")
+        raise Refused
+
+    tries: list[int] = []
+    with running(broker):
+        charged, talked, other = charge.send([]), talk.send(), silent.send()
+        eventually(lambda: outcomes(broker, charged.message_id) == ["retried", "done"], timeout=WAIT)
+        eventually(lambda: outcomes(broker, talked.message_id) == ["done"], timeout=WAIT)
+        eventually(lambda: outcomes(broker, other.message_id) == ["failed"], timeout=WAIT)
+    for attempt in broker.history.of(charged.message_id):
+        (line,) = attempt.logs
+        assert line.endswith("INFO shop.charge: charging c-1")
+    assert broker.history.of(talked.message_id)[0].logs[0].endswith("from a coroutine")
+    assert broker.history.of(other.message_id)[0].logs == ()
+    assert not [h for h in logging.getLogger().handlers if isinstance(h, LogLines)]
+
+
+def test_the_lines_that_are_kept_are_bounded(
+    broker: JetStreamBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last ones are there, and what is missing is said; a line that cannot be formatted harms nothing."""
+    caplog.set_level(logging.INFO)
+    log = logging.getLogger("shop.talk")
+    log.propagate = True
+
+    @dramatiq.actor(log_history=True)
+    def talk() -> None:
+        for number in range(1_000):
+            log.info("line %d", number)
+        log.info("x" * 10_000)
+
+    with running(broker):
+        message = talk.send()
+        (found,) = eventually(lambda: broker.history.of(message.message_id), timeout=WAIT)
+    assert len(found.encode()) <= MAX_RECORD_BYTES
+    assert len(found.logs[-1]) <= 500
+    assert found.logs[-2].endswith("line 999")
+    assert any("earlier lines" in line for line in found.logs) or len(found.logs) < 201

@@ -15,8 +15,11 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from queue import Empty, SimpleQueue
+from typing import Any
+
+from dramatiq.worker import Worker
 
 from dramatiq_jetstream.config import BrokerConfig
 from dramatiq_jetstream.dead_letters import worker_name
@@ -33,6 +36,7 @@ from dramatiq_jetstream.wire.ids import new_id
 
 from .arguments import Describe, shown_arguments
 from .current import is_abort
+from .log_lines import LogLines, lines_of
 from .message import Ended, JetStreamMessage
 from .tracebacks import text_of, traceback_of
 
@@ -65,6 +69,7 @@ class Recorder:
     Parameters:
       ensure: Makes the stream if it is missing; False when it may not be made.
       describe: Makes the text of a message's arguments.
+      actor_options: The options of the actor with that name.
 
     Attributes:
       keeps_successes: Whether an attempt that succeeded may leave a record.
@@ -76,12 +81,15 @@ class Recorder:
         connection: Connection,
         ensure: Callable[[], bool],
         describe: Describe,
+        actor_options: Callable[[str], Mapping[str, Any]],
     ) -> None:
+        self._log_lines = LogLines(actor_options)
         self._names = config.names
         self._share = config.recorded_successes
         self._connection = connection
         self._ensure = ensure
         self._describe = describe
+        self._is_on = config.history is not None
         self.keeps_successes = self._share > 0
         self._warned: set[str] = set()
         self.reset()
@@ -92,6 +100,21 @@ class Recorder:
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()
         self._is_ready = False
+        logging.getLogger().removeHandler(self._log_lines)
+
+    # Around a worker
+
+    def begin(self, worker: Worker) -> None:
+        """Keep the log lines of a program's actors that want it; called before its worker boots."""
+        actors = worker.broker.actors.values()
+        if self._is_on and any(actor.options.get("log_history") for actor in actors):
+            self.keeps_successes = True
+            logging.getLogger().addHandler(self._log_lines)
+
+    def end(self) -> None:
+        """Store what was recorded; called when the worker has shut down."""
+        logging.getLogger().removeHandler(self._log_lines)
+        self.flush()
 
     # On a worker thread
 
@@ -107,8 +130,11 @@ class Recorder:
 
     def _wants_success(self, message: JetStreamMessage) -> bool:
         # Who saw a message fail wants to see that it succeeded.
-        return "retries" in message.options or (
-            self.keeps_successes and (self._share >= 1 or random.random() < self._share)
+        return (
+            "retries" in message.options
+            or bool(lines_of(message))
+            or self._share >= 1
+            or random.random() < self._share
         )
 
     def _record(self, message: JetStreamMessage, outcome: str, ended: Ended) -> Record:
@@ -130,6 +156,7 @@ class Recorder:
             traceback="" if error is None else traceback_of(error, MAX_TRACEBACK),
             trace_id=_trace_id(message),
             arguments=shown_arguments(message, self._describe),
+            logs=lines_of(message),
             letter=message._delivery.origin if outcome == FAILED else "",
         )
 

@@ -75,7 +75,7 @@ class Workplace:
             emit=emit,
         )
         self.rerouter = rerouter
-        self._recorder = Recorder(config, connection, declarations.ensure_history, describe)
+        self._recorder = Recorder(config, connection, declarations.ensure_history, describe, actor_options)
         self._records = config.history is not None
         self.attachment = Attachment(
             rerouter, self.follow_ups, self._suspects, self._recorder, Vitals(connection, self.in_flight)
@@ -92,7 +92,7 @@ class Workplace:
         begin = self.follow_ups.begin
         return {
             "before_declare_actor": check_hard_time_limit,
-            "before_worker_boot": self.attachment.attach,
+            "before_worker_boot": self._boot,
             "after_worker_boot": self._presence.begin,
             "after_consumer_thread_boot": self.attachment.replace_delay_queue,
             "after_worker_thread_boot": self.attachment.replace_attempts,
@@ -133,8 +133,12 @@ class Workplace:
             retried = self.follow_ups.has_retried(message)
             message.to_record = Ended(began, time.time(), skipped, retried)
 
+    def _boot(self, worker: Worker) -> None:
+        self.attachment.attach(worker)
+        self._recorder.begin(worker)
+
     def _shut_down(self, worker: Worker) -> None:
-        self._recorder.flush()
+        self._recorder.end()
         self._presence.end(worker)
 
     def _reset(self) -> None:
