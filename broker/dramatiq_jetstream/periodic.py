@@ -74,7 +74,7 @@ class Schedule:
     """A schedule as the server has it. Times are milliseconds since 1970, None when not known.
 
     `orphan` says that the actor is not declared in the program that asks, or no longer periodic there. It is not an
-    orphan when `module`, which declared it, exists and was not imported.
+    orphan when `module`, which declared it, exists and was not imported. A `paused` one has no next tick.
     """
 
     actor: str
@@ -85,6 +85,7 @@ class Schedule:
     next_tick: int | None
     orphan: bool
     module: str | None = None
+    paused: bool = False
 
 
 class Periodic(Middleware):
@@ -126,7 +127,7 @@ class Periodic(Middleware):
             return
         noted = {"last": delivery.timestamp, "next": delivery.headers.get(HEADER_SCHEDULE_NEXT)}
         try:
-            _ticks(broker).note(queue_key(message.queue_name, decode(name)), json.dumps(noted).encode())
+            ticks_of(broker).note(queue_key(message.queue_name, decode(name)), json.dumps(noted).encode())
         except BrokerError as error:
             logger.warning("The tick of %s was not noted: %s", decode(name), error)
 
@@ -137,13 +138,13 @@ def expression_of(actor: Actor[Any, Any]) -> cron.Expression | None:
     return cron.read(options.get("cron"), options.get("every"), options.get("timezone"))
 
 
-def _ticks(broker: JetStreamBroker) -> Bucket:
+def ticks_of(broker: JetStreamBroker) -> Bucket:
     return broker.bucket(BUCKET)
 
 
 def _reconcile(broker: JetStreamBroker, changes: Changes) -> dict[str, str]:
     """Bring the schedules of all queues in line; what fails for one queue does not stop the others."""
-    _ticks(broker).declare(update=changes is Changes.ALL)
+    ticks_of(broker).declare(update=changes is Changes.ALL)
     outcome: dict[str, str] = {}
     failures: list[BrokerError] = []
     barred: set[str] = set()
@@ -169,13 +170,15 @@ def _reconcile_queue(
     if not actors:
         return {}
     existing = set(_scheduled(broker, queue))
-    left_alone = Declared(_ticks(broker), queue).declare(
+    declared = Declared(ticks_of(broker), queue)
+    left_alone = declared.declare(
         {name: _declared(actor) for name, actor in actors.items()},
         modules={name: getattr(actor.fn, "__module__", "") for name, actor in actors.items()},
         existing=existing,
         changes=changes,
     )
     barred |= left_alone
+    paused = declared.paused()
     outcome: dict[str, str] = {}
     for name, actor in actors.items():
         expression = expression_of(actor)
@@ -183,11 +186,15 @@ def _reconcile_queue(
             outcome[f"schedule {name}"] = "differs"
             if changes is Changes.FORWARD:
                 _leave_alone(name)
+        elif name in paused:
+            outcome[f"schedule {name}"] = "paused"
         elif expression is not None:
             outcome[f"schedule {name}"] = _store(broker, actor, expression, changes)
         elif name in existing:
-            removed = changes is not Changes.NONE and _purge(broker, queue, name)
+            removed = changes is not Changes.NONE and purge_schedule(broker, queue, name)
             outcome[f"schedule {name}"] = "removed" if removed else "differs"
+    for name in declared.paused().keys() - paused.keys():
+        purge_schedule(broker, queue, name)  # paused meanwhile
     return outcome
 
 
@@ -217,7 +224,7 @@ def _remove_moved(
 def _declared(actor: Actor[Any, Any]) -> str:
     """When an actor is due, as text; empty when it is not periodic."""
     expression = expression_of(actor)
-    return "" if expression is None else f"{expression.schedule} {expression.zone or ''}".rstrip()
+    return "" if expression is None else expression.as_text()
 
 
 def _keep_schedules(broker: JetStreamBroker, queue: str) -> None:
@@ -248,8 +255,20 @@ def _store(
 ) -> str:
     """Store a schedule unless it is there already; the first program wins, and the others see that."""
     queue, name = actor.queue_name, actor.actor_name
-    stream, subject = broker.names.queue_stream(queue), broker.names.periodic(queue, name)
     message: Message[Any] = Message(queue, name, (), {}, {}, message_id=name)
+    return store_schedule(broker, queue, name, expression, message.encode(), changes)
+
+
+def store_schedule(
+    broker: JetStreamBroker,
+    queue: str,
+    name: str,
+    expression: cron.Expression,
+    body: bytes,
+    changes: Changes,
+) -> str:
+    """Store a schedule with the message that it sends; return what became of it."""
+    stream, subject = broker.names.queue_stream(queue), broker.names.periodic(queue, name)
     wanted = {
         HEADER_SCHEDULE: expression.schedule,
         HEADER_SCHEDULE_TARGET: broker.names.task(queue),
@@ -269,7 +288,7 @@ def _store(
             HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE: str(0 if existing is None else existing.sequence),
         }
         try:
-            broker.connection.publish(subject, message.encode(), headers)
+            broker.connection.publish(subject, body, headers)
         except ApiError as error:
             if error.err_code not in CONFLICT:
                 raise
@@ -283,26 +302,33 @@ def _same(existing: StoredMessage, wanted: dict[str, str]) -> bool:
 
 
 def list_schedules(broker: JetStreamBroker) -> list[Schedule]:
-    """The schedules of all queues of the broker's namespace."""
+    """The schedules of all queues of the broker's namespace, paused ones included."""
     found: list[Schedule] = []
     for queue in queue_names(broker.connection, broker.names):
         scheduled = _scheduled(broker, queue)
-        modules = _modules(broker, queue) if scheduled else {}
-        for name in scheduled:
-            stored = last_message(
-                broker.connection, broker.names.queue_stream(queue), broker.names.periodic(queue, name)
-            )
-            if stored is not None:
-                found.append(_describe(broker, queue, name, stored, modules.get(name)))
+        modules, paused = _notes(broker, queue)
+        for name in sorted({*scheduled, *paused}):
+            if name in paused:
+                expression = cron.from_text(paused[name])
+            else:
+                stored = last_message(
+                    broker.connection, broker.names.queue_stream(queue), broker.names.periodic(queue, name)
+                )
+                if stored is None:
+                    continue
+                schedule = stored.headers.get(HEADER_SCHEDULE, "")
+                expression = cron.Expression("", schedule, stored.headers.get(HEADER_SCHEDULE_ZONE))
+            found.append(_describe(broker, queue, name, expression, modules.get(name), name in paused))
     return found
 
 
-def _modules(broker: JetStreamBroker, queue: str) -> dict[str, str]:
-    """The module of each actor that was ever declared on a queue."""
+def _notes(broker: JetStreamBroker, queue: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The module of each actor that was ever declared on a queue, and what is declared of those that are paused."""
     try:
-        return Declared(_ticks(broker), queue).modules()
+        declared = Declared(ticks_of(broker), queue)
+        return declared.modules(), declared.paused()
     except BrokerError:
-        return {}
+        return {}, {}
 
 
 def _is_elsewhere(module: str | None) -> bool:
@@ -316,34 +342,40 @@ def _is_elsewhere(module: str | None) -> bool:
 
 
 def _describe(
-    broker: JetStreamBroker, queue: str, name: str, stored: StoredMessage, module: str | None
+    broker: JetStreamBroker,
+    queue: str,
+    name: str,
+    expression: cron.Expression,
+    module: str | None,
+    paused: bool,
 ) -> Schedule:
-    zone = stored.headers.get(HEADER_SCHEDULE_ZONE)
-    expression = cron.Expression("", stored.headers.get(HEADER_SCHEDULE, ""), zone)
     try:
-        entry = _ticks(broker).get(queue_key(queue, name))
+        entry = ticks_of(broker).get(queue_key(queue, name))
     except BrokerError:
         entry = None
     noted = {} if entry is None else json.loads(entry.value)
     last = noted.get("last")
-    next_tick = expression.next(delays.now())
-    if next_tick is None and noted.get("next"):
+    next_tick = None if paused else expression.next(delays.now())
+    if next_tick is None and noted.get("next") and not paused:
         next_tick = int(datetime.fromisoformat(noted["next"]).timestamp() * 1000)
     actor = broker.actors.get(name)
     if actor is None:
         orphan = not _is_elsewhere(module)
     else:
         orphan = actor.queue_name != queue or expression_of(actor) is None
-    return Schedule(name, queue, expression.schedule, zone, last, next_tick, orphan, module)
+    return Schedule(
+        name, queue, expression.schedule, expression.zone, last, next_tick, orphan, module, paused
+    )
 
 
 def remove_schedule(broker: JetStreamBroker, queue: str, actor: str) -> bool:
     """Remove a schedule; False when there is none. No older process that boots later puts it back."""
-    Declared(_ticks(broker), queue).remove(actor)
-    return _purge(broker, queue, actor)
+    was_paused = actor in _notes(broker, queue)[1]
+    Declared(ticks_of(broker), queue).remove(actor)
+    return purge_schedule(broker, queue, actor) or was_paused
 
 
-def _purge(broker: JetStreamBroker, queue: str, actor: str) -> bool:
+def purge_schedule(broker: JetStreamBroker, queue: str, actor: str) -> bool:
     stream = broker.names.queue_stream(queue)
     try:
         reply = broker.connection.api(

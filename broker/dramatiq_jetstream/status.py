@@ -32,7 +32,7 @@ from .dead_letters import DeadLetter, DeadLetters
 from .errors import InvalidOption
 from .history import ABORTED, DONE, FAILED, SKIPPED, History, Record
 from .jetstream.listing import Listing
-from .jetstream.names import Names
+from .jetstream.names import HEADER_TICK, Names
 from .jetstream.reading import StoredMessage, first_message_since, last_message
 from .sending import delays, envelope
 from .sending.fitting import unfolded
@@ -226,7 +226,7 @@ class StatusReader:
         for queue in self._queues_of(message, last):
             for stored in self._ready(queue, message):
                 found = _decoded(stored)
-                if found is not None and found.message_id == message_id:
+                if found is not None and _id_of(stored, found) == message_id:
                     return MessageStatus(
                         message_id,
                         "waiting",
@@ -351,6 +351,11 @@ def _raised(message: Message[Any] | None) -> str | None:
         return None
     name, colon, text = traceback.strip().rpartition("\n")[2].partition(":")
     return f"{name.rpartition('.')[2]}{colon}{text}"
+
+
+def _id_of(stored: StoredMessage, message: Message[Any]) -> str:
+    """The id under which a worker will run a message: every tick of a schedule has one of its own."""
+    return f"{message.message_id}:{stored.sequence}" if HEADER_TICK in stored.headers else message.message_id
 
 
 def _retries(message: Message[Any] | None) -> int:

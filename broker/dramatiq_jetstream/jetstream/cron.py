@@ -20,7 +20,7 @@ from cronsim.cronsim import Field
 
 from dramatiq_jetstream.errors import InvalidOption
 
-__all__ = ["Expression", "read"]
+__all__ = ["Expression", "from_text", "read"]
 
 _FIELDS = ("second", "minute", "hour", "day of month", "month", "day of week")
 _RANGES = ((0, 59), (0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
@@ -50,6 +50,17 @@ class Expression:
             return None
         start = datetime.fromtimestamp(after / 1000, ZoneInfo(self.zone) if self.zone else UTC)
         return int(next(CronSim(self.schedule, start)).timestamp() * 1000)
+
+    def as_text(self) -> str:
+        """Schedule and zone in one text, which `from_text` reads."""
+        return f"{self.schedule} {self.zone or ''}".rstrip()
+
+
+def from_text(text: str) -> Expression:
+    """The expression that `as_text` wrote."""
+    tokens = text.split(" ")
+    fields = 2 if text.startswith("@every") else len(_FIELDS)
+    return Expression("", " ".join(tokens[:fields]), " ".join(tokens[fields:]) or None)
 
 
 def read(cron: object = None, every: object = None, zone: object = None) -> Expression | None:

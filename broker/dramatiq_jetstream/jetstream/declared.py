@@ -10,6 +10,7 @@ dies in between leaves a note that the next process with the same declaration ca
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 from collections.abc import Mapping
@@ -68,7 +69,9 @@ class Declared:
                     barred.add(name)
                 else:
                     past = [other for other in [*note["past"], note["now"]] if other != text]
-                    after[name] = {"now": text, "past": past[-REMEMBERED:], "module": modules[name]}
+                    after[name] = {**note, "now": text, "past": past[-REMEMBERED:], "module": modules[name]}
+                    if not text:
+                        after[name].pop("paused", None)
             if after == before or self._write(after, 0 if entry is None else entry.revision):
                 return barred
 
@@ -80,9 +83,43 @@ class Declared:
             if entry is None or name not in notes or not notes[name]["now"]:
                 return
             note = notes[name]
+            note.pop("paused", None)
             notes[name] = {**note, "now": "", "past": [*note["past"], note["now"]][-REMEMBERED:]}
             if self._write(notes, entry.revision):
                 return
+
+    def pause(self, name: str, text: str, body: bytes) -> None:
+        """Note that a schedule, as it is on the server, is to be there no more until `resume`."""
+        while True:
+            entry = self._bucket.get(self._key)
+            notes = {} if entry is None else json.loads(entry.value)
+            note = notes.setdefault(name, {"now": text, "past": [], "module": ""})
+            note["paused"] = base64.b64encode(body).decode("ascii")
+            if self._write(notes, 0 if entry is None else entry.revision):
+                return
+
+    def resume(self, name: str) -> tuple[str, bytes] | None:
+        """Note that a schedule is paused no more; return what is declared and its body, None when it is not paused."""
+        while True:
+            entry = self._bucket.get(self._key)
+            notes = {} if entry is None else json.loads(entry.value)
+            if entry is None or "paused" not in notes.get(name, {}):
+                return None
+            body = base64.b64decode(notes[name].pop("paused"))
+            if self._write(notes, entry.revision):
+                return notes[name]["now"], body
+
+    def paused_body(self, name: str) -> bytes | None:
+        """What a paused schedule sends; None when it is not paused."""
+        entry = self._bucket.get(self._key)
+        note = {} if entry is None else json.loads(entry.value).get(name, {})
+        return base64.b64decode(note["paused"]) if "paused" in note else None
+
+    def paused(self) -> dict[str, str]:
+        """What is declared of each schedule that is paused."""
+        entry = self._bucket.get(self._key)
+        notes = {} if entry is None else json.loads(entry.value)
+        return {name: note["now"] for name, note in notes.items() if "paused" in note}
 
     def modules(self) -> dict[str, str]:
         """For each actor the module that declared it last."""
