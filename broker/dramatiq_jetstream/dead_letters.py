@@ -19,15 +19,18 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from dramatiq.encoder import PickleEncoder
 from dramatiq.errors import DecodeError
-from dramatiq.message import Message
+from dramatiq.message import Message, get_encoder
 
 from .errors import ApiError, InvalidOption, MessageTooLarge, NotFound, TopologyMissing
 from .jetstream import names as wire_names
+from .jetstream.listing import Listing
 from .jetstream.names import Names
-from .jetstream.reading import StoredMessage, first_message, last_message, message_at, messages
+from .jetstream.reading import StoredMessage, first_message, last_message, message_at
 from .sending.envelope import HISTORY_OPTION, Event, checked, to_message
 from .sending.fitting import ADDED, fit, unfolded
 from .sending.references import References
@@ -67,6 +70,9 @@ _MAX_TRACEBACK_HEADER = 20_000
 
 #: The bytes that earlier failures may take in a header; all headers of a message have 64 KiB.
 _MAX_HISTORY_HEADER = 20_000
+
+#: How many letters are asked for at once.
+PAGE = 256
 
 
 def worker_name() -> str:
@@ -149,6 +155,7 @@ class DeadLetters:
         self._names = names
         self._ensure = ensure
         self._emit = emit
+        self._listing = Listing(connection, names.dead_stream)
 
     def store(
         self,
@@ -246,6 +253,16 @@ class DeadLetters:
                     break
         return found
 
+    def newest(self, queue: str | None = None, *, before: str | None = None) -> Iterator[DeadLetter]:
+        """Yield dead letters, newest first, of a queue if given.
+
+        Parameters:
+          before: The id of a letter: only those that are older, which is the way to the next page.
+        """
+        end = None if before is None else _number(before)
+        for stored in self._listing.read_back(self._subject(queue), before=end):
+            yield self._read(stored)
+
     def get(self, letter_id: str) -> DeadLetter | None:
         """The letter with an id, or None when it was replayed, dropped, or never there."""
         letter = self._find(letter_id)
@@ -264,24 +281,14 @@ class DeadLetters:
 
     def newest_of(self, message_id: str, *, look_at: int) -> DeadLetter | None:
         """The letter of a message among the newest `look_at` ones; None when it is not there."""
-        stream = self._names.dead_stream
-        stored = last_message(self._connection, stream, self._names.all_dead)
-        newest = 0 if stored is None else stored.sequence
-        for sequence in range(newest, max(0, newest - look_at), -1):
-            stored = message_at(self._connection, stream, sequence)
-            if stored is None or not wire_names.covers(self._names.all_dead, stored.subject):
-                continue
-            letter = self._read(stored)
-            if letter.message_id == message_id:
-                return letter
-        return None
+        letters = islice(self.newest(), look_at)
+        return next((letter for letter in letters if letter.message_id == message_id), None)
 
     def count(self, queue: str | None = None) -> int:
         """How many letters there are, of a queue if given."""
-        subject = self._names.all_dead if queue is None else self._names.dead_of_queue(queue)
         try:
             info = self._connection.api(
-                f"STREAM.INFO.{self._names.dead_stream}", {"subjects_filter": subject}
+                f"STREAM.INFO.{self._names.dead_stream}", {"subjects_filter": self._subject(queue)}
             )
         except NotFound:
             return 0
@@ -361,14 +368,15 @@ class DeadLetters:
             return 0
         return purged
 
+    def _subject(self, queue: str | None) -> str:
+        return self._names.all_dead if queue is None else self._names.dead_of_queue(queue)
+
     def _iterate(self, queue: str | None) -> Iterator[DeadLetter]:
-        subject = self._names.all_dead if queue is None else self._names.dead_of_queue(queue)
-        for stored in messages(self._connection, self._names.dead_stream, subject):
+        for stored in self._listing.read(self._subject(queue), page=PAGE):
             yield self._read(stored)
 
     def oldest(self, queue: str | None = None) -> DeadLetter | None:
-        subject = self._names.all_dead if queue is None else self._names.dead_of_queue(queue)
-        stored = first_message(self._connection, self._names.dead_stream, subject)
+        stored = first_message(self._connection, self._names.dead_stream, self._subject(queue))
         return None if stored is None else self._read(stored)
 
     def _read(self, stored: StoredMessage) -> DeadLetter:
@@ -376,8 +384,11 @@ class DeadLetters:
             body = last_message(self._connection, stored.stream, f"{stored.subject}.body")
             stored = dataclasses.replace(stored, data=b"" if body is None else body.data)
         letter = _read(stored)
-        if letter.event is None and letter.message_id is None and (message := letter.decode()) is not None:
-            # It was stored without being decoded, because it came too often.
+        if letter.event is not None or letter.message_id is not None:
+            return letter
+        # It was stored without being decoded, because it came too often. Looking at it must not run what pickle says.
+        message = None if isinstance(get_encoder(), PickleEncoder) else letter.decode()
+        if message is not None:
             return dataclasses.replace(
                 letter,
                 actor=message.actor_name,

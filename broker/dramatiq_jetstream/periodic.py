@@ -17,11 +17,12 @@ actor a `max_age` if a late tick is of no use.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.machinery
 import json
 import logging
 import sys
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -332,13 +333,26 @@ def _notes(broker: JetStreamBroker, queue: str) -> tuple[dict[str, str], dict[st
 
 
 def _is_elsewhere(module: str | None) -> bool:
-    """Whether a module exists that this program did not import."""
+    """Whether a module exists that this program did not import.
+
+    Its parents are not imported either, as `importlib.util.find_spec` would: who lists schedules runs no code.
+    """
     if not module or module in sys.modules:
         return False
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
+    path: Sequence[str] | None = None
+    name = ""
+    for part in module.split("."):
+        name = f"{name}.{part}" if name else part
+        try:
+            spec = importlib.machinery.PathFinder.find_spec(name, path)
+        except (ImportError, ValueError):
+            return False
+        if spec is None:
+            return False
+        path = spec.submodule_search_locations
+        if path is None:
+            return name == module
+    return True
 
 
 def _describe(

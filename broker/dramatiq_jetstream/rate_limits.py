@@ -18,22 +18,24 @@ import hashlib
 import logging
 import os
 import random
+import re
 import time
 from _thread import LockType, allocate_lock
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 from dramatiq.broker import Broker
 from dramatiq.rate_limits import RateLimiterBackend
 
-from .broker import broker_for
-from .errors import BrokerConnectionError, BrokerError, RevisionConflict
+from .broker import JetStreamBroker, broker_for
+from .errors import BrokerConnectionError, BrokerError, NotFound, RevisionConflict, TopologyMissing
 from .jetstream.wakeups import Wakeups
 from .worker.current import current_message
 from .worker.message import JetStreamMessage
 
-__all__ = ["JetStreamBackend"]
+__all__ = ["JetStreamBackend", "Limit", "limits_in_use"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,9 @@ LONGEST_PAUSE_SECONDS = 0.05
 # Levels of a bucket's keys are separated by dots. Limiters put what belongs together before an "@", as in
 # "name@1700000000", and sum over it: that is their level.
 _TO_LEVELS = str.maketrans("@.", ".@")
+
+# The key of a barrier's member.
+_MEMBER = re.compile(r"\.member\.[0-9a-f]{32}$")
 
 
 class JetStreamBackend(RateLimiterBackend):
@@ -239,6 +244,40 @@ class JetStreamBackend(RateLimiterBackend):
                 )
             time.sleep(random.uniform(0, min(LONGEST_PAUSE_SECONDS, 0.001 * 2 ** min(attempt, 10))))
             attempt += 1
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A counter of a limiter or a barrier that is not zero.
+
+    Attributes:
+      key: As the limiter names it.
+      value: What is taken or, of a barrier, missing; of a limiter that counts by time, the sum of what it keeps.
+      changed: When it was changed last, in milliseconds since 1970.
+    """
+
+    key: str
+    value: int
+    changed: int
+
+
+def limits_in_use(broker: JetStreamBroker) -> list[Limit]:
+    """The counters of a namespace that are not zero, by their keys.
+
+    Raises:
+      BrokerConnectionError: When the server does not answer in time.
+    """
+    found: dict[str, Limit] = {}
+    with suppress(NotFound, TopologyMissing):  # there never was a limiter
+        for entry in broker.declarations.announcing_bucket("rate-limits").items():
+            if not entry.value.isdigit() or not int(entry.value) or _MEMBER.search(entry.key):
+                continue
+            key = entry.key.translate(_TO_LEVELS)
+            name, _, moment = key.rpartition("@")
+            key = name if name and moment.isdigit() and len(moment) >= 10 else key  # seconds since 1970
+            known = found.get(key, Limit(key, 0, 0))
+            found[key] = Limit(key, known.value + int(entry.value), max(known.changed, entry.created))
+    return [found[name] for name in sorted(found)]
 
 
 class _Turns:

@@ -85,6 +85,23 @@ class Stream:
         if not found:
             self.range()
 
+    def newest(
+        self, subject: str = ">", *, before: int | None = None, page: int = 64
+    ) -> Iterator[StoredMessage]:
+        """Yield the messages on a subject, newest first. One that was stored a moment ago may be missing.
+
+        Parameters:
+          subject: `*` and `>` as in NATS.
+          before: Only messages with a smaller sequence: the way to the next page.
+          page: About how many messages to ask for at once.
+        """
+        found = False
+        for message in self._listing.read_back(subject, before=before, page=page):
+            found = True
+            yield message
+        if not found:
+            self.range()
+
     def _checked(self, found: StoredMessage | None) -> StoredMessage | None:
         """What was found; when that is nothing, the stream must at least exist."""
         if found is None:

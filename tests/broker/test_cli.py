@@ -164,6 +164,10 @@ def test_delayed_messages_are_listed_and_cancelled(fleet: Fleet, work: dramatiq.
     (delayed,) = fleet("delayed", "list", "--json")
     assert (delayed["message_id"], delayed["queue"]) == (message.message_id, "mail")
     assert delayed["eta"] == message.options["eta"]
+    assert delayed["actor"] == "work"
+    other = work.send_with_options(args=("now",), delay=60_000)
+    assert fleet("delayed", "run", other.message_id, "--json") == {"run": {other.message_id: 1}}
+    eventually(lambda: len(fleet("delayed", "list", "--json")) == 1)
     fleet("delayed", "cancel", message.message_id)
     assert fleet("delayed", "list", "--json") == []
     with pytest.raises(Refused, match="not delayed") as refused:

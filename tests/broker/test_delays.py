@@ -186,3 +186,43 @@ def test_a_hundred_thousand_delays_cost_a_worker_nothing(nats_server, make_fleet
     assert sorted(waits)[len(waits) // 2] < 1
     assert not any("late" in line for line in fleet.lines())
     fleet.broker.flush("default")
+
+
+def test_a_delay_ends_now(broker):
+    """The message runs at once with its options, and once; one that has fired meanwhile is left alone."""
+    broker.add_middleware(CurrentMessage())
+    seen = []
+
+    @dramatiq.actor
+    def work():
+        seen.append(CurrentMessage.get_current_message().options)
+
+    message = work.send_with_options(delay=3_600_000, color="red")
+    work.send_with_options(delay=3_600_000)
+    where = (broker.connection, broker.names, "default")
+    assert delays.run_now(*where, message.message_id) == 1
+    assert delays.run_now(*where, "never sent") == 0
+    with running(broker):
+        eventually(lambda: seen)
+        eventually(lambda: broker.queue_stats("default").in_flight == 0)
+        assert delays.run_now(*where, message.message_id) == 0
+    assert seen == [{"color": "red"}]
+    assert broker.queue_stats("default").delayed == 1
+
+
+def test_a_delay_that_has_ended_meanwhile_is_not_ended_again(broker, monkeypatch):
+    """Between reading a schedule and replacing it the server may fire it: the message is there once."""
+    dramatiq.actor(lambda: None, actor_name="work")
+    message = broker.get_actor("work").send_with_options(delay=3_600_000)
+    publish = broker.connection.publish
+
+    def fire_first(subject, data, headers):
+        monkeypatch.undo()
+        assert delays.run_now(broker.connection, broker.names, "default", message.message_id) == 1
+        eventually(lambda: broker.queue_stats("default").ready == 1)
+        return publish(subject, data, headers)
+
+    monkeypatch.setattr(broker.connection, "publish", fire_first)
+    assert delays.run_now(broker.connection, broker.names, "default", message.message_id) == 0
+    stats = broker.queue_stats("default")
+    assert (stats.ready, stats.delayed) == (1, 0)

@@ -86,6 +86,31 @@ def test_a_schedule_of_an_unknown_actor_is_an_orphan(
     other.close()
 
 
+def test_who_lists_schedules_imports_nothing(
+    program: JetStreamBroker, nats_url: str, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that exists elsewhere makes no orphan; its package is found without being run."""
+    package = tmp_path / "shop_of_others"
+    (package / "jobs").mkdir(parents=True)
+    for folder in (package, package / "jobs"):
+        (folder / "__init__.py").write_text(f"raise SystemExit({str(folder)!r})")
+    (package / "jobs" / "nightly.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = {"there": "shop_of_others.jobs.nightly", "gone": "shop_of_others.jobs.weekly", "odd": "a..b"}
+    for name, module in modules.items():
+
+        def tick() -> None:
+            """Periodic."""
+
+        tick.__module__ = module
+        dramatiq.actor(tick, broker=program, actor_name=name, queue_name="q", every=60_000)
+    program.setup()
+    other = _broker(nats_url, namespace)
+    orphans = {schedule.actor: schedule.orphan for schedule in list_schedules(other)}
+    other.close()
+    assert orphans == {"there": False, "gone": True, "odd": True}
+
+
 def test_many_that_boot_at_once_store_it_once(
     program: JetStreamBroker, nats_url: str, namespace: str
 ) -> None:

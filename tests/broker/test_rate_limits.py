@@ -19,7 +19,7 @@ from dramatiq.rate_limits import Barrier, ConcurrentRateLimiter, WindowRateLimit
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.errors import BrokerConnectionError
 from dramatiq_jetstream.jetstream.names import bucket_subject
-from dramatiq_jetstream.rate_limits import JetStreamBackend, _Turns
+from dramatiq_jetstream.rate_limits import JetStreamBackend, _Turns, limits_in_use
 from dramatiq_jetstream.testing import NatsServer
 from dramatiq_jetstream.wire.connection import Publication
 from tests.broker.cables import DeafCable
@@ -414,3 +414,22 @@ def test_a_thread_that_is_interrupted_while_it_waits_for_its_turn_gives_it_on(
     assert sorted(outcome, key=str) == [Interrupt, None]
     with limiter.acquire():
         pass
+
+
+def test_what_limiters_hold_is_listed(backend: JetStreamBackend) -> None:
+    """Each by its key, with what is taken: concurrent ones, those that count by time, barriers; not what is free."""
+    assert limits_in_use(backend.broker) == []
+    held = ConcurrentRateLimiter(backend, "eu.scanner@1", limit=2)
+    free = ConcurrentRateLimiter(backend, "free", limit=2)
+    window = WindowRateLimiter(backend, "calls", limit=10, window=60)
+    barrier = Barrier(backend, "members", ttl=60_000)
+    barrier.create(parties=3)
+    barrier.wait(block=False)
+    with free.acquire():
+        pass
+    for _ in range(3):
+        with window.acquire():
+            pass
+    with held.acquire():
+        found = {limit.key: limit.value for limit in limits_in_use(backend.broker)}
+    assert found == {"eu.scanner@1": 1, "calls": 3, "members": 2}

@@ -66,3 +66,19 @@ def test_a_stream_that_does_not_exist_is_an_error_not_an_empty_one(service):
     for ask in asked:
         with pytest.raises(TopologyMissing):
             ask()
+
+
+def test_the_newest_messages_come_first(events, service, topic):
+    """All in reverse, in pages of any size, past messages of other subjects and gaps; and what is before a place."""
+    for number in range(4, 40):
+        publish_raw(service, f"{topic}.{'a' if number % 3 else 'b'}", b"%d" % number)
+    for gap in range(10, 20):
+        service.connection.api(f"STREAM.MSG.DELETE.{topic}", {"seq": gap})
+    expected = [number for number in range(39, 0, -1) if not 10 <= number < 20]
+    for page in (1, 2, 7, 64):
+        assert [message.sequence for message in events.newest(page=page)] == expected
+        rare = [message.sequence for message in events.newest(f"{topic}.b", page=page)]
+        assert rare == [message.sequence for message in events.read(f"{topic}.b")][::-1]
+    assert [message.sequence for message in events.newest(before=22)] == [21, 20, *range(9, 0, -1)]
+    assert list(events.newest(before=1)) == []
+    assert list(events.newest(f"{topic}.c")) == []

@@ -1,4 +1,4 @@
-"""`fleet delayed`: list and cancel delayed messages."""
+"""`fleet delayed`: list delayed messages, cancel them, run them now."""
 
 from __future__ import annotations
 
@@ -57,6 +57,24 @@ def cancel(fleet: Fleet, message_ids: tuple[str, ...], queue: str | None) -> Non
     }
     missing = [message_id for message_id, count in cancelled.items() if not count]
     fleet.show({"cancelled": cancelled}, f"{sum(cancelled.values())} cancelled.")
+    if missing:
+        raise click.ClickException(f"not delayed (any more): {', '.join(missing)}.")
+
+
+@delayed.command()
+@click.argument("message_ids", nargs=-1, required=True)
+@click.option("--queue", help="The queue they wait on. [all queues]")
+@pass_fleet
+def run(fleet: Fleet, message_ids: tuple[str, ...], queue: str | None) -> None:
+    """Have delayed messages run now, by their ids."""
+    broker = fleet.broker
+    wanted = [fleet.check_queue(queue)] if queue else fleet.queue_names()
+    hurried = {
+        message_id: sum(delays.run_now(broker.connection, broker.names, name, message_id) for name in wanted)
+        for message_id in message_ids
+    }
+    missing = [message_id for message_id, count in hurried.items() if not count]
+    fleet.show({"run": hurried}, f"{sum(hurried.values())} run now.")
     if missing:
         raise click.ClickException(f"not delayed (any more): {', '.join(missing)}.")
 

@@ -35,7 +35,7 @@ class Declarations:
     def setup_queues(self, queues: Iterable[str], *, update: bool) -> dict[str, str]:
         """Create what queues need and is missing; see `JetStreamBroker.setup`."""
         declared = sorted(queues)
-        streams = [self._dead_letters(), *self._history(), *map(self._queue, declared)]
+        streams = [self._dead_letters(), self._audit(), *self._history(), *map(self._queue, declared)]
         consumers = [consumer for queue_name in declared for consumer in self._consumers(queue_name)]
         outcome = ensuring.all_of(
             [
@@ -91,6 +91,10 @@ class Declarations:
                 ensuring.ensure_stream(self._connection, stream)
         return self._config.declare
 
+    def ensure_audit(self) -> None:
+        """Make the stream of audit records, whatever `declare` says."""
+        ensuring.ensure_stream(self._connection, self._audit())
+
     def bucket(
         self, name: str, *, history: int = 1, ttl: int | None = None, max_value_bytes: int | None = None
     ) -> Bucket:
@@ -133,6 +137,9 @@ class Declarations:
                 config.names, ttl=config.history_ttl, room=config.history_bytes, storage=config.storage
             )
         ]
+
+    def _audit(self) -> StreamConfig:
+        return topology.audit(self._config.names, storage=self._config.storage)
 
     def _queue(self, queue_name: str) -> StreamConfig:
         return topology.queue(self._config.names, queue_name, storage=self._config.storage)

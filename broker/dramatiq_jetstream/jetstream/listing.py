@@ -17,13 +17,16 @@ from dramatiq_jetstream.errors import BrokerConnectionError, TopologyMissing
 from dramatiq_jetstream.wire.connection import Connection, CoreSubscription, Msg
 from dramatiq_jetstream.wire.thread_queue import ThreadQueue
 
-from .reading import StoredMessage, last_message, parse_time
+from .reading import StoredMessage, first_message, last_message, parse_time
 
 __all__ = ["Listing"]
 
 #: Messages and bytes of one page; a caller never holds more than this beside what it keeps.
 PAGE = 10_000
 PAGE_BYTES = 8 * 1024 * 1024
+
+#: How much of a stream, in sequences, is looked at in one go from its end.
+MAX_WINDOW = 16_384
 
 #: Seconds without a message after which a page counts as lost and is asked for again.
 SILENCE_SECONDS = 2.0
@@ -107,6 +110,45 @@ class Listing:
                 f"Stream {self._stream}: the replicas did not catch up with their leader in time."
             )
         time.sleep(LAG_PAUSE_SECONDS)
+
+    def read_back(
+        self, subject: str, *, before: int | None = None, page: int = 64
+    ) -> Iterator[StoredMessage]:
+        """Yield the stream's messages on `subject` (wildcards allowed), newest first.
+
+        A replica answers as far as it is: it may miss what was stored a moment ago.
+
+        Parameters:
+          before: Only those with a smaller sequence.
+          page: About how many messages to ask for at once.
+
+        Raises:
+          As `read`.
+        """
+        oldest = first_message(self._connection, self._stream, subject)
+        if oldest is None:
+            return
+        newest = self._newest(subject)
+        end = newest + 1 if before is None else min(before, newest + 1)
+        window = page
+        while end > oldest.sequence:
+            start = max(oldest.sequence, end - window)
+            found = self._between(subject, start, end)
+            yield from reversed(found)
+            if len(found) < page:  # there are gaps, or other subjects: look at more of the stream
+                window = min(4 * window, MAX_WINDOW)
+            end = start
+
+    def _between(self, subject: str, start: int, end: int) -> list[StoredMessage]:
+        found: list[StoredMessage] = []
+        while start < end:
+            deadline = time.monotonic() + self._connection.timeout / 1000
+            page = self._page(subject, start, min(PAGE, end - start), deadline)
+            found += [message for message in page if message.sequence < end]
+            if not page or page[-1].sequence >= end:
+                break
+            start = page[-1].sequence + 1
+        return found
 
     def _newest(self, subject: str) -> int:
         message = last_message(self._connection, self._stream, subject)

@@ -334,6 +334,20 @@ class Names:
     def all_history(self) -> str:
         return f"{self.namespace}.history.>"
 
+    # Audit
+
+    @property
+    def audit_stream(self) -> str:
+        return f"{_before_queue(self.namespace)}_audit"
+
+    @property
+    def all_audits(self) -> str:
+        return f"{self.namespace}.audit.*"
+
+    def audit(self, change: str) -> str:
+        """The subject of one change."""
+        return f"{self.namespace}.audit.{change}"
+
     # Buckets
 
     def bucket(self, name: str) -> str:

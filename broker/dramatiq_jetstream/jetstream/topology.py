@@ -14,6 +14,7 @@ from .names import METADATA_SUBSCRIBER, Names, bucket_stream
 __all__ = [
     "ConsumerConfig",
     "StreamConfig",
+    "audit",
     "bucket",
     "dead_letters",
     "events",
@@ -108,7 +109,27 @@ def dead_letters(names: Names, *, ttl: int, storage: Storage = STORAGE) -> Strea
             **_stored(storage, lifetime=ttl),
             "max_age": ttl * NANOSECONDS_PER_MS,
             "max_msgs_per_subject": 1,
-            "allow_direct": False,
+            "allow_direct": True,
+        },
+    )
+
+
+#: How long audit records are kept.
+AUDIT_DAYS = 365
+
+
+def audit(names: Names, *, kept_days: int = AUDIT_DAYS, storage: Storage = STORAGE) -> StreamConfig:
+    """The stream of audit records: how a change ended takes the place of that it began."""
+    return StreamConfig(
+        "audit",
+        names.audit_stream,
+        {
+            "subjects": [names.all_audits],
+            "retention": "limits",
+            **_stored(storage),
+            "max_age": kept_days * 86_400_000 * NANOSECONDS_PER_MS,
+            "max_msgs_per_subject": 1,
+            "allow_direct": True,
         },
     )
 
@@ -299,6 +320,8 @@ def recognise_stream(names: Names, existing: Json) -> StreamConfig | None:
     if name == names.history_stream:
         ttl = existing.get("max_age", 0) // NANOSECONDS_PER_MS or DUPLICATE_WINDOW_MS
         return history(names, ttl=ttl, room=existing.get("max_msgs", 0) * MAX_RECORD_BYTES)
+    if name == names.audit_stream:
+        return audit(names, kept_days=existing.get("max_age", 0) // NANOSECONDS_PER_MS // 86_400_000)
     bucket_name = names.bucket_of_stream(name)
     if bucket_name is None:
         return None

@@ -10,14 +10,19 @@ published twice happens when the schedule is stored.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 
-from dramatiq_jetstream.errors import InvalidOption, NotFound
+from dramatiq_jetstream.errors import ApiError, InvalidOption, NotFound, TopologyMissing
+from dramatiq_jetstream.jetstream.listing import Listing
 from dramatiq_jetstream.jetstream.names import (
+    HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE,
+    HEADER_MSG_ID,
     HEADER_SCHEDULE,
     HEADER_SCHEDULE_TARGET,
     Names,
@@ -25,8 +30,22 @@ from dramatiq_jetstream.jetstream.names import (
 )
 from dramatiq_jetstream.jetstream.reading import StoredMessage, last_message
 from dramatiq_jetstream.wire.connection import Connection
+from dramatiq_jetstream.wire.error_numbers import CONFLICT
+from dramatiq_jetstream.wire.ids import new_id
 
-__all__ = ["Delayed", "cancel", "count", "delayed_messages", "due", "eta_of", "schedule", "waiting"]
+from .fitting import fields_of
+
+__all__ = [
+    "Delayed",
+    "cancel",
+    "count",
+    "delayed_messages",
+    "due",
+    "eta_of",
+    "run_now",
+    "schedule",
+    "waiting",
+]
 
 #: Ten years: what is due later is a mistake in units.
 MAX_DELAY_MS = 10 * 365 * 86_400_000
@@ -41,12 +60,13 @@ SCHEDULE_HEADERS = (HEADER_SCHEDULE, HEADER_SCHEDULE_TARGET)
 
 @dataclass(frozen=True)
 class Delayed:
-    """A message that waits for its time."""
+    """A message that waits for its time, `eta`, in milliseconds since 1970; `actor` is empty where it is not said."""
 
     message_id: str
     queue: str
     eta: int
     subject: str
+    actor: str = ""
 
 
 def check_delay(delay: object) -> int:
@@ -122,24 +142,52 @@ def count(connection: Connection, stream: str, subject: str) -> int:
 
 
 def delayed_messages(connection: Connection, names: Names, queue: str, *, limit: int = 100) -> list[Delayed]:
-    """List delayed messages of a queue, at most `limit`, in no particular order."""
+    """The first `limit` delayed messages of a queue that were stored, the next due first."""
+    listing = Listing(connection, names.queue_stream(queue))
+    page = min(limit, 1_000)
     found: list[Delayed] = []
-    stream = names.queue_stream(queue)
-    try:
-        for subject in subjects(connection, stream, names.all_delayed(queue)):
-            if len(found) >= limit:
-                break
-            eta = _eta(connection, stream, subject)
+    with contextlib.suppress(NotFound, TopologyMissing):
+        for stored in islice(listing.read(names.all_delayed(queue), page=page), limit):
+            eta = eta_of(stored)
             if eta is not None:
-                found.append(Delayed(decode(subject.split(".")[-2]), queue, eta, subject))
-    except NotFound:
-        return []
+                message_id = decode(stored.subject.split(".")[-2])
+                actor = str((fields_of(stored.data, stored.headers) or {}).get("actor_name", ""))
+                found.append(Delayed(message_id, queue, eta, stored.subject, actor))
     return sorted(found, key=lambda delayed: delayed.eta)
+
+
+def run_now(connection: Connection, names: Names, queue: str, message_id: str) -> int:
+    """Have the delays of a message end now; return how many there were.
+
+    Each schedule is replaced by one that is due, in one step and only if it is still there: a message that has fired
+    meanwhile is not run twice, and a crash leaves the old time or the new one.
+    """
+    stream, hurried = names.queue_stream(queue), 0
+    listing = Listing(connection, stream)
+    for stored in list(listing.read(names.delayed_message(queue, message_id), page=100)):
+        headers = {
+            name: value
+            for name, value in stored.headers.items()
+            if not name.startswith("Nats-") or name.startswith("Nats-Schedule")
+        } | {
+            HEADER_SCHEDULE: at(now()),
+            HEADER_MSG_ID: new_id(),
+            HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE: str(stored.sequence),
+        }
+        try:
+            connection.publish(stored.subject, stored.data, headers)
+        except ApiError as error:
+            if error.err_code not in CONFLICT:
+                raise
+        else:
+            hurried += 1
+    return hurried
 
 
 def due(connection: Connection, names: Names, queue: str, message_id: str) -> int | None:
     """When a delayed message of a queue is due, in milliseconds since 1970; None when it is not delayed."""
-    return _eta(connection, names.queue_stream(queue), names.delayed_message(queue, message_id))
+    stored = waiting(connection, names, queue, message_id)
+    return None if stored is None else eta_of(stored)
 
 
 def eta_of(stored: StoredMessage) -> int | None:

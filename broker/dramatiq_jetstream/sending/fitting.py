@@ -12,6 +12,7 @@ A compressed body says so in a header, which travels with it through schedules a
 from __future__ import annotations
 
 import dataclasses
+import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -23,7 +24,7 @@ from dramatiq_jetstream.jetstream.names import HEADER_BODY
 
 from .envelope import EVENT_OPTION, HISTORY_OPTION, encode
 
-__all__ = ["ADDED", "fit", "is_enlarged", "unfolded"]
+__all__ = ["ADDED", "fields_of", "fit", "is_enlarged", "unfolded"]
 
 #: The options that Dramatiq's `Retries` adds to a message.
 ADDED = ("retries", "traceback", "requeue_timestamp")
@@ -89,6 +90,18 @@ def unfolded(body: bytes, headers: Mapping[str, str]) -> bytes:
     if not inflate.eof:
         raise DecodeError("The compressed body of this message is cut off or too large.", body, None)
     return plain
+
+
+def fields_of(body: bytes, headers: Mapping[str, str]) -> dict[str, Any] | None:
+    """What a message says, read as JSON alone, for people; None when that is not what it is.
+
+    No encoder of a program is asked: one such as pickle runs what the bytes say.
+    """
+    try:
+        fields = json.loads(unfolded(body, headers))
+    except (DecodeError, ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) else None
 
 
 def _without(message: Message[Any], names: Iterable[str]) -> Message[Any]:

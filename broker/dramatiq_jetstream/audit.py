@@ -1,0 +1,131 @@
+"""Who changed what in a running fleet: an audit record for every change, on a stream of its own.
+
+    with record(broker, who="ann", what="replay", target="queue=mail", planned=12) as change:
+        change.done += 1
+
+The record is stored before the change begins, and once more, in its place, when it is over: a process that dies in
+between leaves a record that says `unfinished`, and nothing is changed without one. Records are kept for a year.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+from .broker import JetStreamBroker
+from .errors import BrokerError, TopologyMissing
+from .jetstream.reading import StoredMessage
+from .streams import Stream
+from .wire.ids import new_id
+
+__all__ = ["Change", "changes", "declare", "find", "record"]
+
+#: Characters of a text in a record.
+MAX_TEXT = 500
+
+UNFINISHED, FINISHED, FAILED = "unfinished", "finished", "failed"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Change:
+    """A change that somebody made.
+
+    Attributes:
+      who: The person's name.
+      what: The kind of change, such as `replay`.
+      target: What it was made to.
+      planned: How many messages or schedules it was to change, as far as that was known before.
+      done: How many it did change.
+      outcome: `unfinished`, `finished` or `failed`.
+      error: Why it failed.
+      at: When it began, in milliseconds since 1970.
+      id: Tells it from every other change.
+    """
+
+    who: str
+    what: str
+    target: str
+    planned: int
+    done: int = 0
+    outcome: str = UNFINISHED
+    error: str = ""
+    at: int = 0
+    id: str = ""
+
+
+def declare(broker: JetStreamBroker) -> None:
+    """Create the stream of audit records if it is missing, whatever the broker's `declare` says."""
+    broker.declarations.ensure_audit()
+
+
+@contextlib.contextmanager
+def record(broker: JetStreamBroker, *, who: str, what: str, target: str, planned: int) -> Iterator[Change]:
+    """Record a change that is made in the block, which counts what it did in `done`.
+
+    Raises:
+      TopologyMissing: When the stream is missing and the broker declares nothing; nothing was changed then.
+      BrokerConnectionError: When the record is not known to be stored; nothing was changed then.
+    """
+    change = Change(who[:MAX_TEXT], what, target[:MAX_TEXT], planned, at=int(time.time() * 1000), id=new_id())
+    subject = broker.names.audit(change.id)
+    try:
+        _store(broker, subject, change)
+    except TopologyMissing:
+        if not broker.config.declare:
+            raise
+        declare(broker)
+        _store(broker, subject, change)
+    try:
+        yield change
+    except BaseException as error:
+        change.outcome, change.error = FAILED, f"{type(error).__name__}: {error}"[:MAX_TEXT]
+        _store_end(broker, subject, change)
+        raise
+    change.outcome = FINISHED
+    _store_end(broker, subject, change)
+
+
+def _store(broker: JetStreamBroker, subject: str, change: Change) -> None:
+    broker.connection.publish(subject, json.dumps(asdict(change)).encode())
+
+
+def _store_end(broker: JetStreamBroker, subject: str, change: Change) -> None:
+    try:
+        _store(broker, subject, change)
+    except BrokerError as error:  # what was done is done, and the first record is there
+        logger.warning("How a change by %s ended (%s) was not recorded: %s", change.who, change.what, error)
+
+
+def changes(broker: JetStreamBroker, *, limit: int = 100) -> list[Change]:
+    """The newest changes, newest first.
+
+    Raises:
+      BrokerConnectionError: When the server does not answer in time.
+    """
+    try:
+        stored = list(islice(Stream(broker.connection, broker.names.audit_stream).newest(), limit))
+    except TopologyMissing:
+        return []  # none was ever made
+    return sorted(map(_read, stored), key=lambda change: change.at, reverse=True)
+
+
+def find(broker: JetStreamBroker, change_id: str) -> Change | None:
+    """The change with an id, or None."""
+    if not change_id.isalnum():
+        return None
+    try:
+        stored = Stream(broker.connection, broker.names.audit_stream).last(broker.names.audit(change_id))
+    except TopologyMissing:
+        return None
+    return None if stored is None else _read(stored)
+
+
+def _read(stored: StoredMessage) -> Change:
+    return Change(**json.loads(stored.data))

@@ -1,0 +1,232 @@
+"""The pages: what each shows, from what was asked. A view returns what its template needs, or an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+from werkzeug.exceptions import Forbidden, NotFound
+from werkzeug.wrappers import Response
+
+from dramatiq_jetstream import audit as audits
+from dramatiq_jetstream.dead_letters import REASONS
+from dramatiq_jetstream.errors import InvalidOption
+from dramatiq_jetstream.sending.fitting import fields_of
+
+from .asking import Asked
+from .changes import ACTIONS, check_token, give_token, letter_filter, refuse_cross_site
+
+__all__ = ["VIEWS"]
+
+#: Rows of a page.
+ROWS: Final = 50
+WORKER_ROWS: Final = 100
+
+#: Characters of a body that a page shows.
+MAX_BODY: Final = 20_000
+
+T = TypeVar("T")
+View = Callable[..., Mapping[str, Any] | Response]
+
+
+def _page(asked: Asked, rows: Sequence[T], size: int) -> dict[str, Any]:
+    """One page of rows that were all read: `rows`, and what its links need."""
+    text = asked.get("page")
+    last = max(1, -(-len(rows) // size))
+    number = min(max(1, int(text)), last) if text.isdecimal() and len(text) < 6 else 1
+    return {
+        "rows": rows[(number - 1) * size : number * size],
+        "page": number,
+        "pages": last,
+        "total": len(rows),
+    }
+
+
+def overview(asked: Asked) -> Mapping[str, Any]:
+    """Each queue with its counts, and the fleet as a whole."""
+    queues, workers = asked.reader.queues(), asked.reader.workers()
+    served = {name: sum(name in worker.queues for worker in workers) for name in asked.reader.queue_names()}
+    return {
+        "queues": queues,
+        "served": served,
+        "workers": len(workers),
+        "threads": sum(worker.threads for worker in workers),
+        "running": sum(len(worker.running) for worker in workers),
+        "totals": {
+            name: sum(getattr(queue, name) for queue in queues)
+            for name in ("ready", "in_flight", "delayed", "dead")
+        },
+    }
+
+
+def workers(asked: Asked) -> Mapping[str, Any]:
+    """The processes that are alive."""
+    found = asked.reader.workers()
+    hosts = len({worker.host for worker in found})
+    return {
+        **_page(asked, found, WORKER_ROWS),
+        "hosts": hosts,
+        "threads": sum(each.threads for each in found),
+    }
+
+
+def running(asked: Asked) -> Mapping[str, Any]:
+    """What is being worked on, the longest first."""
+    queue, actor = asked.get("queue"), asked.get("actor")
+    found = [
+        here
+        for here in asked.reader.running()
+        if (not queue or here.message.queue == queue) and (not actor or here.message.actor == actor)
+    ]
+    shown = _page(asked, found, ROWS)
+    return {
+        **shown,
+        "rows": [asked.reader.with_progress(here) for here in shown["rows"]],
+        "queue": queue,
+        "actor": actor,
+        "queues": asked.reader.queue_names(),
+    }
+
+
+def delayed(asked: Asked) -> Mapping[str, Any]:
+    """What waits for its time, the next due first."""
+    names = asked.reader.queue_names()
+    queue = asked.get("queue")
+    counts = {stats.queue: stats.delayed for stats in asked.reader.queues()}
+    wanted = [queue] if queue in names else [name for name in names if counts.get(name)]
+    found = sorted(
+        (each for name in wanted for each in asked.reader.delayed(name)), key=lambda each: each.eta
+    )
+    there = sum(counts.get(name, 0) for name in wanted)
+    return {**_page(asked, found, ROWS), "queue": queue, "queues": names, "there": max(there, len(found))}
+
+
+def schedules(asked: Asked) -> Mapping[str, Any]:
+    """The periodic actors: when they ran and will run."""
+    return _page(asked, asked.reader.schedules(), ROWS)
+
+
+def dead(asked: Asked) -> Mapping[str, Any]:
+    """Dead letters, newest first, as the filters leave them."""
+    fields = {name: [asked.get(name)] for name in ("queue", "actor", "reason", "text")}
+    queue, matches = letter_filter(fields)
+    before = asked.get("before")
+    if before and not before.isdecimal():
+        raise NotFound(f"{before!r} is no place in the list of dead letters.")
+    found = asked.reader.dead(matches, queue=queue, before=before or None, limit=ROWS)
+    return {
+        "found": found,
+        "before": before,
+        "total": asked.broker.dead_letters.count(queue),
+        "filters": {name: values[0] for name, values in fields.items()},
+        "queues": asked.reader.queue_names(),
+        "reasons": REASONS,
+    }
+
+
+def letter(asked: Asked, letter: str) -> Mapping[str, Any]:
+    """One dead letter: its cause, its history and what it says."""
+    if not letter.isdecimal():
+        raise NotFound(f"There is no dead letter {letter!r}.")
+    found = asked.broker.dead_letters.get(letter)
+    if found is None:
+        raise NotFound(f"There is no dead letter {letter}: it was replayed, dropped, or kept for its time.")
+    fields = fields_of(found.data, found.headers)
+    options = (fields or {}).get("options")
+    options = options if isinstance(options, dict) else {}
+    body = found.data.decode("utf-8", "backslashreplace")
+    return {
+        "letter": found,
+        "fields": fields,
+        "traceback": options.get("traceback"),
+        "retries": options.get("retries"),
+        "body": body[:MAX_BODY],
+        "is_cut": len(body) > MAX_BODY,
+        "traceparent": found.headers.get("traceparent", ""),
+    }
+
+
+def limits(asked: Asked) -> Mapping[str, Any]:
+    """What limiters and barriers hold now."""
+    return _page(asked, asked.reader.limits(), ROWS)
+
+
+def audit(asked: Asked) -> Mapping[str, Any]:
+    """Who changed what."""
+    return {"rows": asked.reader.audit(ROWS)}
+
+
+def change(asked: Asked, action: str) -> Mapping[str, Any] | Response:
+    """Show what a change would do, or make it."""
+    chosen = ACTIONS.get(action)
+    if chosen is None:
+        raise NotFound
+    if chosen.permission not in asked.person.may:
+        raise Forbidden(
+            f"{asked.person.name} may not do that: it needs the permission {chosen.permission!r}."
+        )
+    is_post = asked.request.method == "POST"
+    if is_post:
+        refuse_cross_site(asked.request)
+    source = asked.request.form if is_post else asked.request.args
+    fields = {name: source.getlist(name) for name in chosen.fields if source.getlist(name)}
+    if is_post:
+        check_token(asked.request, asked.person, action, fields)
+    plan = chosen.plan(asked.reader, fields)
+    if is_post:
+        return _make(asked, action, plan)
+    fields = {**fields, **plan.fixed}
+    token, keep = give_token(asked.request, asked.person, action, fields)
+    endpoint, filters = plan.back
+    context = {
+        "plan": plan,
+        "action": action,
+        "fields": [(name, value) for name, values in fields.items() for value in values],
+        "token": token,
+        "back": asked.url(endpoint, **filters),
+    }
+    return {**context, "keep": keep}
+
+
+def _make(asked: Asked, action: str, plan: Any) -> Response:
+    broker, name = asked.broker, asked.person.name
+    try:
+        with audits.record(broker, who=name, what=action, target=plan.target, planned=plan.count) as made:
+            plan.make(made)
+    except InvalidOption as error:
+        raise Forbidden(f"Nothing was changed: {error}") from None
+    finally:
+        asked.reader.forget()
+    endpoint, filters = plan.back
+    location = asked.url("changed", change=made.id, to=endpoint, **filters)
+    return Response(status=303, headers={"Location": location})
+
+
+def changed(asked: Asked, change: str) -> Mapping[str, Any]:
+    """What became of a change."""
+    found = audits.find(asked.broker, change)
+    if found is None:
+        raise NotFound(f"There is no record of a change {change!r}.")
+    endpoint = asked.get("to")
+    filters = {name: asked.get(name) for name in ("queue", "actor", "reason", "text")}
+    back = asked.url(endpoint if endpoint in VIEWS and endpoint in _LISTS else "overview", **filters)
+    return {"found": found, "back": back, "filters": filters}
+
+
+_LISTS: Final = frozenset(
+    {"overview", "workers", "running", "delayed", "schedules", "dead", "limits", "audit"}
+)
+
+VIEWS: Final[Mapping[str, View]] = {
+    "overview": overview,
+    "workers": workers,
+    "running": running,
+    "delayed": delayed,
+    "schedules": schedules,
+    "dead": dead,
+    "letter": letter,
+    "limits": limits,
+    "audit": audit,
+    "change": change,
+    "changed": changed,
+}
