@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.polling import eventually, holds
 from tests.support.ports import free_port
@@ -90,6 +91,22 @@ def test_a_program_that_does_not_import_is_one_error(tmp_path):
     process = supervised_workers("no_such_program", log=tmp_path / "log", processes=3).start()
     assert process.wait() == 2
     assert process.output.count("there is no module 'no_such_program' here") == 1
+    assert "Traceback" not in process.output
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("", "sets no broker"),
+        ("import dramatiq\n@dramatiq.actor\ndef work(): pass\n", "uses a RabbitmqBroker|sets no broker"),
+    ],
+)
+def test_a_program_without_a_broker_is_one_error(tmp_path, source, why):
+    """Whether Dramatiq finds its default, RabbitMQ, or not: what to do is said, without a traceback."""
+    (tmp_path / "brokerless.py").write_text(source)
+    process = supervised_workers("brokerless", log=tmp_path / "log", arguments=["-P", str(tmp_path)]).start()
+    assert process.wait(timeout=60) == 2
+    assert re.search(f"({why}).*: call dramatiq.set_broker", process.output)
     assert "Traceback" not in process.output
 
 
@@ -179,6 +196,9 @@ def test_a_second_signal_returns_what_runs(make_fleet):
     other = fleet.start(supervised=True, processes=1, threads=1)
     workers.send_signal(signal.SIGTERM)
     workers.wait()
+    assert "Stopping now: what runs is returned" in workers.output
+    assert "died" not in workers.output
+    assert "1 process with 1 thread\n" in workers.output
     eventually(lambda: began(fleet, "a") == 2, timeout=SOON)
     fleet.open("a")
     fleet.wait_for("ended a")
@@ -248,9 +268,13 @@ def test_the_probes_tell_a_stuck_worker_from_a_busy_one(make_fleet):
     fleet.send("hold", "a")
     eventually(lambda: runner(fleet, "a"))
     assert status("/health/live") == 200
+    head = urllib.request.Request(f"http://127.0.0.1:{port}/health/live", method="HEAD")
+    with urllib.request.urlopen(head, timeout=5) as answer:
+        assert (answer.status, answer.read()) == (200, b"")
+    fleet.send("mark", "m")  # waits for the thread
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         metrics = answer.read().decode()
-    assert re.search(r"^fleet_in_flight 1$", metrics, re.MULTILINE)
+    assert re.search(r"^fleet_running 1$", metrics, re.MULTILINE)
     assert re.search(r"^fleet_workers 1$", metrics, re.MULTILINE)
     (child,) = workers.children()
     os.kill(child, signal.SIGSTOP)
@@ -260,6 +284,19 @@ def test_the_probes_tell_a_stuck_worker_from_a_busy_one(make_fleet):
         os.kill(child, signal.SIGCONT)
     eventually(lambda: status("/health/live") == 200)
     fleet.open("a")
+    fleet.wait_for("ran m")
+
+    def parsed():
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+            return {(s.name, *sorted(s.labels.values())): s.value for f in families for s in f.samples}
+
+    eventually(lambda: parsed().get(("fleet_attempts_total", "default", "mark")) == 1)
+    samples = parsed()
+    assert samples["fleet_attempt_duration_seconds_count", "default", "hold"] == 1
+    assert samples["fleet_attempt_duration_seconds_bucket", "+Inf", "default", "hold"] == 1
+    assert samples["fleet_attempt_duration_seconds_bucket", "0.005", "default", "hold"] == 0
+    assert samples["fleet_attempts_failed_total", "default", "mark"] == 0
 
 
 def test_wrong_options_are_one_sentence(tmp_path):

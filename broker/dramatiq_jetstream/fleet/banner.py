@@ -28,7 +28,8 @@ def _lines(options: WorkOptions, ready: dict[str, Any], pid: int, http: str | No
     yield " . versions:   " + ", ".join(f"{name} {number}" for name, number in versions.items())
     yield f" . server:     {ready['server']}"
     yield f" . namespace:  {ready['namespace']}"
-    yield f" . workers:    {options.processes} processes with {options.threads} threads"
+    threads = _count(options.threads, "thread", "threads")
+    yield f" . workers:    {_count(options.processes, 'process', 'processes')} with {threads}"
     health = (
         "off (--http HOST:PORT)" if http is None else f"http://{http}/health/live, /health/ready, /metrics"
     )
@@ -45,3 +46,7 @@ def _lines(options: WorkOptions, ready: dict[str, Any], pid: int, http: str | No
         for actor in ready["periodic"]:
             yield f" . {actor}"
     yield ""
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

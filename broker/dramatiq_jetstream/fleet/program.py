@@ -19,6 +19,9 @@ from dramatiq_jetstream.errors import InvalidOption
 __all__ = ["ProgramError", "load_broker", "load_function", "put_on_path"]
 
 
+_SET_ONE = "call dramatiq.set_broker(JetStreamBroker(...)) in it, before its actors are declared."
+
+
 class ProgramError(Exception):
     """The program cannot be used as it was named; the message says why and what to do."""
 
@@ -44,14 +47,13 @@ def load_broker(name: str, modules: Iterable[str] = ()) -> JetStreamBroker:
     found = _load(name)
     if callable(found):
         found()
-    broker = found if isinstance(found, Broker) else dramatiq.get_broker()
     for module in modules:
         _load(module)
+    broker = found if isinstance(found, Broker) else dramatiq.broker.global_broker
+    if broker is None:
+        raise ProgramError(f"{name!r} sets no broker: {_SET_ONE}")
     if not isinstance(broker, JetStreamBroker):
-        raise ProgramError(
-            f"{name!r} uses a {type(broker).__name__}, not a JetStreamBroker: "
-            "call dramatiq.set_broker in it before actors are declared."
-        )
+        raise ProgramError(f"{name!r} uses a {type(broker).__name__}, not a JetStreamBroker: {_SET_ONE}")
     return broker
 
 
@@ -78,6 +80,8 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        if error.name == "pika" and dramatiq.broker.global_broker is None:  # Dramatiq would use RabbitMQ
+            raise ProgramError(f"{name!r} declares actors and sets no broker: {_SET_ONE}") from None
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise ProgramError(
                 f"there is no module {name!r} here: run it where `python -c 'import {name}'` works, or give --path."

@@ -60,7 +60,7 @@ class WorkerProcess:
 
     Attributes:
       ready: What it said of itself when its worker had started; None before.
-      stopping: Whether it was told to stop.
+      stopping, told_to_stop_now: Whether it was told to stop, and to do so at once.
       last_words: The end of what it printed.
       outlived: The delivery for which it is killed, because its attempt outlived its hard time limit.
       connection: A copy of its connection to NATS.
@@ -96,7 +96,7 @@ class WorkerProcess:
         self.ready: dict[str, Any] | None = None
         self.ready_at = 0.0
         self.failed: str | None = None
-        self.stopping = False
+        self.stopping = self.told_to_stop_now = False
         self.stop_by = 0.0
         self.kill_at: float | None = None
         self.killed = False
@@ -144,7 +144,7 @@ class WorkerProcess:
     def stop_now(self) -> None:
         """Have it return all that it holds, also what runs, and end; it is killed when it does not."""
         if self.kill_at is None:
-            self.stopping = True
+            self.stopping = self.told_to_stop_now = True
             self.kill_at = time.monotonic() + STOP_NOW_SECONDS
             self.channel.say(stop_now=True)
 

@@ -203,6 +203,13 @@ class Supervisor:
                 process.signal(number)
 
     def _stop(self) -> None:
+        if self._stopping:
+            logger.info("Stopping now: what runs is returned to the server and begins again elsewhere.")
+        elif self._status == EXIT_OK:
+            logger.info(
+                "Stopping: running actors get up to %g s to finish. The same signal again stops at once.",
+                self._options.shutdown_timeout / 1000,
+            )
         for process in self.workers:
             if self._stopping:
                 process.stop_now()
@@ -250,7 +257,7 @@ class Supervisor:
         process.close()
         if process.failed is not None and not self._seen_ready:
             self._give_up(EXIT_PROGRAM, process.failed)
-        elif not (process.stopping and status in (0, -signal.SIGTERM)):
+        elif not (process.stopping and (process.told_to_stop_now or status in (0, -signal.SIGTERM))):
             self._died(slot, process, status, sum(not each.answered for each in held))
         self._hand_on()
 
@@ -265,12 +272,13 @@ class Supervisor:
 
     def _died(self, slot: Slot, process: WorkerProcess, status: int, held: int) -> None:
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        what = {0: "It held no message", 1: "The message that it held is handed on"}
         logger.error(
-            "Worker %d (PID %d) died: %s. %d messages that it held are handed on.",
+            "Worker %d (PID %d) died: %s. %s.",
             slot.number,
             process.pid,
             how,
-            held,
+            what.get(held, f"The {held} messages that it held are handed on"),
         )
         if process.ready is None and not self._stopping:
             self._early_deaths += 1
