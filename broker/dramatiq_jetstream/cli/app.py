@@ -11,7 +11,7 @@ from dramatiq.errors import DramatiqError
 from dramatiq_jetstream.errors import InvalidName, InvalidOption
 from dramatiq_jetstream.testing import ServerError
 
-from . import dead, delayed, doctor, messages, queues, server, setup, ui, work, workers
+from . import dead, delayed, doctor, messages, queues, scale_hint, server, setup, ui, work, workers
 from .context import Fleet
 
 __all__ = ["fleet", "main"]
@@ -34,7 +34,7 @@ def fleet(
     context.call_on_close(context.obj.close)
 
 
-for module in (server, setup, work, workers, queues, dead, delayed, messages, ui, doctor):
+for module in (server, setup, work, scale_hint, workers, queues, dead, delayed, messages, ui, doctor):
     for command in module.COMMANDS:
         fleet.add_command(command)
 
