@@ -121,9 +121,7 @@ class Periodic(Middleware):
         if not isinstance(message, JetStreamMessage) or not isinstance(broker, JetStreamBroker):
             return
         delivery = message._delivery
-        if not delivery.mentions(HEADER_TICK):
-            return
-        name = delivery.headers.get(HEADER_TICK)
+        name = delivery.headers.get(HEADER_TICK) if delivery.is_marked else None
         if name is None:
             return
         noted = {"last": delivery.timestamp, "next": delivery.headers.get(HEADER_SCHEDULE_NEXT)}

@@ -36,7 +36,7 @@ class NotingConnection:
     def on_fork(self, call):
         self.fork = call
 
-    def write(self, subject, payload):
+    def respond(self, subject, payload):
         self.written.append((subject, payload))
 
     def query(self, subject, payload, over, seconds):

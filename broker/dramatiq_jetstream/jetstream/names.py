@@ -20,6 +20,9 @@ from dramatiq_jetstream.errors import InvalidName
 
 #: Headers that the library puts on messages. All are copied by the server from a schedule to the message
 #: that the schedule produces, other than the `Nats-*` ones (ADR-51).
+#: What the names of this library's own headers begin with.
+OWN_HEADERS = b"Dramatiq-"
+
 HEADER_MESSAGE_ID = "Dramatiq-Message-Id"
 HEADER_ACTOR = "Dramatiq-Actor"
 HEADER_ENQUEUED_AT = "Dramatiq-Enqueued-At"

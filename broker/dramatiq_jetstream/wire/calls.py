@@ -160,7 +160,7 @@ class Sender(Protocol):
     @property
     def is_open(self) -> bool: ...
 
-    def enqueue(self, message: Outgoing, call: Call) -> None: ...
+    def enqueue_for(self, call: Call, message: Outgoing) -> None: ...
 
     def describe(self) -> tuple[str, str]: ...
 
@@ -259,9 +259,9 @@ class Calls:
         self.resent += call.sent is not None
         call.queued = True
         for part in call.parts:
-            self._link.enqueue(part, call)
+            self._link.enqueue_for(call, part)
         reply = f"{self._link.inbox}.{token}"
-        self._link.enqueue((call.subject or reply, call.payload, reply, call.headers), call)
+        self._link.enqueue_for(call, (call.subject or reply, call.payload, reply, call.headers))
 
     def _expire(self, call: Call) -> None:
         if call.sent is not None and call.stuck():

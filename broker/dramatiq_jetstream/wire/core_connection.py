@@ -25,7 +25,7 @@ from .headers import Headers, Msg, encode_headers
 from .ids import new_id
 from .link import ConnectionState, Link
 from .listeners import CoreSubscription, Listeners
-from .protocol import encode_subscribe
+from .protocol import encode_publish, encode_subscribe
 from .replies import check_subject, is_no_responders
 
 __all__ = ["CoreConnection"]
@@ -341,6 +341,10 @@ class CoreConnection:
     ) -> None:
         """Write a message soon; only on the loop thread. Without a connection it is dropped."""
         self._link.enqueue((subject, payload, reply, headers))
+
+    def respond(self, subject: str, payload: bytes) -> None:
+        """Write soon to the reply subject of a message that arrived; otherwise as `write`."""
+        self._link.enqueue(encode_publish((subject, payload, "", None)))
 
     def soon(self, call: Callable[[], None], delay: float = 0.0) -> None:
         """Run `call` on the loop thread after this turn, or after `delay` seconds; only on the loop thread."""

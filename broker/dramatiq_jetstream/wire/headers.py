@@ -43,9 +43,9 @@ class Msg:
             self._headers = parse_headers(self._raw_headers) if self._raw_headers else {}
         return self._headers
 
-    def mentions(self, header: str) -> bool:
-        """Whether the headers may have this one; much cheaper than parsing them."""
-        return self._raw_headers is not None and header.encode() in self._raw_headers
+    def mentions(self, text: bytes) -> bool:
+        """Whether the headers have this text somewhere; much cheaper than parsing them."""
+        return self._raw_headers is not None and text in self._raw_headers
 
 
 def parse_headers(raw: bytes) -> dict[str, str]:

@@ -229,13 +229,19 @@ class Link:
         """Write a message soon. Without a connection it is dropped."""
         self.enqueue((subject, payload, reply, headers))
 
-    def enqueue(self, message: Outgoing | bytes, call: Call | None = None) -> None:
-        """Put a message, or a command as it goes over the wire, into the outbox; `call` gives it a deadline."""
+    def enqueue(self, message: Outgoing | bytes) -> None:
+        """Put a message, or a command as it goes over the wire, into the outbox."""
         client = self._client
-        if client is None or not client.open:
-            return
-        self._outbox.add(client, message, call)
-        self.loop.call_after()
+        if client is not None and client.open:
+            self._outbox.add(client, message)
+            self.loop.call_after()
+
+    def enqueue_for(self, call: Call, message: Outgoing) -> None:
+        """Put a message into the outbox that goes no further when the deadline of `call` is over."""
+        client = self._client
+        if client is not None and client.open:
+            self._outbox.add_for(call, message)
+            self.loop.call_after()
 
     def send_fence(self) -> None:
         """Send the next fence now, unless one is under way."""

@@ -37,19 +37,27 @@ class Outbox:
     def __init__(self, calls: Calls) -> None:
         self.max_payload = 1_048_576
         self._calls = calls
-        self._waiting: deque[tuple[Outgoing | bytes, Call | None]] = deque()
+        self._waiting: deque[bytes | tuple[Outgoing, Call]] = deque()
         self._bytes = 0  # of what has no deadline
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, client: Client, message: Outgoing | bytes, call: Call | None) -> None:
-        """Append a message, or a command as it goes over the wire; `call` gives it a deadline."""
+    def add(self, client: Client, message: Outgoing | bytes) -> None:
+        """Append a message, or a command as it goes over the wire, which has no deadline."""
+        try:
+            command = message if isinstance(message, bytes) else self._encode(message)
+        except (BrokerError, ValueError) as error:
+            logger.error("A message could not be sent: %s", error)
+            return
+        self._waiting.append(command)
+        self._bytes += len(command)
+        if self._bytes > OUTBOX_BYTES:
+            client.abort(f"more than {OUTBOX_BYTES >> 20} MiB waited to be written")
+
+    def add_for(self, call: Call, message: Outgoing) -> None:
+        """Append a message that is dropped if the deadline of its call is over when its turn comes."""
         self._waiting.append((message, call))
-        if call is None:
-            self._bytes += _size(message)
-            if self._bytes > OUTBOX_BYTES:
-                client.abort(f"more than {OUTBOX_BYTES >> 20} MiB waited to be written")
 
     def clear(self) -> None:
         self._waiting.clear()
@@ -63,22 +71,22 @@ class Outbox:
             chunk: list[bytes] = []
             size = 0
             while waiting and size < CHUNK_BYTES:
-                message, call = waiting.popleft()
-                if call is None:
-                    self._bytes -= _size(message)
-                elif not call.may_leave(now, client, client.handed + size, part=not message[2]):
-                    continue
-                try:
-                    data = message if isinstance(message, bytes) else self._encode(message)
-                except (BrokerError, ValueError) as error:
-                    if call is None:
-                        logger.error("A message could not be sent: %s", error)
-                    else:
+                entry = waiting.popleft()
+                if isinstance(entry, bytes):
+                    command = entry
+                    self._bytes -= len(command)
+                else:
+                    message, call = entry
+                    if not call.may_leave(now, client, client.handed + size, part=not message[2]):
+                        continue
+                    try:
+                        command = self._encode(message)
+                    except (BrokerError, ValueError) as error:
                         call.sent = None
                         self._calls.fail(call, error)
-                    continue
-                chunk.append(data)
-                size += len(data)
+                        continue
+                chunk.append(command)
+                size += len(command)
             client.write(b"".join(chunk))
 
     def _encode(self, message: Outgoing) -> bytes:
@@ -97,7 +105,3 @@ class Outbox:
             raise InvalidOption(
                 f"the headers {headers!r} of a message for {subject} cannot be sent ({error})."
             ) from None
-
-
-def _size(message: Outgoing | bytes) -> int:
-    return len(message) if isinstance(message, bytes) else len(message[1]) + 200

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from dramatiq.broker import MessageProxy
 from dramatiq.common import iter_queue
 from dramatiq.worker import Worker
 
-from .attempts import Attempts
+from .attempts import Attempts, Counts
 from .consumer import JetStreamConsumer
 from .follow_ups import FollowUps
 from .message import JetStreamMessage
@@ -28,6 +29,7 @@ class Attachment:
     """The worker of this process, if there is one.
 
     Attributes:
+      counts: What became of its attempts.
       is_quiet: Whether this process is to take nothing more.
     """
 
@@ -45,11 +47,15 @@ class Attachment:
         self._recorder = recorder
         self._vitals = vitals
         self._worker: Worker | None = None
+        self.counts = Counts()
+        self._attempts: list[Attempts] = []
         self.is_quiet = False
 
     def detach(self) -> None:
         """Know of no worker: in the child of a fork, the parent's has no threads."""
         self._worker = None
+        self.counts = Counts()
+        self._attempts = []
         self._vitals.watch(None)
 
     def attach(self, worker: Any) -> None:
@@ -64,8 +70,18 @@ class Attachment:
 
     def replace_attempts(self, worker_thread: Any) -> None:
         """Run messages our way; called on the thread itself before its first one."""
-        attempts = Attempts(worker_thread, self._follow_ups, self._rerouter, self._suspects, self._recorder)
+        attempts = Attempts(
+            worker_thread, self._follow_ups, self._rerouter, self._suspects, self._recorder, self.counts
+        )
         worker_thread.process_message = attempts.process_message
+        self._attempts.append(attempts)
+
+    def running(self) -> list[tuple[MessageProxy, float]]:
+        """The messages that run now, and the time since; on the presence thread."""
+        for attempts in list(self._attempts):
+            if not attempts.is_alive and attempts.running is None:
+                self._attempts.remove(attempts)
+        return [running for attempts in self._attempts if (running := attempts.running) is not None]
 
     def be_quiet(self, worker: Worker | None = None) -> None:
         """Take nothing more for as long as this process lives; consumers that are opened later take nothing either."""

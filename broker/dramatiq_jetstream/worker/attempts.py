@@ -10,19 +10,23 @@ If the process dies between the actor's end and the ack, the message runs again 
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
+
 from dramatiq.broker import MessageProxy
 from dramatiq.errors import RateLimitExceeded, Retry
 from dramatiq.middleware import SkipMessage
 from dramatiq.worker import WorkerThread, has_results_middleware
 
+from .current import current_message
 from .follow_ups import FollowUps
 from .interrupts import Gate
-from .message import JetStreamMessage
+from .message import Ended, JetStreamMessage
 from .recorder import Recorder
 from .rerouting import Rerouter
 from .suspects import Suspects
 
-__all__ = ["Attempts"]
+__all__ = ["Attempts", "Counts"]
 
 # In the words of Dramatiq, as all that it would log itself.
 _DISCARDED = (
@@ -33,8 +37,23 @@ _DISCARDED = (
 )
 
 
+@dataclass
+class Counts:
+    """How many attempts have ended in a process, and how many of them with an exception.
+
+    Several threads count; a lost count of thousands informs people just as well.
+    """
+
+    done: int = 0
+    failed: int = 0
+
+
 class Attempts:
-    """The attempts of the calling worker thread, one after the other."""
+    """The attempts of the calling worker thread, one after the other.
+
+    Attributes:
+      running: The message that it runs, and the time since; None between two messages. Any thread may look.
+    """
 
     def __init__(
         self,
@@ -43,6 +62,7 @@ class Attempts:
         rerouter: Rerouter,
         suspects: Suspects,
         recorder: Recorder,
+        counts: Counts,
     ) -> None:
         self._thread = thread
         self._broker = thread.broker
@@ -52,16 +72,27 @@ class Attempts:
         self._suspects = suspects
         self._recorder = recorder
         self._gate = Gate()
+        self.running: tuple[MessageProxy, float] | None = None
+        self._counts = counts
+        self._skipped = False
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
 
     def process_message(self, message: MessageProxy) -> None:
         """Run a message and settle it. Nothing is raised: the thread must live for the next one."""
         try:
-            if isinstance(message, JetStreamMessage):
-                self._suspects.note_start(message._delivery)
+            self.running = message, time.time()
+            current_message.set(message)
             self._run_and_settle(message)
         except BaseException:
             self._logger.critical("Message %s was not settled as it should be.", message, exc_info=True)
         finally:
+            current_message.set(None)
+            self.running = None
+            self._counts.done += 1
+            self._counts.failed += message._exception is not None
             self._thread.work_queue.task_done()
             if isinstance(message, JetStreamMessage) and message.to_record is not None:
                 self._recorder.record(message, message.to_record)
@@ -69,20 +100,38 @@ class Attempts:
             message.clear_exception()
 
     def _run_and_settle(self, message: MessageProxy) -> None:
+        delivery = message._delivery if isinstance(message, JetStreamMessage) else None
+        if delivery is not None and delivery.is_suspect:
+            self._suspects.note_start(delivery)
         try:
             try:
                 self._run(message)
             except BaseException as error:
                 self._follow_ups.cut_off(message, error)
                 self._logger.critical("What follows message %s was cut off.", message, exc_info=True)
+            if (
+                self._recorder.keeps_successes
+                or self._skipped
+                or message.failed
+                or message._exception is not None
+                or message.options
+            ):
+                self._note_end(message)
             self._thread.consumers[message.queue_name].post_process_message(message)
         finally:
-            if isinstance(message, JetStreamMessage) and not message._delivery.settled:
-                self._rerouter.requeue_later(message._delivery)
+            if delivery is not None and not delivery.settled:
+                self._rerouter.requeue_later(delivery)
+
+    def _note_end(self, message: MessageProxy) -> None:
+        """Have an attempt recorded when its message is settled."""
+        if self._recorder.is_on and isinstance(message, JetStreamMessage) and self.running is not None:
+            retried = self._follow_ups.has_retried(message)
+            message.to_record = Ended(self.running[1], time.time(), self._skipped, retried)
 
     def _run(self, message: MessageProxy) -> None:
         """The actor, and everything that follows it but the ack."""
         actor = None
+        self._skipped = False
         self._gate.expect()
         try:
             self._logger.debug("Received message %s with id %r.", message, message.message_id)
@@ -98,6 +147,7 @@ class Attempts:
                 ):
                     self._logger.warning(_DISCARDED, actor.actor_name)
         except SkipMessage as error:
+            self._skipped = True
             if message.failed:
                 message.stuff_exception(error)
             self._logger.warning("Message %s was skipped.", message)

@@ -102,6 +102,7 @@ class JetStreamConsumer(Consumer):
         self.stopping = False
         # A program that takes messages by itself needs no actors.
         self._runs_actors = isinstance(current_thread(), ConsumerThread)
+        self._known_actors: set[str] = set()
         self._arrivals: ThreadQueue[list[Delivery]] = ThreadQueue()
         self._ready: list[tuple[int, int, Delivery]] = []  # the consumer thread's own
         self._suspected: list[tuple[int, int, Delivery]] = []  # as well; the latest stored first
@@ -132,7 +133,7 @@ class JetStreamConsumer(Consumer):
                 self._has_surplus = False
                 self._requeue_all()
                 self.return_unstarted(self.queue_name, max(1, self.prefetch // 2))
-            if (delivery := self._next_delivery()) is not None:
+            if (self._ready or self._suspected) and (delivery := self._next_delivery()) is not None:
                 message = self._decode(delivery)
                 if message is None or not self.stopping:
                     return message
@@ -143,6 +144,7 @@ class JetStreamConsumer(Consumer):
                 return None
             for delivery in arrived:
                 if self.suspects.include(delivery):
+                    delivery.is_suspect = True
                     heappush(self._suspected, (-delivery.timestamp, next(self._order), delivery))
                 else:
                     heappush(self._ready, (delivery.source.rank, next(self._order), delivery))
@@ -151,7 +153,7 @@ class JetStreamConsumer(Consumer):
 
     def _next_delivery(self) -> Delivery | None:
         """A suspect, if none keeps it from starting, or else the next of the others, if there is room."""
-        if not (self._ready or self._suspected) or not self._room.has_place():
+        if not self._room.has_place():
             return None
         if self._suspected and self.suspects.may_start(self._suspected[0][-1]):
             delivery = heappop(self._suspected)[-1]
@@ -164,10 +166,10 @@ class JetStreamConsumer(Consumer):
 
     def released(self, delivery: Delivery, *, done: bool) -> None:
         """A delivery of ours was settled: there may be room for another. On the loop thread."""
-        self._room.settled(delivery, done=done)
-        if self.suspects.include(delivery):
+        if delivery.is_suspect:
             self.suspects.settled(delivery)
-        self._puller.ask_under_load()
+        if self._room.settled(delivery, done=done):
+            self._puller.ask_soon()
 
     @property
     def sources(self) -> list[Source]:
@@ -196,27 +198,14 @@ class JetStreamConsumer(Consumer):
         self.rerouter.requeue_later(delivery)
 
     def _decode(self, delivery: Delivery) -> JetStreamMessage | None:
-        if not delivery.source.takes(delivery.subject):
+        source = delivery.source
+        if source.takes is not None and not source.takes(delivery.subject):
             self._leave_to_others(delivery)
             return None
-        if self.rerouter.owes_dead_letter(delivery):
-            self._store_elsewhere(delivery, lambda: self.rerouter.retry_dead_letter(delivery))
+        if delivery.deliveries > 1 and self._is_to_be_a_dead_letter(delivery):
             return None
         try:
-            if self.suspects.has_killed(delivery):
-                self._make_dead_letter(
-                    delivery,
-                    dead_letters.DELIVERED_TOO_OFTEN,
-                    f"Delivered {delivery.deliveries} times without being settled: its workers may have died of it, "
-                    "or what follows it could not be enqueued.",
-                )
-                return None
-        except BrokerError as error:
-            self.logger.warning("How often %s was started is not known now: %s", delivery, error)
-            self.rerouter.requeue_later(delivery)
-            return None
-        try:
-            message, arguments = delivery.source.decode(delivery)
+            message, arguments = source.decode(delivery)
         except ActorNotFound as error:
             if not self.rerouter.wait_for_actor(delivery):
                 self._make_dead_letter(delivery, dead_letters.UNKNOWN_ACTOR, str(error))
@@ -229,26 +218,57 @@ class JetStreamConsumer(Consumer):
             cause = (error.error if isinstance(error, DecodeError) else None) or error
             self._make_dead_letter(delivery, dead_letters.UNDECODABLE, f"{type(cause).__name__}: {cause}")
             return None
-        if self._lacks_actor(message.actor_name) and self.rerouter.wait_for_actor(
-            delivery, message.actor_name
-        ):
+        name = message.actor_name
+        if name not in self._known_actors and self._waits_for_actor(delivery, name):
             return None
         proxy = JetStreamMessage(message, delivery, arguments)
-        if "eta" in message.options:  # from another program: ours have none when they are delivered
-            eta = message.options["eta"]
-            if isinstance(eta, (int, float)) and eta > current_millis():
-                # Dramatiq would hold it in its memory.
-                self._store_elsewhere(delivery, lambda: self.rerouter.delay_until_eta(proxy))
-                return None
-            if not isinstance(eta, (int, float, NoneType)):
-                self.logger.warning(
-                    "Message %s has an eta that is no time, %r; running it now.", message, eta
-                )
-            del message.options["eta"]  # Dramatiq would enqueue the message once more for it
+        if "eta" in message.options and self._waits_for_eta(proxy):
+            return None
         return proxy
 
-    def _lacks_actor(self, name: str) -> bool:
-        return self._runs_actors and not self.rerouter.knows_actor(name)
+    def _is_to_be_a_dead_letter(self, delivery: Delivery) -> bool:
+        """Whether a message that was here before is not to run again; it is put away then."""
+        if self.rerouter.owes_dead_letter(delivery):
+            self._store_elsewhere(delivery, lambda: self.rerouter.retry_dead_letter(delivery))
+            return True
+        try:
+            if not self.suspects.has_killed(delivery):
+                return False
+        except BrokerError as error:
+            self.logger.warning("How often %s was started is not known now: %s", delivery, error)
+            self.rerouter.requeue_later(delivery)
+            return True
+        self._make_dead_letter(
+            delivery,
+            dead_letters.DELIVERED_TOO_OFTEN,
+            f"Delivered {delivery.deliveries} times without being settled: its workers may have died of it, "
+            "or what follows it could not be enqueued.",
+        )
+        return True
+
+    def _waits_for_actor(self, delivery: Delivery, name: str) -> bool:
+        """Whether this program lacks the actor of a message, which is put off then."""
+        if not self._runs_actors:
+            return False
+        if self.rerouter.knows_actor(name):
+            self._known_actors.add(name)
+            return False
+        return self.rerouter.wait_for_actor(delivery, name)
+
+    def _waits_for_eta(self, message: JetStreamMessage) -> bool:
+        """Whether it is too early for a message of another program, which the server is to keep then.
+
+        Our own have no option `eta` when they are delivered.
+        """
+        eta = message.options["eta"]
+        if isinstance(eta, (int, float)) and eta > current_millis():
+            # Dramatiq would hold it in its memory.
+            self._store_elsewhere(message._delivery, lambda: self.rerouter.delay_until_eta(message))
+            return True
+        if not isinstance(eta, (int, float, NoneType)):
+            self.logger.warning("Message %s has an eta that is no time, %r; running it now.", message, eta)
+        del message.options["eta"]  # Dramatiq would enqueue the message once more for it
+        return False
 
     def _make_dead_letter(self, delivery: Delivery, reason: str, error: str) -> None:
         """Make a dead letter of what never becomes a message here."""

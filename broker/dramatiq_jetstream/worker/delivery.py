@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from dramatiq.message import Message
 
-from dramatiq_jetstream.jetstream.names import HEADER_EARLIER_DELIVERIES, HEADER_ORIGIN
+from dramatiq_jetstream.jetstream.names import HEADER_EARLIER_DELIVERIES, HEADER_ORIGIN, OWN_HEADERS
 from dramatiq_jetstream.sending.envelope import Event
 from dramatiq_jetstream.wire.ack_subjects import ack_tokens
 from dramatiq_jetstream.wire.connection import Msg
@@ -40,7 +40,8 @@ class Source:
       decode: Makes the Dramatiq message and, for an event, the arguments that its actor receives; it raises
         `DecodeError` for bytes that are not a message.
       actor: The subscribed actor, for a source of events.
-      takes: Whether this version of the program wants a subject: another version may have set up the consumer since.
+      takes: Whether this version of the program wants a subject, None if it wants all: another version may have set
+        up the consumer since.
     """
 
     queue: str
@@ -49,7 +50,7 @@ class Source:
     declare: Callable[[], object]
     decode: Callable[[Delivery], tuple[Message[Any], tuple[Any, ...] | None]]
     actor: str | None = None
-    takes: Callable[[str], bool] = lambda _: True
+    takes: Callable[[str], bool] | None = None
 
     @property
     def stream(self) -> str:
@@ -60,7 +61,17 @@ class Source:
 
 
 class Delivery:
-    """One delivered message and its place in the stream; what it says comes from its ack subject (ADR-15)."""
+    """One delivered message and its place in the stream; what it says comes from its ack subject (ADR-15).
+
+    Attributes:
+      deliveries: How often it was delivered, this time included.
+      has_place: Whether Dramatiq has it (see `room`).
+      is_marked: Whether its headers may have some of this library's own. Those of most messages have none, so the
+        others are not looked for.
+      is_suspect: Whether its worker may have died of it (see `suspects`).
+      slot: Where this process noted that it holds it, if it has a supervisor.
+      touched: When the server was last told that we have it, by `time.monotonic`.
+    """
 
     __slots__ = (
         "_message",
@@ -68,17 +79,15 @@ class Delivery:
         "data",
         "deliveries",
         "has_place",
+        "is_marked",
+        "is_suspect",
         "key",
         "life",
         "owner",
-        "pending",
-        "sequence",
         "settled",
         "slot",
         "source",
-        "stream",
         "subject",
-        "timestamp",
         "touched",
     )
 
@@ -89,40 +98,48 @@ class Delivery:
         self.ack_subject = message.reply
         self.source = source
         self.owner = owner
-        self.has_place = False
+        self.has_place = self.is_suspect = self.settled = False
+        self.slot: int | None = None
         tokens = ack_tokens(message.reply)
         durable = source.durable
         self.life = durable.life
-        self.stream = durable.stream
         self.deliveries = int(tokens[2])
-        self.sequence = int(tokens[3])
-        stored = int(tokens[5])
-        self.timestamp = stored // 1_000_000
-        self.pending = int(tokens[6])
-        if message.mentions(HEADER_EARLIER_DELIVERIES):
+        self.key: Key = (durable.stream, durable.name, int(tokens[3]), int(tokens[5]))
+        self.is_marked = message.mentions(OWN_HEADERS)
+        if self.is_marked:
             earlier = self.headers.get(HEADER_EARLIER_DELIVERIES, "")
             self.deliveries += int(earlier) if earlier.isdecimal() else 0
-        self.key: Key = (durable.stream, durable.name, self.sequence, stored)
-        self.settled = False
-        #: Where this process noted that it holds it, if it has a supervisor.
-        self.slot: int | None = None
         self.touched = time.monotonic()
 
     def __str__(self) -> str:
         return f"Message {self.sequence} of {self.stream}"
 
     @property
+    def stream(self) -> str:
+        return self.key[0]
+
+    @property
+    def sequence(self) -> int:
+        return self.key[2]
+
+    @property
+    def timestamp(self) -> int:
+        """When it was stored, in milliseconds since 1970."""
+        return self.key[3] // 1_000_000
+
+    @property
+    def pending(self) -> int:
+        """How many messages the consumer had left to deliver."""
+        return int(ack_tokens(self.ack_subject)[6])
+
+    @property
     def headers(self) -> Mapping[str, str]:
         return self._message.headers
-
-    def mentions(self, header: str) -> bool:
-        """Whether the headers may have this one; much cheaper than to look."""
-        return self._message.mentions(header)
 
     @property
     def origin(self) -> str:
         """One token that identifies the message wherever it is delivered, also after it was put off."""
-        if self.mentions(HEADER_ORIGIN) and (origin := self.headers.get(HEADER_ORIGIN)):
+        if self.is_marked and (origin := self.headers.get(HEADER_ORIGIN)):
             return origin
         _, consumer, sequence, stored = self.key
         return f"{self.stream}-{consumer}-{sequence}-{stored:x}"

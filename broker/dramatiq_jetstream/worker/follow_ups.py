@@ -36,16 +36,14 @@ class FollowUps(threading.local):
 
     def __init__(self) -> None:
         self._message: MessageProxy | None = None
-        self._calls: Counter[str] | None = None
 
     def begin(self, message: MessageProxy) -> None:
         """Take what this thread enqueues from now on for a follow-up of `message`."""
         self._message = message
-        self._calls = None
 
-    def end(self) -> None:
+    def end(self, message: MessageProxy) -> None:
         """Take what this thread enqueues from now on for messages of their own."""
-        message, self._message = self._message, None
+        self._message = None
         if not isinstance(message, JetStreamMessage) or not message.once_followed_up:
             return
         if message.follow_up_error is None and message._exception is None:
@@ -57,10 +55,11 @@ class FollowUps(threading.local):
         current = self._message
         if not isinstance(current, JetStreamMessage):
             return new_id()
-        if self._calls is None:
-            self._calls = Counter()
-        self._calls[message.message_id] += 1
-        call = f"{current._delivery.origin}:{message.message_id}:{self._calls[message.message_id]}"
+        if current.follow_up_calls is None:
+            current.follow_up_calls = Counter()
+        current.follow_up_calls[message.message_id] += 1
+        number = current.follow_up_calls[message.message_id]
+        call = f"{current._delivery.origin}:{message.message_id}:{number}"
         return hashlib.sha256(call.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     def encloses(self, message: Message[Any]) -> bool:
@@ -74,8 +73,9 @@ class FollowUps(threading.local):
         return self._message is not None and self._message.message_id == message.message_id
 
     def has_retried(self, message: MessageProxy) -> bool:
-        """Whether this thread has enqueued `message` again after it had run it."""
-        return self._calls is not None and message.message_id in self._calls
+        """Whether `message` was enqueued again after it had run."""
+        calls = message.follow_up_calls if isinstance(message, JetStreamMessage) else None
+        return calls is not None and message.message_id in calls
 
     def middleware_failed(self, middleware: Middleware, error: BaseException) -> None:
         """Note that a middleware failed after the actor ran, or before its failure is settled."""
@@ -86,7 +86,7 @@ class FollowUps(threading.local):
         """Mark a message after which something was raised that no middleware is to blame for."""
         self.begin(message)
         self.failed(error)
-        self.end()
+        self.end(message)
 
     def failed(self, error: BaseException) -> None:
         """Mark the message whose follow-up could not be enqueued, so that it is not acked."""

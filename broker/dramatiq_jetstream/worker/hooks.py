@@ -92,14 +92,12 @@ class HookedBroker(Broker):
         self._hooks = _Hooks(self)
         super().__init__(middleware=middleware)
 
-    def _look(self) -> _Hooks:
-        hooks = self._hooks
-        if hooks.middleware != self.middleware:
-            hooks = self._hooks = _Hooks(self)
-        return hooks
+    def _look_again(self) -> _Hooks:
+        self._hooks = _Hooks(self)
+        return self._hooks
 
     def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
-        hooks = self._look()
+        hooks = self._hooks if self._hooks.middleware == self.middleware else self._look_again()
         hook = hooks.before.get(signal) or hooks.find_before(signal)
         if hook.first is not None:
             hook.first(*args)
@@ -117,7 +115,7 @@ class HookedBroker(Broker):
                 hook.last(*args)
 
     def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
-        hooks = self._look()
+        hooks = self._hooks if self._hooks.middleware == self.middleware else self._look_again()
         hook = hooks.after.get(signal) or hooks.find_after(signal)
         if hook.first is not None:
             hook.first(*args)
@@ -136,7 +134,7 @@ class HookedBroker(Broker):
 
     def emit_own(self, hook: str, *args: Any, **kwargs: Any) -> None:
         """Call a hook of this library's own, which a middleware need not have."""
-        hooks = self._look()
+        hooks = self._hooks if self._hooks.middleware == self.middleware else self._look_again()
         listeners = hooks.own.get(hook)
         if listeners is None:
             listeners = hooks.own[hook] = hooks.listeners(hook)
@@ -178,20 +176,30 @@ def _method(middleware: Middleware, hook: str) -> Callable[..., Any]:
         return method
     if type(middleware) is Pipelines:
 
-        def in_pipelines(broker: Broker, message: MessageProxy, **outcome: Any) -> None:
+        def in_pipelines(
+            broker: Broker,
+            message: MessageProxy,
+            *,
+            result: Any = None,
+            exception: BaseException | None = None,
+        ) -> None:
             if "pipe_target" in message.options:
-                method(broker, message, **outcome)
+                method(broker, message, result=result, exception=exception)
 
         return in_pipelines
     if isinstance(middleware, Retries):
 
         def unless_aborted(
-            broker: Broker, message: MessageProxy, *, exception: BaseException | None = None, **outcome: Any
+            broker: Broker,
+            message: MessageProxy,
+            *,
+            result: Any = None,
+            exception: BaseException | None = None,
         ) -> None:
-            if is_abort(exception):
+            if exception is not None and is_abort(exception):
                 message.fail()
             else:
-                method(broker, message, exception=exception, **outcome)
+                method(broker, message, result=result, exception=exception)
 
         return unless_aborted
     return method

@@ -127,11 +127,15 @@ class InFlight:
             post(self._settle, delivery, settlement)
             delivery.settled = True  # last: if this thread is interrupted before, it may give another answer
 
-    def _settle(self, delivery: Delivery, settlement: bytes) -> None:
+    def _settle(self, delivery: Delivery, settlement: bytes | None) -> None:
+        """Hold a delivery no longer, and send its settlement to the server if there is one."""
         if self._held.pop(delivery.key, None) is None:
-            return  # the first answer counts
-        self._send(delivery, settlement)
-        self._release(delivery, done=settlement == ACK)
+            return  # the first settlement counts
+        if settlement is not None:
+            self._send(delivery, settlement)
+        if delivery.slot is not None:
+            self._note_answered(delivery)
+        delivery.owner.released(delivery, done=settlement == ACK)
 
     def _send(self, delivery: Delivery, settlement: bytes) -> None:
         durable = delivery.source.durable
@@ -153,15 +157,7 @@ class InFlight:
         """Stop holding a delivery without an answer: it is delivered again when its `ack_wait` is over."""
         if not delivery.settled:
             delivery.settled = True
-            self._connection.post(self._abandon, delivery)
-
-    def _abandon(self, delivery: Delivery) -> None:
-        self._held.pop(delivery.key, None)
-        self._release(delivery, done=False)
-
-    def _release(self, delivery: Delivery, *, done: bool) -> None:
-        self._note_answered(delivery)
-        delivery.owner.released(delivery, done=done)
+            self._connection.post(self._settle, delivery, None)
 
     def flush(self, seconds: float) -> None:
         """Wait until the server has all that was posted so far, if it can be reached, up to so long."""
@@ -199,7 +195,7 @@ class InFlight:
         durable = delivery.source.durable
         if durable.certain and delivery.life is durable.life:
             delivery.touched = time.monotonic()
-            self._connection.write(delivery.ack_subject, WPI)
+            self._connection.respond(delivery.ack_subject, WPI)
 
     def _newest(self, durable: Durable) -> tuple[int, int] | None:
         """The highest sequence and the latest time of storing of what is still to be answered."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ class JetStreamMessage(MessageProxy):
     """A message on its way through a worker.
 
     Attributes:
-      delivery_count: How often the server has delivered it, this time included; 1 is the first.
+      follow_up_calls: How often what follows it was enqueued, by message id; None if nothing was.
       follow_up_error: Why a retry, pipeline step or callback of it could not be enqueued, if so.
       once_followed_up: What to call when its actor has succeeded and all that follows is stored.
       to_record: How its attempt ended, if the history is to have a record of it.
@@ -36,6 +37,9 @@ class JetStreamMessage(MessageProxy):
       killed: Why its process was killed, for an attempt that another process settles.
     """
 
+    follow_up_calls: Counter[str] | None = None
+    follow_up_error: BaseException | None = None
+    once_followed_up: tuple[Callable[[], None], ...] = ()
     to_record: Ended | None = None
     is_cancelled = False
     killed: HardTimeLimitExceeded | None = None
@@ -45,10 +49,6 @@ class JetStreamMessage(MessageProxy):
     ) -> None:
         super().__init__(message)
         self._delivery = delivery
-        self._arguments = arguments
-        self.follow_up_error: BaseException | None = None
-        self.once_followed_up: tuple[Callable[[], None], ...] = ()
-        self.delivery_count = delivery.deliveries
         # Dramatiq and its middleware read these twenty times for a message that does nothing; the proxy would first
         # fail to find them, each time.
         self.queue_name = message.queue_name
@@ -57,16 +57,18 @@ class JetStreamMessage(MessageProxy):
         self.options = message.options
         self.message_id = message.message_id
         self.message_timestamp = message.message_timestamp
-
-    @property
-    def args(self) -> tuple[Any, ...]:  # type: ignore[override]
-        """The actor's arguments: for an event the decoded event, which is not part of the message."""
-        return self._message.args if self._arguments is None else self._arguments
+        # For an event the decoded event, which is not part of the message.
+        self.args = message.args if arguments is None else arguments
 
     @property
     def headers(self) -> Mapping[str, str]:
         """The NATS headers that it was delivered with, in which another program may have put a trace context."""
         return self._delivery.headers
+
+    @property
+    def delivery_count(self) -> int:
+        """How often the server has delivered it, this time included; 1 is the first."""
+        return self._delivery.deliveries
 
     @property
     def redelivered(self) -> bool:

@@ -4,7 +4,7 @@ A thread writes one small record to the bucket `workers`: every `INTERVAL_SECOND
 record lives three intervals, so a process that was killed is gone by itself; one that stops removes its own. Nothing
 waits for a record, and one that is lost is made good by the next.
 
-A message costs the worker thread two entries in a dictionary. If the process dies, its record expires.
+What a worker thread runs, it notes itself (see `attempts`). If the process dies, its record expires.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from dramatiq.worker import Worker
 from dramatiq_jetstream.kv import Bucket
 
 from .arguments import Describe, shown_arguments
-from .current import current_message, said_of
+from .attachment import Attachment
+from .current import said_of
 
 __all__ = ["INTERVAL_SECONDS", "Presence"]
 
@@ -52,27 +53,28 @@ class Presence:
 
     Parameters:
       bucket: Returns the bucket `workers`.
+      attachment: Knows what the worker of this process runs and has run.
       describe: Makes the text of a message's arguments.
       program_version: Returns what the program says of its version.
     """
 
     def __init__(
-        self, bucket: Callable[[], Bucket], describe: Describe, program_version: Callable[[], str]
+        self,
+        bucket: Callable[[], Bucket],
+        attachment: Attachment,
+        describe: Describe,
+        program_version: Callable[[], str],
     ) -> None:
         self._bucket = bucket
+        self._attachment = attachment
         self._describe_arguments = describe
         self._program_version = program_version
         self.reset()
 
     def reset(self) -> None:
         """Start from nothing: at creation, and in the child of a fork."""
-        self._running: dict[int, tuple[MessageProxy, float]] = {}
-        self._done = 0
-        self._failed = 0
         self._stop: threading.Event | None = None
         self._key = ""
-
-    # Around a worker
 
     def begin(self, worker: Worker) -> None:
         """Say from now on that this process is there; called when its worker has booted."""
@@ -92,24 +94,6 @@ class Presence:
             self._bucket().delete(self._key)
         except BrokerError as error:
             logger.debug("The record of this worker was not removed and will expire: %s", error)
-
-    # Around a message, on a worker thread
-
-    def message_begins(self, message: MessageProxy) -> None:
-        """Note what this thread runs."""
-        current_message.set(message)
-        self._running[threading.get_ident()] = message, time.time()
-
-    def message_ended(self, message: MessageProxy) -> float | None:
-        """Note that this thread runs nothing; return since when it ran the message, None when it did not."""
-        current_message.set(None)
-        ran = self._running.pop(threading.get_ident(), None)
-        if ran is None:
-            return None
-        # Several threads count; a lost count of thousands informs people just as well.
-        self._done += 1
-        self._failed += message._exception is not None
-        return ran[1]
 
     # The presence thread
 
@@ -131,6 +115,7 @@ class Presence:
 
     def _record(self, worker: Worker, since: int) -> dict[str, Any]:
         usage = resource.getrusage(resource.RUSAGE_SELF)
+        counts = self._attachment.counts
         return {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -140,9 +125,9 @@ class Presence:
             "at": int(time.time() * 1000),
             "queues": sorted(worker.consumers),
             "threads": len(worker.workers),
-            "running": [self._describe(*each) for each in list(self._running.values())[:MAX_RUNNING]],
-            "done": self._done,
-            "failed": self._failed,
+            "running": [self._describe(*each) for each in self._attachment.running()[:MAX_RUNNING]],
+            "done": counts.done,
+            "failed": counts.failed,
             "rss": _resident(usage.ru_maxrss),
             "cpu": round(usage.ru_utime + usage.ru_stime, 1),
         }

@@ -72,9 +72,7 @@ class Puller:
     def add(self, source: Source) -> None:
         """Read one more source."""
         durables = self._in_flight.durables
-        fetcher = Fetcher(
-            self._connection, durables, source, receive=self._receive, changed=self._replenish_soon
-        )
+        fetcher = Fetcher(self._connection, durables, source, receive=self._receive, changed=self.ask_soon)
         self._connection.post(self._include, fetcher)
 
     def stop(self) -> None:
@@ -105,15 +103,10 @@ class Puller:
         if self._stopping:
             fetcher.close()
         else:
-            self._replenish_soon()
+            self.ask_soon()
 
-    def ask_under_load(self) -> None:
-        """Ask for more, if there is enough room to make it worth the while; a tick later any free place is used."""
-        if self._room.free >= self._room.worth_asking:
-            self._replenish_soon()
-
-    def _replenish_soon(self) -> None:
-        # Many are settled in one turn of the loop; one look at what to ask for is enough.
+    def ask_soon(self) -> None:
+        """Ask for more when this turn of the loop is over, in which many may be settled."""
         if not self._replenishing:
             self._replenishing = True
             self._connection.soon(self._replenish_under_load)
@@ -123,9 +116,9 @@ class Puller:
 
     def _receive(self, fetcher: Fetcher, message: Msg) -> None:
         delivery = Delivery(message, fetcher.source, self._owner)
-        if not fetcher.pulls and len(self._fetchers) > 1:
+        if len(self._fetchers) > 1 and not fetcher.pulls:
             fetcher.drained = delivery.pending == 0
-            self._replenish_soon()
+            self.ask_soon()
         if not self._in_flight.receive(delivery):
             return
         self._room.arrived()

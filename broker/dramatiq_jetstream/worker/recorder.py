@@ -72,6 +72,7 @@ class Recorder:
       actor_options: The options of the actor with that name.
 
     Attributes:
+      is_on: Whether there is a history.
       keeps_successes: Whether an attempt that succeeded may leave a record.
     """
 
@@ -89,7 +90,7 @@ class Recorder:
         self._connection = connection
         self._ensure = ensure
         self._describe = describe
-        self._is_on = config.history is not None
+        self.is_on = config.history is not None
         self.keeps_successes = self._share > 0
         self._warned: set[str] = set()
         self.reset()
@@ -107,7 +108,7 @@ class Recorder:
     def begin(self, worker: Worker) -> None:
         """Keep the log lines of a program's actors that want it; called before its worker boots."""
         actors = worker.broker.actors.values()
-        if self._is_on and any(actor.options.get("log_history") for actor in actors):
+        if self.is_on and any(actor.options.get("log_history") for actor in actors):
             self.keeps_successes = True
             logging.getLogger().addHandler(self._log_lines)
 

@@ -35,6 +35,7 @@ class Room:
 
     Attributes:
       size: How many messages there is room for now.
+      worth_asking: The fewest messages to fetch under load: one that arrives alone wakes three threads.
     """
 
     def __init__(self, *, prefetch: int, lookahead: bool, made: Callable[[], None]) -> None:
@@ -48,22 +49,22 @@ class Room:
         self._done = 0
         self._crowded_ticks = 0
         self._wanted = False
+        self._measure()
 
     @property
     def free(self) -> int:
         """How many more may be fetched."""
         return self.size - self._in_hand
 
-    @property
-    def worth_asking(self) -> int:
-        """The fewest messages to fetch under load: one that arrives alone wakes three threads."""
-        return max(1, self.size // 4)
-
     def arrived(self) -> None:
         self._in_hand += 1
 
-    def settled(self, delivery: Delivery, *, done: bool) -> None:
-        """Note that a delivery was settled: done, or requeued."""
+    def settled(self, delivery: Delivery, *, done: bool) -> bool:
+        """Note that a delivery was settled: done, or requeued.
+
+        Returns:
+          Whether there is room for enough messages to make it worth asking under load.
+        """
         self._in_hand -= 1
         self._done += done
         if delivery.has_place:
@@ -71,17 +72,22 @@ class Room:
             if self._wanted:
                 self._wanted = False
                 self._made()
+        return self.size - self._in_hand >= self.worth_asking
 
     def has_surplus(self) -> bool:
         """Measure the room, once a tick; returns True when the surplus should be requeued."""
-        if self.lookahead:
-            self.size = self._prefetch + min(self._done // 4, MAX_LOOKAHEAD)
-        self._done = 0
+        self._measure()
         self._crowded_ticks = self._crowded_ticks + 1 if self._in_hand > self.size else 0
         if self._crowded_ticks < SURPLUS_TICKS:
             return False
         self._crowded_ticks = 0
         return True
+
+    def _measure(self) -> None:
+        if self.lookahead:
+            self.size = self._prefetch + min(self._done // 4, MAX_LOOKAHEAD)
+        self.worth_asking = max(1, self.size // 4)
+        self._done = 0
 
     # On the consumer thread
 

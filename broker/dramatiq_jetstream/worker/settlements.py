@@ -108,7 +108,8 @@ class _Book:
 
     def has_acked(self, key: Key) -> bool:
         return (
-            any(key in each.acks for each in self.rounds())
+            key in self.sent.acks
+            or (self.asked is not None and key in self.asked.acks)
             or key in self.done
             or key in self.done_before
             or key in self.done_over_doubt
@@ -181,7 +182,7 @@ class Settlements:
         else:
             book.sent.others[key] = ack_subject, settlement
         if durable.certain:
-            self._connection.write(ack_subject, settlement)
+            self._connection.respond(ack_subject, settlement)
 
     def note_done(self, durable: Durable, key: Key) -> None:
         """Remember that a message of an earlier life is done, in case it is delivered in this one."""
@@ -196,8 +197,9 @@ class Settlements:
         """Forget that a delivery was given back: it came again, and the answer would give away what we hold now."""
         book = self._books.get(durable)
         if book is not None:
-            for each in book.rounds():
-                each.others.pop(key, None)
+            book.sent.others.pop(key, None)
+            if book.asked is not None:
+                book.asked.others.pop(key, None)
 
     def is_behind(self, durable: Durable) -> bool:
         """Whether the server has too much left to do to be asked for more."""
@@ -219,9 +221,9 @@ class Settlements:
                 again.others.update(each.others)
         book.sent, book.asked = again, None
         for ack_subject in again.acks.values():
-            self._connection.write(ack_subject, ACK)
+            self._connection.respond(ack_subject, ACK)
         for ack_subject, settlement in again.others.values():
-            self._connection.write(ack_subject, settlement)
+            self._connection.respond(ack_subject, settlement)
 
     def _probe(self) -> None:
         """Ask each consumer whose deliveries were answered since the last time how far it has come."""

@@ -179,10 +179,10 @@ class Sources:
 
     def _decode(self, delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:
         data = delivery.data
-        if delivery.mentions(HEADER_BODY):
+        if delivery.is_marked and HEADER_BODY in delivery.headers:
             data = unfolded(data, delivery.headers)
         message = checked(decode(data), delivery.source.queue)
-        if delivery.mentions(HEADER_TICK) and HEADER_TICK in delivery.headers:
+        if delivery.is_marked and HEADER_TICK in delivery.headers:
             # Every tick of a schedule has the same body; its place in the stream makes it a message of its own.
             message = dataclasses.replace(
                 message,

@@ -111,8 +111,7 @@ class Suspects:
 
     def note_start(self, delivery: Delivery) -> None:
         """Count the start of a suspect, before it."""
-        if self.include(delivery):
-            self._count(delivery, 1)
+        self._count(delivery, 1)
 
     def _count(self, delivery: Delivery, change: int) -> None:
         try:

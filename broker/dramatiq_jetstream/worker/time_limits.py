@@ -14,7 +14,6 @@ import logging
 import time
 from functools import partial
 from threading import Thread, current_thread
-from weakref import ref
 
 from dramatiq.middleware import Middleware, TimeLimit, TimeLimitExceeded
 from dramatiq.middleware.time_limit import _CtypesTimeoutManager
@@ -24,7 +23,7 @@ from .interrupts import interrupt
 __all__ = ["TimeLimits", "keep_time_of"]
 
 #: The monotonic time in seconds, and whose it is.
-_Deadline = tuple[float, ref[Thread]]
+_Deadline = tuple[float, Thread]
 
 
 def keep_time_of(middleware: Middleware) -> None:
@@ -50,7 +49,7 @@ class TimeLimits(Thread):
 
     def add_timeout(self, thread_id: int, ttl: float) -> None:
         """The calling thread begins something that may take `ttl` milliseconds."""
-        self._deadlines[thread_id] = time.monotonic() + ttl / 1000, ref(current_thread())
+        self._deadlines[thread_id] = time.monotonic() + ttl / 1000, current_thread()
 
     def remove_timeout(self, thread_id: int) -> None:
         """The calling thread is done with it."""
@@ -72,10 +71,8 @@ class TimeLimits(Thread):
             if deadline is None or now < deadline[0] or self._struck.get(thread_id) is deadline:
                 continue
             self._struck[thread_id] = deadline
-            thread = deadline[1]()
-            if thread is None or not thread.is_alive():
-                continue
-            interrupt(thread_id, TimeLimitExceeded, partial(self._is_due, thread_id, deadline))
+            if deadline[1].is_alive():
+                interrupt(thread_id, TimeLimitExceeded, partial(self._is_due, thread_id, deadline))
 
     def _is_due(self, thread_id: int, deadline: _Deadline) -> bool:
         """Whether that thread still works on the message whose time is over; it cannot go on while this is asked."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dramatiq.broker import MessageProxy
 from dramatiq.worker import Worker
 
 from dramatiq_jetstream.config import BrokerConfig
@@ -22,7 +20,6 @@ from .consumers import Consumers
 from .follow_ups import FollowUps
 from .hard_limits import KilledAttempts, check_hard_time_limit
 from .in_flight import InFlight
-from .message import Ended, JetStreamMessage
 from .presence import Presence
 from .recorder import Recorder
 from .rerouting import Rerouter
@@ -76,12 +73,11 @@ class Workplace:
         )
         self.rerouter = rerouter
         self._recorder = Recorder(config, connection, declarations.ensure_history, describe, actor_options)
-        self._records = config.history is not None
         self.attachment = Attachment(
             rerouter, self.follow_ups, self._suspects, self._recorder, Vitals(connection, self.in_flight)
         )
         self.killed_attempts = KilledAttempts(connection, self.in_flight, self.attachment.replace_attempts)
-        self._presence = Presence(workers, describe, program_version)
+        self._presence = Presence(workers, self.attachment, describe, program_version)
         self.consumers = Consumers(
             config, connection, self.in_flight, self.sources, self._suspects, rerouter, self.attachment
         )
@@ -96,7 +92,6 @@ class Workplace:
             "after_worker_boot": self._presence.begin,
             "after_consumer_thread_boot": self.attachment.replace_delay_queue,
             "after_worker_thread_boot": self.attachment.replace_attempts,
-            "before_process_message": self._presence.message_begins,
             "after_process_message": begin,
             "after_skip_message": begin,
             "before_nack": begin,
@@ -104,34 +99,14 @@ class Workplace:
 
     def last(self) -> dict[str, Reaction]:
         """What to do at a hook when all middleware is done, or was interrupted."""
+        end = self.follow_ups.end
         return {
             "before_worker_shutdown": self.attachment.stop_consuming,
             "after_worker_shutdown": self._shut_down,
-            "after_process_message": self._ended,
-            "after_skip_message": self._skipped,
-            "before_nack": self._ended,
+            "after_process_message": end,
+            "after_skip_message": end,
+            "before_nack": end,
         }
-
-    def _ended(self, message: MessageProxy) -> None:
-        self.follow_ups.end()
-        began = self._presence.message_ended(message)
-        if (
-            self._recorder.keeps_successes
-            or message._exception is not None
-            or message.failed
-            or message.options
-        ):
-            self._note_for_record(message, began)
-
-    def _skipped(self, message: MessageProxy) -> None:
-        self.follow_ups.end()
-        self._note_for_record(message, self._presence.message_ended(message), skipped=True)
-
-    def _note_for_record(self, message: MessageProxy, began: float | None, *, skipped: bool = False) -> None:
-        """Have an attempt recorded when its message is settled."""
-        if self._records and began is not None and isinstance(message, JetStreamMessage):
-            retried = self.follow_ups.has_retried(message)
-            message.to_record = Ended(began, time.time(), skipped, retried)
 
     def _boot(self, worker: Worker) -> None:
         self.attachment.attach(worker)
