@@ -21,7 +21,12 @@ from dramatiq import Message
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.config import ConnectOptions
-from dramatiq_jetstream.errors import BrokerConnectionError, ConnectionFailed, ServerUnsupported
+from dramatiq_jetstream.errors import (
+    BrokerConnectionError,
+    ConnectionFailed,
+    MessageTooLarge,
+    ServerUnsupported,
+)
 from dramatiq_jetstream.testing import NatsServer, find_executable
 from dramatiq_jetstream.testing.server import free_port
 from dramatiq_jetstream.wire.addresses import Address
@@ -440,3 +445,29 @@ def test_a_node_without_jetstream_in_a_cluster_that_has_it(nats_cluster, run_ser
         f'cluster {{ name: "{cluster.cluster}", listen: "127.0.0.1:{route}", routes: {routes} }}\n',
     )
     eventually(lambda: stores(f"nats://127.0.0.1:{port}", namespace=f"e{secrets.token_hex(4)}"))
+
+
+def test_a_message_over_a_lowered_max_payload_ends_the_connection_once(tmp_path, make_broker):
+    """It is refused after that, and not sent again over every new connection until its time is up."""
+    with NatsServer(tmp_path / "nats", sync="2m", max_payload=900_000) as server:
+        broker = make_broker(server.url)
+        broker.declare_queue("default")
+        broker.setup()
+        large = Message("default", "work", ("x" * 500_000,), {}, {})
+        broker.enqueue(large)
+        server.max_payload = 100_000
+        (server.store_dir / "nats-server.conf").write_text(server._configuration())
+        os.kill(server.pid, signal.SIGHUP)
+        eventually(lambda: _max_payload(server) == 100_000)
+        with pytest.raises(MessageTooLarge):
+            broker.enqueue(large)
+        assert broker.connection.state.reconnects <= 1
+        broker.enqueue(message())
+        broker.close()
+
+
+def _max_payload(server: NatsServer) -> int:
+    """What the server tells a new client."""
+    with socket.create_connection((server.host, server.port), timeout=10) as client:
+        line = client.makefile("rb").readline()
+    return int(json.loads(line.removeprefix(b"INFO "))["max_payload"])

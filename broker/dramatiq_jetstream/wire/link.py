@@ -276,6 +276,7 @@ class Link:
             self._receive_error(event.text)
         elif isinstance(event, ServerInfo) and self._client is not None:
             self._client.info |= event.fields
+            self._outbox.max_payload = int(event.fields.get("max_payload") or self._outbox.max_payload)
             self._servers.learn(self._client.address, event.fields)
 
     def _receive_reply(self, message: Msg) -> None:

@@ -91,14 +91,17 @@ class Outbox:
 
     def _encode(self, message: Outgoing) -> bytes:
         subject, payload, _, headers = message
-        if type(headers) is bytes:  # a publication, which was checked before it was posted
-            return encode_publish(message)
-        check_subject(subject)
-        if len(payload) > self.max_payload:
+        # Publications were checked before they were posted; the server may allow less since.
+        checked = type(headers) is bytes
+        size = len(payload) + len(headers) if checked and headers else len(payload)
+        if size > self.max_payload:
             raise MessageTooLarge(
-                f"A message of {len(payload)} bytes for {subject} is over the server's max_payload of "
+                f"A message of {size} bytes for {subject} is over the server's max_payload of "
                 f"{self.max_payload} bytes."
             )
+        if checked:
+            return encode_publish(message)
+        check_subject(subject)
         try:
             return encode_publish(message)
         except ValueError as error:
