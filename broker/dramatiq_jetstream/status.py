@@ -24,8 +24,9 @@ from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 import dramatiq
 from dramatiq.common import q_name
+from dramatiq.encoder import PickleEncoder
 from dramatiq.errors import DecodeError
-from dramatiq.message import Message
+from dramatiq.message import Message, get_encoder
 from dramatiq.results import ResultFailure, ResultMissing
 
 from .dead_letters import DeadLetter, DeadLetters
@@ -338,6 +339,8 @@ def _error(record: Record | None) -> str | None:
 
 
 def _decoded(stored: StoredMessage) -> Message[Any] | None:
+    if isinstance(get_encoder(), PickleEncoder):
+        return None  # to look at a message must not run what its bytes say
     try:
         return envelope.decode(unfolded(stored.data, stored.headers))
     except DecodeError:

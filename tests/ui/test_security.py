@@ -26,7 +26,18 @@ from dramatiq_jetstream.ui import (
 
 LOCAL = {"environ_base": {"REMOTE_ADDR": "127.0.0.1"}, "base_url": "http://127.0.0.1:8080"}
 
-PAGES = ("/", "/workers", "/running", "/delayed", "/schedules", "/dead", "/limits", "/audit")
+PAGES = (
+    "/",
+    "/workers",
+    "/running",
+    "/messages",
+    "/messages/m-1",
+    "/delayed",
+    "/schedules",
+    "/dead",
+    "/limits",
+    "/audit",
+)
 
 #: A change of each kind, with the permission that it needs.
 CHANGES = {
@@ -35,6 +46,9 @@ CHANGES = {
     "/change/abort?message=m-1": "abort",
     "/change/cancel?queue=work&message=m-1": "cancel",
     "/change/run?queue=work&message=m-1": "run",
+    "/change/run-schedule?queue=work&actor=tick": "schedule",
+    "/change/pause-schedule?queue=work&actor=tick": "schedule",
+    "/change/resume-schedule?queue=work&actor=tick": "schedule",
     "/change/remove-schedule?queue=work&actor=tick": "schedule",
     "/change/replay?all=1": "replay",
     "/change/drop?all=1": "drop",
@@ -307,11 +321,12 @@ def test_a_viewer_runs_no_code_of_what_is_looked_at(shown, tmp_path):
     ran = tmp_path / "ran"
     evil = b"cposix\nsystem\n(Vtouch " + str(ran).encode() + b"\ntR."
     bury(shown, 8, data=evil, actor=None, message_id=None)
+    shown.connection.publish(shown.names.task("work"), evil)
     before = dramatiq.get_encoder()
     dramatiq.set_encoder(dramatiq.PickleEncoder())
     try:
         vic = client(shown, viewer("vic"))
-        for path in ("/dead", "/dead/3", "/delayed", "/running", "/"):
+        for path in ("/dead", "/dead/3", "/delayed", "/running", "/", "/messages/evil"):
             assert vic.get(path).status_code == 200
     finally:
         dramatiq.set_encoder(before)

@@ -22,11 +22,11 @@ from urllib.parse import urlsplit
 from werkzeug.exceptions import Forbidden, NotFound
 from werkzeug.wrappers import Request, Response
 
+from dramatiq_jetstream import schedules
 from dramatiq_jetstream.audit import Change
 from dramatiq_jetstream.dead_letters import DeadLetter
 from dramatiq_jetstream.errors import InvalidOption
 from dramatiq_jetstream.errors import NotFound as Missing
-from dramatiq_jetstream.periodic import remove_schedule
 from dramatiq_jetstream.sending import delays
 
 from .access import Person, fingerprint
@@ -272,23 +272,75 @@ def _delayed_plan(
 # Schedules
 
 
-def _remove_schedule(reader: Reader, fields: Fields) -> Plan:
+def _on_schedule(
+    reader: Reader, fields: Fields, do: Callable[[str, str], object], *, title: str, **said: Any
+) -> Plan:
     queue, actor = _existing_queue(reader, fields), _one(fields, "actor")
+    is_paused = said.pop("is_paused", None)
+    known = [
+        each
+        for each in reader.schedules()
+        if (each.queue, each.actor) == (queue, actor) and is_paused in (None, each.paused)
+    ]
 
     def make(change: Change) -> None:
-        change.done = int(remove_schedule(reader.broker, queue, actor))
+        change.done = int(bool(do(queue, actor)))
 
-    known = [each for each in reader.schedules() if (each.queue, each.actor) == (queue, actor)]
     return Plan(
-        f"Remove the schedule of {actor}?",
-        "It is not run periodically any more, and no worker that boots puts the schedule back, until its program "
-        "declares another one or runs `fleet setup --update`.",
-        "Remove schedule",
-        f"schedule of {actor} on queue {queue}",
-        len(known),
-        make,
-        ("schedules", {}),
-        [each.schedule for each in known],
+        title=title.format(actor),
+        target=f"schedule of {actor} on queue {queue}",
+        count=len(known),
+        make=make,
+        back=("schedules", {}),
+        shown=[each.schedule for each in known],
+        **said,
+    )
+
+
+def _run_schedule(reader: Reader, fields: Fields) -> Plan:
+    return _on_schedule(
+        reader,
+        fields,
+        lambda queue, actor: schedules.run_now(reader.broker, queue, actor),
+        title="Run {} now?",
+        detail="One tick of it is put on its queue; the schedule goes on as it was.",
+        button="Run now",
+    )
+
+
+def _pause_schedule(reader: Reader, fields: Fields) -> Plan:
+    return _on_schedule(
+        reader,
+        fields,
+        lambda queue, actor: schedules.pause(reader.broker, queue, actor),
+        title="Pause the schedule of {}?",
+        detail="It sends nothing until it is resumed, whatever boots meanwhile.",
+        button="Pause schedule",
+        is_paused=False,
+    )
+
+
+def _resume_schedule(reader: Reader, fields: Fields) -> Plan:
+    return _on_schedule(
+        reader,
+        fields,
+        lambda queue, actor: schedules.resume(reader.broker, queue, actor),
+        title="Resume the schedule of {}?",
+        detail="It is put back as it is declared now; an interval begins anew.",
+        button="Resume schedule",
+        is_paused=True,
+    )
+
+
+def _remove_schedule(reader: Reader, fields: Fields) -> Plan:
+    return _on_schedule(
+        reader,
+        fields,
+        lambda queue, actor: schedules.remove_schedule(reader.broker, queue, actor),
+        title="Remove the schedule of {}?",
+        detail="It is not run periodically any more, and no worker that boots puts the schedule back, until its "
+        "program declares another one or runs `fleet setup --update`.",
+        button="Remove schedule",
         is_final=True,
     )
 
@@ -412,6 +464,9 @@ ACTIONS: Final[Mapping[str, Action]] = {
     "abort": Action("abort", ("message",), _abort),
     "cancel": Action("cancel", ("queue", "message"), _cancel),
     "run": Action("run", ("queue", "message"), _run),
+    "run-schedule": Action("schedule", ("queue", "actor"), _run_schedule),
+    "pause-schedule": Action("schedule", ("queue", "actor"), _pause_schedule),
+    "resume-schedule": Action("schedule", ("queue", "actor"), _resume_schedule),
     "remove-schedule": Action("schedule", ("queue", "actor"), _remove_schedule),
     "replay": Action("replay", _LETTERS, _replay),
     "drop": Action("drop", _LETTERS, _drop),

@@ -13,10 +13,9 @@ from dramatiq_jetstream.broker import JetStreamBroker
 from dramatiq_jetstream.dead_letters import DeadLetter
 from dramatiq_jetstream.errors import NotFound, TopologyMissing
 from dramatiq_jetstream.jetstream.inventory import queue_names
-from dramatiq_jetstream.periodic import Schedule, list_schedules
-from dramatiq_jetstream.progress import ProgressOf, read_progress
 from dramatiq_jetstream.queues import QueueStats
 from dramatiq_jetstream.rate_limits import Limit, limits_in_use
+from dramatiq_jetstream.schedules import Schedule, list_schedules
 from dramatiq_jetstream.sending.delays import Delayed, delayed_messages
 from dramatiq_jetstream.workers import Running, WorkerInfo, list_workers
 
@@ -36,11 +35,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunningHere:
-    """A message that runs, and where; `progress` is what its actor said last."""
+    """A message that runs, and where."""
 
     message: Running
     worker: WorkerInfo
-    progress: ProgressOf | None = None
 
 
 @dataclass(frozen=True)
@@ -105,17 +103,9 @@ class Reader:
         return self._shared("workers", read)
 
     def running(self) -> list[RunningHere]:
-        """What runs, the longest first; without progress."""
+        """What runs, the longest first."""
         found = [RunningHere(message, worker) for worker in self.workers() for message in worker.running]
         return sorted(found, key=lambda here: here.message.since)
-
-    def with_progress(self, here: RunningHere) -> RunningHere:
-        """The same with what the actor said last."""
-        try:
-            said = read_progress(here.message.message_id, self.broker)
-        except (NotFound, TopologyMissing):
-            said = None  # no actor of this namespace ever says how far it is
-        return RunningHere(here.message, here.worker, said)
 
     def delayed(self, queue: str) -> list[Delayed]:
         """The first delayed messages of a queue that were stored, the next due first."""

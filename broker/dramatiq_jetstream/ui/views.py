@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
@@ -11,6 +13,8 @@ from werkzeug.wrappers import Response
 from dramatiq_jetstream import audit as audits
 from dramatiq_jetstream.dead_letters import REASONS
 from dramatiq_jetstream.errors import InvalidOption
+from dramatiq_jetstream.history import OUTCOMES, Record
+from dramatiq_jetstream.sending import delays
 from dramatiq_jetstream.sending.fitting import fields_of
 
 from .asking import Asked
@@ -24,6 +28,14 @@ WORKER_ROWS: Final = 100
 
 #: Characters of a body that a page shows.
 MAX_BODY: Final = 20_000
+
+#: How far back a search looks, in milliseconds, by what the page calls it.
+WITHIN: Final[Mapping[str, int]] = {
+    "15 minutes": 900_000,
+    "hour": 3_600_000,
+    "day": 86_400_000,
+    "week": 604_800_000,
+}
 
 T = TypeVar("T")
 View = Callable[..., Mapping[str, Any] | Response]
@@ -78,10 +90,8 @@ def running(asked: Asked) -> Mapping[str, Any]:
         for here in asked.reader.running()
         if (not queue or here.message.queue == queue) and (not actor or here.message.actor == actor)
     ]
-    shown = _page(asked, found, ROWS)
     return {
-        **shown,
-        "rows": [asked.reader.with_progress(here) for here in shown["rows"]],
+        **_page(asked, found, ROWS),
         "queue": queue,
         "actor": actor,
         "queues": asked.reader.queue_names(),
@@ -125,24 +135,85 @@ def dead(asked: Asked) -> Mapping[str, Any]:
 
 
 def letter(asked: Asked, letter: str) -> Mapping[str, Any]:
-    """One dead letter: its cause, its history and what it says."""
+    """One dead letter: its cause, its attempts and what it says."""
     if not letter.isdecimal():
         raise NotFound(f"There is no dead letter {letter!r}.")
     found = asked.broker.dead_letters.get(letter)
     if found is None:
         raise NotFound(f"There is no dead letter {letter}: it was replayed, dropped, or kept for its time.")
-    fields = fields_of(found.data, found.headers)
-    options = (fields or {}).get("options")
-    options = options if isinstance(options, dict) else {}
     body = found.data.decode("utf-8", "backslashreplace")
     return {
         "letter": found,
-        "fields": fields,
-        "traceback": options.get("traceback"),
-        "retries": options.get("retries"),
+        "attempts": [Record.decode(json.dumps(dict(attempt)).encode()) for attempt in found.attempts],
         "body": body[:MAX_BODY],
         "is_cut": len(body) > MAX_BODY,
-        "traceparent": found.headers.get("traceparent", ""),
+        **_said(fields_of(found.data, found.headers), found.headers),
+    }
+
+
+def _said(fields: Mapping[str, Any] | None, headers: Mapping[str, str]) -> dict[str, Any]:
+    """What a message says of itself and of what it belongs to, as far as its bytes are JSON."""
+    fields = fields or {}
+    options = fields.get("options")
+    options = options if isinstance(options, dict) else {}
+    group, then, event = (options.get(name) for name in ("group_info", "pipe_target", "event"))
+    return {
+        "said": fields,
+        "group": group.get("group_id") if isinstance(group, dict) else None,
+        "then": then if isinstance(then, dict) else None,
+        "event": event if isinstance(event, dict) else None,
+        "traceparent": headers.get("traceparent", ""),
+    }
+
+
+def messages(asked: Asked) -> Mapping[str, Any] | Response:
+    """What became of messages, newest first, as the filters leave it."""
+    if message := asked.get("message"):
+        return Response(status=303, headers={"Location": asked.url("message", message=message)})
+    filters = {name: asked.get(name) for name in ("actor", "queue", "outcome", "within", "error")}
+    if filters["outcome"] and filters["outcome"] not in OUTCOMES:
+        raise NotFound(f"There is no outcome {filters['outcome']!r}.")
+    since = WITHIN.get(filters["within"])
+    cursor = asked.get("cursor")
+    found = asked.broker.history.search(
+        actor=filters["actor"] or None,
+        queue=filters["queue"] or None,
+        outcome=filters["outcome"] or None,
+        since=None if since is None else int(time.time() * 1_000) - since,
+        error=filters["error"] or None,
+        limit=ROWS,
+        cursor=cursor or None,
+    )
+    return {
+        "found": found,
+        "cursor": cursor,
+        "filters": filters,
+        "queues": asked.reader.queue_names(),
+        "outcomes": OUTCOMES,
+        "within": list(WITHIN),
+    }
+
+
+def message(asked: Asked, message: str) -> Mapping[str, Any]:
+    """One message: its state, every attempt, and what it belongs to."""
+    broker = asked.broker
+    status = broker.status(message)
+    fields, headers = None, dict[str, str]()
+    if status.letter is not None:
+        if (letter := broker.dead_letters.get(status.letter)) is not None:
+            fields, headers = fields_of(letter.data, letter.headers), dict(letter.headers)
+    elif status.due is not None and status.queue is not None:
+        stored = delays.waiting(broker.connection, broker.names, status.queue, message)
+        if stored is not None:
+            fields, headers = fields_of(stored.data, stored.headers), dict(stored.headers)
+    attempts = broker.history.of(message)[::-1]
+    return {
+        "message": message,
+        "status": status,
+        "attempts": attempts,
+        "trace_id": next((each.trace_id for each in attempts if each.trace_id), ""),
+        "arguments": next((each.arguments for each in attempts if each.arguments), ""),
+        **_said(fields, headers),
     }
 
 
@@ -214,13 +285,15 @@ def changed(asked: Asked, change: str) -> Mapping[str, Any]:
 
 
 _LISTS: Final = frozenset(
-    {"overview", "workers", "running", "delayed", "schedules", "dead", "limits", "audit"}
+    {"overview", "workers", "running", "messages", "delayed", "schedules", "dead", "limits", "audit"}
 )
 
 VIEWS: Final[Mapping[str, View]] = {
     "overview": overview,
     "workers": workers,
     "running": running,
+    "messages": messages,
+    "message": message,
     "delayed": delayed,
     "schedules": schedules,
     "dead": dead,

@@ -22,6 +22,9 @@ function replace(part, html) {
   const fresh = new DOMParser().parseFromString(html, "text/html").body;
   showLocalTimes(fresh);
   const focused = part.contains(document.activeElement) ? nameOf(document.activeElement) : "";
+  for (const open of part.querySelectorAll("details[open][id]")) {
+    fresh.querySelector(`#${CSS.escape(open.id)}`)?.setAttribute("open", "");
+  }
   part.replaceChildren(...fresh.childNodes);
   if (focused) {
     [...part.querySelectorAll("a, button, input")].find((control) => nameOf(control) === focused)?.focus({ preventScroll: true });
