@@ -12,7 +12,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from dramatiq_jetstream.errors import MessageTooLarge
 from tasks import broker, logs, telemetry
 from tasks.settings import Settings, front_end_settings
-from web import access, admission, api, health, keys_page, observed, openapi, pages, security, sign_in
+from web import access, admission, api, fleet, health, keys_page, observed, openapi, pages, security, sign_in
 from web.live import Streams
 from web.problems import Problem, from_status, unavailable
 from web.rates import Rates
@@ -51,6 +51,7 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     app.register_blueprint(keys_page.blueprint)
     sign_in.configure(app, app_settings)
     security.protect(app)
+    fleet.mount(app)
     if app_settings.proxies:
         hops = app_settings.proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops)  # type: ignore[method-assign]
