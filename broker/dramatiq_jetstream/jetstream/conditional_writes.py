@@ -80,7 +80,7 @@ class ConditionalWrites:
                 return self._publish(subject, value, headers).seq
             except ApiError as error:
                 if error.err_code == OTHER_WRITE_IN_FLIGHT and time.monotonic() < deadline:
-                    time.sleep(random.uniform(0.001, 0.01))  # how it ends decides
+                    time.sleep(random.uniform(0.001, 0.01))  # the outcome of that write decides
                     continue
                 if error.err_code not in CONFLICT:
                     raise
@@ -92,7 +92,7 @@ class ConditionalWrites:
                 time.sleep(random.uniform(0.005, 0.05))
                 continue
             own = None
-            if not self.one_server or self._connection.repeats != repeats:  # of this write, perhaps
+            if not self.one_server or self._connection.repeats != repeats:  # perhaps it was this write
                 own = self._stored_as(subject, write)
             if own is None:
                 raise Conflict

@@ -1,8 +1,8 @@
 """What the programs of a queue declared of their schedules, one after the other.
 
 Old and new processes run side by side during a deployment, and an old one may boot last. When a process declares
-something else than is noted, what was noted becomes *past*. A process whose own declaration is past is older than
-another one and changes nothing. Only `fleet setup --update` takes a past declaration for a new one.
+something other than what is noted, the note becomes *past*. A process whose own declaration is past is older than
+another process and changes nothing. Only `fleet setup --update` turns a past declaration into the current one.
 
 One key for each queue, changed by compare-and-set. A declaration is noted before it is carried out, so a process that
 dies in between leaves a note that the next process with the same declaration carries out.
@@ -29,10 +29,10 @@ REMEMBERED = 20
 
 
 class Changes(Enum):
-    """What may be changed of what exists."""
+    """Which existing schedules may be changed."""
 
     NONE = "none"
-    FORWARD = "forward"  # to declarations that are not past
+    FORWARD = "forward"  # only by declarations that are not past
     ALL = "all"
 
 
@@ -76,7 +76,7 @@ class Declared:
                 return barred
 
     def remove(self, name: str) -> None:
-        """Note that an actor has no schedule any more."""
+        """Note that an actor no longer has a schedule."""
         while True:
             entry = self._bucket.get(self._key)
             notes = {} if entry is None else json.loads(entry.value)

@@ -1,7 +1,7 @@
 """What a broker needs on its server: streams, consumers and buckets, each made when it is first used.
 
-Everything is made by asking for exactly what is declared, so that two programs may do it at once. A broker with
-`declare=False` makes nothing: what is missing shows as an error of what is done with it.
+Creating asks for exactly what is declared, so two programs may do it at once. A broker with `declare=False` creates
+nothing: the call that needs a missing part raises.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Declarations:
         self.buckets: dict[str, Bucket] = {}
 
     def setup_queues(self, queues: Iterable[str], *, update: bool) -> dict[str, str]:
-        """Create what queues need and is missing; see `JetStreamBroker.setup`."""
+        """Create the missing streams and consumers of queues; see `JetStreamBroker.setup`."""
         declared = sorted(queues)
         streams = [self._dead_letters(), self._audit(), *self._history(), *map(self._queue, declared)]
         consumers = [consumer for queue_name in declared for consumer in self._consumers(queue_name)]
@@ -112,7 +112,7 @@ class Declarations:
         return self.buckets[name]
 
     def memory_bucket(self, name: str) -> Bucket:
-        """A bucket that the server keeps in memory only, for what is told again anyway."""
+        """A bucket that the server keeps in memory only, for values that are written again anyway."""
         config = topology.memory_bucket(self._config.names, name, storage=self._config.storage)
         bucket = Bucket(self._connection, config, declare=self._config.declare)
         return self.buckets.setdefault(name, bucket)

@@ -1,9 +1,9 @@
 """What a stream or consumer on the server does differently from its declaration, and how bad that is.
 
-The comparison covers every setting the server reports, declared or not. Each known setting has a row in one of the
-two tables: what a foreign value does, and whether that loses or holds up messages (refused) or not (warned of). A
-setting without a row comes from a server newer than this library. It is warned of; while it is off, only
-`fleet doctor` mentions it.
+The comparison covers every setting the server reports, declared or not. Each known setting has a row in one of the two
+tables: what a foreign value does, and whether it loses or holds up messages (refused) or not (a warning). A setting
+without a row comes from a server newer than this library. It causes a warning; while it is off, only `fleet doctor`
+mentions it.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Setting:
       verdict: None where any value is as good as another.
       does: What a foreign value does.
       off: Values that do nothing, beside what is zero, false or empty.
-      limit: More is looser; a limit is only as bad as `verdict` where none was declared.
+      limit: A higher value is looser; `verdict` applies only where no limit was declared.
       duration: The server counts it in nanoseconds.
       needed: Only its absence does harm.
       fixed: The server never changes it on what exists.
-      of: Other verdicts, by what the stream or consumer is for.
+      of: Verdicts that differ by the purpose of the stream or consumer.
     """
 
     verdict: Verdict | None = None
@@ -237,7 +237,7 @@ _CHOSEN: Mapping[Kind, frozenset[str]] = {
 
 
 def without_program(kind: Kind, existing: Json, declared: Json) -> list[Difference]:
-    """As `differences`, for a look at a server without the program that chose some of the settings."""
+    """As `differences`, for inspecting a server without the program that chose some of the settings."""
     chosen = _CHOSEN[kind]
     return [
         difference for difference in differences(kind, existing, declared) if difference.setting not in chosen
@@ -256,7 +256,7 @@ def differences(kind: Kind, existing: Json, declared: Json) -> list[Difference]:
             found.append(Difference(name, have, want, verdict, _UNKNOWN))
             continue
         if name == "deliver_policy" and METADATA_AFTER in (existing.get("metadata") or {}):
-            continue  # it began where another one stood
+            continue  # it started at another consumer's position
         if name == "metadata":  # programs may add entries of their own
             have = {entry: (have or {}).get(entry) for entry in want or {}}
         decided = _verdict(setting, kind, name, existing, have, want)

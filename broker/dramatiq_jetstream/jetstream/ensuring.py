@@ -39,10 +39,10 @@ logger = logging.getLogger(__name__)
 SCALING_MS = 60_000
 SCALING_PAUSE_SECONDS = 0.5
 
-#: How long a shorter `ack_wait` is announced: workers look at the consumer of what they run every two seconds.
+#: How long a shorter `ack_wait` is announced before it applies: workers look at their consumers every two seconds.
 ANNOUNCE_SECONDS = 5.0
 
-#: How the server says that it remembers no message id for as long.
+#: The server's error when its limit for the duplicate window is shorter.
 _WINDOW_LIMIT = re.compile(r"duplicates window can not be larger then server limit of (\w+)")
 
 Json = dict[str, Any]
@@ -112,11 +112,11 @@ def ensure_subscription(
 ) -> str:
     """As `ensure_consumer`, for the durable of an actor that subscribes to events.
 
-    A missing one begins with the stream's first event, unless its actor has another name than before: when a durable
-    of the same queue has the same subject and is not `declared` here, the new one begins where that one stands.
+    A missing durable starts at the stream's first event, unless its actor was renamed: if a durable of the same queue
+    has the same subject and is not `declared` here, the new one starts at its position.
 
     Raises:
-      TopologyMismatch: Also when `update` would leave events undelivered that wait at a subject of before.
+      TopologyMismatch: Also when `update` would leave events undelivered that wait on the earlier subject.
     """
     try:
         existing = connection.api(f"CONSUMER.INFO.{config.stream}.{config.name}")
@@ -129,7 +129,7 @@ def ensure_subscription(
 
 
 def _before(connection: Connection, config: ConsumerConfig, declared: Collection[str]) -> Json | None:
-    """The durable that a subscription had under an earlier name of its actor, if exactly one can be it."""
+    """The durable of a subscription under its actor's earlier name, if there is exactly one candidate."""
     found: dict[str, Json] = {}
     succeeded = set()
     for info in consumers(connection, config.stream):
@@ -146,7 +146,7 @@ def _before(connection: Connection, config: ConsumerConfig, declared: Collection
 
 
 def _behind(config: ConsumerConfig, before: Json) -> ConsumerConfig:
-    """The same durable, to begin where another one stands."""
+    """The same durable, starting at the position of another one."""
     floor = before["ack_floor"]["stream_seq"]
     logger.warning(
         "%s begins behind event %d, where %s stands: that has the same queue and subject, and its actor is not "
@@ -209,7 +209,7 @@ def ensure_consumer(connection: Connection, config: ConsumerConfig, *, update: b
 
 
 def _announce_ack_wait(connection: Connection, config: ConsumerConfig, existing: Json, ack_wait: int) -> None:
-    """Have workers signal in time for a shorter `ack_wait` before it counts, or what they run would run twice."""
+    """Have workers signal in time for a shorter `ack_wait` before it applies, or their messages would run twice."""
     if not connection.api(f"CONSUMER.INFO.{config.stream}.{config.name}")["num_ack_pending"]:
         return
     metadata = {**(existing.get("metadata") or {}), METADATA_ACK_WAIT: str(ack_wait // NANOSECONDS_PER_MS)}
@@ -218,7 +218,7 @@ def _announce_ack_wait(connection: Connection, config: ConsumerConfig, existing:
 
 
 def _create_consumer(connection: Connection, config: ConsumerConfig, *, patient: bool) -> Json:
-    """Create a consumer; while its stream is on fewer servers, on as many as that unless `patient`."""
+    """Create a consumer; while its stream has fewer replicas than declared, with as many as that, unless `patient`."""
     wanted = config.to_json()
     if not patient:
         try:
@@ -253,7 +253,7 @@ def _changeable(found: list[Difference]) -> bool:
 
 
 def _judge(config: StreamConfig | ConsumerConfig, existing: Json, outcome: str) -> str:
-    """Return `outcome`, or "differs" when what the server has still is not what was declared."""
+    """Return `outcome`, or "differs" when the server still has something other than what was declared."""
     found = differences(config.kind, existing, config.to_json())
     found = [difference for difference in found if difference.verdict is not Verdict.UNKNOWN_OFF]
     if not found:
@@ -269,7 +269,7 @@ def _judge(config: StreamConfig | ConsumerConfig, existing: Json, outcome: str) 
 
 
 def all_of(steps: Iterable[Callable[[], Mapping[str, str]]]) -> dict[str, str]:
-    """Carry out every step of a set-up and return all outcomes; of two with the same name the first counts.
+    """Carry out every step of a setup and return all outcomes; the first counts when two have the same name.
 
     Raises:
       TopologyMismatch: With everything that was refused, when all other steps are done.

@@ -1,11 +1,11 @@
-"""Keeps in being what a running program needs on its server, each stream by itself.
+"""Keeps what a running program needs on its server, each stream by itself.
 
 A *job* is something that a stream needs: its declaration, a consumer, the schedules of a queue. It is tried until it
 succeeds, in a thread that its stream has while there are jobs for it. So a stream that cannot be declared or reached
 holds up no other one, neither at boot nor later, and no thread of Dramatiq's waits for any of them.
 
-Jobs come from two sides: what reads a stream finds that something of it is missing (see `worker/sources`), and a stream
-that began a new life is *renewed*: those who keep something in it, such as schedules, put it back.
+Jobs come from two sides. A reader finds that a stream or consumer is missing (see `worker/sources`). And a stream that
+began a new life is *renewed*: every module that keeps something in it, such as schedules, puts it back.
 
 If the process dies, the next one begins with the same jobs. All of them are safe to repeat.
 """
@@ -80,7 +80,7 @@ class Keeper:
         self._renewals[what] = restore
 
     def renewed(self, stream: str) -> None:
-        """Say that a stream may have lost what it held: it was made again, or its server has another store."""
+        """Report that a stream may have lost its content: it was created again, or its server has another store."""
         for what, restore in list(self._renewals.items()):
             self.do(stream, f"{what} of {stream}", partial(restore, stream))
 
@@ -102,7 +102,7 @@ class Keeper:
         try:
             job()
         except BrokerError as error:
-            # Of an outage the connection speaks itself.
+            # The connection itself logs an outage.
             if self._connection.is_connected and self._complaints.get(what) != str(error):
                 self._complaints[what] = str(error)
                 logger.error(

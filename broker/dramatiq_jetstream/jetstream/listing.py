@@ -95,7 +95,7 @@ class Listing:
         """
         deadline = time.monotonic() + (self._connection.timeout if timeout is None else timeout) / 1000
         while True:
-            # A message that is overwritten while it is read cuts the answer short.
+            # A message that is overwritten while it is read cuts the reply short.
             found, complete = self._ask({"multi_last": list(subjects)}, deadline)
             newest = {message.subject: message for message in found}
             last = newest.get(subjects[-1])
@@ -159,7 +159,7 @@ class Listing:
         return self._ask(request, deadline)[0]
 
     def _ask(self, request: Mapping[str, Any], deadline: float) -> tuple[list[StoredMessage], bool]:
-        """Return the messages of an answer, and whether it came to its regular end."""
+        """Return the messages of a reply, and whether it was complete."""
         inbox = self._listen()
         while True:
             token = secrets.token_hex(8)

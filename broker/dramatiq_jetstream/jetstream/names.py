@@ -30,8 +30,8 @@ HEADER_TICK = "Dramatiq-Periodic"
 HEADER_PARTS = "Dramatiq-Parts"
 HEADER_BODY = "Dramatiq-Body"
 
-# On a message that was put off: what it was before, so that its runs and follow-ups are known again. They stay on
-# the queue; dead letters and what follows a message do not have them.
+# On a message that was requeued with a delay: what it was before, so that its runs and follow-ups are recognised. They
+# stay on the queue; dead letters and follow-ups do not have them.
 HEADER_ORIGIN = "Dramatiq-Origin"
 HEADER_EARLIER_DELIVERIES = "Dramatiq-Earlier-Deliveries"
 HEADER_UNKNOWN_SINCE = "Dramatiq-Unknown-Since"
@@ -65,21 +65,21 @@ HEADER_BATCH_ID = "Nats-Batch-Id"
 HEADER_BATCH_SEQUENCE = "Nats-Batch-Sequence"
 HEADER_BATCH_COMMIT = "Nats-Batch-Commit"
 
-#: The message option in which a trace travels with whatever a broker moves, and W3C's headers, which it holds:
-#: on the wire they are headers as well, so that other programs find them.
+#: The message option that carries the trace context, and the W3C headers in it. On the wire they are headers as well,
+#: so that other programs find them.
 OPTION_TRACE_CONTEXT = "trace_context"
 TRACE_HEADERS = ("traceparent", "tracestate", "baggage")
 
-#: What the durable of a subscription says of itself: the namespace and queue of its actor.
+#: Metadata of a subscription's durable: the namespace and queue of its actor.
 METADATA_SUBSCRIBER = "dramatiq-subscriber"
 
-#: What such a durable says when it began where that of an actor with an earlier name stood.
+#: Metadata of a durable that started at the position of its actor's earlier durable.
 METADATA_AFTER = "dramatiq-after"
 
-#: What a consumer says of itself while its `ack_wait` is about to become shorter: the new one, in milliseconds.
+#: Metadata of a consumer whose `ack_wait` is about to become shorter: the new value, in milliseconds.
 METADATA_ACK_WAIT = "dramatiq-ack-wait"
 
-#: The server takes no longer name of a stream or consumer: it becomes a directory of its store.
+#: The longest name of a stream or consumer that the server takes: it becomes a directory of its store.
 MAX_NAME_BYTES = 255
 
 #: A longer subject would break the server's limit for one line of its protocol (4 KiB, with reply and
@@ -298,11 +298,11 @@ class Names:
         return f"{self.namespace}.dead.{self._queue(queue)}.{letter}"
 
     def dead_at(self, letter: str) -> str:
-        """A letter whose queue is not known."""
+        """The subject of a dead letter whose queue is not known."""
         return f"{self.namespace}.dead.*.{letter}"
 
     def dead_body(self, queue: str, letter: str) -> str:
-        """Where the body of a letter is that is too large to be in one message with the letter's headers."""
+        """The subject of a dead letter's body that is too large for one message with the letter's headers."""
         return f"{self.dead(queue, letter)}.body"
 
     def dead_of_queue(self, queue: str) -> str:
@@ -391,7 +391,7 @@ def encode_key(key: str) -> str:
 
 
 def short_key(key: str) -> str:
-    """A key that is made from something of another program; a hash stands for one that is too long for a subject."""
+    """A key made from another program's text; a hash replaces one that is too long for a subject."""
     if len(encode_key(key)) <= MAX_SUBJECT_BYTES:
         return key
     return f"=~{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"

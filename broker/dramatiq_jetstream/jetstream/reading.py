@@ -1,7 +1,7 @@
 """Reading single stored messages back from a stream.
 
-From its leader (`STREAM.MSG.GET`), unless the stream is known to have one server only: then `DIRECT.GET` (ADR-31) says
-the same at half the cost, because it answers with the message instead of describing it.
+They come from the stream's leader (`STREAM.MSG.GET`). Where the stream is known to be on one server only, `DIRECT.GET`
+(ADR-31) returns the same at half the cost, because its reply is the message itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 #: The server cuts the connection at a protocol line of 4,096 bytes.
 _MAX_DIRECT = 3_000
 
-# What a direct answer says of the message, beside the message's own headers.
+# The headers that a direct reply adds to the message's own.
 _DIRECT_HEADERS = frozenset({"Nats-Stream", "Nats-Subject", "Nats-Sequence", "Nats-Time-Stamp"})
 
 
@@ -100,7 +100,7 @@ def last_message(
 def last_message_direct(
     connection: Connection, stream: str, subject: str, *, timeout: int | None = None, must_exist: bool = False
 ) -> StoredMessage | None:
-    """As `last_message`, for a stream of one server, where no other can be behind."""
+    """As `last_message`, for a stream on one server, where no other can lag behind."""
     if len(subject) + len(stream) > _MAX_DIRECT:
         return last_message(connection, stream, subject, timeout=timeout, must_exist=must_exist)
     # The leader knows at once whether a stream that does not answer exists.

@@ -29,7 +29,7 @@ __all__ = [
 #: The defaults of every stream.
 STORAGE = Storage()
 
-#: Requests that may wait at one consumer; the server's default of 512 is a hundred idle processes.
+#: How many requests may wait at one consumer; the server's default of 512 is used up by a hundred idle processes.
 MAX_WAITING = 8_192
 
 
@@ -211,7 +211,7 @@ def bucket(
     )
 
 
-#: The bucket in which workers say that they are there; each says so again every few seconds.
+#: The bucket of worker presence; each worker renews its record every few seconds.
 WORKERS = "workers"
 
 
@@ -308,7 +308,7 @@ def _durable(
 
 
 def recognise_stream(names: Names, existing: Json) -> StreamConfig | None:
-    """The declaration that a stream of this namespace was made from, as far as its name tells; None for others."""
+    """The declaration of a stream of this namespace, as far as its name tells; None for other streams."""
     name = existing["name"]
     queue_name = names.queue_of_stream(name)
     if queue_name is not None:
@@ -329,7 +329,7 @@ def recognise_stream(names: Names, existing: Json) -> StreamConfig | None:
 
 
 def recognise_consumer(names: Names, stream: str, existing: Json) -> ConsumerConfig | None:
-    """The declaration that a consumer of this namespace was made from; None for another program's."""
+    """The declaration of a consumer of this namespace; None for another program's."""
     name, wait = existing["name"], existing.get("ack_wait", 0) // NANOSECONDS_PER_MS
     queue_name = names.queue_of_stream(stream)
     if queue_name is not None:

@@ -1,9 +1,8 @@
 """Waking threads when a key is stored: one subscription per bucket, for any number of waiters.
 
 The server announces every entry of an announcing bucket, without its value, after it is stored (`republish`
-in the stream's configuration). An announcement only says "look now": what counts is what the bucket then
-holds. One that is lost costs time, never a result, because waiters also look after every reconnect and, in
-any case, every few seconds.
+in the stream's configuration). An announcement only says "look now": the bucket's content decides. A lost one costs
+time, never a result, because waiters also look after every reconnect and every few seconds.
 
 While no thread waits, a process does not stay subscribed for long.
 """
@@ -88,7 +87,7 @@ class Wakeups:
 
     @staticmethod
     def wait(event: threading.Event, seconds: float) -> None:
-        """Wait until the event is set, but not longer than until it is time for a look anyway."""
+        """Wait until the event is set, or until the next regular look is due."""
         event.wait(min(seconds, LOOK_AGAIN_SECONDS))
 
     def _subscribe(self) -> None:

@@ -57,7 +57,7 @@ class KeyWatcher:
         self._sequence = 0
         self._behind = 0  # what had been seen when the consumer was asked for
         self._created = ""
-        self._complaint = ""  # why the last consumer could not be made, as the log has said
+        self._complaint = ""  # why the last consumer could not be made, as logged
         self._name = ""
         self._generation = 0
         self._delivered = 0
@@ -74,7 +74,7 @@ class KeyWatcher:
         connection.post(self._restart)
 
     def close(self) -> None:
-        """Stop; the callback may be under way once more."""
+        """Stop; one last callback may still be running."""
         if self._closed:
             return
         self._closed = True
@@ -185,7 +185,7 @@ class KeyWatcher:
         )
 
     def _receive_life(self, message: Msg) -> None:
-        """Start over when the consumer stands on another stream than the entries came from that were seen."""
+        """Start over when this is not the stream that the seen entries came from."""
         if self._closed or message.subject != f"{self._inbox}.life.{self._generation}":
             return
         info = json.loads(message.data or b"{}")
@@ -200,7 +200,7 @@ class KeyWatcher:
     def _handle_status(self, message: Msg) -> None:
         headers = dict(message.headers or {})
         self._restart_in(SILENCE_SECONDS)
-        if message.reply:  # flow control: the server waits for our answer
+        if message.reply:  # flow control: the server waits for our reply
             self._connection.write(message.reply)
             return
         stalled = headers.get("Nats-Consumer-Stalled")

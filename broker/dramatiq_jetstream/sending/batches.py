@@ -1,15 +1,15 @@
 """Storing many messages at once, in atomic batches (ADR-50), which are all or none.
 
-Messages that need not be stored together go in batches too, because that is several times as fast where the
-server fsyncs; if one of a batch is refused, its messages are stored one by one.
+Messages that need not be stored together go in batches too, because that is several times faster where the server
+fsyncs. If the server refuses one message of a batch, the messages are stored one by one.
 
 An atomic batch is stored by its last message, the commit. If the process dies before, the server forgets the
 batch; if the server dies in the middle of it, all or none of the messages are there when it is back. Workers may
 have the first ones before the last is stored. If the commit's acknowledgement is lost, the batch is sent again;
 the server answers that it has those message ids already, which says that the first commit was stored.
 
-A stream that is gone is made again, and what was meant for it is stored then. All of it is one call: it gives up one
-timeout after its last progress, not one for each part.
+A missing stream is created again and its messages are stored then. All of this is one call: it gives up one timeout
+after its last progress, however many parts there are.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["check_atomic", "store", "store_atomically"]
 #: The server's limit for one atomic batch.
 MAX_ATOMIC = 1_000
 
-#: What the server holds in memory for one batch at most, in bytes.
+#: The most bytes that the server holds in memory for one batch.
 MAX_BYTES = 8_000_000
 
 #: From this many messages on an atomic batch is faster than storing one by one.
@@ -80,9 +80,9 @@ def store(
     """Store publications, each with its queue, that need not be stored together; return what became of each.
 
     Parameters:
-      deadline: The monotonic time after which nothing more is sent; put off when a part of them is stored.
-      timeout: By how much from then, in seconds.
-      make_again: Makes a queue whose stream is gone; False when that is not allowed.
+      deadline: The monotonic time after which nothing more is sent; it moves each time a part is stored.
+      timeout: Seconds from each such part to the new deadline.
+      make_again: Creates a queue whose stream is missing; returns False when that is not allowed.
     """
     outcomes: list[Outcome] = [None] * len(by_queue)
     for queue, positions in _chunks(by_queue):
@@ -104,7 +104,7 @@ def _store_again(
     deadline: float,
     make_again: Callable[[], bool],
 ) -> list[Outcome]:
-    """Store what found no stream, once there is one again."""
+    """Store the messages that found no stream, once there is one again."""
     lost = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, TopologyMissing)]
     try:
         if time.monotonic() >= deadline or not make_again():
@@ -137,7 +137,7 @@ def _chunks(by_queue: Sequence[tuple[str, Publication]]) -> Iterator[tuple[str, 
 
 
 def _store_chunk(connection: Connection, publications: list[Publication], deadline: float) -> list[Outcome]:
-    """Store messages that need not be stored together, together if that is worth while.
+    """Store messages that need not be stored together, in one batch if that is faster.
 
     An atomic batch costs the server a few fsyncs, and the same messages one by one cost one each.
     """
@@ -148,7 +148,7 @@ def _store_chunk(connection: Connection, publications: list[Publication], deadli
         except (BrokerConnectionError, TopologyMissing) as error:
             return [error] * len(publications)
         except (BrokerError, ValueError):
-            pass  # one of them is refused; one by one tells which, and stores the others
+            pass  # one of them is refused; storing one by one shows which, and stores the others
     try:
         return list(connection.try_publish_many(publications, timeout=_left(deadline)))
     except BrokerError as error:

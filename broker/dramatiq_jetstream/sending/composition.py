@@ -31,7 +31,7 @@ class _Collector:
         return message
 
     def enqueue_many(self, messages: Iterable[Message[Any]], *, delay: int | None = None) -> None:
-        """Of a group inside the group."""
+        """Take the messages of a group inside the group."""
         for message in messages:
             self.enqueue(message, delay=delay)
 

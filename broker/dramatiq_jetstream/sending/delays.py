@@ -47,7 +47,7 @@ __all__ = [
     "waiting",
 ]
 
-#: Ten years: what is due later is a mistake in units.
+#: Ten years: anything later is a mistake in units.
 MAX_DELAY_MS = 10 * 365 * 86_400_000
 
 #: How many subjects the server lists in one answer.
@@ -70,7 +70,7 @@ class Delayed:
 
 
 def check_delay(delay: object) -> int:
-    """Return a delay in milliseconds; one that is negative is over, as on other brokers.
+    """Return a delay in milliseconds; a negative one is over, as on other brokers.
 
     Raises:
       InvalidOption: When it is not a number, or longer than ten years.

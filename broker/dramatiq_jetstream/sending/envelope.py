@@ -1,8 +1,8 @@
-"""Messages as workers can take them: what was decoded is checked, and an event is put into a message.
+"""Makes messages safe for workers: checks what was decoded, and puts an event into a message.
 
 Dramatiq trusts what it decodes: a wrong type in the wrong place ends its threads, or leaves a message unsettled
-for as long as the process lives. A message that says it belongs to another queue than the one it was taken from
-has the same effect; it is run on the queue where it is.
+for as long as the process lives. A message that claims another queue than the one it was taken from has the same
+effect, so it runs on the queue where it is.
 
 The first run of an event is made from what JetStream delivers; a retry or a replay is an ordinary message
 on the actor's queue that carries the event, encoded, in its options. Its `args` stay empty on the wire and
@@ -77,7 +77,7 @@ def decode(data: bytes) -> Message[Any]:
             if end == len(text) and fields.keys() == _FIELDS:
                 fields["args"] = tuple(fields["args"])
                 message: Message[Any] = object.__new__(Message)
-                vars(message).update(fields)  # its constructor sets one after the other, around its own lock
+                vars(message).update(fields)  # its constructor sets them one by one, around its own lock
                 return message
         except Exception:  # noqa: BLE001, S110 - what is wrong with it is said below
             pass
@@ -101,10 +101,10 @@ def encode(message: Message[Any]) -> bytes:
 
 
 def checked(message: Message[Any], queue: str) -> Message[Any]:
-    """Return a decoded message as one of `queue` that Dramatiq's worker can take.
+    """Return a decoded message in a form that Dramatiq's worker can run, as a message of `queue`.
 
     Raises:
-      DecodeError: When a part of it has a type that would trip the worker; the error says which.
+      DecodeError: When a part of it has a type that would break the worker; the error names it.
     """
     kwargs, options = message.kwargs, message.options
     if not (
@@ -184,8 +184,7 @@ def carried(event: Event) -> dict[str, Any]:
 def to_message(event: Event, *, queue: str, actor: str) -> Message[Any]:
     """The message that hands `event` to `actor`; the same event gives the same message id.
 
-    The trace that the event is part of goes on with the message, where its retries, its dead letter and whatever
-    instruments the actor find it.
+    The event's trace context goes on with the message, for its retries, its dead letter and any instrumentation.
     """
     options: dict[str, Any] = {EVENT_OPTION: carried(event)}
     # Publishers in other languages may have written `Traceparent`, and NATS does not fold cases.

@@ -1,4 +1,4 @@
-"""Makes messages fit to which something was added: what the server took once can be retried, delayed and replayed.
+"""Makes enlarged messages fit: what the server took once can be retried, delayed and replayed.
 
 A retry adds counts and a traceback, a replay the earlier failures, a delay headers; a retry of an event carries the
 event, encoded. With these a message that was just small enough is too large for the server. Then the traceback is cut,
@@ -34,7 +34,7 @@ _ENLARGED = frozenset((*ADDED, HISTORY_OPTION, EVENT_OPTION))
 #: Characters that remain of a traceback that is cut; the end says what was raised.
 TRACEBACK_START, TRACEBACK_END = 1_000, 1_000
 
-#: The largest body in bytes that is made of a compressed one: no client sends more than 64 MiB, the server's limit.
+#: The largest body, in bytes, that is decompressed: no client sends more than 64 MiB, the server's limit.
 MAX_BODY_BYTES = 128 * 1024 * 1024
 
 DEFLATE = "deflate"

@@ -1,7 +1,7 @@
 """One call that enqueues many messages; each is stored or refused by itself.
 
-Whatever one message raises while it is made ready, taken by its unique key or stored is its own outcome, and the others
-go on. Interrupts are not: they end the call at once, and what was sent by then may be stored.
+An error while one message is prepared, takes its unique key or is stored is that message's outcome, and the others go
+on. An interrupt ends the whole call at once; what was sent by then may be stored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .unique import Claim
 
 __all__ = ["Many", "Ready"]
 
-#: A message as it was announced, its queue, what to publish for it, and its unique key if it has one.
+#: A message as announced, its queue, its publication, and its unique key if it has one.
 Ready = tuple[Message[Any], str, Publication, Claim | None]
 
 
@@ -73,7 +73,7 @@ class Many:
         return stored
 
     def raise_failure(self) -> None:
-        """Raise the error of the first message that failed, caused by one that tells of all of them."""
+        """Raise the error of the first message that failed, with a cause that lists every failure."""
         if not self._failures:
             return
         first = self._failures[min(self._failures)]

@@ -20,7 +20,7 @@ from .fitting import fit, is_enlarged
 
 __all__ = ["Publications"]
 
-#: Bytes of a body for which no server is too small.
+#: The size of a body, in bytes, that every server takes.
 ALWAYS_FITS_BYTES = 1_000
 
 
@@ -60,7 +60,7 @@ class Publications:
         queue_name = q_name(announced.queue_name)
         stored = announced
         if "eta" in announced.options:
-            # The server keeps the time; a worker that saw it would hold the message in its memory.
+            # The server keeps the time; a worker that saw `eta` would hold the message in its memory.
             options = {name: value for name, value in announced.options.items() if name != "eta"}
             stored = dataclasses.replace(announced.copy(), options=options)
         if stored.queue_name != queue_name:
@@ -72,7 +72,7 @@ class Publications:
         if context is not None:
             headers.update(trace_headers(context))
         subject = target
-        if delay is not None and delay > 0:  # one that is over needs no schedule
+        if delay is not None and delay > 0:  # a delay that is over needs no schedule
             subject = self._config.names.delayed(queue_name, announced.message_id, unique)
             headers.update(delays.schedule(int(announced.options["eta"]), target))
         body = encode(stored)
@@ -83,7 +83,8 @@ class Publications:
         return Publication(subject, body, headers)
 
     def _grew(self, message: Message[Any], size: int, headers: Mapping[str, str]) -> bool:
-        """Whether a message is too large by what was added to it. What its caller made too large is refused."""
+        """Whether a message is too large because of what was added to it; one that the caller made too large is
+        refused."""
         if is_enlarged(message) or self._encloses(message):
             return True
         own = {name: value for name, value in headers.items() if name not in delays.SCHEDULE_HEADERS}

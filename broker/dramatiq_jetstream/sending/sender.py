@@ -1,7 +1,7 @@
-"""Stores a broker's messages and events: announces them, takes unique keys, publishes, makes again what is gone.
+"""Stores a broker's messages and events: announces them, takes unique keys, publishes, recreates missing streams.
 
-Whatever is raised on the way marks the message that the calling thread has just run, if it has: what is sent then
-follows that message, which must not be acked (see `follow_ups`).
+If the calling thread has just run a message, what it sends follows that message. An error here marks that message,
+which must then not be acked (see `follow_ups`).
 
 If the process dies here, the message is stored or it is not, and the caller never learned that it was.
 """
@@ -157,7 +157,7 @@ class Sender:
         self._declarations.ensure_queue(queue_name)
         self._announcer.emit_before("enqueue", announced, delay)
         publication = self._publications.publication(announced, delay)
-        # A retry is not another message, however late it comes.
+        # A retry is the same message, however late it comes.
         if "unique_key" not in announced.options or self._follow_ups.is_retry(announced):
             return announced, queue_name, publication, None
         claim = Claim(self._config, self._unique_keys(), announced, publication)

@@ -1,13 +1,13 @@
 """Unique messages: a second one with the same key is refused while the first one's window lasts.
 
 A key in the bucket `unique` is *pending* from before its message is published, and *stored* once that is acknowledged.
-Both last for the whole window. A refused message gives its key back.
+Both last for the whole window. A refused message frees its key.
 
-If the caller learns that storing is not known to have worked, is interrupted, or its process dies, the key stays
-pending. The next call with that key finds out what happened: it publishes under the `Nats-Msg-Id` of the first call. If
-JetStream answers that it has that one already, the first message was stored, and the call is told so as for any stored
-key. If not, its own message is stored. It does so once the first call has ended, which another process knows when that
-call's time is up, and within the queue's duplicate window, after which nothing is known any more and the key is free.
+If the outcome of storing is unknown, the caller is interrupted, or its process dies, the key stays pending. The next
+call with that key finds out: it publishes under the `Nats-Msg-Id` of the first call. If JetStream has that id already,
+the first message was stored, and the call fails as for any stored key. If not, its own message is stored. It does so
+once the first call has ended (for another process: when that call's time is up) and within the queue's duplicate
+window. After the window the outcome can no longer be found out, and the key is free.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Claim:
         return stored is not None and self._message.message_id.encode() in stored.data
 
     def failed(self, error: BaseException) -> None:
-        """Give the key back if the message was refused; otherwise it may be stored, and the key stays pending."""
+        """Free the key if the message was refused; otherwise it may be stored, and the key stays pending."""
         refused = isinstance(error, StoreFull) or not isinstance(error, BrokerConnectionError)
         if isinstance(error, Exception) and refused and self._revision and self._earlier is None:
             with contextlib.suppress(BrokerError):

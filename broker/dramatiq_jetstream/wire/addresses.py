@@ -1,4 +1,4 @@
-"""Addresses of NATS servers: taken apart, and shown without what is secret in them.
+"""Addresses of NATS servers: parsed, and shown without their secrets.
 
 `nats://user:password@host:4222`; the scheme, the user, the password and the port may be left out, and a name alone
 before the `@` is a token. User, password and token are percent-decoded, as other NATS clients do. The host begins
@@ -59,7 +59,7 @@ class Address:
 
 
 def split_addresses(text: str) -> list[str]:
-    """Split a list of addresses at its commas, but for commas in a password.
+    """Split a list of addresses at its commas, except commas in a password.
 
     Each address with a password needs its scheme, unless it is the first.
     """
@@ -72,10 +72,10 @@ def split_addresses(text: str) -> list[str]:
 
 
 def parse_address(text: str) -> Address:
-    """Take an address apart.
+    """Parse an address.
 
     Raises:
-      NotAnAddress: When it is none, or of a kind that cannot be used here.
+      NotAnAddress: When it is not an address, or of a kind that is not supported.
     """
     text = text.strip()
     scheme = _SCHEME.match(text)
@@ -88,7 +88,7 @@ def parse_address(text: str) -> Address:
     found = _HOST.fullmatch(rest)
     port = int(found[2] or DEFAULT_PORT) if found else 0
     if kind not in ("nats", "tls") or found is None or not 0 < port < 65_536:
-        # What stands where a port should may be a password whose host was forgotten.
+        # The text in place of a port may be a password whose host was forgotten.
         host = rest.partition(":")[0]
         shown = f"{kind}://{'…@' if at else ''}{host}{':…' if ':' in rest else ''}"
         raise NotAnAddress(

@@ -1,4 +1,4 @@
-"""Calls by the loop that a thread waits for.
+"""Calls over the event loop that a thread waits for.
 
 The thread waits until its deadline by the monotonic clock, whatever signals arrive meanwhile, and a moment longer for
 the loop's verdict on what became of its calls.
@@ -30,7 +30,7 @@ VERDICT_SECONDS: Final = 0.3
 def publish_window(
     link: Link, items: list[Publication], deadline: float, *, maybe_sent: bool = False
 ) -> list[PubAck | BrokerError]:
-    """Publish messages that were checked, and wait until all are answered or their time is up.
+    """Publish checked messages, and wait until all have a reply or their time is up.
 
     Parameters:
       deadline: By `time.monotonic`, for all of them.
@@ -88,7 +88,7 @@ def ask(
     maybe_sent: bool = False,
     patient: bool = True,
 ) -> Msg:
-    """Send a request by the loop and wait for its reply.
+    """Send a request over the loop and wait for its reply.
 
     Parameters:
       subject: Where it goes; "" for a message to ourselves, answered after everything that was sent before.
@@ -127,7 +127,7 @@ def ask(
 def _wait(link: Link, calls: list[Call], done: Signal, deadline: float) -> None:
     """Start calls and wait until they are answered, or their time is up.
 
-    A thread that is interrupted meanwhile takes its calls back: what was not sent yet never is.
+    A thread that is interrupted meanwhile withdraws its calls: what was not sent yet is never sent.
     """
     if link.is_closed:
         return

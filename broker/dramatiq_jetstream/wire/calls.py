@@ -1,14 +1,14 @@
-"""What waits for an answer: sent before its deadline, or never.
+"""Requests that wait for a reply, each sent before its deadline or never.
 
 A call carries its deadline wherever it waits: in the mailbox, in the outbox, in this table while there is no
-connection. `may_leave` is asked at the last moment, when its bytes go to the socket; from its deadline on the answer is
-no. So a call whose `sent` is None at its deadline was not sent and will not be, and its error says so (`NotSent`). Only
-of a call that left this process is it not known what became of it.
+connection. `may_leave` is asked at the last moment, when its bytes go to the socket; from the deadline on it says no.
+So a call whose `sent` is None at its deadline was not sent and will not be, and its error says so (`NotSent`). The
+outcome is unknown only for a call that left this process.
 
 Bytes that the transport still holds at the deadline have not left either. The connection is then cut, because nothing
 else keeps them from leaving later; a socket that took nothing for as long as the call may last is of no use anyway.
 
-A call that may be repeated is sent again after a reconnect, and when no answer came for a while. One that may not
+A call that may be repeated is sent again after a reconnect, and when no reply came for a while. One that may not
 fails as soon as the connection on which it was sent is lost. `connection` says which calls are of which kind.
 
 The table belongs to the loop thread. If the process dies while a publish waits here, the message is stored or it is
@@ -36,7 +36,7 @@ __all__ = ["Call", "Calls"]
 #: The first wait, in seconds, before an unanswered call is sent again; it doubles each time.
 RESEND_SECONDS: Final = 1.0
 
-#: The wait, in seconds, when the answer was "not now".
+#: The wait, in seconds, after the reply "not now".
 NOT_NOW_SECONDS: Final = 0.1
 
 #: The longest wait, in seconds, before an unanswered call is sent again.
@@ -44,7 +44,7 @@ LONGEST_RESEND_SECONDS: Final = 8.0
 
 
 class Call:
-    """A request whose answer is awaited.
+    """A request that waits for its reply.
 
     Attributes:
       subject: Where it goes; "" for a message to ourselves, which is answered once the server has handled everything
@@ -166,7 +166,7 @@ class Sender(Protocol):
 
 
 class Calls:
-    """The calls of one link that were not answered yet."""
+    """The calls of one link that have no reply yet."""
 
     def __init__(self, link: Sender) -> None:
         self._link = link
@@ -175,7 +175,7 @@ class Calls:
         self.resent = 0
 
     def start(self, call: Call) -> None:
-        """Send a call, now or when there is a connection, and await its answer."""
+        """Send a call, now or once there is a connection, and wait for its reply."""
         self._count += 1
         token = format(self._count, "x")
         self._waiting[token] = call
@@ -184,7 +184,7 @@ class Calls:
     def receive(self, token: str, message: Msg) -> None:
         call = self._waiting.get(token)
         if call is None:
-            return  # an answer to what was sent twice, or too late
+            return  # a second reply, or one that came too late
         if call.on_reply(message):
             call.wait = NOT_NOW_SECONDS
         else:

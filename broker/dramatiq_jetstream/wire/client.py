@@ -99,7 +99,7 @@ class Client(asyncio.Protocol):
 
     @property
     def taken(self) -> int:
-        """How many of the bytes handed over the socket has taken; with TLS perhaps somewhat less."""
+        """How many of the written bytes the socket has taken; with TLS perhaps somewhat fewer."""
         if self._taken is not None:
             return self._taken
         try:

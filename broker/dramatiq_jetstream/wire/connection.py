@@ -41,7 +41,7 @@ BATCH_WINDOW: Final = 4_000
 #: The pause, in seconds, before a request is repeated that JetStream could not answer now.
 NOT_NOW_SECONDS: Final = 0.25
 
-#: API requests whose answer tells what they changed, so that a repetition would tell something else.
+#: API requests whose reply says what they changed, so that a repetition would say something else.
 ONCE: Final = ("STREAM.PURGE.", "STREAM.DELETE.", "STREAM.MSG.DELETE.", "CONSUMER.DELETE.")
 
 
@@ -172,7 +172,7 @@ class Connection(CoreConnection):
         """Ask the JetStream API, for instance `api("STREAM.INFO.orders")`.
 
         Raises:
-          NotFound, ApiError: What JetStream answered.
+          NotFound, ApiError: JetStream's refusal.
           NotSent: When nothing was sent in time.
           BrokerConnectionError: When it did not answer in time.
         """

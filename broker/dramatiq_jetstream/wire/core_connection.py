@@ -39,7 +39,8 @@ def _after_fork() -> None:
 
 
 def _close_all() -> None:
-    """End the loops of a program that does not close its brokers; taken down while they run, one in C may crash."""
+    """End the loops of a program that does not close its brokers; a loop in C may crash if the interpreter ends
+    first."""
     for connection in list(_connections):
         connection.close()
 
@@ -151,7 +152,7 @@ class CoreConnection:
         ask(self._link, "", b"", None, deadline, repeat=True)
 
     def close(self) -> None:
-        """Close the connection; calls that wait for an answer get an error."""
+        """Close the connection; calls that wait for a reply get an error."""
         self._closed = True
         self._link.close()
         self._listeners.note_closed()
@@ -177,7 +178,7 @@ class CoreConnection:
         resend: bool = False,
         patient: bool = True,
     ) -> Msg:
-        """Send a request and wait for its first answer.
+        """Send a request and wait for its first reply.
 
         Parameters:
           resend: Send it again after a reconnect; only for requests that may be repeated.
@@ -185,7 +186,7 @@ class CoreConnection:
 
         Raises:
           NotSent: When nothing was sent in time.
-          BrokerConnectionError: When no answer came in time.
+          BrokerConnectionError: When no reply came in time.
           PermissionDenied: When the server refused the subject.
           InvalidName: For a subject that cannot be sent.
         """
@@ -218,7 +219,7 @@ class CoreConnection:
         *,
         timeout: int | None = None,
     ) -> None:
-        """Send a request without waiting; `told` gets the answer, or why there is none, on the loop thread.
+        """Send a request without waiting; `told` gets the reply, or the error, on the loop thread.
 
         Without a connection nothing is sent.
         """
@@ -245,7 +246,7 @@ class CoreConnection:
     def query(
         self, subject: str, payload: bytes, over: Callable[[Msg | BaseException], None], seconds: float
     ) -> None:
-        """Send a request from the loop thread; `over` is called there with the answer, or an error without one.
+        """Send a request from the loop thread; `over` is called there with the reply or an error.
 
         It is not sent again when the connection was lost.
         """
@@ -267,7 +268,8 @@ class CoreConnection:
     def send(
         self, subject: str, payload: bytes = b"", headers: Headers | bytes | None = None, reply: str = ""
     ) -> None:
-        """Publish without JetStream: lost without a listener, without a connection, and behind too many others."""
+        """Publish without JetStream: the message is lost without a listener, without a connection, or behind too many
+        others."""
         self._link.wait_open(self._deadline(None))
         if not self._link.loop.is_full:
             self._link.post(self._link.write, subject, payload, reply, headers)
@@ -287,17 +289,17 @@ class CoreConnection:
     ) -> CoreSubscription:
         """Call `callback` on the loop thread for each message on `subject`; it must neither block nor raise.
 
-        It returns once the server knows of the interest; while the connection is lost, at once, and the server learns
-        of it as soon as it is back.
+        It returns once the server knows of the subscription. While the connection is lost it returns at once, and the
+        server learns of it after the reconnect.
 
         Parameters:
           timeout: Milliseconds to wait at most; None takes the connection's own.
-          confirmed: Raise, and leave no interest behind, unless the server knows of it in time.
+          confirmed: Raise, and leave no subscription behind, unless the server confirms it in time.
           wait: False to return at once, for all but the last of several.
 
         Raises:
           NotSent: When there has never been a connection, and none could be made in time.
-          BrokerConnectionError: With `confirmed`, when the server did not confirm the interest in time.
+          BrokerConnectionError: With `confirmed`, when the server did not confirm it in time.
           PermissionDenied: When the server refused the subject.
         """
         deadline = self._deadline(timeout)

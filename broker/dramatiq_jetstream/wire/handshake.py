@@ -1,9 +1,9 @@
-"""nats-py opens the connection: TCP, TLS, the server's greeting, and who we are. Then its socket is ours.
+"""Opens a connection with nats-py (TCP, TLS, greeting, login), then takes over its socket.
 
 nats-py's client connects, negotiates TLS and logs in, as it does in every other program. The tasks with which it would
 go on (its reader, its writer, its ping) are cancelled before they run, and the socket gets our own protocol (see
-`client`). From then on nothing of nats-py acts: its reconnect task can end silently, and its buffer sends later what
-callers were told had failed.
+`client`). From then on nats-py does nothing: its reconnect task can end silently, and its buffer sends messages later
+that callers were told had failed.
 
 This is the one module that knows nats-py, and it uses parts of it that are not published. The dependency is therefore
 pinned to a minor version, and importing this module fails with one sentence if a part is missing.
@@ -199,7 +199,7 @@ def _take_over(opening: _Opening, address: Address, peer: tuple[str, int], ident
 
 
 def _abort(opening: _Opening) -> None:
-    """Leave nothing of an attempt behind."""
+    """Clean up after a failed attempt."""
     for name in _TASKS:
         task = getattr(opening, name)
         if task is not None:

@@ -22,7 +22,7 @@ class BadHeader(ValueError):
 
 
 class Msg:
-    """A message that arrived on the subscription `sid`; an empty `reply` means that no answer is wanted."""
+    """A message that arrived on the subscription `sid`; an empty `reply` means that its sender wants no reply."""
 
     __slots__ = ("_headers", "_raw_headers", "data", "reply", "sid", "subject")
 

@@ -1,17 +1,16 @@
 """The short way for a single request: a socket that the calling thread itself writes to and reads from.
 
-Through the connection's loop a request and its answer each change threads, which takes longer than the server
-needs to store a message. A thread that waits for one answer therefore borrows a *lane*: a connection to the
-same server that is used by one thread at a time. There are as many as threads that wait at once, up to about
-`MOST`; those that are not used for a while are closed.
+Over the connection's loop, a request and its reply each change threads, which takes longer than the server needs to
+store a message. A thread that waits for one reply therefore borrows a *lane*: a connection to the same server that one
+thread uses at a time. There are as many lanes as threads that wait at once, up to about `MOST`. Unused ones are closed
+after a while.
 
-A lane is a shortcut, never a promise: whatever happens on it (it cannot be had, it breaks, no answer comes
-within a second, the server says "not now"), the lane is dropped and the request goes the long way, by the loop.
-So only requests that may be sent twice go here: publishes, which carry the same `Nats-Msg-Id` both times, and
-questions. Reconnecting, finding other servers and waiting for the right error are left to the long way alone,
-and lanes go only where the connection is.
+A lane is a shortcut, never a promise. If there is none, it breaks, no reply comes within a second, or the server says
+"not now", the lane is dropped and the request goes over the loop. So only requests that may be sent twice go here:
+publishes, which carry the same `Nats-Msg-Id` both times, and reads. Only the loop reconnects, finds other servers and
+waits for the right error; lanes go to the server that the connection has.
 
-Reading and writing block without a timeout of the kernel, which a signal would start again. The loop's thread looks
+Reads and writes block without a kernel timeout, which a signal would restart. The loop's thread looks
 at the lanes ten times a second instead, and cuts those whose time is up; their threads then read an end of file.
 
 There is no lock and no counter here, so an interrupt leaves neither taken, and a signal handler may send whatever it
@@ -57,7 +56,7 @@ __all__ = ["Lanes"]
 #: Connections of one process beyond its first; threads that open one at the same moment may exceed it.
 MOST: Final = 8
 
-#: Seconds until a request goes the long way instead.
+#: Seconds until a request goes over the loop instead.
 PATIENCE_SECONDS: Final = 1.0
 
 #: Seconds without lanes after one failed; doubled each time that none can be opened, up to the second.
@@ -125,10 +124,10 @@ class _Lane:
         self.until = _FOREVER
 
     def ask(self, subject: str, payload: bytes, headers: Headers | bytes | None, patience: float) -> Msg:
-        """Send a request and wait for its answer.
+        """Send a request and wait for its reply.
 
         Raises:
-          OSError, ProtocolError, _Broken: When none came.
+          OSError, ProtocolError, _Broken: When no reply came.
         """
         self.sent = False
         reply = f"{self._inbox}.{next(self._numbers):x}"
@@ -153,7 +152,7 @@ class _Lane:
         """Wake the thread that waits on this lane; from another thread."""
         if self._socket is not None:
             with contextlib.suppress(OSError):
-                # Not the method of an encrypted socket, which would take the encryption from under its reader.
+                # Not an encrypted socket's own method, which would remove the encryption under its reader.
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
@@ -202,7 +201,7 @@ class Lanes:
     def ask(
         self, subject: str, payload: bytes, headers: Headers | bytes | None, seconds: float
     ) -> Msg | bool:
-        """The answer to a request. If it must go the long way instead: whether it may have been sent here."""
+        """The reply to a request. If it must go over the loop instead: whether it may have been sent here."""
         patience = min(PATIENCE_SECONDS, seconds / 2)
         lane = None
         try:

@@ -3,12 +3,12 @@
 Everything else in the library is called from Dramatiq's threads and calls in here. What is sent goes one way: a thread
 leaves a call for the loop (see `loop`), which puts messages into the outbox, and the outbox is written while the socket
 takes what is written. When the connection is lost, what waits there is dropped: calls are sent again from their table
-(see `calls`), and what else must survive is kept by its sender, and sent again from `on_reconnect`.
+(see `calls`), and senders keep whatever else must survive and send it again from `on_reconnect`.
 
-**The connection is kept by facts.** One task opens it, waits until it is lost, and opens the next, with a pause that
-grows. Nothing ends that task but `close`: what goes wrong in one attempt is one failed attempt. A second task looks
-ten times a second. Once a second it sends a *fence*, a message to ourselves, so the server has something to say; when
-nothing at all arrives for `SILENT_FENCES` of them, it cuts the connection. Any received bytes are a sign of life.
+**Keeping the connection.** One task opens it, waits until it is lost, and opens the next, with a growing pause. Only
+`close` ends that task: an error in one attempt is one failed attempt. A second task looks at the connection ten times a
+second. Once a second it sends a *fence*, a message to ourselves, so the server has something to say; when nothing at
+all arrives for `SILENT_FENCES` of them, it cuts the connection. Any received bytes are a sign of life.
 
 A server handles one client's messages in order, so when a fence comes back, everything sent before it has arrived;
 what the server has done with it is another matter (see `settlements`).
@@ -58,7 +58,7 @@ SILENT_FENCES: Final = 6
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 2.0
 
-#: A connection that lasted less than this was none: the pause goes on growing.
+#: A connection that lasted less than this counts as a failed attempt: the pause keeps growing.
 LASTING_SECONDS: Final = 5.0
 
 #: How often a reason that stays the same is logged again, and how many reasons are remembered for that.
@@ -90,9 +90,9 @@ class Link:
     """The loop thread, its connection, and what is sent and received over it. One for each life of a process.
 
     Attributes:
-      inbox: The subject under which answers to us arrive.
+      inbox: The subject under which replies to us arrive.
       state: What is known of the connection.
-      calls: What waits for an answer.
+      calls: The requests that wait for a reply.
       lanes: The short way, while there is a connection.
       max_payload: The largest message that the server takes, in bytes.
     """
@@ -196,7 +196,7 @@ class Link:
     def ask(
         self, subject: str, payload: bytes, headers: Headers | bytes | None, seconds: float
     ) -> Msg | bool:
-        """Ask by a lane: the answer, or whether the request may have been sent although none came."""
+        """Ask over a lane: the reply, or whether the request may have been sent although none came."""
         self.loop.refuse_here()
         lanes = self.lanes
         if lanes is None or not self.is_connected:
@@ -206,7 +206,7 @@ class Link:
         return reply
 
     def unsubscribe(self, subscription: CoreSubscription) -> None:
-        """End an interest."""
+        """End a subscription."""
         known = self._subscriptions.pop(subscription.sid, None) is not None
         if known and self.loop.started:
             self.post(self.enqueue, encode_unsubscribe(subscription.sid))
@@ -250,7 +250,7 @@ class Link:
             self.write(f"{self.inbox}.fence", str(self._fence_sent).encode())
 
     def describe(self) -> tuple[str, str]:
-        """Where the servers are, and what was heard of them last, for an error."""
+        """Where the servers are and what they last said, for an error message."""
         client = self._client
         stuck = client is not None and client.open and client.paused
         reason = "its socket takes no more" if stuck else self.state.last_error

@@ -1,4 +1,4 @@
-"""What others want to hear of: subjects, and what happens to the connection. It outlives a link, and a fork."""
+"""Who is called when a message arrives or the connection changes. It outlives a link, and a fork."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["CoreSubscription", "Listeners"]
 
 @dataclass(eq=False)
 class CoreSubscription:
-    """Interest in a subject that lives until `close`, through every reconnect."""
+    """A subscription without JetStream, which lives until `close`, through every reconnect."""
 
     subject: str
     callback: Callable[[Msg], None]
@@ -27,17 +27,17 @@ class CoreSubscription:
     denied: PermissionDenied | None = None
 
     def close(self) -> None:
-        """End the interest; what is still on its way is dropped."""
+        """End the subscription; messages still on their way are dropped."""
         self._close(self)
 
     def withdraw(self) -> None:
-        """Tell the server to send no more; what is still on its way is delivered until `close`."""
+        """Tell the server to send no more; messages still on their way are delivered until `close`."""
         self._withdraw(self)
 
 
 @dataclass
 class Listeners:
-    """What is called on the loop thread as things happen; `fork` in the child of a fork. It outlives a link."""
+    """Callbacks by occasion, called on the loop thread; `fork` in the child of a fork."""
 
     opened: list[Callable[[Client], None]] = field(default_factory=list)
     lost: list[Callable[[], None]] = field(default_factory=list)

@@ -27,7 +27,7 @@ _BARE_SEED: Final = re.compile(r"\bSU[A-Z2-7]{56}\b")
 
 
 class LoginUnreadable(ConnectionFailed):
-    """The credentials cannot be read, now."""
+    """The credentials cannot be read now."""
 
 
 def preload(options: ConnectOptions) -> None:

@@ -3,9 +3,9 @@
 A thread leaves a *call* in the mailbox and wakes the loop, at most once for many calls. In busy times, calls that are
 not urgent wait a moment for others, because a turn of the loop costs as much as a dozen calls.
 
-The thread is started on first use. There is no lock on any way in, so an interrupt leaves none taken, and a signal
-handler may call anything here, whatever it interrupted. A thread that is interrupted between leaving a call and waking
-the loop is made good by `look`, which runs ten times a second.
+The thread starts on first use. No call takes a lock, so an interrupt leaves none taken, and a signal handler may call
+anything here. If a thread is interrupted between leaving a call and waking the loop, `look` runs the call; it comes ten
+times a second.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class LoopThread:
         return len(self._mailbox) >= MAILBOX_FULL
 
     def start(self) -> None:
-        """Start the thread unless it runs. The first one that is started does the work; others end at once."""
+        """Start the thread unless it runs. If several start, the first does the work and the others end at once."""
         if self._loop is None:
             _refuse_gevent()
             threading.Thread(target=self._run, name="dramatiq-jetstream", daemon=True).start()
@@ -146,7 +146,7 @@ class LoopThread:
             self.soon(self._drain)
 
     def look(self) -> None:
-        """Run what a thread left that was interrupted before it woke the loop."""
+        """Run calls whose thread was interrupted before it woke the loop."""
         if self._mailbox:
             self._drain()
 
@@ -171,8 +171,7 @@ class LoopThread:
     def _drain(self) -> None:
         """Run what is in the mailbox.
 
-        What is posted meanwhile may have to wait for the next turn, or threads that post could keep the loop from all
-        else.
+        Calls posted meanwhile may wait for the next turn, or posting threads could starve the loop.
         """
         self._woken = False
         if self._draining:
@@ -199,7 +198,7 @@ class LoopThread:
             self.soon(self._come, BATCH_SECONDS)
 
     def _come(self) -> None:
-        self._coming = False  # before looking: a call that is left after the look wakes us
+        self._coming = False  # set before looking: a call left after the look wakes us
         self._drain()
 
     def _begin_to_end(self) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 
-# What looking up a host imports when it is first needed, on any thread. A process that is forked in the middle of
-# that would find the module's lock taken for ever.
+# Modules that a host lookup imports when it is first needed, on any thread. A process that is forked in the middle of
+# that import would find the module's lock taken for ever.
 import concurrent.futures.thread  # noqa: F401
 import contextlib
 import encodings.idna  # noqa: F401
@@ -55,7 +55,7 @@ _LOGIN = re.compile(r"authori[sz]ation|authentication|expired|revoked", re.IGNOR
 
 
 class Servers:
-    """The servers to choose from: those that were given, and those that these told us of."""
+    """The servers to choose from: the given ones, and those that they announced."""
 
     def __init__(self, options: ConnectOptions) -> None:
         self._given = options.addresses

@@ -1,7 +1,7 @@
-"""What is to be written, in order, for as long as the socket takes it.
+"""Messages waiting to be written, in order, until the socket takes them.
 
 A message whose call has a deadline is dropped when that passes first (see `calls`). Others wait as long as the
-connection lasts; if too many do, its server takes nothing any more, and the connection is cut.
+connection lasts. If too many wait, the server no longer reads, and the connection is cut.
 """
 
 from __future__ import annotations

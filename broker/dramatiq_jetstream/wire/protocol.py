@@ -42,7 +42,7 @@ PING: Final = b"PING\r\n"
 _PONG: Final = b"PONG\r\n"
 _MESSAGES: Final = (b"MSG ", b"HMSG ")
 
-#: Subject, payload, the subject for answers or "", headers: as they are, or encoded already.
+#: Subject, payload, the reply subject or "", and the headers, encoded or not.
 Outgoing = tuple[str, bytes, str, Headers | bytes | None]
 
 
@@ -52,7 +52,7 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """The server described itself: first of all, and again when its cluster changes."""
+    """The server described itself: at the start, and again when its cluster changes."""
 
     fields: dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""What JetStream answers, as values and errors of this library."""
+"""JetStream's replies as values and errors of this library, and the checks before a message is sent."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from .headers import BadHeader, Headers, Msg, encode_headers
 
 __all__ = ["Headers", "Msg", "PubAck", "Publication"]
 
-#: The server cuts the connection at a protocol line of 4,096 bytes, which has more than the subject.
+#: The server cuts the connection at a protocol line of 4,096 bytes; the subject shares it with other fields.
 MAX_SUBJECT_BYTES: Final = 3_500
 
-# What the server says of almost every message; anything more than that is read as JSON.
+# Almost every acknowledgement looks like this; any other is read as JSON.
 _STORED = re.compile(rb'\{"stream":"([\w-]+)",\s*"seq":(\d+)\}', re.ASCII)
 
 _PERMISSION = re.compile(r'permissions violation for (publish|subscription) to "([^"]*)"', re.IGNORECASE)
@@ -37,7 +37,7 @@ _PERMISSION = re.compile(r'permissions violation for (publish|subscription) to "
 
 @dataclass(frozen=True, slots=True)
 class PubAck:
-    """What JetStream answered once a message was stored."""
+    """JetStream's acknowledgement of a stored message."""
 
     stream: str
     seq: int
@@ -116,7 +116,7 @@ def is_no_responders(reply: Msg) -> bool:
 
 
 def read_puback(subject: str, reply: Msg | BaseException, *, patient: bool) -> PubAck | BrokerError | None:
-    """Return what an answer to a publish says, or None when it says "try again"."""
+    """Return what the reply to a publish says, or None for "try again"."""
     if isinstance(reply, BaseException):
         return reply if isinstance(reply, BrokerError) else BrokerError(str(reply))
     stored = _STORED.fullmatch(reply.data)

@@ -9,7 +9,7 @@ item releases one of the queued locks. So an item is either seen by the second l
 
 Only one thread is woken at a time; it wakes the next once it has taken its item and sees another. Only one thread can
 run in the interpreter anyway, and the others would find nothing left. An item that is put while a woken thread is on
-its way is seen by that thread, because it looks after it has said that it arrived.
+its way is seen by that thread, because it looks once more after it has reported its arrival.
 
 If an exception strikes the thread that puts an item before it has woken another, the next thread whose wait ends takes
 the item. A wait without a timeout looks again every `LOOK_AGAIN_SECONDS` for that reason.

@@ -1,4 +1,4 @@
-"""Whether a server is spoken to through TLS, and what its certificate has to say."""
+"""Decides whether to use TLS with a server, and which name its certificate must have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Refused", "tls_context", "tls_name", "wants_tls"]
 
 
 class Refused(ConnectionFailed):
-    """A server answered, and will not have us as we are."""
+    """A server answered, and refuses us."""
 
 
 def wants_tls(options: ConnectOptions, address: Address, info: Mapping[str, Any]) -> bool:
