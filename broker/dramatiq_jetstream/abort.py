@@ -3,9 +3,8 @@
     broker.add_middleware(Abortable(backend=JetStreamBackend(broker)))
     dramatiq_abort.abort(message.message_id)
 
-A signal is one key; the process that deletes it is the one that got it. A worker waits for the signals of
-all messages that it runs at once: it looks for each once, and then only when the server announces the key,
-after a reconnect, or in any case every few seconds.
+A signal is one key; the process that deletes it has taken it. A worker waits for the signals of all messages that it
+runs: it looks for each once, then again when the server announces the key, after a reconnect, and every few seconds.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ LOOK_AGAIN_SECONDS = 5.0
 
 
 class JetStreamBackend(EventBackend):
-    """Signals through JetStream that messages are to be aborted.
+    """Sends and receives abort signals through JetStream.
 
     Parameters:
       broker: The broker whose connection, namespace and replicas are used; None makes one of its own.
@@ -71,7 +70,8 @@ class JetStreamBackend(EventBackend):
         self._wake = threading.Event()
 
     def notify(self, events: Iterable[Event], ttl: int) -> None:
-        """Signal events; each is kept until a worker takes it, at most `ttl` milliseconds after it could be."""
+        """Signal events; each is kept until a worker takes it, for at most `ttl` milliseconds from when one could take
+        it."""
         events = list(events)
         delays = dict.fromkeys((Abortable.key_to_id(event.key) for event in events), 0)
         for message_id in delays:

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Change:
-    """A change that somebody made.
+    """A change that a person made.
 
     Attributes:
       who: The person's name.
@@ -99,7 +99,7 @@ def _store(broker: JetStreamBroker, subject: str, change: Change) -> None:
 def _store_end(broker: JetStreamBroker, subject: str, change: Change) -> None:
     try:
         _store(broker, subject, change)
-    except BrokerError as error:  # what was done is done, and the first record is there
+    except BrokerError as error:  # the change is made, and its first record is there
         logger.warning("How a change by %s ended (%s) was not recorded: %s", change.who, change.what, error)
 
 

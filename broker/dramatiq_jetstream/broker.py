@@ -61,10 +61,10 @@ class JetStreamBroker(HookedBroker):
       replicas: How many servers of a cluster keep each stream (1, 3 or 5).
       declare: Create missing streams and consumers. With False only what exists is used, so that a worker
         needs few permissions; prepare the server with `fleet setup`.
-      ack_wait: After this long without a sign of life from its worker a message is delivered again.
+      ack_wait: A message is delivered again after this long without a sign of life from its worker.
       max_deliveries: A message delivered more often than this without being settled is a dead letter.
-      unknown_actor_grace: How long a message whose actor a worker does not have is given back for others to take,
-        before it is a dead letter (5 minutes).
+      unknown_actor_grace: How long a message with an unknown actor is left to other workers before it is a dead letter
+        (5 minutes).
       dead_message_ttl: How long dead letters are kept (7 days).
       enqueue_timeout: How long `enqueue` waits for JetStream, over reconnects, before it raises.
       max_priority: Levels above 0 for the option `broker_priority`, 1 to 32; None for no priorities.
@@ -77,7 +77,7 @@ class JetStreamBroker(HookedBroker):
         of the successes beside these (0 to 1), or None for no history.
       history_ttl: How long a record is kept (7 days).
       history_bytes: The most room that all records may take; beyond it the oldest go. Nothing is reserved.
-      inbox_prefix: First tokens of the subjects on which answers arrive, for accounts that restrict them.
+      inbox_prefix: First tokens of the subjects on which replies arrive, for accounts that restrict them.
       tls_handshake_first: Begin with TLS, for servers with `handshake_first`. Without it a `tls://` address is tried
         the usual way first, which costs a second.
       domain: The JetStream domain to use, for instance the hub's from a leaf node.
@@ -85,8 +85,8 @@ class JetStreamBroker(HookedBroker):
 
     Attributes:
       history: What became of messages (see `history`).
-      describe_arguments: Makes the text of a message's arguments that people see in `workers` and the history, of which
-        200 characters are kept; assign a function of the message to leave out what is secret.
+      describe_arguments: Makes the text of a message's arguments for `workers` and the history, which keep 200
+        characters of it; assign a function of the message that leaves out secrets.
       program_version: What `workers` shows as the version of the program; assign a text.
 
     Raises:
@@ -282,7 +282,7 @@ class JetStreamBroker(HookedBroker):
     # Enqueueing
 
     def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
-        """Store a message, to be worked on now or after `delay` milliseconds.
+        """Store a message, to run now or after `delay` milliseconds.
 
         Returns:
           The message; with a delay, a copy of it whose option `eta` says when it is due.
@@ -307,8 +307,8 @@ class JetStreamBroker(HookedBroker):
           atomic: Store all or none; then at most 1,000 messages, all for the same queue.
 
         Raises:
-          As `enqueue`. Without `atomic` each message stands for itself: the error is that of the first that failed,
-            and its `__cause__`, a `NotAllStored`, says which messages are stored, which are not, and why.
+          As `enqueue`. Without `atomic` each message succeeds or fails alone: the error is that of the first that
+            failed, and its `__cause__`, a `NotAllStored`, says which messages are stored, which are not, and why.
         """
         self.connection.reopen()
         return self._sender.enqueue_many(list(messages), atomic=atomic, delay=delay)

@@ -16,7 +16,7 @@ from .wire.addresses import Address, NotAnAddress, parse_address, split_addresse
 
 __all__ = ["DUPLICATE_WINDOW_MS", "HIGHEST_PRIORITY", "BrokerConfig", "ConnectOptions", "Storage"]
 
-#: RabbitMQ's advice is ten; each is a durable consumer here.
+#: The most priorities: each is a durable consumer here. (RabbitMQ advises ten at most.)
 HIGHEST_PRIORITY = 32
 
 _TOKENS = re.compile(r"[^\s.*>]+(\.[^\s.*>]+)*")
@@ -47,7 +47,7 @@ class ConnectOptions:
       tls_handshake_first: Begin with TLS, before the server says anything (its `handshake_first`).
       name: What the server shows for this connection.
       connect_timeout: Milliseconds for one attempt to connect, all addresses together.
-      inbox_prefix: First tokens of the subjects on which answers arrive, for accounts that restrict them.
+      inbox_prefix: First tokens of the subjects on which replies arrive, for accounts that restrict them.
       domain: The JetStream domain to use, for instance of the hub behind a leaf node.
       api_prefix: First tokens of the JetStream API in place of `$JS.API`, for accounts that import it.
 
@@ -203,7 +203,7 @@ class BrokerConfig:
 
     @property
     def recorded_successes(self) -> float:
-        """The share of successful attempts of which the history keeps a record."""
+        """The share of successful attempts that the history records."""
         if isinstance(self.history, str) or self.history is None:
             return 1.0 if self.history == "all" else 0.0
         return float(self.history)

@@ -1,9 +1,9 @@
 """Messages that could not be processed, kept as they came, to be inspected, replayed or dropped.
 
-A dead letter is stored before the message it stands for is acknowledged. If the process dies between the
-two, the message is delivered again and its letter is stored again on the same subject, of which the stream
-keeps one message: the letter is there once. A body that leaves no room for the letter's headers within the
-server's `max_payload` is stored first, as a message of its own.
+A dead letter is stored before the message it stands for is acknowledged. If the process dies between the two, the
+message is delivered again and its letter is stored again on the same subject. The stream keeps one message per subject,
+so the letter is there once. A body that leaves no room for the letter's headers within the server's `max_payload` is
+stored first, as a message of its own.
 
 A replay publishes the message and then removes the letter. If the process dies between the two, the letter
 is still there; replaying it again stores nothing new while JetStream remembers the first replay's
@@ -60,7 +60,7 @@ DELIVERED_TOO_OFTEN = "delivered too often"
 KILLED = "killed after its time limit"
 REASONS = (RETRIES_EXHAUSTED, UNDECODABLE, UNKNOWN_ACTOR, REJECTED, DELIVERED_TOO_OFTEN, KILLED)
 
-#: An error's text is kept up to this many characters, and so many of the last failures of a message.
+#: How many characters of an error's text are kept, and how many of a message's last failures.
 MAX_ERROR = 2_000
 MAX_HISTORY = 10
 
@@ -76,7 +76,7 @@ PAGE = 256
 
 
 def worker_name() -> str:
-    """Which process this is, for people: host and process id."""
+    """This process for people: host and process id."""
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
@@ -117,7 +117,7 @@ class DeadLetter:
             return None
 
     def summary(self) -> dict[str, Any]:
-        """What people and programs want to see of a letter, without the bytes."""
+        """The letter for people and programs, without its bytes."""
         return {
             "id": self.id,
             "queue": self.queue,
@@ -174,7 +174,7 @@ class DeadLetters:
         event: Event | None = None,
         history: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Store a letter; raises `BrokerConnectionError` when that is not known to have worked.
+        """Store a letter; raises `BrokerConnectionError` when it is not known to be stored.
 
         Parameters:
           origin: What identifies the message in its stream: the same origin is the same letter.
@@ -230,7 +230,7 @@ class DeadLetters:
         try:
             self._connection.publish(subject, b"", apart)
         except MessageTooLarge:
-            # The message's own headers are what is large; the letter's are bounded.
+            # The message's own headers are too large; the letter's are bounded.
             needed = {wire_names.HEADER_BODY} | (apart.keys() - kept.keys())
             needed -= {wire_names.HEADER_DEAD_TRACEBACK}
             bounded = {name: value for name, value in apart.items() if name in needed}
@@ -329,7 +329,7 @@ class DeadLetters:
         return self.drop(found)
 
     def _body(self, letter: DeadLetter, message: Message[Any] | None, headers: dict[str, str]) -> bytes:
-        """What to publish for a letter; what a replay adds is left out rather than have it be too large."""
+        """What to publish for a letter; what a replay adds is left out if the message would be too large with it."""
         if message is None:
             body = letter.data
             if len(body) > self._connection.room_beside(headers):
@@ -424,7 +424,7 @@ def _traceback(headers: Mapping[str, str]) -> str:
     try:
         text = json.loads(headers.get(wire_names.HEADER_DEAD_TRACEBACK, '""'))
     except ValueError:
-        return ""  # not ours: anybody may publish
+        return ""  # not ours: any program may publish
     return text if isinstance(text, str) else ""
 
 
@@ -486,5 +486,5 @@ def _history(headers: Mapping[str, str]) -> Sequence[Mapping[str, Any]]:
     try:
         history = json.loads(headers.get(wire_names.HEADER_DEAD_HISTORY, "[]"))
     except ValueError:
-        return []  # not ours: anybody may publish
+        return []  # not ours: any program may publish
     return [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []

@@ -1,4 +1,4 @@
-"""Events to actors: an actor subscribes to subjects of a stream and receives what was published there.
+"""Events for actors: an actor subscribes to subjects of a stream and receives what is published there.
 
 Every subscribed actor has its own durable consumer, so that several actors see the same event independently
 of each other. An event needs no header: any client in any language can publish it. The consumer hands it to
@@ -64,10 +64,9 @@ def subscription(
     """Describe the events that an actor wants: `@actor(subscribe=subscription("ORDER.created", OrderCreated))`.
 
     Parameters:
-      subject: What it subscribes to; `*` and `>` as in NATS.
+      subject: The subject to subscribe to; `*` and `>` as in NATS.
       type: A protobuf class; a mapping of subjects to protobuf classes; `bytes` for the body as it is; or a
-        function that gets the `Event` and returns what the actor receives. It raises to say that the body
-        is not what it should be.
+        function that gets the `Event` and returns what the actor receives. It raises for a body that it cannot read.
       name: What its consumer on the server is named after; None takes the actor's name. Give the old name when
         you rename an actor, so that old and new workers share the events.
 
@@ -97,8 +96,8 @@ def _decoder(type_: Any) -> Decoder:
 class _Protobuf:
     """Decodes one protobuf class.
 
-    Protobuf accepts almost any bytes as a message of unknown fields. A body in which the class knows no
-    field at all is some other message, and is refused.
+    Protobuf accepts almost any bytes as a message of unknown fields. A body in which the class knows no field at all is
+    another message, and is refused.
     """
 
     type: Any
@@ -133,7 +132,7 @@ def current_event() -> Event | None:
 
 
 class InvalidSubscription(InvalidOption, MiddlewareError):
-    """An actor's subscription that can never work; Dramatiq lets only middleware errors stop a declaration."""
+    """An actor's subscription can never work. (Dramatiq lets only middleware errors stop a declaration.)"""
 
 
 class Events(Middleware):
@@ -306,7 +305,7 @@ class DeadLetterEvents(Events):
 
         @dramatiq.actor(subscribe=subscription(broker.names.all_dead_with_bodies, read_letter))
 
-    A dead letter is stored whatever a message died of, and its subscription survives every crash.
+    Every dead letter is stored, whatever its reason, and the subscription survives every crash.
 
     Parameters:
       broker: The broker whose dead letters they are.
@@ -322,7 +321,7 @@ class DeadLetterEvents(Events):
 
 
 def _decode(actor_name: str, wanted: Subscription, event: Event) -> Any:
-    """Decode an event; what another version of the program subscribed to is for its workers."""
+    """Decode an event; subjects of another version of the program are left to its workers."""
     try:
         return wanted.decode(event)
     except Exception as error:

@@ -105,8 +105,8 @@ class Gauges:
     """Reads the gauges of one broker, and keeps no broker alive.
 
     Parameters:
-      connect: Whether reading may connect a process that has not used its broker yet. Without, such a process has
-        no numbers of queues: a gauge is not to be what connects it.
+      connect: Whether reading may connect a process that has not used its broker yet. Without it, such a process has no
+        numbers of queues: a gauge must not be what connects it.
     """
 
     def __init__(self, broker: JetStreamBroker, *, connect: bool = False) -> None:

@@ -9,8 +9,8 @@ it has. So a read may be outdated: a caller that acts on one has to compare-and-
 `jetstream.conditional_writes` says how a write is decided in spite of such a server.
 
 A linearizable read costs a write: a mark that only a majority can store. A replica that has the mark also has what was
-acknowledged before it, so any replica is asked for both at once. No thread waits until a server notices that it is
-not the leader any more.
+acknowledged before it, so any replica is asked for both at once. No thread waits until a server notices that it is no
+longer the leader.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Bucket:
         Parameters:
           timeout: Milliseconds to wait for the server; None takes the connection's own.
           linearizable: Return what is newer than everything that was acknowledged before the call, whichever server
-            answers. Where several have the bucket it costs a write, so read so what surprised you.
+            answers. Where several servers have the bucket it costs a write, so use it when a read was surprising.
         """
         self._ensure()
         read = self._agreed if linearizable and not self._writes.one_server else self._writes.last
@@ -217,7 +217,7 @@ class Bucket:
             subscription.close()
 
     def note(self, key: str, value: bytes, *, ttl: int | None = None) -> None:
-        """Store a value without waiting; it may get lost. For what only informs people, from any thread.
+        """Store a value without waiting; it may get lost. For information only; from any thread.
 
         A bucket that was deleted is made again by the call after the one that found it missing.
         """
@@ -412,7 +412,7 @@ class Bucket:
         if isinstance(ttl, bool) or ttl <= 0:
             raise InvalidOption(f"ttl={ttl!r} cannot be used: give a positive number of milliseconds.")
         headers = {HEADER_TTL: f"{-(-int(ttl) // 1000)}s"}
-        if self._history > 1:  # or an older revision would come back when this one expires
+        if self._history > 1:  # otherwise an older revision would come back when this one expires
             headers[HEADER_ROLLUP] = "sub"
         return headers
 

@@ -5,14 +5,14 @@ The server stores a message for each tick on the queue; one worker runs it, once
 that boots stores the schedule only if it is missing or differs, with a compare-and-set on what it saw, so any
 number of workers may boot at once: the schedule is there once, and its phase is not disturbed.
 
-An option that was changed changes the schedule when a worker boots, one that was removed removes it. What was
-declared before is remembered, so that an older process that boots later puts nothing back. `fleet setup` only adds
-what is missing; `fleet setup --update` brings everything in line, also with a declaration of before. Schedules of
-actors that a program does not know are left alone; `fleet schedules` shows and removes them.
+An option that was changed changes the schedule when a worker boots, one that was removed removes it. Earlier
+declarations are remembered, so an older process that boots later restores nothing. `fleet setup` only adds what is
+missing; `fleet setup --update` brings everything in line, also with an earlier declaration. Schedules of actors that a
+program does not know are left alone; `fleet schedules` shows and removes them.
 
-Ticks that were due while the server was down are not made up for one by one: when it is back it stores one,
-if any was due, and goes on from there. Ticks that no worker takes wait in the queue as all messages do; give the
-actor a `max_age` if a late tick is of no use.
+Ticks that were due while the server was down are not made up for: when it is back it stores one, if any was due, and
+goes on from there. Ticks that no worker takes wait in the queue like all messages; give the actor a `max_age` if a
+late tick is of no use.
 """
 
 from __future__ import annotations
@@ -333,7 +333,7 @@ def _notes(broker: JetStreamBroker, queue: str) -> tuple[dict[str, str], dict[st
 def _is_elsewhere(module: str | None) -> bool:
     """Whether a module exists that this program did not import.
 
-    Its parents are not imported either, as `importlib.util.find_spec` would: who lists schedules runs no code.
+    Its parents are not imported either, as `importlib.util.find_spec` would do: listing schedules runs no code.
     """
     if not module or module in sys.modules:
         return False
@@ -381,7 +381,7 @@ def _describe(
 
 
 def remove_schedule(broker: JetStreamBroker, queue: str, actor: str) -> bool:
-    """Remove a schedule; False when there is none. No older process that boots later puts it back."""
+    """Remove a schedule; False when there is none. An older process that boots later does not restore it."""
     was_paused = actor in _notes(broker, queue)[1]
     Declared(ticks_of(broker), queue).remove(actor)
     return purge_schedule(broker, queue, actor) or was_paused

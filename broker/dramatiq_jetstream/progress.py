@@ -1,9 +1,8 @@
-"""Progress of long tasks: an actor says how far it is, and any process can read it.
+"""Progress of long tasks: an actor reports how far it is, and any process can read it.
 
-What an actor says is kept for the message it runs, in a bucket with a time to live. It may be said in every
-turn of a loop: only what is at least `INTERVAL_MS` apart is sent, without waiting for an answer, and the last
-word, when all is done, always is. Progress is information for people; a loss of it harms nothing, so nothing
-is sent again.
+A report is kept per message, in a bucket with a time to live. An actor may report in every turn of a loop: only reports
+at least `INTERVAL_MS` apart are sent, without waiting for a reply, and the last one, when all is done, is always sent.
+Progress is information for people; losing it harms nothing, so nothing is sent again.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from .worker.roster import ProgressOf
 
 __all__ = ["Progress", "ProgressOf", "progress", "read_progress"]
 
-#: What is said sooner than this after the last is not sent; milliseconds.
+#: The least time between two reports that are sent.
 INTERVAL_MS = 250
 
-#: How long what was said is kept; milliseconds.
+#: How long a report is kept.
 TTL_MS = 86_400_000
 
 BUCKET = "progress"
@@ -54,7 +53,7 @@ class Progress(Middleware):
     """Middleware that lets actors call `progress`.
 
     Parameters:
-      ttl: Milliseconds that what was said is kept.
+      ttl: Milliseconds that a report is kept.
     """
 
     def __init__(self, *, ttl: int = TTL_MS) -> None:
@@ -89,7 +88,7 @@ class Progress(Middleware):
 
 
 def progress(done: float, total: float | None = None, note: str = "") -> None:
-    """Say how far the running actor is. Outside of actors it does nothing, so that actors can be called directly.
+    """Report how far the running actor is. Outside of actors it does nothing, so actors can be called directly.
 
     Parameters:
       done: How much is done, in any unit.
@@ -114,7 +113,7 @@ def progress(done: float, total: float | None = None, note: str = "") -> None:
 
 
 def read_progress(message_id: str, broker: JetStreamBroker | None = None) -> ProgressOf | None:
-    """What a message's actor said last, or None if it said nothing (in the last day).
+    """The last report of a message's actor, or None if there was none (in the last day).
 
     Parameters:
       broker: None takes Dramatiq's global broker.

@@ -1,4 +1,4 @@
-"""What can be asked of and done to a whole queue: counts, pause, purge."""
+"""Operations on a whole queue: counts, pause, purge, join."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["QueueStats", "Queues"]
 
 logger = logging.getLogger(__name__)
 
-#: A pause ends by itself after this long; JetStream wants an end.
+#: A pause ends by itself after this long, because JetStream requires an end.
 PAUSE = timedelta(days=3650)
 
 
@@ -36,8 +36,8 @@ PAUSE = timedelta(days=3650)
 class QueueStats:
     """Counts of one queue at one moment; they are read one after the other, so they can be off by a few.
 
-    Events that wait for the queue's actors count as its messages. `in_flight` is what the server waits for an
-    answer for; messages that were given back count there until a worker takes them again.
+    Events that wait for the queue's actors count as its messages. `in_flight` counts deliveries without an ack;
+    requeued messages count there until a worker takes them again.
 
     `oldest_ready_age` is in milliseconds; None when nothing is ready.
     """

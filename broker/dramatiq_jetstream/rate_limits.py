@@ -1,15 +1,14 @@
 """A rate limiter backend for Dramatiq's limiters and barriers on a key-value bucket.
 
-Every counter is one key, changed by compare-and-set only, so the server decides who was first. Keys carry
-their time to live on the server: what a killed process held comes free when that is over, with no one left
-to do it. Threads of one process take turns for a counter, so that only processes compete for it; no
-interrupt can leave a turn taken.
+Every counter is one key, changed by compare-and-set only, so the server decides who was first. Keys carry their time to
+live on the server: what a killed process held comes free when that is over. Threads of one process take turns for a
+counter, so that only processes compete for it; no interrupt can leave a turn taken.
 
 A barrier that an actor reaches, as members of a group do, counts the message and not the call, because every message
 may run twice. Its counter and a key for the member are changed together or not at all, and the key says whether this
-member was the last. If the process dies before that, the member is not counted; afterwards it is, and its next run is
-told what the first one was told. Once the message has succeeded and what follows it is stored, the last member is told
-so no more: a run after that would do again what waited for the barrier.
+member was the last. If the process dies before that, the member is not counted; afterwards it is, and its next run gets
+the same answer as the first. Once the message has succeeded and its follow-ups are stored, no run is told any more that
+it was the last: it would do again what waited for the barrier.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ logger = logging.getLogger(__name__)
 #: How many counters may be changed at once in one process; others wait for their turn.
 TURNS = 64
 
-#: Seconds after which a waiting thread looks whether it is its turn, should it not have been told.
+#: How often a waiting thread looks whether it has the turn, in case it was not told.
 LOOK_AGAIN_SECONDS = 0.1
 
 #: The longest pause, in seconds, after another process was first.
@@ -283,9 +282,9 @@ def limits_in_use(broker: JetStreamBroker) -> list[Limit]:
 class _Turns:
     """Threads that wait for their turn, first come, first served.
 
-    The first in the line has the turn: there is nothing to take and to give back. A thread stands in the line from the
+    The first in the line has the turn: nothing is taken or given back. A thread stands in the line from the
     first instruction of its `try` to the first of its `finally`, so an interrupt ends its turn whenever it strikes. If
-    that is before the next thread is told, that one looks for itself, `LOOK_AGAIN_SECONDS` seconds later at most.
+    that is before the next thread was told, that thread looks by itself after at most `LOOK_AGAIN_SECONDS`.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """A result backend for Dramatiq's `Results` middleware on a key-value bucket.
 
-A result is one key that the server drops when its time is over. One that does not fit into a message is
-stored in parts, and then a head that names them: it is there as soon as the head is, and if the process dies
-in between, the parts expire unseen. The server wakes every program that waits.
+A result is one key that the server drops when its time is over. A result that does not fit into one message is stored
+in parts, followed by a head that names them. It exists once the head does; if the process dies in between, the parts
+expire unseen. The server wakes every program that waits.
 
 On a `JetStreamBroker` a result, or how the actor failed, is stored before its message is settled. If it cannot be
 stored within `enqueue_timeout`, or the process dies before it is, the message stays on its queue and runs again, as
@@ -36,7 +36,7 @@ __all__ = ["JetStreamBackend", "ResultNotStored"]
 
 logger = logging.getLogger(__name__)
 
-#: What a message needs besides the value, in bytes: subject and headers.
+#: Bytes that a message needs besides the value, for subject and headers.
 ENVELOPE_BYTES = 1_024
 
 #: The largest result, in bytes; it is in memory as a whole wherever it is stored or read.
@@ -98,7 +98,7 @@ class JetStreamBackend(ResultBackend):
         Raises:
           ResultMissing: When there is none and `block` is False.
           ResultTimeout: When there was none in time.
-          ResultFailure: When the actor failed, or its result can never be stored; it tells how and why.
+          ResultFailure: When the actor failed, or its result can never be stored; the error says why.
           BrokerConnectionError: When the server did not answer and `block` is False.
         """
         key = self.build_message_key(message)

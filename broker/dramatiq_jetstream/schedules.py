@@ -76,7 +76,7 @@ def pause(broker: JetStreamBroker, queue: str, actor: str) -> bool:
 
 
 def resume(broker: JetStreamBroker, queue: str, actor: str) -> bool:
-    """Put a paused schedule back, as it is declared now; an interval begins anew. False when it is not paused.
+    """Put a paused schedule back as it is declared now; its interval starts over. False when it is not paused.
 
     Raises:
       BrokerConnectionError: When it is not known to be back.

@@ -56,7 +56,7 @@ _SKEW_MS = 1_000
 #: How many messages are asked for at once.
 _PAGE = 1_000
 
-#: How many of the newest dead letters are looked at for a message of which there is no record.
+#: How many of the newest dead letters are searched for a message without a record.
 _LETTERS_LOOKED_AT = 100
 
 

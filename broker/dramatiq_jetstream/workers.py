@@ -1,4 +1,4 @@
-"""Who is alive and what is running: the workers of a namespace, as they say so themselves.
+"""The live workers of a namespace and what they run, as they report it themselves.
 
     for worker in list_workers(broker):
         print(worker.host, worker.pid, [running.actor for running in worker.running])

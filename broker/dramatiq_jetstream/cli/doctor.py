@@ -1,4 +1,4 @@
-"""`fleet doctor`: connects, checks, and says what is wrong and how to mend it."""
+"""`fleet doctor`: connects, checks, and says what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _MARKS = {OK: "[green]✓[/green]", WARNING: "[yellow]![/yellow]", FAILURE: "[re
 #: A clock that differs by more than this from the server's makes delays visibly late; milliseconds.
 MAX_SKEW_MS = 1_000
 
-#: The share of a limit from which on it is warned of.
+#: The used share of a limit that causes a warning.
 FULL_SHARE = 0.8
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; `advice` says how to mend it."""
+    """The result of one check; `advice` says how to fix it."""
 
     check: str
     status: str
@@ -97,7 +97,7 @@ def _account(fleet: Fleet) -> Iterator[Finding]:
 
 
 def _write(fleet: Fleet) -> Iterator[Finding]:
-    """Make a stream, store a message, and compare clocks by the time it got."""
+    """Create a stream, store a message, and compare the clocks by the message's time."""
     broker = fleet.broker
     # Small enough for an account that demands limits.
     storage = Storage(duplicate_window=10_000, max_bytes=1_000_000)
@@ -246,7 +246,7 @@ def _queue(fleet: Fleet, name: str) -> Iterator[Finding]:
 
 
 def _unserved_levels(queue: str, consumers: list[dict[str, Any]]) -> Iterator[Finding]:
-    """Find priorities that no worker asks for, although workers ask for the lowest, which they do last."""
+    """Find priorities that no worker asks for, although workers ask for the lowest one, which they do last."""
     waiting = {consumer["name"]: consumer["num_waiting"] for consumer in consumers}
     for consumer in consumers:
         base, _, level = consumer["name"].partition("-")

@@ -44,7 +44,7 @@ def abort(fleet: Fleet, message_id: str, cancel: bool, timeout: int) -> None:
 @click.argument("message_id")
 @pass_fleet
 def progress(fleet: Fleet, message_id: str) -> None:
-    """Show what the actor of a message said of its progress."""
+    """Show the progress that the actor of a message reported."""
     said = read_progress(message_id, fleet.broker)
     if said is None:
         raise click.ClickException(f"the actor of {message_id} said nothing in the last day.")

@@ -64,7 +64,7 @@ def pause(fleet: Fleet, queue: str) -> None:
 @click.argument("queue")
 @pass_fleet
 def resume(fleet: Fleet, queue: str) -> None:
-    """Go on with a paused QUEUE."""
+    """Resume delivery from a paused QUEUE."""
     fleet.broker.resume(fleet.check_queue(queue))
     fleet.show({"queue": queue, "paused": False}, f"{queue} goes on.")
 

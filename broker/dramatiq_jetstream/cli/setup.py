@@ -16,7 +16,7 @@ COMMANDS: list[click.Command] = []
 def load(fleet: Fleet, module: str) -> JetStreamBroker:
     """Import a program as `dramatiq` does (`module` or `module:broker`) and return its broker.
 
-    A program says itself where its queues are; options that say otherwise are refused.
+    The program itself says where its queues are; options that contradict it are refused.
     """
     put_on_path(["."])
     try:
@@ -43,7 +43,7 @@ def load(fleet: Fleet, module: str) -> JetStreamBroker:
 def setup(fleet: Fleet, module: str, update: bool) -> None:
     """Create the streams, consumers and schedules that MODULE declares.
 
-    It may run as often as wanted. Without --update nothing that exists is changed; what differs is reported.
+    It can run any number of times. Without --update it changes nothing that exists and reports the differences.
     """
     broker = load(fleet, module)
     try:

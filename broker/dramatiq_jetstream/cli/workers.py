@@ -1,4 +1,4 @@
-"""`fleet workers` and `fleet running`: who is alive, and what is being worked on."""
+"""`fleet workers` and `fleet running`: the live workers, and the messages that they run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def workers(fleet: Fleet, watch: bool) -> None:
 @click.option("--watch", is_flag=True, help="Keep showing, once a second, until Ctrl-C.")
 @pass_fleet
 def running(fleet: Fleet, watch: bool) -> None:
-    """Show the messages that are being worked on, the oldest first."""
+    """Show the running messages, the oldest first."""
 
     def read() -> _Rows:
         found = [

@@ -262,7 +262,7 @@ class Supervisor:
         self._hand_on()
 
     def _last_will(self, process: WorkerProcess, held: Held) -> dict[str, Any]:
-        """What a living worker is to do for a delivery of a dead one."""
+        """What a living worker must do for a delivery of a dead one."""
         if process.outlived is None or not held.is_overdue(_now_ms()):
             return {"ack_subject": held.ack_subject}
         seconds = (_now_ms() - held.begun_ms) / 1000

@@ -71,8 +71,8 @@ class NatsCluster:
         try:
             self._start_nodes()
         except PortInUse:
-            # The route ports were chosen before the start, and someone was faster. Once more with others,
-            # unless the nodes have an identity already.
+            # The route ports were chosen before the start, and another program took one. Try others, unless the nodes
+            # have an identity already.
             if any(node.running for node in self.nodes) or self._has_data():
                 raise
             self.nodes = self._make_nodes()

@@ -210,7 +210,7 @@ class NatsServer:
                 self._launch()
                 return self
             except PortInUse:
-                # Someone was faster on a port that was free a moment ago: with other ports once more.
+                # Another program took a port that was free a moment ago: try once more with others.
                 if attempt == attempts:
                     raise
                 self._port, self._monitor_port = self._asked_port, self._asked_monitor_port
@@ -373,7 +373,7 @@ class NatsServer:
         while True:
             ended = not self.running
             log = self._log(log_start)
-            # The log proves that it is this server which answers on the port, and not a stranger.
+            # The log proves that this server answers on the port, and not another program.
             if "Server is ready" in log:
                 self._info = self._read_info()
                 if self._info.get("jetstream"):

@@ -1,7 +1,7 @@
-"""What a broker does to Dramatiq's `Worker`: what it replaces of it, and what it takes back.
+"""Replaces parts of Dramatiq's `Worker`, and returns its unstarted messages to the server.
 
-A worker that stops, or that is held up, has messages in its work queue that no thread has begun. They go back to the
-server at once, for other workers to take.
+A worker that stops or is held up has messages in its work queue that no thread has started. They go back to the server
+at once, for other workers to take.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Attachment:
 
     Attributes:
       counts: What became of its attempts.
-      is_quiet: Whether this process is to take nothing more.
+      is_quiet: Whether this process takes no more messages.
     """
 
     def __init__(
@@ -52,14 +52,14 @@ class Attachment:
         self.is_quiet = False
 
     def detach(self) -> None:
-        """Know of no worker: in the child of a fork, the parent's has no threads."""
+        """Drop the worker: in the child of a fork, the parent's has no threads."""
         self._worker = None
         self.counts = Counts()
         self._attempts = []
         self._vitals.watch(None)
 
     def attach(self, worker: Any) -> None:
-        """Give a worker that boots our work queue; its threads, which take it from here, are not made yet."""
+        """Give a booting worker our work queue, before it makes the threads that use it."""
         self._worker = worker
         worker.work_queue = WorkQueue()
         self._vitals.watch(worker)
@@ -84,13 +84,13 @@ class Attachment:
         return [running for attempts in self._attempts if (running := attempts.running) is not None]
 
     def be_quiet(self, worker: Worker | None = None) -> None:
-        """Take nothing more for as long as this process lives; consumers that are opened later take nothing either."""
+        """Take no more messages while this process lives, not even with consumers that are opened later."""
         self.is_quiet = True
         if worker is not None:
             self.stop_consuming(worker)
 
     def stop_consuming(self, worker: Worker) -> None:
-        """Return what a stopping worker has not begun at once, however long its running actors take."""
+        """Return a stopping worker's unstarted messages at once, however long its running actors take."""
         threads = worker.consumers.values()
         consumers = [t.consumer for t in threads if isinstance(t.consumer, JetStreamConsumer)]
         for consumer in consumers:

@@ -2,8 +2,8 @@
 
 This takes the place of `process_message` of Dramatiq's `WorkerThread`, and does the same in the same order. Two things
 differ. Interrupts strike in the actor only (see `interrupts`), not while its retry, callback or result is stored. And
-whatever else is raised after the actor, `SystemExit` by a middleware included, is an error like any other: the message
-is marked, stays on its queue and runs again, and the thread goes on.
+anything raised after the actor, even `SystemExit` by a middleware, is an error like any other: the message is marked,
+stays on its queue and runs again, and the thread goes on.
 
 If the process dies between the actor's end and the ack, the message runs again elsewhere.
 """
@@ -28,7 +28,7 @@ from .suspects import Suspects
 
 __all__ = ["Attempts", "Counts"]
 
-# In the words of Dramatiq, as all that it would log itself.
+# In Dramatiq's own words, as all that it would log itself.
 _DISCARDED = (
     "Actor '%s' returned a value that is not None, and you haven't added the "
     "Results middleware to the broker, so the value has been discarded. "

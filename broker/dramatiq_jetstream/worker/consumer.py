@@ -1,15 +1,15 @@
-"""The consumer of a queue: hands what its sources deliver to Dramatiq's consumer thread.
+"""The consumer of a queue: gives what its sources deliver to Dramatiq's consumer thread.
 
 A *source* is a JetStream durable plus a way to turn what it delivers into a Dramatiq message. A queue has
 its own stream as a source (one per priority, highest rank first), and one source for each event
 subscription of its actors. To Dramatiq they are one consumer.
 
-What arrives is handed over in lists, one for each turn of the loop, and waits in `_ready`, ordered by
-priority, until the consumer thread asks; Dramatiq is never given more than there is room for (see `pulling`).
-Messages are decoded there, not on the loop. What cannot be decoded or came too often becomes a dead letter there too.
+Deliveries come from the loop thread in lists, one for each turn of the loop, and wait in `_ready`, ordered by priority,
+until the consumer thread asks. Dramatiq never gets more than there is room for (see `room`). The consumer thread
+decodes messages, not the loop, and makes dead letters of those that cannot be decoded or came too often.
 
-If the process dies, everything that arrived and was not settled is delivered again after `ack_wait`. A
-graceful stop gives back at once what was not begun.
+If the process dies, everything that arrived and was not settled is delivered again after `ack_wait`. A graceful stop
+requeues unstarted messages at once.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ class JetStreamConsumer(Consumer):
     """A message iterator over the sources of a queue.
 
     Parameters:
-      prefetch: How many messages Dramatiq may have at once, those that are worked on included.
+      prefetch: How many messages Dramatiq may have at once, including those that run.
       timeout: Milliseconds after which the iterator yields None when there is nothing.
       lookahead: Whether a little more than the prefetch may wait here while messages are short.
       rerouter: Sends elsewhere what is not processed here.
-      suspects: Those of this process's messages that may be the death of it.
+      suspects: The messages that may kill this process.
       return_unstarted: Takes a queue and how many of its unstarted messages to keep; the server gets the others back.
     """
 
@@ -152,7 +152,7 @@ class JetStreamConsumer(Consumer):
         return None
 
     def _next_delivery(self) -> Delivery | None:
-        """A suspect, if none keeps it from starting, or else the next of the others, if there is room."""
+        """The next suspect if it may start, otherwise the next of the others; None without room."""
         if not self._room.has_place():
             return None
         if self._suspected and self.suspects.may_start(self._suspected[0][-1]):
@@ -188,7 +188,7 @@ class JetStreamConsumer(Consumer):
             self.rerouter.requeue(heappop(self._ready)[-1])
 
     def _leave_to_others(self, delivery: Delivery) -> None:
-        """Give back what another version of the program asked for, later each time."""
+        """Requeue what another version of the program subscribed to, with a longer delay each time."""
         if delivery.deliveries == 1:
             self.logger.warning(
                 "%s delivers %s, to which this version of the program does not subscribe: leaving it to other workers.",
@@ -211,7 +211,7 @@ class JetStreamConsumer(Consumer):
                 self._make_dead_letter(delivery, dead_letters.UNKNOWN_ACTOR, str(error))
             return None
         except BrokerError as error:
-            self.logger.warning("%s cannot be decoded now and is given back: %s", delivery, error)
+            self.logger.warning("%s cannot be decoded now and is requeued: %s", delivery, error)
             self.rerouter.requeue_later(delivery)
             return None
         except Exception as error:  # noqa: BLE001 - whatever decoding raises, these bytes are not a message
@@ -227,7 +227,7 @@ class JetStreamConsumer(Consumer):
         return proxy
 
     def _is_to_be_a_dead_letter(self, delivery: Delivery) -> bool:
-        """Whether a message that was here before is not to run again; it is put away then."""
+        """Whether a message that was here before must not run again; its dead letter is stored then."""
         if self.rerouter.owes_dead_letter(delivery):
             self._store_elsewhere(delivery, lambda: self.rerouter.retry_dead_letter(delivery))
             return True
@@ -247,7 +247,7 @@ class JetStreamConsumer(Consumer):
         return True
 
     def _waits_for_actor(self, delivery: Delivery, name: str) -> bool:
-        """Whether this program lacks the actor of a message, which is put off then."""
+        """Whether this program lacks the actor of a message, which is requeued with a delay then."""
         if not self._runs_actors:
             return False
         if self.rerouter.knows_actor(name):
@@ -271,7 +271,7 @@ class JetStreamConsumer(Consumer):
         return False
 
     def _make_dead_letter(self, delivery: Delivery, reason: str, error: str) -> None:
-        """Make a dead letter of what never becomes a message here."""
+        """Make a dead letter of a delivery that never becomes a message here."""
         self.logger.error("A message from %s is %s: %s", delivery.source, reason, error)
         self._store_elsewhere(delivery, lambda: self.rerouter.store_dead_letter(delivery, reason, error))
 
@@ -324,20 +324,20 @@ class JetStreamConsumer(Consumer):
             self.in_flight.settle(delivery, ACK)
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
-        """Give messages back to the queue at once."""
+        """Return messages to the queue at once."""
         for message in messages:
             if isinstance(message, JetStreamMessage):
                 self.rerouter.requeue(message._delivery)
 
     def stop_pulling(self) -> None:
-        """Ask for nothing more; the consumer thread gives back what was not handed over, at once."""
+        """Ask for nothing more; the consumer thread requeues at once what Dramatiq does not have."""
         self.stopping = True
         self._sources.close(self._opened)
         self._puller.stop()
         self._wake()
 
     def close(self) -> None:
-        """Give back what was not handed over, and wait until the server knows what we settled."""
+        """Requeue what Dramatiq does not have, and wait until the server knows what we settled."""
         self.stop_pulling()
         self._empty()
         self.in_flight.flush(2)
@@ -346,7 +346,7 @@ class JetStreamConsumer(Consumer):
         self._puller.close()
 
     def _empty(self, timeout: float = 0.0) -> None:
-        """Give back what has arrived, until nothing came for `timeout` seconds."""
+        """Requeue what has arrived, until nothing came for `timeout` seconds."""
         self._requeue_all()
         while self._suspected:
             self.rerouter.requeue(heappop(self._suspected)[-1])
@@ -360,13 +360,13 @@ class JetStreamConsumer(Consumer):
 
 
 def _is_unwanted(message: JetStreamMessage) -> bool:
-    """Whether a message that failed is nothing to look at: it was aborted, or is a tick that came too late."""
+    """Whether a failed message needs no dead letter: it was aborted, or is a tick that came too late."""
     error = message._exception
     return is_abort(error) or (isinstance(error, SkipMessage) and HEADER_TICK in message._delivery.headers)
 
 
 def _is_permanent(error: BaseException) -> bool:
-    """Whether another run of a message would fail to enqueue what follows it for the same reason."""
+    """Whether another run of a message would fail to enqueue its follow-up for the same reason."""
     if isinstance(error, ApiError) and (error.err_code in error_numbers.LIMIT_REACHED or error.code >= 500):
         return False
     return isinstance(error, _PERMANENT)

@@ -45,10 +45,10 @@ class Consumers:
         self._open: list[JetStreamConsumer] = []
 
     def open(self, queue_name: str, *, prefetch: int, timeout: int) -> JetStreamConsumer:
-        """Make a consumer of a queue; several threads come here at once, so there are nothing but single steps.
+        """Open a consumer of a queue. Several threads call this at once, so every step is a single one.
 
         Raises:
-          BrokerConnectionError: When the server cannot be reached; soon, so that the worker can be stopped meanwhile.
+          BrokerConnectionError: When the server cannot be reached; soon, so that the worker can stop meanwhile.
         """
         self._connection.connect()
         self._connection.confirm(timeout=min(self._connection.timeout, CONFIRM_MS))
@@ -80,5 +80,5 @@ class Consumers:
         self.reset()
 
     def reset(self) -> None:
-        """Know of none: in the child of a fork, they are the parent's."""
+        """Drop all: in the child of a fork, they are the parent's."""
         self._open = []

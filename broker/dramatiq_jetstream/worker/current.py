@@ -1,4 +1,4 @@
-"""Which message the calling thread, or coroutine, is working on.
+"""The message that the calling thread, or coroutine, runs.
 
 A JetStreamBroker notes it around its middleware and the actor, so that log lines and `current_event` need
 no middleware of its own, which would cost something for every message.
@@ -22,20 +22,20 @@ current_message: ContextVar[MessageProxy | None] = ContextVar("dramatiq_jetstrea
 
 
 def note_said(said: Mapping[str, Any]) -> None:
-    """Note what the running actor says of its progress with its message, for the presence of its worker."""
+    """Keep a progress report of the running actor with its message, for the presence of its worker."""
     message = current_message.get()
     if message is not None:
         vars(message)["progress_said"] = {**said, "note": str(said["note"])[:MAX_NOTE]}
 
 
 def said_of(message: MessageProxy) -> dict[str, Any] | None:
-    """What the actor of a running message said last of its progress."""
+    """The last progress report of a running message's actor."""
     said: dict[str, Any] | None = vars(message).get("progress_said")
     return said
 
 
 def is_abort(error: BaseException | None) -> bool:
-    """Whether `dramatiq_abort` interrupted an actor: its message is not wanted any more."""
+    """Whether `dramatiq_abort` interrupted an actor, so that its message must not run again."""
     abort = sys.modules.get("dramatiq_abort")
     return abort is not None and isinstance(error, abort.Abort)
 

@@ -21,12 +21,12 @@ __all__ = ["Delivery", "Owner", "Source", "event_in"]
 
 
 class Owner(Protocol):
-    """What asked for a delivery, and has room for another one when it is settled."""
+    """The consumer that asked for a delivery, and has room for another one once it is settled."""
 
     lookahead: bool
 
     def released(self, delivery: Delivery, *, done: bool) -> None:
-        """A delivery was settled: its work is done, or it was given back."""
+        """A delivery was settled: done, or requeued."""
 
 
 @dataclass(eq=False)
@@ -138,7 +138,7 @@ class Delivery:
 
     @property
     def origin(self) -> str:
-        """One token that identifies the message wherever it is delivered, also after it was put off."""
+        """One token that identifies the message wherever it is delivered, also after it was requeued with a delay."""
         if self.is_marked and (origin := self.headers.get(HEADER_ORIGIN)):
             return origin
         _, consumer, sequence, stored = self.key

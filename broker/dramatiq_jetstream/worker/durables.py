@@ -1,22 +1,22 @@
 """The durables that this process reads, and which life of each its deliveries belong to.
 
-The server resolves an answer (ack, nak, in-progress signal) by the message's sequence in the stream and nothing else.
-If the stream was deleted and made again, or its server came back with an emptied or older store, that sequence is
-another message, which a late answer would remove. So every delivery belongs to one *life* of its durable, and is only
-answered in that life.
+The server resolves a settlement (ack, nak, in-progress signal) by the message's sequence in the stream and nothing
+else. If the stream was deleted and created again, or its server came back with an emptied or older store, that sequence
+is another message, which a late ack would remove. So every delivery belongs to one *life* of its durable, and is only
+settled in that life.
 
-While a durable is *certain*, answers are sent at once and cost nothing extra. What may hide a change puts it in doubt:
-a lost connection, a deleted stream, a refused pull, missing heartbeats, a question without an answer. Then nothing is
-answered or fetched until the server has said when it created the consumer, how far the stream goes, and what it stored
-first after the newest message that we would answer. The life goes on if the consumer is the same one, the stream still
-reaches our messages, and nothing newer is stored at or before their place, as in an older copy of the store that was
-written to. Otherwise a new life begins: answers of the old one are dropped. A message of the old life that is delivered
-again is known by its place and its time, and is answered in the new life.
+While a durable is *certain*, settlements are sent at once and cost nothing extra. Whatever may hide a change puts it in
+doubt: a lost connection, a deleted stream, a refused pull, missing heartbeats, a question without a reply. Then nothing
+is settled or fetched until the server has said when it created the consumer, how far the stream goes, and what it
+stored first after the newest message that we would settle. The life goes on if the consumer is the same one, the stream
+still reaches our messages, and nothing newer is stored at or before their place, as in an older copy of the store that
+was written to. Otherwise a new life begins, and settlements of the old one are dropped. A message of the old life that
+is delivered again is recognised by its place and its time, and is settled in the new life.
 
 The server announces a deleted stream, and tells a standing pull that its consumer is gone. What neither shows (a new
 leader, a changed `ack_wait`) is seen by looking at a consumer every two seconds while messages of it run for longer.
 
-If the process dies, all of this is forgotten, and nothing needs it: there is nothing to answer. Everything here belongs
+If the process dies, all of this is lost, and nothing needs it: there is nothing to settle. Everything here belongs
 to the loop thread, except `Durables.get`.
 """
 
@@ -42,15 +42,15 @@ __all__ = ["Durable", "Durables"]
 
 logger = logging.getLogger(__name__)
 
-#: How long an answer about a durable is awaited, and the pause before the server is asked again.
+#: How long a reply about a durable is awaited, and the pause before the server is asked again.
 REPLY_SECONDS = 2.0
 PAUSE_SECONDS = 0.3
 
-#: A durable is looked at this often while deliveries of it are held for longer than LOOK_AFTER_SECONDS.
+#: How often a durable is checked while its deliveries are held for longer than LOOK_AFTER_SECONDS.
 LOOK_SECONDS = 2.0
 LOOK_AFTER_SECONDS = 0.3
 
-#: After this long in doubt, the log says so once.
+#: How long a durable is in doubt before the log says so, once.
 SILENCE_SECONDS = 6.0
 
 #: The server announces here that it deleted the stream named by the last token.
@@ -67,7 +67,7 @@ class Durable:
       ack_wait: Milliseconds after which the server delivers again; the server's own value once it is known.
       life: Stands for the present life, and is another object in the next one; None when the durable is missing or was
         never asked about.
-      certain: True while answers may be sent and messages fetched.
+      certain: True while settlements may be sent and messages fetched.
       missing: True once the server has said that there is no such durable.
     """
 
@@ -121,8 +121,8 @@ class Durables:
     """All durables of one connection.
 
     Parameters:
-      newest: Returns the highest sequence and the latest time of storing among the messages of a durable's life that
-        are still to be answered; None when there are none.
+      newest: Returns the highest sequence and the latest time of storing among the unsettled messages of a durable's
+        life; None when there are none.
     """
 
     def __init__(self, connection: Connection, newest: Callable[[Durable], tuple[int, int] | None]) -> None:
@@ -186,12 +186,12 @@ class Durables:
         if durable.certain or durable.missing or not self._connection.is_open:
             durable._since = 0.0
         durable.certain = durable.missing = False
-        # What is asked now is not to be believed any more.
+        # The reply to a question that is under way must not be believed any more.
         durable._doubts += 1
         durable._task = None
 
     def look(self, durable: Durable) -> None:
-        """See whether a durable whose messages run is still the same, if that was not done lately."""
+        """Check that a durable whose messages run is still the same, unless that was done lately."""
         now = time.monotonic()
         if durable.certain and durable._task is None and now - durable._looked >= LOOK_SECONDS:
             durable._looked = now
@@ -247,7 +247,7 @@ class Durables:
         except BrokerError:
             return
         if durable._doubts != doubts:
-            return  # what was said before the latest doubt says nothing about what is now
+            return  # a reply from before the latest doubt says nothing about now
         if not same:
             durable.life = object()
         if info is not None:
@@ -257,7 +257,7 @@ class Durables:
         self._note_certain(durable, same)
 
     async def _is_intact(self, durable: Durable) -> bool:
-        """Whether the stream holds the messages that we would answer, or nothing newer in their place."""
+        """Whether the stream holds the messages that we would settle, or nothing newer in their place."""
         newest = self._newest(durable)
         if newest is None:
             return True
@@ -297,7 +297,7 @@ class Durables:
         self._call(self._on_certain, durable, same)
 
     def _note_crowd(self, durable: Durable, info: Mapping[str, Any]) -> None:
-        """Name what keeps requests from being answered: one with heartbeats is refused without a word."""
+        """Log why requests get no reply: the server refuses one with heartbeats silently."""
         crowded = info["num_waiting"] >= (info["config"].get("max_waiting") or math.inf)
         if crowded and not durable._crowded:
             logger.warning(

@@ -1,13 +1,14 @@
-"""The pull requests of one source, and what the server answers to them.
+"""The pull requests of one source, and the server's replies to them.
 
 A request stands for 30 s with heartbeats, so that an arriving message is delivered at once. The server serves the
-standing requests of a consumer in turn, and a delivery does not say which of them it answers. So each request has a
-subscription of its own while it stands, one of a few *slots*, and what was asked for is known exactly.
+standing requests of a consumer in turn, and a delivery does not say which request it is for. So each request has a
+subscription of its own while it stands, one of a few *slots*, and the number of messages still to come is known
+exactly.
 
 Requests are bounded in messages and in bytes, so that large messages over a narrow link do not pile up before
-everything else that the server has to say. A consumer, its server or its account may allow less than we ask for: what
-was refused is asked for again within their limits. What no request can mend is logged once, with what to change, and
-asked for again after a pause. Whatever may mean that the consumer is another one by now raises a doubt (see
+everything else that the server has to say. A consumer, its server or its account may allow less than we ask for: a
+refused request is repeated within their limits. An error that no request can avoid is logged once, with what to change,
+and the request is repeated after a pause. Any sign that the consumer may have been replaced raises a doubt (see
 `durables`).
 
 If the process dies, the server drops its requests. Everything here belongs to the loop thread, except the constructor,
@@ -34,11 +35,11 @@ __all__ = ["Fetcher", "Pull"]
 
 logger = logging.getLogger(__name__)
 
-#: A request stands this long, and the server says this often that it does.
+#: How long a request stands, and how often the server confirms it.
 EXPIRES_SECONDS = 30.0
 HEARTBEAT_SECONDS = 2.0
 
-#: After this long without a word about a request, the server does not know it.
+#: After this long without a heartbeat, the server no longer knows the request.
 SILENCE_SECONDS = 5.0
 
 #: Requests of one source at a time; a message that fills a small one must not wait for the next.
@@ -48,7 +49,7 @@ MAX_PULLS = 4
 MAX_BYTES = 2 * 1024 * 1024
 OVERHEAD_BYTES = 8 * 1024
 
-#: Before a request is made again that cannot be granted now, and one that cannot be granted at all.
+#: The pause before a request is repeated that the server cannot grant now, and one that it cannot grant at all.
 BUSY_PAUSE_SECONDS = 2.0
 REFUSED_PAUSE_SECONDS = 10.0
 
@@ -112,7 +113,7 @@ class Fetcher:
             )
 
     def stop(self) -> None:
-        """Have the server deliver nothing more; what is on its way still comes. From any thread."""
+        """Have the server deliver no more; messages on their way still arrive. From any thread."""
         for slot in self._slots:
             if slot.subscription is not None:
                 slot.subscription.withdraw()
@@ -185,7 +186,7 @@ class Fetcher:
         self._bytes_limited = False
 
     def tick(self) -> None:
-        """Notice that the server knows nothing of a request any more: a new leader, a restart, a lost request."""
+        """Notice that the server no longer knows a request: a new leader, a restart, a lost request."""
         now = time.monotonic()
         if any(slot.pull is not None and now - slot.heard > SILENCE_SECONDS for slot in self._slots):
             for slot in self._slots:
@@ -216,7 +217,7 @@ class Fetcher:
         if status == "100":  # a heartbeat
             return
         slot.pull = None
-        if status in ("404", "408"):  # a probe that took all there was, a request that stood its time
+        if status in ("404", "408"):  # a probe that got everything, or a request that expired
             self.drained = True
         elif description.startswith("Message Size Exceeds MaxBytes"):
             if pull.left == pull.batch:
@@ -225,7 +226,7 @@ class Fetcher:
             self._keep_to(limit[1], limit[2])
         elif "MaxWaiting" in description:
             self._rests_until = time.monotonic() + BUSY_PAUSE_SECONDS
-            self._durables.doubt(self.source.durable)  # which says so
+            self._durables.doubt(self.source.durable)  # which logs it
             return
         elif "push based" in description:
             self._rest(

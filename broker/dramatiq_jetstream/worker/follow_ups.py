@@ -83,7 +83,7 @@ class FollowUps(threading.local):
             self.failed(error)
 
     def cut_off(self, message: MessageProxy, error: BaseException) -> None:
-        """Mark a message after which something was raised that no middleware is to blame for."""
+        """Mark a message after an error that came from no middleware."""
         self.begin(message)
         self.failed(error)
         self.end(message)
@@ -91,7 +91,7 @@ class FollowUps(threading.local):
     def failed(self, error: BaseException) -> None:
         """Mark the message whose follow-up could not be enqueued, so that it is not acked."""
         if isinstance(error, MessageNotUnique):
-            return  # what should follow is there already, which is what its unique key is for
+            return  # the follow-up is there already, which is what its unique key is for
         message = self._message
         if isinstance(message, JetStreamMessage):
             message.follow_up_error = message.follow_up_error or error

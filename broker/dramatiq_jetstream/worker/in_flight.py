@@ -1,11 +1,11 @@
-"""What this process holds: deliveries that are on their way through Dramatiq.
+"""The deliveries that this process holds, on their way through Dramatiq.
 
 A `Delivery` is *held* from its arrival until it is settled. While it is held, an in-progress signal every
 third of its `ack_wait` keeps the server from giving it to another worker, however long its actor runs.
 
-A message that arrives a second time while it is held is not handed over again, only its new ack subject is noted; one
-that arrives again after its work was done is acked again without being run (see `settlements`). A message is known by
-its place in the stream and the time it was stored: a stream that is deleted and made again counts from one.
+When a message arrives a second time while it is held, only its new ack subject is noted. When it arrives again after it
+was done, it is acked again without being run (see `settlements`). A message is known by its place in the stream and the
+time it was stored: a stream that is deleted and made again counts from one.
 
 If the process dies, everything held is delivered again once its `ack_wait` is over. All state here belongs to the loop
 thread, except for `settle`, which any thread calls.
@@ -84,7 +84,7 @@ class InFlight:
         return True
 
     def _note_on_board(self, delivery: Delivery) -> None:
-        """Note how to give a delivery back, should this process die."""
+        """Note how the supervisor can requeue a delivery if this process dies."""
         if self.board is None:
             return
         if delivery.slot is None:
@@ -119,13 +119,13 @@ class InFlight:
             delivery.slot = None
 
     def settle(self, delivery: Delivery, settlement: bytes) -> None:
-        """Give the server its answer to a delivery, once; any thread may call it and does not wait."""
+        """Send the settlement of a delivery to the server, once; any thread may call it and does not wait."""
         if not delivery.settled:
             connection = self._connection
             # With a lookahead it hardly matters when the server hears of it: other messages are here already.
             post = connection.post_lazily if delivery.owner.lookahead else connection.post
             post(self._settle, delivery, settlement)
-            delivery.settled = True  # last: if this thread is interrupted before, it may give another answer
+            delivery.settled = True  # last: if this thread is interrupted before, it may settle otherwise
 
     def _settle(self, delivery: Delivery, settlement: bytes | None) -> None:
         """Hold a delivery no longer, and send its settlement to the server if there is one."""
@@ -145,7 +145,7 @@ class InFlight:
             self.settlements.note_done(durable, delivery.key)
 
     def requeue_all(self) -> None:
-        """Give back everything that is held, for others to have it at once."""
+        """Requeue everything that is held, for other workers to take at once."""
         self._connection.post(self._requeue_all)
 
     def _requeue_all(self) -> None:
@@ -154,13 +154,13 @@ class InFlight:
             self._settle(delivery, NAK)
 
     def abandon(self, delivery: Delivery) -> None:
-        """Stop holding a delivery without an answer: it is delivered again when its `ack_wait` is over."""
+        """Stop holding a delivery without settling it: it is delivered again when its `ack_wait` is over."""
         if not delivery.settled:
             delivery.settled = True
             self._connection.post(self._settle, delivery, None)
 
     def flush(self, seconds: float) -> None:
-        """Wait until the server has all that was posted so far, if it can be reached, up to so long."""
+        """Wait up to `seconds` until the server has everything posted so far, if it can be reached."""
         deadline = time.monotonic() + seconds
         arrived = threading.Event()
         while self.settlements.waits and self._connection.is_connected and time.monotonic() < deadline:
@@ -191,14 +191,14 @@ class InFlight:
                 self.durables.look(durable)
 
     def _keep(self, delivery: Delivery) -> None:
-        """Have the server wait for a delivery as long as it did at first."""
+        """Restart the server's `ack_wait` for a delivery."""
         durable = delivery.source.durable
         if durable.certain and delivery.life is durable.life:
             delivery.touched = time.monotonic()
             self._connection.respond(delivery.ack_subject, WPI)
 
     def _newest(self, durable: Durable) -> tuple[int, int] | None:
-        """The highest sequence and the latest time of storing of what is still to be answered."""
+        """The highest sequence and the latest time of storing among the unsettled messages."""
         held = (
             key
             for key, delivery in self._held.items()
@@ -221,7 +221,7 @@ class InFlight:
                 self._keep(delivery)
 
     def _end_life(self, durable: Durable) -> None:
-        """Let no supervisor give back what it would give back in another life."""
+        """Take deliveries of an ended life off the board: the supervisor would requeue them in another life."""
         self._forget_answered()
         for delivery in self._held.values():
             if delivery.source.durable is durable and delivery.life is not durable.life:

@@ -46,7 +46,7 @@ class Gate:
         _gates[threading.get_ident()] = self
 
     def expect(self) -> None:
-        """A message begins: keep interrupts from now on until its actor runs."""
+        """A message starts: hold interrupts back until its actor runs."""
         self._wanted.clear()
         self._expected = True
 
@@ -65,7 +65,7 @@ class Gate:
         """Raise `exception` in the thread of this gate, at once or when its actor begins; any thread may call it."""
         if not self._expected:
             return
-        # Said before trying, so that the thread sees it when it opens the gate after the try.
+        # Appended before trying, so that the thread sees it when it opens the gate after the try.
         self._wanted.append((exception, still_due))
         while self._wanted and self._lock.acquire(blocking=False):
             try:

@@ -1,8 +1,8 @@
-"""Says what this worker process is and runs, so that people can see a running fleet.
+"""Publishes what this worker process is and runs, so that people can see a running fleet.
 
 A thread writes one small record to the bucket `workers`: every `INTERVAL_SECONDS`, and within a second of a change. The
 record lives three intervals, so a process that was killed is gone by itself; one that stops removes its own. Nothing
-waits for a record, and one that is lost is made good by the next.
+waits for a record, and the next one makes up for a lost one.
 
 What a worker thread runs, it notes itself (see `attempts`). If the process dies, its record expires.
 """
@@ -33,7 +33,7 @@ from .current import said_of
 
 __all__ = ["INTERVAL_SECONDS", "Presence"]
 
-#: How often an idle worker says that it is there; its record lives three times as long.
+#: How often an idle worker renews its record, which lives three times as long.
 INTERVAL_SECONDS = 5.0
 
 #: How often a record is written at most.
@@ -77,7 +77,7 @@ class Presence:
         self._key = ""
 
     def begin(self, worker: Worker) -> None:
-        """Say from now on that this process is there; called when its worker has booted."""
+        """Publish this process from now on; called when its worker has booted."""
         self._key = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
         self._stop = threading.Event()
         arguments = (worker, self._stop, int(time.time() * 1000))

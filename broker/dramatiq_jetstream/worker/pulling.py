@@ -1,13 +1,12 @@
 """Asks the sources of a queue for as many messages as there is room for.
 
-Where there are several sources, a lower rank is asked only when the ranks above have nothing. The server says so: a
-*probe* is a request that does not wait, and when it was answered with "no messages" a standing request for one message
-takes its place; as long as that is unfilled there is nothing. One message, because requests cannot be taken back: what
-stands at every source may arrive at once, beyond what there is room for. A source that cannot be read now is passed
-over.
+Where there are several sources, a lower rank is asked only when the ranks above have nothing. The server tells: a
+*probe* is a request that does not wait. After its reply "no messages", a standing request for one message takes its
+place, and while that is unfilled the source is empty. It is for one message only, because requests cannot be withdrawn:
+the requests at all sources may be filled at once, beyond the room. A source that cannot be read now is skipped.
 
 Requests do not survive what puts a durable in doubt (a reconnect, a new leader); they are made again when it is
-certain. What the requests are, and what the server answers to them, is the business of `fetching`.
+certain. `fetching` makes the requests and reads the replies.
 
 If the process dies, what arrived is delivered again. Everything here runs on the loop thread, except the constructor,
 `stop` and `close`.
@@ -32,10 +31,10 @@ class Puller:
     """Keeps messages coming from several sources, highest rank first.
 
     Parameters:
-      room: The book of what may be fetched.
+      room: Counts how many messages may be fetched.
       owner: Is told when a delivery is settled.
       deliver: Gets what arrived in one turn of the loop.
-      surplus: Called when more is in hand than can be worked on soon.
+      surplus: Called when more is in hand than can run soon.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Puller:
         self._connection.post(self._include, fetcher)
 
     def stop(self) -> None:
-        """Ask for nothing more; what is still on its way is delivered, to be given back."""
+        """Ask for nothing more; messages still on their way are delivered, to be requeued."""
         self._stopping = True
         for fetcher in list(self._fetchers):
             fetcher.stop()
@@ -87,7 +86,7 @@ class Puller:
         self._forsake()
 
     def _forsake(self) -> None:
-        """Want nothing any more; also in the child of a fork, where these are the parent's messages."""
+        """Stop for good; also in the child of a fork, where these are the parent's messages."""
         self._stopping = True
         self._in_flight.durables.remove_callback(self._certain)
         self._connection.remove_callback(self._tick)
@@ -161,7 +160,7 @@ class Puller:
                     fetcher.ask(1, probe=False)
             rank.append(rank.pop(0))  # where there is room for few, another one comes first next time
             if not all(fetcher.is_empty for fetcher in fetchers):
-                return  # what they answer brings us here again
+                return  # their replies bring us here again
 
     def _ask_alone(self, fetcher: Fetcher, free: int, least: int) -> None:
         unasked = free - fetcher.outstanding

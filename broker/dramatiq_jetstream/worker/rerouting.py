@@ -5,8 +5,9 @@ again: a dead letter replaces itself (see `dead_letters`), and everything else h
 came from, so JetStream stores it once. What cannot be stored is delivered again later. If its dead letter is what could
 not be stored, this process does not run it again.
 
-A message that is delivered again for an error that passes, such as a full store or an outage, is not to blame for that.
-Before its deliveries make it a suspect it is stored again, and counted from one. What is not known to pass counts on.
+A message that is delivered again because of a temporary error, such as a full store or an outage, is not to blame.
+Before its deliveries make it a suspect, it is stored again and counted from one. Deliveries for other errors keep
+counting.
 """
 
 from __future__ import annotations
@@ -52,19 +53,19 @@ __all__ = ["Rerouter"]
 
 logger = logging.getLogger(__name__)
 
-#: What is put off comes again after this time, in milliseconds, doubled each time up to the longest.
+#: A message that is requeued with a delay comes again after this time, doubled each time up to the longest.
 FIRST_DELAY_MS = 2_000
 LONGEST_DELAY_MS = 60_000
 
-#: A message whose actor this program does not have comes again, here or at another worker, after half of the time that
-#: this has been so, but no sooner and no later than these.
+#: A message with an unknown actor comes again, here or at another worker, after half the time that it has been waiting
+#: for its actor, but no sooner and no later than these.
 UNKNOWN_ACTOR_DELAY_MS = 300
 LONGEST_UNKNOWN_ACTOR_DELAY_MS = 5_000
 
-#: Of how many messages this process remembers why they are to be dead letters, when those cannot be stored.
+#: For how many messages this process remembers the reason of a dead letter that could not be stored.
 MOST_UNSTORED = 10_000
 
-#: How long a message that is put off may take to be stored; after that it is given back.
+#: How long storing a message with a delay may take; after that it is requeued instead.
 STORE_LATER_TIMEOUT_MS = 2_000
 
 
@@ -101,7 +102,7 @@ class Rerouter:
         self._unstored: dict[str, tuple[str, str]] = {}
 
     def store_dead_letter(self, delivery: Delivery, reason: str, error: str) -> None:
-        """Store a dead letter for what never became a message here."""
+        """Store a dead letter for a delivery that never became a message here."""
         self._store_letter(delivery, reason, error, None)
 
     def reject(self, message: JetStreamMessage, follow_up_error: BaseException | None) -> None:
@@ -131,7 +132,7 @@ class Rerouter:
         return dead_letters.RETRIES_EXHAUSTED, _describe(error)
 
     def owes_dead_letter(self, delivery: Delivery) -> bool:
-        """Whether it was to be a dead letter here before, which could not be stored then."""
+        """Whether a dead letter for this message could not be stored when it was here before."""
         return bool(self._unstored) and delivery.origin in self._unstored
 
     def retry_dead_letter(self, delivery: Delivery) -> None:
@@ -186,7 +187,7 @@ class Rerouter:
         return event
 
     def delay_until_eta(self, message: JetStreamMessage) -> None:
-        """Have the server keep a message that came before its time, as another program may have sent it."""
+        """Have the server keep a message of another program until its option `eta`."""
         delivery = message._delivery
         unique = f"postponed:{delivery.origin}"
         subject = self._config.names.delayed(message.queue_name, message.message_id, unique)
@@ -206,10 +207,10 @@ class Rerouter:
         self._connection.publish(subject, body, headers, timeout=timeout)
 
     def requeue(self, delivery: Delivery) -> None:
-        """Give back a delivery that was not begun, for another worker to have it at once.
+        """Return a delivery that was not started, for another worker to take at once.
 
-        The server counts deliveries, and knows no difference between one that was given back and one whose
-        worker died. What has come as often as is allowed is therefore stored again, to be counted from one.
+        The server counts deliveries, and cannot tell a requeued one from one whose worker died. A message that has come
+        as often as is allowed is therefore stored again, and counted from one.
         """
         if delivery.settled or delivery.deliveries < self._config.max_deliveries:
             self._in_flight.settle(delivery, NAK)
@@ -218,17 +219,17 @@ class Rerouter:
             if not self._connection.is_connected:
                 raise BrokerConnectionError("there is no connection to give it back over")
             self._store_again(delivery)
-        except BrokerError as error:  # there are others to give back, and no caller to handle it
+        except BrokerError as error:  # there are others to requeue, and no caller to handle it
             logger.warning("%s will be delivered again after its ack_wait: %s", delivery, error)
             self._in_flight.abandon(delivery)
         else:
             self._in_flight.settle(delivery, ACK)
 
     def requeue_later(self, delivery: Delivery, because: BaseException | None = None) -> None:
-        """Have a delivery come again after a while, longer each time: what follows it could not be stored now.
+        """Have a message delivered again after a delay, longer each time: its follow-up could not be stored now.
 
-        The server counts what waits for that as in flight. On a queue that limits those, the message is stored again
-        with a delay, if it can be, and leaves its place to others.
+        The server counts a message that waits like this as in flight. On a queue with `max_in_flight`, the message is
+        therefore stored again with a delay if possible, so that others get its place.
         """
         delay = min(FIRST_DELAY_MS << min(delivery.deliveries - 1, 10), LONGEST_DELAY_MS)
         marks = {HEADER_ORIGIN: delivery.origin}
@@ -251,9 +252,10 @@ class Rerouter:
         return True
 
     def wait_for_actor(self, delivery: Delivery, name: str | None = None) -> bool:
-        """Put off a message whose actor this program does not have; False when that was tried for long enough.
+        """Requeue a message with an unknown actor, with a delay; returns False once its grace period is over.
 
-        While programs of two versions run, another worker may have it. A tick is dropped in the end: there is another.
+        While programs of two versions run, another worker may have the actor. A tick is dropped in the end: another
+        will come.
         """
         is_tick = HEADER_TICK in delivery.headers
         if name is not None and name not in self._unknown:
@@ -297,9 +299,7 @@ class Rerouter:
         try:
             self._store_as_message(subject, delivery, headers, timeout=STORE_LATER_TIMEOUT_MS)
         except BrokerError as error:
-            logger.warning(
-                "%s cannot be stored to come later, and is given back instead: %s", delivery, error
-            )
+            logger.warning("%s cannot be stored with a delay, and is requeued instead: %s", delivery, error)
             return False
         return True
 
@@ -324,7 +324,7 @@ class Rerouter:
 
 
 def _own_headers(delivery: Delivery) -> dict[str, str]:
-    """A message's own headers, without those that the server and workers have put there about how it came.
+    """A message's own headers, without those that the server and workers added about its delivery.
 
     An event's are in the message that carries it.
     """
@@ -338,7 +338,7 @@ def _own_headers(delivery: Delivery) -> dict[str, str]:
 
 
 def _passes(error: BaseException | None) -> bool:
-    """Whether an error is of the server, and goes away without the message: a limit, an outage, a missing stream."""
+    """Whether an error is the server's and temporary: a limit, an outage, a missing stream."""
     return isinstance(error, BrokerError) and not isinstance(error, PermissionDenied)
 
 

@@ -1,22 +1,22 @@
-"""The answers that this process gave to deliveries: kept until there is proof of them, and remembered for a while.
+"""The settlements that this process has sent: kept until the server has proven them, and remembered for a while.
 
 An ack is a plain publish, so it can be lost with the connection, and it waits in the server's memory until the server
 gets to it: one that syncs each of them to disk (`sync_interval: always`) does some thousands a second, and a fleet
-sends more. So every answer is kept until there is proof. Once a second each consumer is asked: an in-progress signal
-for a message that is done, which changes nothing, is answered when the server has come to it, and that is after
-everything sent before. (For one that was given back it would put off its next delivery; if such an answer is lost, the
-message comes when its `ack_wait` is over.) What has no proof is sent again when its durable is certain after a doubt
-(see `durables`), and when there is too much of it nothing more is asked for (see `pulling`).
+sends more. So every settlement is kept until it is proven. Once a second each consumer is asked: the question is an
+in-progress signal for a message that is done, which changes nothing. The server replies when it gets to it, which is
+after everything sent before. (For a requeued message the question would delay its next delivery; if a nak is lost, the
+message comes when its `ack_wait` is over.) What is unproven is sent again when its durable is certain after a doubt
+(see `durables`), and when there is too much of it, nothing more is fetched (see `pulling`).
 
-While a durable is in doubt, its answers are only kept. If a new life of it begins, they are dropped, because the server
-would take them for answers to other messages.
+While a durable is in doubt, its settlements are kept and not sent. If a new life begins, they are dropped, because the
+server would apply them to other messages.
 
 A server that crashes forgets the last acks it came to, and even that it delivered those messages; so does a cluster
-whose leader dies. So what was acked is remembered for some seconds longer than its proof, and after a doubt, when that
-may have happened, for two minutes.
+whose leader dies. So an ack is remembered for some seconds after its proof, and for two minutes after a doubt, when
+that may have happened.
 
-There are thousands of answers at a time. They are kept as text in dictionaries, and proven as a whole, because Python's
-garbage collector looks again and again at each tuple that has anything else in it.
+There are thousands of settlements at a time. They are kept as text in dictionaries, and proven as a whole, because
+Python's garbage collector revisits every tuple that holds anything else.
 
 If the process dies, all this is forgotten: work whose ack had not arrived is repeated. It belongs to the loop thread.
 """
@@ -60,13 +60,13 @@ Key = tuple[str, str, int, int]
 
 
 def nak_after(delay: int) -> bytes:
-    """An answer that asks for another delivery after `delay` milliseconds."""
+    """A nak that asks for another delivery after `delay` milliseconds."""
     return b'-NAK {"delay": %d}' % (delay * 1_000_000)
 
 
 @dataclass(slots=True)
 class _Round:
-    """The answers between two questions to a consumer: which, and where they went."""
+    """The settlements between two questions to a consumer, with their ack subjects."""
 
     acks: dict[Key, str] = field(default_factory=dict)
     others: dict[Key, tuple[str, bytes]] = field(default_factory=dict)
@@ -77,15 +77,15 @@ class _Round:
 
 @dataclass(slots=True)
 class _Book:
-    """The answers to one durable's deliveries.
+    """The settlements of one durable's deliveries.
 
     Attributes:
-      sent: Those that no question has followed.
-      asked: Those before the question that awaits its answer, since the time `since`; None when there is no question.
-      patience: Seconds that the answer to the next question is awaited.
-      done, done_before: What was acked with proof, in two generations: when the newer is old enough, the older one is
-        dropped as a whole, at the time `turned`.
-      done_over_doubt: What was acked before the latest doubts, and when the doubt was, in the order of time.
+      sent: Those that no question has followed yet.
+      asked: Those before the question that has waited for its reply since `since`; None without a question.
+      patience: Seconds that the reply to the next question is awaited.
+      done, done_before: Proven acks in two generations; when the newer is old enough, the older is dropped as a whole,
+        at the time `turned`.
+      done_over_doubt: Acks from before the latest doubts, with the time of the doubt, oldest first.
     """
 
     sent: _Round = field(default_factory=_Round)
@@ -127,7 +127,7 @@ class _Book:
                 del self.done_over_doubt[key]
 
     def remember(self) -> None:
-        """Keep in mind for long what was acked lately: the server may have forgotten it."""
+        """Remember recent acks for longer: the server may have lost them."""
         now = time.monotonic()
         acked = (key for each in self.rounds() for key in each.acks)
         for key in (*self.done_before, *self.done, *acked):
@@ -136,10 +136,10 @@ class _Book:
 
 
 class Settlements:
-    """The answers of one process to all its durables.
+    """The settlements of one process, for all its durables.
 
     Parameters:
-      doubt: Called with a durable that does not answer a question.
+      doubt: Called with a durable whose server does not reply to a question.
     """
 
     def __init__(self, connection: Connection, doubt: Callable[[Durable], None]) -> None:
@@ -148,7 +148,7 @@ class Settlements:
         self._books: dict[Durable, _Book] = {}
         self._probed = 0.0
         connection.on_tick(self._probe)
-        connection.on_fork(self._books.clear)  # what the parent settles is the parent's
+        connection.on_fork(self._books.clear)  # the parent's settlements are the parent's
 
     @property
     def unproven(self) -> int:
@@ -156,14 +156,14 @@ class Settlements:
 
     @property
     def waits(self) -> bool:
-        """Whether answers wait for a doubt to end."""
+        """Whether settlements wait for a doubt to end."""
         return any(
             book.unproven and not (durable.certain or durable.missing)
             for durable, book in list(self._books.items())
         )
 
     def unproven_of(self, durable: Durable) -> Iterable[Key]:
-        """What is answered and may be answered once more."""
+        """The settled messages whose settlement may be sent once more."""
         for round_ in self._book(durable).rounds():
             yield from round_.acks
             yield from round_.others
@@ -175,7 +175,7 @@ class Settlements:
         return book
 
     def send(self, durable: Durable, key: Key, ack_subject: str, settlement: bytes) -> None:
-        """Give the server its answer to a delivery of the present life, now or when the durable is certain."""
+        """Send the settlement of a delivery of the present life, now or when the durable is certain."""
         book = self._books.get(durable) or self._book(durable)
         if settlement == ACK:
             book.sent.acks[key] = ack_subject
@@ -194,7 +194,7 @@ class Settlements:
         return book is not None and book.has_acked(key)
 
     def drop(self, durable: Durable, key: Key) -> None:
-        """Forget that a delivery was given back: it came again, and the answer would give away what we hold now."""
+        """Drop the nak of a delivery that came again: sent again, it would requeue what we hold now."""
         book = self._books.get(durable)
         if book is not None:
             book.sent.others.pop(key, None)
@@ -202,7 +202,7 @@ class Settlements:
                 book.asked.others.pop(key, None)
 
     def is_behind(self, durable: Durable) -> bool:
-        """Whether the server has too much left to do to be asked for more."""
+        """Whether the server is too far behind to be asked for more."""
         if self.unproven > MAX_UNPROVEN:
             return True
         book = self._books.get(durable)
@@ -226,7 +226,7 @@ class Settlements:
             self._connection.respond(ack_subject, settlement)
 
     def _probe(self) -> None:
-        """Ask each consumer whose deliveries were answered since the last time how far it has come."""
+        """Ask each consumer with new settlements how far the server has come."""
         now = time.monotonic()
         if now - self._probed < PROBE_INTERVAL_SECONDS or not self._connection.is_open:
             return

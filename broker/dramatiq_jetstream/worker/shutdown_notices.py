@@ -1,8 +1,8 @@
-"""Tells actors of a shutdown, for Dramatiq's `ShutdownNotifications`: those that run then, and no others.
+"""Tells running actors, and no others, of a shutdown, for Dramatiq's `ShutdownNotifications`.
 
-Dramatiq keeps the identifiers of threads in a set, and reads it while threads leave it. That raises an error, after
-which the rest is told nothing; and a thread that has gone on to its next message is interrupted in that one. Here each
-message has a mark of its own, which is looked at when its thread cannot go on (see `interrupts`).
+Dramatiq keeps thread identifiers in a set, and reads it while threads leave it. That raises an error, after which the
+remaining threads are not told; and a thread that has gone on to its next message is interrupted in that one. Here each
+message has a mark of its own, which is checked while its thread cannot go on (see `interrupts`).
 """
 
 from __future__ import annotations

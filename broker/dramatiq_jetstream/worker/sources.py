@@ -1,9 +1,9 @@
 """The sources of a queue: its own stream, one for each priority, and the subscriptions of its actors.
 
-Every source stands alone: it is declared, read, retried and reported by itself, so that one that cannot be read stops
-no other one, neither at boot nor later. One whose consumer or stream disappears is declared again, and when its stream
-begins a new life, what else was kept there is put back (see `keeping`). A broker that may not declare waits until what
-is missing is there.
+Every source stands alone: it is declared, read, retried and reported by itself, so an unreadable source stops no other
+one, neither at boot nor later. A source whose consumer or stream disappears is declared again, and when its stream
+begins a new life, everything else that was kept there is restored (see `keeping`). A broker that may not declare
+waits until the missing part is there.
 
 What a queue's stream delivers is decoded here: ticks of schedules become messages of their own, and a message that
 carries an event gets the decoded event as its actor's argument.
@@ -75,7 +75,7 @@ class Sources:
 
         Parameters:
           make: Returns the subscription as a source.
-          decoder: Makes what the actor receives of an event.
+          decoder: Turns an event into the actor's argument.
         """
         self._subscriptions.setdefault(queue_name, {})[actor_name] = make
         self._decoders[actor_name] = decoder
@@ -91,7 +91,7 @@ class Sources:
         return own + [make() for make in self._subscriptions.get(queue_name, {}).values()]
 
     def find_others(self, queue_name: str, add: Callable[[Source], None]) -> None:
-        """Add the priorities of a queue that exist and that this program does not have; returns at once.
+        """Add the priorities that a queue has on the server and this program does not use; returns at once.
 
         Another version of the program had a higher `max_priority`: its messages are still to be run.
         """
@@ -105,7 +105,7 @@ class Sources:
         try:
             existing = {info["name"] for info in inventory.consumers(self._connection, stream)}
         except (NotFound, PermissionDenied):
-            return  # there are none, or none that we may know of
+            return  # there are none, or we may not see them
         for name in sorted(existing - own):
             priority = names.priority_of_durable(name)
             if priority is None:
@@ -129,7 +129,7 @@ class Sources:
             self._keep(source)
 
     def close(self, sources: Iterable[Source]) -> None:
-        """Keep sources no longer."""
+        """Stop keeping sources readable."""
         for source in sources:
             opened = self._open.get(source.durable.label, [])
             if source in opened:
@@ -154,7 +154,7 @@ class Sources:
         self._connection.post(self._durables.begin, source.durable)
 
     def _check(self, source: Source) -> None:
-        """See whether a source exists that we may not declare; without the permission to ask, fetching will tell."""
+        """Check that a source exists which we may not declare; without permission to ask, fetching will show it."""
         try:
             self._connection.api(f"CONSUMER.INFO.{source.stream}.{source.durable.name}")
         except NotFound:

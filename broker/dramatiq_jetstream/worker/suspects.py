@@ -1,18 +1,19 @@
 """Finds the message that kills its workers among those that died beside it.
 
 The server counts deliveries. It does not know which of them were begun, or why a worker died: a message that takes its
-process along has everything delivered again that the process held. So half of `max_deliveries` are given to every
-message without a question. One that comes more often is a *suspect*. Suspects of a process start one after the other,
-and each start is noted in a bucket before it happens: if the process dies then, no other suspect can have been the
-cause, or suffers from it. One that still runs after `ALONE_SECONDS` does not keep the others waiting: its note is
-withdrawn when the next one starts. A dead letter is for a message that was delivered more than `max_deliveries` times
-*and* has as many notes as are left of them. What was only prefetched or given back, or died beside another, has none.
+process along has everything delivered again that the process held. So every message gets half of `max_deliveries`
+unconditionally. A message that comes more often is a *suspect*. Suspects of a process start one after the other, and
+each start is noted in a bucket before it happens: if the process dies then, no other suspect can be the cause, and none
+is blamed. A suspect that still runs after `ALONE_SECONDS` does not keep the others waiting: its note is withdrawn
+when the next one starts. A message becomes a dead letter when it was delivered more than `max_deliveries` times *and*
+has a note for each delivery in the second half. Messages that were only prefetched or requeued, or died beside
+another, have no notes.
 
-The latest stored suspect is first: messages begin in the order in which they are stored, so the last of those that a
-dead process held are the likeliest not to have been begun.
+The latest stored suspect starts first: messages start in the order in which they were stored, so the last ones that a
+dead process held are the least likely to have been started.
 
-A message that comes again because of an error that passes (see `rerouting`) is stored again before it becomes a
-suspect. If that cannot be done, as in an outage, its process remembers that this start was not to blame.
+A message that comes again because of a temporary error (see `rerouting`) is stored again before it becomes a suspect.
+If that is not possible, as in an outage, its process remembers that this start was not to blame.
 
 If the process dies between the note and the start, the start counts although it was none. If starts cannot be noted (a
 worker without the permission, for instance), deliveries count instead.
@@ -37,20 +38,20 @@ __all__ = ["BUCKET", "Suspects"]
 #: The bucket in which the starts of suspects are counted.
 BUCKET = "starts"
 
-#: For how long a suspect keeps the other ones of its process from starting.
+#: How long a suspect keeps the other suspects of its process from starting.
 ALONE_SECONDS = 10.0
 
 #: How long they are kept after the last one, in milliseconds: a week.
 KEPT_MS = 7 * 86_400_000
 
-#: Of how many messages a process remembers that some of their starts were not to blame.
+#: For how many messages a process remembers that some of their starts were not to blame.
 MOST_EXCUSED = 10_000
 
 logger = logging.getLogger(__name__)
 
 
 class Suspects:
-    """The messages of one process that may be the death of it.
+    """The messages that may kill this process.
 
     Parameters:
       bucket: Returns the bucket of starts, which is made when there is the first suspect.
@@ -71,7 +72,7 @@ class Suspects:
         self._excused: Counter[str] = Counter()
 
     def include(self, delivery: Delivery) -> bool:
-        """Whether a message is one, for having been delivered so often."""
+        """Whether a message has been delivered often enough to be a suspect."""
         return delivery.deliveries > self._unquestioned
 
     def listen(self, free: Callable[[], None]) -> None:
@@ -79,12 +80,12 @@ class Suspects:
         self._waiting.append(free)
 
     def ignore(self, free: Callable[[], None]) -> None:
-        """Have `free` called no more."""
+        """Stop calling `free`."""
         if free in self._waiting:
             self._waiting.remove(free)
 
     def may_start(self, delivery: Delivery) -> bool:
-        """Let a suspect start, which then keeps others from it; False while one keeps this one from it."""
+        """Let a suspect start, which then keeps others from starting; False while another suspect runs alone."""
         with self._lock:
             survivor, now = self._alone, time.monotonic()
             if survivor is not None and now - self._since < ALONE_SECONDS:
@@ -122,7 +123,7 @@ class Suspects:
             logger.warning("The starts of %s are not counted: %s", delivery, error)
 
     def has_killed(self, delivery: Delivery) -> bool:
-        """Whether a message has used up its deliveries, and was started in those that it had alone.
+        """Whether a message has used up its deliveries and was started in each of those that it had alone.
 
         Raises:
           BrokerError: When that cannot be known now.

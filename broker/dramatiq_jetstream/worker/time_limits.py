@@ -1,11 +1,11 @@
-"""Keeps time for Dramatiq's `TimeLimit`, without the lock that all worker threads would take twice for a message.
+"""Keeps time for Dramatiq's `TimeLimit`, without the lock that every worker thread would take twice per message.
 
-A thread that has to yield the interpreter while it holds that lock is run into by all others, as with the queue
-between them (see `work_queue`). Here each running message has a deadline of its own, put into a dict by its thread
-and replaced as a whole when the thread is done, which is a single step each.
+If the holder loses the GIL, every other thread queues behind that lock (see `thread_queue`). Here each running message
+has a deadline of its own. Its thread puts it into a dict and replaces it when the message is done, in a single step
+each.
 
-The identifier of a thread that died is soon that of another one, so a deadline belongs to the thread itself. What the
-thread does after its actor has ended, such as storing a retry, is not struck (see `interrupts`).
+A dead thread's identifier is soon reused, so a deadline belongs to the thread object. What a thread does after its
+actor has ended, such as storing a retry, is not interrupted (see `interrupts`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .interrupts import interrupt
 
 __all__ = ["TimeLimits", "keep_time_of"]
 
-#: The monotonic time in seconds, and whose it is.
+#: The monotonic time in seconds, and its thread.
 _Deadline = tuple[float, Thread]
 
 
@@ -67,7 +67,7 @@ class TimeLimits(Thread):
     def _interrupt(self) -> None:
         now = time.monotonic()
         for thread_id, deadline in self._deadlines.copy().items():
-            # What is over is remembered here, not in the dict, which belongs to the threads: each is struck once.
+            # Deadlines that passed are remembered here, not in the threads' dict: each thread is interrupted once.
             if deadline is None or now < deadline[0] or self._struck.get(thread_id) is deadline:
                 continue
             self._struck[thread_id] = deadline
@@ -75,7 +75,7 @@ class TimeLimits(Thread):
                 interrupt(thread_id, TimeLimitExceeded, partial(self._is_due, thread_id, deadline))
 
     def _is_due(self, thread_id: int, deadline: _Deadline) -> bool:
-        """Whether that thread still works on the message whose time is over; it cannot go on while this is asked."""
+        """Whether that thread still runs the message whose time is over; it cannot go on during this call."""
         due = self._deadlines.get(thread_id) is deadline
         if due:
             self._logger.warning("The time limit of what thread %r runs is over; interrupting it.", thread_id)

@@ -1,11 +1,11 @@
 """Ends a process whose worker has lost a thread.
 
-Dramatiq notices no dead thread: the process goes on taking messages, and those that the thread would have run wait for
-ever. A thread dies of what nothing can handle, such as want of memory or a middleware that ends it. So the
-process then gives back what it holds and exits with status 1, for its supervisor to start another.
+Dramatiq does not notice a dead thread: the process keeps taking messages, and those that the thread would have run wait
+for ever. A thread dies of errors that nothing handles, such as a lack of memory or a middleware that ends it. The
+process then requeues what it holds and exits with status 1, for its supervisor to start another.
 
-What other threads run gets `GRACE_SECONDS` to end. If the process dies before it has given back what it holds, that is
-delivered again after its `ack_wait`.
+The actors of other threads get `GRACE_SECONDS` to end. If the process dies before it has requeued what it holds, that
+is delivered again after its `ack_wait`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ __all__ = ["Vitals"]
 #: How often the threads are looked at, in seconds.
 INTERVAL_SECONDS = 1.0
 
-#: How long what the other threads run may take, once one is dead.
+#: How long the actors of other threads may take once one thread is dead.
 GRACE_SECONDS = 30.0
 
-#: How long the server may take to hear of what is given back.
+#: How long the server may take to receive what is requeued.
 FLUSH_SECONDS = 2.0
 
 #: The status with which the process ends.
@@ -63,7 +63,7 @@ class Vitals:
         dead = [thread for thread in threads if thread.running and not thread.is_alive()]
         if dead:
             self._worker = None
-            # Not on this thread, the connection's own, over which everything is given back.
+            # Not on this thread, the connection's own, which sends everything that is requeued.
             threading.Thread(
                 target=self._end, args=(worker, dead), name="end-of-process", daemon=True
             ).start()
@@ -71,7 +71,7 @@ class Vitals:
     def _end(self, worker: Worker, dead: list[Any]) -> None:
         kinds = ", ".join(f"{type(thread).__name__} {thread.name}" for thread in dead)
         logger.critical(
-            "%s died. Giving back what this process holds; it ends with status %d.", kinds, EXIT_STATUS
+            "%s died. Requeueing what this process holds; it ends with status %d.", kinds, EXIT_STATUS
         )
         try:
             worker.stop(timeout=int(GRACE_SECONDS * 1000))
@@ -79,7 +79,8 @@ class Vitals:
             self._in_flight.flush(FLUSH_SECONDS)
         except BaseException:
             logger.critical(
-                "Not everything could be given back; it comes again after its ack_wait.", exc_info=True
+                "Not everything could be requeued; the rest is delivered again after its ack_wait.",
+                exc_info=True,
             )
         finally:
             logging.shutdown()

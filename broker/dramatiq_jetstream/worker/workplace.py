@@ -1,4 +1,4 @@
-"""Everything that a broker has for the worker of its process, put together, and what of it listens to which signal."""
+"""Puts together what a broker has for the worker of its process, and connects it to Dramatiq's hooks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Reaction = Callable[..., object]
 
 
 class Workplace:
-    """What a worker works with.
+    """The parts of a broker that serve its worker.
 
     Parameters:
       actor_options: The options of the actor with that name.
