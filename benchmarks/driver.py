@@ -107,7 +107,7 @@ def first_after_restart(app: App, options: argparse.Namespace) -> Figures:
     deadline = time.monotonic() + RETRY_SECONDS
     while not (directory / "go").exists():
         if time.monotonic() > deadline:
-            raise RuntimeError("nobody restarted the server")
+            raise RuntimeError("the server was not restarted")
         time.sleep(0.005)
     attempts = 0
     while True:

@@ -90,7 +90,7 @@ FLOORS = (
         _drain("dramatiq-rabbitmq"),
     ),
     Floor(
-        "drain until all acks are worked off, beside Dramatiq / RabbitMQ",
+        "drain until all acks are handled, beside Dramatiq / RabbitMQ",
         2.5,
         Value("drain", OURS, "settled_per_second"),
         _drain("dramatiq-rabbitmq"),

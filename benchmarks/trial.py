@@ -32,7 +32,7 @@ class Trial:
         self.directory = Path(tempfile.mkdtemp(prefix="bench-"))
         self.tally = Tally(self.directory / "tally", samples)
         self.servers = contender.servers(self.directory, measurement)
-        self.helpers: list[Server] = []  # further servers, whose use of the machine is nobody's
+        self.helpers: list[Server] = []  # further servers, whose use of the machine counts for no contender
         self.variables: dict[str, str] = {}  # further ones for drivers and workers
         self.workers: list[Process] = []
         self.drivers: list[Process] = []
@@ -129,7 +129,7 @@ class Trial:
     # -- waiting
 
     def wait_for(self, messages: int, timeout: float = 900.0) -> None:
-        """Waits until so many messages have run; gives up sooner when nothing moves any more."""
+        """Waits until `count` messages have run; gives up sooner when nothing moves any more."""
         deadline = time.monotonic() + timeout
         seen, moved = -1, time.monotonic()
         while (count := self.tally.read().messages) < messages:

@@ -1,4 +1,4 @@
-"""Accepts an order: claims its id, has JetStream store its event, and makes it readable before anybody is told.
+"""Accepts an order: claims its id, has JetStream store its event, and makes it readable before the client is told.
 
     claim the Idempotency-Key → claim the order's id with its content → keep the payment token → publish
     → add to the read model → 202
@@ -8,9 +8,9 @@ request says, and another order under it is refused. What is published is what w
 back from its place in the stream, as a worker would read it, so an order that was accepted is in the stream and
 is found.
 
-A request that dies between two of these steps, or whose answer gets lost, has accepted nothing that anybody was
-told of. The same request does every step again: the claim is there with the same content, the event has the same
-id and bytes, and the read model has the event once.
+A request that dies between two of these steps, or whose answer gets lost, has told its client nothing. The same
+request, sent again, does every step again: the claim is there with the same content, the event has the same id and
+bytes, and the read model has the event once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LEAST: Final = 200
 
 
 class Orders(Protocol):
-    """The part of the read model that is asked."""
+    """The part of the read model that is used here."""
 
     def get(self, order_id: str) -> Order | None: ...
 

@@ -9,8 +9,8 @@
     projection project_event    ORDER.>
     orders     look_after_orders (once a minute: orders that do not move)
 
-Payments have a queue of their own because they wait for another party: it can be paused alone, and it has workers
-alone (`worker_payments` in the Procfile), so that a gateway that hangs holds no thread of another step.
+Payments have a queue of their own because they wait for another party. It can be paused by itself and has its own
+workers (`worker_payments` in the Procfile), so a hanging gateway holds no thread of another step.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The events that say what the ledger says, and whether an event of the stream is one of them.
+"""Makes the events that report the ledger, and decides whether an event of the stream is one of them.
 
-Anybody who may publish to the stream can put any event there, at any time and as often as they like. So an event
-counts only if the ledger says the same: an order's content is what its id was claimed with, a step's event carries
-the time at which the record entered that state, and what is shown of either comes from the ledger.
+Any program that may publish to the stream can put any event there, at any time and as often as it likes. So an event
+counts only if the ledger says the same: an order's content is what its id was claimed with, a step's event carries the
+time at which the record entered that state, and what is shown of either comes from the ledger.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def placed_event(order_id: str, claim: Claim, payment_token: str = "") -> OrderC
 
 
 def event_of(order_id: str, record: Record, state: str | None = None) -> Message:
-    """Return the event that says what a record says; the same record always gives the same event.
+    """Return the event that reports a record; the same record always gives the same event.
 
     Parameters:
       state: Which state of the record is reported; None: the one that it is in.

@@ -113,8 +113,9 @@ dramatiq.set_broker(broker)
 def publish(event: Message, at: int, *, timeout: int | None = None) -> int:
     """Store an event that happened at `at` (milliseconds), once however often it is repeated; return its place.
 
-    An answer that the id is there already counts only if this event is: anybody may publish under any id. If
-    something else is stored under it, the event is stored under an id that no other program can have taken.
+    The answer "this id is stored already" counts only if this very event is stored, because any program may publish
+    under any id. If something else is stored under the id, the event is stored under an id that no other program can
+    have taken.
     """
     event_stream.ensure(broker)
     event_id = events.event_id(event)

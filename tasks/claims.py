@@ -26,7 +26,7 @@ from .tokens import is_reference, reference
 
 
 class ClaimBehind(Exception):
-    """A server answers that a claim is missing which was made; trying again is safe."""
+    """A server says that an existing claim is missing; trying again is safe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Claim:
 
     Attributes:
       at: When the id was claimed, in milliseconds.
-      digest: What the order is told by, the payment token included, which is not kept here.
+      digest: Identifies the order's content, including the payment token, which is not kept here.
       lines: One line per sku. Empty, as is the rest, for an order that breaks the rules.
     """
 
@@ -96,13 +96,13 @@ class Claims:
 
 
 def digest_of(customer_id: str, quantities: Mapping[str, int], token_reference: str) -> str:
-    """Return what an order is told by: the same order always has the same."""
+    """Return the digest of an order's content; the same order always has the same one."""
     content = [customer_id, sorted(quantities.items()), token_reference]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def digest_of_event(event: OrderCreated) -> str:
-    """Return what the order that an event asks for is told by."""
+    """Return the digest of the order that an event asks for."""
     return digest_of(customer_of(event), quantities_of(event.items), token_of(event))
 
 

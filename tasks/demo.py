@@ -1,7 +1,7 @@
 """Places a few thousand orders against the running service and shows what became of them: `make demo`.
 
-The mix is that of a shop on a busy day: mostly one or two products, some cards that are declined, and a limited
-product that everybody wants and that runs out.
+The mix is that of a shop on a busy day: mostly one or two products, some cards that are declined, and a limited product
+in great demand that runs out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FINAL = frozenset({"confirmed", "rejected", "cancelled", "failed"})
 SCARCE = "PRINT-01"
 ORDINARY = ("MUG-01", "TEE-01", "NOTE-01", "BAG-01", "LAMP-01", "KETTLE-01", "CHAIR-01")
 
-#: Of so many orders in a hundred: the card is declined, the limited product is in it.
+#: How many orders in a hundred have a declined card, and how many want the limited product.
 DECLINED = 5
 WANT_SCARCE = 4
 

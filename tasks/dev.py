@@ -1,8 +1,8 @@
 """Runs the whole service on one machine: `python -m tasks.dev up`, which is what `make up` calls.
 
-honcho runs the processes of Procfile.dev and shows their output. On top of what it does by itself: what is in the
-way is said in one line before anything starts; nats starts first and stops last, so that no process is left without it;
-and only the head of each process is told to stop, because those of workers and gunicorn see to their own.
+honcho runs the processes of Procfile.dev and shows their output. Beyond that, this module reports in one line, before
+anything starts, what prevents a start. It starts nats first and stops it last, so that no process is left without it.
+And it tells only the head of each process tree to stop, because workers and gunicorn stop their own children.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _STOP_SECONDS = 60.0
 
 
 class InTheWay(Exception):
-    """The service cannot start; the message says why and what to do."""
+    """The service cannot start; the error says why and what to do."""
 
 
 def up() -> int:

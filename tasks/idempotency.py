@@ -1,9 +1,9 @@
 """Remembers requests by their idempotency key, so that a client may send one again without ordering twice.
 
 The key's record is written first: it holds the order's id, so a request that is sent again after a crash, or after
-an answer that got lost, places the same order. While the first request is still being worked on, a second one is told
-to wait; a record whose request died is free again when its lease is over. Whether the order was placed is not kept
-here: the read model says so.
+an answer that got lost, places the same order. While the first request is still running, a second one is told to wait;
+the record of a request that died is free again when its lease is over. Whether the order was placed is not kept here:
+the read model says so.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Requests:
 
     Parameters:
       bucket: Where they are kept; its time to live is how long a key is remembered.
-      lease: Milliseconds for which a request counts as being worked on.
+      lease: Milliseconds for which a request counts as running.
       now: The time in milliseconds.
     """
 
@@ -68,7 +68,7 @@ class Requests:
 
         Raises:
           IdempotencyConflict: When the key came before with a request of another digest.
-          IdempotencyInProgress: When such a request is being worked on.
+          IdempotencyInProgress: When such a request is still running.
         """
         key = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
         with self._lock:
@@ -97,7 +97,7 @@ class Requests:
                 raise IdempotencyConflict("the key was used before for a different order")
             if is_placed(record.order_id):
                 return Claim(key, record.order_id, record.created_at)
-            # Our own process knows what it is working on: what is not running here any more has failed.
+            # This process knows its own requests: one that no longer runs here has failed.
             if record.owner != self._owner and now < record.lease_until:
                 wait = max(1, -(-(record.lease_until - now) // 1000))
                 raise IdempotencyInProgress("a request with the same key is being worked on", wait)

@@ -36,7 +36,7 @@ _FORWARD: Final[dict[str, frozenset[str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class PricedItem:
-    """So many pieces of one sku at one price (minor units)."""
+    """Pieces of one sku at one price (in minor units)."""
 
     sku: str
     quantity: int

@@ -1,9 +1,9 @@
 """Lists orders, newest first, by the events that created them.
 
 A stream is read forwards only, and what stands at a place of it never changes. So it is read in blocks from the
-newest end, and each place once: a process remembers which orders a block names. An order counts at the place that
-its record says; other mentions of it are repetitions, or of strangers, and are forgotten once that is known. So
-neither many repetitions nor many other events make a list slow, other than once.
+newest end, and each place once: a process remembers which orders a block names. An order counts at the place that its
+record names. Other mentions of it are repetitions, or come from other programs, and are dropped once that is known. So
+many repetitions or other events make a list slow at most once.
 
 What one list may read is bounded. When that is used up the page ends early, with the cursor from which the next
 one goes on.
@@ -28,7 +28,7 @@ _BLOCKS: Final = 16
 #: How many orders that turn out not to belong on the page are looked up for it.
 _LOOKED_UP: Final = 500
 
-#: How much of a customer's id is remembered; longer ones are no customers.
+#: How many characters of a customer's id are remembered; a longer id is not a customer's.
 _CUSTOMER: Final = MAX_ID_LENGTH + 1
 
 #: How many mentions of orders a process remembers.

@@ -30,7 +30,7 @@ _about: ContextVar[dict[str, Any] | None] = ContextVar("about", default=None)
 
 
 class LogContext(Middleware):
-    """Notes which message a worker thread is working on.
+    """Notes which message a worker thread runs.
 
     It stands first, so that the lines of other middleware (that a message is retried, or given up) are covered too.
     """

@@ -1,4 +1,4 @@
-"""What the order service says and is told, as plain values: requests, orders, products, and refusals."""
+"""The order service's values: requests, orders, products, and refusals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_TEXT = 500
 
 @dataclass(frozen=True, slots=True)
 class RequestedItem:
-    """So many pieces of one product, as a customer asks for them."""
+    """Pieces of one product, as a customer asks for them."""
 
     sku: str
     quantity: int
@@ -158,7 +158,7 @@ class OrderIdTaken(Exception):
 
 
 class IdempotencyInProgress(Exception):
-    """A request with the same idempotency key is being worked on; `retry_after` is in seconds."""
+    """A request with the same idempotency key is still running; `retry_after` is in seconds."""
 
     def __init__(self, message: str, retry_after: int = 1) -> None:
         super().__init__(message)

@@ -6,7 +6,7 @@ there are. Only events that the ledger confirms come here (`tasks.projection`); 
 records again from stream and ledger.
 
 What a record holds is bounded before it is stored, whatever the event held. A record that cannot be read, because
-other hands than these wrote it, is reported and counts as missing, so that it breaks no list.
+something else wrote it, is reported and counts as missing, so that it breaks no list.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ TIMEOUT_MS: Final = 10_000
 #: How many records a process remembers, in order not to look at each before it adds to it.
 REMEMBERED: Final = 5_000
 
-#: Amounts of minor units beyond this are no amounts, and cannot be told exactly as a floating point number.
+#: The largest amount, in minor units; beyond it a floating point number is not exact.
 _MAX_AMOUNT: Final = 2**53
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """The interfaces through which the steps of an order reach the world: bucket, gateway, publisher.
 
-The real ones are `dramatiq_jetstream`'s bucket, `tasks.gateway` and `tasks.publishing`. The property tests
-put others in their place, which crash between any two effects.
+The real ones are `dramatiq_jetstream`'s bucket, `tasks.gateway` and `tasks.app.publish`. The property tests use others
+in their place, which crash between any two effects.
 """
 
 from __future__ import annotations

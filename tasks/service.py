@@ -74,10 +74,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: How often a watched order is looked at although nothing was heard of it, in seconds.
+#: How often a watched order is read although no change of it was announced.
 _LOOK_SECONDS = 1.0
 
-#: An order's change is heard of before it is stored, so the look after it is repeated for so long, in seconds.
+#: A change is announced before it is stored, so the read after it is repeated for up to this long.
 _STORING_SECONDS = 0.5
 
 
@@ -189,7 +189,7 @@ class OrderWatch:
         threading.Thread(target=self._follow, name=f"watch-{order_id}", daemon=True).start()
 
     def close(self) -> None:
-        """Stop; the callback may be under way once more."""
+        """Stop; one last callback may still be running."""
         self._closed.set()
 
     def _follow(self) -> None:

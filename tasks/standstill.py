@@ -1,10 +1,10 @@
-"""Finds orders that have not moved for longer than they should, says so, and calls the step that they wait for again.
+"""Finds orders that have not moved for too long, reports them, and calls the step that they wait for again.
 
 The periodic actor `look_after_orders` comes through here once a minute, and `python -m tasks.operate stuck` asks the
 same of all orders. An order may stand still for a reason: its step was given up and waits for an operator, the payment
-gateway is away, or others wait before it in the queue. Such an order is reported and left alone. One for which
-there is no reason has lost its event or its message, because someone purged a queue or a dead letter expired; its event
-is published again.
+gateway is away, or others wait before it in the queue. Such an order is reported and left alone. An order without such
+a reason has lost its event or its message, because an operator purged a queue or a dead letter expired; its event is
+published again.
 
 An order is called again once in STUCK_AFTER: a key with that time to live notes it, before the event is published.
 A crash between the two costs the order one more STUCK_AFTER.

@@ -4,7 +4,7 @@
         run.outcome = saga.reserve(event)
 
 The request that placed an order is named by a header of its events, which each step hands on with the event that it
-publishes. The header comes from whoever publishes, so it is only taken in the form that a request's id has.
+publishes. The header comes from the publisher, so it is only taken in the form that a request's id has.
 """
 
 from __future__ import annotations

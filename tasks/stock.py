@@ -19,8 +19,8 @@ In a cluster a server that was the leader may answer reads for some seconds from
 `kv`). Decisions do not suffer, because they compare-and-set; a record that is behind what is known of it is read
 once more, linearizably. So a forged event, which the record contradicts for good, costs a write and holds no thread.
 
-The decisions that the threads of one process want at the same time are made in one compare-and-set: a product
-that everybody wants costs one for all of them, instead of a race that all but one lose.
+The decisions that the threads of one process want at the same time are made in one compare-and-set: a product in great
+demand costs one for all of them, instead of a race that all but one lose.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Keeps payment tokens: encrypted, apart from the orders, and only until they have been used.
 
-An event or a record names a token by its *reference*, a digest, so it may be stored for as long as anybody likes. The
+An event or a record names a token by its *reference*, a digest, so it may be stored for any length of time. The
 token itself lies in the bucket `tokens` under its order's id, encrypted with TOKEN_KEY, from before the order is
 published until its payment is decided or the order is rejected. What is never decided expires.
 

@@ -59,7 +59,7 @@ def _inline_code(document: Path) -> list[str]:
 
 
 def _commands(document: Path) -> Iterator[str]:
-    """What stands where somebody would type it: in code between words, and in blocks for a shell."""
+    """What stands where a reader would type it: in code between words, and in blocks for a shell."""
     yield from _inline_code(document)
     for block in _blocks(document, "sh", "console"):
         for line in block.splitlines():

@@ -22,7 +22,7 @@ _FREE = frozenset(
 
 
 def bound(app: Flask, threads: int) -> None:
-    """Have the application refuse what would have to wait, beyond so many that wait already."""
+    """Have the application refuse requests that would have to wait, once the limit of waiting ones is reached."""
     limit = max(1, threads // 2 - 2)
     lock = threading.Lock()
     running = 0

@@ -33,7 +33,7 @@ workers = _settings.web_processes
 threads = _settings.web_threads
 # Each process makes its own connection to NATS, so nothing of the application is made before the fork.
 preload_app = False
-# A worker process that shows no life for so many seconds is replaced; requests are bounded by the application.
+# Seconds without a sign of life after which a worker process is replaced; the application bounds its requests.
 timeout = 60
 # Longer than an order may take to be stored, so that a stop cuts no answer off.
 graceful_timeout = max(20, 2 * _settings.accept_timeout // 1000 + 5)

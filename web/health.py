@@ -1,4 +1,4 @@
-"""Answers whether this process lives, whether it can take orders, and how the queues are."""
+"""The probes (does this process live, can it take orders), and the metrics."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ nothing, from here   anyone on this machine, while ACCESS is `open`
 nothing              nobody
 ===================  ==========================================================================
 
-What was shown and is not valid is an error, never nothing: a program with an expired key is not served as a stranger.
+An invalid credential is an error and never counts as none: a program with an expired key is not served as a stranger.
 """
 
 from __future__ import annotations
@@ -191,6 +191,6 @@ def _with_included(scopes: Any) -> frozenset[str]:
 
 
 def unauthenticated(detail: str, error: str | None = None) -> Problem:
-    """Return the problem of one who has to say who they are."""
+    """Return the problem of a caller who must sign in first."""
     challenge = _CHALLENGE if error is None else f'{_CHALLENGE} error="{error}"'
     return Problem("unauthenticated", detail, headers={"WWW-Authenticate": challenge})

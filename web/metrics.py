@@ -1,7 +1,7 @@
 """What `/metrics` answers: what the processes of the front end count, and what the store says of orders and queues.
 
 The counts of all processes of one gunicorn are in the files of PROMETHEUS_MULTIPROC_DIR, so any of them answers for
-all. What the store says is the same whoever asks.
+all. What the store says is the same in every process.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def description() -> Response:
 
 
 def document(*, is_open: bool = False) -> dict[str, Any]:
-    """Return the OpenAPI document, of a service that is open to its machine or of one that asks who comes."""
+    """Return the OpenAPI document, for a service that is open to its machine or for one that requires sign-in."""
     return {
         "openapi": "3.1.0",
         "info": {

@@ -104,7 +104,7 @@ def place_order() -> Response:
     except InvalidOrder as error:
         for flaw in error.flaws:
             control, text = _for_people(flaw, items)
-            # What was left empty is said already, and in better words.
+            # An empty field has its own message already, in better words.
             if not form.errors.get("products" if flaw.field == "items" else control):
                 form.errors[control] = text
         return _home(form, 422)
@@ -272,7 +272,7 @@ def _read_form(data: Mapping[str, str]) -> Form:
 
 
 def _for_people(flaw: Flaw, items: list[dict[str, Any]]) -> tuple[str, str]:
-    """Return the control of the form that a flaw is about, and what to say there to someone who filled it in."""
+    """Return the control of the form that a flaw is about, and what to say there to the person who filled it in."""
     if match := _ITEM_FIELD.match(flaw.field):
         sku = items[int(match[1])]["sku"]
         product = CATALOGUE.get(sku)

@@ -1,9 +1,9 @@
 """Limits how often each caller may ask, in this process.
 
-A caller gathers the right to one request every so often, up to a minute's worth. This is the generic cell rate
+A caller earns the right to one request at regular intervals, up to a minute's worth. This is the generic cell rate
 algorithm: it keeps one number for each caller. The numbers are in this process, because an exact count over all
 processes would cost each request two round trips to the store. The memory is bounded: beyond `REMEMBERED` callers the
-one who was quiet longest is forgotten, and starts with all rights again.
+caller that was quiet longest is forgotten, and starts with all rights again.
 
 Passwords are the one thing that can be guessed, so an address is also limited in how often it may be wrong about them.
 """
@@ -30,7 +30,7 @@ _MINUTE_SECONDS = 60.0
 
 
 class Rate:
-    """So many requests a minute for each key. Any thread may use it."""
+    """Limits the requests a minute for each key. Any thread may use it."""
 
     def __init__(self, a_minute: int, now: Callable[[], float] = time.monotonic) -> None:
         self._interval = _MINUTE_SECONDS / a_minute

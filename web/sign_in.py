@@ -81,7 +81,7 @@ def form() -> Response:
 @blueprint.post("/sign-in")
 @anyone
 def with_password() -> Response:
-    """Sign an operator in who gave a name and a password."""
+    """Sign in an operator with a name and a password."""
     _can_sign_in()
     way_back = _local(request.form.get("next"))
     rates: Rates = current_app.extensions["rates"]
@@ -114,7 +114,7 @@ def with_provider() -> Response:
 @blueprint.get("/sign-in/callback")
 @anyone
 def callback() -> Response:
-    """Take a browser back from the provider, and whom it says that this is."""
+    """Take a browser back from the provider, and sign in the person that it names."""
     settings: Settings = current_app.extensions["settings"]
     client = _provider_client()
     way_back = _local(session.get("next"))
@@ -133,7 +133,7 @@ def callback() -> Response:
     if not claims:
         raise Problem("unauthenticated", "The provider did not say who you are: try again.")
     kept = kept_claims(claims)
-    signed_in = caller_of_claims(kept)  # refuses one who has no customer id
+    signed_in = caller_of_claims(kept)  # refuses a person without a customer id
     logger.info("%s signed in at the provider as %s", signed_in.subject, signed_in.kind)
     return _signed_in({"claims": kept}, way_back)
 
@@ -172,7 +172,7 @@ def _form(way_back: str, *, name: str = "", wrong: bool = False) -> Response:
 
 def _can_sign_in() -> None:
     if not current_app.secret_key:
-        raise Problem("not-found", "Nobody signs in here: the service is open to this machine.")
+        raise Problem("not-found", "There is no sign-in here: the service is open to this machine.")
 
 
 def _provider_client() -> Any:

@@ -1,9 +1,9 @@
 """Verifies the tokens of an OpenID provider: signature, issuer, audience and time (RFC 9068, RFC 8725).
 
-The provider's keys are fetched when they are first needed and again after an hour; a token that does not fit them has
-them fetched at once, once a minute at most. One thread makes a fetch, which is bounded in time and size, and while the
-provider does not answer the earlier keys stay good for a day. Only signatures with a private key are accepted, so that
-a public key can never be used as a password.
+The provider's keys are fetched when they are first needed and again after an hour; a token that does not match them
+causes a fetch at once, at most once a minute. One thread fetches, bounded in time and size, and while the provider does
+not answer, the earlier keys stay valid for a day. Only signatures with a private key are accepted, so that a public key
+can never be used as a password.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ALGORITHMS: Final = (
 
 #: How much the provider's clock and ours may differ, in seconds.
 LEEWAY_SECONDS: Final = 60
-#: For how long fetched keys are used without a look, at most, and how often they are looked for.
+#: How long fetched keys are used without a refresh, how long at most, and how often a refresh is tried.
 FRESH_SECONDS: Final = 3_600.0
 STALE_SECONDS: Final = 86_400.0
 RETRY_SECONDS: Final = 60.0

@@ -32,7 +32,7 @@ REQUEST_SECONDS: Final = 15.0
 IDLE_SECONDS: Final = 10.0
 ANSWER_SECONDS: Final = 60.0
 
-#: Beyond so many connections a process accepts no further ones until some have ended.
+#: With this many connections, a process accepts no further ones until some have ended.
 MAX_CONNECTIONS: Final = 8_000
 #: Bytes of a request before its body, and of one line of them.
 MAX_HEAD_BYTES: Final = 32_768
@@ -70,7 +70,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     answer_since: float | None = None
 
     def received(self, data: bytes) -> bool:
-        """Take what came; a request that begins with it has its time from now on."""
+        """Take received bytes; the time of a request that begins with them starts now."""
         unfinished = self.request
         taken = super().received(data)
         if self.request is not unfinished:
@@ -78,7 +78,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return bool(taken)
 
     def is_overdue(self, now: float) -> bool:
-        """Whether the client had its time: for its request, for an answer, or to say anything."""
+        """Whether the client's time is up: for its request, for taking an answer, or for saying anything."""
         if self.total_outbufs_len:
             self.answer_since = self.answer_since or now
             return now - self.answer_since > ANSWER_SECONDS
@@ -113,8 +113,8 @@ class BufferedWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     """A process of gunicorn that serves the application through waitress."""
 
     def run(self) -> None:
-        """Serve until gunicorn or a signal says stop, then let what was begun come to its end."""
-        # A queue is what threads are for; its depth is no news.
+        """Serve until gunicorn or a signal says stop, then let begun requests end."""
+        # Requests may queue for a thread; the depth of that queue need not be logged.
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         connections: dict[int, Any] = {}
         dispatcher = ThreadedTaskDispatcher()

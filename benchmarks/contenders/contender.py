@@ -67,7 +67,7 @@ class Contender(ABC):
         return []
 
     def wait_until_settled(self, urls: list[str], timeout: int) -> bool:
-        """Waits up to `timeout` ms until the broker has worked off all acks; False where it is not asked."""
+        """Waits up to `timeout` ms until the broker has handled all acks; False where it cannot be asked."""
         return False
 
     @abstractmethod

@@ -23,7 +23,7 @@ class Drain(Measurement):
     title = "No-op drain, 2 processes × 8 threads"
     figures = (
         Figure("per_second", "messages/s", plotted=True),
-        Figure("settled_per_second", "until all acks are worked off, messages/s"),
+        Figure("settled_per_second", "until all acks are handled, messages/s"),
         *CPU,
     )
 
@@ -45,7 +45,7 @@ class Drain(Measurement):
 
 
 def _settle(trial: Trial, messages: int) -> dict[str, float]:
-    """Waits until the broker has worked off all acks, where it can be asked."""
+    """Waits until the broker has handled all acks, where it can be asked."""
     if not trial.contender.wait_until_settled([server.url for server in trial.servers], SETTLE):
         return {}
     return {"settled_per_second": messages / ((time.monotonic_ns() - trial.tally.read().first_ns) / 1e9)}

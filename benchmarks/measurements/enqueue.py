@@ -1,7 +1,7 @@
 """Awaited enqueue, from one thread and from eight: how many no-ops are stored per second.
 
 Each call returns after the contender's own confirmation. Asynchronous libraries run tasks on one loop instead of
-threads. Nobody consumes meanwhile.
+threads. Nothing consumes meanwhile.
 """
 
 from __future__ import annotations

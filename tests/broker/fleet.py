@@ -76,7 +76,7 @@ class Fleet:
         return Counter(self.lines())
 
     def wait_for(self, line: str, *, count: int = 1, timeout: float = 20.0) -> None:
-        """Wait until the actors have written a line so many times."""
+        """Wait until the actors have written a line `times` times."""
         eventually(lambda: self.counts()[line] >= count, timeout=timeout, message=f"{line!r} ({count} times)")
 
     def close(self) -> None:

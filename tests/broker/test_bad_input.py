@@ -214,7 +214,7 @@ def test_a_server_without_jetstream_is_refused(tmp_path):
 
 
 def test_a_full_store_is_refused_and_nothing_is_lost(tmp_path):
-    """Enqueue raises, what was stored is worked off, and then there is room again."""
+    """Enqueue raises, what was stored runs, and then there is room again."""
     with NatsServer(store_dir=tmp_path / "nats", sync="2m", max_file_store=2_000_000) as server:
         broker = JetStreamBroker(server.url, namespace="full", enqueue_timeout=5_000)
         ran = []

@@ -78,7 +78,7 @@ def worker(broker: JetStreamBroker, work: dramatiq.Actor[..., Any]) -> Iterator[
 
 
 def test_queues_shows_every_count(fleet: Fleet, work: dramatiq.Actor[..., Any]) -> None:
-    """Whoever declared the queues: they are read from the server."""
+    """Queues are read from the server, whichever program declared them."""
     work.send("a")
     work.send("b")
     work.send_with_options(args=("c",), delay=60_000)
@@ -229,7 +229,7 @@ def test_doctor_compares_every_setting(
 
 
 def test_doctor_finds_a_priority_that_no_worker_serves(fleet: Fleet, nats_url: str, namespace: str) -> None:
-    """After `max_priority` was lowered, say: workers ask for what is below, and nobody for what is above."""
+    """After `max_priority` was lowered, say: workers ask for what is below, and none for what is above."""
     broker = JetStreamBroker(nats_url, namespace=namespace, max_priority=3)
     broker.declare_queue("mail")
     broker.setup()

@@ -1,4 +1,4 @@
-"""The core promises on a cluster of three servers with replicas=3, one of which is killed under load."""
+"""The core promises on a cluster of three servers with replicas=3, while one is killed under load."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def test_acks_that_a_killed_server_had_not_come_to_are_sent_again(own_nats_serve
     with running(broker):
         broker.enqueue_many([work.message(number) for number in range(6_000)])
         eventually(lambda: len(ran) == 6_000)
-        time.sleep(0.7)  # all acks have arrived, and by far not all are worked off
+        time.sleep(0.7)  # all acks have arrived, and the server has handled only a part of them
         left = broker.queue_stats("default").in_flight
         own_nats_server.kill()
         own_nats_server.start()
@@ -219,7 +219,7 @@ def test_consumers_resume_after_the_server_was_frozen(own_nats_server, make_brok
 
 
 def test_a_connection_that_is_silently_dead_is_replaced(behind, fast_fences):
-    """A firewall that forgot the connection tells nobody: the worker notices, and connects anew."""
+    """A firewall that forgot the connection sends nothing: the worker notices, and connects again."""
     broker, proxy, work, gate, log = behind
     gate.set()
     with running(broker):

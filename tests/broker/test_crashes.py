@@ -119,7 +119,7 @@ def test_what_was_given_back_often_may_kill_a_worker_once(make_fleet):
 
 
 def test_a_poison_message_dies_after_max_deliveries(make_fleet):
-    """A message that takes its worker along is delivered so many times, then it is a dead letter."""
+    """A message that takes its worker along is delivered `max_deliveries` times, then it is a dead letter."""
     fleet = make_fleet(ack_wait=1_000, max_deliveries=2)
     message = fleet.send("die", "poison")
     for _ in range(2):

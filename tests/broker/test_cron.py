@@ -192,7 +192,7 @@ def test_the_server_ticks_when_crontab_would(broker: JetStreamBroker) -> None:
 
 
 def _random_days(chosen: random.Random) -> str:
-    """Day, month and weekday of an expression, of which many are due today and none is out of range."""
+    """Day, month and weekday of an expression; many are due today and none is out of range."""
     today = datetime.now(UTC)
 
     def field(now: int, low: int, high: int) -> str:

@@ -206,7 +206,7 @@ def test_delivered_too_often(make_broker):
     message = brokers[0].actors["work"].send()
     lost = brokers[0].consume("default", prefetch=1, timeout=5_000)
     assert next(lost) is not None
-    brokers[0].connection.close()  # its worker is gone, and nobody says goodbye
+    brokers[0].connection.close()  # its worker is gone without a goodbye
     with running(brokers[1]):
         letter = one_letter(brokers[1])
     assert (letter.reason, letter.deliveries) == ("delivered too often", 2)

@@ -95,7 +95,7 @@ def test_another_encoder_is_asked(encoder, monkeypatch):
 
 
 class Other(Message[Any]):
-    """A message of somebody's own."""
+    """A message of another program."""
 
     def encode(self) -> bytes:
         return b"as I like it"

@@ -170,7 +170,7 @@ def test_an_event_that_its_actor_still_handles_is_not_handled_twice(make_service
 
 
 def test_large_events_of_stopping_workers_are_given_back(make_service, topic):
-    """What came as often as is allowed is stored anew, however large it is, and counts from one."""
+    """What came as often as is allowed is stored again, however large it is, and counts from one."""
     publisher = make_service(max_deliveries=1, ack_wait=1_000)
     publisher.setup()
     publisher.publish(f"{topic}.created", b"x" * 900_000)
@@ -209,7 +209,7 @@ def test_what_a_stopping_worker_is_still_sent_does_not_count_as_a_try(make_servi
         eventually(lambda: stopping.in_flight.held == 1)
         monkeypatch.setattr(CoreSubscription, "withdraw", later)
     monkeypatch.undo()
-    assert len(set(stored)) == 2, "what came back was not stored anew"
+    assert len(set(stored)) == 2, "what came back was not stored again"
     last = make_service(max_deliveries=1)
     seen = subscribe(last, f"{topic}.created")
     with running(last):

@@ -86,7 +86,7 @@ def test_a_member_that_runs_twice_is_counted_once(broker, backend, runs_again):
 
 
 def test_the_callback_comes_once_however_often_members_run(broker, backend, runs_again):
-    """Sixty members, each of which may run up to three times, the last one as well."""
+    """Sixty members; each may run up to three times, the last one as well."""
     chosen = random.Random(7)
     repeats = {str(number): chosen.choice([0, 0, 1, 2]) for number in range(60)}
     runs_again.again = lambda message, run: (

@@ -193,7 +193,7 @@ def test_skipped(broker: JetStreamBroker) -> None:
 
 
 def test_what_a_program_hides_is_not_recorded(broker: JetStreamBroker) -> None:
-    """The hook makes the text of the arguments, of which 200 characters are kept."""
+    """The hook makes the text of the arguments; 200 characters of it are kept."""
     broker.describe_arguments = lambda message: "card=…" + "x" * 300
 
     @dramatiq.actor(max_retries=0)

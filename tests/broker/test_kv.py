@@ -95,7 +95,7 @@ def test_keys_may_hold_any_characters(bucket: Bucket, key: str) -> None:
 
 
 def test_create_refuses_what_is_there(bucket: Bucket) -> None:
-    """A key that exists cannot be created, whoever made it."""
+    """A key that exists cannot be created, whichever program made it."""
     bucket.create("k", b"first")
     with pytest.raises(KeyExists, match="'k'"):
         bucket.create("k", b"second")
@@ -646,7 +646,7 @@ def test_without_a_server_every_call_ends_in_time(
 def test_three_replicas_are_read_as_they_were_written(
     make_bucket: MakeBucket, nats_cluster: NatsCluster
 ) -> None:
-    """On a cluster whoever wrote a key reads and lists it, and compare-and-set holds, within a prefix too."""
+    """On a cluster a writer of a key reads and lists it, and compare-and-set holds, within a prefix too."""
     buckets = [make_bucket(url, storage=Storage(replicas=3)) for url in nats_cluster.urls[:2]]
     for n in range(30):
         writer, reader = buckets[n % 2], buckets[(n + 1) % 2]

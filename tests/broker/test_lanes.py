@@ -63,7 +63,7 @@ def test_more_threads_than_lanes(used):
 
 
 def test_an_answer_that_is_lost_is_asked_for_the_long_way(make_broker, proxy):
-    """Stored, but nobody said so: the same Nats-Msg-Id goes again, and JetStream stores it once."""
+    """Stored without an acknowledgement: the same Nats-Msg-Id goes again, and JetStream stores it once."""
     broker = make_broker(proxy.url)
     broker.declare_queue("default")
     broker.enqueue(message())

@@ -80,7 +80,7 @@ def test_the_largest_message_is_retried(broker, failing):
 
 @pytest.mark.parametrize("length", [2_000, 80_000, 300_000])
 def test_a_long_error_takes_no_retry_away(broker, failing, length):
-    """An error of up to 1.5 MB, of which each retry carries as much as there is room for."""
+    """An error of up to 1.5 MB; each retry carries as much of it as there is room for."""
     failing.length = length
     failing.send("x")
     run(broker)

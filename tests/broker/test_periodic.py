@@ -1,4 +1,4 @@
-"""Periodic tasks: every tick once, whoever boots, and no scheduler process."""
+"""Periodic tasks: every tick once, whichever workers boot, and no scheduler process."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_setup_stores_changes_and_removes_a_schedule(
 def test_a_schedule_of_an_unknown_actor_is_an_orphan(
     program: JetStreamBroker, nats_url: str, namespace: str
 ) -> None:
-    """It is left alone until somebody removes it."""
+    """It is left alone until an operator removes it."""
     _actor(program, every=60_000)
     program.setup()
     other = _broker(nats_url, namespace)
@@ -114,7 +114,7 @@ def test_who_lists_schedules_imports_nothing(
 def test_many_that_boot_at_once_store_it_once(
     program: JetStreamBroker, nats_url: str, namespace: str
 ) -> None:
-    """A compare-and-set decides who was first; nobody stores it again."""
+    """A compare-and-set decides who was first; no process stores it again."""
     brokers = [_broker(nats_url, namespace) for _ in range(6)]
     outcomes: list[str] = []
     for broker in brokers:

@@ -1,4 +1,4 @@
-"""Priorities across the queue: what is more urgent overtakes everything that nobody has fetched yet."""
+"""Priorities across the queue: what is more urgent overtakes everything that was not fetched yet."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_worker_holds_no_more_than_its_prefetch_for_long(ranked, prefetch):
 
 
 def test_two_workers_share_every_priority(ranked, make_broker):
-    """Each message of each priority runs once, whoever takes it."""
+    """Each message of each priority runs once, whichever worker takes it."""
     broker, work, gate, ran = ranked
     other = make_broker(max_priority=MAX_PRIORITY)
     dramatiq.actor(work.fn, broker=other, actor_name="work")

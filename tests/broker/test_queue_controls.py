@@ -60,7 +60,7 @@ def test_a_limit_that_is_none_is_refused(limit):
 
 
 def test_a_paused_queue_is_not_worked_on_by_anybody(make_broker):
-    """What was delivered is worked off, the rest waits for `resume`; workers that start later wait, too."""
+    """What was delivered runs, the rest waits for `resume`; workers that start later wait, too."""
     brokers = [make_broker() for _ in range(2)]
     ran = []
     for broker in brokers:
@@ -129,7 +129,7 @@ def test_the_second_unique_message_is_refused(work, make_broker):
 
 
 def test_a_key_is_free_after_its_window(work):
-    """The window counts from enqueueing, also when the message has long been worked off."""
+    """The window counts from enqueueing, also when the message has long been done."""
     with running(work.broker):
         send(work, "k", 1_000)
         work.broker.join("default", timeout=30_000)

@@ -162,7 +162,7 @@ def test_a_sum_depends_on_all_its_counters(make_backend: MakeBackend) -> None:
 
 
 def test_a_concurrent_limiter_is_never_held_too_often(nats_url: str, namespace: str, tmp_path: Path) -> None:
-    """32 threads fight for 3 slots; whoever has one sees at most 3 holders, and all slots are used."""
+    """32 threads fight for 3 slots; each holder sees at most 3 holders, and all slots are used."""
     outcomes = contend(
         """
 limiter = ConcurrentRateLimiter(backend, "slots", limit=3, ttl=60_000)

@@ -93,7 +93,7 @@ def test_a_program_of_the_readme_runs(name: str, nats_url: str, namespace: str, 
 
 
 def test_every_parameter_of_the_broker_is_in_the_readme_or_its_docstring() -> None:
-    """A parameter that nobody can find does not exist."""
+    """A parameter that the documentation does not show does not exist."""
     import inspect
 
     from dramatiq_jetstream import JetStreamBroker

@@ -143,7 +143,7 @@ def test_history_has_an_end(broker, work):
 
 
 def test_replaying_twice_runs_once(broker, work):
-    """The second call finds the letter gone, whoever makes it; at the same moment, too."""
+    """The second call finds the letter gone, from any process; at the same moment, too."""
     (letter,) = bury(broker, work.message())
     work.broken = False
     both = threading.Barrier(2)
@@ -207,7 +207,7 @@ def test_a_letter_for_an_actor_that_was_missing_runs_when_it_is_there(broker, wo
 
 
 def test_an_old_message_is_not_too_old_when_it_is_replayed(broker, work):
-    """`max_age` counts from the replay: whoever replays wants it run."""
+    """`max_age` counts from the replay: a replay is meant to run the message."""
     assert any(isinstance(middleware, AgeLimit) for middleware in broker.middleware)
     old = work.message_with_options(max_age=60_000).copy(message_timestamp=1)
     (letter,) = bury(broker, old)
@@ -256,7 +256,7 @@ def test_dropping_deletes_for_good(broker, work):
 
 
 def test_letters_are_stored_again_after_their_stream_was_deleted(broker, work):
-    """A running worker makes the stream of dead letters again when somebody deleted it."""
+    """A running worker makes the stream of dead letters again when it was deleted."""
     bury(broker, work.message(1))
     broker.connection.api(f"STREAM.DELETE.{broker.names.dead_stream}")
     with running(broker):

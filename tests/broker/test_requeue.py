@@ -139,7 +139,7 @@ def test_with_a_limit_in_flight_a_message_that_waits_leaves_its_place(make_broke
 
 
 def test_a_message_that_is_put_off_again_and_again_has_an_end(make_broker, monkeypatch):
-    """What is not known to pass counts on, also over deliveries that were stored anew."""
+    """What is not known to pass counts on, also over deliveries that were stored again."""
     monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.FIRST_DELAY_MS", 20)
     broker = make_broker(max_in_flight={"default": 1}, max_deliveries=3)
     ran = []

@@ -59,7 +59,7 @@ def cable(nats_url: str) -> Iterator[DeafCable]:
 
 @pytest.fixture
 def never_look_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only announcements and reconnects wake whoever waits."""
+    """Only announcements and reconnects wake waiting threads."""
     monkeypatch.setattr("dramatiq_jetstream.jetstream.wakeups.LOOK_AGAIN_SECONDS", 3600.0)
 
 
@@ -128,7 +128,7 @@ def test_an_announcement_that_got_lost_is_made_up_for_after_the_reconnect(
     never_look_again: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whoever waits looks again after each reconnect."""
+    """A waiting thread looks again after each reconnect."""
     waiting, storing = make_backend(cable.url), make_backend()
     looks = count_looks(waiting, monkeypatch)
     with ThreadPoolExecutor(1) as pool:
@@ -196,7 +196,7 @@ def test_a_process_stays_subscribed_only_while_somebody_waits(
 def test_a_result_over_the_payload_limit_is_stored_in_parts(
     make_backend: MakeBackend, never_look_again: None
 ) -> None:
-    """Five megabytes come back as they were, also to whoever waited for them."""
+    """Five megabytes come back as they were, also to a thread that waited for them."""
     waiting, storing = make_backend(encoder=PickleEncoder()), make_backend(encoder=PickleEncoder())
     large = bytes(range(256)) * 20_000
     with ThreadPoolExecutor(1) as pool:

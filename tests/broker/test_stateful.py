@@ -263,7 +263,7 @@ class Machine(RuleBasedStateMachine):
         try:
             self.broker.flush(QUEUE)
         except NotSent:
-            # It has several steps, of which the first may have been done.
+            # It has several steps; the first may have been done.
             if not self.calm:
                 self._may_be_gone(before)
             return

@@ -1,4 +1,4 @@
-"""Streams and consumers: made once, never changed behind anybody's back, and made again when they were lost."""
+"""Streams and consumers: made once, never changed silently, and made again when they were lost."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_lower_priorities_come_first_and_equal_ones_in_order(priorities: list[in
     assert queue.qsize() == queue.unfinished_tasks == len(items)
     assert list(iter_queue(queue)) == sorted(items, key=lambda item: item.priority)
     assert queue.empty()
-    assert queue.unfinished_tasks == len(items), "what was taken is not worked off yet"
+    assert queue.unfinished_tasks == len(items), "what was taken is not done yet"
 
 
 @given(st.lists(st.integers(-3, 3)))
@@ -65,7 +65,7 @@ def test_get_waits_for_an_item_and_not_for_ever() -> None:
 
 
 def test_every_wait_ends_when_its_time_is_over() -> None:
-    """Also when, at that very moment, somebody else takes the item it was woken for."""
+    """Also when, at that very moment, another thread takes the item it was woken for."""
     queue, timeout, waits = WorkQueue(), 0.002, Counter[int]()
     end = time.monotonic() + 3
 
@@ -82,7 +82,7 @@ def test_every_wait_ends_when_its_time_is_over() -> None:
         while time.monotonic() < end:
             queue.put(Item(0, 0))
             time.sleep(timeout)
-        for thread in takers:  # from here on nobody puts anything that would wake them
+        for thread in takers:  # from here on nothing is put that would wake them
             thread.join(5)
     assert not any(thread.is_alive() for thread in takers)
     assert min(waits.values()) > 10
@@ -99,7 +99,7 @@ def test_no_item_lies_there_while_a_thread_waits(at_once: int) -> None:
 
     def take() -> None:
         while queue.get(timeout=60).priority < 9:
-            busy.wait(30)  # whoever took one does not come for the other
+            busy.wait(30)  # the thread that took one does not come for the other
             taken.put(None)
 
     takers = [threading.Thread(target=take, daemon=True) for _ in range(at_once)]
@@ -119,7 +119,7 @@ def test_no_item_lies_there_while_a_thread_waits(at_once: int) -> None:
 
 
 def test_a_thread_that_is_interrupted_when_it_is_woken_does_not_stop_the_others() -> None:
-    """As by a time limit that strikes too late: what was put is taken when somebody's time is over, at the latest."""
+    """As by a time limit that strikes too late: what was put is taken when another wait ends, at the latest."""
     queue, taken = WorkQueue(), SimpleQueue[Item]()
 
     def take() -> None:

@@ -75,7 +75,7 @@ def _watched(context: BrowserContext) -> Iterator[Page]:
 
 
 def screenshot(page: Page, name: str) -> Path:
-    """Keep a picture of the page for whoever wants to see what the test saw."""
+    """Keep a picture of the page, to see what the test saw."""
     ARTIFACTS.mkdir(parents=True, exist_ok=True)
     path = ARTIFACTS / f"{name}.png"
     page.screenshot(path=path, full_page=True)
@@ -197,7 +197,7 @@ def test_back_and_again_is_a_second_order(service: Stack, page: Page) -> None:
 
 
 def test_recent_orders_appear_by_themselves(service: Stack, page: Page) -> None:
-    """The form's list of recent orders shows an order that somebody else placed."""
+    """The form's list of recent orders shows an order that another customer placed."""
     page.goto(service.url)
     order = service.order(customer_id="c-somebody-else")
     expect(page.locator(f"#recent a[title='{order['order_id']}']")).to_be_visible(timeout=15_000)

@@ -204,7 +204,7 @@ def _run(url: str, read: Any) -> Any:
                     try:
                         return await read(client.jetstream(timeout=10))
                     except ServiceUnavailableError:
-                        # In a cluster a consumer may have been made on a node of which the node that is asked
+                        # In a cluster a consumer may have been made on a node that the node which is asked
                         # has not heard yet. Nothing is taken by reading, so it is read again from the start.
                         await asyncio.sleep(0.1)
         finally:
@@ -214,7 +214,7 @@ def _run(url: str, read: Any) -> Any:
 
 
 async def _stream(js: JetStreamContext, name: str, start: int = 1) -> list[Stored]:
-    """Read a stream of which nothing is taken by reading."""
+    """Read a stream that reading takes nothing from."""
     try:
         state = (await js.stream_info(name)).state
     except NotFoundError:

@@ -1,4 +1,4 @@
-"""A broken build: the read model believes every event, whoever published it. Workers import this beside `tasks`."""
+"""A broken build: the read model believes every program's events. Workers import this beside `tasks`."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def model_agrees(books: Books) -> Verdict:
     )
 
 
-#: The states of the ledger of which each event is the report.
+#: The states of the ledger that each event reports.
 _STATES = {
     "reserved": {"held"},
     "paid": {"paid"},

@@ -151,7 +151,7 @@ def possible(topology: str, names: Iterable[str] | None = None, *, cuts: bool | 
 
 
 def mixed(among: list[Fault], count: int = 4) -> Fault:
-    """Return a fault that is several at once, drawn anew each time."""
+    """Return a fault that is several at once, drawn again each time."""
 
     def inject(fleet: Fleet, choice: random.Random) -> None:
         drawn = choice.sample(among, min(count, len(among)))

@@ -47,7 +47,7 @@ RESTART_DELAY = 0.5
 
 
 class Fleet:
-    """nats-server (one, or three of which every stream has three replicas), gateway, gunicorn, two worker fleets.
+    """nats-server (one, or three with three replicas of every stream), gateway, gunicorn, two worker fleets.
 
     Parameters:
       directory: Where everything is kept.

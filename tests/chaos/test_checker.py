@@ -126,7 +126,7 @@ def test_two_final_statuses_and_two_orders_are_found(books: Books) -> None:
 
 
 def test_what_is_stuck_is_found(books: Books) -> None:
-    """Messages that wait, and dead letters that nobody replayed."""
+    """Messages that wait, and dead letters that were not replayed."""
     assert "nothing is stuck" in _broken(replace(books, queues={"orders": 3}))
     letter = {"actor": "capture_payment", "reason": "retries exhausted", "error": ""}
     assert "nothing is stuck" in _broken(replace(books, dead=[letter]))

@@ -1,4 +1,4 @@
-"""The order service on three nodes, every stream and bucket on all three, one of which is killed."""
+"""The order service on three nodes, every stream and bucket on all three, while one node is killed."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_bytes_that_are_no_event(producer: Producer) -> None:
 
 
 def test_forged_events_change_nothing(producer: Producer) -> None:
-    """ORDER.paid and ORDER.declined that nobody was asked for neither confirm nor release an order."""
+    """ORDER.paid and ORDER.declined that no step published neither confirm nor release an order."""
     producer.shop.knobs(latency_ms=300)
     try:
         order_id = producer.publish(created(("BAG-01", 3)))
@@ -237,7 +237,7 @@ def test_message_that_kills_its_workers_fails_its_order(producer: Producer) -> N
 
 
 def test_last_item_goes_to_one_of_twenty(producer: Producer) -> None:
-    """Twenty orders for a product of which one piece is left: one is confirmed, nineteen are rejected."""
+    """Twenty orders for the last piece of a product: one is confirmed, nineteen are rejected."""
     left = producer.available("PRINT-01")
     if left > 1:
         producer.wait(producer.publish(created(("PRINT-01", left - 1))), "confirmed")

@@ -1,4 +1,4 @@
-"""Steps in a cluster of which one server does not know yet that it is not the leader: it answers with what was."""
+"""Steps in a cluster where one server does not know yet that it is not the leader: it answers with what was."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEY = "order.o-1"
 
 
 class Deposed(FakeBucket):
-    """A bucket of which a server that is behind answers first: some reads, and one refusal of a write."""
+    """A bucket where a server that is behind answers first: some reads, and one refusal of a write."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ def body(**members: Any) -> bytes:
 
 
 def test_json_of_the_design() -> None:
-    """The JSON of the documentation is read as it stands; members that nobody knows are ignored."""
+    """The JSON of the documentation is read as it stands; unknown members are ignored."""
     assert parse_order_json(body(note="hello")) == OrderRequest("c-42", [RequestedItem("MUG-01", 2)])
     assert parse_order_json(body(payment_token="tok_visa")).payment_token == "tok_visa"
 

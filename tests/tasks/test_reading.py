@@ -101,7 +101,7 @@ def test_list_has_each_order_once(shop: Stack, producer: Producer) -> None:
 
 
 def test_waiting_for_a_change(shop: Stack, producer: Producer) -> None:
-    """Whoever waits for an order's next change learns of it when it happens, not at the next look."""
+    """A thread that waits for an order's next change learns of it when it happens, not at the next look."""
     environment = {**os.environ, **shop.environment}
     program = (
         "import sys, time\n"

@@ -39,7 +39,7 @@ def test_twenty_threads_for_the_last_item(stocks: list[Stock]) -> None:
 
 
 def test_all_or_none_of_several_products(stocks: list[Stock]) -> None:
-    """An order of two products of which one is short takes nothing of the other."""
+    """An order of two products, one of them short, takes nothing of the other."""
     found = stocks[0].open("o-1", wanted(("MUG-01", 1), ("LAMP-01", 6)))
     assert found.record.state == "rejected"
     assert found.record.reason == "6 × LAMP-01 ordered, 5 in stock"

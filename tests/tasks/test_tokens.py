@@ -68,7 +68,7 @@ def test_a_token_is_never_stored_in_clear_and_goes(tmp_path: Path) -> None:
 
 
 def test_another_program_may_send_a_token(shop: Stack, producer: Producer) -> None:
-    """A token in an event is used; a reference to one that is not kept is no token, whoever's it is."""
+    """A token in an event is used; a reference to one that is not kept is no token."""
     assert shop.final(producer.publish(created(payment_token="tok_declined")))["status"] == "rejected"
     borrowed = shop.final(producer.publish(created(payment_token=reference("c-42", "tok_visa"))))
     assert borrowed["status"] == "rejected"

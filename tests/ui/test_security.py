@@ -182,7 +182,7 @@ def test_a_file_of_users_that_cannot_be_used_is_refused(tmp_path, text):
 
 
 def test_a_proxys_header_is_believed_from_the_proxy_alone(shown):
-    """The header says who it is; from any other address it is nobody's word."""
+    """The header says who it is; from any other address it counts for nothing."""
     access = ProxyHeader("X-Forwarded-User", operators=["ann"], proxies=["10.0.0.0/8"])
     visitor = Client(create_app(shown, access=access))
     proxy = {"environ_base": {"REMOTE_ADDR": "10.1.2.3"}}

@@ -494,7 +494,7 @@ def test_one_order_takes_no_more_than_one_order_may(closed: Closed) -> None:
 
 
 def test_administrators_manage_keys_on_a_page(closed: Closed) -> None:
-    """They make a key that works, see it once, and revoke it; nobody else gets there."""
+    """They make a key that works, see it once, and revoke it; no other caller gets there."""
     assert closed.run("operators", "set", "ada", "--scope", "admin", stdin=f"{PASSWORD}\n").returncode == 0
     browser, _ = sign_in(closed, "ada", PASSWORD)
     url = f"{closed.stack.url}/admin/keys"

@@ -12,7 +12,7 @@ from tests.web.stack import Stack, gunicorn
 
 
 def test_health_tells_what_it_is_connected_to(service: Stack) -> None:
-    """The detail names the server, its version and how often the connection was made anew."""
+    """The detail names the server, its version and how often the connection was made again."""
     body = service.get("/health").json()
     assert body["status"] == "ok"
     assert body["nats"]["connected"] is True

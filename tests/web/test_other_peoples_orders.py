@@ -128,7 +128,7 @@ class Callers(RuleBasedStateMachine):
 
     @rule(who=CALLERS, data=st.data())
     def look_at_one(self, who: str | None, data: st.DataObject) -> None:
-        """Ask for an order of anybody's, in each way that there is."""
+        """Ask for another customer's order, in each way that there is."""
         if not self.orders:
             return
         order_id = data.draw(st.sampled_from(sorted(self.orders)))

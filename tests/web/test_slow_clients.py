@@ -1,4 +1,4 @@
-"""Clients that send and take as little as they can hold nobody up; `slow_clients` has them, and the full measure."""
+"""Clients that send and take as little as they can hold up no other client; `slow_clients` has the full measure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_dripping_clients_hold_nobody_up(narrow: Stack) -> None:
 
 
 def test_clients_that_take_no_answer_hold_nobody_up(narrow: Stack) -> None:
-    """Answers that nobody reads wait in a buffer, not on a thread."""
+    """Answers that are not read wait in a buffer, not on a thread."""
     request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
     clients = []
     try:

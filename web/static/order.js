@@ -7,7 +7,7 @@ const announce = document.getElementById("announce");
 const address = view.dataset.address;
 const POLL = 2000;
 const POLL_AT_REST = 15000;
-// After so many polls that went well a stream is tried again.
+// After this many successful polls a stream is tried again.
 const POLLS_BEFORE_STREAM = 5;
 
 let revision = view.dataset.revision;
@@ -77,7 +77,7 @@ function stop() {
   source = null;
 }
 
-// A page that nobody looks at needs no stream; it catches up when it is looked at again.
+// A hidden page needs no stream; it catches up when it is shown again.
 document.addEventListener("visibilitychange", () => (document.hidden ? stop() : follow()));
 window.addEventListener("pagehide", stop);
 window.addEventListener("pageshow", (event) => event.persisted && follow());

@@ -1,7 +1,7 @@
 """Leaves an event in its stream where a message has no room to carry it, and says where it is.
 
 A retry or a replay of an event carries the event. What is added to it does not fit where the event itself takes nearly
-all of `max_payload` and does not compress. Such a message refers to the event, and whoever decodes it puts it back in.
+all of `max_payload` and does not compress. Such a message refers to the event, and decoding it puts the event back in.
 That is possible with a stream that keeps what was read, for as long as it keeps it; an event that is gone by then makes
 the message a dead letter that says so.
 

@@ -326,7 +326,7 @@ def _resume_schedule(reader: Reader, fields: Fields) -> Plan:
         fields,
         lambda queue, actor: schedules.resume(reader.broker, queue, actor),
         title="Resume the schedule of {}?",
-        detail="It is put back as it is declared now; an interval begins anew.",
+        detail="It is put back as it is declared now; its interval starts over.",
         button="Resume schedule",
         is_paused=True,
     )

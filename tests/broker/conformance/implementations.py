@@ -253,7 +253,7 @@ class AbortsKind(Kind):
     """An event backend of dramatiq-abort."""
 
     make: Callable[..., EventBackend]
-    #: Signals that nobody fetched disappear after their ttl.
+    #: Signals that were not fetched disappear after their ttl.
     expires: bool = True
     ttl_step: int = 1
 

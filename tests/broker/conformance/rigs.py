@@ -32,7 +32,7 @@ from tests.support.polling import eventually
 
 
 def nowhere(url: str) -> str:
-    """Return `url` with a port that nobody listens on."""
+    """Return `url` with a port on which nothing listens."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=f"{parts.netloc.rpartition(':')[0]}:1"))
 
@@ -105,7 +105,7 @@ class Rig(ABC):
             broker.close()
 
     def unreachable(self) -> Broker:
-        """Return a broker for an address where nobody answers, which gives up quickly."""
+        """Return a broker for an address where nothing answers, which gives up quickly."""
         return self.make(nowhere(self.url))
 
     def has_queue(self, queue: str) -> bool:

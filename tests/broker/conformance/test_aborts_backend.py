@@ -20,7 +20,7 @@ def key(space):
 
 
 def test_nothing_was_signalled(aborts, key):
-    """Polling for a signal that nobody gave returns None at once."""
+    """Polling for a signal that was not given returns None at once."""
     before = time.monotonic()
     assert aborts.poll(key) is None
     assert time.monotonic() - before < 3

@@ -214,7 +214,7 @@ def test_pickled_messages_run(rig, broker, actor, queue, broker_kind):
 
 
 def test_a_discarded_result_is_worth_a_warning(rig, broker, actor, queue, caplog):
-    """A result that nobody keeps is logged; None, and what goes into a pipeline, is not."""
+    """A result that is not kept is logged; None, and what goes into a pipeline, is not."""
 
     @actor
     def quiet(*args):

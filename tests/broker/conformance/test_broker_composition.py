@@ -278,7 +278,7 @@ def test_a_group_of_pipelines_calls_back_after_the_last_steps(rig, broker, actor
 
 
 def test_callbacks_need_their_middleware(broker, actor):
-    """A group with a callback that nobody would make is refused when it is run."""
+    """A group with a callback that would never be made is refused when it is run."""
 
     @actor
     def part():

@@ -284,7 +284,7 @@ def test_join_returns_at_once_when_there_is_nothing(broker, queue):
 
 
 def test_join_waits_for_ready_messages_and_has_a_timeout(broker, fail, queue):
-    """With nobody to run it, a message keeps join waiting until its timeout."""
+    """With no worker to run it, a message keeps join waiting until its timeout."""
     fail.send()
     before = time.monotonic()
     with pytest.raises(QueueJoinTimeout):

@@ -199,7 +199,7 @@ def test_actors_of_higher_priority_run_first(rig, broker, actor, queue):
 
 @pytest.mark.where(priorities=True)
 def test_messages_of_higher_broker_priority_overtake_the_queue(make_rig, queue):
-    """`broker_priority` orders what nobody has fetched, higher first; without it a message comes last."""
+    """`broker_priority` orders what was not fetched yet, higher first; without it a message comes last."""
     rig = make_rig(max_priority=9)
     runs = []
 
@@ -261,7 +261,7 @@ def test_what_a_worker_did_not_begin_is_requeued(rig, broker, actor, queue):
     with running(broker, threads=1, prefetch=4) as worker:
         assert started.wait(timeout=30)
         eventually(lambda: worker.work_queue.qsize() == 3)
-        # stop() waits for the actor, so somebody else must let it go on once the worker was told to stop.
+        # stop() waits for the actor, so another thread must let it go on once the worker was told to stop.
         threading.Timer(0.1, go_on.set).start()
     assert done == [0]
 

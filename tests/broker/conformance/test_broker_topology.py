@@ -152,7 +152,7 @@ def test_consuming_an_undeclared_queue_raises(broker, queue):
 
 @pytest.mark.where(consume_undeclared={"declares", "allows"})
 def test_an_undeclared_queue_can_be_consumed(broker, queue, broker_kind):
-    """A consumer of a queue that nobody declared finds it empty."""
+    """A consumer of a queue that was not declared finds it empty."""
     consumer = broker.consume(queue, timeout=50)
     try:
         assert next(consumer) is None
@@ -193,7 +193,7 @@ def test_connecting_is_left_until_it_is_needed(rig, broker_kind, queue):
 
 @pytest.mark.where(several_urls=True)
 def test_the_first_server_that_answers_is_used(rig, queue):
-    """Of several addresses, one that nobody answers at is passed over."""
+    """Of several addresses, one where nothing answers is passed over."""
     with rig.another(url=[nowhere(rig.url), rig.url]) as broker:
         broker.declare_queue(queue)
         broker.enqueue(a_message(queue))

@@ -34,7 +34,7 @@ def test_a_mutex_is_released_after_each_use(limits, space):
 
 
 def test_a_mutex_is_held_by_one(limits, space):
-    """While a mutex is held nobody else gets it: not nested, not from another thread."""
+    """While a mutex is held no other caller gets it: not nested, not from another thread."""
     mutex = ConcurrentRateLimiter(limits, space, limit=1)
     with mutex.acquire(), ThreadPoolExecutor(max_workers=1) as pool:
         assert not acquired(mutex)

@@ -189,7 +189,7 @@ def test_waiting_for_an_event_ends_with_the_timeout(limits, key):
 
 
 def test_a_notification_wakes_all_who_wait(pair, key):
-    """Everybody who waits for a key is woken by one notification, soon; others go on waiting."""
+    """All threads that wait for a key are woken by one notification, soon; others go on waiting."""
     events = f"{key}@events"
     with ThreadPoolExecutor(max_workers=9) as pool:
         other = pool.submit(pair[0].wait, f"{key}@others", 1000)

@@ -180,7 +180,7 @@ def _leak() -> None:
 
 
 def _crowd() -> None:
-    """A limiter gives everybody a turn."""
+    """A limiter gives every caller a turn."""
 
     def incr(*_: object) -> bool:
         return True

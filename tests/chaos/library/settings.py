@@ -10,7 +10,7 @@ ENQUEUE_TIMEOUT = 4_000
 EVERY = 2_000
 HOUR = 3_600_000
 
-#: How many runs may hold a turn at once, and after how long a turn is free again that nobody gave back.
+#: How many runs may hold a turn at once, and after how long a turn that was not given back is free again.
 TURNS = 2
 TURNS_TTL = 8_000
 

@@ -36,7 +36,7 @@ from tests.chaos.library.settings import OPTIONS
 
 Say = Callable[[str], None]
 
-#: So many threads has a process that is at work; what it has then is what it may keep.
+#: How many threads a busy process has; what it has then is what it may keep.
 GROWN_UP = 8
 
 #: How long a producer may take to end, in seconds.

@@ -7,9 +7,9 @@ or the callback of its group, happens in the attempt's context.
 An attempt is the child of the send that created its message. With `link_parents` it begins a trace of its own, which
 links to the send.
 
-What is known of an attempt lies on its message proxy until it ends, so a message that Dramatiq reports twice is ended
-once. An exception may strike between any two lines, as time limits and shutdowns do. Dramatiq then reports the end of
-the message once more, or at last settles it; whichever comes first ends the span and makes the context of before the
+An attempt's state is kept on its message proxy until it ends, so a message that Dramatiq reports twice ends once. An
+exception may strike between any two lines, as time limits and shutdowns do. Dramatiq then reports the end of the
+message once more, or at last settles it; whichever comes first ends the span and makes the context of before the
 attempt current again.
 """
 
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 _EMPTY = Context()
 
-#: Where an attempt lies on its message proxy.
+#: The attribute of a message proxy that holds its attempt.
 _ATTEMPT = "_opentelemetry_attempt"
 
-#: How long a worker that stops waits for exporters, in seconds.
+#: How long a stopping worker waits for exporters.
 _FLUSH_SECONDS = 3.0
 
 
@@ -84,7 +84,7 @@ class TelemetryMiddleware(Middleware):
         self._sender = sender
         self._link_parents = link_parents
         self._providers = providers
-        # Of each queue and actor: the name of a span, and what all of its spans and metrics say.
+        # For each queue and actor: the name of a span, and the attributes of all its spans and metrics.
         self._known: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
         self._replays: dict[int, Send] = {}
         # JetStreamBroker says why a message became a dead letter, also of those that never reached an actor. Of other
@@ -211,7 +211,7 @@ class TelemetryMiddleware(Middleware):
                 c.ACTOR: actor,
             }
             known = (f"process {queue}", attributes)
-            if actor in broker.actors:  # strangers may have made up any number of names
+            if actor in broker.actors:  # other programs may have made up any number of names
                 self._known[queue_name, actor] = known
         return known
 
@@ -229,7 +229,7 @@ class TelemetryMiddleware(Middleware):
         if not self._link_parents:
             return created, None
         creation = trace.get_current_span(created).get_span_context()
-        # Baggage is no matter of parents: it goes on with the message.
+        # Baggage does not depend on parents: it goes on with the message.
         root = trace.set_span_in_context(trace.INVALID_SPAN, created)
         return root, [Link(creation)] if creation.is_valid else None
 

@@ -40,7 +40,7 @@ def extract(message: Message[Any] | MessageProxy) -> Context:
 def extract_headers(headers: object) -> Context:
     """The context that headers describe; anything unusable counts as none.
 
-    A stranger may have written them. So names match in any case, and values that are not text are left out.
+    Another program may have written them. So names match in any case, and values that are not text are left out.
     """
     if not headers or not isinstance(headers, Mapping):
         return _EMPTY

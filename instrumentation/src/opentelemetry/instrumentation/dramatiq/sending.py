@@ -4,9 +4,9 @@ Dramatiq has no signal for a send that failed, so the methods of a broker that s
 message takes the context of its send along in its options, which are put back afterwards: a program may send the same
 message object again and must not find itself in the trace of the first time.
 
-A send is a child of what goes on where it was called. A message that carries a context already has a history, such as
-a dead letter that is replayed: it stays in its trace, and links to whatever sent it this time. The retry of an attempt
-is part of that attempt.
+A send is a child of the span that is current where it is called. A message that carries a context already has a
+history, such as a dead letter that is replayed: it stays in its trace, and links to whatever sent it this time. The
+retry of an attempt is part of that attempt.
 
 An exception may strike between any two lines, as time limits and shutdowns do. A span that was begun ends in the
 `finally` of its send, which also makes the caller's context current again.
@@ -38,7 +38,7 @@ _MEASURED = (c.SYSTEM, c.DESTINATION, c.OPERATION_NAME, c.OPERATION_TYPE)
 
 
 class Sender:
-    """What the methods of one broker that send are wrapped in."""
+    """The wrappers of one broker's sending methods."""
 
     def __init__(self, system: str, tracer: Tracer, instruments: Instruments, *, link_parents: bool) -> None:
         self.system = system
