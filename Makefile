@@ -6,6 +6,8 @@
 #   make test-fast            the tests that need no server and start no process, in seconds
 #   make bench ARGS="..."     measure, side by side with other brokers
 #   make chaos MINUTES=10     random faults, then the books are checked (SUBJECT=library: of the library alone)
+#   make test-image           build the image without an engine and confirm an order with it (root, buildah, debootstrap)
+#   make audit                ask PyPI for known flaws of the pinned versions; fails for what cannot be asked
 #   make proto                regenerate the protobuf code
 #   make wheels               build both distributions into dist
 #   make test-wheels          install them as a user would, and run a smoke test
@@ -20,7 +22,7 @@ MINUTES ?= 2
 SUBJECT ?= orders
 WORKERS ?= 3
 
-.PHONY: help up demo test test-fast wheels test-wheels lint proto bench chaos clean
+.PHONY: help up demo test test-fast test-image audit wheels test-wheels lint proto bench chaos clean
 .DEFAULT_GOAL := help
 
 help:
@@ -46,6 +48,13 @@ test: lint
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest --fast -q -n 0 $$($(BIN)/python -m tests.support.fast) $(ARGS)
+
+test-image: $(STAMP)
+	$(BIN)/python -m tests.image
+
+audit:
+	@test -x .artifacts/audit/bin/pip-audit || { $(PYTHON) -m venv .artifacts/audit && .artifacts/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3'; }
+	.artifacts/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 wheels: $(STAMP)
 	rm -rf dist

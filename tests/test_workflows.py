@@ -24,11 +24,13 @@ def _runs(workflow: Path) -> list[str]:
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
 def test_a_workflow_calls_what_exists(workflow: Path) -> None:
-    """Every step runs a make target or `.ci/run`, so that CI does nothing that cannot be done by hand."""
+    """Every step runs a make target, or a script of `.ci` that does, so that CI does nothing that no hand can do."""
     assert _runs(workflow)
     for command in _runs(workflow):
         words = command.split()
-        assert words[-1] == ".ci/run" or (words[0] == "make" and words[1] in _targets()), command
+        assert words[-1] in (".ci/run", ".ci/image") or (words[0] == "make" and words[1] in _targets()), (
+            command
+        )
 
 
 def test_every_supported_python_is_checked() -> None:
