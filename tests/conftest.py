@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cryptography.fernet import Fernet
+from hypothesis import settings
 
 from dramatiq_jetstream.testing import NatsCluster, NatsServer
 from tests.support import fast, skips
 
 if TYPE_CHECKING:
     from dramatiq_jetstream import JetStreamBroker
+
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

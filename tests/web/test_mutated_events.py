@@ -110,11 +110,10 @@ def settled(producer: Producer) -> None:
 
     def nothing_waits() -> bool:
         consumers = producer.broker.connection.api("CONSUMER.LIST.ORDERS")["consumers"]
-        queues = [
-            producer.broker.connection.api(f"STREAM.INFO.dramatiq_q_{queue}")["state"]["messages"]
-            for queue in ("orders", "payments", "projection")
-        ]
-        return not sum(queues) and not any(one["num_pending"] + one["num_ack_pending"] for one in consumers)
+        queues = [producer.broker.queue_stats(queue) for queue in ("orders", "payments", "projection")]
+        return not any(queue.ready + queue.in_flight + queue.delayed for queue in queues) and not any(
+            one["num_pending"] + one["num_ack_pending"] for one in consumers
+        )
 
     eventually(nothing_waits, timeout=60, interval=0.1)
 
