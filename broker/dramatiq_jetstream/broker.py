@@ -32,6 +32,7 @@ from .jetstream.names import Names
 from .jetstream.topology import WORKERS
 from .kv import Bucket
 from .queues import Queues, QueueStats
+from .sending import delays
 from .sending.sender import Sender
 from .status import MessageStatus, StatusReader
 from .streams import Stream
@@ -324,6 +325,18 @@ class JetStreamBroker(HookedBroker):
         """
         wanted = self.queues if queue_name is None else {queue_name}
         return sum(self._sender.cancel(name, message_id) for name in wanted)
+
+    def run_now(self, message_id: str, queue_name: str | None = None) -> int:
+        """End the delay of a message, or of its retry; return how many were waiting.
+
+        Parameters:
+          queue_name: Where it waits; None looks in all declared queues.
+
+        Raises:
+          BrokerConnectionError: When it is not known to be on its way.
+        """
+        wanted = self.queues if queue_name is None else {queue_name}
+        return sum(delays.run_now(self.connection, self.names, name, message_id) for name in wanted)
 
     def publish(
         self,

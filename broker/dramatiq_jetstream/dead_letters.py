@@ -243,10 +243,16 @@ class DeadLetters:
         actor: str | None = None,
         reason: str | None = None,
         limit: int | None = None,
+        after: str | None = None,
     ) -> list[DeadLetter]:
-        """Dead letters, oldest first, of a queue, actor or reason if given."""
+        """Dead letters, oldest first, of a queue, actor or reason if given.
+
+        Parameters:
+          limit: How many at most.
+          after: The id of the last letter of the page before.
+        """
         found: list[DeadLetter] = []
-        for letter in self._iterate(queue):
+        for letter in self._iterate(queue, 1 if after is None else _number(after) + 1):
             if (actor is None or letter.actor == actor) and (reason is None or letter.reason == reason):
                 found.append(letter)
                 if limit is not None and len(found) >= limit:
@@ -371,8 +377,8 @@ class DeadLetters:
     def _subject(self, queue: str | None) -> str:
         return self._names.all_dead if queue is None else self._names.dead_of_queue(queue)
 
-    def _iterate(self, queue: str | None) -> Iterator[DeadLetter]:
-        for stored in self._listing.read(self._subject(queue), page=PAGE):
+    def _iterate(self, queue: str | None, start: int = 1) -> Iterator[DeadLetter]:
+        for stored in self._listing.read(self._subject(queue), start=start, page=PAGE):
             yield self._read(stored)
 
     def oldest(self, queue: str | None = None) -> DeadLetter | None:

@@ -10,6 +10,7 @@ import click
 from dramatiq_jetstream.dead_letters import REASONS, DeadLetter
 
 from .context import Fleet, moment, pass_fleet, table
+from .names import ACTOR, QUEUE
 
 COMMANDS: list[click.Command] = []
 
@@ -18,8 +19,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def _filters(function: _Function) -> _Function:
     for option in (
-        click.option("--queue", help="Only of this queue."),
-        click.option("--actor", help="Only of this actor."),
+        click.option("--queue", type=QUEUE, help="Only of this queue."),
+        click.option("--actor", type=ACTOR, help="Only of this actor."),
         click.option("--reason", type=click.Choice(REASONS), help="Only with this reason."),
     ):
         function = option(function)
@@ -33,11 +34,16 @@ def dead() -> None:
 
 @dead.command("list")
 @_filters
-@click.option("--limit", default=100, show_default=True, help="How many at most.")
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="How many at most.")
+@click.option("--after", metavar="ID", help="Continue after the letter with this id.")
 @pass_fleet
-def list_(fleet: Fleet, queue: str | None, actor: str | None, reason: str | None, limit: int) -> None:
+def list_(
+    fleet: Fleet, queue: str | None, actor: str | None, reason: str | None, limit: int, after: str | None
+) -> None:
     """List dead letters, oldest first."""
-    letters = fleet.broker.dead_letters.list(queue, actor=actor, reason=reason, limit=limit)
+    _check(fleet, queue, actor)
+    letters = fleet.broker.dead_letters.list(queue, actor=actor, reason=reason, limit=limit + 1, after=after)
+    is_cut, letters = len(letters) > limit, letters[:limit]
     human = table("id", "when", "queue", "actor", "reason", "error", right=("id",))
     for letter in letters:
         human.add_row(
@@ -49,6 +55,8 @@ def list_(fleet: Fleet, queue: str | None, actor: str | None, reason: str | None
             letter.error[:120],
         )
     fleet.show([letter.summary() for letter in letters], human if letters else "There are no dead letters.")
+    if is_cut:
+        fleet.note(f"There is more: --after {letters[-1].id}")
 
 
 @dead.command()
@@ -58,13 +66,24 @@ def show(fleet: Fleet, id: str) -> None:  # noqa: A002 - the option's name
     """Show one dead letter with its bytes."""
     letter = _get(fleet, id)
     body = letter.data.decode("utf-8", "backslashreplace")
-    data = {**letter.summary(), "subject": letter.subject, "headers": dict(letter.headers), "data": body}
+    data = {
+        **letter.summary(),
+        "attempts": list(letter.attempts),
+        "subject": letter.subject,
+        "headers": dict(letter.headers),
+        "data": body,
+    }
     human = table("", "")
     for name, value in data.items():
-        if name != "history":
+        if name not in ("history", "attempts"):
             human.add_row(name, moment(letter.time) if name == "time" else str(value))
     for entry in letter.history:
         human.add_row("earlier", f"{moment(entry['time'])} {entry['reason']}: {entry['error']}")
+    for attempt in letter.attempts:
+        human.add_row(
+            f"attempt {attempt['attempt']}",
+            f"{moment(attempt['ended'])} {attempt['outcome']}: {attempt['error_type']}: {attempt['error']}",
+        )
     fleet.show(data, human)
 
 
@@ -110,6 +129,14 @@ def drop(
     fleet.show({"dropped": dropped}, f"{len(dropped)} dropped.")
 
 
+def _check(fleet: Fleet, queue: str | None, actor: str | None) -> None:
+    """Refuse a filter that is a typo. Of a queue that was removed there may be letters."""
+    if queue is not None and not fleet.broker.dead_letters.count(queue):
+        fleet.check_queue(queue)
+    if actor is not None:
+        fleet.check_actor(actor)
+
+
 def _get(fleet: Fleet, letter_id: str) -> DeadLetter:
     letter = fleet.broker.dead_letters.get(letter_id)
     if letter is None:
@@ -129,6 +156,7 @@ def _choose(
 ) -> list[DeadLetter]:
     if bool(ids) == everything:
         raise click.UsageError("name the ids of dead letters, or say --all (with filters if wanted).")
+    _check(fleet, queue, actor)
     if ids:
         return [_get(fleet, letter_id) for letter_id in ids]
     return fleet.broker.dead_letters.list(queue, actor=actor, reason=reason)

@@ -10,6 +10,7 @@ from dramatiq.common import current_millis
 from dramatiq_jetstream.sending import delays
 
 from .context import Fleet, age, moment, pass_fleet, table
+from .names import QUEUE
 
 COMMANDS: list[click.Command] = []
 
@@ -20,18 +21,20 @@ def delayed() -> None:
 
 
 @delayed.command("list")
-@click.option("--queue", help="Only of this queue.")
-@click.option("--limit", default=100, show_default=True, help="How many at most, of each queue.")
+@click.option("--queue", type=QUEUE, help="Only of this queue.")
+@click.option(
+    "--limit", type=click.IntRange(1), default=100, show_default=True, help="How many at most, of each queue."
+)
 @pass_fleet
 def list_(fleet: Fleet, queue: str | None, limit: int) -> None:
     """List delayed messages, the next due first."""
     broker = fleet.broker
     wanted = [fleet.check_queue(queue)] if queue else fleet.queue_names()
-    found = [
-        message
-        for name in wanted
-        for message in delays.delayed_messages(broker.connection, broker.names, name, limit=limit)
-    ]
+    found, cut = [], []
+    for name in wanted:
+        messages = delays.delayed_messages(broker.connection, broker.names, name, limit=limit + 1)
+        cut += [name] if len(messages) > limit else []
+        found += messages[:limit]
     found.sort(key=lambda message: message.eta)
     human = table("message id", "queue", "due", "in")
     for message in found:
@@ -42,11 +45,15 @@ def list_(fleet: Fleet, queue: str | None, limit: int) -> None:
             age(max(0, message.eta - current_millis())),
         )
     fleet.show([dataclasses.asdict(m) for m in found], human if found else "No messages are delayed.")
+    if cut:
+        fleet.note(
+            f"There are more than {limit} on {', '.join(cut)}, and these are any of them: raise --limit."
+        )
 
 
 @delayed.command()
 @click.argument("message_ids", nargs=-1, required=True)
-@click.option("--queue", help="The queue they wait on. [all queues]")
+@click.option("--queue", type=QUEUE, help="The queue they wait on. [all queues]")
 @pass_fleet
 def cancel(fleet: Fleet, message_ids: tuple[str, ...], queue: str | None) -> None:
     """Cancel delayed messages by their ids."""

@@ -233,6 +233,13 @@ def _queue(fleet: Fleet, name: str) -> Iterator[Finding]:
             f"{stats.ready} ready and no worker is asking for them",
             "start workers, or wait if they are all busy.",
         )
+    elif stats.in_flight and not waiting and not any(name in worker.queues for worker in fleet.workers()):
+        yield Finding(
+            f"queue {name}",
+            WARNING,
+            f"{stats.in_flight} in flight and no worker of this queue is alive",
+            "start workers: what dead ones held is delivered again when its ack_wait is over.",
+        )
     else:
         yield Finding(f"queue {name}", OK, f"{stats.ready} ready, {stats.in_flight} in flight")
     yield from _unserved_levels(name, consumers)

@@ -1,19 +1,64 @@
-"""`fleet abort`, `progress` and `schedules`: single messages and periodic tasks."""
+"""`fleet send`, `abort` and `progress`: single messages."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from typing import Any
 
 import click
+from dramatiq.message import Message
 
 from dramatiq_jetstream.errors import NotFound
-from dramatiq_jetstream.periodic import list_schedules, remove_schedule
 from dramatiq_jetstream.progress import read_progress
+from dramatiq_jetstream.status import LOOKED_AT
 
-from .context import Fleet, moment, pass_fleet, table
-from .setup import load
+from .context import Fleet, moment, pass_fleet
+from .names import ACTOR, QUEUE
 
 COMMANDS: list[click.Command] = []
+
+
+@click.command()
+@click.argument("actor", type=ACTOR)
+@click.argument("arguments", metavar="ARGS", default="[]")
+@click.option("--queue", type=QUEUE, help="Where to; the actor's own with --broker.")
+@click.option("--delay", type=click.IntRange(0), metavar="MS", help="Milliseconds to wait before it runs.")
+@pass_fleet
+def send(fleet: Fleet, actor: str, arguments: str, queue: str | None, delay: int | None) -> None:
+    """Send a message to ACTOR. ARGS is JSON: a list of arguments, an object of named ones, or one value.
+
+    --broker MODULE names the program that has the actor; without it, --queue says where the message goes.
+    """
+    args, kwargs = _arguments(arguments)
+    broker = fleet.broker
+    options: dict[str, Any] = {}
+    declared = broker.actors.get(actor)
+    if declared is not None:
+        message: Message[Any] = declared.message_with_options(args=args, kwargs=kwargs)
+        message = message if queue is None else message.copy(queue_name=fleet.check_queue(queue))
+    elif fleet.program is not None:
+        known = ", ".join(sorted(broker.actors)) or "none"
+        raise click.ClickException(f"{fleet.program!r} has no actor {actor!r}; it has: {known}.")
+    elif queue is None:
+        raise click.UsageError("say where to: --broker MODULE of the program that has the actor, or --queue.")
+    else:
+        message = Message(fleet.check_queue(queue), actor, args, kwargs, options)
+    sent = broker.enqueue(message, delay=delay)
+    fleet.show(
+        {"message_id": sent.message_id, "queue": sent.queue_name, "actor": actor},
+        f"{sent.message_id} is on {sent.queue_name}.",
+    )
+
+
+def _arguments(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise click.UsageError(f"ARGS is not JSON: {error}. For a text write '\"…\"'.") from None
+    if isinstance(given, list):
+        return tuple(given), {}
+    return ((), given) if isinstance(given, dict) else ((given,), {})
 
 
 @click.command()
@@ -29,6 +74,7 @@ def abort(fleet: Fleet, message_id: str, cancel: bool, timeout: int) -> None:
         from dramatiq_jetstream.abort import abort_message
     except ModuleNotFoundError as error:
         raise click.ClickException(str(error)) from None
+    _check_abortable(fleet, message_id)
     mode = AbortMode.CANCEL if cancel else AbortMode.ABORT
     try:
         abort_message(message_id, fleet.broker, mode=mode, abort_timeout=timeout)
@@ -38,6 +84,18 @@ def abort(fleet: Fleet, message_id: str, cancel: bool, timeout: int) -> None:
             "dramatiq_jetstream.abort."
         ) from None
     fleet.show({"message_id": message_id, "abort": mode.value}, f"{message_id} was told to abort.")
+
+
+def _check_abortable(fleet: Fleet, message_id: str) -> None:
+    """Refuse a message that is over, or that is nowhere; in a queue too long to look through, it may yet be."""
+    state = fleet.broker.status(message_id).state
+    if state in ("waiting", "delayed", "running", "retrying"):
+        return
+    if state != "unknown":
+        raise click.ClickException(f"{message_id} is {state}: there is nothing to abort.")
+    stats = [fleet.broker.queue_stats(queue) for queue in fleet.queue_names()]
+    if all(queue.ready + queue.in_flight <= LOOKED_AT for queue in stats):
+        raise click.ClickException(f"no message {message_id} waits, is delayed or runs.")
 
 
 @click.command()
@@ -55,58 +113,4 @@ def progress(fleet: Fleet, message_id: str) -> None:
     )
 
 
-@click.command()
-@click.option(
-    "--module",
-    "modules",
-    multiple=True,
-    help="A module of the program: tells which schedules are orphans. Give all that the program has.",
-)
-@click.option("--remove-orphans", is_flag=True, help="Remove the schedules that no module declares any more.")
-@pass_fleet
-def schedules(fleet: Fleet, modules: tuple[str, ...], remove_orphans: bool) -> None:
-    """List periodic tasks with their last and next tick.
-
-    The schedule of an actor whose own module exists and was not given is not an orphan.
-    """
-    if remove_orphans and not modules:
-        raise click.UsageError("--remove-orphans needs --module, to know what is not one.")
-    brokers = list(dict.fromkeys(load(fleet, module) for module in modules)) or [fleet.broker]
-    found = list_schedules(brokers[0])
-    for broker in brokers[1:]:
-        orphans = {(schedule.queue, schedule.actor) for schedule in list_schedules(broker) if schedule.orphan}
-        found = [
-            dataclasses.replace(
-                schedule, orphan=schedule.orphan and (schedule.queue, schedule.actor) in orphans
-            )
-            for schedule in found
-        ]
-    removed = []
-    if remove_orphans:
-        removed = [s.actor for s in found if s.orphan and remove_schedule(brokers[0], s.queue, s.actor)]
-        found = [schedule for schedule in found if not schedule.orphan]
-    human = table("actor", "queue", "schedule", "last tick", "next tick", "")
-    for schedule in found:
-        human.add_row(
-            schedule.actor,
-            schedule.queue,
-            schedule.schedule + (f" ({schedule.timezone})" if schedule.timezone else ""),
-            moment(schedule.last_tick),
-            moment(schedule.next_tick),
-            "orphan" if modules and schedule.orphan else "",
-        )
-    data = [dataclasses.asdict(schedule) for schedule in found]
-    if not modules:
-        for entry in data:
-            del entry["orphan"]  # only a program can tell
-    for broker in brokers:
-        broker.close()
-    if fleet.as_json and remove_orphans:
-        fleet.show({"removed": removed, "schedules": data}, "")
-        return
-    if removed:
-        fleet.console.print(f"removed: {', '.join(removed)}")
-    fleet.show(data, human if found else "There are no schedules.")
-
-
-COMMANDS += [abort, progress, schedules]
+COMMANDS += [send, abort, progress]

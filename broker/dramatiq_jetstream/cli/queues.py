@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import Any
 
 import click
-from rich.live import Live
 from rich.table import Table
 
-from .context import Fleet, age, pass_fleet, table
+from .context import Fleet, age, pass_fleet, show_rows, table
+from .names import QUEUE
 
 COMMANDS: list[click.Command] = []
 
@@ -40,19 +39,12 @@ def _table(stats: list[dict[str, Any]]) -> Table:
 @pass_fleet
 def queues(fleet: Fleet, watch: bool) -> None:
     """Show what is in every queue."""
-    stats = _snapshot(fleet)
-    if not watch or fleet.as_json:
-        empty = f"There are no queues in namespace {fleet.namespace!r}."
-        fleet.show(stats, _table(stats) if stats else empty)
-        return
-    with Live(_table(stats), console=fleet.console, refresh_per_second=4) as live:
-        while True:
-            time.sleep(1)
-            live.update(_table(_snapshot(fleet)))
+    empty = f"There are no queues in namespace {fleet.namespace!r}."
+    show_rows(fleet, lambda: _snapshot(fleet), _table, empty, watch=watch)
 
 
 @click.command()
-@click.argument("queue")
+@click.argument("queue", type=QUEUE)
 @pass_fleet
 def pause(fleet: Fleet, queue: str) -> None:
     """Stop delivery from QUEUE to the whole fleet."""
@@ -61,7 +53,7 @@ def pause(fleet: Fleet, queue: str) -> None:
 
 
 @click.command()
-@click.argument("queue")
+@click.argument("queue", type=QUEUE)
 @pass_fleet
 def resume(fleet: Fleet, queue: str) -> None:
     """Resume delivery from a paused QUEUE."""
@@ -70,7 +62,7 @@ def resume(fleet: Fleet, queue: str) -> None:
 
 
 @click.command()
-@click.argument("queue")
+@click.argument("queue", type=QUEUE)
 @click.option("--ready", is_flag=True, help="Drop ready and running messages.")
 @click.option("--delayed", is_flag=True, help="Drop delayed messages.")
 @click.option("--yes", is_flag=True, help="Do not ask.")

@@ -3,46 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable
-from typing import Any
 
 import click
-from rich.live import Live
 from rich.table import Table
 
-from dramatiq_jetstream.errors import NotFound, TopologyMissing
-from dramatiq_jetstream.workers import WorkerInfo, list_workers
-
-from .context import Fleet, age, pass_fleet, table
+from .context import Fleet, Rows, age, ago, pass_fleet, show_rows, table
 
 COMMANDS: list[click.Command] = []
-
-_Rows = list[dict[str, Any]]
-
-
-def _workers(fleet: Fleet) -> list[WorkerInfo]:
-    try:
-        return list_workers(fleet.broker)
-    except (NotFound, TopologyMissing):
-        return []  # no worker of this namespace was ever there
-
-
-def _show(
-    fleet: Fleet,
-    read: Callable[[], list[dict[str, Any]]],
-    human: Callable[[list[dict[str, Any]]], Table],
-    empty: str,
-    watch: bool,
-) -> None:
-    found = read()
-    if not watch or fleet.as_json:
-        fleet.show(found, human(found) if found else empty)
-        return
-    with Live(human(found), console=fleet.console, refresh_per_second=4) as live:
-        while True:
-            time.sleep(1)
-            live.update(human(read()))
 
 
 @click.command()
@@ -51,25 +18,28 @@ def _show(
 def workers(fleet: Fleet, watch: bool) -> None:
     """Show the worker processes that are alive."""
 
-    def human(found: _Rows) -> Table:
+    def human(found: Rows) -> Table:
         numbers = ("threads", "running", "done", "failed", "memory", "up")
-        shown = table("host", "pid", "queues", *numbers, right=("pid", *numbers))
+        shown = table("host", "pid", "version", "queues", *numbers, right=("pid", *numbers))
         for worker in found:
             shown.add_row(
                 worker["host"],
                 str(worker["pid"]),
+                worker["program_version"] or "-",
                 ", ".join(worker["queues"]),
                 str(worker["threads"]),
                 str(len(worker["running"])),
                 str(worker["done"]),
                 f"[red]{worker['failed']}[/red]" if worker["failed"] else "0",
                 f"{worker['rss'] / 1e6:.0f} MB",
-                age(_since(worker["since"])),
+                age(ago(worker["since"])),
             )
         return shown
 
-    empty = f"No worker of namespace {fleet.namespace!r} is alive."
-    _show(fleet, lambda: [dataclasses.asdict(worker) for worker in _workers(fleet)], human, empty, watch)
+    def read() -> Rows:
+        return [dataclasses.asdict(worker) for worker in fleet.workers()]
+
+    show_rows(fleet, read, human, f"No worker of namespace {fleet.namespace!r} is alive.", watch=watch)
 
 
 @click.command()
@@ -78,35 +48,39 @@ def workers(fleet: Fleet, watch: bool) -> None:
 def running(fleet: Fleet, watch: bool) -> None:
     """Show the running messages, the oldest first."""
 
-    def read() -> _Rows:
+    def read() -> Rows:
         found = [
             {**dataclasses.asdict(message), "host": worker.host, "pid": worker.pid, "worker": worker.id}
-            for worker in _workers(fleet)
+            for worker in fleet.workers()
             for message in worker.running
         ]
         return sorted(found, key=lambda message: message["since"])
 
-    def human(found: _Rows) -> Table:
-        shown = table(
-            "message", "actor", "queue", "attempt", "for", "worker", "arguments", right=("attempt", "for")
-        )
+    def human(found: Rows) -> Table:
+        numbers = ("attempt", "delivery", "for")
+        shown = table("message", "actor", "queue", *numbers, "progress", "worker", "arguments", right=numbers)
         for message in found:
             shown.add_row(
                 message["message_id"],
                 message["actor"],
                 message["queue"],
                 str(message["attempt"]),
-                age(_since(message["since"])),
+                f"[yellow]{message['deliveries']}[/yellow]" if message["deliveries"] > 1 else "1",
+                age(ago(message["since"])),
+                _progress(message["progress"]),
                 f"{message['host']}:{message['pid']}",
                 message["arguments"],
             )
         return shown
 
-    _show(fleet, read, human, f"Nothing is running in namespace {fleet.namespace!r}.", watch)
+    show_rows(fleet, read, human, f"Nothing is running in namespace {fleet.namespace!r}.", watch=watch)
 
 
-def _since(milliseconds: int) -> int:
-    return max(0, int(time.time() * 1000) - milliseconds)
+def _progress(said: dict[str, float | str | None] | None) -> str:
+    if said is None:
+        return "-"
+    of = "" if said["total"] is None else f"/{said['total']:g}"
+    return f"{said['done']:g}{of} {said['note']}".rstrip()
 
 
 COMMANDS += [workers, running]
