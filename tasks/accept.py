@@ -94,6 +94,11 @@ class Acceptance:
         finally:
             self._requests.finished(claim)
 
+    def was_placed(self, idempotency_key: str) -> bool:
+        """Whether a request with this key has placed an order."""
+        order_id = self._requests.order_of(f"key:{idempotency_key}")
+        return order_id is not None and self._is_placed(order_id)
+
     def _place(self, order_id: str, wanted: Claim, request: OrderRequest, deadline: float) -> AcceptedOrder:
         claim, fresh = self._claims.claim(order_id, wanted)
         if claim.digest != wanted.digest:

@@ -70,7 +70,7 @@ class Requests:
           IdempotencyConflict: When the key came before with a request of another digest.
           IdempotencyInProgress: When such a request is still running.
         """
-        key = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+        key = _hashed(key)
         with self._lock:
             if key in self._running:
                 raise IdempotencyInProgress("a request with the same key is being worked on")
@@ -108,9 +108,18 @@ class Requests:
                 raise IdempotencyInProgress("a request with the same key is being worked on") from None
             return Claim(key, record.order_id, record.created_at)
 
+    def order_of(self, key: str) -> str | None:
+        """Return the id of the order that a key stands for, None when it was not used."""
+        entry = self._bucket.get(_hashed(key))
+        return None if entry is None else _decode(entry.value).order_id
+
     def finished(self, claim: Claim) -> None:
         """End this process's work on a claim, however it went."""
         self._running.discard(claim.key)
+
+
+def _hashed(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _encode(record: _Record) -> bytes:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
+#: Every status that an order can have.
+STATUSES = ("accepted", "reserved", "paid", "confirmed", "rejected", "cancelled", "failed")
+
 #: The statuses from which an order does not move on. A failed order moves on when its dead letter is
 #: replayed, or an operator cancels it.
 FINAL_STATUSES = frozenset({"confirmed", "rejected", "cancelled"})
@@ -109,6 +112,35 @@ class AcceptedOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which orders a list is to have; None is any.
+
+    `since` and `until` are milliseconds since 1970, the first is meant and the second is not; `text` is a part of the
+    order's or the customer's id.
+    """
+
+    customer_id: str | None = None
+    status: str | None = None
+    since: int | None = None
+    until: int | None = None
+    sku: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many orders have each status; `complete` says that no older ones were left out."""
+
+    by_status: Mapping[str, int]
+    complete: bool
+
+    @property
+    def total(self) -> int:
+        """How many orders were counted."""
+        return sum(self.by_status.values())
+
+
+@dataclass(frozen=True, slots=True)
 class Page:
     """Orders, newest first; `next` is the cursor of the page after it, None on the last page."""
 
@@ -125,6 +157,7 @@ class Product:
     unit_price: int
     currency: str
     stock: int
+    category: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,13 @@ from orders.v1.events_pb2 import OrderCreated
 
 from . import rules
 from .events import usable_order_id
-from .model import MAX_ID_LENGTH, Flaw, InvalidOrder, OrderRequest, RequestedItem
+from .model import MAX_ID_LENGTH, MAX_ITEMS, Flaw, InvalidOrder, OrderRequest, RequestedItem
 from .text import normalised
 
 MAX_BODY_BYTES = 1_000_000
 
-#: How many flaws of one request are named.
-MAX_FLAWS = 20
+#: How many flaws of one request are named: all that one with MAX_ITEMS items can have.
+MAX_FLAWS = 3 * MAX_ITEMS + 20
 
 
 def parse_order_json(body: bytes, customer_id: str | None = None) -> OrderRequest:
@@ -96,8 +96,7 @@ def parse_order_protobuf(body: bytes, customer_id: str | None = None) -> OrderRe
     token = event.payment_token or None
     flaws.add_broken(rules.broken_by_token(token))
     flaws.add_broken(rules.broken_by_pieces(items))
-    if not flaws:
-        flaws.add_broken(rules.broken_by_prices(event, needs_total=False))
+    flaws.add_broken(rules.broken_by_prices(event, needs_total=False))
     flaws.check()
     return OrderRequest(_name(customer), items, token, event.order_id or None)
 
@@ -107,9 +106,6 @@ class _Flaws:
 
     def __init__(self) -> None:
         self._found: list[Flaw] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._found)
 
     def add(self, field: str, problem: str) -> None:
         if len(self._found) < MAX_FLAWS:

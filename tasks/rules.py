@@ -96,16 +96,26 @@ def broken_by_token(value: object) -> Iterator[BrokenRule]:
 
 
 def broken_by_prices(event: OrderCreated, *, needs_total: bool) -> Iterator[BrokenRule]:
-    """What is stated of prices and totals is what the catalogue says. The items are those of the rules above.
+    """What is stated of prices and totals is what the catalogue says, as far as it can tell the items' prices.
 
     Parameters:
       needs_total: Whether `total_amount` must be stated; 0 then counts as a statement.
     """
-    for position, item in enumerate(event.items):
-        price = CATALOGUE[item.sku].unit_price
+    for position, item in enumerate(event.items[:MAX_ITEMS]):
+        price = CATALOGUE[item.sku].unit_price if item.sku in CATALOGUE else item.unit_price_minor
         if item.unit_price_minor not in (0, price):
             problem = f"is not the catalogue's price: {_amount(price)}, not {_amount(item.unit_price_minor)}."
             yield BrokenRule(f"items[{position}].unit_price_minor", problem, "TOTAL_MISMATCH")
+    can_be_added = 1 <= len(event.items) <= MAX_ITEMS and all(
+        item.sku in CATALOGUE and is_quantity(item.quantity) for item in event.items
+    )
+    if can_be_added:
+        yield from _broken_by_totals(event, needs_total)
+    if event.currency not in ("", CURRENCY):
+        yield BrokenRule("currency", f"must be {CURRENCY} or left out, not {_quoted(event.currency)}.")
+
+
+def _broken_by_totals(event: OrderCreated, needs_total: bool) -> Iterator[BrokenRule]:
     total = total_of(priced(quantities_of(event.items)))
     if needs_total or event.total_amount != 0:
         stated = money.from_float(event.total_amount, CURRENCY)
@@ -117,8 +127,6 @@ def broken_by_prices(event: OrderCreated, *, needs_total: bool) -> Iterator[Brok
             yield _wrong_total("total_amount", total, stated)
     if event.total_minor not in (0, total):
         yield _wrong_total("total_minor", total, event.total_minor)
-    if event.currency not in ("", CURRENCY):
-        yield BrokenRule("currency", f"must be {CURRENCY} or left out, not {_quoted(event.currency)}.")
 
 
 def quantities_of(items: Iterable[Item]) -> dict[str, int]:

@@ -19,12 +19,14 @@ from . import app
 from .accept import Acceptance
 from .catalogue import CATALOGUE, CURRENCY
 from .idempotency import Requests
-from .listing import OrderList
+from .listing import ANY, OrderList
 from .model import (
     FINAL_STATUSES,
     MAX_ITEMS,
     MAX_QUANTITY,
+    STATUSES,
     AcceptedOrder,
+    Counts,
     HistoryEntry,
     IdempotencyConflict,
     IdempotencyInProgress,
@@ -37,15 +39,19 @@ from .model import (
     Page,
     Product,
     RequestedItem,
+    Wanted,
 )
 from .numbers import whole_number
 from .parsing import parse_order_json, parse_order_protobuf
 
 __all__ = [
+    "ANY",
     "FINAL_STATUSES",
     "MAX_ITEMS",
     "MAX_QUANTITY",
+    "STATUSES",
     "AcceptedOrder",
+    "Counts",
     "HistoryEntry",
     "IdempotencyConflict",
     "IdempotencyInProgress",
@@ -58,9 +64,12 @@ __all__ = [
     "Page",
     "Product",
     "RequestedItem",
+    "Wanted",
     "accept_order",
+    "count_orders",
     "get_order",
     "health",
+    "is_cursor",
     "list_orders",
     "nats_connected",
     "parse_order_json",
@@ -68,6 +77,7 @@ __all__ = [
     "products",
     "wait_for_change",
     "waits_for_payment",
+    "was_placed",
     "watch_order",
 ]
 
@@ -116,25 +126,44 @@ def accept_order(request: OrderRequest, idempotency_key: str | None = None) -> A
     return _acceptance().accept(request, idempotency_key)
 
 
+def was_placed(idempotency_key: str) -> bool:
+    """Whether a request with this key has placed an order."""
+    return _acceptance().was_placed(idempotency_key)
+
+
 def get_order(order_id: str) -> Order | None:
     """Return the order, None when there is none. One that was accepted is always found."""
     return app.orders_store().get(order_id)
 
 
-def list_orders(limit: int = 20, before: str | None = None, *, customer_id: str | None = None) -> Page:
+def list_orders(limit: int = 20, before: str | None = None, wanted: Wanted = ANY) -> Page:
     """Return a page of orders, newest first.
 
     Parameters:
       before: The cursor `next` of the page before.
-      customer_id: Only this customer's orders; a page of them may be short, or empty, and have a next one.
+      wanted: Only these; a page of them may be short, or empty, and have a next one.
 
     Raises:
       InvalidCursor: When it is not one.
     """
-    place = None if before is None else whole_number(before, 0, 2**63 - 1)
+    place = None if before is None else _place(before)
     if before is not None and place is None:
         raise InvalidCursor("the cursor was not made by this service")
-    return _list().page(limit, place, customer_id=customer_id)
+    return _list().page(limit, place, wanted)
+
+
+def is_cursor(text: str) -> bool:
+    """Whether a text can be the cursor of a page."""
+    return _place(text) is not None
+
+
+def _place(cursor: str) -> int | None:
+    return whole_number(cursor, 0, 2**63 - 1)
+
+
+def count_orders(wanted: Wanted = ANY) -> Counts:
+    """Return how many of the newest orders that are wanted have each status; a status that is wanted is ignored."""
+    return _list().counts(wanted)
 
 
 def waits_for_payment(order: Order) -> bool:
@@ -146,7 +175,7 @@ def products() -> list[Product]:
     """Return the catalogue with what is in stock now."""
     levels = app.stock_store().available()
     return [
-        Product(entry.sku, entry.name, entry.unit_price, CURRENCY, levels[entry.sku])
+        Product(entry.sku, entry.name, entry.unit_price, CURRENCY, levels[entry.sku], entry.category)
         for entry in CATALOGUE.values()
     ]
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
+from babel import Locale, UnknownLocaleError
 from cryptography.fernet import Fernet
 
 from .numbers import whole_number
@@ -45,6 +46,7 @@ class Settings:
       secret_keys: SECRET_KEY, which signs the sessions of people; after a comma older ones, which still count.
       session_lifetime: SESSION_LIFETIME, after which people sign in again.
       public_url: PUBLIC_URL, the address of the front end as browsers see it.
+      locale: LOCALE, how the pages write numbers, dates and money, such as en_GB or de_DE.
       proxies: PROXIES, how many proxies stand before the front end and add to X-Forwarded-For.
       rate_limit: RATE_LIMIT, requests a minute of each customer and each person, in each process.
       program_rate_limit: PROGRAM_RATE_LIMIT, the same of a program that acts for all customers.
@@ -86,6 +88,7 @@ class Settings:
     secret_keys: tuple[str, ...] = field(default=(), repr=False)
     session_lifetime: int = 8 * 3_600_000
     public_url: str | None = None
+    locale: str = "en_GB"
     proxies: int = 0
     rate_limit: int = 300
     program_rate_limit: int = 60_000
@@ -136,6 +139,7 @@ class Settings:
             secret_keys=read.secrets("SECRET_KEY"),
             session_lifetime=read.whole("SESSION_LIFETIME", cls.session_lifetime, 60_000, 30 * 86_400_000),
             public_url=(read.https("PUBLIC_URL") or "").rstrip("/") or None,
+            locale=read.locale("LOCALE", cls.locale),
             proxies=read.whole("PROXIES", cls.proxies, 0, 10),
             rate_limit=read.whole("RATE_LIMIT", cls.rate_limit, 1, 1_000_000),
             program_rate_limit=read.whole("PROGRAM_RATE_LIMIT", cls.program_rate_limit, 1, 10_000_000),
@@ -248,6 +252,13 @@ class _Reader:
         if value not in choices:
             raise InvalidSetting(f"{name} must be {' or '.join(choices)}, not {value!r}.")
         return value
+
+    def locale(self, name: str, default: str) -> str:
+        value = (self.text(name) or default).replace("-", "_")
+        try:
+            return str(Locale.parse(value))
+        except (UnknownLocaleError, ValueError):
+            raise InvalidSetting(f"{name} must be a locale such as en_GB or de_DE, not {value!r}.") from None
 
     def servers(self, name: str, default: str) -> str:
         value = self.text(name) or default

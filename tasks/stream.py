@@ -56,6 +56,11 @@ class EventStream:
         newest = self._stream.last(_CREATED)
         return 0 if newest is None else newest.sequence
 
+    def place_at(self, time: int) -> int | None:
+        """Return the place of the first event that created an order at a time (milliseconds) or later, or None."""
+        found = self._stream.since(time, _CREATED)
+        return None if found is None else found.sequence
+
     def created(self, start: int, end: int) -> Iterator[tuple[int, OrderCreated]]:
         """Yield the events that create orders with their places, from `start` up to and without `end`."""
         for stored in self._stream.read(_CREATED, start=start, page=max(1, min(end - start, _PAGE))):

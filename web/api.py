@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NoReturn
 from urllib.parse import quote, urlencode
 
@@ -10,16 +11,16 @@ from flask import Blueprint, Response, current_app, jsonify, request
 
 from tasks import logs, service
 from tasks.events import usable_order_id
-from tasks.numbers import whole_number
-from tasks.service import AcceptedOrder, InvalidCursor, InvalidOrder, Order, OrderRequest
+from tasks.model import Flaw
+from tasks.service import ANY, AcceptedOrder, InvalidOrder, Order, OrderRequest, Page, Wanted
 from web.access import caller, needs
-from web.problems import Problem
+from web.problems import Problem, of_flaws
+from web.queries import read_query
 from web.representation import order_json, page_json, product_json
 
 blueprint = Blueprint("api", __name__)
 
-DEFAULT_LIMIT = 20
-MAX_LIMIT = 100
+_FILTERS = ("customer", "status", "since", "until", "sku")
 _PARSERS: dict[str, Callable[[bytes, str | None], OrderRequest]] = {
     "application/json": service.parse_order_json,
     "application/x-protobuf": service.parse_order_protobuf,
@@ -31,7 +32,7 @@ _PARSERS: dict[str, Callable[[bytes, str | None], OrderRequest]] = {
 @needs("order")
 def place_order() -> Response:
     """Store the order in JetStream, then answer 202."""
-    key = _idempotency_key()
+    key, flaw = _read_key()
     coding = request.headers.get("Content-Encoding", "identity")
     if coding.lower() != "identity":
         raise Problem(
@@ -49,9 +50,11 @@ def place_order() -> Response:
         )
     try:
         order_request = parse(request.get_data(), caller().customer_id)
+        if flaw is not None:
+            raise of_flaws("malformed-request", [flaw])
         accepted = accept(order_request, key)
     except InvalidOrder as error:
-        refuse(error)
+        refuse(error, *([] if flaw is None else [flaw]))
     headers = {"Location": f"/api/orders/{quote(accepted.order.order_id, safe='')}"}
     if accepted.repeated:
         headers["Idempotency-Replayed"] = "true"
@@ -63,19 +66,22 @@ def place_order() -> Response:
 @needs("order", "read")
 def show_order(order_id: str) -> Response:
     """Answer the order's status, items, total and history."""
-    return jsonify(order_json(find_order(order_id)))
+    return jsonify(order_json(find_order(order_id), causes=caller().sees_causes))
 
 
 @blueprint.get("/api/orders")
 @needs("order", "read")
 def list_orders() -> Response:
     """Answer one page of the orders that the caller may see, newest first."""
-    limit = _limit()
-    page = find_page(limit, request.args.get("before") or None)
-    response = jsonify(page_json(page))
+    query = read_query(request.args)
+    if query.flaws:
+        raise of_flaws("malformed-request", query.flaws)
+    page = find_page(query.limit, query.before, query.wanted)
+    response = jsonify(page_json(page, causes=caller().sees_causes))
     if page.next is not None:
-        query = urlencode({"limit": limit, "before": page.next})
-        response.headers["Link"] = f'</api/orders?{query}>; rel="next"'
+        asked = {name: text for name in _FILTERS if (text := request.args.get(name))}
+        following = urlencode({**asked, "limit": query.limit, "before": page.next})
+        response.headers["Link"] = f'</api/orders?{following}>; rel="next"'
     return response
 
 
@@ -92,8 +98,7 @@ def accept(order_request: OrderRequest, key: str | None) -> AcceptedOrder:
     if not who.may_order_for(order_request.customer_id):
         raise Problem("forbidden", f"You can order for customer {who.customer_id!r} alone.")
     try:
-        # Two callers may use the same key and mean nothing by it.
-        accepted = service.accept_order(order_request, None if key is None else f"{who.space}/{key}")
+        accepted = service.accept_order(order_request, None if key is None else idempotency_key(key))
     except service.IdempotencyConflict as error:
         text = str(error)
         raise Problem("idempotency-key-reused", f"{text[:1].upper()}{text[1:]}.") from None
@@ -111,15 +116,15 @@ def accept(order_request: OrderRequest, key: str | None) -> AcceptedOrder:
     return accepted
 
 
-def refuse(error: InvalidOrder) -> NoReturn:
-    """Raise the problem of an order that cannot be read, or can be and is wrong."""
-    if error.field in ("", "body"):
-        raise Problem("malformed-request", f"The body {error.problem}") from None
-    raise Problem(
-        "invalid-order",
-        " ".join(f"{flaw.field} {flaw.problem}" for flaw in error.flaws),
-        errors=[{"field": flaw.field, "problem": flaw.problem} for flaw in error.flaws],
-    ) from None
+def idempotency_key(key: str) -> str:
+    """Return a caller's key as it is kept: two callers may use the same one and mean nothing by it."""
+    return f"{caller().space}/{key}"
+
+
+def refuse(error: InvalidOrder, *others: Flaw) -> NoReturn:
+    """Raise the problem of an order that cannot be read, or can be and is wrong, with what else is wrong."""
+    slug = "malformed-request" if error.field == "body" else "invalid-order"
+    raise of_flaws(slug, [*error.flaws, *others]) from None
 
 
 def find_order(order_id: str) -> Order:
@@ -136,33 +141,29 @@ def find_order(order_id: str) -> Order:
     return order
 
 
-def find_page(limit: int, before: str | None) -> service.Page:
-    """Return a page of the orders that the caller may see; `before` is the cursor of the page before."""
+def find_page(limit: int, before: str | None, wanted: Wanted = ANY) -> Page:
+    """Return a page of the orders that are wanted and that the caller may see; `before` is an earlier page's cursor."""
+    return service.list_orders(limit, before, visible(wanted))
+
+
+def visible(wanted: Wanted) -> Wanted:
+    """Return what the caller may see of what is wanted."""
     who = caller()
-    if who.customer_id is None and not who.may("read"):
-        raise Problem("forbidden", "A list of all orders needs the scope read.")
-    try:
-        return service.list_orders(limit, before, customer_id=who.customer_id)
-    except InvalidCursor:
-        raise Problem(
-            "malformed-request", "before must be the next cursor of an earlier page, as it was given."
-        ) from None
+    if who.customer_id is None:
+        if not who.may("read"):
+            raise Problem("forbidden", "A list of all orders needs the scope read.")
+        return wanted
+    if wanted.customer_id not in (None, who.customer_id):
+        # As for a single order: others' orders are not there.
+        return replace(wanted, customer_id=who.customer_id, until=0)
+    return replace(wanted, customer_id=who.customer_id)
 
 
-def _limit() -> int:
-    limit = whole_number(request.args.get("limit", str(DEFAULT_LIMIT)), 1, MAX_LIMIT)
-    if limit is None:
-        raise Problem("malformed-request", f"limit must be a whole number from 1 to {MAX_LIMIT}.")
-    return limit
-
-
-def _idempotency_key() -> str | None:
+def _read_key() -> tuple[str | None, Flaw | None]:
     given = request.headers.get("Idempotency-Key")
     if given is None:
-        return None
+        return None, None
     key = given.strip()
     if not 1 <= len(key) <= 255 or not key.isascii() or not key.isprintable():
-        raise Problem(
-            "malformed-request", "Idempotency-Key must be one value of 1 to 255 printable ASCII characters."
-        )
-    return key
+        return None, Flaw("Idempotency-Key", "must be one value of 1 to 255 printable ASCII characters.")
+    return key, None

@@ -12,7 +12,22 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from dramatiq_jetstream.errors import MessageTooLarge
 from tasks import broker, logs, telemetry
 from tasks.settings import Settings, front_end_settings
-from web import access, admission, api, fleet, health, keys_page, observed, openapi, pages, security, sign_in
+from web import (
+    access,
+    admission,
+    api,
+    fleet,
+    health,
+    keys_page,
+    observed,
+    openapi,
+    order_form,
+    order_list,
+    pages,
+    rendering,
+    security,
+    sign_in,
+)
 from web.live import Streams
 from web.problems import Problem, from_status, unavailable
 from web.rates import Rates
@@ -44,11 +59,14 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     app.extensions["streams"] = Streams(max(1, app_settings.web_threads // 2), app_settings.stream_duration)
 
     app.register_blueprint(api.blueprint)
+    app.register_blueprint(order_form.blueprint)
+    app.register_blueprint(order_list.blueprint)
     app.register_blueprint(pages.blueprint)
     app.register_blueprint(health.blueprint)
     app.register_blueprint(openapi.blueprint)
     app.register_blueprint(sign_in.blueprint)
     app.register_blueprint(keys_page.blueprint)
+    rendering.install(app)
     sign_in.configure(app, app_settings)
     security.protect(app)
     fleet.mount(app)
@@ -90,7 +108,7 @@ def _answer(problem: Problem) -> Response:
         return problem.response()
     if problem.kind.slug == "unauthenticated" and _is_navigation():
         return sign_in.invite()
-    return pages.error_page(problem)
+    return rendering.error_page(problem)
 
 
 def _store_failed(error: BrokerError) -> Response:

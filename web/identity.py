@@ -67,6 +67,11 @@ class Caller:
         """Whether the order is one that this caller may know of."""
         return self.may("read") if self.customer_id is None else order.customer_id == self.customer_id
 
+    @property
+    def sees_causes(self) -> bool:
+        """Whether the caller is told of what a step failed technically; a customer is told what that means for them."""
+        return self.customer_id is None
+
     def may_order_for(self, customer_id: str) -> bool:
         """Whether the caller may place orders for this customer."""
         return self.may("order") and self.customer_id in (None, customer_id)

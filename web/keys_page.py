@@ -13,7 +13,7 @@ from tasks import app
 from tasks.credentials import SCOPES, InvalidCredential
 from tasks.numbers import whole_number
 from web.access import caller, needs
-from web.pages import when
+from web.formats import formats
 from web.problems import Problem
 from web.representation import timestamp
 
@@ -73,7 +73,7 @@ def revoke_key(key_id: str) -> Response:
 def _moment(at: int) -> Markup:
     """Return a time in milliseconds as a page shows it; its script turns it into the reader's own zone."""
     moment = datetime.fromtimestamp(at / 1000, UTC)
-    return Markup('<time datetime="{}">{}</time>').format(timestamp(moment), when(moment))
+    return Markup('<time datetime="{}">{}</time>').format(timestamp(moment), formats().moment(moment))
 
 
 def _page(*, status: int = 200, **context: str) -> Response:

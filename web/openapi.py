@@ -7,10 +7,10 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify
 
-from tasks.model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TOKEN_LENGTH
+from tasks.model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TOKEN_LENGTH, STATUSES
 from web.access import anyone
-from web.api import DEFAULT_LIMIT, MAX_LIMIT
 from web.problems import KINDS, MEDIA_TYPE
+from web.queries import DEFAULT_LIMIT, MAX_LIMIT
 
 blueprint = Blueprint("openapi", __name__)
 
@@ -160,22 +160,29 @@ def _list_orders() -> dict[str, Any]:
                 "in": "query",
                 "schema": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
             },
-            {
-                "name": "before",
-                "in": "query",
-                "description": "The next of the page before.",
-                "schema": {"type": "string"},
-            },
+            _filter("before", "The next of the page before."),
+            _filter("customer", "Only this customer's orders; a customer gets only their own anyway."),
+            {**_filter("status", "Only orders with this status."), "schema": {"enum": list(STATUSES)}},
+            _filter("since", "Placed at this time or later (RFC 3339), or on this day (in UTC) or later."),
+            _filter("until", "Placed before this time, or on this day (in UTC) or earlier."),
+            _filter("sku", "Only orders with this product."),
         ],
         "responses": {
             "200": {
-                "description": "One page. The Link header and next lead to the page after it.",
+                "description": (
+                    "One page. The Link header and next lead to the page after it; a page of chosen orders may have "
+                    "fewer than limit, or none, and still have a next one."
+                ),
                 "headers": {"Link": {"$ref": "#/components/headers/Link"}},
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/OrderPage"}}},
             },
             **_problems(400, 401, 403, 429, 503),
         },
     }
+
+
+def _filter(name: str, description: str) -> dict[str, Any]:
+    return {"name": name, "in": "query", "description": description, "schema": {"type": "string"}}
 
 
 def _show_order() -> dict[str, Any]:
@@ -307,9 +314,7 @@ _SCHEMAS: dict[str, Any] = {
         ],
         "properties": {
             "order_id": {"type": "string"},
-            "status": {
-                "enum": ["accepted", "reserved", "paid", "confirmed", "rejected", "cancelled", "failed"]
-            },
+            "status": {"enum": list(STATUSES)},
             "customer_id": {"type": "string"},
             "items": {
                 "type": "array",
@@ -361,6 +366,7 @@ _SCHEMAS: dict[str, Any] = {
         "properties": {
             "sku": {"type": "string"},
             "name": {"type": "string"},
+            "category": {"type": "string"},
             "unit_price": _AMOUNT,
             "unit_price_minor": _MINOR,
             "currency": _CURRENCY,

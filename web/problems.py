@@ -13,6 +13,8 @@ from typing import Any
 
 from flask import Response
 
+from tasks.model import Flaw
+
 MEDIA_TYPE = "application/problem+json"
 
 
@@ -29,7 +31,7 @@ class Kind:
 KINDS: dict[str, Kind] = {
     kind.slug: kind
     for kind in (
-        Kind("malformed-request", 400, "The request cannot be read", "Correct what detail names."),
+        Kind("malformed-request", 400, "The request cannot be read", "Correct what detail and errors name."),
         Kind(
             "unauthenticated",
             401,
@@ -126,6 +128,19 @@ class Problem(Exception):
             content_type=MEDIA_TYPE,
             headers=self.headers,
         )
+
+
+#: How many of several flaws the detail of a problem names; all are in its errors.
+_NAMED = 3
+
+
+def of_flaws(slug: str, flaws: Sequence[Flaw]) -> Problem:
+    """Return the problem of a request with everything that is wrong with it."""
+    sentences = [f"{flaw.field} {flaw.problem}" for flaw in flaws[:_NAMED]]
+    if len(flaws) > _NAMED:
+        sentences.append(f"{len(flaws) - _NAMED} more are in errors.")
+    errors = [{"field": flaw.field, "problem": flaw.problem} for flaw in flaws]
+    return Problem(slug, " ".join(sentences), errors=errors)
 
 
 def from_status(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Problem:

@@ -29,6 +29,7 @@ MODULES = {
     "tests/instrumentation/test_interruptions.py",
     "tests/instrumentation/test_sampling.py",
     "tests/instrumentation/test_strikes.py",
+    "tests/tasks/test_listing.py",
     "tests/tasks/test_logs.py",
     "tests/tasks/test_outdated_reads.py",
     "tests/tasks/test_parsing.py",

@@ -113,7 +113,7 @@ def test_a_customer_sees_its_own_orders_alone(closed: Closed) -> None:
         foreign, none = (closed.get("bob", path.format(one)) for one in (order_id, missing))
         assert foreign.status_code == none.status_code == 404
         assert foreign.text.replace(order_id, "") == none.text.replace(missing, "")
-    for path in ("/api/orders?limit=100", "/orders", "/orders/recent", "/"):
+    for path in ("/api/orders?limit=100", "/orders", "/recent-orders", "/"):
         assert order_id in closed.get("alice", path).text, path
         assert order_id not in closed.get("bob", path).text, path
         if path != "/":

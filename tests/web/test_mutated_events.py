@@ -131,7 +131,15 @@ def look(stack: Stack, path: str, size: int, *, expected: tuple[int, ...] = (200
 
 def check_pages(stack: Stack, order_ids: list[str]) -> None:
     """Look at everything that shows orders."""
-    for path in ("/api/orders?limit=100", "/api/orders", "/orders", "/", "/orders/recent", "/api/products"):
+    for path in (
+        "/api/orders?limit=100",
+        "/api/orders",
+        "/orders",
+        "/",
+        "/recent-orders",
+        "/orders?status=rejected&sku=MUG-01&q=a",
+        "/api/products",
+    ):
         look(stack, path, LIST_SIZE)
     for order_id in order_ids:
         answer = look(stack, f"/api/orders/{order_id}", ORDER_SIZE, expected=(200, 404))

@@ -1,13 +1,25 @@
-// Adds to the form what HTML alone cannot do: plus and minus buttons, the running total, fresh recent orders.
+// Adds to the form what HTML alone cannot do: plus and minus buttons, the running total, warnings about stock, another
+// part of the catalogue without a new page, fresh recent orders.
 "use strict";
 
 const form = document.getElementById("order-form");
-const quantities = [...form.querySelectorAll(".stepper input")];
+const catalogue = document.getElementById("catalogue");
 const place = document.getElementById("place");
+const search = document.getElementById("search");
+const locale = document.documentElement.dataset.locale;
+const TYPING = 250;
 
 function money(minor, currency) {
-  const format = new Intl.NumberFormat("en", { style: "currency", currency });
+  const format = new Intl.NumberFormat(locale, { style: "currency", currency });
   return format.format(minor / 10 ** format.resolvedOptions().maximumFractionDigits);
+}
+
+function number(value) {
+  return new Intl.NumberFormat(locale).format(value);
+}
+
+function quantities() {
+  return [...catalogue.querySelectorAll("input[data-price]")];
 }
 
 function quantityOf(input) {
@@ -15,35 +27,53 @@ function quantityOf(input) {
   return Number.isInteger(quantity) && quantity > 0 ? quantity : 0;
 }
 
+function lineOf(text, amount) {
+  const line = document.createElement("p");
+  for (const part of [text, amount]) {
+    const span = document.createElement("span");
+    span.textContent = part;
+    line.append(span);
+  }
+  return line;
+}
+
+function warn(input, quantity) {
+  const stock = Number(input.dataset.stock);
+  const warning = input.closest(".product")?.querySelector(".warning");
+  if (!warning) return;
+  const short = quantity > stock;
+  const described = new Set((input.getAttribute("aria-describedby") ?? "").split(" ").filter(Boolean));
+  if (short) described.add(warning.id);
+  else described.delete(warning.id);
+  input.setAttribute("aria-describedby", [...described].join(" "));
+  warning.hidden = !short;
+  warning.textContent = short ? `${number(quantity)} chosen, ${stock ? number(stock) : "none"} left` : "";
+}
+
 function showTotal() {
   const lines = document.getElementById("lines");
-  lines.replaceChildren();
+  const shown = [];
   let total = 0;
-  let currency = "EUR";
-  for (const input of quantities) {
+  let currency = quantities()[0]?.dataset.currency;
+  for (const input of quantities()) {
     const quantity = quantityOf(input);
-    input.closest(".product").classList.toggle("chosen", quantity > 0);
+    input.closest(".product")?.classList.toggle("chosen", quantity > 0);
+    warn(input, quantity);
     if (quantity === 0) continue;
     const sum = quantity * Number(input.dataset.price);
     total += sum;
     currency = input.dataset.currency;
-    const line = document.createElement("p");
-    const name = document.createElement("span");
-    name.textContent = `${quantity} × ${input.dataset.name}`;
-    const amount = document.createElement("span");
-    amount.textContent = money(sum, currency);
-    line.append(name, amount);
-    lines.append(line);
+    shown.push(lineOf(`${number(quantity)} × ${input.dataset.name}`, money(sum, currency)));
   }
-  if (total === 0) {
+  if (shown.length === 0) {
     const nothing = document.createElement("p");
     nothing.className = "nothing";
     nothing.textContent = "Nothing chosen yet.";
-    lines.append(nothing);
+    shown.push(nothing);
   }
+  lines.replaceChildren(...shown);
   lines.hidden = false;
-  document.getElementById("total").hidden = false;
-  document.getElementById("total-amount").value = money(total, currency);
+  if (currency) document.getElementById("total-amount").value = money(total, currency);
 }
 
 function step(input, difference) {
@@ -64,16 +94,79 @@ function stepButton(input, difference, sign, text) {
   return button;
 }
 
-for (const input of quantities) {
-  input.before(stepButton(input, -1, "−", "One less of"));
-  input.after(stepButton(input, +1, "+", "One more of"));
-  input.addEventListener("input", showTotal);
-  input.addEventListener("focus", () => input.select());
+function addButtons() {
+  for (const input of catalogue.querySelectorAll(".stepper input")) {
+    input.before(stepButton(input, -1, "−", "One less of"));
+    input.after(stepButton(input, +1, "+", "One more of"));
+    input.addEventListener("focus", () => input.select());
+  }
+  showTotal();
 }
-showTotal();
+
+let asked = 0;
+
+// Shows another part of the catalogue; `button` is what was pressed for it, if anything was.
+async function turn(button) {
+  const mine = ++asked;
+  const data = new FormData(form);
+  if (button) data.set(button.name, button.value);
+  let html;
+  try {
+    const answer = await fetch("/catalogue", { method: "POST", body: new URLSearchParams(data) });
+    if (!answer.ok) throw new Error(`status ${answer.status}`);
+    html = await answer.text();
+  } catch {
+    // A page of its own says what is wrong.
+    if (button) {
+      button.dataset.plain = "yes";
+      form.requestSubmit(button);
+    }
+    return;
+  }
+  // What was typed since then would be lost, or a newer search is under way.
+  if (mine !== asked) return;
+  for (const [name, value] of new FormData(form)) {
+    if (name.startsWith("quantity-") && data.get(name) !== value) return turn(button);
+  }
+  catalogue.innerHTML = html;
+  addButtons();
+  document.getElementById("found").textContent = document.getElementById("shelf").dataset.found;
+  if (!button) return;
+  const again = [...catalogue.querySelectorAll("button[name]")].find((one) => one.name === button.name && one.value === button.value);
+  if (button.name === "show" && again) {
+    again.focus();
+  } else {
+    document.getElementById("products").focus({ preventScroll: true });
+    document.getElementById("products").scrollIntoView();
+  }
+}
+
+catalogue.addEventListener("input", showTotal);
+addButtons();
 document.getElementById("errors")?.focus();
 
+let typing = null;
+search?.addEventListener("input", () => {
+  clearTimeout(typing);
+  typing = setTimeout(() => turn(null), TYPING);
+});
+
+form.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || !event.target.matches("input")) return;
+  // Enter presses the first button of a form; here it does what the field is for.
+  event.preventDefault();
+  if (event.target === search) turn(null);
+  else form.requestSubmit(place);
+});
+
 form.addEventListener("submit", (event) => {
+  const button = event.submitter;
+  if (button?.hasAttribute("formaction")) {
+    if (button.dataset.plain) return;
+    event.preventDefault();
+    turn(button);
+    return;
+  }
   if (form.dataset.sent) {
     event.preventDefault();
     return;
@@ -98,7 +191,7 @@ async function refreshRecent() {
   // Not under the hands of someone who is using it.
   if (document.hidden || recent.contains(document.activeElement)) return;
   try {
-    const answer = await fetch("/orders/recent");
+    const answer = await fetch("/recent-orders");
     if (!answer.ok) return;
     recent.innerHTML = await answer.text();
     showLocalTimes(recent);

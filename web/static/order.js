@@ -33,8 +33,9 @@ function show(state) {
 }
 
 function trouble(is) {
-  connection.hidden = !is;
-  connection.textContent = is ? "The service does not answer right now. Your order is safe; trying again …" : "";
+  const text = is ? "The service does not answer right now. Your order is safe; trying again …" : "";
+  // Said once, not at every try.
+  if (connection.textContent !== text) connection.textContent = text;
 }
 
 function follow() {

@@ -1,0 +1,192 @@
+"""Says to people where an order stands, what happened to it, and why it ended as it did.
+
+A customer reads these words alone: products by their names, and no names of errors, fields or stock-keeping units. What
+a step failed of technically is in the API, the dead letter and the log, and on the page of an operator
+(`technical_cause`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from tasks.catalogue import CATALOGUE
+from tasks.service import HistoryEntry, Order, waits_for_payment
+from web.formats import formats
+
+STATUS_TEXT: Final = {
+    "accepted": "Accepted",
+    "reserved": "Stock reserved",
+    "paid": "Paid",
+    "confirmed": "Confirmed",
+    "rejected": "Rejected",
+    "cancelled": "Cancelled",
+    "failed": "Failed",
+}
+# What the page says about a status in one sentence; a rejected or failed order says its own reason as well.
+_SENTENCE: Final = {
+    "accepted": "Your order is stored. Its stock is being reserved.",
+    "reserved": "Everything you ordered is set aside. The payment is next.",
+    "paid": "The payment went through. The order is about to be confirmed.",
+    "confirmed": "The order is paid and complete.",
+    "rejected": "The order is over: nothing was charged and nothing is held for it.",
+    "cancelled": "The order is over: nothing is held for it, and what was charged is refunded.",
+    "failed": "A step did not succeed after many tries. The order is kept and can be carried on.",
+}
+_WAITING: Final = "Everything you ordered is set aside. It is waiting for the payment provider."
+# What the page says of a step that was given up.
+_FAILED: Final = defaultdict(
+    lambda: "The order could not be completed yet.",
+    reserve="Its items could not be reserved yet.",
+    pay="Its payment could not be completed yet.",
+    confirm="It is paid, and could not be confirmed yet.",
+    release="Its payment was declined, and its items could not be given back yet.",
+)
+_STEPS: Final = (
+    ("created", "Accepted"),
+    ("reserved", "Reserved"),
+    ("paid", "Paid"),
+    ("confirmed", "Confirmed"),
+)
+_EVENT_TEXT: Final = {
+    "created": "Order stored",
+    "reserved": "Stock reserved",
+    "paid": "Payment captured",
+    "declined": "Payment declined",
+    "confirmed": "Order confirmed",
+    "rejected": "Order rejected",
+    "cancelled": "Order cancelled",
+    "failed": "Order failed",
+}
+# How `tasks.stock` words it, for programs.
+_SHORT: Final = re.compile(r"(\d+) × (\S+) ordered, (\d+) in stock")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of the steps to a confirmed order; `state` is done, current, waiting or stopped."""
+
+    text: str
+    state: str
+
+
+@dataclass(frozen=True)
+class HistoryLine:
+    """One event of an order as the page shows it; `after` is the time since the order was placed."""
+
+    event: str
+    text: str
+    detail: str
+    at: datetime
+    after: str
+
+
+def status_sentence(order: Order) -> str:
+    """Return what the page says about where an order stands."""
+    return _WAITING if waits_for_payment(order) else _SENTENCE[order.status]
+
+
+def product_name(sku: str) -> str:
+    """Return what a product is called."""
+    product = CATALOGUE.get(sku)
+    return "Unknown product" if product is None else product.name
+
+
+def left(stock: int) -> str:
+    """Return how many pieces of a product there are, in words: 3 left."""
+    return f"{formats().number(stock)} left" if stock else "none left"
+
+
+def too_many(name: str, quantity: int, stock: int) -> str:
+    """Return that there is less of a product than was ordered: 2 × Enamel mug ordered, 1 left."""
+    return f"{formats().number(quantity)} × {name} ordered, {left(stock)}"
+
+
+def steps(order: Order) -> list[Step]:
+    """Return how far the order has come, for the bar at the top of its page."""
+    seen = {entry.event for entry in order.history}
+    done = 1 + max((n for n, (event, _) in enumerate(_STEPS) if event in seen), default=0)
+    stopped = order.status in ("rejected", "cancelled", "failed")
+    bar = [Step(text, "done") for _, text in _STEPS[:done]]
+    if stopped:
+        bar.append(Step(STATUS_TEXT[order.status], "stopped"))
+    else:
+        ahead = [Step(text, "waiting") for _, text in _STEPS[done:]]
+        if ahead:
+            ahead[0] = Step(ahead[0].text, "current")
+        bar.extend(ahead)
+    return bar
+
+
+def history(order: Order) -> list[HistoryLine]:
+    """Return the order's events, oldest first."""
+    start = order.history[0].at if order.history else None
+    return [
+        HistoryLine(
+            entry.event,
+            _EVENT_TEXT.get(entry.event, entry.event),
+            _detail(order, entry),
+            entry.at,
+            _duration((entry.at - start).total_seconds()) if start is not None and n else "",
+        )
+        for n, entry in enumerate(order.history)
+    ]
+
+
+def reason(order: Order) -> str | None:
+    """Return why the order was rejected, cancelled or failed, in words for the customer."""
+    if order.status == "failed":
+        failed = (entry for entry in order.history if entry.event == "failed")
+        return " ".join(dict.fromkeys(map(failure, failed)))
+    last = next((entry for entry in reversed(order.history) if entry.event == order.status), None)
+    return None if order.reason is None or last is None else _why(last)
+
+
+def failure(entry: HistoryEntry) -> str:
+    """Return what the failure of a step means for the customer."""
+    return _FAILED[entry.detail.get("step", "")]
+
+
+def technical_cause(order: Order) -> str | None:
+    """Return why the order was rejected or failed, in the words of the program that found it, for operators."""
+    return order.reason if order.status in ("rejected", "failed") else None
+
+
+def _detail(order: Order, entry: HistoryEntry) -> str:
+    """Return what an event adds to what the page says anyway."""
+    if entry.event == "paid":
+        return entry.detail.get("charge_id", "")
+    if entry.event == "failed":
+        text = failure(entry)
+    else:
+        text = _why(entry) if "reason" in entry.detail else ""
+    return "" if text == reason(order) else text
+
+
+def _why(entry: HistoryEntry) -> str:
+    """Return the reason of an event: products by their names, and nothing about the fields of programs."""
+    text = entry.detail.get("reason", "")
+    match entry.detail.get("code"):
+        case "out_of_stock":
+            short = _SHORT.fullmatch(text)
+            if short is None:
+                return "There is less in stock than was ordered."
+            return too_many(product_name(short[2]), int(short[1]), int(short[3]))
+        case "invalid" | "unknown_sku" | "total_mismatch":
+            return "The order could not be carried out as the program that placed it had written it."
+    return text[:1].upper() + text[1:]
+
+
+def _duration(seconds: float) -> str:
+    """Return a span for people: +340 ms, +2.1 s, +3 min."""
+    number = formats().number
+    if seconds < 1:
+        return f"+{number(max(0, round(seconds * 1000)))} ms"
+    if seconds < 90:
+        return f"+{number(round(seconds, 1))} s"
+    if seconds < 5_400:
+        return f"+{number(round(seconds / 60))} min"
+    return f"+{number(round(seconds / 3_600))} h"
