@@ -12,10 +12,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from dramatiq.errors import BrokerError
-
-from . import app
-from .credentials import SCOPES, ApiKey, InvalidCredential
+from . import app, command
+from .credentials import SCOPES, ApiKey
 from .events import isoformat
 
 _DAY_MS = 86_400_000
@@ -23,14 +21,7 @@ _DAY_MS = 86_400_000
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except InvalidCredential as error:
-        print(error, file=sys.stderr)
-    except BrokerError as error:
-        print(f"The keys cannot be read or changed: {error}", file=sys.stderr)
-    return 1
+    return command.run(_parser(), arguments, "The keys")
 
 
 def _add(options: argparse.Namespace) -> int:

@@ -10,23 +10,14 @@ import getpass
 import sys
 from collections.abc import Sequence
 
-from dramatiq.errors import BrokerError
-
-from . import app
+from . import app, command
 from .credentials import SCOPES, InvalidCredential
 from .events import isoformat
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except InvalidCredential as error:
-        print(error, file=sys.stderr)
-    except BrokerError as error:
-        print(f"The operators cannot be read or changed: {error}", file=sys.stderr)
-    return 1
+    return command.run(_parser(), arguments, "The operators")
 
 
 def _set(options: argparse.Namespace) -> int:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import nats
 from nats.js.api import DiscardPolicy
 
 from tests.chaos import network
+from tests.chaos.at_once import at_once
 from tests.chaos.fleet import ACK_WAIT, Fleet, pick, send
 
 Inject = Callable[[Fleet, random.Random], None]
@@ -155,27 +156,7 @@ def mixed(among: list[Fault], count: int = 4) -> Fault:
 
     def inject(fleet: Fleet, choice: random.Random) -> None:
         drawn = choice.sample(among, min(count, len(among)))
-        failures: list[BaseException] = []
-
-        def one(fault: Fault, after: float, seed: int) -> None:
-            time.sleep(after)
-            try:
-                fault.inject(fleet, random.Random(seed))
-            except Exception as error:  # noqa: BLE001 - raised by the thread that waits
-                failures.append(error)
-
-        threads = [
-            threading.Thread(
-                target=one, args=(fault, choice.uniform(0, 3), choice.randrange(2**32)), name=fault.name
-            )
-            for fault in drawn
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(120)
-        if failures:
-            raise failures[0]
+        at_once({fault.name: partial(fault.inject, fleet) for fault in drawn}, choice, 120)
 
     topologies = frozenset.intersection(*(fault.topologies for fault in among))
     return Fault("mixed", f"{count} of these at once", inject, topologies)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from nats.js.client import JetStreamContext
 from nats.js.errors import NotFoundError
 
+from tests.chaos.at_once import at_once
 from tests.chaos.fleet import pick, send
 from tests.chaos.library.books import connected
 from tests.chaos.library.checker import QUIET
@@ -364,27 +365,7 @@ def mixed(among: list[Fault], choice: random.Random, count: int = 3) -> Fault:
     drawn = choice.sample(among, min(count, len(among)))
 
     def inject(fleet: LibraryFleet, choice: random.Random) -> None:
-        failures: list[BaseException] = []
-
-        def one(fault: Fault, after: float, seed: int) -> None:
-            time.sleep(after)
-            try:
-                fault.inject(fleet, random.Random(seed))
-            except Exception as error:  # noqa: BLE001 - raised by the thread that waits
-                failures.append(error)
-
-        threads = [
-            threading.Thread(
-                target=one, args=(fault, choice.uniform(0, 3), choice.randrange(2**32)), name=fault.name
-            )
-            for fault in drawn
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(180)
-        if failures:
-            raise failures[0]
+        at_once({fault.name: partial(fault.inject, fleet) for fault in drawn}, choice, 180)
 
     return Fault(
         "mixed",
