@@ -22,7 +22,9 @@ from opentelemetry.sdk.trace.sampling import (
     ALWAYS_ON,
     DEFAULT_ON,
     ParentBased,
+    ParentBasedTraceIdRatio,
     Sampler,
+    SamplingResult,
     TraceIdRatioBased,
 )
 
@@ -33,6 +35,13 @@ TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 UNSAMPLED = f"00-{TRACE_ID}-{SPAN_ID}-00"
 
 Work = Callable[..., Recorded]
+
+
+class DeciderOfItsOwn(ParentBased):
+    """Describes itself as its base class does, and samples what it likes."""
+
+    def should_sample(self, *args: Any, **kwargs: Any) -> SamplingResult:
+        return ALWAYS_ON.should_sample(*args, **kwargs)
 
 
 @pytest.fixture
@@ -107,6 +116,8 @@ def test_a_sampler_that_wants_it_gets_it(
     [
         (DEFAULT_ON, True),
         (ParentBased(TraceIdRatioBased(0.1)), True),
+        (ParentBasedTraceIdRatio(0.1), True),
+        (DeciderOfItsOwn(ALWAYS_ON), False),
         (ParentBased(ALWAYS_ON, remote_parent_not_sampled=ALWAYS_ON), False),
         (ParentBased(ALWAYS_ON, remote_parent_not_sampled=TraceIdRatioBased(0.1)), False),
         (ALWAYS_ON, False),

@@ -114,7 +114,7 @@ class Attempts:
                 or self._skipped
                 or message.failed
                 or message._exception is not None
-                or message.options
+                or "retries" in message.options
             ):
                 self._note_end(message)
             self._thread.consumers[message.queue_name].post_process_message(message)

@@ -95,7 +95,6 @@ class TelemetryMiddleware(Middleware):
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         name, known = self._known_of(broker, message.queue_name, message.actor_name)
         options = message.options
-        deliveries = getattr(message, "delivery_count", 1)
         parent = _EMPTY
         span = unsampled_sender(options.get(CARRIER_OPTION)) if self._skips_unsampled() else None
         if span is None:
@@ -103,16 +102,17 @@ class TelemetryMiddleware(Middleware):
                 c.MESSAGE_ID: message.message_id,
                 c.ATTEMPT: (options.get("retries") or 0) + 1,
             }
-            if deliveries > 1:
-                attributes[c.DELIVERY_COUNT] = deliveries
+            if _deliveries(message) > 1:
+                attributes[c.DELIVERY_COUNT] = _deliveries(message)
             parent, links = self._parent(message)
             span = self._tracer.start_span(name, parent, SpanKind.CONSUMER, attributes, links)
         # Noted before its context is current, so that whatever strikes next can be undone.
         vars(message)[_ATTEMPT] = Attempt(span, known)
         attach(trace.set_span_in_context(span, parent))
-        self._instruments.consumed.add(1, known)
-        if deliveries > 1:
-            self._instruments.redelivered.add(1, known)
+        if self._instruments.are_real:
+            self._instruments.consumed.add(1, known)
+            if _deliveries(message) > 1:
+                self._instruments.redelivered.add(1, known)
 
     def after_process_message(
         self,
@@ -238,7 +238,7 @@ class TelemetryMiddleware(Middleware):
     ) -> None:
         seconds = time.perf_counter() - attempt.started
         span = attempt.span
-        measured = attempt.measured | {c.OUTCOME: outcome}
+        error_type = None
         # An actor asks to be run again by raising one of these; Dramatiq does not log them as errors either.
         if outcome == c.Outcome.RETRIED and isinstance(error, (Retry, RateLimitExceeded)):
             error = None
@@ -246,13 +246,17 @@ class TelemetryMiddleware(Middleware):
             if span.is_recording():
                 span.set_attribute(c.OUTCOME, outcome)
             if error is not None:
-                measured[c.ERROR_TYPE] = record_error(span, error)
+                error_type = record_error(span, error)
         finally:
             if span.is_recording():
                 span.end()
             attach(attempt.outer)
             vars(message).pop(_ATTEMPT, None)
-        self._instruments.process_duration.record(seconds, measured)
+        if self._instruments.are_real:
+            measured = attempt.measured | {c.OUTCOME: outcome}
+            if error_type is not None:
+                measured[c.ERROR_TYPE] = error_type
+            self._instruments.process_duration.record(seconds, measured)
 
     def _end_abandoned(self, message: MessageProxy) -> None:
         # A message is settled after its attempt has ended, except when an exception struck Dramatiq's own handling
@@ -265,6 +269,12 @@ class TelemetryMiddleware(Middleware):
         self._instruments.dead_lettered.add(
             1, {c.SYSTEM: self._system, c.DESTINATION: q_name(queue_name), c.DEAD_LETTER_REASON: reason}
         )
+
+
+def _deliveries(message: MessageProxy) -> int:
+    """How often the broker has delivered a message, if it says so."""
+    deliveries: int = getattr(message, "delivery_count", 1)
+    return deliveries
 
 
 def _outcome(message: MessageProxy, attempt: Attempt, error: BaseException | None) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from opentelemetry.metrics import Meter
+from opentelemetry.metrics import Meter, NoOpMeter
 
 from . import conventions as c
 
 
 class Instruments:
-    """The instruments of one meter."""
+    """The instruments of one meter.
+
+    Attributes:
+      are_real: False if nothing is measured, so that nothing need be told to them.
+    """
 
     def __init__(self, meter: Meter) -> None:
+        self.are_real = not isinstance(meter, NoOpMeter)
         self.sent = meter.create_counter(
             c.SENT_MESSAGES, "{message}", "Number of messages producer attempted to send to the broker."
         )

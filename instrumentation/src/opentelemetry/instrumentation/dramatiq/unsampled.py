@@ -9,16 +9,28 @@ one of ours, so that what the actor sends is not recorded either.
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from typing import Any
 
 from opentelemetry import propagate
-from opentelemetry.propagators.textmap import TextMapPropagator
 from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, TraceFlags
 
 # Flag 2 says that the trace id is random.
 _UNSAMPLED = re.compile("00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-0([02])").fullmatch
 _FLAGS = {"0": TraceFlags(0), "2": TraceFlags(2)}
+
+
+class _SenderSpan(NonRecordingSpan):
+    """A span that is not sampled, as its header tells it. It is read when something asks, which most actors do not."""
+
+    def __init__(self, header: re.Match[str]) -> None:
+        self._header = header
+
+    def get_span_context(self) -> SpanContext:
+        trace_id, span_id, flags = self._header.groups()
+        return SpanContext(int(trace_id, 16), int(span_id, 16), True, _FLAGS[flags])
+
+    def __repr__(self) -> str:
+        return f"NonRecordingSpan({self.get_span_context()!r})"
 
 
 def unsampled_sender(carrier: Any) -> Span | None:
@@ -27,20 +39,16 @@ def unsampled_sender(carrier: Any) -> Span | None:
         return None
     header = carrier.get("traceparent")
     found = _UNSAMPLED(header) if type(header) is str else None
-    if found is None or not _reads_traceparent(propagate.get_global_textmap()):
-        return None
-    trace_id, span_id, flags = found.groups()
-    return NonRecordingSpan(SpanContext(int(trace_id, 16), int(span_id, 16), True, _FLAGS[flags]))
+    return None if found is None else _SenderSpan(found)
 
 
 def follows_unsampled_parents(provider: object) -> bool:
-    """Whether a provider's sampler records no child of a remote span that is not sampled."""
+    """Whether no child of a remote span that is not sampled is recorded, if a `traceparent` says so."""
+    if "traceparent" not in propagate.get_global_textmap().fields:
+        return False
     sampler = getattr(provider, "sampler", None)
-    if type(sampler).__name__ != "ParentBased":
+    # The SDK has a subclass for each sampler that OTEL_TRACES_SAMPLER names; they decide as ParentBased does.
+    deciding = next((kind for kind in type(sampler).__mro__ if "should_sample" in vars(kind)), None)
+    if deciding is None or deciding.__name__ != "ParentBased":
         return False
     return "remoteParentNotSampled:AlwaysOffSampler," in sampler.get_description()  # type: ignore[union-attr]
-
-
-@lru_cache(maxsize=4)
-def _reads_traceparent(propagator: TextMapPropagator) -> bool:
-    return "traceparent" in propagator.fields
