@@ -9,7 +9,7 @@
 #   make test-image           build the image without an engine and confirm an order with it (root, buildah, debootstrap)
 #   make audit                ask PyPI for known flaws of the pinned versions; fails for what cannot be asked
 #   make proto                regenerate the protobuf code
-#   make wheels               build both distributions into dist
+#   make wheels               build both distributions into dist (PROJECT_URL=...: with links to that repository)
 #   make test-wheels          install them as a user would, and run a smoke test
 
 SHELL := /bin/sh
@@ -57,9 +57,10 @@ audit:
 	.artifacts/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 wheels: $(STAMP)
-	rm -rf dist
-	$(BIN)/python -m build --outdir dist broker
-	$(BIN)/python -m build --outdir dist instrumentation
+	rm -rf dist build/stage
+	$(BIN)/python release/stage.py build/stage
+	$(BIN)/python -m build --outdir dist build/stage/broker
+	$(BIN)/python -m build --outdir dist build/stage/instrumentation
 
 test-wheels:
 	rm -rf .artifacts/wheels
