@@ -122,7 +122,7 @@ def _measure(run: Run, measurements: Sequence[Measurement], repeat: int, options
             for case in measurement.cases(options, contender)
         ]
         run.outcomes.append(Outcome(measurement, rows))
-        repetitions = min(repeat, measurement.repetitions or repeat)
+        repetitions = max(min(repeat, measurement.repetitions or repeat), measurement.least_repetitions)
         for number, row in _interleaved(rows, repetitions):
             name = f"{measurement.name} {number}/{repetitions}  {row.contender.title}  {row.case}".rstrip()
             try:

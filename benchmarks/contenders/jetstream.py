@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks import ablations
 from benchmarks.contenders.contender import App, delay_until
 from benchmarks.contenders.dramatiq_app import BATCH, QUEUE, DramatiqApp, DramatiqContender
 from benchmarks.servers import NatsServer, Server
@@ -60,6 +61,7 @@ class Jetstream(DramatiqContender):
         return JetStreamBackend(broker)
 
     def app(self) -> App:
+        ablations.apply()
         return JetstreamApp(self)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.measurements.ablation import Ablation
 from benchmarks.measurements.batch import Batch
 from benchmarks.measurements.delayed import Delayed
 from benchmarks.measurements.drain import Drain
@@ -24,5 +25,6 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     Growth(),
     Recovery(),
     Telemetry(),
+    Ablation(),
     Orders(),
 )

@@ -56,6 +56,7 @@ class Measurement(ABC):
     figures: tuple[Figure, ...]
     quick = True  # part of a quick run
     repetitions: int | None = None  # for what is too slow to repeat as often as the rest
+    least_repetitions = 1  # for what compares small differences
 
     def cases(self, options: Options, contender: Contender) -> list[str]:
         return [""]
