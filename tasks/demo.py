@@ -220,10 +220,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Place orders against the running service.")
     parser.add_argument("--orders", type=int, default=3_000, help="how many (3000)")
     parser.add_argument("--concurrency", type=int, default=16, help="how many clients at once (16)")
-    parser.add_argument("--seed", type=int, default=random.randrange(10_000), help="for the same mix again")
+    parser.add_argument("--seed", type=int, default=random.randrange(10_000), help="repeats a mix")
     default_url = os.environ.get("URL") or f"http://127.0.0.1:{os.environ.get('PORT') or 8000}"
     parser.add_argument("--url", default=default_url, help="where the service is (URL, else this machine)")
-    parser.add_argument("--key", help="an API key that may order and read, for a service that asks who comes")
+    parser.add_argument(
+        "--key", help="an API key that may order and read, for a service that requires sign-in"
+    )
     options = parser.parse_args()
     shop = Shop(options.url.rstrip("/"), options.key)
     problem = shop.healthy()

@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     add = commands.add_parser("add", help="make a key and print it once")
-    add.add_argument("name", help="who uses it; for the list, and the log")
+    add.add_argument("name", help="the program that uses it, for the list and the log")
     add.add_argument(
         "--scope", action="append", required=True, choices=SCOPES, help="may be given several times"
     )

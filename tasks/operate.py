@@ -40,7 +40,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     redrive.add_argument("orders", nargs="*", metavar="ORDER")
     cancel = commands.add_parser("cancel", help="end orders that are not paid")
     cancel.add_argument("--reason", default="an operator cancelled the order", help="for people to read")
-    refunded = commands.add_parser("refunded", help="note that a refund was seen to")
+    refunded = commands.add_parser("refunded", help="note that a refund was made")
     for command in (cancel, refunded):
         command.add_argument("orders", nargs="+", metavar="ORDER")
     chosen = parser.parse_args(arguments)

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     put = commands.add_parser("set", help="make an operator, or change password and scopes of one")
     put.add_argument("name")
     put.add_argument(
-        "--scope", action="append", choices=SCOPES, help="operate without; may be given several times"
+        "--scope", action="append", choices=SCOPES, help="may be given several times; operate by default"
     )
     put.set_defaults(run=_set)
     commands.add_parser("list", help="show all operators").set_defaults(run=_list)

@@ -52,7 +52,7 @@ def _shared(*, first: bool) -> list[click.Option]:
             ["--namespace", "given_namespace"],
             metavar="NAME",
             envvar="FLEET_NAMESPACE" if first else None,
-            help="Whose queues. [FLEET_NAMESPACE, then the program's, then dramatiq]",
+            help="The namespace of the queues. [FLEET_NAMESPACE, then the program's, then dramatiq]",
             **shared,
         ),
         click.Option(

@@ -34,7 +34,7 @@ def dead() -> None:
 
 @dead.command("list")
 @_filters
-@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="How many at most.")
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="At most this many.")
 @click.option("--after", metavar="ID", help="Continue after the letter with this id.")
 @pass_fleet
 def list_(
@@ -90,7 +90,7 @@ def show(fleet: Fleet, id: str) -> None:  # noqa: A002 - the option's name
 @dead.command()
 @click.argument("ids", nargs=-1)
 @_filters
-@click.option("--all", "everything", is_flag=True, help="All that the filters leave.")
+@click.option("--all", "everything", is_flag=True, help="All that match the filters.")
 @pass_fleet
 def replay(
     fleet: Fleet,
@@ -100,7 +100,7 @@ def replay(
     reason: str | None,
     everything: bool,
 ) -> None:
-    """Put dead letters back on their queues: those with IDS, or --all that the filters leave."""
+    """Put dead letters back on their queues: those with IDS, or --all that match the filters."""
     chosen = _choose(fleet, ids, queue, actor, reason, everything)
     replayed = [letter.id for letter in chosen if fleet.broker.dead_letters.replay(letter)]
     fleet.show({"replayed": replayed}, f"{len(replayed)} replayed.")
@@ -109,7 +109,7 @@ def replay(
 @dead.command()
 @click.argument("ids", nargs=-1)
 @_filters
-@click.option("--all", "everything", is_flag=True, help="All that the filters leave.")
+@click.option("--all", "everything", is_flag=True, help="All that match the filters.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @pass_fleet
 def drop(
@@ -121,7 +121,7 @@ def drop(
     everything: bool,
     yes: bool,
 ) -> None:
-    """Delete dead letters for good: those with IDS, or --all that the filters leave."""
+    """Delete dead letters for good: those with IDS, or --all that match the filters."""
     chosen = _choose(fleet, ids, queue, actor, reason, everything)
     if chosen and not yes:
         click.confirm(f"Delete {len(chosen)} dead letters for good?", abort=True, err=True)

@@ -23,7 +23,7 @@ def delayed() -> None:
 @delayed.command("list")
 @click.option("--queue", type=QUEUE, help="Only of this queue.")
 @click.option(
-    "--limit", type=click.IntRange(1), default=100, show_default=True, help="How many at most, of each queue."
+    "--limit", type=click.IntRange(1), default=100, show_default=True, help="At most this many of each queue."
 )
 @pass_fleet
 def list_(fleet: Fleet, queue: str | None, limit: int) -> None:

@@ -114,13 +114,17 @@ def _coloured(state: str) -> str:
 @click.command()
 @click.option("--actor", type=ACTOR, help="Only of this actor.")
 @click.option("--queue", type=QUEUE, help="Only of this queue.")
-@click.option("--outcome", type=click.Choice(OUTCOMES), multiple=True, help="Only that ended so; repeat it.")
 @click.option(
-    "--since", type=Since(), help="Only that ended since: 90s, 10m, 2h, 7d ago, or a date and time."
+    "--outcome", type=click.Choice(OUTCOMES), multiple=True, help="Only with this outcome; can be repeated."
+)
+@click.option(
+    "--since",
+    type=Since(),
+    help="Only attempts that ended since then: 90s, 10m, 2h, 7d ago, or a date and time.",
 )
 @click.option("--error", metavar="TEXT", help="Only with this text in the error or its traceback.")
 @click.option(
-    "--limit", type=click.IntRange(1, 1_000), default=50, show_default=True, help="How many at most."
+    "--limit", type=click.IntRange(1, 1_000), default=50, show_default=True, help="At most this many."
 )
 @click.option("--cursor", help="Continue after the page that named it.")
 @click.option("--watch", is_flag=True, help="Show further attempts as they end, until Ctrl-C.")

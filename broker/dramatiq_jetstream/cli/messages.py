@@ -22,7 +22,7 @@ COMMANDS: list[click.Command] = []
 @click.command()
 @click.argument("actor", type=ACTOR)
 @click.argument("arguments", metavar="ARGS", default="[]")
-@click.option("--queue", type=QUEUE, help="Where to; the actor's own with --broker.")
+@click.option("--queue", type=QUEUE, help="The queue to send to; by default the actor's own, with --broker.")
 @click.option("--delay", type=click.IntRange(0), metavar="MS", help="Milliseconds to wait before it runs.")
 @pass_fleet
 def send(fleet: Fleet, actor: str, arguments: str, queue: str | None, delay: int | None) -> None:

@@ -93,10 +93,10 @@ def hint(
     default=60.0,
     show_default=True,
     metavar="SECONDS",
-    help="What waits is to be done in this time.",
+    help="Clear the backlog within this time.",
 )
 @click.option(
-    "-Q", "--queues", multiple=True, metavar="QUEUE", help="Of these only; repeat it, or use commas."
+    "-Q", "--queues", multiple=True, metavar="QUEUE", help="Only these queues; repeat it, or use commas."
 )
 @click.option(
     "--sample",
@@ -104,7 +104,7 @@ def hint(
     default=5.0,
     show_default=True,
     metavar="SECONDS",
-    help="For how long the workers are watched.",
+    help="How long to watch the workers.",
 )
 @click.option("--at-least", type=click.IntRange(0), default=1, show_default=True)
 @click.option("--at-most", type=click.IntRange(1), default=100, show_default=True)

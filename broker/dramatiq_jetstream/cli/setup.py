@@ -11,7 +11,7 @@ COMMANDS: list[click.Command] = []
 
 @click.command()
 @click.argument("module")
-@click.option("--update", is_flag=True, help="Change what exists and differs.")
+@click.option("--update", is_flag=True, help="Change what exists and differs from its declaration.")
 @pass_fleet
 def setup(fleet: Fleet, module: str, update: bool) -> None:
     """Create the streams, consumers and schedules that MODULE declares.

@@ -33,13 +33,18 @@ THREADS = 16
 @click.option(
     "--users",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="People who may come in: lines of `fleet ui-user`.",
+    help="A file with the people who may sign in: lines of `fleet ui-user`.",
 )
 @click.option("--trust-header", metavar="NAME", help="A header in which a proxy says who signed in there.")
 @click.option(
-    "--trust-proxy", multiple=True, metavar="NETWORK", help="From where that header is believed. [loopback]"
+    "--trust-proxy",
+    multiple=True,
+    metavar="NETWORK",
+    help="A network from which that header is trusted. [loopback]",
 )
-@click.option("--operator", multiple=True, metavar="NAME", help="Who of these may make changes.")
+@click.option(
+    "--operator", multiple=True, metavar="NAME", help="One of these who may make changes; can be repeated."
+)
 @pass_fleet
 def ui(
     fleet: Fleet,

@@ -62,12 +62,17 @@ class Address(click.ParamType[tuple[str, int]]):
     "-p", "--processes", type=click.IntRange(1, 1_024), default=os.cpu_count() or 1, show_default="CPUs"
 )
 @click.option(
-    "-t", "--threads", type=click.IntRange(1, 10_000), default=8, show_default=True, help="Of each process."
+    "-t",
+    "--threads",
+    type=click.IntRange(1, 10_000),
+    default=8,
+    show_default=True,
+    help="Threads of each process.",
 )
 @click.option(
     "-Q", "--queues", multiple=True, metavar="QUEUE", help="Serve only these; repeat it, or use commas."
 )
-@click.option("-P", "--path", multiple=True, default=(".",), help="Where modules are looked for first.")
+@click.option("-P", "--path", multiple=True, default=(".",), help="A directory to search for modules first.")
 @click.option(
     "-f", "--fork-function", "forks", multiple=True, help="Run module:function in a process of its own."
 )

@@ -266,7 +266,7 @@ class JetStreamConsumer(Consumer):
             self._store_elsewhere(message._delivery, lambda: self.rerouter.delay_until_eta(message))
             return True
         if not isinstance(eta, (int, float, NoneType)):
-            self.logger.warning("Message %s has an eta that is no time, %r; running it now.", message, eta)
+            self.logger.warning("Message %s has an eta that is not a time, %r; running it now.", message, eta)
         del message.options["eta"]  # Dramatiq would enqueue the message once more for it
         return False
 

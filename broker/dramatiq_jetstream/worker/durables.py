@@ -315,7 +315,7 @@ class Durables:
         if str(error) not in self._denied:
             self._denied.add(str(error))
             logger.warning(
-                "%s Without it, answers that were held over an interruption are dropped, and their messages repeated.",
+                "%s Without it, acks that were held over an interruption are dropped, and their messages run again.",
                 error,
             )
 

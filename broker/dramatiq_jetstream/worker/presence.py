@@ -110,7 +110,7 @@ class Presence:
             except Exception as error:  # noqa: BLE001 - people see less; no message may suffer
                 if not warned:
                     warned = True
-                    logger.warning("This worker cannot say that it is there: %s", error)
+                    logger.warning("The presence of this worker cannot be stored: %s", error)
                 stop.wait(INTERVAL_SECONDS)
 
     def _record(self, worker: Worker, since: int) -> dict[str, Any]:

@@ -217,7 +217,7 @@ class Rerouter:
             return
         try:
             if not self._connection.is_connected:
-                raise BrokerConnectionError("there is no connection to give it back over")
+                raise BrokerConnectionError("there is no connection over which to requeue it")
             self._store_again(delivery)
         except BrokerError as error:  # there are others to requeue, and no caller to handle it
             logger.warning("%s will be delivered again after its ack_wait: %s", delivery, error)
