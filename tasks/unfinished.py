@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
+
+from dramatiq_jetstream.errors import RevisionConflict
 
 from .model import Order
 from .ports import Bucket, Entry
@@ -76,7 +79,8 @@ class UnfinishedOrders:
             if mark > self._marked and len(self._open) < MAX_ORDERS:
                 entry = self._marks.get(_MARK)
                 revision = 0 if entry is None else entry.revision
-                self._marks.update(_MARK, str(mark).encode(), revision=revision)
+                with suppress(RevisionConflict):  # another process moves it, too
+                    self._marks.update(_MARK, str(mark).encode(), revision=revision)
                 self._marked = mark
 
     def _refresh(self) -> None:

@@ -25,6 +25,16 @@ from tests.chaos.network import Network
 from tests.chaos.trial import Result, run
 from tests.chaos.workers import __main__ as workers
 
+#: Builds that are broken in one place: modules that the workers import, and the front end.
+BREAKS: dict[str, tuple[list[str], str]] = {
+    "belief": (["tests.chaos.broken_belief"], "web"),
+    "claims": ([], "tests.chaos.broken_claims"),
+    "double-charge": (["tests.chaos.broken_double_charge"], "web"),
+    "access": ([], "tests.chaos.broken_access"),
+    "waiting": ([], "tests.chaos.broken_waiting"),
+    "patience": (["tests.chaos.broken_patience"], "web"),
+}
+
 
 def schedule(
     topology: str, names: list[str] | None, seconds: float, choice: random.Random
@@ -72,6 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--processes", type=int, default=1, help="processes of each of the two worker fleets")
     parser.add_argument("--keep", type=Path, help="keep logs and stores in this directory")
+    parser.add_argument(
+        "--patient",
+        action=argparse.BooleanOptionalAction,
+        help="whether orders wait for a gateway that is away",
+    )
+    parser.add_argument("--broken", choices=BREAKS, help="break the build, to see it found")
     options = parser.parse_args(arguments)
 
     names = options.faults.split(",") if options.faults else None
@@ -103,6 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(
     topology: Topology, faults: Iterator[Fault], directory: Path, seed: int, options: argparse.Namespace
 ) -> Result:
+    modules, web = BREAKS.get(options.broken, ([], "web"))
     namespaces = Network().open() if topology == "cluster" and network.available() is None else None
     try:
         return run(
@@ -115,6 +132,9 @@ def _run(
             say=lambda line: print(line, flush=True),
             network=namespaces,
             processes=options.processes,
+            patient=options.patient,
+            modules=modules,
+            web=web,
         )
     finally:
         if namespaces is not None:

@@ -65,6 +65,7 @@ class Event:
     customer_id: str = ""
     quantities: Mapping[str, int] = field(default_factory=dict)
     total: int = 0
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class Books:
       queues: What waits, by queue, and by consumer of the stream of events.
       ledger: The states through which each order went.
       believed: Orders of whose records in the read model something comes from a stranger.
+      visits: What probes and prying visitors were answered.
+      patient: Whether orders wait for a gateway that is away for longer than a trial lasts.
     """
 
     log: list[dict[str, Any]]
@@ -92,6 +95,8 @@ class Books:
     queues: dict[str, int]
     ledger: dict[str, frozenset[str]] = field(default_factory=dict)
     believed: frozenset[str] = frozenset()
+    visits: list[dict[str, Any]] = field(default_factory=list)
+    patient: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,15 @@ class Stored:
     at: float
 
 
-def read_books(nats_url: str, gateway_url: str, log: Path, stock_before: dict[str, int]) -> Books:
+def read_books(
+    nats_url: str,
+    gateway_url: str,
+    log: Path,
+    visits: Path,
+    stock_before: dict[str, int],
+    *,
+    patient: bool,
+) -> Books:
     """Read everything."""
 
     async def read(js: JetStreamContext) -> Books:
@@ -142,6 +155,8 @@ def read_books(nats_url: str, gateway_url: str, log: Path, stock_before: dict[st
             ],
             queues=queues,
             ledger=ledger,
+            visits=read_log(visits),
+            patient=patient,
             believed=frozenset(order_id for order_id, data in records.items() if FORGED in data),
         )
 
@@ -282,6 +297,7 @@ def _event(stored: Stored) -> list[Event]:
             getattr(event, "customer_id", ""),
             quantities,
             getattr(event, "total_minor", 0),
+            getattr(event, "error", ""),
         )
     ]
 

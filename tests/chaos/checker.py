@@ -6,10 +6,12 @@ Nothing here knows how the service works: only what it promised.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tests.chaos.books import FINAL, Books, Event
+from tests.chaos.visitors import PRYING
 
 #: How many culprits a verdict names.
 _NAMED = 5
@@ -42,6 +44,9 @@ def check(books: Books) -> list[Verdict]:
         nothing_waits(books),
         model_agrees(books),
         ledger_is_shown(books),
+        seen_by_its_own(books),
+        probes_are_answered(books),
+        outages_fail_nothing(books),
     ]
 
 
@@ -212,6 +217,53 @@ def ledger_is_shown(books: Books) -> Verdict:
         "what is shown is what the ledger says",
         ahead | books.believed,
         f"{len(books.model)} records, {len(ahead)} ahead of the ledger, {len(books.believed)} with what was forged",
+    )
+
+
+def seen_by_its_own(books: Books) -> Verdict:
+    """A customer sees their own orders alone, and who is not signed in sees none."""
+    looks = [visit for visit in books.visits if visit["kind"] == "look"]
+    leaks = {
+        f"{look['path']} {'for another customer' if look['signed_in'] else 'for a stranger'}"
+        for look in looks
+        if look["answer"] == 200
+        and not (look["signed_in"] and set(look["customers"]) <= {PRYING} and (look["own"] or _is_list(look)))
+    }
+    hidden = {
+        look["path"]
+        for look in looks
+        if look["signed_in"] and look["own"] and look["answer"] in (401, 403, 404)
+    }
+    return _verdict(
+        "a customer sees their own orders, and no others",
+        leaks | hidden,
+        f"{len(looks)} looks, {len(leaks)} at what was not theirs, {len(hidden)} of their own were hidden",
+    )
+
+
+def _is_list(look: Mapping[str, Any]) -> bool:
+    return bool(look["path"] == "/api/orders")
+
+
+def probes_are_answered(books: Books) -> Verdict:
+    """Slow clients keep no probe from being answered; one that meets a process that was killed is not counted."""
+    probes = [visit for visit in books.visits if visit["kind"] == "probe"]
+    late = {f"{probe['seconds']:.0f} s" for probe in probes if probe["answer"] == "Timeout"}
+    slowest = max((probe["seconds"] for probe in probes), default=0)
+    return _verdict(
+        "probes are answered beside slow clients",
+        late,
+        f"{len(probes)} probes, the slowest {slowest:.1f} s, {len(late)} without an answer",
+    )
+
+
+def outages_fail_nothing(books: Books) -> Verdict:
+    """While a gateway that is away has its patience, no payment is given up for it."""
+    given_up = {event.order_id for event in books.events if "GatewayUnavailable" in event.error}
+    return _verdict(
+        "an outage of the gateway fails no order before its time",
+        given_up if books.patient else set(),
+        f"{len(given_up)} payments given up, orders {'wait' if books.patient else 'do not wait'}",
     )
 
 

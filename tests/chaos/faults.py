@@ -103,7 +103,7 @@ def _fill_store(fleet: Fleet, choice: random.Random) -> None:
 
 async def _fill(url: str, seconds: float) -> None:
     client = await nats.connect(url.split(","), connect_timeout=5)
-    js = client.jetstream(timeout=10)
+    js = client.jetstream(timeout=30)
     limited = []
     try:
         for stream in ("ORDERS", "KV_dramatiq-stock"):
@@ -112,8 +112,8 @@ async def _fill(url: str, seconds: float) -> None:
             config = info.config
             config.max_bytes = info.state.bytes + 1
             config.discard = DiscardPolicy.NEW
-            await js.update_stream(config)
             limited.append((config, before))
+            await js.update_stream(config)
         await asyncio.sleep(seconds)
     finally:
         for config, (max_bytes, discard) in limited:
@@ -132,6 +132,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("nodes-parted", "leader cut off from the other nodes", _isolate_leader, CLUSTER, cuts=True),
     Fault("service-parted", "service cut off from all nodes", _isolate_service, CLUSTER, cuts=True),
     Fault("gateway-slow", "gateway slow", _gateway(5.0, latency_ms=700, latency_jitter_ms=600)),
+    Fault("gateway-hanging", "gateway hanging", _gateway(6.0, latency_ms=10_000)),
     Fault("gateway-refusing", "gateway refusing", _gateway(6.0, refuse=True)),
     Fault(
         "gateway-after-charge",

@@ -20,6 +20,7 @@ from cryptography.fernet import Fernet
 
 from dramatiq_jetstream.testing import NatsCluster, NatsServer
 from tests.chaos.network import CLIENTS, NODES, IsolatedCluster, Network
+from tests.chaos.visitors import PRYING
 from tests.support.polling import eventually
 from tests.support.ports import free_port
 from tests.support.processes import REPOSITORY, WORKER_READY, Process, children
@@ -36,7 +37,6 @@ SETTINGS = {
     "ACCEPT_TIMEOUT": "3000",
     # So few that a gateway that is away for seconds exhausts them: dead letters are part of the test.
     "RETRY_LIMIT": "5",
-    "PAYMENT_PATIENCE": "0",
     "RETRY_MIN_BACKOFF": "100",
     "RETRY_MAX_BACKOFF": "1000",
     "OTEL_SDK_DISABLED": "true",
@@ -55,6 +55,7 @@ class Fleet:
       modules: Further modules that the workers import: a broken build for the test of the checker.
       web: The module of the front end's `create_app`: another broken build.
       processes: Worker processes of each of the two worker fleets.
+      patient: Whether orders wait for a gateway that is away, or fail when their retries are over.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Fleet:
         web: str = "web",
         processes: int = 1,
         threads: int = 4,
+        patient: bool = False,
     ) -> None:
         self.directory = directory
         self.topology = topology
@@ -87,6 +89,7 @@ class Fleet:
         self._modules = list(modules)
         self._app = f"{web}:create_app()"
         self._processes = processes
+        self._patient = patient
         self._threads = threads
         self._exit = ExitStack()
         self._supervisor: Supervisor | None = None
@@ -105,6 +108,7 @@ class Fleet:
     def environment(self) -> dict[str, str]:
         return {
             **SETTINGS,
+            "PAYMENT_PATIENCE": "3600000" if self._patient else "0",
             "NATS_URL": self.nats_url,
             "REPLICAS": "1" if self.topology == "single" else "3",
             "PAYMENT_URL": self.gateway_url,
@@ -115,7 +119,8 @@ class Fleet:
         with ExitStack() as starting:
             starting.enter_context(self.nats)
             self._setup()
-            self.key = self._key()
+            self.key = self._key("chaos")
+            self.prying_key = self._key("prying", "--customer", PRYING)
             self.gateway = starting.enter_context(self._gateway())
             self.web = starting.enter_context(self._web())
             self.workers = [starting.enter_context(self._workers(number)) for number in (1, 2)]
@@ -146,9 +151,9 @@ class Fleet:
         code = setup.start().wait(timeout=60)
         assert code == 0, f"`fleet setup tasks` ended with {code}:\n{setup.output[-2000:]}"
 
-    def _key(self) -> str:
-        """Make the API key with which orders are placed, as an operator does."""
-        command = [sys.executable, "-m", "tasks.keys", "add", "chaos", "--scope", "order"]
+    def _key(self, name: str, *more: str) -> str:
+        """Make an API key with which orders are placed, as an operator does."""
+        command = [sys.executable, "-m", "tasks.keys", "add", name, "--scope", "order", *more]
         made = subprocess.run(
             self._isolated(command),
             cwd=REPOSITORY,

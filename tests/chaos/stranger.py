@@ -1,4 +1,4 @@
-"""A program that publishes what it likes: forged steps, other contents, repetitions, and events under ids of ours.
+"""A program that publishes what it likes: forged and mutated steps, other contents, repetitions, our events' ids.
 
 Whatever it makes up has the word `forged` in it, by which the books know it from what the service and its clients have
 published.
@@ -30,6 +30,9 @@ from orders.v1.events_pb2 import (
 from tests.chaos.client import Log
 
 FORGED = "forged"
+
+#: A field that no event has, so that the word stands in what was mutated, too.
+_MARK = b"\x7a\x06" + FORGED.encode()
 
 #: Seconds between two events.
 _PAUSE = 0.3
@@ -86,8 +89,23 @@ class Stranger:
         if name == "created" and order_id in known and order_id not in self._log.claimed:
             # Of two programs that publish orders under one id, the one whose event is read first has it.
             return
+        if name != "created" and self._choice.random() < 0.3:
+            _mutate(forged, self._choice)
         headers = {"Nats-Msg-Id": f"{order_id}.{name}"} if self._choice.random() < 0.5 else None
-        await js.publish(f"ORDER.{name}", forged.SerializeToString(), headers=headers)
+        await js.publish(f"ORDER.{name}", forged.SerializeToString() + _MARK, headers=headers)
+
+
+def _mutate(event: Message, choice: random.Random) -> None:
+    """Set fields of an event, other than its order, to values of the wrong kind."""
+    for field in event.DESCRIPTOR.fields:
+        if field.name == "order_id" or choice.random() < 0.5:
+            continue
+        if field.message_type is not None and field.name.endswith("_at"):
+            getattr(event, field.name).seconds = choice.choice((0, -1, 2**40, 2**62))
+        elif field.cpp_type == field.CPPTYPE_STRING and not field.is_repeated:
+            setattr(event, field.name, choice.choice(("", "\x00", "<b>", "\u202e", "x" * 3_000, "NOPE")))
+        elif field.cpp_type == field.CPPTYPE_INT64 and not field.is_repeated:
+            setattr(event, field.name, choice.choice((0, -1, 2**62)))
 
 
 def _events(order_id: str) -> list[tuple[str, Message]]:

@@ -12,6 +12,7 @@ from tests.chaos.books import Books, Event
 from tests.chaos.checker import check
 from tests.chaos.faults import BY_NAME
 from tests.chaos.trial import run
+from tests.chaos.visitors import PRYING
 
 
 def _event(sequence: int, name: str, order_id: str, **facts: Any) -> Event:
@@ -54,7 +55,7 @@ def _broken(books: Books) -> set[str]:
 def test_good_books_are_good(books: Books) -> None:
     """Every promise gets a verdict, and all were kept."""
     assert _broken(books) == set()
-    assert len(check(books)) == 10
+    assert len(check(books)) == 13
 
 
 def test_an_ack_before_the_effect_is_found(books: Books) -> None:
@@ -147,6 +148,57 @@ def test_a_step_that_the_ledger_does_not_know_is_found(books: Books) -> None:
     assert promise in _broken(replace(books, model=model))
     assert promise in _broken(replace(books, model={**books.model, "never": frozenset({"created", "paid"})}))
     assert promise in _broken(replace(books, believed=frozenset({"a"})))
+
+
+def _look(path: str, customers: list[str], **facts: Any) -> dict[str, Any]:
+    return {"kind": "look", "path": path, "answer": 200, "signed_in": True, "own": False} | {
+        "customers": customers,
+        **facts,
+    }
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        _look("/api/orders/a", ["c-a"]),
+        _look("/orders/a", []),
+        _look("/api/orders", ["c-a", PRYING]),
+        _look("/api/orders", [], signed_in=False),
+        _look("/api/orders/p", [PRYING], signed_in=False, own=True),
+        _look("/api/orders/p", [], own=True, answer=404),
+    ],
+)
+def test_a_look_at_what_is_not_theirs_is_found(books: Books, look: dict[str, Any]) -> None:
+    """Another's order, alone or in a list, a stranger who sees any, and one's own that is hidden."""
+    right = [
+        _look("/api/orders", [PRYING]),
+        _look("/api/orders/p", [PRYING], own=True),
+        _look("/orders/a", [], answer=404),
+        _look("/api/orders", [], signed_in=False, answer=401),
+    ]
+    assert _broken(replace(books, visits=right)) == set()
+    assert _broken(replace(books, visits=[*right, look])) == {
+        "a customer sees their own orders, and no others"
+    }
+
+
+def test_a_probe_that_gets_no_answer_is_found(books: Books) -> None:
+    """One that is refused met a process that was killed."""
+    probes = [{"kind": "probe", "answer": answer, "seconds": 1.0} for answer in (200, 503, "ConnectionError")]
+    assert _broken(replace(books, visits=probes)) == set()
+    lost = {"kind": "probe", "answer": "Timeout", "seconds": 20.0}
+    assert _broken(replace(books, visits=[*probes, lost])) == {"probes are answered beside slow clients"}
+
+
+def test_an_order_that_failed_in_an_outage_is_found(books: Books) -> None:
+    """If orders were to wait for the gateway; they go on when their dead letters are replayed, all the same."""
+    given_up = _event(9, "failed", "a", error="retries exhausted: GatewayUnavailable: refused")
+    model = {**books.model, "a": books.model["a"] | {"failed"}}
+    failed = replace(books, events=[*books.events, given_up], model=model)
+    assert _broken(failed) == set()
+    assert _broken(replace(failed, patient=True)) == {
+        "an outage of the gateway fails no order before its time"
+    }
 
 
 @pytest.mark.timeout(150)

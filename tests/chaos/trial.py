@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tests.chaos.faults import Fault
 from tests.chaos.fleet import Fleet, Topology
 from tests.chaos.network import Network
 from tests.chaos.stranger import Stranger
+from tests.chaos.visitors import Visitors
 
 #: An operator looks at a dead letter before replaying it; so much later, in milliseconds.
 _LOOKED_AT = 1_500
@@ -166,14 +168,28 @@ def run(
     modules: Sequence[str] = (),
     web: str = "web",
     processes: int = 1,
+    patient: bool | None = None,
 ) -> Result:
-    """Run one topology through a schedule of faults and check its books."""
+    """Run one topology through a schedule of faults and check its books.
+
+    Parameters:
+      patient: Whether orders wait for a gateway that is away; None: on a cluster, so that both are tried.
+    """
+    waits = topology == "cluster" if patient is None else patient
     choice = random.Random(seed)
     result = Result(topology, seed, network=network is not None)
-    log_file = directory / "client.jsonl"
+    log_file, visits = directory / "client.jsonl", directory / "visits.jsonl"
     log = Log(log_file)
     started = time.monotonic()
-    with Fleet(directory, topology, network=network, modules=modules, web=web, processes=processes) as fleet:
+    with Fleet(
+        directory,
+        topology,
+        network=network,
+        modules=modules,
+        web=web,
+        processes=processes,
+        patient=waits,
+    ) as fleet:
         say(f"  {topology}: the service is up after {time.monotonic() - started:.0f} s")
         stock_before = read_stock(fleet.nats_url)
         trial = Trial(fleet, log, settle=settle, say=say)
@@ -181,8 +197,10 @@ def run(
             with (
                 Load(fleet.url, fleet.key, fleet.nats_url, log, rate=rate, seed=seed),
                 Stranger(fleet.nats_url, log, seed=seed),
+                ExitStack() as beside,
             ):
                 trial.warm_up()
+                beside.enter_context(Visitors(fleet.url, fleet.prying_key, log, visits, seed=seed))
                 for fault in schedule:
                     measured = trial.measure(fault, random.Random(choice.randrange(2**32)))
                     result.measured.append(measured)
@@ -192,7 +210,9 @@ def run(
                         f"{measured.dead_letters} dead letters replayed"
                     )
             books = trial.settle(
-                lambda: read_books(fleet.nats_url, fleet.gateway_url, log_file, stock_before)
+                lambda: read_books(
+                    fleet.nats_url, fleet.gateway_url, log_file, visits, stock_before, patient=waits
+                )
             )
         finally:
             trial.close()
