@@ -139,6 +139,12 @@ def usage_of(processes: Sequence[Process]) -> Usage:
     return Usage(cpu / TICKS, rss, peak)
 
 
+def members(processes: Sequence[Process]) -> list[int]:
+    """The living members of these processes' sessions, themselves included."""
+    sessions = {process.pid for process in processes}
+    return [pid for pid, stat in _all_stats() if int(stat[3]) in sessions and stat[0] != "Z"]
+
+
 def _all_stats() -> list[tuple[int, list[str]]]:
     """(pid, the fields of /proc/pid/stat from the state on) of every process."""
     stats = []

@@ -103,8 +103,15 @@ class Trial:
 
     def start_workers(self, processes: int = PROCESSES, threads: int = THREADS) -> list[Process]:
         """Starts one fleet; returns its commands."""
+        return self._start(self.contender.workers(self.python, processes, threads))
+
+    def start_fleet(self, processes: int, threads: int = THREADS) -> list[Process]:
+        """Starts processes of which one may die without the others; returns their commands."""
+        return self._start(self.contender.fleet(self.python, processes, threads))
+
+    def _start(self, commands: list[list[str]]) -> list[Process]:
         fleet = []
-        for command in self.contender.workers(self.python, processes, threads):
+        for command in commands:
             log = self.directory / f"worker-{len(self.workers)}.log"
             fleet.append(Process(command, log, self.environment()))
             self.workers.append(fleet[-1])

@@ -66,6 +66,10 @@ class Contender(ABC):
         """The commands that together are one fleet of `processes` × `threads`."""
         return []
 
+    def fleet(self, python: str, processes: int, threads: int) -> list[list[str]]:
+        """The commands to run for `processes` of which one may die without the others."""
+        return [command for _ in range(processes) for command in self.workers(python, 1, threads)]
+
     def wait_until_settled(self, urls: list[str], timeout: int) -> bool:
         """Waits up to `timeout` ms until the broker has handled all acks; False where it cannot be asked."""
         return False

@@ -39,6 +39,10 @@ class Jetstream(DramatiqContender):
     def unavailable(self) -> str | None:
         return NatsServer.missing()
 
+    def fleet(self, python: str, processes: int, threads: int) -> list[list[str]]:
+        scale = ["--processes", str(processes), "--threads", str(threads)]
+        return [[python, "-m", "dramatiq_jetstream.cli", "work", "benchmarks.worker:broker", *scale]]
+
     def wait_until_settled(self, urls: list[str], timeout: int) -> bool:
         from dramatiq_jetstream import JetStreamBroker
 

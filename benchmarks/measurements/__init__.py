@@ -8,6 +8,7 @@ from benchmarks.measurements.delayed import Delayed
 from benchmarks.measurements.drain import Drain
 from benchmarks.measurements.enqueue import Enqueue
 from benchmarks.measurements.growth import Growth
+from benchmarks.measurements.idle import Idle
 from benchmarks.measurements.latency import Latency
 from benchmarks.measurements.measurement import Measurement
 from benchmarks.measurements.orders import Orders
@@ -24,6 +25,7 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     Delayed(),
     Growth(),
     Recovery(),
+    Idle(),
     Telemetry(),
     Ablation(),
     Orders(),

@@ -1,7 +1,8 @@
 """A worker process of `fleet work`: imports the program, runs Dramatiq's worker, tells the supervisor about it.
 
 In order: the program is imported; a program that cannot be used is one message to the supervisor and exit status 2.
-The worker starts; the supervisor hears what the banner shows. Then this process waits for signals and messages:
+The worker starts; when it takes messages, or cannot for five seconds, the supervisor hears what the banner shows, and
+has the worker that it succeeds stop. Then this process waits for signals and messages:
 
 - SIGTERM: take nothing more, return what was not begun, let running actors finish, exit 0.
 - SIGUSR1: take nothing more, and stay.
@@ -36,6 +37,7 @@ from dramatiq.middleware import Middleware
 from dramatiq_jetstream.broker import JetStreamBroker
 from dramatiq_jetstream.errors import HardTimeLimitExceeded
 from dramatiq_jetstream.wire.intake import Intake
+from dramatiq_jetstream.worker.consumer import JetStreamConsumer
 from dramatiq_jetstream.worker.current import current_message
 from dramatiq_jetstream.worker.hard_limits import HARD_TIME_LIMIT, hard_time_limits
 from dramatiq_jetstream.worker.message import JetStreamMessage
@@ -56,6 +58,10 @@ STACKS_SIGNAL = signal.SIGRTMIN
 
 #: Seconds between two looks at the threads.
 LOOK_INTERVAL_SECONDS = 0.5
+
+#: Seconds between two looks at whether messages can be taken, and for how long that is waited for.
+STARTING_INTERVAL_SECONDS = 0.02
+CONSUMING_SECONDS = 5.0
 
 #: Seconds without a turn of the connection's loop after which this process no longer says that it lives.
 LOOP_STUCK_SECONDS = 10.0
@@ -164,6 +170,14 @@ class Child:
         if options.quiet:
             broker.attachment.be_quiet()
         worker.start()
+        ready_by = time.monotonic() + CONSUMING_SECONDS
+        self._serve(
+            broker,
+            worker,
+            lambda: self._told_to_stop or options.quiet or _consumes(worker) or time.monotonic() > ready_by,
+            STARTING_INTERVAL_SECONDS,
+        )
+        self._look(broker, worker)
         self._channel.say(ready=_describe(broker, worker))
         logger.info("Worker process is ready for action.")
         self._serve(broker, worker, lambda: self._told_to_stop)
@@ -184,14 +198,20 @@ class Child:
     def _loop_turned(self) -> None:
         self._turned = time.monotonic()
 
-    def _serve(self, broker: JetStreamBroker, worker: dramatiq.Worker, done: Callable[[], bool]) -> None:
-        """Do what signals and the supervisor say, until `done`."""
+    def _serve(
+        self,
+        broker: JetStreamBroker,
+        worker: dramatiq.Worker,
+        done: Callable[[], bool],
+        interval: float = LOOK_INTERVAL_SECONDS,
+    ) -> None:
+        """Do what signals and the supervisor say, until `done`, which is asked every `interval` seconds."""
         while not done():
             self._look(broker, worker)
             heard = [self._signals.fileno()]
             if not self._channel.closed:
                 heard.append(self._channel.fileno())
-            select.select(heard, [], [], LOOK_INTERVAL_SECONDS)
+            select.select(heard, [], [], interval)
             for number in self._signals.read():
                 if number == signal.SIGTERM:
                     logger.info("Stopping worker process...")
@@ -251,6 +271,16 @@ class Child:
         now = time.monotonic()
         if not broker.connection.is_open or now - self._turned < LOOP_STUCK_SECONDS:
             self._board.beat(int(now * 1000))
+
+
+def _consumes(worker: dramatiq.Worker) -> bool:
+    """Whether messages are taken from every source of every queue."""
+    threads = list(worker.consumers.values())
+    return all(
+        isinstance(thread.consumer, JetStreamConsumer)
+        and all(source.durable.certain for source in thread.consumer.sources)
+        for thread in threads
+    )
 
 
 def _describe(broker: JetStreamBroker, worker: dramatiq.Worker) -> dict[str, Any]:

@@ -32,7 +32,13 @@ from .delivery import Delivery, Source
 from .in_flight import InFlight
 from .message import JetStreamMessage
 
-__all__ = ["HARD_TIME_LIMIT", "KilledAttempts", "check_hard_time_limit", "hard_time_limits"]
+__all__ = [
+    "HARD_TIME_LIMIT",
+    "KilledAttempts",
+    "check_hard_time_limit",
+    "hard_time_limits",
+    "warn_of_unkept_limits",
+]
 
 #: The name of the option; milliseconds.
 HARD_TIME_LIMIT: Final = "hard_time_limit"
@@ -63,6 +69,17 @@ def hard_time_limits(actors: Mapping[str, Any]) -> dict[str, int]:
         for name, actor in actors.items()
         if actor.options.get(HARD_TIME_LIMIT)
     }
+
+
+def warn_of_unkept_limits(actors: Mapping[str, Any]) -> None:
+    """Say whose limits nothing keeps in a process without a supervisor."""
+    names = sorted(hard_time_limits(actors))
+    if names:
+        logger.warning(
+            "%s of %s is not kept here, because only `fleet work` can kill a process for it.",
+            HARD_TIME_LIMIT,
+            ", ".join(names),
+        )
 
 
 class KilledAttempts:

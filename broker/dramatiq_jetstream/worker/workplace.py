@@ -18,7 +18,7 @@ from .arguments import Describe
 from .attachment import Attachment
 from .consumers import Consumers
 from .follow_ups import FollowUps
-from .hard_limits import KilledAttempts, check_hard_time_limit
+from .hard_limits import KilledAttempts, check_hard_time_limit, warn_of_unkept_limits
 from .in_flight import InFlight
 from .presence import Presence
 from .recorder import Recorder
@@ -110,6 +110,8 @@ class Workplace:
 
     def _boot(self, worker: Worker) -> None:
         self.attachment.attach(worker)
+        if self.in_flight.board is None:
+            warn_of_unkept_limits(worker.broker.actors)
         self._recorder.begin(worker)
 
     def _shut_down(self, worker: Worker) -> None:

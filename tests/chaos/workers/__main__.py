@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.chaos import report
 from tests.chaos.directory import directory
-from tests.chaos.workers.trial import run
+from tests.chaos.workers.trial import RELOAD, WAYS, run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--rate", type=float, default=60.0, help="messages a second")
     parser.add_argument("--longest", type=float, default=1.0, help="seconds from a kill to the next attempt")
+    parser.add_argument("--ways", default=",".join(WAYS), help=f"how they die; {RELOAD} for reloads instead")
+    parser.add_argument("--max-tasks", type=int, help="have the fleet replace workers after so many attempts")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--keep", type=Path, help="keep logs and stores in this directory")
     options = parser.parse_args(arguments)
@@ -37,13 +39,15 @@ def main(arguments: list[str] | None = None) -> int:
             processes=options.processes,
             threads=options.threads,
             rate=options.rate,
+            ways=options.ways.split(","),
+            arguments=[] if options.max_tasks is None else ["--max-tasks", str(options.max_tasks)],
             say=lambda line: print(line, flush=True),
         )
     print("\n".join(result.lines()))
     kept = (
         not result.lost
         and not result.unexplained
-        and result.fewest >= options.processes - 1
+        and result.fewest >= options.processes - (options.ways != RELOAD)
         and max(result.waits, default=0.0) <= options.longest
     )
     print("every promise was kept" if kept else "PROMISES WERE BROKEN")

@@ -1,4 +1,7 @@
-"""Workers of one `fleet work` under load are killed at random, one at a time, and every attempt is accounted for."""
+"""Workers of one `fleet work` under load are killed at random, one at a time, and every attempt is accounted for.
+
+Or the fleet is reloaded, or recycles its workers: then nothing may be repeated, and the fleet is always complete.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,12 +27,15 @@ from tests.support.polling import eventually
 from tests.support.ports import free_port
 from tests.support.processes import Process, children, supervised_workers
 
-__all__ = ["WAYS", "Result", "run"]
+__all__ = ["RELOAD", "WAYS", "Result", "run"]
 
 PROGRAM = "tests.chaos.workers.program"
 
 #: How a worker dies: of a signal, or of an actor of that name.
 WAYS = ("SIGKILL", "SIGSEGV", "leave", "crash", "hoard")
+
+#: The fleet replaces all its workers; nothing dies.
+RELOAD = "reload"
 
 #: So long that what is not handed on is noticed.
 ACK_WAIT_MS = 120_000
@@ -139,9 +145,16 @@ def run(
     processes: int = 2,
     threads: int = 8,
     rate: float = 60.0,
+    ways: Sequence[str] = WAYS,
+    arguments: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Result:
-    """Kill workers one at a time, each when the fleet is complete again, over at least `seconds`."""
+    """Kill workers one at a time, each when the fleet is complete again, over at least `seconds`.
+
+    Parameters:
+      ways: How they die; `RELOAD` for a reload in their place.
+      arguments: Further ones for `fleet work`.
+    """
     choice = random.Random(seed)
     runs = directory / "runs"
     runs.touch()
@@ -152,7 +165,7 @@ def run(
             log=directory / "workers.log",
             processes=processes,
             threads=threads,
-            arguments=["--http", f"127.0.0.1:{port}"],
+            arguments=["--http", f"127.0.0.1:{port}", *arguments],
             env={"CHAOS_RUNS": str(runs), "CHAOS_URL": server.url, "CHAOS_ACK_WAIT": str(ACK_WAIT_MS)},
         )
         broker = JetStreamBroker(server.url, ack_wait=ACK_WAIT_MS, max_deliveries=50, middleware=[])
@@ -161,7 +174,7 @@ def run(
         load = _Load(broker, rate)
         try:
             with workers:
-                return _kill(workers, broker, load, runs, port, choice, kills, seconds, processes, say)
+                return _kill(workers, broker, load, runs, port, choice, ways, kills, seconds, processes, say)
         finally:
             broker.close()
 
@@ -173,6 +186,7 @@ def _kill(
     runs: Path,
     port: int,
     choice: random.Random,
+    ways: Sequence[str],
     kills: int,
     seconds: float,
     processes: int,
@@ -186,6 +200,7 @@ def _kill(
 
     eventually(complete, timeout=60)
     done: dict[str, int] = {}
+    left: list[str] = []
     fewest, killed = processes, []
     pause = seconds / kills
     memory = descriptors = 0
@@ -196,8 +211,15 @@ def _kill(
             started = time.monotonic()
             before = set(children(workers.pid))
             time.sleep(choice.uniform(0.0, 0.05))
-            way = choice.choice(WAYS)
+            if not left:
+                left += choice.sample(ways, len(ways))
+            way = left.pop()
             done[way] = done.get(way, 0) + 1
+            if way == RELOAD:
+                os.kill(workers.pid, signal.SIGHUP)
+                while before & set(children(workers.pid)):
+                    fewest = min(fewest, _metric(port, "workers"))
+                continue
             if way.startswith("SIG"):
                 victim = choice.choice(sorted(before))
                 killed.append((victim, time.monotonic_ns()))
