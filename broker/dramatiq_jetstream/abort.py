@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from .broker import broker_for
+from .backends import broker_for
 from .errors import PermissionDenied, RevisionConflict
 from .jetstream.inventory import queue_names
 from .jetstream.names import short_key

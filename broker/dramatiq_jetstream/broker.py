@@ -1,11 +1,8 @@
 """The Dramatiq broker on NATS JetStream: Dramatiq's contract, put together from the library's rooms.
 
-`enqueue` returns once JetStream has stored the message. Its `Nats-Msg-Id` is made for each call and kept whenever
-that call's publish is repeated: a retry, which Dramatiq enqueues under the same message id, is not taken for a
-duplicate, and a lost acknowledgement does not store a message twice.
-
-If the process dies during `enqueue`, the message is stored or it is not, and the caller never learned that
-it was. If it dies between an actor's end and the ack, the actor runs again elsewhere.
+Each call of `enqueue` has one `Nats-Msg-Id`: a repeated publish is stored once, and a retry, which Dramatiq enqueues
+under the same message id, is no duplicate. If the process dies during `enqueue`, the message is stored or it is not,
+and its caller was not told. If it dies between an actor's end and the ack, the actor runs again elsewhere.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from dramatiq.broker import Broker, MessageProxy
+from dramatiq.broker import MessageProxy
 from dramatiq.errors import QueueNotFound
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware
@@ -23,7 +20,6 @@ from dramatiq.results import ResultMissing, Results
 
 from .config import DUPLICATE_WINDOW_MS, BrokerConfig, ConnectOptions
 from .dead_letters import DeadLetters
-from .errors import InvalidOption
 from .history import History
 from .jetstream.declaring import Declarations
 from .jetstream.ensuring import all_of
@@ -31,7 +27,7 @@ from .jetstream.inventory import queue_names
 from .jetstream.names import Names
 from .jetstream.topology import WORKERS
 from .kv import Bucket
-from .queues import Queues, QueueStats
+from .queues import QueueOperations, Queues
 from .sending import delays
 from .sending.sender import Sender
 from .status import MessageStatus, StatusReader
@@ -47,10 +43,10 @@ from .worker.suspects import BUCKET as STARTS
 from .worker.time_limits import keep_time_of
 from .worker.workplace import Workplace
 
-__all__ = ["JetStreamBroker", "broker_for"]
+__all__ = ["JetStreamBroker"]
 
 
-class JetStreamBroker(HookedBroker):
+class JetStreamBroker(QueueOperations, HookedBroker):
     """A Dramatiq broker on NATS JetStream. All times are milliseconds.
 
     Parameters:
@@ -198,14 +194,8 @@ class JetStreamBroker(HookedBroker):
         self.sources = self._workplace.sources
         self.attachment = self._workplace.attachment
         self.killed_attempts = self._workplace.killed_attempts
-        self._sender = Sender(
-            self.config,
-            self.connection,
-            self.declarations,
-            self,
-            self._workplace.follow_ups,
-            lambda: self.bucket("unique"),
-        )
+        follow_ups, unique_keys = self._workplace.follow_ups, lambda: self.bucket("unique")
+        self._sender = Sender(self.config, self.connection, self.declarations, self, follow_ups, unique_keys)
         super().__init__(middleware=middleware)
         self.actor_options |= {HARD_TIME_LIMIT, "log_history"}
         self.first, self.last = self._workplace.first(), self._workplace.last()
@@ -360,8 +350,6 @@ class JetStreamBroker(HookedBroker):
         self.connection.reopen()
         return self._sender.publish(subject, event, event_id=event_id, headers=headers, timeout=timeout)
 
-    # Consuming
-
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 30_000) -> JetStreamConsumer:
         """Make a consumer of a queue.
 
@@ -401,57 +389,6 @@ class JetStreamBroker(HookedBroker):
         streams = (getattr(middleware, "stream", None) for middleware in self.middleware)
         return {stream for stream in streams if stream}
 
-    # Queues
-
-    def queue_stats(self, queue_name: str) -> QueueStats:
-        """Count what is in a queue: ready, in flight, delayed, dead."""
-        return self.stored_queues.stats(queue_name)
-
-    def pause(self, queue_name: str) -> None:
-        """Stop delivery from a queue to the whole fleet, until `resume`; workers finish what they have."""
-        self.stored_queues.pause(queue_name, paused=True)
-
-    def resume(self, queue_name: str) -> None:
-        """End a `pause`."""
-        self.stored_queues.pause(queue_name, paused=False)
-
-    def is_paused(self, queue_name: str) -> bool:
-        return self.stored_queues.is_paused(queue_name)
-
-    def flush(self, queue_name: str) -> None:
-        """Drop all messages of a queue: ready, in flight, delayed and dead; free its unique keys.
-
-        Periodic schedules stay.
-        """
-        if queue_name not in self.queues:
-            raise QueueNotFound(queue_name)
-        self.declarations.ensure_queue(queue_name)
-        self.stored_queues.purge(queue_name)
-        self.dead_letters.flush(queue_name)
-
-    def flush_all(self) -> None:
-        """Drop all messages of all declared queues."""
-        for queue_name in sorted(self.queues):
-            self.flush(queue_name)
-
-    def join(self, queue_name: str, *, interval: int = 100, timeout: int | None = None) -> None:
-        """Wait until a queue has no ready, running or delayed message, events for its actors included.
-
-        Parameters:
-          interval: Milliseconds between two looks.
-          timeout: Milliseconds to wait at most.
-
-        Raises:
-          QueueJoinTimeout: When the timeout elapses.
-          QueueNotFound: When the queue was never declared.
-        """
-        if queue_name not in self.queues:
-            raise QueueNotFound(queue_name)
-        self.declarations.ensure_queue(queue_name)
-        sources = self.sources.of(queue_name)
-        self.sources.declare(sources)
-        self.stored_queues.join(queue_name, sources, interval=interval, timeout=timeout)
-
     def close(self) -> None:
         """Close the connection; what was enqueued is stored, what was acked is sent.
 
@@ -459,20 +396,3 @@ class JetStreamBroker(HookedBroker):
         """
         self._workplace.consumers.close()
         self.connection.close()
-
-
-def broker_for(broker: Broker | None, url: str | Iterable[str] | None) -> tuple[JetStreamBroker, bool]:
-    """Return the broker that a backend works with, and whether it is the backend's own to close.
-
-    Raises:
-      InvalidOption: When both or the wrong kind of broker are given.
-    """
-    if broker is None:
-        return JetStreamBroker(url, middleware=[]), True
-    if url is not None:
-        raise InvalidOption("Give a backend either a broker or a url: with a broker it uses the broker's.")
-    if not isinstance(broker, JetStreamBroker):
-        raise InvalidOption(
-            f"{type(broker).__name__} cannot be used: give a JetStreamBroker, or a url to connect to."
-        )
-    return broker, False

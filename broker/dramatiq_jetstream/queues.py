@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from dramatiq.common import current_millis
-from dramatiq.errors import QueueJoinTimeout
+from dramatiq.errors import QueueJoinTimeout, QueueNotFound
 
 from .config import BrokerConfig
 from .dead_letters import DeadLetters
@@ -23,8 +23,9 @@ from .jetstream.reading import first_message
 from .sending import delays, unique
 from .wire.connection import Connection
 from .worker.delivery import Source
+from .worker.sources import Sources
 
-__all__ = ["QueueStats", "Queues"]
+__all__ = ["QueueOperations", "QueueStats", "Queues"]
 
 logger = logging.getLogger(__name__)
 
@@ -209,3 +210,62 @@ class Queues:
                 info = self._connection.api(f"CONSUMER.INFO.{source.stream}.{source.durable.name}")
                 count += info["num_pending"] + info["num_ack_pending"]
         return count
+
+
+class QueueOperations:
+    """The methods of `JetStreamBroker` that concern a whole queue, put together from the broker's parts."""
+
+    queues: set[str]
+    stored_queues: Queues
+    declarations: Declarations
+    dead_letters: DeadLetters
+    sources: Sources
+
+    def queue_stats(self, queue_name: str) -> QueueStats:
+        """Count what is in a queue: ready, in flight, delayed, dead."""
+        return self.stored_queues.stats(queue_name)
+
+    def pause(self, queue_name: str) -> None:
+        """Stop delivery from a queue to the whole fleet, until `resume`; workers finish what they have."""
+        self.stored_queues.pause(queue_name, paused=True)
+
+    def resume(self, queue_name: str) -> None:
+        """End a `pause`."""
+        self.stored_queues.pause(queue_name, paused=False)
+
+    def is_paused(self, queue_name: str) -> bool:
+        return self.stored_queues.is_paused(queue_name)
+
+    def flush(self, queue_name: str) -> None:
+        """Drop all messages of a queue: ready, in flight, delayed and dead; free its unique keys.
+
+        Periodic schedules stay.
+        """
+        if queue_name not in self.queues:
+            raise QueueNotFound(queue_name)
+        self.declarations.ensure_queue(queue_name)
+        self.stored_queues.purge(queue_name)
+        self.dead_letters.flush(queue_name)
+
+    def flush_all(self) -> None:
+        """Drop all messages of all declared queues."""
+        for queue_name in sorted(self.queues):
+            self.flush(queue_name)
+
+    def join(self, queue_name: str, *, interval: int = 100, timeout: int | None = None) -> None:
+        """Wait until a queue has no ready, running or delayed message, events for its actors included.
+
+        Parameters:
+          interval: Milliseconds between two looks.
+          timeout: Milliseconds to wait at most.
+
+        Raises:
+          QueueJoinTimeout: When the timeout elapses.
+          QueueNotFound: When the queue was never declared.
+        """
+        if queue_name not in self.queues:
+            raise QueueNotFound(queue_name)
+        self.declarations.ensure_queue(queue_name)
+        sources = self.sources.of(queue_name)
+        self.sources.declare(sources)
+        self.stored_queues.join(queue_name, sources, interval=interval, timeout=timeout)

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from dramatiq.broker import Broker
 from dramatiq.rate_limits import RateLimiterBackend
 
-from .broker import JetStreamBroker, broker_for
+from .backends import broker_for
+from .broker import JetStreamBroker
 from .errors import BrokerConnectionError, BrokerError, NotFound, RevisionConflict, TopologyMissing
 from .jetstream.wakeups import Wakeups
 from .worker.current import current_message

@@ -26,7 +26,7 @@ from dramatiq.results import ResultBackend, ResultMissing, ResultTimeout
 from dramatiq.results.backend import DEFAULT_TIMEOUT, Missing
 from dramatiq.results.result import wrap_exception, wrap_result
 
-from .broker import broker_for
+from .backends import broker_for
 from .errors import BrokerConnectionError, MessageTooLarge
 from .jetstream.names import HEADER_PARTS, short_key
 from .jetstream.wakeups import Wakeups
