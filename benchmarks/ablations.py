@@ -35,13 +35,6 @@ def without_work_queue() -> None:
     _replace(attachment, "WorkQueue", queue.PriorityQueue)
 
 
-def without_delay_queue() -> None:
-    """Consumer threads keep Dramatiq's queue for delayed messages."""
-    from dramatiq_jetstream.worker import attachment
-
-    _replace(attachment, "DelayQueue", queue.PriorityQueue)
-
-
 def without_thread_queue() -> None:
     """The standard library's queue is between the connection's thread and a consumer thread."""
     from dramatiq_jetstream.worker import consumer
@@ -123,15 +116,12 @@ def without_parser() -> None:
     _replace(lanes, "Protocol", NatsPyProtocol)
 
 
-def without_codec() -> None:
-    """Dramatiq's encoder encodes and decodes messages."""
+def without_decoder() -> None:
+    """Dramatiq decodes messages."""
     from dramatiq.message import Message
 
-    from dramatiq_jetstream.sending import fitting, publications
     from dramatiq_jetstream.worker import sources
 
-    _replace(publications, "encode", Message.encode)
-    _replace(fitting, "encode", Message.encode)
     _replace(sources, "decode", Message.decode)
 
 
@@ -153,14 +143,13 @@ def without_copied_fields() -> None:
 PIECES: dict[str, Callable[[], None]] = {
     "hooks": without_hooks,
     "work queue": without_work_queue,
-    "delay queue": without_delay_queue,
     "thread queue": without_thread_queue,
     "time limits": without_time_limits,
     "late settlements": without_late_settlements,
     "lookahead": without_lookahead,
     "short way": without_short_way,
     "parser": without_parser,
-    "codec": without_codec,
+    "decoder": without_decoder,
     "copied fields": without_copied_fields,
 }
 

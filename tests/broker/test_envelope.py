@@ -15,7 +15,7 @@ from dramatiq.errors import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dramatiq_jetstream.sending.envelope import decode, encode
+from dramatiq_jetstream.sending.envelope import decode
 
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
@@ -94,25 +94,8 @@ def test_another_encoder_is_asked(encoder, monkeypatch):
     assert decode(data) == message
 
 
-class Other(Message[Any]):
-    """A message of another program."""
-
-    def encode(self) -> bytes:
-        return b"as I like it"
-
-
 @given(st.fixed_dictionaries(FIELDS))
-def test_a_message_is_encoded_as_dramatiq_does(fields):
-    """Byte for byte, also one that was decoded from fields in another order."""
-    message = Message(**fields)
-    assert encode(message) == message.encode()
+def test_the_order_of_fields_is_lost(fields):
+    """What was decoded is encoded as Dramatiq does it, in whatever order its fields came."""
     backwards = decode(json.dumps(dict(reversed(fields.items()))).encode())
-    assert encode(backwards) == Message.decode(message.encode()).encode()
-    assert encode(Other(**fields)) == b"as I like it"
-
-
-@pytest.mark.parametrize("encoder", [PickleEncoder(), Reversed()])
-def test_another_encoder_encodes(encoder, monkeypatch):
-    monkeypatch.setattr(dramatiq.message, "global_encoder", encoder)
-    message = Message("default", "work", (1,), {}, {})
-    assert encode(message) == message.encode()
+    assert backwards.encode() == Message.decode(Message(**fields).encode()).encode()

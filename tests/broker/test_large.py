@@ -19,7 +19,7 @@ from dramatiq_jetstream.errors import MessageNotUnique, MessageTooLarge, NotSent
 from dramatiq_jetstream.events import Event, event_of, subscription
 from dramatiq_jetstream.progress import Progress, progress, read_progress
 from dramatiq_jetstream.results import JetStreamBackend as ResultBackend
-from dramatiq_jetstream.sending.envelope import encode, to_message
+from dramatiq_jetstream.sending.envelope import to_message
 from dramatiq_jetstream.sending.fitting import fit, unfolded
 from dramatiq_jetstream.sending.references import References
 from dramatiq_jetstream.wire.headers import encode_headers
@@ -43,7 +43,7 @@ def digest(data: str | bytes) -> str:
 
 def largest(broker, actor, **options):
     """The largest message to an actor that the server takes."""
-    empty = len(encode(actor.message_with_options(args=("",), **options)))
+    empty = len(actor.message_with_options(args=("",), **options).encode())
     headers = len(encode_headers({"Nats-Msg-Id": new_id()}))
     return actor.message_with_options(args=(text(MAX_PAYLOAD - empty - headers),), **options)
 
@@ -276,7 +276,7 @@ def test_what_is_added_goes_in_this_order():
     base = Message("q", "a", (text(3_000),), {}, {})
     options = {"retries": 1, "traceback": text(9_000), "dead_history": [{"error": text(2_000)}]}
     message = base.copy(options=options)
-    whole = len(encode(message))
+    whole = len(message.encode())
 
     def fitted(room):
         headers = {}
@@ -291,7 +291,7 @@ def test_what_is_added_goes_in_this_order():
     assert (len(cut["traceback"]) < 2_100, "dead_history" in cut, folded) == (True, True, False)
     cut, folded = fitted(6_500)
     assert ("dead_history" in cut, folded) == (True, True)
-    assert fitted(len(encode(base)) + 60) == ({"retries": 1}, False)
+    assert fitted(len(base.encode()) + 60) == ({"retries": 1}, False)
 
 
 def test_progress_of_a_message_with_a_very_long_id_is_kept(broker):

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dramatiq_jetstream import JetStreamBroker
-from dramatiq_jetstream.worker.work_queue import DelayQueue, WorkQueue
+from dramatiq_jetstream.worker.work_queue import WorkQueue
 from tests.support.polling import eventually
 
 
@@ -40,19 +40,6 @@ def test_lower_priorities_come_first_and_equal_ones_in_order(priorities: list[in
     assert list(iter_queue(queue)) == sorted(items, key=lambda item: item.priority)
     assert queue.empty()
     assert queue.unfinished_tasks == len(items), "what was taken is not done yet"
-
-
-@given(st.lists(st.integers(-3, 3)))
-def test_a_delay_queue_gives_what_came_in_all_the_same(priorities: list[int]) -> None:
-    """By whatever way: looking into it before anything came must not decide what is seen later."""
-    queue = DelayQueue()
-    assert list(iter_queue(queue)) == []
-    assert (queue.empty(), queue.unfinished_tasks) == (True, 0)
-    queue.join()
-    for number, priority in enumerate(priorities):
-        queue.put(Item(priority, number))
-    assert [item.priority for item in iter_queue(queue)] == sorted(priorities)
-    assert queue.unfinished_tasks == len(priorities)
 
 
 def test_get_waits_for_an_item_and_not_for_ever() -> None:

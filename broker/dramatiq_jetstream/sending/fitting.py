@@ -22,7 +22,7 @@ from dramatiq.message import Message
 
 from dramatiq_jetstream.jetstream.names import HEADER_BODY
 
-from .envelope import EVENT_OPTION, HISTORY_OPTION, encode
+from .envelope import EVENT_OPTION, HISTORY_OPTION
 
 __all__ = ["ADDED", "fields_of", "fit", "is_enlarged", "unfolded"]
 
@@ -51,12 +51,12 @@ def fit(
     Parameters:
       refer: Returns the message with a reference in place of the event that it carries; None if it cannot.
     """
-    body = encode(message)
+    body = message.encode()
     if len(body) <= room:
         return body
     room -= len(f"{HEADER_BODY}: {DEFLATE}\r\n")
     for shorter in (_with_short_traceback(message), _without(message, ("traceback", HISTORY_OPTION))):
-        plain = encode(shorter)
+        plain = shorter.encode()
         if len(plain) <= room:
             return plain
         folded = zlib.compress(plain)
@@ -64,7 +64,7 @@ def fit(
             headers[HEADER_BODY] = DEFLATE
             return folded
     referring = refer(_with_short_traceback(message))
-    return body if referring is None else encode(referring)
+    return body if referring is None else referring.encode()
 
 
 def is_enlarged(message: Message[Any]) -> bool:

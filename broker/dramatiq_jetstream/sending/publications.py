@@ -15,7 +15,6 @@ from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID, OPTION_TRACE_CONTE
 from dramatiq_jetstream.wire.connection import Publication
 
 from . import delays
-from .envelope import encode
 from .fitting import fit, is_enlarged
 
 __all__ = ["Publications"]
@@ -75,7 +74,7 @@ class Publications:
         if delay is not None and delay > 0:  # a delay that is over needs no schedule
             subject = self._config.names.delayed(queue_name, announced.message_id, unique)
             headers.update(delays.schedule(int(announced.options["eta"]), target))
-        body = encode(stored)
+        body = stored.encode()
         if len(body) > ALWAYS_FITS_BYTES:
             room = self._room_beside(headers)
             if len(body) > room and self._grew(stored, len(body), headers):

@@ -20,7 +20,7 @@ from .recorder import Recorder
 from .rerouting import Rerouter
 from .suspects import Suspects
 from .vitals import Vitals
-from .work_queue import DelayQueue, WorkQueue
+from .work_queue import WorkQueue
 
 __all__ = ["Attachment"]
 
@@ -63,10 +63,6 @@ class Attachment:
         self._worker = worker
         worker.work_queue = WorkQueue()
         self._vitals.watch(worker)
-
-    def replace_delay_queue(self, consumer_thread: Any) -> None:
-        """Give a consumer thread a delay queue that is always empty: the server holds delayed messages."""
-        consumer_thread.delay_queue = DelayQueue()
 
     def replace_attempts(self, worker_thread: Any) -> None:
         """Run messages our way; called on the thread itself before its first one."""

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from queue import SimpleQueue
 from typing import Protocol
 
 from dramatiq_jetstream.wire.thread_queue import ThreadQueue
 
-__all__ = ["DelayQueue", "WorkQueue"]
+__all__ = ["WorkQueue"]
 
 
 class Item(Protocol):
@@ -87,18 +86,3 @@ class WorkQueue(ThreadQueue[Item]):
 
     def empty(self) -> bool:
         return not any(self._in_order)
-
-
-class DelayQueue(WorkQueue):
-    """A consumer's delay queue. Always empty: the server holds delayed messages.
-
-    Dramatiq looks into it before each message, so `get_nowait` is one call of C until something is put.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.get_nowait = SimpleQueue[Item]().get_nowait  # type: ignore[method-assign]
-
-    def put(self, item: Item) -> None:
-        vars(self).pop("get_nowait", None)
-        super().put(item)

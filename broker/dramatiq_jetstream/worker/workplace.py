@@ -90,7 +90,6 @@ class Workplace:
             "before_declare_actor": check_hard_time_limit,
             "before_worker_boot": self._boot,
             "after_worker_boot": self._presence.begin,
-            "after_consumer_thread_boot": self.attachment.replace_delay_queue,
             "after_worker_thread_boot": self.attachment.replace_attempts,
             "after_process_message": begin,
             "after_skip_message": begin,
