@@ -12,6 +12,7 @@ import pytest
 from dramatiq import Message
 
 from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.sending.delays import Delayed, delayed_messages
 from dramatiq_jetstream.testing import NatsServer
 from dramatiq_jetstream.ui import Passwords
 from dramatiq_jetstream.workers import list_workers
@@ -77,6 +78,10 @@ class Shop:
         workers = list_workers(self.broker)
         return {message.message_id: worker.pid for worker in workers for message in worker.running}
 
+    def delayed(self, queue: str) -> list[Delayed]:
+        """What waits on a queue for its time."""
+        return delayed_messages(self.broker.connection, self.broker.names, queue, limit=1_000)
+
     def fill(self) -> None:
         """Have one of everything: done, running, retrying, delayed and dead."""
         for order in range(40):
@@ -95,7 +100,7 @@ class Shop:
         eventually(lambda: self.broker.queue_stats("mail").ready == 0, timeout=60)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory, nats_server: NatsServer) -> Iterator[Shop]:
     """The shop, started once; a test leaves to others what it did not make itself."""
     with ExitStack() as stack:
@@ -107,3 +112,5 @@ def shop(tmp_path_factory: pytest.TempPathFactory, nats_server: NatsServer) -> I
         made.fill()
         dashboard.wait_for_output("The dashboard of shop is at", timeout=60)
         yield made
+        for video in ("intro.mov", "keynote.mov", "demo.mov"):
+            (made.gates / video).touch()
