@@ -66,6 +66,7 @@ def test_setup_makes_everything_once(declare):
     assert {name for name in created if name.startswith("stream")} == {
         f"stream {first.names.dead_stream}",
         f"stream {first.names.history_stream}",
+        f"stream {first.names.activity_stream}",
         f"stream {first.names.audit_stream}",
         f"stream {first.names.queue_stream('default')}",
         f"stream {first.names.queue_stream('other.queue')}",

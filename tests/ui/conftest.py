@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -82,8 +84,33 @@ class Shop:
         """What waits on a queue for its time."""
         return delayed_messages(self.broker.connection, self.broker.names, queue, limit=1_000)
 
+    def fill_hour(self) -> None:
+        """Count an hour of work, as workers would have counted it."""
+        now = int(time.time() // 60)
+        self.broker.declarations.ensure_activity()
+        for back in range(1, 60):
+            busy = 1 + math.sin(back / 9)
+            for queue, rate, bits in (
+                ("mail", 900, 5),
+                ("payments", 260, 8),
+                ("reports", 40, 12),
+                ("video", 6, 15),
+            ):
+                done = max(1, int(rate * busy))
+                counts = {
+                    ("ran", bits): done,
+                    ("ran", bits + 2): done // 12,
+                    ("waited", 3): done,
+                    ("waited", 6 + back % 3): done // 15,
+                    ("failed", 0): done // 60 if queue == "payments" or back in (20, 21, 22) else 0,
+                }
+                for (what, power), count in counts.items():
+                    subject = self.broker.names.activity(now - back, queue, what, power)
+                    self.broker.connection.tell(subject, b"", {"Nats-Incr": f"+{count}"}, lambda _: None)
+
     def fill(self) -> None:
         """Have one of everything: done, running, retrying, delayed and dead."""
+        self.fill_hour()
         for order in range(40):
             self.send("mail", "send_receipt", 1_000 + order, f"customer{order}@example.com")
         for video in ("intro.mov", "keynote.mov", "demo.mov"):

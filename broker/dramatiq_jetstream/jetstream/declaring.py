@@ -35,7 +35,13 @@ class Declarations:
     def setup_queues(self, queues: Iterable[str], *, update: bool) -> dict[str, str]:
         """Create the missing streams and consumers of queues; see `JetStreamBroker.setup`."""
         declared = sorted(queues)
-        streams = [self._dead_letters(), self._audit(), *self._history(), *map(self._queue, declared)]
+        streams = [
+            self._dead_letters(),
+            self._audit(),
+            self._activity(),
+            *self._history(),
+            *map(self._queue, declared),
+        ]
         consumers = [consumer for queue_name in declared for consumer in self._consumers(queue_name)]
         outcome = ensuring.all_of(
             [
@@ -91,6 +97,11 @@ class Declarations:
                 ensuring.ensure_stream(self._connection, stream)
         return self._config.declare
 
+    def ensure_activity(self) -> None:
+        """Make the stream of the counters if it is missing and may be made."""
+        if self._config.declare:
+            ensuring.ensure_stream(self._connection, self._activity())
+
     def ensure_audit(self) -> None:
         """Make the stream of audit records, whatever `declare` says."""
         ensuring.ensure_stream(self._connection, self._audit())
@@ -137,6 +148,9 @@ class Declarations:
                 config.names, ttl=config.history_ttl, room=config.history_bytes, storage=config.storage
             )
         ]
+
+    def _activity(self) -> StreamConfig:
+        return topology.activity(self._config.names, storage=self._config.storage)
 
     def _audit(self) -> StreamConfig:
         return topology.audit(self._config.names, storage=self._config.storage)

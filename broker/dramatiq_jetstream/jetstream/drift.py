@@ -22,7 +22,9 @@ NANOSECONDS_PER_MS = 1_000_000  # JetStream's durations are nanoseconds
 Json = Mapping[str, Any]
 
 #: What a stream or a consumer is for.
-Kind = Literal["queue", "dead letters", "history", "audit", "events", "bucket", "worker", "subscription"]
+Kind = Literal[
+    "queue", "dead letters", "history", "activity", "audit", "events", "bucket", "worker", "subscription"
+]
 
 
 class Verdict(Enum):
@@ -218,6 +220,7 @@ _CHOSEN: Mapping[Kind, frozenset[str]] = {
     "queue": frozenset({"num_replicas", "duplicate_window", "max_bytes"}),
     "dead letters": frozenset({"num_replicas", "duplicate_window", "max_age", "max_bytes"}),
     "history": frozenset({"num_replicas", "duplicate_window", "max_age", "max_bytes", "max_msgs"}),
+    "activity": frozenset({"num_replicas", "duplicate_window", "max_bytes"}),
     "audit": frozenset({"num_replicas", "duplicate_window", "max_bytes"}),
     "events": frozenset({"num_replicas", "duplicate_window", "subjects", "discard", *_LIMITS, "max_age"}),
     "bucket": frozenset(

@@ -25,6 +25,9 @@ __all__ = ["Listing"]
 PAGE = 10_000
 PAGE_BYTES = 8 * 1024 * 1024
 
+#: How many messages a reading from the end asks for at once: the server cannot be told where to stop.
+READ_BACK = 256
+
 #: How much of a stream, in sequences, is looked at in one go from its end.
 MAX_WINDOW = 16_384
 
@@ -143,7 +146,7 @@ class Listing:
         found: list[StoredMessage] = []
         while start < end:
             deadline = time.monotonic() + self._connection.timeout / 1000
-            page = self._page(subject, start, min(PAGE, end - start), deadline)
+            page = self._page(subject, start, min(READ_BACK, end - start), deadline)
             found += [message for message in page if message.sequence < end]
             if not page or page[-1].sequence >= end:
                 break

@@ -337,6 +337,19 @@ class Names:
     def all_history(self) -> str:
         return f"{self.namespace}.history.>"
 
+    # Activity
+
+    @property
+    def activity_stream(self) -> str:
+        return f"{_before_queue(self.namespace)}_activity"
+
+    def activity(self, minute: int, queue: str, what: str, bits: int) -> str:
+        """The counter of something that happened on a queue within a minute since 1970."""
+        return f"{self.namespace}.activity.{minute}.{self._queue(queue)}.{what}.{bits}"
+
+    def activity_of(self, minute: int | None = None) -> str:
+        return f"{self.namespace}.activity.{'*' if minute is None else minute}.*.*.*"
+
     # Audit
 
     @property

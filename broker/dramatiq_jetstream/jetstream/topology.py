@@ -14,6 +14,7 @@ from .names import METADATA_SUBSCRIBER, Names, bucket_stream
 __all__ = [
     "ConsumerConfig",
     "StreamConfig",
+    "activity",
     "audit",
     "bucket",
     "dead_letters",
@@ -109,6 +110,28 @@ def dead_letters(names: Names, *, ttl: int, storage: Storage = STORAGE) -> Strea
             **_stored(storage, lifetime=ttl),
             "max_age": ttl * NANOSECONDS_PER_MS,
             "max_msgs_per_subject": 1,
+            "allow_direct": True,
+        },
+    )
+
+
+#: How long counts of what a fleet did are kept.
+ACTIVITY_MINUTES = 65
+
+
+def activity(names: Names, *, storage: Storage = STORAGE) -> StreamConfig:
+    """The counters of what a fleet did, added up by the server (ADR-49), in memory."""
+    return StreamConfig(
+        "activity",
+        names.activity_stream,
+        {
+            "subjects": [names.activity_of()],
+            "retention": "limits",
+            **_stored(storage),
+            "storage": "memory",
+            "max_age": ACTIVITY_MINUTES * 60_000 * NANOSECONDS_PER_MS,
+            "max_msgs_per_subject": 1,
+            "allow_msg_counter": True,
             "allow_direct": True,
         },
     )
@@ -320,6 +343,8 @@ def recognise_stream(names: Names, existing: Json) -> StreamConfig | None:
     if name == names.history_stream:
         ttl = existing.get("max_age", 0) // NANOSECONDS_PER_MS or DUPLICATE_WINDOW_MS
         return history(names, ttl=ttl, room=existing.get("max_msgs", 0) * MAX_RECORD_BYTES)
+    if name == names.activity_stream:
+        return activity(names)
     if name == names.audit_stream:
         return audit(names, kept_days=existing.get("max_age", 0) // NANOSECONDS_PER_MS // 86_400_000)
     bucket_name = names.bucket_of_stream(name)

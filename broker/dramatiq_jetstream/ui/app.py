@@ -228,7 +228,9 @@ _NO_ENTRY: Final = (
 )
 
 
+@cache
 def _environment() -> Environment:
+    """The templates, compiled once in a process."""
     made = Environment(
         loader=PackageLoader("dramatiq_jetstream.ui"),
         autoescape=True,

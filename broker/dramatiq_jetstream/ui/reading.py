@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar, cast
 
 from dramatiq_jetstream import audit
+from dramatiq_jetstream.activity import Minute, read_activity
 from dramatiq_jetstream.broker import JetStreamBroker
 from dramatiq_jetstream.dead_letters import DeadLetter
 from dramatiq_jetstream.errors import NotFound, TopologyMissing
@@ -25,10 +26,12 @@ __all__ = ["Found", "Reader", "RunningHere"]
 SHARED_SECONDS: Final = 1.0
 
 #: How long a page looks through what its filters may leave; then it shows what it found, and the way to look further.
-SEARCH_SECONDS: Final = 0.15
+SEARCH_SECONDS: Final = 0.1
 
 #: Delayed messages of a queue that a page sorts by their time.
 MAX_DELAYED: Final = 500
+
+HOUR_MS: Final = 3_600_000
 
 T = TypeVar("T")
 
@@ -64,6 +67,8 @@ class Reader:
         self._lock = threading.Lock()
         self._read: dict[str, tuple[float, Any]] = {}
         self._turns: dict[str, threading.Lock] = {}
+        self._minutes: list[Minute] = []
+        self._counted = 0
 
     def forget(self) -> None:
         """Read everything again: something was changed."""
@@ -106,6 +111,25 @@ class Reader:
         """What runs, the longest first."""
         found = [RunningHere(message, worker) for worker in self.workers() for message in worker.running]
         return sorted(found, key=lambda here: here.message.since)
+
+    def activity(self) -> list[Minute]:
+        """What the fleet did in the last hour. Minutes that are over are read once."""
+
+        def read() -> list[Minute]:
+            now = int(time.time() // 60) * 60_000
+            since = self._counted or now - 2 * HOUR_MS
+            if now - since > 5 * 60_000:
+                fresh = read_activity(self.broker)
+            else:  # the minute before may have been counted on
+                places = range(since - 60_000, now + 60_000, 60_000)
+                fresh = [each for at in places for each in read_activity(self.broker, minute=at)]
+            kept = {
+                (each.queue, each.at): each for each in [*self._minutes, *fresh] if each.at > now - HOUR_MS
+            }
+            self._minutes, self._counted = list(kept.values()), now
+            return self._minutes
+
+        return self._shared("activity", read)
 
     def delayed(self, queue: str) -> list[Delayed]:
         """The first delayed messages of a queue that were stored, the next due first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
@@ -11,6 +12,7 @@ from werkzeug.exceptions import Forbidden, NotFound
 from werkzeug.wrappers import Response
 
 from dramatiq_jetstream import audit as audits
+from dramatiq_jetstream.activity import Minute, percentile
 from dramatiq_jetstream.dead_letters import REASONS
 from dramatiq_jetstream.errors import InvalidOption
 from dramatiq_jetstream.history import OUTCOMES, Record
@@ -19,6 +21,8 @@ from dramatiq_jetstream.sending.fitting import fields_of
 
 from .asking import Asked
 from .changes import ACTIONS, check_token, give_token, letter_filter, refuse_cross_site
+from .charts import chart, sparkline
+from .text import duration, number
 
 __all__ = ["VIEWS"]
 
@@ -61,6 +65,7 @@ def overview(asked: Asked) -> Mapping[str, Any]:
     return {
         "queues": queues,
         "served": served,
+        **_hour(asked.reader.activity()),
         "workers": len(workers),
         "threads": sum(worker.threads for worker in workers),
         "running": sum(len(worker.running) for worker in workers),
@@ -69,6 +74,68 @@ def overview(asked: Asked) -> Mapping[str, Any]:
             for name in ("ready", "in_flight", "delayed", "dead")
         },
     }
+
+
+def _hour(minutes: Sequence[Minute]) -> dict[str, Any]:
+    """The charts of the last hour, and for each queue a line and what it did in the last full minutes."""
+    now = int(time.time() // 60) * 60_000
+    places = [now - 60_000 * back for back in range(59, -1, -1)]
+    by_minute: dict[int, list[Minute]] = {}
+    for each in minutes:
+        by_minute.setdefault(each.at, []).append(each)
+
+    def of_queue(queue: str) -> dict[str, Any]:
+        mine = {each.at: each for each in minutes if each.queue == queue}
+        done = [mine[at].done if at in mine else 0 for at in places]
+        times, waits = (_added([getattr(each, name) for each in mine.values()]) for name in ("ran", "waited"))
+        recent = sum(done[-6:-1]) / 5
+        return {
+            "spark": sparkline(f"Up to {max(done):,} attempts a minute in the last hour", done),
+            "rate": recent,
+            "failed": sum(each.failed for each in mine.values()),
+            "ran": percentile(times, 0.95),
+            "waited": percentile(waits, 0.95),
+        }
+
+    def line(name: str, share: float) -> list[float | None]:
+        return [
+            percentile(_added([getattr(each, name) for each in by_minute.get(at, [])]), share)
+            for at in places
+        ]
+
+    done = [float(sum(each.done for each in by_minute.get(at, []))) for at in places]
+    failed = [float(sum(each.failed for each in by_minute.get(at, []))) for at in places]
+    total, lost = int(sum(done)), int(sum(failed))
+    return {
+        "hour": {
+            "done": total,
+            "failed": lost,
+            "throughput": chart(
+                f"{total:,} attempts ended in the last hour", [("done", done)], number, bars=True
+            ),
+            "failures": chart(
+                f"{lost:,} attempts failed in the last hour", [("failed", failed)], number, bars=True
+            ),
+            "waits": chart(
+                "How long messages were ready before they began, median and 95th percentile",
+                [("p95", line("waited", 0.95)), ("p50", line("waited", 0.5))],
+                duration,
+            ),
+            "runs": chart(
+                "How long attempts ran, median and 95th percentile",
+                [("p95", line("ran", 0.95)), ("p50", line("ran", 0.5))],
+                duration,
+            ),
+        },
+        "did": {queue: of_queue(queue) for queue in {each.queue for each in minutes}},
+    }
+
+
+def _added(counts: Sequence[Mapping[int, int]]) -> Counter[int]:
+    total: Counter[int] = Counter()
+    for each in counts:
+        total.update(each)
+    return total
 
 
 def workers(asked: Asked) -> Mapping[str, Any]:

@@ -11,7 +11,8 @@ If the process dies between the actor's end and the ack, the message runs again 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 from dramatiq.broker import MessageProxy
 from dramatiq.errors import RateLimitExceeded, Retry
@@ -28,6 +29,9 @@ from .suspects import Suspects
 
 __all__ = ["Attempts", "Counts"]
 
+#: How many attempts that ended may wait to be counted on the server.
+MAX_ENDED = 100_000
+
 # In Dramatiq's own words, as all that it would log itself.
 _DISCARDED = (
     "Actor '%s' returned a value that is not None, and you haven't added the "
@@ -42,10 +46,15 @@ class Counts:
     """How many attempts have ended in a process, and how many of them with an exception.
 
     Several threads count; a lost count of thousands informs people just as well.
+
+    Attributes:
+      ended: Of each attempt that was not counted on the server yet its queue, whether it failed, when it began and
+        ended (seconds since 1970), and when its message was stored (milliseconds); without the latter it is 0.
     """
 
     done: int = 0
     failed: int = 0
+    ended: deque[tuple[str, bool, float, float, int]] = field(default_factory=lambda: deque(maxlen=MAX_ENDED))
 
 
 class Attempts:
@@ -90,14 +99,21 @@ class Attempts:
             self._logger.critical("Message %s was not settled as it should be.", message, exc_info=True)
         finally:
             current_message.set(None)
-            self.running = None
-            self._counts.done += 1
-            self._counts.failed += message._exception is not None
+            self._count(message)
             self._thread.work_queue.task_done()
             if isinstance(message, JetStreamMessage) and message.to_record is not None:
                 self._recorder.record(message, message.to_record)
             # The exception's frames would stay in memory for as long as it is referred to.
             message.clear_exception()
+
+    def _count(self, message: MessageProxy) -> None:
+        now, failed = time.time(), message._exception is not None
+        began = now if self.running is None else self.running[1]
+        stored = message._delivery.timestamp if isinstance(message, JetStreamMessage) else 0
+        self.running = None
+        self._counts.done += 1
+        self._counts.failed += failed
+        self._counts.ended.append((message.queue_name, failed, began, now, stored))
 
     def _run_and_settle(self, message: MessageProxy) -> None:
         delivery = message._delivery if isinstance(message, JetStreamMessage) else None

@@ -27,6 +27,7 @@ from dramatiq.worker import Worker
 
 from dramatiq_jetstream.kv import Bucket
 
+from .activity import Activity
 from .arguments import Describe, shown_arguments
 from .attachment import Attachment
 from .current import said_of
@@ -62,11 +63,13 @@ class Presence:
         self,
         bucket: Callable[[], Bucket],
         attachment: Attachment,
+        activity: Activity,
         describe: Describe,
         program_version: Callable[[], str],
     ) -> None:
         self._bucket = bucket
         self._attachment = attachment
+        self._activity = activity
         self._describe_arguments = describe
         self._program_version = program_version
         self.reset()
@@ -91,6 +94,7 @@ class Presence:
         if not self._bucket().connection.is_connected:
             return  # the record will expire, and a worker that stops waits for no server
         try:
+            self._activity.send(now=True)
             self._bucket().delete(self._key)
         except BrokerError as error:
             logger.debug("The record of this worker was not removed and will expire: %s", error)
@@ -101,6 +105,7 @@ class Presence:
         written, last, warned = 0.0, "", False
         while not stop.wait(BATCH_SECONDS):
             try:
+                self._activity.send()
                 record = self._record(worker, since)
                 changed = json.dumps([record["running"], record["done"]])
                 if changed == last and time.monotonic() - written < INTERVAL_SECONDS:

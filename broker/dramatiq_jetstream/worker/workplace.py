@@ -14,6 +14,7 @@ from dramatiq_jetstream.jetstream.keeping import Keeper
 from dramatiq_jetstream.kv import Bucket
 from dramatiq_jetstream.wire.connection import Connection
 
+from .activity import Activity
 from .arguments import Describe
 from .attachment import Attachment
 from .consumers import Consumers
@@ -77,7 +78,8 @@ class Workplace:
             rerouter, self.follow_ups, self._suspects, self._recorder, Vitals(connection, self.in_flight)
         )
         self.killed_attempts = KilledAttempts(connection, self.in_flight, self.attachment.replace_attempts)
-        self._presence = Presence(workers, self.attachment, describe, program_version)
+        self._activity = Activity(config.names, connection, declarations.ensure_activity, self.attachment)
+        self._presence = Presence(workers, self.attachment, self._activity, describe, program_version)
         self.consumers = Consumers(
             config, connection, self.in_flight, self.sources, self._suspects, rerouter, self.attachment
         )
@@ -123,4 +125,5 @@ class Workplace:
         self.consumers.reset()
         self._suspects.reset()
         self._presence.reset()
+        self._activity.reset()
         self._recorder.reset()

@@ -1,0 +1,89 @@
+"""Counts on the server what a fleet does: attempts, failures and times, for each queue and minute (see `activity`).
+
+The server adds up (ADR-49), so that all processes of a fleet share a counter. A worker thread notes an attempt that has
+ended and goes on; the presence thread adds up what was noted and sends it every `INTERVAL_SECONDS`, without waiting for
+an answer. If the process dies, or there is no connection, what was noted is not counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from dramatiq.errors import BrokerError
+
+from dramatiq_jetstream.jetstream.names import Names
+from dramatiq_jetstream.wire.connection import Connection, Msg
+from dramatiq_jetstream.wire.replies import is_no_responders
+
+from .attachment import Attachment
+
+__all__ = ["Activity"]
+
+#: How often counts are sent.
+INTERVAL_SECONDS = 5.0
+
+#: Adds to a counter.
+HEADER_INCR = "Nats-Incr"
+
+logger = logging.getLogger(__name__)
+
+
+class Activity:
+    """The counts of one worker process.
+
+    Parameters:
+      ensure: Makes the stream of the counters, if that may be done.
+    """
+
+    def __init__(
+        self, names: Names, connection: Connection, ensure: Callable[[], None], attachment: Attachment
+    ) -> None:
+        self._names = names
+        self._connection = connection
+        self._ensure = ensure
+        self._attachment = attachment
+        self.reset()
+
+    def reset(self) -> None:
+        """Start from nothing: at creation, and in the child of a fork."""
+        self._counts: Counter[str] = Counter()
+        self._sent = 0.0
+        self._missing = True
+
+    def send(self, *, now: bool = False) -> None:
+        """Add up what has ended, and send the counts if it is time."""
+        self._add_up()
+        if not self._counts or (not now and time.monotonic() - self._sent < INTERVAL_SECONDS):
+            return
+        self._sent = time.monotonic()
+        if self._missing:
+            self._missing = False
+            try:
+                self._ensure()
+            except BrokerError as error:
+                logger.warning("What this worker does is not counted: %s", error)
+        counts, self._counts = self._counts, Counter()
+        for subject, count in counts.items():
+            self._connection.tell(subject, b"", {HEADER_INCR: f"+{count}"}, self._told)
+
+    def _add_up(self) -> None:
+        ended = self._attachment.counts.ended
+        while ended:
+            queue, failed, began, end, stored = ended.popleft()
+            minute = int(end // 60)
+            self._count(minute, queue, "ran", end - began)
+            if stored:
+                self._count(minute, queue, "waited", began - stored / 1_000)
+            if failed:
+                self._counts[self._names.activity(minute, queue, "failed", 0)] += 1
+
+    def _count(self, minute: int, queue: str, what: str, seconds: float) -> None:
+        bits = max(0, int(seconds * 1_000)).bit_length()
+        self._counts[self._names.activity(minute, queue, what, bits)] += 1
+
+    def _told(self, answer: Msg | BaseException) -> None:
+        if not isinstance(answer, BaseException) and is_no_responders(answer):
+            self._missing = True
