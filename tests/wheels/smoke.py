@@ -17,11 +17,13 @@ from opentelemetry.instrumentation.dramatiq import DramatiqInstrumentor
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from werkzeug.test import Client
 
 import dramatiq_jetstream
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.results import JetStreamBackend
 from dramatiq_jetstream.testing import NatsServer
+from dramatiq_jetstream.ui import create_app, viewer
 
 
 def main() -> None:
@@ -41,6 +43,9 @@ def main() -> None:
         message = add.send(1, 2)
         assert message.get_result(block=True, timeout=10_000) == 3
         worker.stop()
+        pages = Client(create_app(broker, access=lambda _: viewer("smoke")))
+        for path in ("/", "/dead", "/static/style.css", "/static/live.js"):
+            assert pages.get(path).status_code == 200, path
         broker.close()
         command = Path(sys.executable).parent / "fleet"
         version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
@@ -48,7 +53,9 @@ def main() -> None:
     assert len(names) == 2, names
     assert dramatiq_jetstream.__version__ in version, version
     assert "site-packages" in dramatiq_jetstream.__file__, dramatiq_jetstream.__file__
-    print(f"{version.strip()}: a task ran, its result was read, its spans are {', '.join(names)}.")
+    print(
+        f"{version.strip()}: a task ran, its result was read, the dashboard is there, its spans are {', '.join(names)}."
+    )
 
 
 if __name__ == "__main__":
