@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -91,6 +92,15 @@ def end_consumer_thread(name: str) -> None:
 @dramatiq.actor(queue_name="other", max_retries=0)
 def other(name: str) -> None:
     note("other", name)
+
+
+@dramatiq.actor(max_retries=0)
+def orphan(name: str) -> None:
+    """Leaves a process behind whose parent has ended."""
+    left = subprocess.run(
+        ["sh", "-c", "sleep 0.2 >&- & echo $!"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    note("left", left.stdout.strip())
 
 
 @dramatiq.actor(max_retries=0, time_limit=500, hard_time_limit=1_500)

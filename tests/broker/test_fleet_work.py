@@ -251,6 +251,23 @@ def test_workers_stop_when_their_supervisor_is_killed(make_fleet):
     eventually(lambda: not any(map(alive, children)))
 
 
+def test_processes_that_actors_leave_behind_are_reaped(make_fleet):
+    """The supervisor inherits them as PID 1 of a container does, and leaves no zombie."""
+    adopting = "import ctypes, os, sys; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0); os.execv(sys.executable, sys.argv[1:])"
+    fleet = make_fleet()
+    workers = fleet.start(supervised=True, processes=1, threads=1, wait=False)
+    workers.kill()
+    # The same command again, as a process that adopts orphans (PR_SET_CHILD_SUBREAPER, which exec keeps).
+    workers.command = [workers.command[0], "-c", adopting, *workers.command]
+    workers.start().wait_for_output(WORKER_READY, timeout=30)
+    fleet.send("orphan", "x")
+    (left,) = eventually(
+        lambda: re.findall(r"^left (\d+)$", fleet.runs.read_text(), re.MULTILINE), timeout=30
+    )
+    eventually(lambda: not Path(f"/proc/{left}").exists(), timeout=30)
+    assert workers.running
+
+
 def test_the_probes_tell_a_stuck_worker_from_a_busy_one(make_fleet):
     """A worker that runs a long actor is alive; one that is stopped in its tracks is not, after a while."""
     fleet = make_fleet()

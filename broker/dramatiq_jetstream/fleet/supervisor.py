@@ -21,9 +21,11 @@ Signals of the parent, in the order of severity:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
+import os
 import selectors
 import signal
 import subprocess
@@ -244,6 +246,16 @@ class Supervisor:
                     self._print(process)
                     self._read(process)
                     self._ended(slot, process)
+        self._reap_orphans()
+
+    def _reap_orphans(self) -> None:
+        """Take note of the end of processes that actors left behind; PID 1 of a container inherits them."""
+        own = {process.pid for process in self.workers} | {fork.pid for fork in self._forks}
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                if ended.si_pid in own:
+                    return  # looked at with the next signal
+                os.waitpid(ended.si_pid, 0)
 
     def _ended(self, slot: Slot, process: WorkerProcess) -> None:
         self._unregister(process.channel)

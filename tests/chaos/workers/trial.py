@@ -5,7 +5,6 @@ Or the fleet is reloaded, or recycles its workers: then nothing may be repeated,
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import re
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from dramatiq import Message
@@ -48,6 +48,7 @@ class Result:
     Attributes:
       repeats: Attempts of messages that had ended, in a process that was killed before its ack was out.
       waits: For each attempt that a kill cut off, seconds until the message's next one began.
+      gap: The longest time, in seconds, in which no attempt began or ended.
       delays: For each message, seconds until it began for the first time.
       fewest: The fewest workers that served at once, of `workers`.
       memory: Resident bytes of the supervisor after the first tenth of the kills, and at the end.
@@ -61,6 +62,7 @@ class Result:
     unexplained: int
     waits: list[float]
     delays: list[float]
+    gap: float
     fewest: int
     memory: tuple[int, int]
     descriptors: tuple[int, int]
@@ -71,6 +73,7 @@ class Result:
         yield f"lost: {len(self.lost)}; repeated after the end: {self.repeats}, without a kill: {self.unexplained}"
         yield f"from a kill to the next attempt: {_in_words(self.waits)}"
         yield f"from send to the first attempt: {_in_words(self.delays)}"
+        yield f"the longest time in which no attempt began or ended: {self.gap * 1000:.0f} ms"
         yield f"fewest workers that served: {self.fewest} of {self.workers}"
         megabytes = ", then ".join(f"{each / 1e6:.1f} MB" for each in self.memory)
         yield f"supervisor: {megabytes}; descriptors {self.descriptors[0]}, then {self.descriptors[1]}"
@@ -254,16 +257,18 @@ def _account(
     descriptors: tuple[int, int],
 ) -> Result:
     lives: dict[str, list[tuple[str, int, int]]] = {}
+    moments = []
     for line in runs.read_text().splitlines():
         what, key, pid, when = line.split()
         lives.setdefault(key, []).append((what, int(pid), int(when)))
+        moments.append(int(when))
     waits, delays = [], []
     repeats = unexplained = 0
     for key, life in lives.items():
         attempts = [(pid, when) for what, pid, when in life if what == "began"]
         ended = {pid for what, pid, _ in life if what == "ended"}
         delays.append((attempts[0][1] - load.sent[key]) / 1e9)
-        for (pid, _), (_, again) in itertools.pairwise(attempts):
+        for (pid, _), (_, again) in pairwise(attempts):
             if pid not in killed:
                 unexplained += 1
             elif pid in ended:
@@ -271,6 +276,7 @@ def _account(
             else:
                 waits.append((again - killed[pid]) / 1e9)
     lost = [key for key in load.sent if "ended" not in {what for what, _, _ in lives.get(key, [])}]
+    gap = max((later - earlier for earlier, later in pairwise(sorted(moments))), default=0) / 1e9
     return Result(
         kills,
         processes,
@@ -280,6 +286,7 @@ def _account(
         unexplained,
         waits,
         delays,
+        gap,
         fewest,
         memory,
         descriptors,
