@@ -3,7 +3,7 @@
 Over the connection's loop, a request and its reply each change threads, which takes longer than the server needs to
 store a message. A thread that waits for one reply therefore borrows a *lane*: a connection to the same server that one
 thread uses at a time. There are as many lanes as threads that wait at once, up to about `MOST`. Unused ones are closed
-after a while.
+after a while. Without them, a thread that stores one message after the other does half as many, with twice the CPU.
 
 A lane is a shortcut, never a promise. If there is none, it breaks, no reply comes within a second, or the server says
 "not now", the lane is dropped and the request goes over the loop. So only requests that may be sent twice go here:

@@ -1,7 +1,8 @@
 """How many deliveries a consumer has room for and how many it has, counted once for fetching and for Dramatiq.
 
 There is room for the prefetch, and for a little more while messages are short: as many as were settled in the last
-25 ms. That lookahead saves a round trip per message, and shrinks to nothing when messages take longer than that. A
+25 ms. That lookahead saves a round trip per message, and shrinks to nothing when messages take longer than that;
+without it, a message that does nothing costs a worker twice the CPU. A
 delivery is *in hand* from its arrival until it is settled. Dramatiq gets as many as there is room for; the rest wait,
 highest priority first. When messages suddenly take longer, more is in hand than there is room for. What lasts half a
 second is *surplus*, and is requeued for other workers to take.

@@ -1,11 +1,9 @@
-"""Keeps time for Dramatiq's `TimeLimit`, without the lock that every worker thread would take twice per message.
+"""Keeps time for Dramatiq's `TimeLimit`, and interrupts a thread only for the message whose time is over.
 
-If the holder loses the GIL, every other thread queues behind that lock (see `thread_queue`). Here each running message
-has a deadline of its own. Its thread puts it into a dict and replaces it when the message is done, in a single step
-each.
-
-A dead thread's identifier is soon reused, so a deadline belongs to the thread object. What a thread does after its
-actor has ended, such as storing a retry, is not interrupted (see `interrupts`).
+Dramatiq notes a deadline by the thread's identifier, and may interrupt a thread that has gone on to its next message, or
+a new thread that got the identifier of a dead one. Here each running message has a deadline of its own, which is looked
+at when its thread cannot go on (see `interrupts`). Its thread puts it into a dict and replaces it when the message is
+done, in a single step each. What a thread does after its actor has ended, such as storing a retry, is not interrupted.
 """
 
 from __future__ import annotations
