@@ -1,8 +1,8 @@
 """The NATS client protocol without I/O: bytes in, events out; values in, bytes out.
 
 `client` and `lanes` are its two ways of doing I/O: an event loop with many subscriptions, and one thread with one
-question at a time. Both parse with a `Protocol` and write what the functions here encode. It is no faster than nats-py's
-parser, to within what was measured: it is here because that one can only be used with nats-py's client.
+question at a time. Both parse with a `Protocol` and write what the functions here encode. Parsing takes as long as
+with nats-py's parser, which needs nats-py's client.
 
 What a peer can make us keep is bounded: a line by `MAX_LINE_BYTES`, a message by `MAX_MESSAGE_BYTES`. Bytes that break
 the protocol raise `ProtocolError`, after which the connection is of no use. An interrupt in `receive` loses bytes, so a

@@ -1,6 +1,6 @@
 """Keeps time for Dramatiq's `TimeLimit`, and interrupts a thread only for the message whose time is over.
 
-Dramatiq notes a deadline by the thread's identifier, and may interrupt a thread that has gone on to its next message, or
+Dramatiq notes a deadline by the thread's identifier. It may interrupt a thread that has gone on to its next message, or
 a new thread that got the identifier of a dead one. Here each running message has a deadline of its own, which is looked
 at when its thread cannot go on (see `interrupts`). Its thread puts it into a dict and replaces it when the message is
 done, in a single step each. What a thread does after its actor has ended, such as storing a retry, is not interrupted.
