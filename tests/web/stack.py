@@ -32,6 +32,7 @@ class Stack:
         workers: bool = True,
         env: Mapping[str, str] | None = None,
         nats: NatsServer | None = None,
+        front_end: str = "web:create_app()",
     ) -> None:
         self.directory = directory
         self.nats = nats or NatsServer(store_dir=directory / "nats", sync=sync)
@@ -42,6 +43,7 @@ class Stack:
         self.gateway_url = f"http://127.0.0.1:{self.gateway_port}"
         self.web_processes = web_processes
         self._with_workers = workers
+        self._front_end = front_end
         self.env = dict(env or {})
         self._exit = ExitStack()
         self.session = requests.Session()
@@ -94,7 +96,7 @@ class Stack:
 
     def _web(self) -> Process:
         return Process(
-            gunicorn(),
+            gunicorn(self._front_end),
             log=self.directory / "web.log",
             env={
                 **self.environment,
@@ -144,9 +146,9 @@ class Stack:
         return eventually(order, timeout=timeout, interval=0.1)  # type: ignore[return-value]
 
 
-def gunicorn() -> list[str]:
+def gunicorn(front_end: str = "web:create_app()") -> list[str]:
     """Return the command that serves the front end, as the Procfile has it."""
-    return [sys.executable, "-m", "gunicorn", "-c", "web/gunicorn.conf.py", "web:create_app()"]
+    return [sys.executable, "-m", "gunicorn", "-c", "web/gunicorn.conf.py", front_end]
 
 
 def order_body(*items: tuple[str, int], customer_id: str = "c-42", **members: Any) -> dict[str, Any]:
