@@ -57,7 +57,14 @@ class Jetstream(DramatiqContender):
     def make_broker(self) -> Broker:
         from dramatiq_jetstream import JetStreamBroker
 
-        return JetStreamBroker(os.environ[NatsServer.variable])
+        if os.environ.get("BENCH_UNSEEN"):
+            from dramatiq_jetstream.worker import presence
+
+            presence.BATCH_SECONDS = 86_400.0
+        history = os.environ.get("BENCH_HISTORY", "failures")
+        settings = {"none": None, "all": "all", "failures": "failures"}
+        setting = settings[history] if history in settings else float(history)
+        return JetStreamBroker(os.environ[NatsServer.variable], history=setting)
 
     def make_results(self, broker: Broker) -> ResultBackend:
         from dramatiq_jetstream.results import JetStreamBackend

@@ -8,10 +8,12 @@ from benchmarks.measurements.delayed import Delayed
 from benchmarks.measurements.drain import Drain
 from benchmarks.measurements.enqueue import Enqueue
 from benchmarks.measurements.growth import Growth
+from benchmarks.measurements.history import History
 from benchmarks.measurements.idle import Idle
 from benchmarks.measurements.latency import Latency
 from benchmarks.measurements.measurement import Measurement
 from benchmarks.measurements.orders import Orders
+from benchmarks.measurements.presence import Presence
 from benchmarks.measurements.recovery import Recovery
 from benchmarks.measurements.roundtrip import Roundtrip
 from benchmarks.measurements.telemetry import Telemetry
@@ -27,6 +29,8 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     Recovery(),
     Idle(),
     Telemetry(),
+    History(),
+    Presence(),
     Ablation(),
     Orders(),
 )

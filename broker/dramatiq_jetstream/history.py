@@ -135,11 +135,12 @@ class Record:
         return cls(**known)
 
 
+_encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _FIELDS = frozenset(field.name for field in fields(Record))
 
 
 def _json(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+    return _encode_json(content).encode("utf-8", "backslashreplace")
 
 
 def _cut(text: str, surplus: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import dramatiq
@@ -15,7 +16,7 @@ from dramatiq_abort import Abortable
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.abort import JetStreamBackend as AbortBackend
 from dramatiq_jetstream.abort import abort_message
-from dramatiq_jetstream.errors import InvalidOption
+from dramatiq_jetstream.errors import BrokerConnectionError, InvalidOption
 from dramatiq_jetstream.history import EXAMINED, OUTCOMES, History, Record
 from dramatiq_jetstream.jetstream.topology import MAX_RECORD_BYTES
 from dramatiq_jetstream.testing import NatsServer
@@ -236,6 +237,10 @@ def test_a_record_is_bounded_in_bytes() -> None:
     assert Record.decode(small.encode()) == small
 
 
+def unavailable(connection: Any, items: Any, **options: Any) -> list[Exception]:
+    return [BrokerConnectionError("the server is away") for _ in items]
+
+
 def test_a_worker_that_cannot_store_records_goes_on(
     make_broker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,8 +248,7 @@ def test_a_worker_that_cannot_store_records_goes_on(
     monkeypatch.setattr(recorder, "BUFFER", 3)
     monkeypatch.setattr(recorder, "FLUSH_SECONDS", 0.1)
     broker = make_broker(history="all")
-    publish_many = broker.connection.try_publish_many
-    broker.connection.try_publish_many = lambda items, **options: publish_many(items, timeout=0)
+    monkeypatch.setattr(recorder, "batches", SimpleNamespace(store=unavailable))
     work = dramatiq.actor(lambda: None, actor_name="work", broker=broker)
     with running(broker):
         broker.enqueue_many([work.message() for _ in range(100)])

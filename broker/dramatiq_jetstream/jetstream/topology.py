@@ -177,6 +177,7 @@ def history(names: Names, *, ttl: int, room: int, storage: Storage = STORAGE) ->
             "max_age": ttl * NANOSECONDS_PER_MS,
             "max_msgs": room // MAX_RECORD_BYTES,
             "max_msgs_per_subject": MAX_RECORDS_OF_MESSAGE,
+            "allow_atomic": True,
             "allow_direct": True,
         },
     )

@@ -23,7 +23,7 @@ from dramatiq.worker import Worker
 
 from dramatiq_jetstream.config import BrokerConfig
 from dramatiq_jetstream.dead_letters import worker_name
-from dramatiq_jetstream.errors import BrokerConnectionError, BrokerError, TopologyMissing
+from dramatiq_jetstream.errors import BrokerConnectionError, BrokerError
 from dramatiq_jetstream.history import ABORTED, DONE, FAILED, RETRIED, SKIPPED, Record
 from dramatiq_jetstream.jetstream.names import (
     HEADER_MSG_ID,
@@ -31,6 +31,7 @@ from dramatiq_jetstream.jetstream.names import (
     OPTION_TRACE_CONTEXT,
     trace_headers,
 )
+from dramatiq_jetstream.sending import batches
 from dramatiq_jetstream.wire.connection import Connection, Publication
 from dramatiq_jetstream.wire.ids import new_id
 
@@ -44,13 +45,13 @@ __all__ = ["Recorder"]
 
 #: Records that wait to be sent at most, and how many are sent at once.
 BUFFER = 5_000
-BATCH = 500
+BATCH = 1_000
 
 #: How long records are gathered, how long the server gets to store them, and the pause before they are sent again; how
 #: long the thread waits for another record before it ends.
 GATHER_SECONDS = 0.2
 IDLE_SECONDS = 10.0
-STORE_TIMEOUT_MS = 5_000
+STORE_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 
 #: How long a worker that stops waits for its last records.
@@ -101,6 +102,7 @@ class Recorder:
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()
         self._is_ready = False
+        self._worker = worker_name()
         logging.getLogger().removeHandler(self._log_lines)
 
     # Around a worker
@@ -151,7 +153,7 @@ class Recorder:
             ended=int(ended.ended * 1000),
             attempt=retries if _is_counted(message, ended) else retries + 1,
             deliveries=message.delivery_count,
-            worker=worker_name(),
+            worker=self._worker,
             error_type="" if error is None else type(error).__name__[:_MAX_NAME],
             error="" if error is None else text_of(error),
             traceback="" if error is None else traceback_of(error, MAX_TRACEBACK),
@@ -217,26 +219,23 @@ class Recorder:
 
     def _store(self, publications: list[Publication]) -> None:
         """Store records, after an outage if need be; what is refused is dropped."""
-        was_made = False
         while publications:
-            try:
-                if not self._is_ready:  # a missing stream would take a while to be noticed
-                    self._is_ready = self._make()
-                outcomes = self._connection.try_publish_many(publications, timeout=STORE_TIMEOUT_MS)
-            except BrokerConnectionError as error:
-                outcomes = [error] * len(publications)
-            if not was_made and any(isinstance(outcome, TopologyMissing) for outcome in outcomes):
-                was_made, self._is_ready = True, False  # it was deleted
-                passing: tuple[type[Exception], ...] = (BrokerConnectionError, TopologyMissing)
-            else:
-                passing = (BrokerConnectionError,)
+            if not self._is_ready:  # a missing stream would take a while to be noticed
+                self._is_ready = self._make()
+            outcomes = batches.store(
+                self._connection,
+                [(self._names.history_stream, publication) for publication in publications],
+                deadline=time.monotonic() + STORE_SECONDS,
+                timeout=STORE_SECONDS,
+                make_again=lambda _: self._make(),
+            )
             for outcome in outcomes:
-                if isinstance(outcome, Exception) and not isinstance(outcome, passing):
+                if isinstance(outcome, Exception) and not isinstance(outcome, BrokerConnectionError):
                     self._warn(str(outcome), type(outcome).__name__)
             publications = [
                 publication
                 for publication, outcome in zip(publications, outcomes, strict=True)
-                if isinstance(outcome, passing)
+                if isinstance(outcome, BrokerConnectionError)
             ]
             if publications and self._connection.is_closed:
                 return
@@ -244,13 +243,13 @@ class Recorder:
                 time.sleep(RETRY_SECONDS)
 
     def _make(self) -> bool:
-        """Make the stream; False when that is not allowed, or does not work."""
+        """Make the stream; False when that is not allowed, or does not work now."""
         try:
             return self._ensure()
         except BrokerConnectionError:
-            raise
+            return False
         except BrokerError as error:
-            self._warn(str(error))
+            self._warn(str(error), type(error).__name__)
             return False
 
     def _warn(self, what: str, kind: str = "") -> None:
@@ -283,6 +282,8 @@ def _is_counted(message: JetStreamMessage, ended: Ended) -> bool:
 def _trace_id(message: JetStreamMessage) -> str:
     """The id of the trace in a W3C `traceparent`."""
     context = message.options.get(OPTION_TRACE_CONTEXT)
-    parent = trace_headers(context).get("traceparent") or message.headers.get("traceparent", "")
+    parent = trace_headers(context).get("traceparent", "") if context is not None else ""
+    if not parent:
+        parent = message.headers.get("traceparent", "")
     tokens = parent.split("-")
     return tokens[1] if len(tokens) == 4 and len(tokens[1]) == 32 else ""
