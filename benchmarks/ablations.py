@@ -129,7 +129,7 @@ def without_copied_fields() -> None:
     """A message's fields are read through Dramatiq's proxy each time, not copied to it."""
     from dramatiq.broker import MessageProxy
 
-    from dramatiq_jetstream.worker.consumer import JetStreamMessage
+    from dramatiq_jetstream.worker.message import JetStreamMessage
 
     def initialise(self: Any, message: Any, delivery: Any, arguments: Any = None) -> None:
         MessageProxy.__init__(self, message)

@@ -106,7 +106,7 @@ class Trial:
         return self._start(self.contender.workers(self.python, processes, threads))
 
     def start_fleet(self, processes: int, threads: int = THREADS) -> list[Process]:
-        """Starts processes of which one may die without the others; returns their commands."""
+        """Starts processes, each of them able to die without the others; returns their commands."""
         return self._start(self.contender.fleet(self.python, processes, threads))
 
     def _start(self, commands: list[list[str]]) -> list[Process]:

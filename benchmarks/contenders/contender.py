@@ -67,7 +67,7 @@ class Contender(ABC):
         return []
 
     def fleet(self, python: str, processes: int, threads: int) -> list[list[str]]:
-        """The commands to run for `processes` of which one may die without the others."""
+        """The commands to run for `processes`; one may die without the others."""
         return [command for _ in range(processes) for command in self.workers(python, 1, threads)]
 
     def wait_until_settled(self, urls: list[str], timeout: int) -> bool:

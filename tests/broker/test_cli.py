@@ -146,8 +146,13 @@ def test_dead_letters_are_listed_shown_replayed_and_dropped(
     shown = fleet("dead", "show", letter["id"], "--json")
     assert json.loads(shown["data"])["args"] == ["die"]
     assert "no such address" in fleet("dead", "show", letter["id"])
-    with pytest.raises(Refused, match=r"no trace of an actor 'wrk'.*seen were: work"):
-        fleet("dead", "list", "--actor", "wrk")
+
+    def seen() -> bool:
+        with pytest.raises(Refused, match=r"no trace of an actor 'wrk'.*seen were: work"):
+            fleet("dead", "list", "--actor", "wrk")
+        return True
+
+    eventually(seen)  # the worker reports what it ran within a second
 
     assert fleet("dead", "replay", letter["id"], "--json") == {"replayed": [letter["id"]]}
     (again,) = eventually(lambda: fleet("dead", "list", "--json"))

@@ -79,7 +79,7 @@ class Machine(RuleBasedStateMachine):
     Attributes:
       stored: Labels that were acknowledged, and that have to run.
       refused: Labels that were told not to be stored, or were cancelled.
-      may: Labels of which either is right: not known, or dropped by a fault or a purge.
+      may: Labels that may or may not have run: not known, or dropped by a fault or a purge.
       delayed: The messages that are due long after the test, by label.
       values: What each key of the bucket may have.
       holders: The labels that were enqueued with a unique key since it was free.

@@ -1,4 +1,4 @@
-"""A broken build of the front end: whoever knows an order's id sees it."""
+"""A broken build of the front end: any caller who knows an order's id sees it."""
 
 from __future__ import annotations
 

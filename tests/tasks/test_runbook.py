@@ -100,7 +100,7 @@ class Shell:
         return said
 
     def fail(self, letters: int) -> list[str]:
-        """Have payments given up until there are so many dead letters; returns the orders of those that are new."""
+        """Have payments given up until there are `letters` dead letters; returns the orders of the new ones."""
         self.shop.knobs(failure_rate=1.0)
         orders = []
         while (before := self.dead()) < letters:

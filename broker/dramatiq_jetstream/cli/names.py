@@ -14,7 +14,7 @@ __all__ = ["ACTOR", "QUEUE"]
 
 
 class _Name(click.ParamType[str]):
-    """A name of which the server knows some; completing asks it, and a server that is not there completes nothing."""
+    """A name; the server knows some of them: completing asks it, and a server that is not there completes nothing."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return str(value)

@@ -1,6 +1,6 @@
 """What a supervisor and a worker process say to each other: one JSON object a line, over a pair of sockets.
 
-A line may come with a socket, of which the other side gets a copy. Any thread may speak.
+A line may come with a socket; the other side gets a copy of it. Any thread may speak.
 
 Neither side waits for the other: what does not fit into the socket's buffer is kept and sent later. A side that has
 closed, or died, reads as the end of the stream.

@@ -104,7 +104,7 @@ class OnThisMachine:
 
 
 class Passwords:
-    """People who sign in with a name and a password (HTTP Basic), of which the Argon2 hash is kept.
+    """People who sign in with a name and a password (HTTP Basic); its Argon2 hash is kept.
 
     Parameters:
       users: For each name the role, `viewer` or `operator`, and what `Passwords.hash` made of the password.

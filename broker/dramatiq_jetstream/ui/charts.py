@@ -94,7 +94,7 @@ def _bars(kind: str, values: Values, top: float) -> str:
 
 
 def _round_up(value: float) -> float:
-    """The next number that is easy to read, of which half is too."""
+    """The next number that is easy to read, and whose half is too."""
     if value <= 0:
         return 1.0
     unit: float = 10.0 ** math.floor(math.log10(value))

@@ -9,7 +9,7 @@ Bytes that the transport still holds at the deadline have not left either. The c
 else keeps them from leaving later; a socket that took nothing for as long as the call may last is of no use anyway.
 
 A call that may be repeated is sent again after a reconnect, and when no reply came for a while. One that may not
-fails as soon as the connection on which it was sent is lost. `connection` says which calls are of which kind.
+fails as soon as the connection on which it was sent is lost. `connection` says which calls may be repeated.
 
 The table belongs to the loop thread. If the process dies while a publish waits here, the message is stored or it is
 not, and no caller was told that it was.

@@ -185,7 +185,7 @@ def sizes(pids: Iterable[int]) -> dict[int, Size]:
 
 
 def results_of(backend: ResultBackend, calls: Iterable[Call]) -> frozenset[str]:
-    """Return those labels of `answer` of which the result is there."""
+    """Return those labels of `answer` that have a result."""
     found = set()
     for call in calls:
         for label, actor, message_id in zip(call.labels, call.actors, call.ids, strict=False):

@@ -118,7 +118,7 @@ class Facts:
         return actor not in DOOMED and bool(self.ended[label])
 
     def due(self) -> list[str]:
-        """Return the labels of which something must have become."""
+        """Return the labels that must have had an outcome."""
         return [label for label, told in self.told.items() if told == "stored" and not self.excused(label)]
 
 

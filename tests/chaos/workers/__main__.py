@@ -24,7 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, default=60.0, help="messages a second")
     parser.add_argument("--longest", type=float, default=1.0, help="seconds from a kill to the next attempt")
     parser.add_argument("--ways", default=",".join(WAYS), help=f"how they die; {RELOAD} for reloads instead")
-    parser.add_argument("--max-tasks", type=int, help="have the fleet replace workers after so many attempts")
+    parser.add_argument(
+        "--max-tasks", type=int, help="have the fleet replace workers after this many attempts"
+    )
     parser.add_argument("--seed", type=int)
     parser.add_argument("--keep", type=Path, help="keep logs and stores in this directory")
     options = parser.parse_args(arguments)
