@@ -30,6 +30,10 @@ HEADER_INCR = "Nats-Incr"
 
 logger = logging.getLogger(__name__)
 
+#: What attempts have in common: the minute in which they ended, their queue, how long they ran and their messages had
+#: waited (bits of the milliseconds), and whether they failed.
+_Kind = tuple[int, str, int, int | None, bool]
+
 
 class Activity:
     """The counts of one worker process.
@@ -49,7 +53,7 @@ class Activity:
 
     def reset(self) -> None:
         """Start from nothing: at creation, and in the child of a fork."""
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[_Kind] = Counter()
         self._sent = 0.0
         self._missing = True
 
@@ -66,24 +70,31 @@ class Activity:
             except BrokerError as error:
                 logger.warning("What this worker does is not counted: %s", error)
         counts, self._counts = self._counts, Counter()
-        for subject, count in counts.items():
+        for subject, count in self._by_subject(counts).items():
             self._connection.tell(subject, b"", {HEADER_INCR: f"+{count}"}, self._told)
 
     def _add_up(self) -> None:
-        ended = self._attachment.counts.ended
+        ended, counts = self._attachment.counts.ended, self._counts
         while ended:
             queue, failed, began, end, stored = ended.popleft()
-            minute = int(end // 60)
-            self._count(minute, queue, "ran", end - began)
-            if stored:
-                self._count(minute, queue, "waited", began - stored / 1_000)
-            if failed:
-                self._counts[self._names.activity(minute, queue, "failed", 0)] += 1
+            waited = _bits(began - stored / 1_000) if stored else None
+            counts[int(end // 60), queue, _bits(end - began), waited, failed] += 1
 
-    def _count(self, minute: int, queue: str, what: str, seconds: float) -> None:
-        bits = max(0, int(seconds * 1_000)).bit_length()
-        self._counts[self._names.activity(minute, queue, what, bits)] += 1
+    def _by_subject(self, counts: Counter[_Kind]) -> Counter[str]:
+        """The counters to add to: there are far fewer of them than attempts."""
+        subjects: Counter[str] = Counter()
+        for (minute, queue, ran, waited, failed), count in counts.items():
+            subjects[self._names.activity(minute, queue, "ran", ran)] += count
+            if waited is not None:
+                subjects[self._names.activity(minute, queue, "waited", waited)] += count
+            if failed:
+                subjects[self._names.activity(minute, queue, "failed", 0)] += count
+        return subjects
 
     def _told(self, answer: Msg | BaseException) -> None:
         if not isinstance(answer, BaseException) and is_no_responders(answer):
             self._missing = True
+
+
+def _bits(seconds: float) -> int:
+    return max(0, int(seconds * 1_000)).bit_length()
