@@ -8,17 +8,21 @@ import signal
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.polling import eventually, holds
+from tests.support import polling
+from tests.support.polling import holds
 from tests.support.ports import free_port
 from tests.support.processes import WORKER_READY, supervised_workers
 
 #: Far longer than a handed-on message needs, far shorter than `ack_wait`, after which it would come again anyway.
-SOON = 10.0
+SOON = 30.0
+
+eventually = partial(polling.eventually, timeout=30.0)
 
 
 def runner(fleet, name):
@@ -155,12 +159,17 @@ def test_a_worker_is_replaced_after_its_tasks(make_fleet):
     """One after the other, the successor first; nothing is lost and nothing runs twice."""
     fleet = make_fleet()
     workers = fleet.start("--max-tasks", "20", supervised=True, processes=2, threads=2)
-    for number in range(200):
-        fleet.send("mark", f"m{number}")
-    workers.wait_for_output("is replaced: it has run", count=2)
+    sent = []
+
+    def both_were_replaced():
+        for _ in range(20):
+            sent.append(fleet.send("mark", f"m{len(sent)}"))
+        return all(f"Worker {number} (PID" in workers.output for number in (0, 1))
+
+    eventually(both_were_replaced, timeout=120, interval=0.5)
     fleet.broker.join("default", timeout=60_000)
     assert set(fleet.counts().values()) == {1}
-    assert len(fleet.counts()) == 200
+    assert len(fleet.counts()) == len(sent)
 
 
 def test_a_quiet_fleet_takes_nothing_more(make_fleet):
@@ -212,7 +221,7 @@ def test_a_thread_past_its_hard_limit_takes_its_process_along(make_fleet):
     fleet.send("hold", "neighbour")
     eventually(lambda: runner(fleet, "neighbour"))
     fleet.send("block", "stuck")
-    eventually(lambda: began(fleet, "neighbour") == 2, timeout=30)
+    eventually(lambda: began(fleet, "neighbour") == 2, timeout=60)
     fleet.open("neighbour")
     (letter,) = eventually(lambda: fleet.broker.dead_letters.list("default"), timeout=30)
     assert (letter.reason, letter.actor) == ("killed after its time limit", "block")

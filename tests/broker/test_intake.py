@@ -104,3 +104,10 @@ def test_a_server_that_goes_on_sending_is_not_waited_for():
 def test_the_transport_reads_straight_into_it():
     """Both loops take it for a protocol with a buffer of its own."""
     assert isinstance(Intake(memoryview(bytearray(INTAKE_BYTES))), asyncio.BufferedProtocol)
+
+
+def test_what_comes_through_tls_is_read_by_its_own_process():
+    """Bytes of an encrypted connection say nothing to another process, so the transport is left as it is."""
+    transport = SimpleNamespace(get_extra_info=lambda name: object() if name == "ssl_object" else None)
+    intake = Intake(memoryview(bytearray(INTAKE_BYTES)))
+    assert intake.read_for(SimpleNamespace(transport=transport)) is None

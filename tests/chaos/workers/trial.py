@@ -37,6 +37,9 @@ WAYS = ("SIGKILL", "SIGSEGV", "leave", "crash", "hoard")
 #: The fleet replaces all its workers; nothing dies.
 RELOAD = "reload"
 
+#: How long fewer workers must serve to be counted.
+MOMENT_SECONDS = 1.0
+
 #: So long that what is not handed on is noticed.
 ACK_WAIT_MS = 120_000
 
@@ -118,6 +121,26 @@ class _Load:
         finally:
             self._stop.set()
             self._thread.join()
+
+
+class _Fewest:
+    """The fewest workers that served, other than for a moment: on a busy machine one may miss a sign of the server."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._fewer_since: float | None = None
+        self._most_of_it = 0
+
+    def look(self, serving: int) -> None:
+        now = time.monotonic()
+        if serving >= self.workers:
+            self._fewer_since = None
+            return
+        if self._fewer_since is None:
+            self._fewer_since, self._most_of_it = now, serving
+        self._most_of_it = max(self._most_of_it, serving)
+        if now - self._fewer_since >= MOMENT_SECONDS:
+            self.workers, self._fewer_since = self._most_of_it, None
 
 
 def _metric(port: int, name: str) -> int:
@@ -204,7 +227,7 @@ def _kill(
     eventually(complete, timeout=60)
     done: dict[str, int] = {}
     left: list[str] = []
-    fewest, killed = processes, []
+    fewest, killed = _Fewest(processes), []
     pause = seconds / kills
     memory = descriptors = 0
     with load.running():
@@ -221,7 +244,7 @@ def _kill(
             if way == RELOAD:
                 os.kill(workers.pid, signal.SIGHUP)
                 while before & set(children(workers.pid)):
-                    fewest = min(fewest, _metric(port, "workers"))
+                    fewest.look(_metric(port, "workers"))
                 continue
             if way.startswith("SIG"):
                 victim = choice.choice(sorted(before))
@@ -234,7 +257,7 @@ def _kill(
             gone = time.monotonic_ns()
             killed += [(pid, gone) for pid in dead if pid not in dict(killed)]
             while not complete():
-                fewest = min(fewest, _metric(port, "workers"))
+                fewest.look(_metric(port, "workers"))
             if number % 20 == 19:
                 say(f"{number + 1} kills, {len(load.sent)} messages")
             time.sleep(max(0.0, pause - (time.monotonic() - started)))
@@ -242,7 +265,7 @@ def _kill(
         broker.join(queue, timeout=60_000)
     after = _memory(workers.pid), _descriptors(workers.pid)
     return _account(
-        runs, load, done, dict(killed), processes, fewest, (memory, after[0]), (descriptors, after[1])
+        runs, load, done, dict(killed), processes, fewest.workers, (memory, after[0]), (descriptors, after[1])
     )
 
 
