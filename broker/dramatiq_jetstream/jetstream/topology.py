@@ -118,9 +118,14 @@ def dead_letters(names: Names, *, ttl: int, storage: Storage = STORAGE) -> Strea
 #: How long counts of what a fleet did are kept.
 ACTIVITY_MINUTES = 65
 
+#: The memory that the counts take at most where an account demands a limit: an hour of a hundred queues has half of it.
+MAX_ACTIVITY_BYTES = 64 * 1024 * 1024
+
 
 def activity(names: Names, *, storage: Storage = STORAGE) -> StreamConfig:
     """The counters of what a fleet did, added up by the server (ADR-49), in memory."""
+    if storage.max_bytes is not None:  # the server would set that much memory aside
+        storage = replace(storage, max_bytes=min(storage.max_bytes, MAX_ACTIVITY_BYTES))
     return StreamConfig(
         "activity",
         names.activity_stream,
