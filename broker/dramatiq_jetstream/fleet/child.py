@@ -39,7 +39,7 @@ from dramatiq_jetstream.errors import HardTimeLimitExceeded
 from dramatiq_jetstream.wire.intake import Intake
 from dramatiq_jetstream.worker.consumer import JetStreamConsumer
 from dramatiq_jetstream.worker.current import current_message
-from dramatiq_jetstream.worker.hard_limits import HARD_TIME_LIMIT, hard_time_limits
+from dramatiq_jetstream.worker.hard_limits import hard_time_limits, limit_of
 from dramatiq_jetstream.worker.message import JetStreamMessage
 
 from .board import SERIES, Board
@@ -92,10 +92,10 @@ class _Noting(Middleware):
         thread, now = threading.get_ident(), time.monotonic()
         slot = message._delivery.slot
         if slot is not None:
-            limit = message.options.get(HARD_TIME_LIMIT) or self._limits.get(message.actor_name)
+            limit = limit_of(message.options, self._limits.get(message.actor_name))
             now_ms = int(now * 1000)
             if limit:
-                self._board.begin(slot, now_ms, now_ms + int(limit), thread)
+                self._board.begin(slot, now_ms, now_ms + limit, thread)
             else:
                 self._board.begin(slot, now_ms)
         self._began[thread] = now

@@ -37,11 +37,15 @@ __all__ = [
     "KilledAttempts",
     "check_hard_time_limit",
     "hard_time_limits",
+    "limit_of",
     "warn_of_unkept_limits",
 ]
 
 #: The name of the option; milliseconds.
 HARD_TIME_LIMIT: Final = "hard_time_limit"
+
+#: The longest limit that a message may ask for, in milliseconds: a year.
+LONGEST_MS: Final = 365 * 86_400_000
 
 #: For how long a source that cannot be read is waited for, in seconds.
 SOURCE_SECONDS: Final = 30.0
@@ -69,6 +73,13 @@ def hard_time_limits(actors: Mapping[str, Any]) -> dict[str, int]:
         for name, actor in actors.items()
         if actor.options.get(HARD_TIME_LIMIT)
     }
+
+
+def limit_of(options: Mapping[str, Any], default: int | None) -> int | None:
+    """The limit that a message asks for, in milliseconds; its actor's when that is none."""
+    limit = options.get(HARD_TIME_LIMIT)
+    usable = isinstance(limit, int) and not isinstance(limit, bool) and 0 < limit <= LONGEST_MS
+    return limit if usable else default
 
 
 def warn_of_unkept_limits(actors: Mapping[str, Any]) -> None:
