@@ -193,6 +193,18 @@ def test_skipped(broker: JetStreamBroker) -> None:
     assert late.error == "after closing time"
 
 
+def test_a_message_that_was_not_begun_and_is_dead(make_broker: Any) -> None:
+    """Its record says why, and names the letter, by which its state is found."""
+    broker = make_broker(unknown_actor_grace=0)
+    broker.declare_queue("default")
+    message = broker.enqueue(dramatiq.Message("default", "removed", (), {}, {}))
+    with running(broker):
+        (found,) = eventually(lambda: broker.history.of(message.message_id), timeout=WAIT)
+        eventually(lambda: broker.status(message.message_id).state == "dead", timeout=WAIT)
+    assert (found.outcome, found.actor, found.error_type) == ("failed", "removed", "")
+    assert "removed" in found.error
+
+
 def test_what_a_program_hides_is_not_recorded(broker: JetStreamBroker) -> None:
     """The hook makes the text of the arguments; 200 characters of it are kept."""
     broker.describe_arguments = lambda message: "card=…" + "x" * 300

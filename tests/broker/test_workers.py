@@ -122,3 +122,38 @@ def test_a_killed_worker_is_gone_by_itself(make_fleet):
     workers.kill()
     eventually(lambda: victim not in [worker.pid for worker in list_workers(fleet.broker)])
     assert time.monotonic() - killed < 25  # 15 s, and what a busy machine adds
+
+
+def test_what_a_killed_worker_ran_shows_as_redelivered(make_fleet):
+    """Another worker runs it, with a second delivery and the same attempt."""
+    fleet = make_fleet(ack_wait=2_000)
+    first = fleet.start(threads=1)
+    message = fleet.send("hold", "a")
+
+    def run_by():
+        return {
+            worker.pid: running
+            for worker in list_workers(fleet.broker)
+            for running in worker.running
+            if running.message_id == message.message_id
+        }
+
+    (victim,) = eventually(run_by)
+    os.kill(victim, signal.SIGKILL)
+    first.kill()
+    fleet.start(threads=1)
+    found = eventually(lambda: {pid: running for pid, running in run_by().items() if pid != victim})
+    (again,) = found.values()
+    assert (again.attempt, again.deliveries) == (1, 2)
+
+
+def test_an_idle_worker_writes_one_record_an_interval(broker, quick):
+    """Whatever else it does, it writes no more."""
+    dramatiq.actor(lambda: None, actor_name="idle")
+    with running(broker):
+        eventually(lambda: only(broker))
+        stream = broker.stream(f"KV_{broker.names.bucket('workers')}")
+        before, began = stream.range().last, time.monotonic()
+        eventually(lambda: stream.range().last - before >= 3)
+        written, seconds = stream.range().last - before, time.monotonic() - began
+    assert written <= seconds / presence.INTERVAL_SECONDS + 1

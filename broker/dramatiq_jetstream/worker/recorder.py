@@ -37,6 +37,7 @@ from dramatiq_jetstream.wire.ids import new_id
 
 from .arguments import Describe, shown_arguments
 from .current import is_abort
+from .delivery import Delivery
 from .log_lines import LogLines, lines_of
 from .message import Ended, JetStreamMessage
 from .tracebacks import text_of, traceback_of
@@ -130,6 +131,31 @@ class Recorder:
             self._put(self._record(message, outcome, ended))
         except Exception:
             logger.exception("How message %s ended is not recorded.", message.message_id)
+
+    def record_unstarted(self, delivery: Delivery, error: str) -> None:
+        """Record that a message which was not begun here is a dead letter: its workers died, or none has its actor."""
+        if not self.is_on:
+            return
+        try:
+            message, _ = delivery.source.decode(delivery)
+            now = int(time.time() * 1000)
+            retries = message.options.get("retries", 0)
+            record = Record(
+                message_id=message.message_id,
+                queue=message.queue_name,
+                actor=message.actor_name,
+                outcome=FAILED,
+                began=now,
+                ended=now,
+                attempt=retries + 1 if isinstance(retries, int) else 1,
+                deliveries=delivery.deliveries,
+                worker=self._worker,
+                error=error,
+                letter=delivery.origin,
+            )
+            self._put(record)
+        except Exception:
+            logger.exception("How %s ended is not recorded.", delivery)
 
     def _wants_success(self, message: JetStreamMessage) -> bool:
         # Who saw a message fail wants to see that it succeeded.

@@ -77,6 +77,7 @@ class Rerouter:
     Parameters:
       actor_options: The options of the actor with that name.
       emit: Calls a hook of this library's own (see `hooks`).
+      record: Records that a message which was not begun here is a dead letter, and why.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class Rerouter:
         *,
         actor_options: Callable[[str], Mapping[str, Any]],
         emit: Callable[..., None],
+        record: Callable[[Delivery, str], None],
     ) -> None:
+        self._record = record
         self._config = config
         self._connection = connection
         self._in_flight = in_flight
@@ -104,6 +107,8 @@ class Rerouter:
     def store_dead_letter(self, delivery: Delivery, reason: str, error: str) -> None:
         """Store a dead letter for a delivery that never became a message here."""
         self._store_letter(delivery, reason, error, None)
+        if reason != dead_letters.UNDECODABLE:
+            self._record(delivery, error)
 
     def reject(self, message: JetStreamMessage, follow_up_error: BaseException | None) -> None:
         """Store a dead letter for a message that failed."""
@@ -115,6 +120,8 @@ class Rerouter:
         else:
             reason, error = self._reason(message)
         self._store_letter(message._delivery, reason, error, message)
+        if reason == dead_letters.UNKNOWN_ACTOR and message.to_record is None:
+            self._record(message._delivery, error)
 
     def _reason(self, message: JetStreamMessage) -> tuple[str, str]:
         error = message._exception

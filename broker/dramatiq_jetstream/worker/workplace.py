@@ -63,6 +63,7 @@ class Workplace:
         self.sources = Sources(config, connection, declarations, self.in_flight.durables, self.keeper)
         self.follow_ups = FollowUps()
         self._suspects = Suspects(config, starts)
+        self._recorder = Recorder(config, connection, declarations.ensure_history, describe, actor_options)
         rerouter = Rerouter(
             config,
             connection,
@@ -71,9 +72,9 @@ class Workplace:
             self._suspects,
             actor_options=actor_options,
             emit=emit,
+            record=self._recorder.record_unstarted,
         )
         self.rerouter = rerouter
-        self._recorder = Recorder(config, connection, declarations.ensure_history, describe, actor_options)
         self.attachment = Attachment(
             rerouter, self.follow_ups, self._suspects, self._recorder, Vitals(connection, self.in_flight)
         )
