@@ -21,6 +21,9 @@ COMMANDS: list[click.Command] = []
 
 _UNITS_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
+#: Records of different workers are stored in any order within this time.
+_UNORDERED_MS = 5_000
+
 #: After these nothing happens to a message by itself.
 _OVER = frozenset({"done", "failed", "dead", "aborted", "skipped"})
 
@@ -166,6 +169,9 @@ def history(
 def _follow(fleet: Fleet, records: list[Record], search: Any) -> None:
     """Print records as they come, each once."""
     header = True
+    # By the clocks of workers, which may be behind this one.
+    newest = max((record.ended for record in records), default=int(time.time() * 1000) - 60_000)
+    known: dict[tuple[str, int], int] = {}
     while True:
         if fleet.as_json:
             for record in reversed(records):
@@ -175,16 +181,12 @@ def _follow(fleet: Fleet, records: list[Record], search: Any) -> None:
             shown.show_header = header
             fleet.show(None, shown)
             header = False
-        seen = records or []
-        newest = max((record.ended for record in seen), default=int(time.time() * 1000))
-        known = {(record.message_id, record.began) for record in seen}
-        records = []
-        while not records:
-            time.sleep(WATCH_SECONDS)
-            # Records of different workers are stored in any order within about a second.
-            page = search(since=newest - 5_000, limit=1_000)
-            records = [r for r in page.records if (r.message_id, r.began) not in known]
-            known |= {(record.message_id, record.began) for record in records}
+        known |= {(record.message_id, record.began): record.ended for record in records}
+        newest = max([newest, *known.values()])
+        known = {key: ended for key, ended in known.items() if ended >= newest - _UNORDERED_MS}
+        time.sleep(WATCH_SECONDS)
+        page = search(since=newest - _UNORDERED_MS, limit=1_000)
+        records = [r for r in page.records if (r.message_id, r.began) not in known]
 
 
 def _attempts(records: list[Record]) -> Table:
