@@ -1,7 +1,8 @@
 """The event loop's thread, and how other threads leave calls for it.
 
 A thread leaves a *call* in the mailbox and wakes the loop, at most once for many calls. In busy times, calls that are
-not urgent wait a moment for others, because a turn of the loop costs as much as a dozen calls.
+not urgent wait a moment for others, because a turn of the loop costs as much as a dozen calls. For a message that does
+nothing, that saved 2 % of a worker's CPU in one measurement and 12 % in another.
 
 The thread starts on first use. No call takes a lock, so an interrupt leaves none taken, and a signal handler may call
 anything here. If a thread is interrupted between leaving a call and waking the loop, `look` runs the call; it comes ten
