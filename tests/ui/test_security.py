@@ -19,6 +19,7 @@ from dramatiq_jetstream.ui import (
     Passwords,
     Person,
     ProxyHeader,
+    changes,
     create_app,
     operator,
     viewer,
@@ -409,6 +410,17 @@ def test_only_the_letters_that_were_chosen_are_replayed(shown):
     assert [letter.id for letter in shown.dead_letters.list()] == ["2"]
     assert "Nothing to do" in ann.get("/change/replay?id=1").text
     assert "Nothing to do" in ann.get("/change/replay?").text
+
+
+def test_a_change_of_many_ends_in_time(shown, monkeypatch):
+    """What one request does not get done is left, and the page says how much was done."""
+    monkeypatch.setattr(changes, "CHANGE_SECONDS", -1.0)
+    ann = client(shown, operator("ann"))
+    page = ann.get(confirmed(ann, "/change/drop?all=1").location)
+    assert "1 of 2" in page.text
+    assert "takes another go" in page.text
+    assert shown.dead_letters.count() == 1
+    assert "Drop 1 dead letter?" in ann.get("/change/drop?all=1").text
 
 
 def test_live_parts_come_as_events(shown):
