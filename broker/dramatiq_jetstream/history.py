@@ -5,9 +5,9 @@
     page = broker.history.search(actor="charge", outcome="failed", error="timed out")
 
 A worker leaves a record when an attempt fails, is retried, skipped or aborted, and when a message succeeds that had
-been retried. The broker's setting `history` adds successes: "all", or a share of them. A record is sent after the
-message is settled, from a thread of its own: it delays no ack and fails no message. A process that dies loses the
-records of about its last second; a message that died with its process never had one.
+been retried or replayed. The broker's setting `history` adds successes: "all", or a share of them. A record is sent
+after the message is settled, from a thread of its own: it delays no ack and fails no message. A process that dies loses
+the records of about its last second; a message that died with its process never had one.
 
 Records are found by subject: those of one message by its id, those of an actor or a queue by a wildcard. A search for
 anything else reads records, newest first, and stops after `EXAMINED`; its page says where the next search continues.

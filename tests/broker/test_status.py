@@ -149,6 +149,22 @@ def test_retrying_then_dead_then_replayed(broker: JetStreamBroker) -> None:
     assert broker.status(message.message_id).state == "failed"
 
 
+def test_done_after_a_replay(broker: JetStreamBroker) -> None:
+    """A message that was seen dead is seen to succeed, with the default history too."""
+    failures = [Refused("once")]
+
+    @dramatiq.actor(max_retries=0)
+    def work() -> None:
+        if failures:
+            raise failures.pop()
+
+    with running(broker):
+        message = work.send()
+        (letter,) = eventually(lambda: broker.dead_letters.list(), timeout=WAIT)
+        assert broker.dead_letters.replay(letter)
+        becomes(broker, message.message_id, "done")
+
+
 def test_a_retry_that_is_due_waits(broker: JetStreamBroker) -> None:
     """Between its schedule and its worker it waits, and is known to have failed before."""
 

@@ -19,6 +19,8 @@ from dramatiq.errors import RateLimitExceeded, Retry
 from dramatiq.middleware import SkipMessage
 from dramatiq.worker import WorkerThread, has_results_middleware
 
+from dramatiq_jetstream.sending.envelope import HISTORY_OPTION
+
 from .current import current_message
 from .follow_ups import FollowUps
 from .interrupts import Gate
@@ -131,6 +133,7 @@ class Attempts:
                 or message.failed
                 or message._exception is not None
                 or "retries" in message.options
+                or HISTORY_OPTION in message.options  # it was replayed
             ):
                 self._note_end(message)
             self._thread.consumers[message.queue_name].post_process_message(message)

@@ -32,6 +32,7 @@ from dramatiq_jetstream.jetstream.names import (
     trace_headers,
 )
 from dramatiq_jetstream.sending import batches
+from dramatiq_jetstream.sending.envelope import HISTORY_OPTION
 from dramatiq_jetstream.wire.connection import Connection, Publication
 from dramatiq_jetstream.wire.ids import new_id
 
@@ -161,6 +162,7 @@ class Recorder:
         # Who saw a message fail wants to see that it succeeded.
         return (
             "retries" in message.options
+            or HISTORY_OPTION in message.options
             or bool(lines_of(message))
             or self._share >= 1
             or random.random() < self._share
