@@ -2,7 +2,12 @@
 
 Every counter is one key, changed by compare-and-set only, so the server decides who was first. Keys carry their time to
 live on the server: what a killed process held comes free when that is over. Threads of one process take turns for a
-counter, so that only processes compete for it; no interrupt can leave a turn taken.
+counter, so that only processes compete for it.
+
+No interrupt can leave a turn taken, neither the one at the counter, which is a place in a line, nor the one that a
+`ConcurrentRateLimiter` gives. An actor that is interrupted as it takes or gives back a turn is interrupted afterwards
+(see `worker.interrupts`). A turn that it still has when it has ended, because it was interrupted before it could give
+it back or because the server was away, is given back then.
 
 A barrier that an actor reaches, as members of a group do, counts the message and not the call, because every message
 may run twice. Its counter and a key for the member are changed together or not at all, and the key says whether this
@@ -18,6 +23,7 @@ import logging
 import os
 import random
 import re
+import threading
 import time
 from _thread import LockType, allocate_lock
 from collections import deque
@@ -26,13 +32,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from dramatiq.broker import Broker
-from dramatiq.rate_limits import RateLimiterBackend
+from dramatiq.rate_limits import ConcurrentRateLimiter, RateLimiterBackend
 
 from .backends import broker_for
 from .broker import JetStreamBroker
-from .errors import BrokerConnectionError, BrokerError, NotFound, RevisionConflict, TopologyMissing
+from .errors import (
+    BrokerConnectionError,
+    BrokerError,
+    NotFound,
+    RevisionConflict,
+    StoreTimeout,
+    TopologyMissing,
+)
 from .jetstream.wakeups import Wakeups
 from .worker.current import current_message
+from .worker.interrupts import uninterrupted
 from .worker.message import JetStreamMessage
 
 __all__ = ["JetStreamBackend", "Limit", "limits_in_use"]
@@ -72,6 +86,7 @@ class JetStreamBackend(RateLimiterBackend):
         self.broker, self._own = broker_for(broker, url)
         self.bucket = self.broker.declarations.announcing_bucket("rate-limits")
         self._wakeups = Wakeups(self.bucket)
+        self._taking = _Taking()
         self._reset()
 
     def _reset(self) -> None:
@@ -96,7 +111,8 @@ class JetStreamBackend(RateLimiterBackend):
 
     def incr(self, key: str, amount: int, maximum: int, ttl: int) -> bool:
         """Add `amount`, unless that exceeds `maximum`; returns whether it was added."""
-        return self._change(key, amount, ttl, lambda value: value <= maximum)
+        change = self._change(key, amount, ttl, lambda value: value <= maximum)
+        return self._in_turn(_name(key), change)
 
     def decr(self, key: str, amount: int, minimum: int, ttl: int) -> bool:
         """Subtract `amount`, unless that goes below `minimum`; returns whether it was subtracted.
@@ -107,7 +123,18 @@ class JetStreamBackend(RateLimiterBackend):
         message = current_message.get()
         if amount == minimum == 1 and isinstance(message, JetStreamMessage):
             return not self._is_last(key, message, ttl)
-        return self._change(key, -amount, ttl, lambda value: value >= minimum)
+        change = self._change(key, -amount, ttl, lambda value: value >= minimum)
+
+        def give_back(deadline: float) -> bool:
+            try:
+                given = change(deadline)
+            except StoreTimeout:  # if it was given back, doing so again would let one too many in
+                self._forget_turn(key)
+                raise
+            self._forget_turn(key)
+            return given
+
+        return self._in_turn(_name(key), give_back)
 
     def _is_last(self, key: str, message: JetStreamMessage, ttl: int) -> bool:
         """Count a message among the members of a barrier; returns whether it is the last that was missing."""
@@ -150,7 +177,10 @@ class JetStreamBackend(RateLimiterBackend):
         with suppress(BrokerError):  # without it, a further run of the message repeats what it did
             self.bucket.note(member, b"done", ttl=ttl)
 
-    def _change(self, key: str, amount: int, ttl: int, allowed: Callable[[int], bool]) -> bool:
+    def _change(
+        self, key: str, amount: int, ttl: int, allowed: Callable[[int], bool]
+    ) -> Callable[[float], bool]:
+        """What adds `amount` to a counter if the sum is `allowed`."""
         name = _name(key)
 
         def change(deadline: float) -> bool:
@@ -167,7 +197,7 @@ class JetStreamBackend(RateLimiterBackend):
                     continue
             raise AssertionError("unreachable: attempts end with an error")
 
-        return self._in_turn(name, change)
+        return change
 
     def incr_and_sum(
         self, key: str, keys: Callable[[], Iterable[str]], amount: int, maximum: int, ttl: int
@@ -224,10 +254,34 @@ class JetStreamBackend(RateLimiterBackend):
             self.broker.close()
 
     def _in_turn(self, name: str, change: Callable[[float], bool]) -> bool:
-        """Wait for this thread's turn to change a counter, and call `change` with the time until which it may try."""
+        """Wait for this thread's turn to change a counter, and call `change` with the time until which it may try.
+
+        No interrupt strikes in `change`: whether the server has done it would not be known.
+        """
         if self._process != os.getpid():
             self._reset()
-        return self._turns[hash(name) % TURNS].serve(name, change, self.bucket.connection.timeout / 1000)
+
+        def whole(deadline: float) -> bool:
+            return uninterrupted(lambda: self._note_turn(change(deadline)))
+
+        return self._turns[hash(name) % TURNS].serve(name, whole, self.bucket.connection.timeout / 1000)
+
+    def _note_turn(self, changed: bool) -> bool:
+        """Note that the running actor has taken a turn, so that it is given back however the actor ends."""
+        limiter, message = self._taking.limiter, current_message.get()
+        if changed and limiter is not None and isinstance(message, JetStreamMessage):
+            message.turns += ((limiter.key, limiter._release),)
+        return changed
+
+    def _forget_turn(self, key: str) -> None:
+        """Note that the running actor has given a turn back."""
+        message = current_message.get()
+        if isinstance(message, JetStreamMessage):
+            kept = list(message.turns)
+            position = next((n for n, (taken, _) in enumerate(kept) if taken == key), None)
+            if position is not None:
+                del kept[position]
+                message.turns = tuple(kept)
 
     def _attempts(self, key: str, deadline: float) -> Iterator[int]:
         """Yield until the deadline, with pauses in which another process may get through.
@@ -314,6 +368,30 @@ class _Turns:
             self._bells.remove(bell)
             with suppress(IndexError, RuntimeError):  # the line is empty, or the next was told already
                 self._bells[0].release()
+
+
+_take_turn: Callable[[ConcurrentRateLimiter], bool] = ConcurrentRateLimiter._acquire
+
+
+def _acquire(limiter: ConcurrentRateLimiter) -> bool:
+    """Take a turn as Dramatiq does; one that an actor takes is noted before it can be interrupted."""
+    backend = limiter.backend
+    if not isinstance(backend, JetStreamBackend):
+        return _take_turn(limiter)
+    backend._taking.limiter = limiter
+    try:
+        return _take_turn(limiter)
+    finally:
+        backend._taking.limiter = None
+
+
+ConcurrentRateLimiter._acquire = _acquire  # type: ignore[method-assign]
+
+
+class _Taking(threading.local):
+    """The limiter at which the calling thread takes a turn just now."""
+
+    limiter: ConcurrentRateLimiter | None = None
 
 
 def _name(key: str) -> str:

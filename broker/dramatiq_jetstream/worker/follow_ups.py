@@ -11,6 +11,7 @@ their `Nats-Msg-Id` is made from the message they follow.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections import Counter
 from typing import Any
@@ -20,12 +21,14 @@ from dramatiq.message import Message
 from dramatiq.middleware import Callbacks, GroupCallbacks, Middleware, Pipelines, Retries
 from dramatiq.results import Results
 
-from dramatiq_jetstream.errors import MessageNotUnique
+from dramatiq_jetstream.errors import BrokerError, MessageNotUnique
 from dramatiq_jetstream.wire.ids import new_id
 
 from .message import JetStreamMessage
 
 __all__ = ["FollowUps"]
+
+logger = logging.getLogger(__name__)
 
 #: Middleware that stores what follows a message. An error in one of these must not be forgotten.
 _MIDDLEWARE = (Results, Retries, Pipelines, Callbacks, GroupCallbacks)
@@ -44,11 +47,30 @@ class FollowUps(threading.local):
     def end(self, message: MessageProxy) -> None:
         """Take what this thread enqueues from now on for messages of their own."""
         self._message = None
-        if not isinstance(message, JetStreamMessage) or not message.once_followed_up:
+        if not isinstance(message, JetStreamMessage):
+            return
+        if message.turns:
+            self._give_back(message)
+        if not message.once_followed_up:
             return
         if message.follow_up_error is None and message._exception is None:
             for call in message.once_followed_up:
                 call()
+
+    @staticmethod
+    def _give_back(message: JetStreamMessage) -> None:
+        """Give back the turns that an actor has left, because it was interrupted or the server was away."""
+        turns, message.turns = message.turns, ()
+        for key, give_back in turns:
+            try:
+                give_back()
+            except BrokerError as error:
+                logger.warning(
+                    "The turn of message %s at the limiter %s comes free with its time to live: %s",
+                    message.message_id,
+                    key,
+                    error,
+                )
 
     def unique_id(self, message: Message[Any]) -> str:
         """What tells one enqueue call from another; for a follow-up, the same at every run of its message."""

@@ -13,6 +13,11 @@ Why nothing gets past it: an exception that was set strikes at the thread's next
 at the beginning of a function and at the end of a loop's turn. Between the end of the actor and the end of
 `lock.acquire()` there is no check outside the `try`, and when `acquire` has returned, nothing can be set any more.
 
+An actor may do something that must be whole, such as taking a turn at a limiter: if it is interrupted in between, the
+server has done it and the thread does not know. `uninterrupted` keeps interrupts waiting for as long. Its thread takes
+no lock for that, which it could fail to give back: it says that nothing may strike, and waits for a thread that was
+about to. What was set by then strikes here, before anything is done.
+
 What is interrupted elsewhere (threads of the program's own, Ctrl-C in the main thread) has no gate. Code that such
 threads run takes nothing that it can fail to give back (see `rate_limits`).
 """
@@ -20,26 +25,33 @@ threads run takes nothing that it can fail to give back (see `rate_limits`).
 from __future__ import annotations
 
 import threading
+import time
 from _thread import allocate_lock
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final, TypeVar
 from weakref import ref
 
 from dramatiq import threading as dramatiq_threading
 
-__all__ = ["Gate", "interrupt"]
+__all__ = ["Gate", "interrupt", "uninterrupted"]
+
+Result = TypeVar("Result")
+
+#: The pause between two looks whether another thread is just raising something in this one.
+LOOK_AGAIN_SECONDS: Final = 0.0001
 
 
 class Gate:
     """The gate of the calling thread: closed, other than during `call`."""
 
-    __slots__ = ("_expected", "_lock", "_thread", "_wanted")
+    __slots__ = ("_expected", "_kept_out", "_lock", "_thread", "_wanted")
 
     def __init__(self) -> None:
         self._lock = allocate_lock()
         self._lock.acquire()
         self._expected = False
+        self._kept_out = False
         self._wanted: deque[tuple[type[BaseException], Callable[[], bool] | None]] = deque()
         thread = threading.current_thread()
         self._thread = ref(thread)
@@ -61,15 +73,30 @@ class Gate:
             self._expected = False
             self._lock.acquire()
 
+    def keep_out(self, function: Callable[[], Result]) -> Result:
+        """Call `function` in an actor; what is to interrupt it meanwhile does so afterwards."""
+        if not self._expected or self._kept_out:
+            return function()
+        self._kept_out = True
+        try:
+            while self._lock.locked():
+                time.sleep(LOOK_AGAIN_SECONDS)
+            return function()
+        finally:
+            self._kept_out = False
+            if self._wanted:
+                self._raise_wanted()
+
     def interrupt(self, exception: type[BaseException], still_due: Callable[[], bool] | None) -> None:
         """Raise `exception` in the thread of this gate, at once or when its actor begins; any thread may call it."""
         if not self._expected:
             return
         # Appended before trying, so that the thread sees it when it opens the gate after the try.
         self._wanted.append((exception, still_due))
-        while self._wanted and self._lock.acquire(blocking=False):
+        while self._wanted and not self._kept_out and self._lock.acquire(blocking=False):
             try:
-                self._raise_wanted()
+                if not self._kept_out:
+                    self._raise_wanted()
             finally:
                 self._lock.release()
 
@@ -104,6 +131,12 @@ def interrupt(
         gate.interrupt(exception, still_due)
     elif still_due is None or still_due():
         _raise_now(thread_id, exception)
+
+
+def uninterrupted(function: Callable[[], Result]) -> Result:
+    """Call a function that must be whole. In an actor, interrupts strike after it; elsewhere it is just called."""
+    gate = _gates.get(threading.get_ident())
+    return function() if gate is None else gate.keep_out(function)
 
 
 _raise_now: Callable[[int, type[BaseException]], None] = dramatiq_threading._raise_thread_exception_cpython

@@ -32,6 +32,7 @@ class JetStreamMessage(MessageProxy):
       follow_up_calls: How often what follows it was enqueued, by message id; None if nothing was.
       follow_up_error: Why a retry, pipeline step or callback of it could not be enqueued, if so.
       once_followed_up: What to call when its actor has succeeded and all that follows is stored.
+      turns: The keys of the limiters at which its actor has a turn, each with what gives that back.
       to_record: How its attempt ended, if the history is to have a record of it.
       is_cancelled: Whether it was skipped because it was aborted before it began.
       killed: Why its process was killed, for an attempt that another process settles.
@@ -40,6 +41,7 @@ class JetStreamMessage(MessageProxy):
     follow_up_calls: Counter[str] | None = None
     follow_up_error: BaseException | None = None
     once_followed_up: tuple[Callable[[], None], ...] = ()
+    turns: tuple[tuple[str, Callable[[], object]], ...] = ()
     to_record: Ended | None = None
     is_cancelled = False
     killed: HardTimeLimitExceeded | None = None

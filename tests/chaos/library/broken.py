@@ -182,7 +182,7 @@ def _leak() -> None:
 def _crowd() -> None:
     """A limiter gives every caller a turn."""
 
-    def incr(*_: object) -> bool:
+    def incr(*_: object, **__: object) -> bool:
         return True
 
     rate_limits.JetStreamBackend.incr = incr  # type: ignore[method-assign]
