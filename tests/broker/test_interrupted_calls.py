@@ -133,8 +133,13 @@ def test_a_subscription(connection):
     eventually(lambda: idle(connection))
 
 
+def loop_threads() -> set[threading.Thread]:
+    return {each for each in threading.enumerate() if each.name == "dramatiq-jetstream"}
+
+
 def test_the_first_connect(nats_url):
     """Wherever it was struck, the next call connects, by one thread and one connection."""
+    before = loop_threads()
     made: list[Connection] = []
 
     def connect() -> None:
@@ -148,11 +153,12 @@ def test_the_first_connect(nats_url):
             assert made[-1].state.reconnects == 0
             made.pop().close()
     made.pop().close()
-    eventually(lambda: not [each for each in threading.enumerate() if each.name == "dramatiq-jetstream"])
+    eventually(lambda: loop_threads() <= before)
 
 
 def test_a_close(nats_url):
     """What was struck can be closed again, and no thread stays."""
+    before = loop_threads()
     made: list[Connection] = []
 
     def close() -> None:
@@ -166,7 +172,7 @@ def test_a_close(nats_url):
         made[-1].connect()
     for each in made:
         each.close()
-    eventually(lambda: not [each for each in threading.enumerate() if each.name == "dramatiq-jetstream"])
+    eventually(lambda: loop_threads() <= before)
 
 
 @pytest.mark.parametrize("timeout", [0.01, None])

@@ -172,7 +172,7 @@ def test_orphans_are_removed_with_one_of_two_modules(
         actor = dramatiq.actor(lambda: None, broker=everything, actor_name=name, every=60_000)
         actor.fn.__module__ = module
     everything.setup()
-    main(["schedules", "--module", one, "--remove-orphans"])
+    main(["schedules", "--module", one, "--remove-orphans", "--yes"])
     assert {schedule.actor for schedule in list_schedules(everything)} == {"first", "second"}
 
 

@@ -134,7 +134,8 @@ class Rerouter:
         throws = message.options.get("throws") or self._actor_options(message.actor_name).get("throws")
         if isinstance(error, SkipMessage) or (throws and isinstance(error, throws)):
             return dead_letters.REJECTED, _describe(error)
-        if _is_never_retried(error, self._actor_options(message.actor_name).get("retry_when")):
+        # Refused at the first time of asking: the error is not one that the actor retries.
+        if self._actor_options(message.actor_name).get("retry_when") and not message.options.get("retries"):
             return dead_letters.REJECTED, _describe(error)
         return dead_letters.RETRIES_EXHAUSTED, _describe(error)
 
@@ -347,14 +348,6 @@ def _own_headers(delivery: Delivery) -> dict[str, str]:
 def _passes(error: BaseException | None) -> bool:
     """Whether an error is the server's and temporary: a limit, an outage, a missing stream."""
     return isinstance(error, BrokerError) and not isinstance(error, PermissionDenied)
-
-
-def _is_never_retried(error: BaseException, retry_when: Callable[[int, BaseException], bool] | None) -> bool:
-    """Whether an actor's `retry_when` refuses an error even when no retry was used up."""
-    try:
-        return retry_when is not None and not retry_when(0, error)
-    except Exception:  # noqa: BLE001 - the program's own code; Dramatiq has called it before
-        return False
 
 
 def _describe(error: BaseException) -> str:
