@@ -134,8 +134,11 @@ class Rerouter:
         throws = message.options.get("throws") or self._actor_options(message.actor_name).get("throws")
         if isinstance(error, SkipMessage) or (throws and isinstance(error, throws)):
             return dead_letters.REJECTED, _describe(error)
-        # Refused at the first time of asking: the error is not one that the actor retries.
-        if self._actor_options(message.actor_name).get("retry_when") and not message.options.get("retries"):
+        # Refused the first time it was asked: the actor does not retry such an error. `Retries` counts before it asks.
+        if (
+            self._actor_options(message.actor_name).get("retry_when")
+            and message.options.get("retries", 0) <= 1
+        ):
             return dead_letters.REJECTED, _describe(error)
         return dead_letters.RETRIES_EXHAUSTED, _describe(error)
 
