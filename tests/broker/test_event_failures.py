@@ -195,19 +195,21 @@ def test_what_a_stopping_worker_is_still_sent_does_not_count_as_a_try(make_servi
     publisher.publish(f"{topic}.created", b"small")
     stopping = make_service(max_deliveries=1)
     subscribe(stopping, f"{topic}.created")
-    at_once, stored = CoreSubscription.withdraw, []
-
-    def later(subscription):
-        threading.Timer(0.05, at_once, [subscription]).start()
+    at_once, late, stored = CoreSubscription.withdraw, [], []
 
     def store(delivery, inner=stopping._workplace.rerouter._store_again):
         stored.append(delivery.stream)
         inner(delivery)
+        if len(stored) == 1:
+            eventually(lambda: stopping.in_flight.held == 2)
+            monkeypatch.setattr(CoreSubscription, "withdraw", at_once)
+            for subscription in late:
+                subscription.withdraw()
 
     monkeypatch.setattr(stopping._workplace.rerouter, "_store_again", store)
     with running(stopping, threads=0, prefetch=4):
         eventually(lambda: stopping.in_flight.held == 1)
-        monkeypatch.setattr(CoreSubscription, "withdraw", later)
+        monkeypatch.setattr(CoreSubscription, "withdraw", lambda subscription: late.append(subscription))
     monkeypatch.undo()
     assert len(set(stored)) == 2, "what came back was not stored again"
     last = make_service(max_deliveries=1)

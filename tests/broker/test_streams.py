@@ -17,7 +17,9 @@ def events(service, topic):
     service.setup()
     for subject, body in (("a", b"1"), ("b", b"2"), ("a", b"3")):
         publish_raw(service, f"{topic}.{subject}", body, {"x-body": body.decode()})
-    return service.stream(topic)
+    stream = service.stream(topic)
+    eventually(lambda: stream.range().last == 3)  # nothing says when they are stored
+    return stream
 
 
 def test_all_messages_are_read_in_order(events, topic):

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.testing import NatsServer
+from tasks.outage import REST_SECONDS
 from tests.support.polling import eventually
 from tests.support.ports import free_port
 from tests.support.processes import REPOSITORY, Process
@@ -108,8 +110,14 @@ class Shell:
             eventually(lambda before=before: self.dead() > before, timeout=60)
             eventually(lambda order_id=order_id: self.producer.status(order_id) == "failed", timeout=60)
             orders.append(order_id)
-        self.shop.knobs(failure_rate=0.0)
+        self.recover()
         return orders
+
+    def recover(self) -> None:
+        """Have payments succeed again, once the workers no longer leave the gateway alone."""
+        self.shop.knobs(failure_rate=0.0)
+        time.sleep(REST_SECONDS)
+        self.order()  # the one payment that finds out
 
     def delay(self) -> str:
         """Have a message of the payments wait for ten minutes; returns its id."""
@@ -176,7 +184,7 @@ def dead_letters(shell: Shell, block: Block) -> None:
 
 def an_order_that_does_not_move_on(shell: Shell, block: Block) -> None:
     """While the gateway fails, so that what is called again fails again."""
-    (order_id,) = shell.fail(letters=1)
+    (order_id,) = shell.fail(letters=shell.dead() + 1)
     shell.shop.knobs(failure_rate=1.0)
     stuck, redrive, redrive_all, cancel, refunded = block.commands
     eventually(lambda: order_id in shell(stuck), timeout=60)
@@ -185,7 +193,7 @@ def an_order_that_does_not_move_on(shell: Shell, block: Block) -> None:
     assert "cancelled" in shell(cancel, ORDER_ID=order_id)
     assert "the customer asked for it" in shell.shop.get(f"/api/orders/{order_id}").text
     assert "noted" in shell(refunded, ORDER_ID=order_id)
-    shell.shop.knobs(failure_rate=0.0)
+    shell.recover()
 
 
 def a_purge(shell: Shell, block: Block) -> None:
