@@ -7,7 +7,7 @@ status. A script asks for the newest page again every few seconds.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote, urlencode
 
 from flask import Blueprint, Response, request
@@ -16,7 +16,7 @@ from tasks import service
 from tasks.catalogue import CATALOGUE
 from tasks.events import usable_order_id
 from tasks.model import MAX_ID_LENGTH, STATUSES
-from tasks.service import Order, Wanted
+from tasks.service import Order
 from tasks.text import flaw_of, normalised
 from web.access import caller, needs
 from web.api import find_page, visible
@@ -56,19 +56,22 @@ def list_orders() -> Response:
     errors = {flaw.field: _TEXT[flaw.field] for flaw in query.flaws}
     if text and flaw_of(text, MAX_ID_LENGTH):
         errors["q"] = _TEXT["q"]
-    wanted = Wanted() if errors else replace(query.wanted, text=text.casefold() or None)
-    found = find_page(PER_PAGE, None if errors else query.before, wanted)
+    if errors:
+        shown: dict[str, Any] = {}
+    else:
+        wanted = replace(query.wanted, text=text.casefold() or None)
+        found = find_page(PER_PAGE, query.before, wanted)
+        shown = {"page": found, "counts": service.count_orders(visible(wanted))}
     return page(
         "orders.html",
         status=400 if errors else 200,
-        page=found,
-        first=query.before is None or bool(errors),
-        counts=service.count_orders(visible(wanted)),
+        first=query.before is None,
         asked=asked,
         errors=errors,
         statuses=STATUSES,
         products=CATALOGUE.values(),
         address=_address,
+        **shown,
     )
 
 

@@ -36,4 +36,4 @@ async function refresh() {
   unsaid = 0;
 }
 
-if (list.hasAttribute("data-refresh")) setInterval(refresh, EVERY);
+if (list?.hasAttribute("data-refresh")) setInterval(refresh, EVERY);
