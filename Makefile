@@ -9,6 +9,7 @@
 #   make test-image           build the image without an engine and confirm an order with it (root, buildah, debootstrap)
 #   make audit                ask PyPI for known flaws of the pinned versions; fails for what cannot be asked
 #   make proto                regenerate the protobuf code
+#   make docs                build the documentation's site into build/site/html; links and docstrings are checked
 #   make pictures             take the dashboard's pictures in docs again
 #   make wheels               build both distributions into dist (PROJECT_URL=...: with links to that repository)
 #   make test-wheels          install them as a user would, and run a smoke test
@@ -23,7 +24,7 @@ MINUTES ?= 2
 SUBJECT ?= orders
 WORKERS ?= 3
 
-.PHONY: help up demo pictures test test-fast test-image audit wheels test-wheels lint proto bench chaos clean
+.PHONY: help up demo docs pictures test test-fast test-image audit wheels test-wheels lint proto bench chaos clean
 .DEFAULT_GOAL := help
 
 help:
@@ -56,6 +57,9 @@ test-image: $(STAMP)
 audit:
 	@test -x .artifacts/audit/bin/pip-audit || { $(PYTHON) -m venv .artifacts/audit && .artifacts/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3'; }
 	.artifacts/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
+docs: $(STAMP)
+	@$(BIN)/python release/site.py build/site
 
 pictures: $(STAMP)
 	$(BIN)/python -m pytest -q -n 0 tests/ui/test_browser.py -k accessible

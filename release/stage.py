@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: The folder of each distribution.
 DISTRIBUTIONS = ("broker", "instrumentation")
 
-_LINK = re.compile(r"(!?)(\[[^\]]*\]\()([^)\s]+)\)")
+LINK = re.compile(r"(!?)(\[[^\]]*\]\()([^)\s]+)\)")
 _VERSION = re.compile(r'^__version__ = "([^"]+)"', re.MULTILINE)
 
 
@@ -31,7 +31,7 @@ def stage(folder: Path, url: str | None) -> None:
         shutil.copytree(ROOT / name, target, ignore=ignored)
         if url is None:
             continue
-        tag = f"v{_version(target)}"
+        tag = f"v{version(target)}"
         readme = target / "README.md"
         readme.write_text(absolute(readme.read_text(), name, url, tag))
         with (target / "pyproject.toml").open("a") as project:
@@ -49,10 +49,11 @@ def absolute(readme: str, folder: str, url: str, tag: str) -> str:
         view = "raw" if image else "blob"
         return f"{image}{text}{url}/{view}/{tag}/{posixpath.normpath(f'{folder}/{path}')}{hash_}{anchor})"
 
-    return _LINK.sub(replace, readme)
+    return LINK.sub(replace, readme)
 
 
-def _version(distribution: Path) -> str:
+def version(distribution: Path) -> str:
+    """Return the version of a distribution, given its folder."""
     for module in sorted(distribution.rglob("*.py")):
         found = _VERSION.search(module.read_text())
         if found is not None:
