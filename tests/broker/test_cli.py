@@ -174,10 +174,10 @@ def test_delayed_messages_are_listed_and_cancelled(fleet: Fleet, work: dramatiq.
     other = work.send_with_options(args=("now",), delay=60_000)
     assert fleet("delayed", "run", other.message_id, "--json") == {"run": {other.message_id: 1}}
     eventually(lambda: len(fleet("delayed", "list", "--json")) == 1)
-    fleet("delayed", "cancel", message.message_id)
+    fleet("delayed", "cancel", message.message_id, "--yes")
     assert fleet("delayed", "list", "--json") == []
     with pytest.raises(Refused, match="not delayed") as refused:
-        fleet("delayed", "cancel", message.message_id)
+        fleet("delayed", "cancel", message.message_id, "--yes")
     assert refused.value.status == 1
 
 

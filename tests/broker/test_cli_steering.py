@@ -234,9 +234,11 @@ def test_removing_asks_first(
     other.setup()
     other.close()
     broker_of(program).get_actor("post").send("a")
+    later = broker_of(program).get_actor("post").send_with_options(args=("b",), delay=3_600_000)
     for command in (
         ("schedules", "--remove-orphans", "--broker", program),
         ("purge", "mail"),
+        ("delayed", "cancel", later.message_id),
     ):
         line = [sys.executable, "-m", "dramatiq_jetstream.cli", *command]
         environment = {**os.environ, "NATS_URL": nats_url, "FLEET_NAMESPACE": namespace}
@@ -246,7 +248,8 @@ def test_removing_asks_first(
         assert done.returncode == 130, done.stderr
         assert "for good?" in done.stderr
     assert {entry["actor"] for entry in fleet("schedules", "--json").json} == {"gone", "nightly"}
-    assert broker_of(program).queue_stats("mail").ready == 1
+    stats = broker_of(program).queue_stats("mail")
+    assert (stats.ready, stats.delayed) == (1, 1)
 
 
 def test_abort_of_what_is_not_there_is_an_error(fleet: Run, program: str) -> None:

@@ -54,11 +54,14 @@ def list_(fleet: Fleet, queue: str | None, limit: int) -> None:
 @delayed.command()
 @click.argument("message_ids", nargs=-1, required=True)
 @click.option("--queue", type=QUEUE, help="The queue they wait on. [all queues]")
+@click.option("--yes", is_flag=True, help="Do not ask.")
 @pass_fleet
-def cancel(fleet: Fleet, message_ids: tuple[str, ...], queue: str | None) -> None:
-    """Cancel delayed messages by their ids."""
+def cancel(fleet: Fleet, message_ids: tuple[str, ...], queue: str | None, yes: bool) -> None:
+    """Cancel delayed messages for good, by their ids."""
     broker = fleet.broker
     wanted = [fleet.check_queue(queue)] if queue else fleet.queue_names()
+    if not yes:
+        click.confirm(f"Cancel {len(message_ids)} delayed messages for good?", abort=True, err=True)
     cancelled = {
         message_id: sum(broker.cancel(message_id, name) for name in wanted) for message_id in message_ids
     }
@@ -70,7 +73,7 @@ def cancel(fleet: Fleet, message_ids: tuple[str, ...], queue: str | None) -> Non
 
 @delayed.command()
 @click.argument("message_ids", nargs=-1, required=True)
-@click.option("--queue", help="The queue they wait on. [all queues]")
+@click.option("--queue", type=QUEUE, help="The queue they wait on. [all queues]")
 @pass_fleet
 def run(fleet: Fleet, message_ids: tuple[str, ...], queue: str | None) -> None:
     """Have delayed messages run now, by their ids."""

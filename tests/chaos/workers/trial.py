@@ -227,7 +227,8 @@ def _kill(
     eventually(complete, timeout=60)
     done: dict[str, int] = {}
     left: list[str] = []
-    fewest, killed = _Fewest(processes), []
+    fewest = _Fewest(processes)
+    killed: list[tuple[int, int]] = []
     pause = seconds / kills
     memory = descriptors = 0
     with load.running():
@@ -236,6 +237,7 @@ def _kill(
                 memory, descriptors = _memory(workers.pid), _descriptors(workers.pid)
             started = time.monotonic()
             before = set(children(workers.pid))
+            victim = None
             time.sleep(choice.uniform(0.0, 0.05))
             if not left:
                 left += choice.sample(ways, len(ways))
@@ -255,7 +257,7 @@ def _kill(
             # First something must have died, then the fleet must be complete.
             dead = eventually(partial(_missing, workers, before), timeout=60, interval=0.005)
             gone = time.monotonic_ns()
-            killed += [(pid, gone) for pid in dead if pid not in dict(killed)]
+            killed += [(pid, gone) for pid in dead if pid != victim]
             while not complete():
                 fewest.look(_metric(port, "workers"))
             if number % 20 == 19:
@@ -265,7 +267,7 @@ def _kill(
         broker.join(queue, timeout=60_000)
     after = _memory(workers.pid), _descriptors(workers.pid)
     return _account(
-        runs, load, done, dict(killed), processes, fewest.workers, (memory, after[0]), (descriptors, after[1])
+        runs, load, done, killed, processes, fewest.workers, (memory, after[0]), (descriptors, after[1])
     )
 
 
@@ -273,7 +275,7 @@ def _account(
     runs: Path,
     load: _Load,
     kills: dict[str, int],
-    killed: dict[int, int],
+    killed: list[tuple[int, int]],
     processes: int,
     fewest: int,
     memory: tuple[int, int],
@@ -291,13 +293,15 @@ def _account(
         attempts = [(pid, when) for what, pid, when in life if what == "began"]
         ended = {pid for what, pid, _ in life if what == "ended"}
         delays.append((attempts[0][1] - load.sent[key]) / 1e9)
-        for (pid, _), (_, again) in pairwise(attempts):
-            if pid not in killed:
+        for (pid, began), (_, again) in pairwise(attempts):
+            # The system gives numbers of processes again within minutes; and one may run on while it is being killed.
+            deaths = [when for each, when in killed if each == pid and when > began - MOMENT_SECONDS * 1e9]
+            if not deaths:
                 unexplained += 1
             elif pid in ended:
                 repeats += 1
             else:
-                waits.append((again - killed[pid]) / 1e9)
+                waits.append((again - min(deaths)) / 1e9)
     lost = [key for key in load.sent if "ended" not in {what for what, _, _ in lives.get(key, [])}]
     gap = max((later - earlier for earlier, later in pairwise(sorted(moments))), default=0) / 1e9
     return Result(

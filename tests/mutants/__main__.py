@@ -1,0 +1,128 @@
+"""Changes single expressions of the code, and tells which changes no fast test notices: `make mutants`.
+
+    make mutants                                     all modules below, in an hour or two
+    make mutants ARGS="tasks/saga.py"                one of them
+    mutmut show NAME                                 in .artifacts/mutants: what a survivor changes
+
+mutmut makes the changes and runs the tests that reach each of them. It works on a copy in `.artifacts/mutants`, where a
+second run tests only what is new. It is no part of `make test`. The exit status is 1 while a module is below the share
+that `SHARE` asks for. A mutant counts as found if a test fails, or never ends, because of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+from mutmut.stats import status_by_exit_code
+
+from tests.support.processes import REPOSITORY
+
+PLACE: Final = REPOSITORY / ".artifacts" / "mutants"
+LIBRARY: Final = "dramatiq_jetstream"
+COPIED: Final = (
+    "tasks",
+    "web",
+    "proto",
+    "tests",
+    "instrumentation",
+    "benchmarks",
+    "docs",
+    "deploy",
+    "examples",
+)
+FILES: Final = ("README.md", "pyproject.toml", "Makefile", "Procfile", "CHANGELOG.md")
+
+#: The share of mutants that has to be found.
+SHARE: Final = 0.85
+
+#: What is changed, and the tests that are quick enough to be run for each change.
+MODULES: Final = {
+    f"{LIBRARY}/wire/protocol.py": ["tests/broker/test_protocol.py"],
+    f"{LIBRARY}/wire/addresses.py": ["tests/broker/test_addresses.py"],
+    f"{LIBRARY}/wire/headers.py": ["tests/broker/test_protocol.py", "tests/broker/test_envelope.py"],
+    f"{LIBRARY}/wire/ack_subjects.py": ["tests/broker/test_settlements.py", "tests/broker/test_protocol.py"],
+    f"{LIBRARY}/worker/settlements.py": ["tests/broker/test_settlements.py"],
+    f"{LIBRARY}/worker/hooks.py": ["tests/broker/test_hooks.py"],
+    f"{LIBRARY}/sending/envelope.py": ["tests/broker/test_envelope.py"],
+    f"{LIBRARY}/sending/fitting.py": ["tests/broker/test_envelope.py"],
+    "tasks/accept.py": ["tests/tasks/test_accepting.py"],
+    "tasks/idempotency.py": ["tests/tasks/test_accepting.py"],
+    "tasks/parsing.py": ["tests/tasks/test_parsing.py"],
+    "tasks/saga.py": ["tests/tasks/test_saga_properties.py", "tests/tasks/test_outdated_reads.py"],
+    "tasks/stock.py": ["tests/tasks/test_saga_properties.py", "tests/tasks/test_stock_contention.py"],
+}
+
+
+def prepare(modules: list[str]) -> None:
+    """Copy the project, with the package where its name can be imported from the root."""
+    PLACE.mkdir(parents=True, exist_ok=True)
+    copies = {LIBRARY: REPOSITORY / "broker" / LIBRARY} | {name: REPOSITORY / name for name in COPIED}
+    for name, source in copies.items():
+        shutil.rmtree(PLACE / name, ignore_errors=True)
+        if source.is_dir():
+            shutil.copytree(source, PLACE / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        shutil.copy(REPOSITORY / name, PLACE / name)
+    tests = sorted({test for module in modules for test in MODULES[module]})
+    settings = {
+        "source_paths": [LIBRARY, "tasks"],
+        "only_mutate": modules,
+        "also_copy": [
+            *(name for name in COPIED if (PLACE / name).is_dir() and name not in ("tasks", "tests")),
+            *FILES,
+        ],
+        "pytest_add_cli_args": ["-p", "no:cacheprovider", "-n", "0"],
+        "pytest_add_cli_args_test_selection": tests,
+    }
+    with (PLACE / "pyproject.toml").open("a") as config:
+        config.write("\n[tool.mutmut]\n")
+        config.writelines(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
+
+
+def found(module: str) -> tuple[int, int, list[str]]:
+    """Return how many mutants of a module were found, how many there are, and the survivors."""
+    results = PLACE / "mutants" / f"{module}.meta"
+    codes = json.loads(results.read_text())["exit_code_by_key"]
+    states = {name: status_by_exit_code[code] for name, code in codes.items()}
+    survivors = [f"{name}: {state}" for name, state in states.items() if state not in ("killed", "timeout")]
+    return len(states) - len(survivors), len(states), survivors
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="make mutants", description="Which mistakes do fast tests not notice?"
+    )
+    parser.add_argument(
+        "modules", nargs="*", choices=[[], *MODULES], metavar="MODULE", help="all if none is named"
+    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="how many tests run at a time")
+    options = parser.parse_args()
+    modules = options.modules or list(MODULES)
+    prepare(modules)
+    mutmut = Path(sys.executable).parent / "mutmut"
+    # mutmut ends with an error when mutants survive, which is told below.
+    subprocess.run([mutmut, "run", "--max-children", str(options.processes)], cwd=PLACE, check=False)
+    missed = False
+    survived: list[str] = []
+    print(f"\n{'':44}  found     of")
+    for module in modules:
+        killed, of, survivors = found(module)
+        share = killed / of if of else 1.0
+        missed |= share < SHARE
+        survived += survivors
+        print(f"{module:44} {share:6.0%} {of:6,}")
+    listed = PLACE / "survivors.txt"
+    listed.write_text("".join(f"{line}\n" for line in survived))
+    print(f"\n{len(survived)} survivors are listed in {listed.relative_to(REPOSITORY)}.")
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
