@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .broker import JetStreamBroker
+from .limits import Snooze
 from .sending.composition import group
 
-__all__ = ["JetStreamBroker", "__version__", "group"]
+__all__ = ["JetStreamBroker", "Snooze", "__version__", "group"]
 
 __version__ = "0.1.0"

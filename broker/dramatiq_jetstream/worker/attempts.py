@@ -19,6 +19,7 @@ from dramatiq.errors import RateLimitExceeded, Retry
 from dramatiq.middleware import SkipMessage
 from dramatiq.worker import WorkerThread, has_results_middleware
 
+from dramatiq_jetstream.limits import Snooze
 from dramatiq_jetstream.sending.envelope import HISTORY_OPTION
 
 from .current import current_message
@@ -127,7 +128,7 @@ class Attempts:
             except BaseException as error:
                 self._follow_ups.cut_off(message, error)
                 self._logger.critical("What follows message %s was cut off.", message, exc_info=True)
-            if (
+            if not _is_put_off(message) and (
                 self._recorder.keeps_successes
                 or self._skipped
                 or message.failed
@@ -171,6 +172,10 @@ class Attempts:
                 message.stuff_exception(error)
             self._logger.warning("Message %s was skipped.", message)
             self._broker.emit_after("skip_message", message)
+        except Snooze as error:
+            vars(message)["put_off"] = error.delay
+            self._logger.info("Message %s is %s.", message, error)
+            self._broker.emit_after("skip_message", message)
         except BaseException as error:
             message.stuff_exception(error)
             throws = message.options.get("throws") or (actor and actor.options.get("throws"))
@@ -185,3 +190,7 @@ class Attempts:
             self._broker.emit_after("process_message", message, exception=error)
         else:
             self._broker.emit_after("process_message", message, result=result)
+
+
+def _is_put_off(message: MessageProxy) -> bool:
+    return isinstance(message, JetStreamMessage) and message.put_off is not None

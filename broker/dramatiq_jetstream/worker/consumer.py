@@ -308,6 +308,9 @@ class JetStreamConsumer(Consumer):
                 self.rerouter.requeue_later(delivery, error)
                 return
             failed = True
+        elif message.put_off is not None and not failed:
+            self.rerouter.put_off(message, message.put_off)
+            return
         if not failed or (error is None and _is_unwanted(message)):
             self.in_flight.settle(delivery, ACK)
             return

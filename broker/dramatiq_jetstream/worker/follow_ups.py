@@ -53,7 +53,7 @@ class FollowUps(threading.local):
             self._give_back(message)
         if not message.once_followed_up:
             return
-        if message.follow_up_error is None and message._exception is None:
+        if message.follow_up_error is None and message._exception is None and message.put_off is None:
             for call in message.once_followed_up:
                 call()
 

@@ -7,7 +7,7 @@ method must not be replaced in between. Without this, a message that does nothin
 Three middleware classes are called differently. `Pipelines` imports a module at every message before it sees that the
 message has no next step, so it is only called for messages that have one. `Retries` is not called for an aborted
 message, which must not run again. `Results` stores a failure after the nack, when it is too late to keep the message if
-storing fails, so it is called before the nack.
+storing fails, so it is called before the nack; a message that its actor has put off has no result yet.
 
 What the broker itself does at a hook is kept with the hook. Methods around these would cost more calls per message.
 """
@@ -172,6 +172,13 @@ def _method(middleware: Middleware, hook: str) -> Callable[..., Any]:
                 raise
 
         return noting_cancellation
+    if hook == "after_skip_message" and isinstance(middleware, Results):
+
+        def unless_put_off(broker: Broker, message: MessageProxy) -> None:
+            if vars(message).get("put_off") is None:
+                method(broker, message)
+
+        return unless_put_off
     if hook != "after_process_message":
         return method
     if type(middleware) is Pipelines:

@@ -35,6 +35,7 @@ class JetStreamMessage(MessageProxy):
       turns: The keys of the limiters at which its actor has a turn, each with what gives that back.
       to_record: How its attempt ended, if the history is to have a record of it.
       is_cancelled: Whether it was skipped because it was aborted before it began.
+      put_off: For how many milliseconds its actor has put it off, if it has (see `limits.Snooze`).
       killed: Why its process was killed, for an attempt that another process settles.
     """
 
@@ -44,6 +45,7 @@ class JetStreamMessage(MessageProxy):
     turns: tuple[tuple[str, Callable[[], object]], ...] = ()
     to_record: Ended | None = None
     is_cancelled = False
+    put_off: int | None = None
     killed: HardTimeLimitExceeded | None = None
 
     def __init__(

@@ -13,8 +13,10 @@ counting.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from dramatiq.errors import ActorNotFound, BrokerConnectionError, BrokerError
@@ -61,6 +63,9 @@ LONGEST_DELAY_MS = 60_000
 #: for its actor, but no sooner and no later than these.
 UNKNOWN_ACTOR_DELAY_MS = 300
 LONGEST_UNKNOWN_ACTOR_DELAY_MS = 5_000
+
+#: No headers of this library's own.
+NO_MARKS: Mapping[str, str] = MappingProxyType({})
 
 #: For how many messages this process remembers the reason of a dead letter that could not be stored.
 MOST_UNSTORED = 10_000
@@ -254,6 +259,20 @@ class Rerouter:
         else:
             self._in_flight.settle(delivery, nak_after(delay))
 
+    def put_off(self, message: JetStreamMessage, delay: int, marks: Mapping[str, str] = NO_MARKS) -> bool:
+        """Store a message again, to come after `delay` milliseconds as if it never had been here, and ack it.
+
+        It waits like any delayed message, under its own id. One that cannot be stored now is requeued with a delay;
+        False is returned then.
+        """
+        delivery = message._delivery
+        marks = {HEADER_ORIGIN: delivery.origin, **marks}
+        if self._store_later(delivery, delay, marks, message.message_id):
+            self._in_flight.settle(delivery, ACK)
+            return True
+        self.requeue_later(delivery, BrokerConnectionError("it cannot be stored with a delay now"))
+        return False
+
     def knows_actor(self, name: str) -> bool:
         """Whether this program has an actor of that name."""
         try:
@@ -293,8 +312,13 @@ class Rerouter:
         self._in_flight.settle(delivery, ACK if is_stored else nak_after(delay))
         return True
 
-    def _store_later(self, delivery: Delivery, delay: int, marks: Mapping[str, str]) -> bool:
-        """Store a message again, to come after `delay` milliseconds; False when that cannot be done now."""
+    def _store_later(
+        self, delivery: Delivery, delay: int, marks: Mapping[str, str], message_id: str | None = None
+    ) -> bool:
+        """Store a message again, to come after `delay` milliseconds; False when that cannot be done now.
+
+        Its delay is found by its id, or by its origin where that is not known.
+        """
         if not self._connection.is_connected:
             return False
         source: Source = delivery.source
@@ -306,7 +330,8 @@ class Rerouter:
             HEADER_MSG_ID: unique,
             **delays.schedule(delays.eta_after(delay), target),
         }
-        subject = self._config.names.delayed(source.queue, delivery.origin, unique)
+        token = hashlib.sha256(unique.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        subject = self._config.names.delayed(source.queue, message_id or delivery.origin, token)
         try:
             self._store_as_message(subject, delivery, headers, timeout=STORE_LATER_TIMEOUT_MS)
         except BrokerError as error:
