@@ -8,6 +8,7 @@
 #   make chaos MINUTES=10     random faults, then the books are checked (SUBJECT=library: of the library alone)
 #   make test-image           build the image without an engine and confirm an order with it (root, buildah, debootstrap)
 #   make audit                ask PyPI for known flaws of the pinned versions; fails for what cannot be asked
+#   make mutants ARGS="..."   change single expressions of the code, and list what no fast test notices (an hour or two)
 #   make proto                regenerate the protobuf code
 #   make docs                build the documentation's site into build/site/html; links and docstrings are checked
 #   make pictures             take the dashboard's pictures in docs again
@@ -60,6 +61,10 @@ audit:
 
 docs: $(STAMP)
 	@$(BIN)/python release/site.py build/site
+
+mutants: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'mutmut>=3.8,<4'
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 pictures: $(STAMP)
 	$(BIN)/python -m pytest -q -n 0 tests/ui/test_browser.py -k accessible

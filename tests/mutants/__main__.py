@@ -63,6 +63,7 @@ MODULES: Final = {
 def prepare(modules: list[str]) -> None:
     """Copy the project, with the package where its name can be imported from the root."""
     PLACE.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(PLACE / "mutants" / "tests", ignore_errors=True)  # which mutmut does not copy again
     copies = {LIBRARY: REPOSITORY / "broker" / LIBRARY} | {name: REPOSITORY / name for name in COPIED}
     for name, source in copies.items():
         shutil.rmtree(PLACE / name, ignore_errors=True)
@@ -107,8 +108,17 @@ def main() -> int:
     modules = options.modules or list(MODULES)
     prepare(modules)
     mutmut = Path(sys.executable).parent / "mutmut"
-    # mutmut ends with an error when mutants survive, which is told below.
-    subprocess.run([mutmut, "run", "--max-children", str(options.processes)], cwd=PLACE, check=False)
+    with (PLACE / "mutmut.log").open("w") as log:
+        done = subprocess.run(
+            [mutmut, "run", "--max-children", str(options.processes)],
+            cwd=PLACE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode:
+        print((PLACE / "mutmut.log").read_text()[-2_000:], file=sys.stderr)
+        return 2
     missed = False
     survived: list[str] = []
     print(f"\n{'':44}  found     of")
