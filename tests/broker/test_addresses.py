@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+from dataclasses import replace
 from urllib.parse import quote
 
 import pytest
@@ -15,7 +16,7 @@ from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.config import ConnectOptions
 from dramatiq_jetstream.errors import BrokerError, InvalidOption
 from dramatiq_jetstream.testing import NatsServer
-from dramatiq_jetstream.wire.addresses import Address, parse_address, split_addresses
+from dramatiq_jetstream.wire.addresses import Address, NotAnAddress, parse_address, split_addresses
 
 SECRETS = st.text(string.ascii_letters + string.digits + "@:/#?%,&=+ !é", min_size=1, max_size=12)
 
@@ -83,6 +84,62 @@ def test_a_password_that_is_not_encoded_is_not_shown(password):
             shown = [options.display, repr(options), repr(options.addresses)]
             assert options.addresses[0].password is not None
         assert not any("s3cret" in each for each in shown)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("nats://a b", "nats://a b"),
+        ("host:0", "nats://host:…"),
+        ("host:65536", "nats://host:…"),
+        ("HTTP://host", "http://host"),
+        ("tls://u:p@host:port", "tls://…@host:…"),
+        ("u:p@", "nats://…@"),
+    ],
+)
+def test_what_is_no_address_is_named_without_its_secrets(text, shown):
+    with pytest.raises(NotAnAddress) as caught:
+        parse_address(text)
+    assert (
+        str(caught.value)
+        == f"{shown!r} is not the address of a server: give one such as nats://localhost:4222"
+    )
+
+
+@pytest.mark.parametrize("scheme", ["ws", "WSS"])
+def test_an_address_of_websockets_names_what_to_use(scheme):
+    with pytest.raises(NotAnAddress) as caught:
+        parse_address(f"{scheme}://localhost:8080")
+    assert str(caught.value) == (
+        f"{scheme.lower()}:// (NATS over WebSocket) is not supported: use the server's nats:// or tls:// port"
+    )
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        (Address("host", user="u", password="p"), "nats://host:4222"),
+        (Address("::1", 1, tls=True, token="t"), "tls://[::1]:1"),
+    ],
+)
+def test_an_address_is_shown_without_its_secrets(address, text):
+    assert str(address) == text
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port"),
+    [("10.0.0.2:4333", "10.0.0.2", 4333), ("[fd00::2]:1", "fd00::2", 1), ("other", "other", 4222)],
+)
+def test_a_neighbour_is_who_we_are_there_under_the_same_certificate(url, host, port):
+    """However far the way from the first server."""
+    first = Address("first", 1, tls=True, user="u", password="p", tls_first=True)
+    neighbour = first.neighbour(url)
+    assert neighbour == replace(first, host=host, port=port, certified="first")
+    assert neighbour.neighbour("third").certified == "first"
+
+
+def test_a_neighbour_whose_address_is_none_is_left_out():
+    assert Address("first").neighbour("a b") is None
 
 
 @pytest.mark.parametrize(
