@@ -4,9 +4,9 @@
     make mutants ARGS="tasks/saga.py"                one of them
     mutmut show NAME                                 in .artifacts/mutants: what a survivor changes
 
-mutmut makes the changes and runs the tests that reach each of them. It works on a copy in `.artifacts/mutants`, where a
-second run tests only what is new. It is no part of `make test`. The exit status is 1 while a module is below the share
-that `SHARE` asks for. A mutant counts as found if a test fails, or never ends, because of it.
+mutmut makes the changes and runs the tests that reach each of them. It works on a copy in `.artifacts/mutants`, and is no
+part of `make test`. The exit status is 1 while a module is below the share that `SHARE` asks for. A mutant counts as found
+if a test fails, or never ends, because of it.
 """
 
 from __future__ import annotations
@@ -62,11 +62,10 @@ MODULES: Final = {
 
 def prepare(modules: list[str]) -> None:
     """Copy the project, with the package where its name can be imported from the root."""
-    PLACE.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(PLACE / "mutants" / "tests", ignore_errors=True)  # which mutmut does not copy again
+    shutil.rmtree(PLACE, ignore_errors=True)
+    PLACE.mkdir(parents=True)
     copies = {LIBRARY: REPOSITORY / "broker" / LIBRARY} | {name: REPOSITORY / name for name in COPIED}
     for name, source in copies.items():
-        shutil.rmtree(PLACE / name, ignore_errors=True)
         if source.is_dir():
             shutil.copytree(source, PLACE / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
