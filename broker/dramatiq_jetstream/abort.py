@@ -17,10 +17,12 @@ import time
 from collections.abc import Iterable
 
 from dramatiq.broker import Broker
+from dramatiq.brokers.stub import StubBroker
 from dramatiq.common import current_millis
 
 try:
     from dramatiq_abort import Abortable, Event, EventBackend
+    from dramatiq_abort.backends.stub import StubBackend
     from dramatiq_abort.middleware import AbortMode
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -28,7 +30,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from .backends import broker_for
+from .backends import answer_for, broker_for
 from .errors import PermissionDenied, RevisionConflict
 from .jetstream.inventory import queue_names
 from .jetstream.names import short_key
@@ -48,7 +50,8 @@ class JetStreamBackend(EventBackend):
     """Sends and receives abort signals through JetStream.
 
     Parameters:
-      broker: The broker whose connection, namespace and replicas are used; None makes one of its own.
+      broker: The broker whose connection, namespace and replicas are used; None makes one of its own. On Dramatiq's
+        `StubBroker` everything is kept in memory.
       url: Where to connect without a broker; None takes `NATS_URL`, then localhost.
 
     A signal is kept for the `abort_ttl` of `Abortable`, rounded up to whole seconds. For a message that is
@@ -56,9 +59,18 @@ class JetStreamBackend(EventBackend):
     """
 
     def __init__(self, broker: Broker | None = None, *, url: str | Iterable[str] | None = None) -> None:
+        if isinstance(broker, StubBroker):
+            self._own = False
+            answer_for(self, self.stub())
+            return
         self.broker, self._own = broker_for(broker, url)
+        self.broker.backends.add(self)
         self.bucket = self.broker.declarations.announcing_bucket("aborts")
         self._reset()
+
+    def stub(self) -> EventBackend:
+        """A backend in memory, for tests."""
+        return StubBackend()
 
     def _reset(self) -> None:
         """Start from nothing: at creation, and in the child of a fork."""

@@ -1,15 +1,47 @@
-"""The broker that a backend (results, rate limits, aborts) works with: the program's, or one of the backend's own."""
+"""The broker that a backend (results, rate limits, aborts) works with: the program's, or one of the backend's own.
+
+In tests, a backend of Dramatiq's that keeps everything in memory answers for it: always when its broker is Dramatiq's
+`StubBroker`, and for a while when a stub stands in for its broker (see `testing`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 from dramatiq.broker import Broker
 
 from .broker import JetStreamBroker
 from .errors import InvalidOption
 
-__all__ = ["broker_for"]
+__all__ = ["InMemory", "answer_for", "broker_for", "in_memory"]
+
+
+@runtime_checkable
+class InMemory(Protocol):
+    """A backend for which one in memory can answer."""
+
+    def stub(self) -> object:
+        """A new backend of the same kind that keeps everything in memory."""
+
+
+def answer_for(backend: object, stub: object) -> None:
+    """Have `stub` answer every call of `backend`, for good."""
+    names = [name for name in dir(type(stub)) if not name.startswith("__") and callable(getattr(stub, name))]
+    vars(backend).update({name: getattr(stub, name) for name in names})
+
+
+@contextmanager
+def in_memory(backend: InMemory) -> Iterator[None]:
+    """Have a backend in memory answer every call of `backend` for a while."""
+    before = vars(backend).copy()
+    answer_for(backend, backend.stub())
+    try:
+        yield
+    finally:
+        vars(backend).clear()
+        vars(backend).update(before)
 
 
 def broker_for(broker: Broker | None, url: str | Iterable[str] | None) -> tuple[JetStreamBroker, bool]:

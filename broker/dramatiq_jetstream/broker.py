@@ -11,6 +11,7 @@ import ssl
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 from dramatiq.broker import MessageProxy
 from dramatiq.errors import QueueNotFound
@@ -43,7 +44,11 @@ from .worker.suspects import BUCKET as STARTS
 from .worker.time_limits import keep_time_of
 from .worker.workplace import Workplace
 
-__all__ = ["JetStreamBroker"]
+__all__ = ["ACTOR_OPTIONS", "JetStreamBroker"]
+
+#: The options that actors have on this broker without any middleware. The library's middleware knows them too, so that
+#: Dramatiq's StubBroker takes them.
+ACTOR_OPTIONS = frozenset({HARD_TIME_LIMIT, "log_history"})
 
 
 class JetStreamBroker(QueueOperations, HookedBroker):
@@ -197,7 +202,8 @@ class JetStreamBroker(QueueOperations, HookedBroker):
         follow_ups, unique_keys = self._workplace.follow_ups, lambda: self.bucket("unique")
         self._sender = Sender(self.config, self.connection, self.declarations, self, follow_ups, unique_keys)
         super().__init__(middleware=middleware)
-        self.actor_options |= {HARD_TIME_LIMIT, "log_history"}
+        self.actor_options |= ACTOR_OPTIONS
+        self.backends: WeakSet[Any] = WeakSet()
         self.first, self.last = self._workplace.first(), self._workplace.last()
         self.queues: set[str] = set()
 

@@ -18,11 +18,12 @@ from typing import Any
 
 from dramatiq.actor import Actor
 from dramatiq.broker import Broker
+from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ActorNotFound
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware, MiddlewareError
 
-from .broker import JetStreamBroker
+from .broker import ACTOR_OPTIONS, JetStreamBroker
 from .config import Storage
 from .errors import InvalidName, InvalidOption
 from .jetstream import ensuring, topology
@@ -139,6 +140,7 @@ class Events(Middleware):
     """Middleware that gives actors the option `subscribe` for the events of one stream.
 
     A broker may have several, one for each stream; a subscription belongs to the first that keeps its subject.
+    Dramatiq's `StubBroker` takes subscriptions and no event arrives; `testing.StubBroker` hands on what it publishes.
 
     Parameters:
       stream: The stream's name.
@@ -169,7 +171,7 @@ class Events(Middleware):
 
     @property
     def actor_options(self) -> set[str]:
-        return {"subscribe"}
+        return {"subscribe", *ACTOR_OPTIONS}
 
     def config(self, broker: JetStreamBroker) -> topology.StreamConfig:
         return topology.events(
@@ -226,7 +228,7 @@ class Events(Middleware):
         wanted = actor.options.get("subscribe")
         if wanted is None:
             return
-        if not isinstance(broker, JetStreamBroker):
+        if not isinstance(broker, (JetStreamBroker, StubBroker)):
             raise InvalidSubscription(
                 f"Actor {actor.actor_name!r} subscribes to events, which needs a JetStreamBroker."
             )
@@ -241,6 +243,8 @@ class Events(Middleware):
                 f"Actor {actor.actor_name!r} subscribes to {wanted.subject!r}, which no stream of events keeps: "
                 f"there are {', '.join(kept)}."
             )
+        if isinstance(broker, StubBroker):
+            return
         if actor.queue_name in broker.config.max_in_flight:
             raise InvalidSubscription(
                 f"Actor {actor.actor_name!r} subscribes to events on queue {actor.queue_name!r}, which has a "

@@ -31,11 +31,12 @@ from typing import Any
 import dramatiq
 from dramatiq.actor import Actor
 from dramatiq.broker import Broker, MessageProxy
+from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import BrokerConnectionError, BrokerError
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware, MiddlewareError
 
-from .broker import JetStreamBroker
+from .broker import ACTOR_OPTIONS, JetStreamBroker
 from .errors import ApiError, InvalidOption, NotFound
 from .jetstream import cron
 from .jetstream.declared import Changes, Declared
@@ -90,18 +91,21 @@ class Schedule:
 
 
 class Periodic(Middleware):
-    """Middleware with the actor options `cron`, `every` (milliseconds) and `timezone` (an IANA name)."""
+    """Middleware with the actor options `cron`, `every` (milliseconds) and `timezone` (an IANA name).
+
+    On Dramatiq's `StubBroker` they are checked and nothing ticks; `testing.StubBroker` ticks when a test advances time.
+    """
 
     @property
     def actor_options(self) -> set[str]:
-        return {"cron", "every", "timezone"}
+        return {"cron", "every", "timezone", *ACTOR_OPTIONS}
 
     def before_declare_actor(self, broker: Broker, actor: Actor[Any, Any]) -> None:
         try:
             expression = expression_of(actor)
         except InvalidOption as error:
             raise InvalidSchedule(f"Actor {actor.actor_name!r}: {error}") from None
-        if expression is not None and not isinstance(broker, JetStreamBroker):
+        if expression is not None and not isinstance(broker, (JetStreamBroker, StubBroker)):
             raise InvalidSchedule(f"Actor {actor.actor_name!r} is periodic, which needs a JetStreamBroker.")
 
     def setup_topology(self, broker: JetStreamBroker, *, update: bool = False) -> dict[str, str]:

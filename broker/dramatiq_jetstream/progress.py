@@ -16,9 +16,10 @@ from typing import Any
 
 import dramatiq
 from dramatiq.broker import Broker, MessageProxy
+from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import Middleware
 
-from .broker import JetStreamBroker
+from .broker import ACTOR_OPTIONS, JetStreamBroker
 from .errors import BrokerError, InvalidOption
 from .jetstream.names import short_key
 from .kv import Bucket
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Running:
-    broker: JetStreamBroker
+    broker: Broker
     message_id: str
     ttl: int
     sent: float = 0.0
@@ -50,7 +51,7 @@ _running: ContextVar[_Running | None] = ContextVar("dramatiq_jetstream_progress"
 
 
 class Progress(Middleware):
-    """Middleware that lets actors call `progress`.
+    """Middleware that lets actors call `progress`. On Dramatiq's `StubBroker` reports are kept in memory.
 
     Parameters:
       ttl: Milliseconds that a report is kept.
@@ -60,6 +61,11 @@ class Progress(Middleware):
         if ttl < 1_000:
             raise InvalidOption(f"ttl={ttl!r} cannot be used: give milliseconds, 1000 or more.")
         self.ttl = ttl
+        self.reports: dict[str, dict[str, Any]] = {}  # on a StubBroker
+
+    @property
+    def actor_options(self) -> set[str]:
+        return set(ACTOR_OPTIONS)
 
     def setup_topology(self, broker: JetStreamBroker, *, update: bool = False) -> dict[str, str]:
         """Create the bucket; called by `broker.setup`."""
@@ -70,7 +76,7 @@ class Progress(Middleware):
             _bucket(broker).declare()
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
-        if isinstance(broker, JetStreamBroker):
+        if isinstance(broker, (JetStreamBroker, StubBroker)):
             _running.set(_Running(broker, message.message_id, self.ttl))
 
     def after_process_message(
@@ -104,6 +110,9 @@ def progress(done: float, total: float | None = None, note: str = "") -> None:
     running.sent = now
     said = {"done": done, "total": total, "note": note, "at": int(time.time() * 1000)}
     note_said(said)
+    if not isinstance(running.broker, JetStreamBroker):
+        _in_memory(running.broker)[running.message_id] = said
+        return
     try:
         _bucket(running.broker).note(
             short_key(running.message_id), json.dumps(said).encode(), ttl=running.ttl
@@ -112,7 +121,7 @@ def progress(done: float, total: float | None = None, note: str = "") -> None:
         logger.warning("The progress of %s was not stored: %s", running.message_id, error)
 
 
-def read_progress(message_id: str, broker: JetStreamBroker | None = None) -> ProgressOf | None:
+def read_progress(message_id: str, broker: Broker | None = None) -> ProgressOf | None:
     """The last report of a message's actor, or None if there was none (in the last day).
 
     Parameters:
@@ -122,12 +131,19 @@ def read_progress(message_id: str, broker: JetStreamBroker | None = None) -> Pro
       BrokerConnectionError: When the server cannot be reached.
     """
     chosen = broker or dramatiq.get_broker()
+    if isinstance(chosen, StubBroker):
+        report = _in_memory(chosen).get(message_id)
+        return None if report is None else ProgressOf(message_id=message_id, **report)
     if not isinstance(chosen, JetStreamBroker):
         raise InvalidOption(
             "progress is kept by a JetStreamBroker: pass one, or set it as Dramatiq's broker."
         )
     entry = _bucket(chosen).get(short_key(message_id))
     return None if entry is None else ProgressOf(message_id=message_id, **json.loads(entry.value))
+
+
+def _in_memory(broker: Broker) -> dict[str, dict[str, Any]]:
+    return next((one.reports for one in broker.middleware if isinstance(one, Progress)), {})
 
 
 def _bucket(broker: JetStreamBroker) -> Bucket:

@@ -32,9 +32,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from dramatiq.broker import Broker
+from dramatiq.brokers.stub import StubBroker
 from dramatiq.rate_limits import ConcurrentRateLimiter, RateLimiterBackend
+from dramatiq.rate_limits.backends.stub import StubBackend
 
-from .backends import broker_for
+from .backends import answer_for, broker_for
 from .broker import JetStreamBroker
 from .errors import (
     BrokerConnectionError,
@@ -74,7 +76,8 @@ class JetStreamBackend(RateLimiterBackend):
     """Counts in JetStream, exactly, for any number of threads, processes and machines.
 
     Parameters:
-      broker: The broker whose connection, namespace and replicas are used; None makes one of its own.
+      broker: The broker whose connection, namespace and replicas are used; None makes one of its own. On Dramatiq's
+        `StubBroker` everything is kept in memory.
       url: Where to connect without a broker; None takes `NATS_URL`, then localhost.
 
     Times to live are rounded up to whole seconds, in which the server counts them. Every method raises
@@ -83,11 +86,20 @@ class JetStreamBackend(RateLimiterBackend):
     """
 
     def __init__(self, broker: Broker | None = None, *, url: str | Iterable[str] | None = None) -> None:
+        self._taking = _Taking()
+        if isinstance(broker, StubBroker):
+            self._own = False
+            answer_for(self, self.stub())
+            return
         self.broker, self._own = broker_for(broker, url)
+        self.broker.backends.add(self)
         self.bucket = self.broker.declarations.announcing_bucket("rate-limits")
         self._wakeups = Wakeups(self.bucket)
-        self._taking = _Taking()
         self._reset()
+
+    def stub(self) -> RateLimiterBackend:
+        """A backend in memory, for tests."""
+        return StubBackend()
 
     def _reset(self) -> None:
         """Start from nothing: at creation, and in the child of a fork, where no thread would give back a turn."""

@@ -20,13 +20,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from dramatiq.broker import Broker, MessageProxy
+from dramatiq.brokers.stub import StubBroker
 from dramatiq.encoder import Encoder
 from dramatiq.message import Message
 from dramatiq.results import ResultBackend, ResultMissing, ResultTimeout
 from dramatiq.results.backend import DEFAULT_TIMEOUT, Missing
+from dramatiq.results.backends.stub import StubBackend
 from dramatiq.results.result import wrap_exception, wrap_result
 
-from .backends import broker_for
+from .backends import answer_for, broker_for
 from .errors import BrokerConnectionError, MessageTooLarge
 from .jetstream.names import HEADER_PARTS, short_key
 from .jetstream.wakeups import Wakeups
@@ -62,7 +64,8 @@ class JetStreamBackend(ResultBackend):
     the process wait. If the connection is lost meanwhile, it goes on waiting until its timeout.
 
     Parameters:
-      broker: The broker whose connection, namespace and replicas are used; None makes one of its own.
+      broker: The broker whose connection, namespace and replicas are used; None makes one of its own. On Dramatiq's
+        `StubBroker` everything is kept in memory.
       url: Where to connect without a broker; None takes `NATS_URL`, then localhost.
       namespace, encoder, use_namespace_prefix_keys: As for every Dramatiq result backend.
       max_result_bytes: Encoded results above this size are not stored; `get_result` raises `ResultFailure`.
@@ -83,10 +86,25 @@ class JetStreamBackend(ResultBackend):
         super().__init__(
             namespace=namespace, encoder=encoder, use_namespace_prefix_keys=use_namespace_prefix_keys
         )
+        if isinstance(broker, StubBroker):
+            self._own = False
+            answer_for(self, self.stub())
+            return
         self.broker, self._own = broker_for(broker, url)
+        self.broker.backends.add(self)
         self.max_result_bytes = max_result_bytes
         self.bucket = self.broker.declarations.announcing_bucket("results")
         self._wakeups = Wakeups(self.bucket)
+
+    def stub(self) -> ResultBackend:
+        """A backend in memory, for tests."""
+        stub = StubBackend(
+            namespace=self.namespace,
+            encoder=self.encoder,
+            use_namespace_prefix_keys=self.use_namespace_prefix_keys,
+        )
+        stub.results = {}  # Dramatiq's are shared by all
+        return stub
 
     def get_result(self, message: Message[Any], *, block: bool = False, timeout: int | None = None) -> Any:
         """Get a message's result.

@@ -12,7 +12,6 @@ from typing import Any
 import dramatiq
 import pytest
 from dramatiq import Message
-from dramatiq.brokers.stub import StubBroker
 from dramatiq.encoder import PickleEncoder
 from dramatiq.middleware import SkipMessage
 from dramatiq.results import ResultFailure, ResultMissing, Results, ResultTimeout
@@ -331,8 +330,10 @@ def test_a_backend_without_a_broker_has_a_connection_of_its_own(nats_url: str) -
 
 def test_a_backend_wants_a_broker_of_ours(broker: JetStreamBroker) -> None:
     """Another broker, or a broker and a url at once, is a mistake that is named."""
-    with pytest.raises(InvalidOption, match="StubBroker"):
-        JetStreamBackend(StubBroker())
+    from dramatiq.brokers.redis import RedisBroker
+
+    with pytest.raises(InvalidOption, match="RedisBroker"):
+        JetStreamBackend(RedisBroker())
     with pytest.raises(InvalidOption, match="either a broker or a url"):
         JetStreamBackend(broker, url="nats://localhost")
 
