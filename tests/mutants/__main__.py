@@ -4,9 +4,9 @@
     make mutants ARGS="tasks/saga.py"                one of them
     mutmut show NAME                                 in .artifacts/mutants: what a survivor changes
 
-mutmut makes the changes and runs the tests that reach each of them. It works on a copy in `.artifacts/mutants`, and is no
-part of `make test`. The exit status is 1 while a module is below the share that `SHARE` asks for. A mutant counts as found
-if a test fails, or never ends, because of it.
+mutmut makes the changes and runs the tests that reach each of them. It works on a copy in `.artifacts/mutants`, and
+is no part of `make test`. The exit status is 1 while a module is below the share that `SHARE` asks for. A mutant
+counts as found if a test fails, or never ends, because of it.
 """
 
 from __future__ import annotations
