@@ -23,7 +23,7 @@ STAMP := $(VENV)/installed
 ARGS ?=
 MINUTES ?= 2
 SUBJECT ?= orders
-WORKERS ?= 4
+WORKERS ?= 3
 
 .PHONY: help up demo docs pictures test test-fast test-image audit wheels test-wheels lint proto bench chaos clean
 .DEFAULT_GOAL := help

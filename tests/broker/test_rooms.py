@@ -20,7 +20,7 @@ ROOMS = {
     "wire": {"errors", "config"},
     "jetstream": {"errors", "config", "wire", "kv"},
     "sending": {"errors", "config", "wire", "jetstream", "kv"},
-    "worker": {"errors", "config", "wire", "jetstream", "sending", "kv", "dead_letters", "history"},
+    "worker": {"errors", "config", "wire", "jetstream", "sending", "kv", "dead_letters", "history", "limits"},
 }
 
 #: Folders that stand on top: nothing below imports them.
