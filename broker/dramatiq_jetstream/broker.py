@@ -383,6 +383,7 @@ class JetStreamBroker(QueueOperations, HookedBroker):
         super().add_middleware(middleware, before=before, after=after)
 
     def failed_in(self, hook: str, middleware: Middleware, error: BaseException) -> None:
+        """Note that a middleware failed at a hook: what it would have stored may be missing."""
         self._workplace.follow_ups.middleware_failed(middleware, error)
 
     def _result_of(self, message: Message[Any]) -> object:

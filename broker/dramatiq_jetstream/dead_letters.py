@@ -382,6 +382,7 @@ class DeadLetters:
             yield self._read(stored)
 
     def oldest(self, queue: str | None = None) -> DeadLetter | None:
+        """Return the oldest dead letter, of one queue if it is named; None when there is none."""
         stored = first_message(self._connection, self._names.dead_stream, self._subject(queue))
         return None if stored is None else self._read(stored)
 

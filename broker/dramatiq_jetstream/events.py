@@ -174,6 +174,7 @@ class Events(Middleware):
         return {"subscribe", *ACTOR_OPTIONS}
 
     def config(self, broker: JetStreamBroker) -> topology.StreamConfig:
+        """Return the configuration that the stream is made with."""
         return topology.events(
             self.stream,
             self.subjects,

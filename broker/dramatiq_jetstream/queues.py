@@ -234,6 +234,7 @@ class QueueOperations:
         self.stored_queues.pause(queue_name, paused=False)
 
     def is_paused(self, queue_name: str) -> bool:
+        """Return whether delivery from a queue is paused for the whole fleet."""
         return self.stored_queues.is_paused(queue_name)
 
     def flush(self, queue_name: str) -> None:

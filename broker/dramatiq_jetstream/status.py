@@ -124,7 +124,7 @@ class StatusReader:
     Parameters:
       queues: Returns the queues to look at.
       workers: Returns the workers that are alive.
-      results: Returns whether the actor of a message succeeded, and what it raised; raises `ResultMissing`.
+      result: Returns the stored result of a message; raises `ResultFailure` or `ResultMissing`.
       actors: Returns the queue and name of each actor of the program.
     """
 
