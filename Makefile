@@ -8,9 +8,9 @@
 #   make chaos MINUTES=10     random faults, then the books are checked (SUBJECT=library: of the library alone)
 #   make test-image           build the image without an engine and confirm an order with it (root, buildah, debootstrap)
 #   make audit                ask PyPI for known flaws of the pinned versions; fails for what cannot be asked
-#   make mutants ARGS="..."   change single expressions of the code, and list what no fast test notices (an hour or two)
+#   make mutants ARGS="..."   change single expressions of the code, and list what no fast test notices (slow)
 #   make proto                regenerate the protobuf code
-#   make docs                build the documentation's site into build/site/html; links and docstrings are checked
+#   make docs                 build the documentation's site into build/site/html; links and docstrings are checked
 #   make pictures             take the dashboard's pictures in docs again
 #   make wheels               build both distributions into dist (PROJECT_URL=...: with links to that repository)
 #   make test-wheels          install them as a user would, and run a smoke test
@@ -25,7 +25,7 @@ MINUTES ?= 2
 SUBJECT ?= orders
 WORKERS ?= 3
 
-.PHONY: help up demo docs pictures test test-fast test-image audit wheels test-wheels lint proto bench chaos clean
+.PHONY: help up demo docs mutants pictures test test-fast test-image audit wheels test-wheels lint proto bench chaos clean
 .DEFAULT_GOAL := help
 
 help:

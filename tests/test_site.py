@@ -40,7 +40,7 @@ def test_the_site_builds_and_a_broken_link_would_fail_it(
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    """A page that no menu names is found by nobody who does not know of it."""
+    """A page that no menu names cannot be found."""
     navigation = tomllib.loads((ROOT / "docs/zensical.toml").read_text())["project"]["nav"]
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert _in_navigation(navigation) == pages | set(site.PAGES.values())

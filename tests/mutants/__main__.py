@@ -1,6 +1,6 @@
 """Changes single expressions of the code, and tells which changes no fast test notices: `make mutants`.
 
-    make mutants                                     all modules below, in an hour or two
+    make mutants                                     all modules below; it takes long
     make mutants ARGS="tasks/saga.py"                one of them
     mutmut show NAME                                 in .artifacts/mutants: what a survivor changes
 
@@ -35,7 +35,6 @@ COPIED: Final = (
     "benchmarks",
     "docs",
     "deploy",
-    "examples",
 )
 FILES: Final = ("README.md", "pyproject.toml", "Makefile", "Procfile", "CHANGELOG.md")
 

@@ -379,8 +379,8 @@ class StubBroker(DramatiqStubBroker):
         """Fail unless a message waits as expected; return the first such.
 
         Parameters:
-          expected: A message as `actor.message(...)` makes it, of which actor, queue, arguments and options are
-            compared; or an actor, for any message to it.
+          expected: A message as `actor.message(...)` makes it: its actor, queue, arguments and options are compared.
+            Or an actor, for any message to it.
           delay: Milliseconds until it is due, or a timedelta; None for any.
         """
         due = None if delay is None else self._until(delay)
