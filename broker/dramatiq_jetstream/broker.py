@@ -28,6 +28,7 @@ from .jetstream.inventory import queue_names
 from .jetstream.names import Names
 from .jetstream.topology import WORKERS
 from .kv import Bucket
+from .limits import OPTIONS
 from .queues import QueueOperations, Queues
 from .sending import delays
 from .sending.sender import Sender
@@ -38,6 +39,7 @@ from .worker.arguments import describe_arguments
 from .worker.consumer import JetStreamConsumer
 from .worker.hard_limits import HARD_TIME_LIMIT
 from .worker.hooks import HookedBroker
+from .worker.limits import BUCKET as LIMITS
 from .worker.roster import read_workers
 from .worker.shutdown_notices import give_notice_for
 from .worker.suspects import BUCKET as STARTS
@@ -48,7 +50,7 @@ __all__ = ["ACTOR_OPTIONS", "JetStreamBroker"]
 
 #: The options that actors have on this broker without any middleware. The library's middleware knows them too, so that
 #: Dramatiq's StubBroker takes them.
-ACTOR_OPTIONS = frozenset({HARD_TIME_LIMIT, "log_history"})
+ACTOR_OPTIONS = frozenset({HARD_TIME_LIMIT, "log_history", *OPTIONS})
 
 
 class JetStreamBroker(QueueOperations, HookedBroker):
@@ -187,8 +189,10 @@ class JetStreamBroker(QueueOperations, HookedBroker):
             self.connection,
             self.declarations,
             self.dead_letters,
+            actor=self.get_actor,
             actor_options=lambda name: self.get_actor(name).options,
             emit=self.emit_own,
+            limits=lambda: self.bucket(LIMITS),
             starts=lambda: self.bucket(STARTS),
             workers=lambda: self.declarations.memory_bucket(WORKERS),
             describe=lambda message: self.describe_arguments(message),
@@ -241,6 +245,7 @@ class JetStreamBroker(QueueOperations, HookedBroker):
         """
         self.bucket("unique")
         self.bucket(STARTS)
+        self.bucket(LIMITS)
         self.declarations.memory_bucket(WORKERS)
         setups = [getattr(middleware, "setup_topology", None) for middleware in self.middleware]
         return all_of(

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 
 from .errors import ApiError, InvalidOption, KeyExists, RevisionConflict, TopologyMissing
 from .jetstream.conditional_writes import (
-    HEADER_EXPECTED_SUBJECT,
     HEADER_ROLLUP,
     ConditionalWrites,
     Conflict,
@@ -34,6 +33,7 @@ from .jetstream.names import (
     HEADER_BATCH_ID,
     HEADER_BATCH_SEQUENCE,
     HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE,
+    HEADER_EXPECTED_SUBJECT,
     HEADER_MSG_ID,
     HEADER_TTL,
     bucket_subject,

@@ -46,6 +46,17 @@ def hold(name: str) -> None:
     note("ended", name, os.getpid())
 
 
+@dramatiq.actor(max_retries=0, concurrency=1, key="customer")
+def serve(customer: str, name: str) -> None:
+    """Has the only turn of its customer until the test opens its gate."""
+    hold.fn(name)
+
+
+@dramatiq.actor(max_retries=0, rate="4/s")
+def rated(name: str) -> None:
+    note("ran", name)
+
+
 @dramatiq.actor(max_retries=0)
 def die(name: str) -> None:
     """Takes its process along, as a segmentation fault or the OOM killer does."""

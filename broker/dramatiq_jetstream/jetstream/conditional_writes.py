@@ -23,13 +23,12 @@ from dramatiq_jetstream.wire.connection import Connection, PubAck
 from dramatiq_jetstream.wire.error_numbers import CONFLICT, OTHER_WRITE_IN_FLIGHT, ROLLUP_FAILED
 from dramatiq_jetstream.wire.ids import new_id
 
-from .names import HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE, HEADER_MSG_ID
+from .names import HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE, HEADER_EXPECTED_SUBJECT, HEADER_MSG_ID
 from .reading import StoredMessage, last_message, last_message_direct
 
-__all__ = ["HEADER_EXPECTED_SUBJECT", "HEADER_ROLLUP", "ConditionalWrites", "Conflict"]
+__all__ = ["HEADER_ROLLUP", "ConditionalWrites", "Conflict"]
 
 HEADER_ROLLUP = "Nats-Rollup"
-HEADER_EXPECTED_SUBJECT = "Nats-Expected-Last-Subject-Sequence-Subject"
 
 #: For how long a server may believe that it is the leader although it is not.
 DEPOSED_SECONDS = 5.0

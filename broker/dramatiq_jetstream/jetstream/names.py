@@ -35,7 +35,8 @@ HEADER_BODY = "Dramatiq-Body"
 HEADER_ORIGIN = "Dramatiq-Origin"
 HEADER_EARLIER_DELIVERIES = "Dramatiq-Earlier-Deliveries"
 HEADER_UNKNOWN_SINCE = "Dramatiq-Unknown-Since"
-REQUEUE_HEADERS = frozenset({HEADER_ORIGIN, HEADER_EARLIER_DELIVERIES, HEADER_UNKNOWN_SINCE})
+HEADER_MOMENT = "Dramatiq-Moment"
+REQUEUE_HEADERS = frozenset({HEADER_ORIGIN, HEADER_EARLIER_DELIVERIES, HEADER_UNKNOWN_SINCE, HEADER_MOMENT})
 
 #: Headers of a dead letter.
 HEADER_DEAD_REASON = "Dramatiq-Dead-Reason"
@@ -60,6 +61,7 @@ HEADER_SCHEDULE_ZONE = "Nats-Schedule-Time-Zone"
 HEADER_SCHEDULER = "Nats-Scheduler"
 HEADER_SCHEDULE_NEXT = "Nats-Schedule-Next"
 HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE = "Nats-Expected-Last-Subject-Sequence"
+HEADER_EXPECTED_SUBJECT = "Nats-Expected-Last-Subject-Sequence-Subject"
 HEADER_EXPECTED_STREAM = "Nats-Expected-Stream"
 HEADER_BATCH_ID = "Nats-Batch-Id"
 HEADER_BATCH_SEQUENCE = "Nats-Batch-Sequence"
@@ -260,6 +262,10 @@ class Names:
 
     def delayed_message(self, queue: str, message_id: str) -> str:
         return f"{self.namespace}.q.{self._queue(queue)}.at.{id_token(message_id)}.*"
+
+    def in_line(self, queue: str, line: str) -> str:
+        """The delayed messages that wait in one line for a turn."""
+        return f"{self.namespace}.q.{self._queue(queue)}.at.*.{line}"
 
     def all_delayed(self, queue: str) -> str:
         return f"{self.namespace}.q.{self._queue(queue)}.at.>"

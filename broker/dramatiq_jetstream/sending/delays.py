@@ -22,6 +22,7 @@ from dramatiq_jetstream.errors import ApiError, InvalidOption, NotFound, Topolog
 from dramatiq_jetstream.jetstream.listing import Listing
 from dramatiq_jetstream.jetstream.names import (
     HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE,
+    HEADER_EXPECTED_SUBJECT,
     HEADER_MSG_ID,
     HEADER_SCHEDULE,
     HEADER_SCHEDULE_TARGET,
@@ -41,6 +42,7 @@ __all__ = [
     "count",
     "delayed_messages",
     "due",
+    "end_now",
     "eta_of",
     "run_now",
     "schedule",
@@ -182,6 +184,26 @@ def run_now(connection: Connection, names: Names, queue: str, message_id: str) -
         else:
             hurried += 1
     return hurried
+
+
+def end_now(connection: Connection, stored: StoredMessage) -> None:
+    """Have a delayed message that was read end its delay at once, up to 250 ms sooner than `run_now` does.
+
+    It is stored on its queue if it still waits, and removed afterwards. If the process dies in between, the next call
+    finds that it is stored already, within JetStream's duplicate window.
+    """
+    headers = {name: value for name, value in stored.headers.items() if not name.startswith("Nats-")} | {
+        HEADER_MSG_ID: f"now:{stored.stream}:{stored.sequence}",
+        HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE: str(stored.sequence),
+        HEADER_EXPECTED_SUBJECT: stored.subject,
+    }
+    try:
+        connection.publish(stored.headers[HEADER_SCHEDULE_TARGET], stored.data, headers)
+    except ApiError as error:
+        if error.err_code not in CONFLICT:
+            raise
+        return  # it ended, or was cancelled, or has another time by now
+    connection.api(f"STREAM.PURGE.{stored.stream}", {"filter": stored.subject, "seq": stored.sequence + 1})
 
 
 def due(connection: Connection, names: Names, queue: str, message_id: str) -> int | None:

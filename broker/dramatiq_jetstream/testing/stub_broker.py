@@ -9,6 +9,8 @@
 `StubBroker` is Dramatiq's, with what a `JetStreamBroker` has besides. Delayed messages, retries and ticks of periodic
 actors wait for `advance` or `run`; its clock stands still between. `stub` puts one in the place of a program's broker.
 
+Limits of actors are checked when they are declared, and hold nothing up.
+
 Not in it: the dashboard and the operators' side (queues, workers, dead letter store, history), key-value buckets,
 priorities, and anything that only a crash or an outage shows. Use a real server for these (`NatsServer`).
 """
@@ -39,7 +41,7 @@ from dramatiq_jetstream.broker import ACTOR_OPTIONS, JetStreamBroker
 from dramatiq_jetstream.errors import InvalidOption, MessageNotUnique
 from dramatiq_jetstream.events import Event, Subscription, event_of
 from dramatiq_jetstream.jetstream.names import covers
-from dramatiq_jetstream.limits import Snooze
+from dramatiq_jetstream.limits import Snooze, limit_of
 from dramatiq_jetstream.periodic import Periodic, expression_of
 from dramatiq_jetstream.progress import Progress
 from dramatiq_jetstream.sending.envelope import to_message
@@ -84,6 +86,7 @@ class StubBroker(DramatiqStubBroker):
     # Sending
 
     def declare_actor(self, actor: Actor[Any, Any]) -> None:
+        limit_of(actor)  # raises what is wrong with it
         super().declare_actor(actor)
         self._plan(actor)
 

@@ -6,6 +6,8 @@ at once, for other workers to take.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from dramatiq.broker import MessageProxy
@@ -15,6 +17,7 @@ from dramatiq.worker import Worker
 from .attempts import Attempts, Counts
 from .consumer import JetStreamConsumer
 from .follow_ups import FollowUps
+from .limits import Limits
 from .message import JetStreamMessage
 from .recorder import Recorder
 from .rerouting import Rerouter
@@ -23,6 +26,14 @@ from .vitals import Vitals
 from .work_queue import WorkQueue
 
 __all__ = ["Attachment"]
+
+
+@dataclass
+class _Item:
+    """What Dramatiq's threads take from the work queue."""
+
+    priority: int
+    message: JetStreamMessage
 
 
 class Attachment:
@@ -39,6 +50,7 @@ class Attachment:
         follow_ups: FollowUps,
         suspects: Suspects,
         recorder: Recorder,
+        limits: Callable[[Callable[[JetStreamMessage], None]], Limits],
         vitals: Vitals,
     ) -> None:
         self._rerouter = rerouter
@@ -46,7 +58,9 @@ class Attachment:
         self._suspects = suspects
         self._recorder = recorder
         self._vitals = vitals
+        self.limits = limits(self._put_back)
         self._worker: Worker | None = None
+        self._is_stopping = False
         self.counts = Counts()
         self._attempts: list[Attempts] = []
         self.is_quiet = False
@@ -56,18 +70,26 @@ class Attachment:
         self._worker = None
         self.counts = Counts()
         self._attempts = []
+        self.limits.reset()
         self._vitals.watch(None)
 
     def attach(self, worker: Any) -> None:
         """Give a booting worker our work queue, before it makes the threads that use it."""
         self._worker = worker
+        self._is_stopping = False
         worker.work_queue = WorkQueue()
         self._vitals.watch(worker)
 
     def replace_attempts(self, worker_thread: Any) -> None:
         """Run messages our way; called on the thread itself before its first one."""
         attempts = Attempts(
-            worker_thread, self._follow_ups, self._rerouter, self._suspects, self._recorder, self.counts
+            worker_thread,
+            self._follow_ups,
+            self._rerouter,
+            self._suspects,
+            self._recorder,
+            self.limits,
+            self.counts,
         )
         worker_thread.process_message = attempts.process_message
         self._attempts.append(attempts)
@@ -92,8 +114,19 @@ class Attachment:
         for consumer in consumers:
             consumer.stop_pulling()
         self._worker = worker
+        self._is_stopping = True
+        self.limits.requeue_held()
         for consumer in consumers:
             self.return_unstarted(consumer.queue_name, 0)
+
+    def _put_back(self, message: JetStreamMessage) -> None:
+        """Have a message that was held begin once more."""
+        if self._worker is None or self._is_stopping:
+            self._rerouter.requeue(message._delivery)
+        else:
+            priority = self._worker.broker.get_actor(message.actor_name).priority
+            work_queue: Any = self._worker.work_queue  # ours, see `attach`
+            work_queue.put(_Item(priority, message))
 
     def return_unstarted(self, queue_name: str, keep: int) -> None:
         """Return unstarted messages of a queue to the server, keeping at most `keep`."""

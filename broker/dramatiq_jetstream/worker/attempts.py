@@ -25,6 +25,7 @@ from dramatiq_jetstream.sending.envelope import HISTORY_OPTION
 from .current import current_message
 from .follow_ups import FollowUps
 from .interrupts import Gate
+from .limits import Limits
 from .message import Ended, JetStreamMessage
 from .recorder import Recorder
 from .rerouting import Rerouter
@@ -74,6 +75,7 @@ class Attempts:
         rerouter: Rerouter,
         suspects: Suspects,
         recorder: Recorder,
+        limits: Limits,
         counts: Counts,
     ) -> None:
         self._thread = thread
@@ -83,6 +85,7 @@ class Attempts:
         self._rerouter = rerouter
         self._suspects = suspects
         self._recorder = recorder
+        self._limits = limits
         self._gate = Gate()
         self.running: tuple[MessageProxy, float] | None = None
         self._counts = counts
@@ -93,7 +96,10 @@ class Attempts:
         return self._thread.is_alive()
 
     def process_message(self, message: MessageProxy) -> None:
-        """Run a message and settle it. Nothing is raised: the thread must live for the next one."""
+        """Run a message and settle it, or have it wait; nothing is raised: the thread must live for the next one."""
+        if isinstance(message, JetStreamMessage) and message.killed is None and not self._enters(message):
+            self._thread.work_queue.task_done()
+            return
         try:
             self.running = message, time.time()
             current_message.set(message)
@@ -108,6 +114,15 @@ class Attempts:
                 self._recorder.record(message, message.to_record)
             # The exception's frames would stay in memory for as long as it is referred to.
             message.clear_exception()
+
+    def _enters(self, message: JetStreamMessage) -> bool:
+        """Whether the limits of its actor let a message run now; if not, it waits elsewhere."""
+        try:
+            return self._limits.enter(message)
+        except BaseException as error:
+            self._logger.critical("The limits of message %s failed.", message, exc_info=True)
+            self._rerouter.requeue_later(message._delivery, error)
+            return False
 
     def _count(self, message: MessageProxy) -> None:
         now, failed = time.time(), message._exception is not None
@@ -128,6 +143,8 @@ class Attempts:
             except BaseException as error:
                 self._follow_ups.cut_off(message, error)
                 self._logger.critical("What follows message %s was cut off.", message, exc_info=True)
+            if isinstance(message, JetStreamMessage):
+                self._limits.leave(message)
             if not _is_put_off(message) and (
                 self._recorder.keeps_successes
                 or self._skipped

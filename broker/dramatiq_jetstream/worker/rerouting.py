@@ -25,10 +25,12 @@ from dramatiq.middleware import SkipMessage
 from dramatiq_jetstream import dead_letters
 from dramatiq_jetstream.config import BrokerConfig
 from dramatiq_jetstream.dead_letters import DeadLetters
-from dramatiq_jetstream.errors import HardTimeLimitExceeded, PermissionDenied
+from dramatiq_jetstream.errors import ApiError, HardTimeLimitExceeded, PermissionDenied
 from dramatiq_jetstream.jetstream.names import (
     HEADER_BODY,
     HEADER_EARLIER_DELIVERIES,
+    HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE,
+    HEADER_MOMENT,
     HEADER_MSG_ID,
     HEADER_ORIGIN,
     HEADER_TICK,
@@ -37,11 +39,13 @@ from dramatiq_jetstream.jetstream.names import (
     REQUEUE_HEADERS,
     trace_headers,
 )
+from dramatiq_jetstream.jetstream.reading import last_message
 from dramatiq_jetstream.sending import delays
 from dramatiq_jetstream.sending.envelope import Event, decode, event_of, to_message
 from dramatiq_jetstream.sending.fitting import fit, unfolded
 from dramatiq_jetstream.sending.references import References
 from dramatiq_jetstream.wire.connection import Connection
+from dramatiq_jetstream.wire.error_numbers import CONFLICT
 
 from .delivery import Delivery, Source, event_in
 from .in_flight import InFlight
@@ -79,6 +83,9 @@ class Rerouter:
       actor_options: The options of the actor with that name.
       emit: Calls a hook of this library's own (see `hooks`).
       record: Records that a message which was not begun here is a dead letter, and why.
+
+    Attributes:
+      given_up: Called with a message that became a dead letter without being begun here; its earlier workers died.
     """
 
     def __init__(
@@ -94,6 +101,7 @@ class Rerouter:
         record: Callable[[Delivery, str], None],
     ) -> None:
         self._record = record
+        self.given_up: Callable[[Delivery], object] = lambda _: None
         self._config = config
         self._connection = connection
         self._in_flight = in_flight
@@ -110,6 +118,7 @@ class Rerouter:
         self._store_letter(delivery, reason, error, None)
         if reason != dead_letters.UNDECODABLE:
             self._record(delivery, error)
+            self.given_up(delivery)
 
     def reject(self, message: JetStreamMessage, follow_up_error: BaseException | None) -> None:
         """Store a dead letter for a message that failed."""
@@ -265,6 +274,55 @@ class Rerouter:
             self._in_flight.settle(delivery, ACK)
         else:
             self.requeue_later(delivery, BrokerConnectionError("it cannot be stored with a delay now"))
+
+    def stand_in_line(
+        self, message: JetStreamMessage, delay: int, line: str, moment: float | None
+    ) -> int | None:
+        """Store a message in a line, where it waits at most `delay` milliseconds, and ack it; returns its sequence.
+
+        None when it is requeued with a delay, because it cannot be stored now.
+        """
+        delivery = message._delivery
+        names, queue = self._config.names, delivery.source.queue
+        headers = {
+            **_own_headers(delivery),
+            HEADER_ORIGIN: delivery.origin,
+            HEADER_MSG_ID: f"line:{delivery.origin}:{delivery.deliveries}:{delivery.sequence}",
+            HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE: "0",
+            **delays.schedule(delays.eta_after(delay), delivery.subject),
+        }
+        if moment is not None:
+            headers[HEADER_MOMENT] = repr(moment)
+        # The same message may be enqueued several times. Each of them has an origin of its own.
+        for token in (message.message_id, delivery.origin):
+            subject = names.delayed(queue, token, line)
+            try:
+                sequence: int | None = self._connection.publish(subject, delivery.data, headers).seq
+            except ApiError as error:
+                if error.err_code not in CONFLICT:
+                    raise
+                sequence = self._stood_in_line(subject, delivery)
+            if sequence is not None:
+                self._in_flight.settle(delivery, ACK)
+                return sequence
+        self.requeue_later(delivery, BrokerConnectionError("it cannot be stored in its line now"))
+        return None
+
+    def _stood_in_line(self, subject: str, delivery: Delivery) -> int | None:
+        """The sequence of a message that stands in a line already; None when that is another one."""
+        stored = last_message(
+            self._connection, self._config.names.queue_stream(delivery.source.queue), subject
+        )
+        if stored is None or stored.headers.get(HEADER_ORIGIN) != delivery.origin:
+            return None
+        return stored.sequence
+
+    def make_message(self, message: JetStreamMessage) -> None:
+        """Store an event as a message of its actor's queue, and ack it."""
+        delivery = message._delivery
+        headers = {HEADER_ORIGIN: delivery.origin, HEADER_MSG_ID: f"event:{delivery.origin}"}
+        self._store_as_message(self._config.names.task(delivery.source.queue), delivery, headers)
+        self._in_flight.settle(delivery, ACK)
 
     def knows_actor(self, name: str) -> bool:
         """Whether this program has an actor of that name."""

@@ -12,6 +12,7 @@ from dramatiq_jetstream.dead_letters import DeadLetters
 from dramatiq_jetstream.jetstream.declaring import Declarations
 from dramatiq_jetstream.jetstream.keeping import Keeper
 from dramatiq_jetstream.kv import Bucket
+from dramatiq_jetstream.limits import limit_of
 from dramatiq_jetstream.wire.connection import Connection
 
 from .activity import Activity
@@ -21,6 +22,7 @@ from .consumers import Consumers
 from .follow_ups import FollowUps
 from .hard_limits import KilledAttempts, check_hard_time_limit, warn_of_unkept_limits
 from .in_flight import InFlight
+from .limits import Limits
 from .presence import Presence
 from .recorder import Recorder
 from .rerouting import Rerouter
@@ -37,8 +39,10 @@ class Workplace:
     """The parts of a broker that serve its worker.
 
     Parameters:
+      actor: The actor with that name.
       actor_options: The options of the actor with that name.
       emit: Calls a hook of this library's own (see `hooks`).
+      limits: Returns the bucket in which the states of limits are kept.
       starts: Returns the bucket in which the starts of suspects are noted.
       describe: Makes the text of a message's arguments, for people.
       program_version: Returns what the program says of its version, for people.
@@ -51,8 +55,10 @@ class Workplace:
         declarations: Declarations,
         dead_letters: DeadLetters,
         *,
+        actor: Callable[[str], Any],
         actor_options: Callable[[str], Mapping[str, Any]],
         emit: Callable[..., None],
+        limits: Callable[[], Bucket],
         starts: Callable[[], Bucket],
         workers: Callable[[], Bucket],
         describe: Describe,
@@ -76,7 +82,14 @@ class Workplace:
         )
         self.rerouter = rerouter
         self.attachment = Attachment(
-            rerouter, self.follow_ups, self._suspects, self._recorder, Vitals(connection, self.in_flight)
+            rerouter,
+            self.follow_ups,
+            self._suspects,
+            self._recorder,
+            lambda put_back: Limits(
+                config, connection, rerouter, bucket=limits, actor=actor, put_back=put_back
+            ),
+            Vitals(connection, self.in_flight),
         )
         self.killed_attempts = KilledAttempts(connection, self.in_flight, self.attachment.replace_attempts)
         self._activity = Activity(config.names, connection, declarations.ensure_activity, self.attachment)
@@ -90,7 +103,7 @@ class Workplace:
         """What to do at a hook before any middleware."""
         begin = self.follow_ups.begin
         return {
-            "before_declare_actor": check_hard_time_limit,
+            "before_declare_actor": _check_options,
             "before_worker_boot": self._boot,
             "after_worker_boot": self._presence.begin,
             "after_worker_thread_boot": self.attachment.replace_attempts,
@@ -128,3 +141,8 @@ class Workplace:
         self._presence.reset()
         self._activity.reset()
         self._recorder.reset()
+
+
+def _check_options(actor: Any) -> None:
+    check_hard_time_limit(actor)
+    limit_of(actor)

@@ -1,0 +1,463 @@
+"""Keeps the limits of actors: a message runs, waits for its moment, or waits in line for a turn (see `limits`).
+
+Each limit is one key of the bucket `limits`, for one actor and one value of its key, changed by compare-and-set on a
+worker thread before the actor and its middleware. So what counts is the start, however long a message was prefetched. A
+start is noted for a moment that is a little ahead, for which the thread waits, and once more if storing it took longer.
+
+A message that is over the limit is an ordinary delayed message: it is stored with its delay first and acked
+afterwards, as often as it likes, since it uses no retry and no delivery.
+
+*Rate.* It gets a moment of its own, once, and is delayed until then. It carries its moment along. If the fleet falls
+behind, it is delayed once more for that, and keeps its place (see `limit_state`). The server is up to 250 ms late; what
+comes up to half a second early is held in this process, and in no thread.
+
+*Concurrency.* It waits in line: delayed for an hour, under a subject that ends in a token of the limit. A message that
+ends gives its turn to the first in line, which is stored on its queue in that moment, on the condition that it still
+waits, and then removed from the line. Nothing polls.
+
+If the process dies with a running message, that message comes again after `ack_wait`, and still has its turn: no turn
+expires. If it dies while it hands on a turn, its message is not acked either, comes again, finds what was begun, and
+ends it. A turn whose message is gone from its stream (dropped by an operator, or given up in an outage) is found by the
+next message that comes, or by the first in line after its hour. Where the server cannot be asked now, messages go back
+to it with a delay.
+
+A message that waits costs four writes with a rate and eight with a concurrency, and as many more after an outage of the
+fleet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from dramatiq.errors import ActorNotFound, BrokerConnectionError, BrokerError
+
+from dramatiq_jetstream.config import BrokerConfig
+from dramatiq_jetstream.errors import RevisionConflict
+from dramatiq_jetstream.jetstream.names import (
+    HEADER_MOMENT,
+    HEADER_ORIGIN,
+    encode,
+    short_key,
+)
+from dramatiq_jetstream.jetstream.reading import StoredMessage, first_message, message_at, parse_time
+from dramatiq_jetstream.kv import Bucket
+from dramatiq_jetstream.limits import Limit, limit_of
+from dramatiq_jetstream.sending import delays
+from dramatiq_jetstream.wire.connection import Connection
+
+from .delivery import Delivery
+from .later import Later
+from .limit_state import LimitState, Turn
+from .message import JetStreamMessage
+from .rerouting import Rerouter
+
+__all__ = ["BUCKET", "Limits"]
+
+#: The bucket of the limits' states.
+BUCKET = "limits"
+
+#: A worker thread waits itself for a moment that is as near as this, in milliseconds; the process for one that is as
+#: near as that.
+SOON_MS = 20
+HOLD_MS = 500
+
+#: How long a message waits in line at most before it looks by itself, in milliseconds.
+LINE_MS = 3_600_000
+
+#: After this long, in milliseconds, it is looked whether the message of a turn is still there, no more often than that.
+DOUBT_MS = 30_000
+
+#: How long a message that was given a turn may take to come, in milliseconds; and after how long it is called again.
+ON_ITS_WAY_MS = 300_000
+CALL_AGAIN_MS = 2_000
+
+#: Seconds between two tries to give back a turn, and how long it is tried.
+RETRY_SECONDS = 1.0
+GIVE_UP_SECONDS = 3_600.0
+
+#: How often the server's clock is read, in seconds.
+CLOCK_SECONDS = 60.0
+
+#: The longest pause, in seconds, after another process was first.
+LONGEST_PAUSE_SECONDS = 0.05
+
+#: How many limits may be changed at once in one process.
+PLACES = 64
+
+logger = logging.getLogger(__name__)
+
+
+class Limits:
+    """The limits of the actors of one process.
+
+    Parameters:
+      bucket: Returns the bucket of the states, which is made when there is the first limit.
+      actor: Returns the actor of that name.
+      put_back: Takes a message that was held, to be begun once more.
+    """
+
+    def __init__(
+        self,
+        config: BrokerConfig,
+        connection: Connection,
+        rerouter: Rerouter,
+        *,
+        bucket: Callable[[], Bucket],
+        actor: Callable[[str], Any],
+        put_back: Callable[[JetStreamMessage], None],
+    ) -> None:
+        self._config = config
+        self._connection = connection
+        self._rerouter = rerouter
+        self._bucket = bucket
+        self._actor = actor
+        self._put_back = put_back
+        rerouter.given_up = self._give_up
+        self._later = Later()
+        self._clock = _ServerClock(connection, bucket)
+        self.reset()
+
+    def reset(self) -> None:
+        """Start with nothing: at creation, and in the child of a fork."""
+        self._later.reset()
+        self._places = [_Place() for _ in range(PLACES)]
+        self._limits: dict[str, Limit | None] = {}
+        self._ahead_ms = 5
+        self._doubted: dict[str, float] = {}
+        self._held: dict[int, JetStreamMessage] = {}
+
+    # For the threads of the worker
+
+    def enter(self, message: JetStreamMessage) -> bool:
+        """Let a message run, or have it wait; returns whether it may run. Nothing is raised."""
+        limit = self._limit(message)
+        if limit is None:
+            return True
+        delivery = message._delivery
+        try:
+            if delivery.source.actor is not None:  # an event has no place in a queue yet
+                self._rerouter.make_message(message)
+                return False
+            name = _name(message, limit)
+            with self._place(name).turn(delivery.sequence):
+                return self._enter(message, limit, name)
+        except BrokerError as error:
+            logger.warning("The limits of message %s are not known now: %s", message.message_id, error)
+            self._rerouter.requeue_later(delivery, error)
+        return False
+
+    def leave(self, message: JetStreamMessage) -> None:
+        """Give back the turn of a message whose attempt has ended; again later, if that is not possible now."""
+        limit = self._limit(message)
+        if limit is not None and limit.concurrency is not None:
+            self._try_to_leave(_name(message, limit), limit, message, time.monotonic() + GIVE_UP_SECONDS)
+
+    def _give_up(self, delivery: Delivery) -> None:
+        """Give back the turn of a message whose workers died of it, one after the other."""
+        with contextlib.suppress(BrokerError):
+            message, arguments = delivery.source.decode(delivery)
+            self.leave(JetStreamMessage(message, delivery, arguments))
+
+    def requeue_held(self) -> None:
+        """Return what is held to the server, because this worker stops."""
+        for key in list(self._held):
+            message = self._held.pop(key, None)
+            if message is not None:
+                self._rerouter.requeue(message._delivery)
+
+    def _limit(self, message: JetStreamMessage) -> Limit | None:
+        name = message.actor_name
+        try:
+            return self._limits[name]
+        except KeyError:
+            pass
+        try:
+            limit = self._limits[name] = limit_of(self._actor(name))
+        except ActorNotFound:
+            return None
+        return limit
+
+    def _place(self, name: str) -> _Place:
+        return self._places[hash(name) % PLACES]
+
+    def _states(self, name: str) -> Iterator[tuple[LimitState, Callable[[Limit], bool]]]:
+        """The state of a limit, again and again, each with what stores it if no other process was faster."""
+        bucket = self._bucket()
+        deadline = time.monotonic() + self._connection.timeout / 1000
+        for attempt in itertools.count():
+            entry = bucket.get(name)
+            state = LimitState() if entry is None else LimitState.decode(entry.value)
+            yield state, partial(self._store, bucket, name, state, 0 if entry is None else entry.revision)
+            if time.monotonic() >= deadline:
+                raise BrokerConnectionError(
+                    f"other processes changed it {attempt + 1} times while it was tried"
+                )
+            time.sleep(min(LONGEST_PAUSE_SECONDS, 0.001 * 2 ** min(attempt, 10)) * _share())
+
+    def _store(self, bucket: Bucket, name: str, state: LimitState, revision: int, limit: Limit) -> bool:
+        ttl = state.kept_ms(limit.rate, self._clock.now())
+        try:
+            bucket.update(name, state.encode(), revision=revision, ttl=ttl)
+        except RevisionConflict:
+            return False
+        return True
+
+    def _enter(self, message: JetStreamMessage, limit: Limit, name: str) -> bool:
+        delivery, noted = message._delivery, None
+        for state, store in self._states(name):
+            now = self._clock.now()
+            before = state.encode()
+            if noted is not None:
+                state.withdraw(noted)
+                noted = None
+            if limit.concurrency is not None and not self._take_turn(state, limit, name, delivery, now):
+                if state.line == 0 or state.line > delivery.sequence:
+                    state.line = delivery.sequence
+                if state.encode() != before and not store(limit):
+                    continue
+                self._stand_in_line(message, limit, name)
+                return False
+            if limit.rate is None:
+                if state.encode() == before or store(limit):
+                    return True
+                continue
+            moment = _moment_of(message)
+            if moment is None:
+                moment = state.reserve(limit.rate, now, SOON_MS)
+            due = state.may_start(limit.rate, now) if moment is None else state.due(limit.rate, moment, now)
+            if due <= now + SOON_MS:
+                start = max(now + self._ahead_ms, due)
+                state.start(limit.rate, moment, start)
+                if not store(limit):
+                    continue
+                stored = self._clock.now()
+                self._ahead_ms = min(SOON_MS, max(2, (stored - now) * 3 // 2, self._ahead_ms - 1))
+                if stored <= start:
+                    time.sleep((start - stored) / 1000)
+                    return True
+                vars(message)["moment"], noted = start if moment is None else moment, start
+                continue
+            turn = state.turn_of(delivery.origin)
+            if turn is not None and due > now + HOLD_MS:
+                turn.sequence, turn.since = 0, due
+            if state.encode() != before and not store(limit):
+                continue
+            vars(message)["moment"] = moment
+            self._wait_until(message, due, now, moment)
+            return False
+        return False
+
+    def _wait_until(self, message: JetStreamMessage, due: int, now: int, moment: float | None) -> None:
+        """Have a message come again at its moment."""
+        if due <= now + HOLD_MS:
+            self._held[id(message)] = message
+            self._later.call((due - now) / 1000, partial(self._release, id(message)))
+        else:
+            self._rerouter.put_off(message, due - now, {HEADER_MOMENT: repr(moment)})
+
+    def _release(self, key: int) -> None:
+        message = self._held.pop(key, None)
+        if message is not None:
+            self._put_back(message)
+
+    # Turns
+
+    def _take_turn(self, state: LimitState, limit: Limit, name: str, delivery: Delivery, now: int) -> bool:
+        """Give a message a turn, if it has none and one is free; returns whether it has one."""
+        turn = state.turn_of(delivery.origin)
+        if turn is not None:
+            if turn.sequence != delivery.sequence:
+                turn.sequence, turn.since = delivery.sequence, now
+            return True
+        assert limit.concurrency is not None
+        if len(state.turns) >= limit.concurrency:
+            self._drop_lost(state, name, delivery.stream, now)
+            self._call_again(state, name, delivery.source.queue, now)
+        if len(state.turns) >= limit.concurrency:
+            return False
+        state.turns.append(Turn(delivery.origin, delivery.sequence, now))
+        return True
+
+    def _drop_lost(self, state: LimitState, name: str, stream: str, now: int) -> None:
+        """Drop the turns of messages that are gone."""
+        if time.monotonic() - self._doubted.get(name, -DOUBT_MS) < DOUBT_MS / 1000:
+            return
+        if len(self._doubted) > 10_000:
+            self._doubted.clear()
+        self._doubted[name] = time.monotonic()
+        for turn in list(state.turns):
+            if turn.sequence == 0:
+                lost = now > turn.since + ON_ITS_WAY_MS
+            else:
+                lost = (
+                    now > turn.since + DOUBT_MS
+                    and message_at(self._connection, stream, turn.sequence) is None
+                )
+            if lost:
+                logger.warning(
+                    "A turn at the limit %s is free again: its message %s is gone.", name, turn.origin
+                )
+                state.turns.remove(turn)
+
+    def _call_again(self, state: LimitState, name: str, queue: str, now: int) -> None:
+        """Call those that have a turn and still stand in line: the process that called them died before it did."""
+        called = {
+            turn.origin for turn in state.turns if turn.sequence == 0 and now > turn.since + CALL_AGAIN_MS
+        }
+        if called and state.line:
+            for stored in itertools.islice(self._line(queue, name, state.line), len(state.turns)):
+                if stored.headers.get(HEADER_ORIGIN) in called:
+                    self._call(stored)
+
+    def _stand_in_line(self, message: JetStreamMessage, limit: Limit, name: str) -> None:
+        """Store a message in the line, and look whether a turn has come free meanwhile."""
+        sequence = self._rerouter.stand_in_line(message, LINE_MS, _line_token(name), _moment_of(message))
+        if sequence is None:
+            return
+        for state, store in self._states(name):
+            before = state.encode()
+            if state.line == 0 or state.line > sequence:
+                state.line = sequence
+            called = self._next(state, limit, name, message._delivery.source.queue)
+            if state.encode() == before or store(limit):
+                for stored in called:
+                    self._call(stored)
+                return
+
+    def _try_to_leave(self, name: str, limit: Limit, message: JetStreamMessage, until: float) -> None:
+        try:
+            with self._place(name).turn(0):
+                self._leave(name, limit, message._delivery)
+        except Exception as error:  # noqa: BLE001 - the turn must be given back, and the caller has a message to settle
+            if time.monotonic() > until:
+                logger.warning("The turn of message %s is not given back: %s", message.message_id, error)
+                return
+            self._later.call(RETRY_SECONDS, partial(self._try_to_leave, name, limit, message, until))
+
+    def _leave(self, name: str, limit: Limit, delivery: Delivery) -> None:
+        for state, store in self._states(name):
+            turn = state.turn_of(delivery.origin)
+            if turn is None or turn.sequence != delivery.sequence:
+                return  # it was given back, or is another delivery's by now
+            state.give_back(delivery.origin)
+            called = self._next(state, limit, name, delivery.source.queue)
+            if store(limit):
+                for stored in called:
+                    self._call(stored)
+                return
+
+    def _next(self, state: LimitState, limit: Limit, name: str, queue: str) -> list[StoredMessage]:
+        """Give the turns that are free to the first in line; returns these, to be called once that is stored."""
+        called: list[StoredMessage] = []
+        assert limit.concurrency is not None
+        if not state.line or len(state.turns) >= limit.concurrency:
+            return called
+        for stored in self._line(queue, name, state.line):
+            if not called:
+                state.line = stored.sequence
+            origin = stored.headers.get(HEADER_ORIGIN, "")
+            if state.turn_of(origin) is None:
+                state.turns.append(Turn(origin, 0, self._clock.now()))
+            called.append(stored)
+            if len(state.turns) >= limit.concurrency:
+                return called
+        if not called:
+            state.line = 0
+        return called
+
+    def _line(self, queue: str, name: str, start: int) -> Iterator[StoredMessage]:
+        """The messages that stand in line, the first first."""
+        names = self._config.names
+        stream, subject = names.queue_stream(queue), names.in_line(queue, _line_token(name))
+        while (stored := first_message(self._connection, stream, subject, start)) is not None:
+            yield stored
+            start = stored.sequence + 1
+
+    def _call(self, stored: StoredMessage) -> None:
+        """Move a message from its line to its queue; one that cannot be moved now is called again by another."""
+        try:
+            delays.end_now(self._connection, stored)
+        except BrokerError as error:
+            logger.warning("A message that waits for its turn is not called now: %s", error)
+
+
+class _Place:
+    """Threads that wait to change a limit; the message that was stored first is served first."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[int, int]] = []
+        self._order = itertools.count()
+        self._is_taken = False
+
+    @contextmanager
+    def turn(self, sequence: int) -> Iterator[None]:
+        own = sequence, next(self._order)
+        with self._changed:
+            heapq.heappush(self._waiting, own)
+            while self._is_taken or self._waiting[0] != own:
+                self._changed.wait()
+            heapq.heappop(self._waiting)
+            self._is_taken = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_taken = False
+                self._changed.notify_all()
+
+
+class _ServerClock:
+    """The time by the server's clock, which fires the delays; the clocks of workers need not agree."""
+
+    def __init__(self, connection: Connection, bucket: Callable[[], Bucket]) -> None:
+        self._connection = connection
+        self._bucket = bucket
+        self._ahead = 0.0
+        self._until = 0.0
+
+    def now(self) -> int:
+        """Milliseconds since 1970."""
+        if time.monotonic() >= self._until:
+            began = time.time()
+            told = self._connection.api(f"STREAM.INFO.{self._bucket().stream}").get("ts")
+            ended = time.time()
+            self._ahead = parse_time(told) - (began + ended) * 500 if told else 0.0
+            self._until = time.monotonic() + CLOCK_SECONDS
+        return int(time.time() * 1000 + self._ahead)
+
+
+def _share() -> float:
+    """A number from 0 to 1, so that processes do not meet again."""
+    return (time.perf_counter_ns() % 1_000) / 1_000
+
+
+def _name(message: JetStreamMessage, limit: Limit) -> str:
+    value = limit.value_of(message.args, message.kwargs)
+    return short_key(f"{encode(message.actor_name)}.{encode(value)}")
+
+
+def _line_token(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _moment_of(message: JetStreamMessage) -> float | None:
+    """The moment that a message was given, now or when it was here before."""
+    given = vars(message).get("moment")
+    if given is not None:
+        return float(given)
+    text = message.headers.get(HEADER_MOMENT) if message._delivery.is_marked else None
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
