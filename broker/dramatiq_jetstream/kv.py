@@ -216,16 +216,22 @@ class Bucket:
         finally:
             subscription.close()
 
-    def note(self, key: str, value: bytes, *, ttl: int | None = None) -> None:
+    def note(self, key: str, value: bytes, *, ttl: int | None = None, unanswered: bool = False) -> None:
         """Store a value without waiting; it may get lost. For information only; from any thread.
 
         A bucket that was deleted is made again by the call after the one that found it missing.
+
+        Parameters:
+          unanswered: Have the server not answer, which spares a message and does not find the bucket missing.
         """
         self._ensure()
         if self._gone:
             self._gone = False
             self.declare()
-        self.connection.tell(self._subject(key), value, self._headers(ttl), self._noted)
+        if unanswered:
+            self.connection.send(self._subject(key), value, self._headers(ttl))
+        else:
+            self.connection.tell(self._subject(key), value, self._headers(ttl), self._noted)
 
     def _noted(self, reply: Msg | BaseException) -> None:
         if self._declare and not isinstance(reply, BaseException) and is_no_responders(reply):

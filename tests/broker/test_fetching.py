@@ -10,7 +10,7 @@ import pytest
 
 from dramatiq_jetstream.jetstream import ensuring, topology
 from dramatiq_jetstream.testing import NatsServer
-from dramatiq_jetstream.worker import fetching
+from dramatiq_jetstream.worker import fetching, heartbeats
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually, holds
 
@@ -121,7 +121,8 @@ def test_a_consumer_that_nothing_can_be_fetched_from_is_named_once(
 
 def test_the_worker_and_the_server_agree_on_what_was_asked_for(make_broker, monkeypatch):
     """The server serves requests in turn; after some overlapped and some expired, none is forgotten or made up."""
-    monkeypatch.setattr(fetching, "EXPIRES_SECONDS", 2.5)
+    monkeypatch.setattr(heartbeats, "EXPIRES_SECONDS", 2.5)
+    monkeypatch.setattr(heartbeats, "SPACING_SECONDS", 2.5)
     monkeypatch.setattr(fetching, "HEARTBEAT_SECONDS", 0.5)
     broker = make_broker()
     work, ran = noting(broker)

@@ -364,6 +364,10 @@ class CoreConnection:
         """Call `callback(n)` on the loop thread when everything sent before fence `n` has arrived."""
         self._listeners.fence.append(callback)
 
+    def on_node_lost(self, callback: Callable[[], None]) -> None:
+        """Call `callback` on the loop thread when the server says that it lost another node of its cluster."""
+        self._listeners.node_lost.append(callback)
+
     def on_opened(self, callback: Callable[[Client], None]) -> None:
         """Call `callback` on the loop thread with each new connection, before anything is delivered over it."""
         self._listeners.opened.append(callback)

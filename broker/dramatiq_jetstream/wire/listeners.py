@@ -43,6 +43,7 @@ class Listeners:
     lost: list[Callable[[], None]] = field(default_factory=list)
     reconnect: list[Callable[[], None]] = field(default_factory=list)
     fence: list[Callable[[int], None]] = field(default_factory=list)
+    node_lost: list[Callable[[], None]] = field(default_factory=list)
     tick: list[Callable[[], None]] = field(default_factory=list)
     fork: list[Callable[[], None]] = field(default_factory=list)
 
@@ -57,6 +58,7 @@ class Listeners:
             self.lost,
             self.reconnect,
             self.fence,
+            self.node_lost,
             self.tick,
             self.fork,
         )

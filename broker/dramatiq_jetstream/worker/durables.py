@@ -15,6 +15,7 @@ is delivered again is recognised by its place and its time, and is settled in th
 
 The server announces a deleted stream, and tells a standing pull that its consumer is gone. What neither shows (a new
 leader, a changed `ack_wait`) is seen by looking at a consumer every two seconds while messages of it run for longer.
+A node that does not answer puts all consumers in doubt that it leads (see `heartbeats`).
 
 If the process dies, all of this is lost, and nothing needs it: there is nothing to settle. Everything here belongs
 to the loop thread, except `Durables.get`.
@@ -37,6 +38,8 @@ from dramatiq_jetstream.errors import BrokerConnectionError, NotFound, Permissio
 from dramatiq_jetstream.jetstream.names import METADATA_ACK_WAIT
 from dramatiq_jetstream.wire.connection import Connection, CoreSubscription, Msg
 from dramatiq_jetstream.wire.replies import translate
+
+from .heartbeats import Heartbeats
 
 __all__ = ["Durable", "Durables"]
 
@@ -116,6 +119,11 @@ class Durable:
     def __str__(self) -> str:
         return self.label
 
+    @property
+    def node(self) -> object:
+        """The node that leads its consumer; None outside of a cluster, and while it is not known."""
+        return self._leader[0] if self._leader else None
+
 
 class Durables:
     """All durables of one connection.
@@ -128,6 +136,7 @@ class Durables:
     def __init__(self, connection: Connection, newest: Callable[[Durable], tuple[int, int] | None]) -> None:
         self._connection = connection
         self._newest = newest
+        self.heartbeats = Heartbeats()
         self._durables: dict[str, Durable] = {}
         self._on_certain: list[Callable[[Durable, bool], None]] = []
         self._on_missing: list[Callable[[Durable], None]] = []
@@ -136,6 +145,7 @@ class Durables:
         connection.on_lost(self._lost)
         connection.on_reconnect(self._reconnected)
         connection.on_tick(self._tick)
+        connection.on_node_lost(self._doubt_all)
         connection.on_fork(self._reset)
 
     def get(self, stream: str, name: str, ack_wait: int) -> Durable:
@@ -182,6 +192,19 @@ class Durables:
         self._unsettle(durable)
         self._ask(durable)
 
+    def doubt_node(self, durable: Durable) -> None:
+        """Doubt all durables whose leader is that of `durable`: it does not answer."""
+        node = durable.node
+        for each in list(self._durables.values()):
+            if each is durable or (each._wanted and each.certain and each.node == node):
+                self.doubt(each)
+
+    def _doubt_all(self) -> None:
+        """A node of the cluster was lost, and perhaps requests and deliveries that were on their way to it."""
+        for each in list(self._durables.values()):
+            if each._wanted and each.certain:
+                self.doubt(each)
+
     def _unsettle(self, durable: Durable) -> None:
         if durable.certain or durable.missing or not self._connection.is_open:
             durable._since = 0.0
@@ -210,8 +233,10 @@ class Durables:
             return
         if info.get("created") == durable._created and _leader(info) == durable._leader:
             durable.ack_wait = _ack_wait(info)
-        else:
+        elif info:
             self.doubt(durable)
+        else:
+            self.doubt_node(durable)
 
     def _ask(self, durable: Durable) -> None:
         if durable._task is None and self._connection.is_open and time.monotonic() >= durable._next:
@@ -358,6 +383,7 @@ class Durables:
         if self._deletions is not None:
             self._deletions.close()
             self._deletions = None
+        self.heartbeats.reset()
         for durable in self._durables.values():
             durable._wanted, durable._task = False, None
             durable._reset()

@@ -1,9 +1,9 @@
 """The pull requests of one source, and the server's replies to them.
 
-A request stands for 30 s with heartbeats, so that an arriving message is delivered at once. The server serves the
-standing requests of a consumer in turn, and a delivery does not say which request it is for. So each request has a
-subscription of its own while it stands, one of a few *slots*, and the number of messages still to come is known
-exactly.
+A request stands for a while, so that an arriving message is delivered at once; `heartbeats` says for how long, and
+which of them the server confirms. The server serves the standing requests of a consumer in turn, and a delivery does
+not say which request it is for. So each request has a subscription of its own while it stands, one of a few *slots*,
+and the number of messages still to come is known exactly.
 
 Requests are bounded in messages and in bytes, so that large messages over a narrow link do not pile up before
 everything else that the server has to say. A consumer, its server or its account may allow less than we ask for: a
@@ -35,11 +35,10 @@ __all__ = ["Fetcher", "Pull"]
 
 logger = logging.getLogger(__name__)
 
-#: How long a request stands, and how often the server confirms it.
-EXPIRES_SECONDS = 30.0
+#: How often the server confirms a request with heartbeats.
 HEARTBEAT_SECONDS = 2.0
 
-#: After this long without a heartbeat, the server no longer knows the request.
+#: After this long without a heartbeat, or after its end, the server no longer knows the request.
 SILENCE_SECONDS = 5.0
 
 #: Requests of one source at a time; a message that fills a small one must not wait for the next.
@@ -60,12 +59,21 @@ _UNIT_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
 @dataclass(eq=False)
 class Pull:
-    """A request; a `probe` does not wait for messages."""
+    """A request; a `probe` does not wait for messages.
+
+    Attributes:
+      expires: When it ends at the latest, by `time.monotonic`.
+      node: The node at which it stands.
+      beats: Whether the server confirms it with heartbeats.
+    """
 
     number: int
     batch: int
     left: int
     probe: bool
+    expires: float
+    node: object
+    beats: bool
 
 
 @dataclass(eq=False)
@@ -106,6 +114,7 @@ class Fetcher:
         self._said: set[str] = set()
         self._inbox = connection.new_inbox()
         self._slots = [_Slot() for _ in range(MAX_PULLS)]
+        self._heartbeats = durables.heartbeats
         self._take_no_limit()
         for number, slot in enumerate(self._slots):
             slot.subscription = connection.subscribe(
@@ -122,6 +131,16 @@ class Fetcher:
         for slot in self._slots:
             if slot.subscription is not None:
                 slot.subscription.close()
+        self._connection.post(self._leave)
+
+    def include(self) -> None:
+        """Count as one of the process's sources; on the loop thread."""
+        self._heartbeats.include(self)
+
+    def _leave(self) -> None:
+        for slot in self._slots:
+            self._end(slot)
+        self._heartbeats.leave(self)
 
     @property
     def pulls(self) -> list[Pull]:
@@ -151,47 +170,70 @@ class Fetcher:
         if slot is None or batch <= 0:
             return 0
         self.drained = False
-        pull = slot.pull = Pull(next(self._numbers), batch, batch, probe)
-        slot.heard = time.monotonic()
         durable = self.source.durable
+        now = slot.heard = time.monotonic()
+        expires = min(self._heartbeats.expires, self._max_expires)
+        beats = not probe and not self._heartbeats.covers(durable.node)
+        pull = Pull(next(self._numbers), batch, batch, probe, now + expires, durable.node, beats)
+        slot.pull = pull
+        if beats:
+            self._heartbeats.begin(pull.node, pull)
         self._connection.write(
             self._connection.api_subject(f"CONSUMER.MSG.NEXT.{durable.stream}.{durable.name}"),
-            json.dumps(self._request(pull)).encode(),
+            json.dumps(self._request(pull, expires)).encode(),
             f"{self._inbox}.{number}.{pull.number}",
         )
         return batch
 
-    def _request(self, pull: Pull) -> Mapping[str, object]:
+    def _end(self, slot: _Slot) -> None:
+        """Note that a request has ended."""
+        pull, slot.pull = slot.pull, None
+        if pull is not None and pull.beats:
+            self._heartbeats.end(pull.node, pull)
+
+    def _request(self, pull: Pull, expires: float) -> Mapping[str, object]:
         request: dict[str, object] = {"batch": pull.batch, "max_bytes": self._max_bytes}
         if pull.probe:
             return {**request, "no_wait": True}
-        heartbeat = min(HEARTBEAT_SECONDS, self._max_expires / 3)
-        return {
-            **request,
-            "expires": int(self._max_expires * 1_000_000_000),
-            "idle_heartbeat": int(heartbeat * 1_000_000_000),
-        }
+        request["expires"] = int(expires * 1_000_000_000)
+        if pull.beats:
+            request["idle_heartbeat"] = int(min(HEARTBEAT_SECONDS, expires / 3) * 1_000_000_000)
+        return request
 
     def clear(self) -> None:
         """Begin again: the server knows of no request, and may have other limits."""
         for slot in self._slots:
-            slot.pull = None
+            self._end(slot)
         self.drained = False
         self._take_no_limit()
 
     def _take_no_limit(self) -> None:
         self._max_batch = 1_000_000
-        self._max_expires = EXPIRES_SECONDS
+        self._max_expires = float("inf")
         self._max_bytes = max(MAX_BYTES, self._connection.max_payload + OVERHEAD_BYTES)
         self._bytes_limited = False
 
     def tick(self) -> None:
         """Notice that the server no longer knows a request: a new leader, a restart, a lost request."""
-        now = time.monotonic()
-        if any(slot.pull is not None and now - slot.heard > SILENCE_SECONDS for slot in self._slots):
+        durable, now = self.source.durable, time.monotonic()
+        stands = silent = lost = False
+        for slot in self._slots:
+            pull = slot.pull
+            if pull is None:
+                continue
+            stands = True
+            if now - slot.heard > SILENCE_SECONDS and (pull.beats or pull.probe):
+                silent = True
+            lost = lost or now > pull.expires + SILENCE_SECONDS
+        if silent or lost:
             for slot in self._slots:
-                slot.pull = None
-            self._durables.doubt(self.source.durable)
+                self._end(slot)
+        if silent:
+            self._durables.doubt_node(durable)
+        elif lost:
+            self._durables.doubt(durable)
+        elif stands and self._heartbeats.look_due(durable.node):
+            self._durables.look(durable)
 
     def _receiver(self, slot: _Slot) -> Callable[[Msg], None]:
         def receive(message: Msg) -> None:
@@ -201,7 +243,7 @@ class Fetcher:
                 if pull is not None:
                     pull.left -= 1
                     if pull.left <= 0:
-                        slot.pull = None
+                        self._end(slot)
                 self._receive(self, message)
             elif (
                 pull is not None
@@ -216,7 +258,7 @@ class Fetcher:
         status, description = headers["Status"], headers.get("Description", "")
         if status == "100":  # a heartbeat
             return
-        slot.pull = None
+        self._end(slot)
         if status in ("404", "408"):  # a probe that got everything, or a request that expired
             self.drained = True
         elif description.startswith("Message Size Exceeds MaxBytes"):

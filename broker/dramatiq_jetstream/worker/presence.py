@@ -102,7 +102,7 @@ class Presence:
     # The presence thread
 
     def _keep(self, worker: Worker, stop: threading.Event, since: int) -> None:
-        written, last, warned = 0.0, "", False
+        written, last, warned, idle = 0.0, "", False, 0
         while not stop.wait(BATCH_SECONDS):
             try:
                 self._activity.send()
@@ -110,7 +110,13 @@ class Presence:
                 changed = json.dumps([record["running"], record["done"]])
                 if changed == last and time.monotonic() - written < INTERVAL_SECONDS:
                     continue
-                self._bucket().note(self._key, json.dumps(record).encode(), ttl=int(3_000 * INTERVAL_SECONDS))
+                idle = idle + 1 if changed == last else 0
+                self._bucket().note(
+                    self._key,
+                    json.dumps(record).encode(),
+                    ttl=int(3_000 * INTERVAL_SECONDS),
+                    unanswered=bool(idle % 2),  # an idle process is to cost the server little
+                )
                 written, last = time.monotonic(), changed
             except Exception as error:  # noqa: BLE001 - people see less; no message may suffer
                 if not warned:

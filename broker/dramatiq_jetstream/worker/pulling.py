@@ -97,6 +97,7 @@ class Puller:
 
     def _include(self, fetcher: Fetcher) -> None:
         self._fetchers = [*self._fetchers, fetcher]
+        fetcher.include()
         ranks = sorted({each.source.rank for each in self._fetchers})
         self._ranks = [[each for each in self._fetchers if each.source.rank == rank] for rank in ranks]
         if self._stopping:
