@@ -52,7 +52,7 @@ MODULES: Final = {
     f"{LIBRARY}/sending/envelope.py": ["tests/broker/test_envelope.py"],
     f"{LIBRARY}/sending/fitting.py": ["tests/broker/test_envelope.py"],
     "tasks/accept.py": ["tests/tasks/test_accepting.py"],
-    "tasks/idempotency.py": ["tests/tasks/test_accepting.py"],
+    "tasks/idempotency.py": ["tests/tasks/test_requests.py"],
     "tasks/parsing.py": ["tests/tasks/test_parsing.py"],
     "tasks/saga.py": ["tests/tasks/test_saga_properties.py", "tests/tasks/test_outdated_reads.py"],
     "tasks/stock.py": ["tests/tasks/test_saga_properties.py", "tests/tasks/test_stock_contention.py"],

@@ -34,6 +34,7 @@ MODULES = {
     "tests/tasks/test_outdated_reads.py",
     "tests/tasks/test_parsing.py",
     "tests/tasks/test_pricing.py",
+    "tests/tasks/test_requests.py",
     "tests/test_workflows.py",
 }
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import reduce
+from operator import and_, or_
 
 import pytest
 from cryptography.fernet import Fernet
@@ -277,8 +281,97 @@ def test_unknown_sku_is_refused_before_anything_is_written(front: Front, stream:
     front.accept("k")
 
 
-def test_order_ids_are_sorted_by_time() -> None:
-    """A new id is usable, and sorts by the time at which it was made."""
-    ids = [new_order_id(at) for at in (1, 1_763_000_000_000, 2**48 - 1)]
+def test_order_ids_are_uuids_of_their_time() -> None:
+    """A new id is usable, is a UUID of version 7, and sorts by the milliseconds with which it begins."""
+    moments = (1, 1_763_000_000_000, 2**48 - 1)
+    ids = [new_order_id(at) for at in moments]
     assert ids == sorted(ids)
-    assert all(usable_order_id(order_id) for order_id in ids)
+    for order_id, at in zip(ids, moments, strict=True):
+        found = uuid.UUID(order_id)
+        assert usable_order_id(order_id)
+        assert (str(found), found.version, found.variant, found.int >> 80) == (order_id, 7, uuid.RFC_4122, at)
+
+
+def test_order_ids_of_one_moment_differ_in_every_bit() -> None:
+    """All 74 bits are random that are neither time nor version nor variant."""
+    values = [uuid.UUID(new_order_id(1)).int for _ in range(200)]
+    ever = reduce(or_, values)
+    always = reduce(and_, values)
+    assert (ever ^ always).bit_count() == 74
+
+
+def test_an_order_that_is_not_accepted_in_time_is_told(front: Front, stream: FakeStream) -> None:
+    """The stream gets the time that is left, and what comes later is not confirmed."""
+    given: list[int | None] = []
+
+    def late(event: Message, at: int, *, timeout: int | None = None) -> int:
+        given.append(timeout)
+        time.sleep(0.3)
+        return stream(event, at, timeout=timeout)
+
+    front.acceptance._publish = late  # type: ignore[assignment]
+    front.acceptance._timeout = 250
+    with pytest.raises(StoreTimeout, match=r"^the order was not accepted within 250 ms\.$"):
+        front.accept("k")
+    (timeout,) = given
+    assert timeout is not None
+    assert 1 <= timeout <= 250
+
+
+def test_the_event_has_the_time_of_the_first_request(broker: JetStreamBroker, stream: FakeStream) -> None:
+    """A try after a failed one stores what the first one would have, its time included."""
+    clock = iter(range(1_000_000, 2_000_000, 1_000))
+    front = Front(broker, stream, lambda: next(clock))
+    times: list[int] = []
+
+    def publish(event: Message, at: int, *, timeout: int | None = None) -> int:
+        times.append(at)
+        if len(times) == 1:
+            fail()
+        return stream(event, at, timeout=timeout)
+
+    front.acceptance._publish = publish  # type: ignore[assignment]
+    with pytest.raises(StoreTimeout):
+        front.accept("k")
+    front.accept("k")
+    assert times[0] == times[1]
+    assert stream.published[0].created_at.ToMilliseconds() == times[0]
+
+
+def test_a_repetition_shows_the_order_as_it_was_accepted(
+    broker: JetStreamBroker, front: Front, stream: FakeStream
+) -> None:
+    """Whatever has become of it since."""
+    first = front.acceptance.accept(OrderRequest("c-1", [RequestedItem("MUG-01", 1)]), "k").order
+    orders = front.orders
+    moved = replace(
+        first,
+        status="rejected",
+        reason="out of stock",
+        history=[*first.history, replace(first.history[0], event="rejected")],
+    )
+    orders.get = lambda _: moved  # type: ignore[method-assign]
+    again = front.acceptance.accept(OrderRequest("c-1", [RequestedItem("MUG-01", 1)]), "k")
+    assert again.repeated
+    assert again.order == first
+    assert [entry.event for entry in again.order.history] == ["created"]
+
+
+def test_what_is_told_of_a_taken_id_and_of_an_unreadable_order(
+    broker: JetStreamBroker, front: Front, stream: FakeStream
+) -> None:
+    """Both name the order."""
+    front.accept(None, order_id="o-1")
+    with pytest.raises(OrderIdTaken, match=r"^another order has the id o-1$"):
+        front.accept(None, 2, order_id="o-1")
+    front.acceptance._project = lambda place: None
+    with pytest.raises(StoreTimeout, match=r"^order o-2 is stored and cannot be read as it is now\.$"):
+        front.accept(None, order_id="o-2")
+
+
+def test_a_request_by_key_is_known_as_placed_once_its_order_is_there(front: Front) -> None:
+    """Neither a key that was never used nor one whose order was not stored."""
+    assert not front.acceptance.was_placed("k")
+    front.accept("k")
+    assert front.acceptance.was_placed("k")
+    assert not front.acceptance.was_placed("other")
