@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -21,6 +22,7 @@ from dramatiq.results import ResultMissing, Results
 
 from .config import DUPLICATE_WINDOW_MS, BrokerConfig, ConnectOptions
 from .dead_letters import DeadLetters
+from .errors import InvalidOption
 from .history import History
 from .jetstream.declaring import Declarations
 from .jetstream.ensuring import all_of
@@ -240,9 +242,11 @@ class JetStreamBroker(QueueOperations, HookedBroker):
           What became of each stream and consumer: "created", "unchanged", "updated" or "differs".
 
         Raises:
+          InvalidOption: When `max_in_flight` names a queue that neither this program nor the server has.
           TopologyMismatch: When something exists that would lose or hold up messages, and is not to be, or cannot
             be, changed. Everything else is done.
         """
+        self._check_max_in_flight()
         self.bucket("unique")
         self.bucket(STARTS)
         self.bucket(LIMITS)
@@ -255,6 +259,19 @@ class JetStreamBroker(QueueOperations, HookedBroker):
                 partial(self.declarations.setup_buckets, update=update),
             ]
         )
+
+    def _check_max_in_flight(self) -> None:
+        """Raise InvalidOption for a queue in `max_in_flight` that neither this program nor another one has."""
+        unknown = set(self.config.max_in_flight) - self.queues
+        if not unknown:
+            return
+        known = sorted(self.queues.union(queue_names(self.connection, self.names)))
+        for queue in sorted(unknown.difference(known)):
+            meant = "".join(f" Did you mean {name!r}?" for name in get_close_matches(queue, known, 1))
+            raise InvalidOption(
+                f"max_in_flight names the queue {queue!r}, which does not exist; there are: "
+                f"{', '.join(known) or 'none'}.{meant}"
+            )
 
     def bucket(
         self, name: str, *, history: int = 1, ttl: int | None = None, max_value_bytes: int | None = None
@@ -291,7 +308,8 @@ class JetStreamBroker(QueueOperations, HookedBroker):
 
         Raises:
           BrokerConnectionError: When it is not known to be stored within `enqueue_timeout`.
-          InvalidOption: For a delay or priority that cannot be used.
+          InvalidOption: For a delay or priority that cannot be used, and for an option of another library, such as
+            `countdown`.
           MessageTooLarge: When it is over the server's `max_payload`.
           MessageNotUnique: When its option `unique_key` was used within its `unique_window`.
         """

@@ -154,12 +154,13 @@ def test_a_priority_that_is_none_is_refused(ranked, priority):
     assert broker.queue_stats("default").ready == 0
 
 
-def test_without_max_priority_the_option_does_nothing(broker):
-    """As in Dramatiq's RabbitMQ broker: the queue has no priorities unless it is told so."""
+def test_without_max_priority_a_priority_is_an_error(broker):
+    """It would do nothing; the lowest one, 0, is what every message has."""
     ran = []
     work = dramatiq.actor(ran.append, actor_name="work")
-    for number in (1, 2, 3):
-        send(work, number, number)
+    with pytest.raises(InvalidOption, match="max_priority"):
+        send(work, 1, 3)
+    send(work, 2, 0)
     with running(broker, threads=1):
         broker.join("default", timeout=30_000)
-    assert ran == [1, 2, 3]
+    assert ran == [2]

@@ -25,6 +25,7 @@ from dramatiq_jetstream.wire.ids import new_id
 
 from . import batches, delays
 from .many import Many, Ready
+from .options import check_options
 from .publications import Publications
 from .references import References
 from .unique import Claim, free
@@ -33,7 +34,13 @@ __all__ = ["Announcer", "FollowedMessages", "Sender"]
 
 
 class Announcer(Protocol):
-    """Tells a broker's middleware what is enqueued."""
+    """Tells a broker's middleware what is enqueued.
+
+    Attributes:
+      actor_options: The options that middleware and the broker declare.
+    """
+
+    actor_options: set[str]
 
     def declare_queue(self, queue_name: str) -> None:
         """Declare a queue that was not declared before."""
@@ -152,6 +159,13 @@ class Sender:
     def _prepare(self, message: Message[Any], delay: int | None) -> Ready:
         """Announce a message, and make what is published for it."""
         queue_name = q_name(message.queue_name)
+        if message.options and not self._follow_ups.is_retry(message):
+            check_options(
+                message.options,
+                self._announcer.actor_options,
+                delayed=delay is not None,
+                highest=self._config.max_priority,
+            )
         self._announcer.declare_queue(queue_name)
         announced = self._publications.announced(message, delay)
         self._declarations.ensure_queue(queue_name)
