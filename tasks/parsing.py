@@ -44,7 +44,7 @@ def parse_order_json(body: bytes, customer_id: str | None = None) -> OrderReques
         raise InvalidOrder("body", f"is not JSON: {error.msg} at line {error.lineno}.") from None
     except RecursionError:
         raise InvalidOrder("body", "is nested too deeply.") from None
-    except ValueError as error:  # a number with thousands of digits
+    except ValueError as error:  # a number with thousands of digits, or none such as NaN
         raise InvalidOrder("body", f"has a number that cannot be read: {str(error)[:100]}.") from None
     if not isinstance(data, dict):
         raise InvalidOrder("body", "must be a JSON object with customer_id and items.")
@@ -152,4 +152,4 @@ def _check_size(body: bytes) -> None:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise InvalidOrder("body", f"has {name}, which JSON does not know.")
+    raise ValueError(f"JSON has no {name}")

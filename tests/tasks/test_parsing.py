@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from orders.v1.events_pb2 import OrderCreated, OrderItem
 from tasks.model import InvalidOrder, OrderRequest, RequestedItem
-from tasks.parsing import parse_order_json, parse_order_protobuf
+from tasks.parsing import check_customer_id, parse_order_json, parse_order_protobuf
+
+Parse = Callable[..., OrderRequest]
 
 
 def body(**members: Any) -> bytes:
@@ -99,6 +102,98 @@ def test_wrong_protobuf_names_the_field(data: bytes, field: str) -> None:
     with pytest.raises(InvalidOrder) as refusal:
         parse_order_protobuf(data)
     assert refusal.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("parse", "data", "field", "problem"),
+    [
+        (parse_order_json, b"\xff", "body", "is not UTF-8."),
+        (parse_order_json, b"[" * 100_000, "body", "is nested too deeply."),
+        (
+            parse_order_json,
+            b'{"x": -Infinity}',
+            "body",
+            "has a number that cannot be read: JSON has no -Infinity.",
+        ),
+        (parse_order_json, b"[]", "body", "must be a JSON object with customer_id and items."),
+        (parse_order_json, body(items={}), "items", "must be an array of items."),
+        (
+            parse_order_json,
+            body(items=[1]),
+            "items[0]",
+            'must be an object such as {"sku": "MUG-01", "quantity": 2}.',
+        ),
+        (parse_order_protobuf, b"\x08", "body", "is not an orders.v1.OrderCreated message."),
+        (
+            parse_order_protobuf,
+            b"",
+            "body",
+            "has none of the fields of an orders.v1.OrderCreated message.",
+        ),
+        (
+            parse_order_protobuf,
+            created(order_id="a b"),
+            "order_id",
+            "must be 1 to 64 letters, digits, '-', '_', '.' or '~'.",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said(parse: Parse, data: bytes, field: str, problem: str) -> None:
+    """In words for whoever wrote the program."""
+    with pytest.raises(InvalidOrder) as refusal:
+        parse(data)
+    assert (refusal.value.field, refusal.value.problem) == (field, problem)
+
+
+def test_every_item_is_read() -> None:
+    """In the order of the request, however it is written."""
+    items = [("MUG-01", 2), ("NOTE-01", 1), ("MUG-01", 3)]
+    wanted = [RequestedItem(sku, quantity) for sku, quantity in items]
+    data = body(items=[{"sku": sku, "quantity": quantity} for sku, quantity in items])
+    assert parse_order_json(data).items == wanted
+    data = created(items=[OrderItem(sku=sku, quantity=quantity) for sku, quantity in items])
+    assert parse_order_protobuf(data).items == wanted
+
+
+@pytest.mark.parametrize(
+    ("parse", "said", "silent"),
+    [
+        (parse_order_json, body(), json.dumps({"items": [{"sku": "MUG-01", "quantity": 1}]}).encode()),
+        (parse_order_protobuf, created(customer_id="c-42"), created(customer_id="")),
+    ],
+)
+def test_who_orders_when_the_body_does_not_say(parse: Parse, said: bytes, silent: bytes) -> None:
+    """The caller, if there is one; what the body says comes first."""
+    assert parse(said, "c-7").customer_id == "c-42"
+    assert parse(silent, "c-7").customer_id == "c-7"
+    with pytest.raises(InvalidOrder) as refusal:
+        parse(silent)
+    assert refusal.value.field == "customer_id"
+
+
+def test_a_token_in_protobuf_is_checked() -> None:
+    """As one in JSON."""
+    with pytest.raises(InvalidOrder) as refusal:
+        parse_order_protobuf(created(payment_token="a\r\nb"))
+    assert refusal.value.field == "payment_token"
+
+
+def test_a_body_may_have_as_many_bytes_as_is_said() -> None:
+    """One more is refused."""
+    data = body()
+    assert parse_order_json(data + b" " * (1_000_000 - len(data))).customer_id == "c-42"
+    with pytest.raises(InvalidOrder, match=r"is larger than 1,000,000 bytes\."):
+        parse_order_json(data + b" " * (1_000_001 - len(data)))
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", 7])
+def test_a_customer_id_is_checked_alone(name: object) -> None:
+    """Its flaw is that of an order's field."""
+    with pytest.raises(InvalidOrder) as alone:
+        check_customer_id(name)
+    with pytest.raises(InvalidOrder) as in_order:
+        parse_order_json(body(customer_id=name))
+    assert (alone.value.field, alone.value.problem) == (in_order.value.field, in_order.value.problem)
 
 
 def test_all_flaws_are_named_at_once() -> None:
