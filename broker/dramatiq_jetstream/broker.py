@@ -14,12 +14,14 @@ from functools import partial
 from typing import Any
 from weakref import WeakSet
 
+from dramatiq.actor import Actor
 from dramatiq.broker import MessageProxy
 from dramatiq.errors import QueueNotFound
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware
 from dramatiq.results import ResultMissing, Results
 
+from .aio import in_thread, with_asend
 from .config import DUPLICATE_WINDOW_MS, BrokerConfig, ConnectOptions
 from .dead_letters import DeadLetters
 from .errors import InvalidOption
@@ -235,6 +237,11 @@ class JetStreamBroker(QueueOperations, HookedBroker):
             self.queues.add(queue_name)
             self.emit_after("declare_queue", queue_name)
 
+    def declare_actor(self, actor: Actor[Any, Any]) -> None:
+        """Declare an actor, and give one of Dramatiq's own class `asend` (see `aio`)."""
+        with_asend(actor)
+        super().declare_actor(actor)
+
     def setup(self, *, update: bool = False) -> dict[str, str]:
         """Create what is declared and missing, whatever `declare` says; with `update`, change what differs.
 
@@ -315,6 +322,15 @@ class JetStreamBroker(QueueOperations, HookedBroker):
         """
         self.connection.reopen()
         return self._sender.enqueue(message, delay)
+
+    async def aenqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+        """Store a message as `enqueue` does, without blocking the event loop of the caller (see `aio`).
+
+        Raises:
+          As `enqueue`; `NotSent` when too many calls wait for the server.
+        """
+        enqueue = partial(self.enqueue, message, delay=delay)
+        return await in_thread(enqueue, patience=self.config.enqueue_timeout / 1000)
 
     def enqueue_many(
         self, messages: Iterable[Message[Any]], *, atomic: bool = False, delay: int | None = None

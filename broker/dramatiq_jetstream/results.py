@@ -13,10 +13,13 @@ message is done.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from dramatiq.broker import Broker, MessageProxy
@@ -28,10 +31,11 @@ from dramatiq.results.backend import DEFAULT_TIMEOUT, Missing
 from dramatiq.results.backends.stub import StubBackend
 from dramatiq.results.result import wrap_exception, wrap_result
 
+from .aio import in_thread
 from .backends import answer_for, broker_for
 from .errors import BrokerConnectionError, MessageTooLarge
 from .jetstream.names import HEADER_PARTS, short_key
-from .jetstream.wakeups import Wakeups
+from .jetstream.wakeups import LOOK_AGAIN_SECONDS, Wakeups
 from .kv import Entry
 
 __all__ = ["JetStreamBackend", "ResultNotStored"]
@@ -55,6 +59,23 @@ class ResultNotStored(Exception):
         super().__init__(
             f"the actor has ended, but its result cannot be stored: {type(reason).__name__}: {reason}"
         )
+
+
+class _LoopEvent:
+    """An event for one coroutine that any thread may set."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._event = asyncio.Event()
+        self.clear = self._event.clear
+
+    def set(self) -> None:
+        with suppress(RuntimeError):  # the loop is closed: no coroutine waits any more
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._event.wait(), seconds)
 
 
 class JetStreamBackend(ResultBackend):
@@ -128,6 +149,49 @@ class JetStreamBackend(ResultBackend):
         deadline = time.monotonic() + (DEFAULT_TIMEOUT if timeout is None else timeout) / 1000
         with self._wakeups.waiting([key]) as stored:
             return self.unwrap_result(self._wait(message, key, stored, deadline))  # type: ignore[no-untyped-call]
+
+    async def aget_result(
+        self,
+        message: Message[Any],
+        *,
+        timeout: int | None = None,  # noqa: ASYNC109 - as `get_result`
+    ) -> Any:
+        """Wait for a message's result without blocking the event loop, and without holding a thread.
+
+        Parameters:
+          timeout: Milliseconds to wait at most; 10 seconds by default.
+
+        Raises:
+          As `get_result` with `block`.
+        """
+        limit = DEFAULT_TIMEOUT if timeout is None else timeout
+        if "get_result" in vars(self):  # one in memory answers
+            return await in_thread(partial(self.get_result, message, block=True, timeout=limit))
+        deadline = time.monotonic() + limit / 1000
+        key, stored = self.build_message_key(message), _LoopEvent()
+        with self._wakeups.registered([key], stored):
+            while True:
+                stored.clear()
+                left = deadline - time.monotonic()
+                result, cause = await self._look(key, left)
+                if result is not Missing:
+                    return self.unwrap_result(result)  # type: ignore[no-untyped-call]
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise ResultTimeout(message) from cause
+                await stored.wait(min(left, LOOK_AGAIN_SECONDS))
+
+    async def _look(self, key: str, seconds: float) -> tuple[Any, BrokerConnectionError | None]:
+        """Look for a result in a thread; what cannot be seen now is missing, with the reason."""
+
+        def look() -> Any:
+            self._wakeups.subscribe()
+            return self._get(key, timeout=max(500, int(seconds * 1000)))
+
+        try:
+            return await in_thread(look, patience=max(0.5, seconds)), None
+        except BrokerConnectionError as error:
+            return Missing, error
 
     def _wait(self, message: Message[Any], key: str, stored: Any, deadline: float) -> Any:
         cause: BrokerConnectionError | None = None

@@ -14,13 +14,14 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from dramatiq_jetstream.kv import Bucket
 from dramatiq_jetstream.wire.connection import CoreSubscription, Msg
 
 from .names import decode_key
 
-__all__ = ["Wakeups", "announced_key", "announcements"]
+__all__ = ["LOOK_AGAIN_SECONDS", "Settable", "Wakeups", "announced_key", "announcements"]
 
 #: Seconds after which a waiter looks without having been woken.
 LOOK_AGAIN_SECONDS = 5.0
@@ -39,6 +40,13 @@ def announced_key(bucket: Bucket, message: Msg) -> str:
     return decode_key(message.subject[len(announcements(bucket)) - 1 :])
 
 
+class Settable(Protocol):
+    """What can be told to look: a `threading.Event`, or something like it that never blocks and never raises."""
+
+    def set(self) -> None:
+        """Say that it is time to look."""
+
+
 class Wakeups:
     """Lets threads wait for keys of one announcing bucket."""
 
@@ -51,9 +59,13 @@ class Wakeups:
         """Start from nothing: at creation, and in the child of a fork, where no thread waits yet."""
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._waiters: dict[str, set[threading.Event]] = {}
+        self._waiters: dict[str, set[Settable]] = {}
         self._subscription: CoreSubscription | None = None
         self._idle_since = 0.0
+
+    def _reset_in_a_fork(self) -> None:
+        if self._process != os.getpid():
+            self._reset()
 
     @contextmanager
     def waiting(self, keys: Iterable[str]) -> Iterator[threading.Event]:
@@ -62,18 +74,23 @@ class Wakeups:
         What is stored after entering is not missed, so look at the keys after entering. Clear the event
         before each look.
         """
-        if self._process != os.getpid():
-            self._reset()
-        self._subscribe()
         event = threading.Event()
+        self.subscribe()
+        with self.registered(keys, event):
+            # Once more: the subscription may have been given up just before this waiter was known.
+            self.subscribe()
+            yield event
+
+    @contextmanager
+    def registered(self, keys: Iterable[str], event: Settable) -> Iterator[None]:
+        """Have `event` set as `waiting` does, once `subscribe` has returned; entering and leaving asks no server."""
+        self._reset_in_a_fork()
         wanted = list(keys)
         try:
             with self._lock:
                 for key in wanted:
                     self._waiters.setdefault(key, set()).add(event)
-            # Once more: the subscription may have been given up just before this waiter was known.
-            self._subscribe()
-            yield event
+            yield
         finally:
             with self._lock:
                 for key in wanted:
@@ -90,7 +107,9 @@ class Wakeups:
         """Wait until the event is set, or until the next regular look is due."""
         event.wait(min(seconds, LOOK_AGAIN_SECONDS))
 
-    def _subscribe(self) -> None:
+    def subscribe(self) -> None:
+        """Subscribe unless that is done. A subscription is not given up while a waiter is registered."""
+        self._reset_in_a_fork()
         if self._subscription is not None:
             return
         subscription = self._connection.subscribe(announcements(self._bucket), self._receive)

@@ -37,6 +37,7 @@ from dramatiq.results import Results
 from dramatiq.worker import ConsumerThread, Worker, WorkerThread
 
 from dramatiq_jetstream import backends
+from dramatiq_jetstream.aio import with_asend
 from dramatiq_jetstream.broker import ACTOR_OPTIONS, JetStreamBroker
 from dramatiq_jetstream.errors import InvalidOption, MessageNotUnique
 from dramatiq_jetstream.events import Event, Subscription, event_of
@@ -87,6 +88,7 @@ class StubBroker(DramatiqStubBroker):
 
     def declare_actor(self, actor: Actor[Any, Any]) -> None:
         limit_of(actor)  # raises what is wrong with it
+        with_asend(actor)
         super().declare_actor(actor)
         self._plan(actor)
 
@@ -112,6 +114,10 @@ class StubBroker(DramatiqStubBroker):
             self._delayed.append(delayed)
             self.emit_after("enqueue", delayed, delay)
             return delayed
+
+    async def aenqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+        """As `enqueue`."""
+        return self.enqueue(message, delay=delay)
 
     def enqueue_many(
         self, messages: Iterable[Message[Any]], *, atomic: bool = False, delay: int | None = None
