@@ -27,6 +27,9 @@ class NotingConnection:
     def on_tick(self, call):
         self.tick = call
 
+    def on_node_lost(self, call):
+        pass
+
     def on_lost(self, call):
         self.lose = call
 
