@@ -10,7 +10,7 @@ from dramatiq_jetstream.errors import BrokerConnectionError
 from dramatiq_jetstream.worker import settlements
 from dramatiq_jetstream.worker.durables import Durable
 from dramatiq_jetstream.worker.in_flight import InFlight
-from dramatiq_jetstream.worker.settlements import ACK, NAK, WPI, Settlements
+from dramatiq_jetstream.worker.settlements import ACK, NAK, WPI, Settlements, nak_after
 
 A, B, C = (("stream", "worker", number, 1_700_000_000) for number in (1, 2, 3))
 
@@ -44,7 +44,24 @@ class NotingConnection:
 
     def query(self, subject, payload, over, seconds):
         self.questions.append((subject, payload))
+        self.seconds = seconds
         self.answer = lambda answer=None: over(answer)
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    now = 1_000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(settlements, "time", clock)
+    return clock
 
 
 @pytest.fixture
@@ -201,3 +218,204 @@ def test_a_child_of_a_fork_owes_nothing(connection, durable, settled):
     settled.resume(durable, same=True)
     assert connection.written == []
     assert acked(settled, durable, A) == [False]
+
+
+@pytest.mark.parametrize(
+    ("delay", "nak"),
+    [
+        (0, b'-NAK {"delay": 0}'),
+        (1, b'-NAK {"delay": 1000000}'),
+        (2_500, b'-NAK {"delay": 2500000000}'),
+    ],
+)
+def test_the_delay_of_a_nak_is_said_in_nanoseconds(delay, nak):
+    assert nak_after(delay) == nak
+
+
+def test_what_is_certain_is_sent_at_once(connection, durable, settled):
+    settled.send(durable, A, "ack.1", ACK)
+    settled.send(durable, B, "ack.2", nak_after(5))
+    assert connection.written == [("ack.1", b"+ACK"), ("ack.2", b'-NAK {"delay": 5000000}')]
+    assert list(settled.unproven_of(durable)) == [A, B]
+
+
+def test_settlements_are_counted_over_all_durables_and_rounds(connection, durable, settled):
+    other = Durable("other", "worker", 30_000)
+    settled.send(durable, A, "ack.1", ACK)
+    settled.send(durable, B, "ack.2", NAK)
+    connection.tick()
+    settled.send(durable, C, "ack.3", ACK)
+    settled.send(other, A, "ack.4", ACK)
+    assert settled.unproven == 4
+    assert list(settled.unproven_of(durable)) == [A, B, C]
+    assert list(settled.unproven_of(other)) == [A]
+
+
+@pytest.mark.parametrize(
+    ("certain", "missing", "waits"), [(True, False, False), (False, True, False), (False, False, True)]
+)
+def test_settlements_wait_for_a_doubt_to_end_unless_their_stream_is_gone(
+    durable, settled, certain, missing, waits
+):
+    durable.certain, durable.missing = certain, missing
+    assert settled.waits is False, "nothing was settled yet"
+    settled.send(durable, A, "ack.1", ACK)
+    assert settled.waits is waits
+
+
+def test_the_nak_of_what_comes_again_is_dropped_also_after_a_question(connection, durable, settled):
+    settled.drop(durable, A)
+    settled.send(durable, A, "ack.1", NAK)
+    settled.send(durable, B, "ack.2", ACK)
+    connection.tick()
+    settled.drop(durable, A)
+    settled.drop(durable, B)
+    assert list(settled.unproven_of(durable)) == [B], "an ack is kept"
+
+
+def test_a_server_that_is_too_far_behind_is_not_asked_for_more(connection, durable, settled, monkeypatch):
+    monkeypatch.setattr(settlements, "MAX_UNPROVEN", 2)
+    assert settled.is_behind(durable) is False
+    settled.send(durable, A, "ack.1", ACK)
+    settled.send(durable, B, "ack.2", ACK)
+    assert settled.is_behind(durable) is False
+    settled.send(durable, C, "ack.3", ACK)
+    assert settled.is_behind(durable) is True
+    assert settled.is_behind(Durable("other", "worker", 30_000)) is True, "the bound is the process's"
+
+
+def test_a_server_that_leaves_a_question_open_for_20_seconds_is_behind(clock, connection, durable, settled):
+    settled.send(durable, A, "ack.1", ACK)
+    clock.now += 100.0
+    assert settled.is_behind(durable) is False, "nothing was asked"
+    connection.tick()
+    clock.now += 20.0
+    assert settled.is_behind(durable) is False
+    clock.now += 0.1
+    assert settled.is_behind(durable) is True
+    assert settled.is_behind(Durable("other", "worker", 30_000)) is False
+    connection.answer()
+    assert settled.is_behind(durable) is False
+
+
+def test_a_consumer_is_asked_once_a_second_about_its_latest_ack(
+    clock, connection, durable, settled, monkeypatch
+):
+    monkeypatch.setattr(settlements, "PROBE_INTERVAL_SECONDS", 1.0)
+    connection.tick()
+    settled.send(durable, A, "ack.1", ACK)
+    settled.send(durable, B, "ack.2", ACK)
+    settled.send(durable, C, "ack.3", NAK)
+    clock.now += 0.9
+    connection.tick()
+    assert connection.questions == []
+    clock.now += 0.1
+    connection.tick()
+    assert connection.questions == [("ack.2", b"+WPI")]
+
+
+def test_nothing_is_asked_over_a_connection_that_is_not_open(connection, durable, settled):
+    settled.send(durable, A, "ack.1", ACK)
+    connection.is_open = False
+    connection.tick()
+    assert connection.questions == []
+    connection.is_open = True
+    connection.tick()
+    assert connection.questions == [("ack.1", WPI)]
+
+
+def test_each_durable_is_asked_whatever_the_others_have_to_ask(connection, durable, settled):
+    idle, doubted, busy = (Durable(name, "worker", 30_000) for name in ("idle", "doubted", "busy"))
+    idle.certain = busy.certain = True
+    settled.note_done(idle, A)
+    settled.send(durable, A, "ack.1", ACK)
+    connection.tick()
+    settled.send(doubted, A, "ack.2", ACK)
+    settled.send(durable, B, "ack.3", ACK)
+    settled.send(busy, A, "ack.4", ACK)
+    connection.tick()
+    assert connection.questions == [("ack.1", WPI), ("ack.4", WPI)]
+
+
+def test_a_question_without_a_reply_doubles_the_patience_up_to_eight_minutes(connection, durable, settled):
+    seconds = []
+    for _ in range(6):
+        settled.send(durable, A, "ack.1", ACK)
+        connection.tick()
+        seconds.append(connection.seconds)
+        connection.answer(BrokerConnectionError("none in time"))
+        settled.resume(durable, same=True)
+    assert seconds == [30.0, 60.0, 120.0, 240.0, 480.0, 480.0]
+    connection.tick()
+    connection.answer()
+    settled.send(durable, B, "ack.2", ACK)
+    connection.tick()
+    assert connection.seconds == 30.0, "a server that replies is trusted again"
+
+
+def prove(connection, settled, durable, *keys):
+    for key in keys:
+        settled.send(durable, key, "ack", ACK)
+    connection.tick()
+    connection.answer()
+
+
+def test_a_proven_ack_is_remembered_for_at_least_eight_seconds(clock, connection, durable, settled):
+    """The older of two generations is dropped when the newer is eight seconds old."""
+    prove(connection, settled, durable, A)
+    clock.now += 7.9
+    prove(connection, settled, durable, B)
+    assert acked(settled, durable, A, B) == [True, True]
+    clock.now += 0.1
+    prove(connection, settled, durable, C)
+    assert acked(settled, durable, A, B, C) == [False, True, True]
+
+
+def test_more_acks_than_can_be_remembered_are_forgotten_sooner(
+    clock, connection, durable, settled, monkeypatch
+):
+    monkeypatch.setattr(settlements, "REMEMBER_MOST", 2)
+    prove(connection, settled, durable, A)
+    prove(connection, settled, durable, B)
+    assert acked(settled, durable, A, B) == [True, True]
+    prove(connection, settled, durable, C)
+    assert acked(settled, durable, A, B, C) == [False, True, True]
+
+
+def test_after_a_doubt_acks_are_remembered_for_two_minutes(clock, connection, durable, settled):
+    prove(connection, settled, durable, A)
+    settled.send(durable, B, "ack.2", ACK)
+    settled.resume(durable, same=False)
+    clock.now += 60.0
+    settled.note_done(durable, C)
+    clock.now += 59.9
+    for number in (4, 5):
+        prove(connection, settled, durable, ("stream", "worker", number, 1))
+    assert acked(settled, durable, A, B, C) == [True, True, True]
+    clock.now += 8.0
+    prove(connection, settled, durable, ("stream", "worker", 6, 1))
+    assert acked(settled, durable, A, B, C) == [False, False, True]
+
+
+def test_a_doubt_begins_the_two_minutes_again(clock, connection, durable, settled):
+    prove(connection, settled, durable, A)
+    settled.resume(durable, same=True)
+    clock.now += 119.0
+    prove(connection, settled, durable, B)
+    settled.note_done(durable, A)
+    settled.resume(durable, same=True)
+    clock.now += 119.0
+    prove(connection, settled, durable, C)
+    assert acked(settled, durable, A, B) == [True, True]
+
+
+def test_what_was_done_in_an_earlier_life_counts_as_acked(durable, settled):
+    settled.note_done(durable, A)
+    assert acked(settled, durable, A, B) == [True, False]
+    assert settled.unproven == 0
+
+
+def test_a_durable_that_settled_nothing_has_nothing_to_send_again(connection, durable, settled):
+    settled.resume(durable, same=True)
+    assert connection.written == []
+    assert list(settled.unproven_of(durable)) == []
