@@ -27,6 +27,7 @@ from .catalogue import CATALOGUE
 from .credentials import Keys, Operators
 from .events import Happened
 from .gateway import HttpGateway
+from .levels import PREFIX
 from .orders import Orders
 from .outage import GuardedGateway, OneLine, Outage
 from .projection import Projection
@@ -240,7 +241,7 @@ def saga() -> Saga:
     gateway = GuardedGateway(
         HttpGateway(SETTINGS.payment_url, timeout=SETTINGS.payment_timeout), gateway_outage()
     )
-    stock_bucket().watch("levels.", stock_store().heard)
+    stock_bucket().watch(PREFIX, stock_store().heard)
     return Saga(stock_store(), gateway, token_store(), publish, orders_store(), now)
 
 

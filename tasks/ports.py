@@ -6,7 +6,7 @@ in their place, which crash between any two effects.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,10 +27,12 @@ class Entry(Protocol):
 class Bucket(Protocol):
     """The part of a key-value bucket that the stores use; revision 0 stands for a key that does not exist.
 
-    A read may be outdated unless it is linearizable, which costs a write.
+    A read may be outdated unless it is linearizable, which costs a write. `get_many` may be as well,
+    but not behind `since`, a key and a revision of it.
     """
 
     def get(self, key: str, *, linearizable: bool = False) -> Entry | None: ...
+    def get_many(self, keys: Sequence[str], *, since: tuple[str, int]) -> Mapping[str, Entry]: ...
     def create(self, key: str, value: bytes, *, ttl: int | None = None) -> int: ...
     def update(self, key: str, value: bytes, *, revision: int, ttl: int | None = None) -> int: ...
     def delete(self, key: str, *, revision: int | None = None) -> None: ...

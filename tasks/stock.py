@@ -1,126 +1,55 @@
 """The stock of all products and the record of every order (`tasks.ledger`), in one bucket.
 
-Keys: `levels.all` holds the pieces available of every sku, and *pending*, the decisions about orders that were
-made with it and may not have reached their records yet; `order.{order_id}` holds an order's record. (`tasks.claims`
-and `tasks.notes` keep theirs in the same bucket.)
+Keys: `level.{sku}` holds the pieces available of one product and notes about the orders that changed them
+(`tasks.levels`); `order.{order_id}` holds an order's record. (`tasks.claims`, `tasks.notes` and `tasks.products` keep
+theirs in the same bucket.) No key is shared by all orders, so orders of different products do not compete.
 
-A decision is one compare-and-set on `levels.all`: it takes the stock (or gives it back) and notes the decision
-in pending, both or none. Then the order's record is written, and later the note is dropped. A process that is
-killed in between leaves the note, and the next run of the step finds it there and writes the record. So
-nothing is taken twice, given back twice or taken without a record, and an order of several products gets all
-or none. (An atomic batch over several keys would say the same in fewer words; JetStream makes a temporary
-stream for each, which takes it several milliseconds.)
+The record decides. An order takes from its products one after the other, by their skus, and leaves a note at each::
 
-A decision is made once because of an order of things: know `levels.all` at some revision, *then* look for the
-order's record and note, then compare-and-set from that revision. A decision in between changes the
-revision, and a note is dropped only after its record was written, so one of the two is always seen.
+    take from every product → create the record as held     → drop the notes
+    take … one runs short   → create the record as rejected → give back what was taken, note by note
+
+The record is created once, so of several runs of a step, and of a cancel, one wins, and the others do what its
+record says. A process that is killed in between leaves notes: the next run of the step finds them, takes the rest, and
+carries on; if it finds a record that holds nothing, it gives the notes' pieces back. Until then they are not sold to
+others. A step that is never repeated leaves its notes until an operator cancels the order.
+
+Giving back is the same in the other direction: the record says that the order is giving back (`declined`,
+`cancelling`), each product gets its pieces and a note, the record says that this is done, the notes are dropped.
 
 In a cluster a server that was the leader may answer reads for some seconds from what it had (see the library's
 `kv`). Decisions do not suffer, because they compare-and-set; a record that is behind what is known of it is read
 once more, linearizably. So a forged event, which the record contradicts for good, costs a write and holds no thread.
-
-The decisions that the threads of one process want at the same time are made in one compare-and-set: a product in great
-demand costs one for all of them, instead of a race that all but one lose.
 """
 
 from __future__ import annotations
 
-import json
-import random
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
 
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 
 from .claims import Claims
-from .ledger import Record
+from .ledger import PricedItem, Record
+from .levels import GIVEN_BACK, GIVES_BACK, PREFIX, TAKEN, Found, Level, Shelf, Short, StockBusy
 from .notes import Notes
 from .ports import Bucket, Entry
+from .takeover import take_over
+
+__all__ = ["BUCKET", "Found", "RecordBehind", "Stock", "StockBusy"]
 
 BUCKET: Final = "stock"
-LEVELS: Final = "levels.all"
-
-#: How many decisions are made at once, which bounds the size of a value.
-MAX_BATCH: Final = 100
 
 #: How many records a process remembers that it wrote, at most, and for how many seconds.
 REMEMBERED: Final = 5_000
 RECALLED_SECONDS: Final = 60.0
 
-#: How many notes that others have left behind are cleared up with one decision.
-_SWEPT_AT_ONCE: Final = 3
-
-# The decisions about stock that are noted while a record stands.
-_GIVEN_BACK: Final = frozenset({("declined", "released"), ("cancelling", "cancelled")})
-
-Pieces = dict[str, int]
-
-# Given what is recorded of the order (None: nothing) and the pieces available, returns the record to store and
-# changes the pieces, or returns None to leave everything as it is.
-Decision = Callable[[Record | None, Pieces], Record | None]
-
-
-class StockBusy(Exception):
-    """Others kept changing the stock for the whole time allowed; trying again is safe."""
-
 
 class RecordBehind(Exception):
     """A server answers with a record that is older than what is known of it; trying again is safe."""
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """An order's record and its revision; `fresh` when the call that returns it has just stored it."""
-
-    record: Record
-    revision: int
-    fresh: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Levels:
-    """The value of `levels.all` at a revision. Most notes are never looked at, so they stay as JSON."""
-
-    pieces: Mapping[str, int]
-    pending: Mapping[str, Mapping[str, Any]]
-    revision: int
-
-    def encode(self) -> bytes:
-        """Return the value as it is stored."""
-        return json.dumps({"pieces": self.pieces, "pending": self.pending}, separators=(",", ":")).encode()
-
-    @classmethod
-    def decode(cls, entry: Entry) -> Levels:
-        """Return what `encode` stored."""
-        stored = json.loads(entry.value)
-        return cls(stored["pieces"], stored["pending"], entry.revision)
-
-    def note(self, order_id: str) -> Record | None:
-        """Return the decision about an order that is noted here."""
-        noted = self.pending.get(order_id)
-        return None if noted is None else Record.from_json(noted)
-
-
-class _Change:
-    """A decision about one order that waits to be made with others."""
-
-    __slots__ = ("decide", "error", "existing", "order_id", "result", "seen_at")
-
-    def __init__(self, order_id: str, decide: Decision) -> None:
-        self.order_id = order_id
-        self.decide = decide
-        self.existing: Found | None = None
-        self.seen_at = 0  # `existing` was looked for when the levels were known at this revision
-        self.result: Record | None = None
-        self.error: BaseException | None = None
-
-    @property
-    def settled(self) -> bool:
-        return self.result is not None or self.error is not None
 
 
 class Stock:
@@ -130,7 +59,7 @@ class Stock:
       bucket: Where they are kept.
       initial: The pieces of each sku that there are before the first order.
       now: The time in milliseconds.
-      timeout: Milliseconds for which a decision competes with others before StockBusy.
+      timeout: Milliseconds for which a change competes with others before StockBusy.
       sweep_after: Milliseconds after which a note that was not dropped is taken for one left behind.
     """
 
@@ -151,12 +80,8 @@ class Stock:
         self._now = now
         self._timeout = timeout
         self._sweep_after = sweep_after
-        self._levels: Levels | None = None
-        self._heard: Entry | None = None
-        self._waiting: deque[_Change] = deque()
-        self._turn = threading.Lock()
-        # Decisions of pending whose records we have written, by order and state.
-        self._written: set[tuple[str, str]] = set()
+        self._taken_over = False
+        self._shelves: dict[str, Shelf] = {}
         self._lock = threading.Lock()
         # Records as this process last wrote them, oldest first; others may have gone on from there.
         self._recent: OrderedDict[str, tuple[Found, float]] = OrderedDict()
@@ -165,8 +90,12 @@ class Stock:
 
     def available(self) -> dict[str, int]:
         """Return the pieces available of every sku."""
-        levels = self._read()
-        return {sku: levels.pieces.get(sku, initial) for sku, initial in self._initial.items()}
+        self._take_over()
+        found = {
+            entry.key.removeprefix(PREFIX): Level.decode(entry.value).pieces
+            for entry in self._bucket.items(PREFIX)
+        }
+        return {**self._initial, **found}
 
     def find(self, order_id: str, *, linearizable: bool = False) -> Found | None:
         """Return the record of an order."""
@@ -197,12 +126,10 @@ class Stock:
         return found
 
     def heard(self, entry: Entry) -> None:
-        """Take note of newer levels; for a watch, so that fewer decisions are made on outdated ones.
-
-        They are read when they are needed, because most are outdated before that.
-        """
-        if entry.key == LEVELS:
-            self._heard = entry
+        """Take note of a newer level; for a watch, so that fewer changes are made to outdated ones."""
+        shelf = self._shelves.get(entry.key.removeprefix(PREFIX))
+        if shelf is not None:
+            shelf.heard(entry)
 
     # Changing
 
@@ -211,20 +138,34 @@ class Stock:
 
         That is the record of before when the order has one already, and a rejection when stock is short.
         """
-
-        def decide(existing: Record | None, pieces: Pieces) -> Record | None:
-            if existing is not None:
-                return None
-            for line in wanted.lines:
-                if pieces[line.sku] < line.quantity:
-                    return wanted.rejected(
-                        "OUT_OF_STOCK", f"{line.quantity} × {line.sku} ordered, {pieces[line.sku]} in stock"
+        self._take_over()
+        decided, taken = wanted, []
+        for line in _in_order(wanted):
+            match self._shelf(line.sku).take(order_id, line.quantity):
+                case Found() as found:
+                    return self._opened(order_id, wanted.lines, found)
+                case Short(available):
+                    decided = wanted.rejected(
+                        "OUT_OF_STOCK", f"{line.quantity} × {line.sku} ordered, {available} in stock"
                     )
-            for line in wanted.lines:
-                pieces[line.sku] -= line.quantity
-            return wanted
+                    break
+            taken.append(line)
+        found = self._create(order_id, decided)
+        # Another run may have taken more, before it left its record or was killed.
+        return self._opened(order_id, taken if found.fresh else wanted.lines, found)
 
-        return self._settle(_Change(order_id, decide))
+    def _opened(self, order_id: str, lines: Iterable[PricedItem], found: Found) -> Found:
+        """Do with the notes of an order what its record says."""
+        if "held" in found.record.at:
+            for line in lines:
+                self._shelf(line.sku).written(order_id, TAKEN)
+        else:
+            self._undo(order_id, lines)
+        return found
+
+    def _undo(self, order_id: str, lines: Iterable[PricedItem]) -> None:
+        for line in sorted(lines, key=lambda line: line.sku):
+            self._shelf(line.sku).undo(order_id)
 
     def release(self, order_id: str, at: int) -> Found:
         """Give back what a declined order holds, and record that; returns what is recorded then.
@@ -232,18 +173,12 @@ class Stock:
         Raises:
           RecordBehind: When the record says nothing of the payment that was declined.
         """
-
-        def decide(existing: Record | None, pieces: Pieces) -> Record | None:
-            if existing is None or existing.state != "declined":
-                return None
-            for line in existing.lines:
-                pieces[line.sku] += line.quantity
-            return existing.forward("released", at)
-
-        found = self._settle(_Change(order_id, decide))
-        if found.record.state == "held":
+        found = self.find_newer(
+            order_id, lambda now: now is not None and now.record.state not in ("held", "cancelling")
+        )
+        if found is None or found.record.state == "held":
             raise RecordBehind(f"the record of order {order_id} cannot be read as it is now.")
-        return found
+        return self._give_back(order_id, found, at) if found.record.state == "declined" else found
 
     def cancel(self, order_id: str, at: int, reason: str) -> Found:
         """End an order that is neither paid nor declined nor over, give back what it holds; returns what is recorded.
@@ -254,22 +189,48 @@ class Stock:
         Raises:
           RecordBehind: When the record cannot be read as it is now.
         """
+        self._take_over()
+        found = self.find(order_id)
+        if found is None:
+            found = self._create(order_id, Record("cancelled", {"cancelled": at}, reason=reason))
+        if "held" not in found.record.at:
+            claim = self.claims.find(order_id)
+            self._undo(order_id, () if claim is None else claim.lines)
+        if found.record.state == "held":
+            # A faster process may have moved it on, and from there it does not come back.
+            found = self.forward(order_id, found, found.record.forward("cancelling", at, reason=reason))
+        return self._give_back(order_id, found, at) if found.record.state == "cancelling" else found
 
-        def decide(existing: Record | None, pieces: Pieces) -> Record | None:
-            if existing is None:
-                return Record("cancelled", {"cancelled": at}, reason=reason)
-            if existing.state != "cancelling":
-                return None
-            for line in existing.lines:
-                pieces[line.sku] += line.quantity
-            return existing.forward("cancelled", at)
+    def _give_back(self, order_id: str, found: Found, at: int) -> Found:
+        """Give back what an order holds whose record says that it is about to, then record that this is done."""
+        self._take_over()
+        for line in _in_order(found.record):
+            moved_on = self._shelf(line.sku).give_back(order_id, line.quantity, found)
+            if isinstance(moved_on, Found):
+                return moved_on  # another process was faster
+        done = GIVES_BACK[found.record.state]
+        found = self.forward(order_id, found, found.record.forward(done, at))
+        for line in found.record.lines:
+            self._shelf(line.sku).written(order_id, GIVEN_BACK)
+        return found
 
-        while True:
-            found = self._settle(_Change(order_id, decide))
-            if found.record.state != "held":
-                return found
-            # A faster process has moved it on, and from there it does not come back.
-            self.forward(order_id, found, found.record.forward("cancelling", at, reason=reason))
+    def _create(self, order_id: str, record: Record) -> Found:
+        """Store the first record of an order; returns the one of another run that was faster.
+
+        Raises:
+          RecordBehind: When the server says that one was, and the record does not show it.
+        """
+        try:
+            revision = self._bucket.create(f"order.{order_id}", record.encode())
+        except KeyExists as conflict:
+            # The other run may have gone on from there.
+            found = self.find_newer(order_id, bool)
+            if found is None:
+                raise RecordBehind(
+                    f"the record of order {order_id} cannot be read as it is now."
+                ) from conflict
+            return found
+        return self._remember(order_id, Found(record, revision, fresh=True))
 
     def forward(self, order_id: str, found: Found, record: Record) -> Found:
         """Replace the record that was found; returns the newer one when another process was faster.
@@ -288,153 +249,32 @@ class Stock:
             return current
         return self._remember(order_id, Found(record, revision, fresh=True))
 
-    # Deciding
-
-    def _settle(self, change: _Change) -> Found:
-        self._look(change)
-        self._waiting.append(change)
-        with self._turn:
-            # The thread whose turn it is decides for all that wait meanwhile, perhaps for us.
-            while not change.settled:
-                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
-                try:
-                    self._decide(batch)
-                except BaseException as error:
-                    # The others are told in words of their own: an interrupt is meant for this thread only.
-                    for other in batch:
-                        other.error = error if other is change else StockBusy(f"the batch failed: {error!r}")
-                    if change not in batch or not isinstance(error, Exception):
-                        raise
-        if change.error is not None:
-            raise change.error
-        return self._record(change)
-
-    def _look(self, change: _Change) -> None:
-        change.seen_at = self._known().revision
-        change.existing = self.find(change.order_id)
-
-    def _decide(self, batch: list[_Change]) -> None:
-        deadline = time.monotonic() + self._timeout / 1000
-        attempts = 0
-        while not self._try_decide(batch):
-            attempts += 1
-            if time.monotonic() > deadline:
-                raise StockBusy(
-                    f"the stock was changed by others {attempts} times while this order tried to."
-                )
-            # Random, so that two processes do not keep meeting.
-            time.sleep(random.uniform(0, min(0.001 * 2**attempts, 0.05)))
-            self._learn(self._read())
-
-    def _try_decide(self, batch: list[_Change]) -> bool:
-        """Make every decision on the levels that are known; False when those are outdated."""
-        levels = self._known()
-        pieces = {**self._initial, **levels.pieces}
-        decisions: dict[str, Record] = {}
-        results: list[tuple[_Change, Record]] = []
-        for change in batch:
-            if change.seen_at < levels.revision:
-                self._look(change)
-            # One order may be in the batch twice: the second sees what the first decided.
-            noted = decisions.get(change.order_id) or levels.note(change.order_id)
-            current = _current(change.existing, noted)
-            decided = change.decide(current, pieces)
-            if decided is not None:
-                decisions[change.order_id] = decided
-            result = decided or current
-            assert result is not None, "what is not decided is recorded"
-            results.append((change, result))
-        if decisions:
-            kept = self._without_written(levels, decisions)
-            pending = {**kept, **{order_id: record.to_json() for order_id, record in decisions.items()}}
-            newer = Levels(pieces, pending, 0)
-            try:
-                revision = self._bucket.update(LEVELS, newer.encode(), revision=levels.revision)
-            except RevisionConflict:
-                return False
-            self._learn(Levels(pieces, pending, revision))
-            with self._lock:
-                self._written &= {(order_id, noted["state"]) for order_id, noted in pending.items()}
-        for change, result in results:
-            change.result = result
-        return True
-
-    def _record(self, change: _Change) -> Found:
-        """Write the decision into the order's record, unless it is there."""
-        existing, result = change.existing, change.result
-        assert result is not None
-        if existing is not None and existing.record is result:
-            return existing
-        found = self._write(change.order_id, existing, result)
-        with self._lock:
-            self._written.add((change.order_id, result.state))
-        return found
-
-    def _write(self, order_id: str, existing: Found | None, decided: Record) -> Found:
-        if existing is not None:
-            return self.forward(order_id, existing, decided)
-        try:
-            revision = self._bucket.create(f"order.{order_id}", decided.encode())
-            return self._remember(order_id, Found(decided, revision, fresh=True))
-        except KeyExists:
-            # Another run of the step has written it, and may have gone on from there.
-            found = self.find(order_id)
-            if found is None:
-                raise
-            return found
-
-    def _without_written(self, levels: Levels, decisions: Mapping[str, Record]) -> dict[str, Any]:
-        """Return the notes without those whose records are written: ours, and a few that were left behind."""
-        oldest = self._now() - self._sweep_after
-        swept = 0
-        with self._lock:
-            written = set(self._written)
-        kept: dict[str, Any] = {}
-        for order_id, noted in levels.pending.items():
-            state = noted["state"]
-            if (order_id, state) in written or order_id in decisions:
-                continue
-            if swept < _SWEPT_AT_ONCE and noted["at"][state] <= oldest:
-                swept += 1
-                record = Record.from_json(noted)
-                existing = self.find(order_id)
-                if _current(existing, record) is record:
-                    self._write(order_id, existing, record)
-            else:
-                kept[order_id] = noted
-        return kept
-
     # The levels
 
-    def _known(self) -> Levels:
-        heard, known = self._heard, self._levels
-        if heard is not None and (known is None or heard.revision > known.revision):
-            self._learn(Levels.decode(heard))
-        elif known is None:
-            self._learn(self._read())
-        assert self._levels is not None
-        return self._levels
+    def _shelf(self, sku: str) -> Shelf:
+        shelf = self._shelves.get(sku)
+        if shelf is None:
+            with self._lock:
+                shelf = self._shelves.setdefault(
+                    sku,
+                    Shelf(
+                        sku,
+                        self._initial.get(sku, 0),
+                        self._bucket,
+                        self._now,
+                        timeout=self._timeout,
+                        sweep_after=self._sweep_after,
+                    ),
+                )
+        return shelf
 
-    def _learn(self, levels: Levels) -> None:
-        with self._lock:
-            if self._levels is None or levels.revision > self._levels.revision:
-                self._levels = levels
-
-    def _read(self) -> Levels:
-        """Return the levels of the bucket, which begin as the initial ones."""
-        while True:
-            entry = self._bucket.get(LEVELS)
-            if entry is not None:
-                return Levels.decode(entry)
-            first = Levels(dict(self._initial), {}, 0)
-            try:
-                return Levels(first.pieces, {}, self._bucket.create(LEVELS, first.encode()))
-            except KeyExists:
-                continue
+    def _take_over(self) -> None:
+        """See to it, once, that every product has its key."""
+        if not self._taken_over:
+            take_over(self._bucket, self._initial)
+            self._taken_over = True
 
 
-def _current(existing: Found | None, noted: Record | None) -> Record | None:
-    """Return what holds of an order's record and the note about it; either may be behind."""
-    if existing is None or noted is None:
-        return noted if existing is None else existing.record
-    return noted if (existing.record.state, noted.state) in _GIVEN_BACK else existing.record
+def _in_order(record: Record) -> list[PricedItem]:
+    """Return the lines in the one order in which all orders take them."""
+    return sorted(record.lines, key=lambda line: line.sku)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .errors import ApiError, InvalidOption, KeyExists, RevisionConflict, TopologyMissing
@@ -130,6 +130,35 @@ class Bucket:
             self.declare()  # it was deleted on the server
             return None
         return None if stored is None or _is_mark(stored) else self._entry(stored)
+
+    def get_many(self, keys: Sequence[str], *, since: tuple[str, int]) -> dict[str, Entry]:
+        """Return the entries of those keys that exist, as one server has them at one moment.
+
+        It is one request. Any server that has the bucket may answer, and may be behind.
+
+        Parameters:
+          keys: At most 1,000.
+          since: A key that exists and a revision that it has or had: the answer is of a server that has this revision,
+            and so everything in the bucket that was stored before it.
+        """
+        self._ensure()
+        subjects = [self._subject(key) for key in dict.fromkeys(keys)]
+        if not subjects:
+            return {}
+        if len(subjects) == 1 and self._writes.one_server:
+            entry = self.get(keys[0])
+            return {} if entry is None else {entry.key: entry}
+        try:
+            found = self._listing.newest([*subjects, self._subject(since[0])], since=since[1])
+        except TopologyMissing:
+            if not self._declare:
+                raise
+            self.declare()  # it was deleted on the server
+            return {}
+        entries = [
+            self._entry(found[name]) for name in subjects if name in found and not _is_mark(found[name])
+        ]
+        return {entry.key: entry for entry in entries}
 
     def snapshot(self, prefix: str = "") -> Snapshot:
         """Return everything under a prefix in memory, as one state to compare-and-set against.

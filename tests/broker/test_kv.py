@@ -721,3 +721,27 @@ def test_a_waiting_thread_hears_of_a_write(broker):
         bucket.put("order.1", b"this one")
         assert heard.wait(30)
     assert broker.stream(bucket.stream).consumers() == []
+
+
+def test_several_keys_in_one_request(bucket: Bucket) -> None:
+    """Those that exist, as they are; asked for one or several."""
+    bucket.put("a", b"1")
+    bucket.put("b.c", b"2")
+    bucket.put("gone", b"x")
+    bucket.delete("gone")
+    newest = bucket.put("newest", b"3")
+    found = bucket.get_many(["a", "b.c", "gone", "missing", "a"], since=("newest", newest))
+    assert {key: entry.value for key, entry in found.items()} == {"a": b"1", "b.c": b"2"}
+    assert bucket.get_many(["missing"], since=("newest", newest)) == {}
+    assert bucket.get_many(["newest"], since=("newest", newest))["newest"].revision == newest
+    assert bucket.get_many([], since=("newest", newest)) == {}
+
+
+def test_several_keys_on_a_cluster_are_not_behind(make_bucket: MakeBucket, nats_cluster: NatsCluster) -> None:
+    """Whichever replica answers, it has what was stored before the revision that the reader knows."""
+    writer, reader = (make_bucket(url, storage=Storage(replicas=3)) for url in nats_cluster.urls[:2])
+    for number in range(30):
+        writer.put("record", str(number).encode())
+        known = writer.put("level", b"")
+        found = reader.get_many(["record", "missing"], since=("level", known))
+        assert {key: entry.value for key, entry in found.items()} == {"record": str(number).encode()}

@@ -48,6 +48,7 @@ EVENTS = {
 FINAL = frozenset({"confirmed", "rejected"})
 #: What everything that a stranger made up has in it.
 FORGED = b"forged"
+LEVEL = "$KV.dramatiq-stock.level."
 QUEUES = ("orders", "payments", "projection")
 
 # One look may take this long altogether, in seconds.
@@ -312,8 +313,8 @@ def is_forged(data: bytes) -> bool:
 async def _stock(js: JetStreamContext) -> dict[str, int]:
     pieces = {entry.sku: entry.initial_stock for entry in CATALOGUE.values()}
     for stored in await _stream(js, "KV_dramatiq-stock"):
-        if stored.subject == "$KV.dramatiq-stock.levels.all":
-            pieces.update(json.loads(stored.data)["pieces"])
+        if stored.subject.startswith(LEVEL):
+            pieces[stored.subject.removeprefix(LEVEL)] = json.loads(stored.data)["pieces"]
     return pieces
 
 

@@ -7,7 +7,7 @@ whether it crashes there. So a schedule is a list of numbers that hypothesis can
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cryptography.fernet import Fernet
@@ -33,18 +33,39 @@ class FakeEntry:
     revision: int
 
 
-class FakeBucket:
-    """A bucket in memory that behaves as the real one: one revision counter, compare-and-set."""
+def up_to_date() -> int:
+    """Stands for a cluster in which no server is behind."""
+    return 0
 
-    def __init__(self, pause: Pause = no_pause) -> None:
+
+class FakeBucket:
+    """A bucket in memory that behaves as the real one: one revision counter, compare-and-set.
+
+    Parameters:
+      behind: Says for each read how many writes the server that answers it is behind.
+    """
+
+    def __init__(self, pause: Pause = no_pause, behind: Callable[[], int] = up_to_date) -> None:
         self.pause = pause
+        self.behind = behind
         self.entries: dict[str, FakeEntry] = {}
+        self._log: list[FakeEntry] = []
         self._revision = 0
         self._lock = threading.Lock()
 
     def get(self, key: str, *, linearizable: bool = False) -> FakeEntry | None:
         self.pause(f"get {key}")
-        return self.entries.get(key)
+        late = 0 if linearizable else self.behind()
+        return self._as_of(self._revision - late).get(key) if late else self.entries.get(key)
+
+    def get_many(self, keys: Sequence[str], *, since: tuple[str, int]) -> dict[str, FakeEntry]:
+        self.pause(f"get {', '.join(keys)}")
+        late = self.behind()
+        entries = self._as_of(max(since[1], self._revision - late)) if late else self.entries
+        return {key: entries[key] for key in keys if key in entries}
+
+    def _as_of(self, revision: int) -> dict[str, FakeEntry]:
+        return {entry.key: entry for entry in self._log if entry.revision <= revision}
 
     def create(self, key: str, value: bytes, *, ttl: int | None = None) -> int:
         try:
@@ -60,6 +81,7 @@ class FakeBucket:
                 raise RevisionConflict(key)
             self._revision += 1
             self.entries[key] = FakeEntry(key, value, self._revision)
+            self._log.append(self.entries[key])
         stored = self._revision
         self.pause(f"after update of {key}")
         return stored

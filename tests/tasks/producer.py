@@ -69,8 +69,8 @@ class Producer:
         return None if entry is None else Record.decode(entry.value)
 
     def available(self, sku: str) -> int:
-        entry = self.stock.get("levels.all")
-        return CATALOGUE[sku].initial_stock if entry is None else int(json.loads(entry.value)["pieces"][sku])
+        entry = self.stock.get(f"level.{sku}")
+        return CATALOGUE[sku].initial_stock if entry is None else int(json.loads(entry.value)["pieces"])
 
     def books(self) -> None:
         """Check that what is available and what orders hold is what there was at first."""

@@ -133,7 +133,7 @@ def test_it_publishes_no_other_event(guarded: Stack, operator: Producer, name: s
         "$JS.API.STREAM.MSG.GET.ORDERS",
         "$JS.API.DIRECT.GET.ORDERS",
         "$KV.dramatiq-orders.x",
-        "$KV.dramatiq-stock.levels.all",
+        "$KV.dramatiq-stock.level.MUG-01",
         "dramatiq.dead.orders.x",
         "dramatiq.q.orders.task",
     ],

@@ -1,0 +1,370 @@
+"""The pieces of one product: how many are available, and which orders changed that a moment ago.
+
+`level.{sku}` holds both, and every change is one compare-and-set on it. A change for an order leaves a *note* there:
+`taken`, or `given back`. The note says that the order has had its part of this key; the order's record decides what
+becomes of it (see `tasks.stock`). A note is dropped only after the record shows what the note stands for, so a run of
+a step that comes late finds either the note or the record, and changes nothing.
+
+That needs an order of things: know the key at some revision, *then* look for the order's record on a server that has
+this revision, then compare-and-set from it. A change in between makes another revision. The server that answers the
+look may be behind others, but not behind the revision that is known, so it has the record if the note was dropped.
+
+The threads of a process that want the same product at the same time are served by one compare-and-set and one look: a
+product in great demand costs one for all of them, instead of a race that all but one lose.
+
+A process that is killed, or a thread that is interrupted, between any two lines leaves a note or nothing. A note that
+stays behind is dropped with a later change of the same key, when it is older than `sweep_after`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from dramatiq_jetstream.errors import KeyExists, RevisionConflict
+
+from .ledger import Record
+from .ports import Bucket, Entry
+
+PREFIX: Final = "level."
+
+#: How many changes are made at once, which bounds the size of a value.
+MAX_BATCH: Final = 100
+
+#: How many notes that others have left behind are looked after with one change.
+_SWEPT_AT_ONCE: Final = 3
+
+#: What a note says of an order and this product.
+TAKEN: Final = "taken"
+GIVEN_BACK: Final = "given back"
+
+#: The states from which an order gives back what it holds, and the state that says that it has.
+GIVES_BACK: Final[Mapping[str, str]] = {"declined": "released", "cancelling": "cancelled"}
+
+
+class StockBusy(Exception):
+    """Others kept changing the stock for the whole time allowed; trying again is safe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An order's record and its revision; `fresh` when the call that returns it has just stored it."""
+
+    record: Record
+    revision: int
+    fresh: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What an order has had of a product: `TAKEN` or `GIVEN_BACK`, how many pieces, when (milliseconds)."""
+
+    kind: str
+    quantity: int
+    at: int
+
+
+@dataclass(slots=True)
+class Level:
+    """The value of a key: pieces that can be sold, and a note for each order that changed them a moment ago."""
+
+    pieces: int
+    notes: dict[str, Note] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """Return the level as it is stored."""
+        notes = {order_id: [note.kind, note.quantity, note.at] for order_id, note in self.notes.items()}
+        return json.dumps({"pieces": self.pieces, "notes": notes}, separators=(",", ":")).encode()
+
+    @classmethod
+    def decode(cls, value: bytes) -> Level:
+        """Return the level that `encode` stored."""
+        stored = json.loads(value)
+        return cls(stored["pieces"], {key: Note(*note) for key, note in stored["notes"].items()})
+
+    def copy(self) -> Level:
+        """Return a level that can be changed without changing this one."""
+        return Level(self.pieces, dict(self.notes))
+
+
+@dataclass(frozen=True, slots=True)
+class Short:
+    """There are fewer pieces than an order wants."""
+
+    available: int
+
+
+# Changes the level for an order, given its record (None: there is none), and returns what to tell the caller.
+Apply = Callable[[Level, Found | None], Any]
+
+
+class _Change:
+    """A change that waits to be made with others."""
+
+    __slots__ = ("apply", "done", "error", "order_id", "record", "recorded", "result", "seen_at")
+
+    def __init__(self, order_id: str, apply: Apply, recorded: int) -> None:
+        self.recorded = recorded
+        self.order_id = order_id
+        self.apply = apply
+        self.record: Found | None = None
+        self.seen_at = -1  # the record was looked for when the key was known at this revision
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.done = False
+
+
+class Shelf:
+    """The key of one product; all threads of a process share it.
+
+    Parameters:
+      sku: The product.
+      initial: Its pieces while the key does not exist.
+      bucket: Where the key is.
+      now: The time in milliseconds.
+      timeout: Milliseconds for which a change competes with others before StockBusy.
+      sweep_after: Milliseconds after which a note that was not dropped is taken for one left behind.
+    """
+
+    def __init__(
+        self,
+        sku: str,
+        initial: int,
+        bucket: Bucket,
+        now: Callable[[], int],
+        *,
+        timeout: int,
+        sweep_after: int,
+    ) -> None:
+        self.key = f"{PREFIX}{sku}"
+        self._initial = initial
+        self._bucket = bucket
+        self._now = now
+        self._timeout = timeout
+        self._sweep_after = sweep_after
+        self._known: tuple[Level, int] | None = None
+        self._heard: Entry | None = None
+        self._waiting: deque[_Change] = deque()
+        self._turn = threading.Lock()
+        # Notes of ours whose records are written: the next change drops them.
+        self._written: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
+
+    def take(self, order_id: str, quantity: int) -> Note | Short | Found:
+        """Take pieces for an order.
+
+        Returns:
+          The note that says so, Short, or the order's record: then it is decided, and nothing was taken.
+        """
+
+        def apply(level: Level, found: Found | None) -> Note | Short | Found:
+            if found is not None:
+                return found
+            if level.pieces < quantity:
+                return Short(level.pieces)
+            level.pieces -= quantity
+            note = level.notes[order_id] = Note(TAKEN, quantity, self._now())
+            return note
+
+        note: Note | Short | Found = self._change(order_id, apply, TAKEN)
+        return note
+
+    def undo(self, order_id: str) -> None:
+        """Give back what was taken for an order whose record says that it holds nothing, and never will."""
+        if not self._change(order_id, lambda level, _: _undo(level, order_id)):
+            # What is known of the key may be older than the note.
+            with self._turn:
+                self._heard, self._known = None, self._read(linearizable=True)
+            self._change(order_id, lambda level, _: _undo(level, order_id))
+
+    def give_back(self, order_id: str, quantity: int, known: Found) -> Note | Found:
+        """Give back pieces of an order whose record says that it is giving back.
+
+        Parameters:
+          known: The record that says so; it may be outdated.
+
+        Returns:
+          The note that says so, or the newer record: then it was done before, and nothing was given back.
+        """
+
+        def apply(level: Level, found: Found | None) -> Note | Found:
+            assert found is not None, "it is as new as the one that is known"
+            if found.record.state not in GIVES_BACK:
+                return found
+            level.pieces += quantity
+            note = level.notes[order_id] = Note(GIVEN_BACK, quantity, self._now())
+            return note
+
+        note: Note | Found = self._change(order_id, apply, GIVEN_BACK, known.revision)
+        return note
+
+    def written(self, order_id: str, kind: str) -> None:
+        """Say that an order's record shows what its note stands for."""
+        with self._lock:
+            self._written.add((order_id, kind))
+
+    def heard(self, entry: Entry) -> None:
+        """Take note of the newest value; for a watch, so that fewer changes are made to an outdated one."""
+        # It is read when it is needed, because most are outdated before that.
+        self._heard = entry
+
+    # Changing
+
+    def _change(self, order_id: str, apply: Apply, kind: str = "", recorded: int = 0) -> Any:
+        """Make a change with those of other threads.
+
+        Parameters:
+          kind: The note that stands for the change: one that is there already is the result. With none, no record is
+            looked for.
+          recorded: A revision of the order's record that is known.
+        """
+
+        def once(level: Level, found: Found | None) -> Any:
+            note = level.notes.get(order_id)
+            return note if kind and note is not None and note.kind == kind else apply(level, found)
+
+        change = _Change(order_id if kind else "", once, recorded)
+        self._waiting.append(change)
+        with self._turn:
+            # The thread whose turn it is changes the level for all that wait meanwhile, perhaps for us.
+            while not change.done:
+                # An interrupt may have lost what a thread took from the line, ours too.
+                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
+                batch = batch or [change]
+                try:
+                    self._make(batch)
+                except BaseException as error:
+                    self._forget()
+                    # The others are told in words of their own: an interrupt is meant for this thread only.
+                    for other in batch:
+                        other.error = error if other is change else StockBusy(f"the batch failed: {error!r}")
+                        other.done = True
+                    if change not in batch or not isinstance(error, Exception):
+                        raise
+        if change.error is not None:
+            raise change.error
+        return change.result
+
+    def _make(self, batch: list[_Change]) -> None:
+        deadline = time.monotonic() + self._timeout / 1000
+        attempts = 0
+        while not self._try(batch):
+            attempts += 1
+            if time.monotonic() > deadline:
+                raise StockBusy(
+                    f"{self.key} was changed by others {attempts} times while this order tried to."
+                )
+            # Random, so that two processes do not keep meeting.
+            time.sleep(random.uniform(0, min(0.001 * 2**attempts, 0.05)))
+            self._forget()
+
+    def _try(self, batch: list[_Change]) -> bool:
+        """Make every change to the level that is known; False when that is outdated."""
+        known, revision = self._know()
+        self._look(batch, known, revision)
+        level = known.copy()
+        results = [(change, change.apply(level, change.record)) for change in batch]
+        if level != known:
+            written = self._drop(level, known, revision)
+            try:
+                if revision:
+                    revision = self._bucket.update(self.key, level.encode(), revision=revision)
+                else:
+                    revision = self._bucket.create(self.key, level.encode())
+            except (KeyExists, RevisionConflict):
+                return False
+            self._known = level, revision
+            with self._lock:
+                self._written -= written
+        for change, result in results:
+            change.result = result
+            change.done = True
+        return True
+
+    def _look(self, batch: Iterable[_Change], known: Level, revision: int) -> None:
+        """Look for the records of the orders that have no note here, on a server that has this revision."""
+        unseen = [change for change in batch if change.order_id and change.seen_at != revision]
+        if not unseen:
+            return
+        newest = max(unseen, key=lambda change: change.recorded)
+        since = (self.key, revision)
+        if newest.recorded > revision:
+            since = (f"order.{newest.order_id}", newest.recorded)
+        records = self._records([change.order_id for change in unseen], since)
+        for change in unseen:
+            change.record, change.seen_at = records.get(change.order_id), revision
+
+    def _records(self, order_ids: Sequence[str], since: tuple[str, int]) -> dict[str, Found]:
+        """Return the records of orders, from a server that has a revision of a key."""
+        keys = {f"order.{order_id}": order_id for order_id in order_ids}
+        if since[1]:
+            found = self._bucket.get_many(list(keys), since=since)
+        else:
+            found = {key: entry for key in keys if (entry := self._bucket.get(key)) is not None}
+        return {keys[key]: Found(Record.decode(one.value), one.revision) for key, one in found.items()}
+
+    def _drop(self, level: Level, known: Level, revision: int) -> set[tuple[str, str]]:
+        """Drop the notes whose records are written: ours, and a few that were left behind; returns ours."""
+        with self._lock:
+            written = set(self._written)
+        for order_id, kind in written:
+            note = known.notes.get(order_id)
+            if note is not None and note.kind == kind and level.notes.get(order_id) is note:
+                del level.notes[order_id]
+        oldest = self._now() - self._sweep_after
+        left = [
+            key for key, note in known.notes.items() if note.at <= oldest and level.notes.get(key) is note
+        ]
+        if left:
+            left = random.sample(left, min(len(left), _SWEPT_AT_ONCE))
+            records = self._records(left, (self.key, revision))
+            for order_id in left:
+                _sweep(level, order_id, records.get(order_id))
+        return written
+
+    # Reading
+
+    def _know(self) -> tuple[Level, int]:
+        heard, known = self._heard, self._known
+        if heard is not None and (known is None or heard.revision > known[1]):
+            known = self._known = Level.decode(heard.value), heard.revision
+        elif known is None:
+            known = self._known = self._read()
+        return known
+
+    def _read(self, *, linearizable: bool = False) -> tuple[Level, int]:
+        entry = self._bucket.get(self.key, linearizable=linearizable)
+        return (Level(self._initial), 0) if entry is None else (Level.decode(entry.value), entry.revision)
+
+    def _forget(self) -> None:
+        """Have the level read again. What was heard may be of another life of the store, so it goes as well."""
+        self._known = self._heard = None
+
+
+def _undo(level: Level, order_id: str) -> bool:
+    """Give back what was taken for an order; False when nothing was."""
+    note = level.notes.get(order_id)
+    if note is None or note.kind != TAKEN:
+        return False
+    level.pieces += note.quantity
+    del level.notes[order_id]
+    return True
+
+
+def _sweep(level: Level, order_id: str, found: Found | None) -> None:
+    """Do with a note what its order's record says; a note whose record has yet to be written stays."""
+    if found is None:
+        return
+    if level.notes[order_id].kind == GIVEN_BACK:
+        if found.record.state not in GIVES_BACK:
+            del level.notes[order_id]
+    elif "held" in found.record.at:
+        del level.notes[order_id]
+    else:
+        _undo(level, order_id)
