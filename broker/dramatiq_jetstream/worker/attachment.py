@@ -6,6 +6,7 @@ at once, for other workers to take.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from dramatiq.worker import Worker
 
 from .attempts import Attempts, Counts
 from .consumer import JetStreamConsumer
+from .delivery import MOMENT_SECONDS, Delivery
 from .follow_ups import FollowUps
 from .limits import Limits
 from .message import JetStreamMessage
@@ -128,14 +130,42 @@ class Attachment:
             work_queue: Any = self._worker.work_queue  # ours, see `attach`
             work_queue.put(_Item(priority, message))
 
-    def return_unstarted(self, queue_name: str, keep: int) -> None:
-        """Return unstarted messages of a queue to the server, keeping at most `keep`."""
+    def is_held_up(self) -> bool:
+        """Whether all threads of the worker are busy, and none has begun a message for a moment."""
+        worker = self._worker
+        if worker is None or not worker.workers:
+            return False
+        begun = [since for _, since in self.running()]
+        return len(begun) >= len(worker.workers) and time.time() - max(begun) >= MOMENT_SECONDS
+
+    def waiting(self, queue_name: str) -> list[Delivery]:
+        """The deliveries of a queue that wait for a thread, as far as another thread can see them."""
+        work_queue: Any = None if self._worker is None else self._worker.work_queue
+        if work_queue is None:
+            return []
+        messages = [item.message for item in work_queue.waiting()]
+        return [
+            message._delivery
+            for message in messages
+            if isinstance(message, JetStreamMessage) and message.queue_name == queue_name
+        ]
+
+    def return_unstarted(self, queue_name: str, keep: int, only_waiting: bool = False) -> None:
+        """Return unstarted messages of a queue to the server, keeping at most `keep`.
+
+        Parameters:
+          only_waiting: Return only those that have waited for a moment.
+        """
         if self._worker is None:
             return
         work_queue = self._worker.work_queue
         for item in list(iter_queue(work_queue)):
             message = item.message
-            ours = isinstance(message, JetStreamMessage) and message.queue_name == queue_name
+            ours = (
+                isinstance(message, JetStreamMessage)
+                and message.queue_name == queue_name
+                and (message._delivery.may_go_back or not only_waiting)
+            )
             if ours and keep <= 0:
                 self._rerouter.requeue(message._delivery)
             else:

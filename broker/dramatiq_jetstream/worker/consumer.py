@@ -39,6 +39,7 @@ from dramatiq_jetstream.wire.thread_queue import ThreadQueue
 
 from .current import is_abort
 from .delivery import Delivery, Source
+from .durables import Durable
 from .in_flight import InFlight
 from .message import JetStreamMessage
 from .pulling import Puller
@@ -72,7 +73,8 @@ class JetStreamConsumer(Consumer):
       lookahead: Whether a little more than the prefetch may wait here while messages are short.
       rerouter: Sends elsewhere what is not processed here.
       suspects: The messages that may kill this process.
-      return_unstarted: Takes a queue and how many of its unstarted messages to keep; the server gets the others back.
+      return_unstarted: Takes a queue, how many of its unstarted messages to keep, and whether only those that may be
+        given back count; the server gets the others back.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class JetStreamConsumer(Consumer):
         lookahead: bool,
         suspects: Suspects,
         rerouter: Rerouter,
-        return_unstarted: Callable[[str, int], None],
+        return_unstarted: Callable[[str, int, bool], None],
     ) -> None:
         self.logger = logging.getLogger(__name__)
         self.connection = connection
@@ -108,6 +110,7 @@ class JetStreamConsumer(Consumer):
         self._suspected: list[tuple[int, int, Delivery]] = []  # as well; the latest stored first
         self._order = itertools.count()
         self._has_surplus = False
+        self._gives_back = False
         self._room = Room(prefetch=prefetch, lookahead=lookahead, made=self._wake)
         self._sources = sources
         self._opened = sources.of(queue_name)
@@ -132,7 +135,11 @@ class JetStreamConsumer(Consumer):
             if self._has_surplus:
                 self._has_surplus = False
                 self._requeue_all()
-                self.return_unstarted(self.queue_name, max(1, self.prefetch // 2))
+                self.return_unstarted(self.queue_name, max(1, self.prefetch // 2), False)
+            if self._gives_back:
+                self._gives_back = False
+                self._requeue_waiting()
+                self.return_unstarted(self.queue_name, 0, True)
             if (self._ready or self._suspected) and (delivery := self._next_delivery()) is not None:
                 message = self._decode(delivery)
                 if message is None or not self.stopping:
@@ -186,6 +193,35 @@ class JetStreamConsumer(Consumer):
     def _requeue_all(self) -> None:
         while self._ready:
             self.rerouter.requeue(heappop(self._ready)[-1])
+
+    def _requeue_waiting(self) -> None:
+        ready, self._ready = self._ready, []
+        for each in ready:
+            if each[-1].may_go_back:
+                self.rerouter.requeue(each[-1])
+            else:
+                heappush(self._ready, each)
+
+    # For `giving_back`, on the loop thread
+
+    def waiting(self) -> list[Delivery]:
+        """The messages that Dramatiq does not have yet, as far as another thread can see them."""
+        return [each[-1] for each in list(self._ready)]
+
+    def requests(self, durable: Durable) -> int:
+        """How many requests of ours stand at a durable."""
+        return self._puller.requests(durable)
+
+    def give_back(self) -> None:
+        """Requeue what has waited for a moment, and ask for nothing more until `ask_again`."""
+        self._room.is_held_up = self._gives_back = True
+        self._wake()
+
+    def ask_again(self) -> None:
+        """A thread is free: ask for messages again."""
+        if self._room.is_held_up:
+            self._room.is_held_up = False
+            self._puller.ask_soon()
 
     def _leave_to_others(self, delivery: Delivery) -> None:
         """Requeue what another version of the program subscribed to, with a longer delay each time."""

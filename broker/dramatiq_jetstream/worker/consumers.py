@@ -73,6 +73,11 @@ class Consumers:
             consumer.stop_pulling()
         return consumer
 
+    @property
+    def opened(self) -> list[JetStreamConsumer]:
+        """Those that are open."""
+        return list(self._open)
+
     def close(self) -> None:
         """Close all that are open."""
         for consumer in self._open:

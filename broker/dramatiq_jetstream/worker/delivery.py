@@ -17,7 +17,11 @@ from dramatiq_jetstream.wire.connection import Msg
 from .durables import Durable
 from .settlements import Key
 
-__all__ = ["Delivery", "Owner", "Source", "event_in"]
+__all__ = ["MOMENT_SECONDS", "Delivery", "Owner", "Source", "event_in"]
+
+#: How long a message waits for a thread before it may go back, and how often it does at most (see `giving_back`).
+MOMENT_SECONDS = 1.0
+MOST_RETURNS = 3
 
 
 class Owner(Protocol):
@@ -70,12 +74,14 @@ class Delivery:
         others are not looked for.
       is_suspect: Whether its worker may have died of it (see `suspects`).
       slot: Where this process noted that it holds it, if it has a supervisor.
+      arrived: When it arrived, by `time.monotonic`.
       touched: When the server was last told that we have it, by `time.monotonic`.
     """
 
     __slots__ = (
         "_message",
         "ack_subject",
+        "arrived",
         "data",
         "deliveries",
         "has_place",
@@ -109,7 +115,7 @@ class Delivery:
         if self.is_marked:
             earlier = self.headers.get(HEADER_EARLIER_DELIVERIES, "")
             self.deliveries += int(earlier) if earlier.isdecimal() else 0
-        self.touched = time.monotonic()
+        self.arrived = self.touched = time.monotonic()
 
     def __str__(self) -> str:
         return f"Message {self.sequence} of {self.stream}"
@@ -126,6 +132,11 @@ class Delivery:
     def timestamp(self) -> int:
         """When it was stored, in milliseconds since 1970."""
         return self.key[3] // 1_000_000
+
+    @property
+    def may_go_back(self) -> bool:
+        """Whether it has waited long enough to be given back to other workers."""
+        return self.deliveries <= MOST_RETURNS and time.monotonic() - self.arrived >= MOMENT_SECONDS
 
     @property
     def pending(self) -> int:

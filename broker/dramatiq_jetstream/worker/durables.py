@@ -296,6 +296,15 @@ class Durables:
             return True
         return bool(later["message"]["seq"] > sequence)
 
+    async def requests(self, durable: Durable) -> int:
+        """How many requests wait at a durable, this process's included.
+
+        Raises:
+          BrokerError: When the server does not say.
+        """
+        info = await self._api(f"CONSUMER.INFO.{durable.stream}.{durable.name}")
+        return 0 if info.get("paused") else int(info["num_waiting"])
+
     async def _api(self, verb: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Ask the JetStream API; raises a BrokerError for what it refuses or does not answer in time."""
         answered: asyncio.Future[Msg | BaseException] = asyncio.get_running_loop().create_future()

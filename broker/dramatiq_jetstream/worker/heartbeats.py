@@ -24,8 +24,8 @@ from typing import Any
 __all__ = ["Heartbeats"]
 
 #: How long a request stands at least and at most, and how much longer for each that the process has, in seconds.
-EXPIRES_SECONDS = 30.0
-SPACING_SECONDS = 20.0
+EXPIRES_SECONDS = 20.0
+SPACING_SECONDS = 12.0
 LONGEST_SECONDS = 3_600.0
 
 #: How often a consumer of a node is looked at while no request there has heartbeats, in seconds.

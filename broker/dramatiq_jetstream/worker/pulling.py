@@ -23,6 +23,7 @@ from .durables import Durable
 from .fetching import Fetcher
 from .in_flight import InFlight
 from .room import Room
+from .settlements import NAK
 
 __all__ = ["Puller"]
 
@@ -95,6 +96,10 @@ class Puller:
 
     # On the loop thread
 
+    def requests(self, durable: Durable) -> int:
+        """How many requests of this process stand at a durable."""
+        return sum(len(each.pulls) for each in self._fetchers if each.source.durable is durable)
+
     def _include(self, fetcher: Fetcher) -> None:
         self._fetchers = [*self._fetchers, fetcher]
         fetcher.include()
@@ -122,6 +127,9 @@ class Puller:
         if not self._in_flight.receive(delivery):
             return
         self._room.arrived()
+        if self._room.is_held_up and delivery.deliveries == 1:
+            self._in_flight.settle(delivery, NAK)  # others are served next
+            return
         if self._stopping:
             self._deliver([delivery])  # before the fence that a closing consumer waits for is answered
             return

@@ -36,12 +36,14 @@ class Room:
 
     Attributes:
       size: How many messages there is room for now.
+      is_held_up: Whether nothing more is to be fetched, because what is here waits for a thread (see `giving_back`).
       worth_asking: The fewest messages to fetch under load: one that arrives alone wakes three threads.
     """
 
     def __init__(self, *, prefetch: int, lookahead: bool, made: Callable[[], None]) -> None:
         self.size = prefetch
         self.lookahead = lookahead
+        self.is_held_up = False
         self._prefetch = prefetch
         self._made = made
         self._in_hand = 0
@@ -55,7 +57,7 @@ class Room:
     @property
     def free(self) -> int:
         """How many more may be fetched."""
-        return self.size - self._in_hand
+        return 0 if self.is_held_up else self.size - self._in_hand
 
     def arrived(self) -> None:
         self._in_hand += 1

@@ -57,6 +57,13 @@ class WorkQueue(ThreadQueue[Item]):
                     continue
         raise IndexError
 
+    def waiting(self) -> list[Item]:
+        """The items, as far as a thread can see them that neither adds nor takes."""
+        try:
+            return [item for items in self._in_order for item in items]
+        except RuntimeError:  # another thread adds or takes one just now
+            return []
+
     def task_done(self) -> None:
         """Say that an item that was taken is done."""
         try:

@@ -20,6 +20,7 @@ from .arguments import Describe
 from .attachment import Attachment
 from .consumers import Consumers
 from .follow_ups import FollowUps
+from .giving_back import GivingBack
 from .hard_limits import KilledAttempts, check_hard_time_limit, warn_of_unkept_limits
 from .in_flight import InFlight
 from .limits import Limits
@@ -97,6 +98,9 @@ class Workplace:
         self.consumers = Consumers(
             config, connection, self.in_flight, self.sources, self._suspects, rerouter, self.attachment
         )
+        self._giving_back = GivingBack(
+            connection, self.in_flight.durables, self.attachment, lambda: self.consumers.opened
+        )
         connection.on_fork(self._reset)
 
     def first(self) -> dict[str, Reaction]:
@@ -137,6 +141,7 @@ class Workplace:
         """In the child of a fork, where the parent's worker has no threads."""
         self.attachment.detach()
         self.consumers.reset()
+        self._giving_back.reset()
         self._suspects.reset()
         self._presence.reset()
         self._activity.reset()
