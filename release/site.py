@@ -39,6 +39,7 @@ PAGES = {
     "benchmarks/results/results.md": "results.md",
     "deploy/kubernetes/README.md": "kubernetes.md",
     "deploy/systemd/README.md": "systemd.md",
+    "examples/celery/README.md": "from/celery-example.md",
     "instrumentation/README.md": "instrumentation.md",
 }
 

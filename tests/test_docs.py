@@ -125,7 +125,15 @@ def known_variables() -> set[str]:
     """Every environment variable that something here reads, or that OpenTelemetry documents."""
     known = {f"PAYMENTS_{knob.name.upper()}" for knob in fields(Knobs)}
     known |= {name for name in {**vars(api_variables), **vars(sdk_variables)} if name.startswith("OTEL_")}
-    for directory in ("tasks", "web", "broker/dramatiq_jetstream", "instrumentation", "benchmarks", "tests"):
+    for directory in (
+        "tasks",
+        "web",
+        "broker/dramatiq_jetstream",
+        "instrumentation",
+        "benchmarks",
+        "examples",
+        "tests",
+    ):
         for path in (ROOT / directory).rglob("*.py"):
             if path == Path(__file__) or any(part.startswith(".") for part in path.relative_to(ROOT).parts):
                 continue

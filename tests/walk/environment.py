@@ -19,6 +19,7 @@ from release.stage import DISTRIBUTIONS, stage
 
 #: Commands of other packages that the documents use.
 _COMMANDS = {
+    "celery": "from celery.__main__ import main",
     "dramatiq": "from dramatiq.__main__ import main",
     "opentelemetry-instrument": "from opentelemetry.instrumentation.auto_instrumentation import run as main",
 }

@@ -87,13 +87,19 @@ class Terminal:
         """Wait until `file` has the line `text`."""
 
         def arrived() -> bool:
-            log = (self._directory / file).read_text()
+            path = self._directory / file
+            log = path.read_text() if path.exists() else ""
             assert text in log.splitlines(), f"{text!r} is not in:\n{log[-3000:]}"
             return True
 
         eventually(arrived, _SECONDS)
 
     def _start(self, line: str) -> None:
+        redirected = re.search(r"> (\S+)", line)
+        if redirected:
+            (self._directory / redirected[1]).unlink(
+                missing_ok=True
+            )  # what an earlier job wrote is not this one's
         # `exec`, so that a signal reaches the program itself.
         job = subprocess.Popen(
             ["/bin/sh", "-c", f"exec {line}"],
