@@ -47,6 +47,9 @@ MODULES: Final = {
     f"{LIBRARY}/wire/addresses.py": ["tests/broker/test_addresses.py"],
     f"{LIBRARY}/wire/headers.py": ["tests/broker/test_headers.py"],
     f"{LIBRARY}/wire/ack_subjects.py": ["tests/broker/test_deliveries.py"],
+    f"{LIBRARY}/wire/replies.py": ["tests/broker/test_replies.py"],
+    f"{LIBRARY}/worker/delivery.py": ["tests/broker/test_deliveries.py"],
+    f"{LIBRARY}/worker/suspects.py": ["tests/broker/test_suspects.py"],
     f"{LIBRARY}/worker/settlements.py": ["tests/broker/test_settlements.py"],
     f"{LIBRARY}/worker/hooks.py": ["tests/broker/test_hooks.py"],
     f"{LIBRARY}/sending/envelope.py": [

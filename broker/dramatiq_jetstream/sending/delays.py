@@ -221,11 +221,6 @@ def eta_of(stored: StoredMessage) -> int | None:
     return int(moment.timestamp() * 1000)
 
 
-def _eta(connection: Connection, stream: str, subject: str) -> int | None:
-    stored = last_message(connection, stream, subject)
-    return None if stored is None else eta_of(stored)
-
-
 def now() -> int:
     """The time in milliseconds since 1970."""
     return time.time_ns() // 1_000_000
