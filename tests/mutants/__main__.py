@@ -57,6 +57,8 @@ MODULES: Final = {
         "tests/broker/test_carried_events.py",
     ],
     f"{LIBRARY}/sending/fitting.py": ["tests/broker/test_fitting.py"],
+    f"{LIBRARY}/sending/delays.py": ["tests/broker/test_delay_times.py"],
+    f"{LIBRARY}/sending/unique.py": ["tests/broker/test_unique_claims.py"],
     "tasks/accept.py": ["tests/tasks/test_accepting.py"],
     "tasks/idempotency.py": ["tests/tasks/test_requests.py"],
     "tasks/parsing.py": ["tests/tasks/test_parsing.py"],

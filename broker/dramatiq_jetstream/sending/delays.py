@@ -29,7 +29,7 @@ from dramatiq_jetstream.jetstream.names import (
     Names,
     decode,
 )
-from dramatiq_jetstream.jetstream.reading import StoredMessage, last_message
+from dramatiq_jetstream.jetstream.reading import StoredMessage, last_message, parse_time
 from dramatiq_jetstream.wire.connection import Connection
 from dramatiq_jetstream.wire.error_numbers import CONFLICT
 from dramatiq_jetstream.wire.ids import new_id
@@ -217,8 +217,7 @@ def eta_of(stored: StoredMessage) -> int | None:
     expression = stored.headers.get(HEADER_SCHEDULE, "")
     if not expression.startswith("@at "):
         return None
-    moment = datetime.fromisoformat(expression[4:])
-    return int(moment.timestamp() * 1000)
+    return parse_time(expression[4:])
 
 
 def now() -> int:
