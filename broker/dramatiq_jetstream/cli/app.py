@@ -19,6 +19,7 @@ from . import (
     history,
     messages,
     queues,
+    remove,
     scale_hint,
     schedules,
     server,
@@ -104,6 +105,7 @@ for module in (
     dead,
     delayed,
     schedules,
+    remove,
     ui,
     doctor,
 ):

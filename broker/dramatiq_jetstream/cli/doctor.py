@@ -17,6 +17,7 @@ from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID
 from dramatiq_jetstream.jetstream.reading import last_message
 
 from .context import Fleet, pass_fleet, table
+from .orphans import find_orphans
 
 COMMANDS: list[click.Command] = []
 
@@ -41,11 +42,16 @@ class Finding:
 
 
 @click.command()
+@click.option("--strict", is_flag=True, help="End with status 3 when there are warnings and no failures.")
 @pass_fleet
-def doctor(fleet: Fleet) -> None:
-    """Check the connection, the server, its limits and permissions, and the clock."""
+def doctor(fleet: Fleet, strict: bool) -> None:
+    """Check the connection, the server, its limits and permissions, the clock, and what is left over.
+
+    With --broker MODULE it knows which queues, schedules and subscriptions the program has. The status is 1 after a
+    failure, else 0.
+    """
     findings: list[Finding] = []
-    for check in (_connection, _account, _write, _settings, _queues):
+    for check in (_connection, _account, _write, _settings, _queues, _orphans):
         try:
             findings += check(fleet)
         except DramatiqError as error:
@@ -59,6 +65,8 @@ def doctor(fleet: Fleet) -> None:
     fleet.show([asdict(finding) for finding in findings], human)
     if any(finding.status == FAILURE for finding in findings):
         raise click.exceptions.Exit(1)
+    if strict and any(finding.status == WARNING for finding in findings):
+        raise click.exceptions.Exit(3)
 
 
 def _connection(fleet: Fleet) -> Iterator[Finding]:
@@ -173,7 +181,7 @@ def _unread(consumer: topology.ConsumerConfig, info: dict[str, Any]) -> Iterator
             f"consumer {consumer.name} of stream {consumer.stream}",
             WARNING,
             f"{info['num_pending']} events wait and no worker is asking for them",
-            f"start workers; if its actor is gone, `nats consumer rm {consumer.stream} {consumer.name}`.",
+            f"start workers; if its actor is gone, `fleet remove consumer {consumer.stream} {consumer.name}`.",
         )
 
 
@@ -270,6 +278,14 @@ def _unserved_levels(queue: str, consumers: list[dict[str, Any]]) -> Iterator[Fi
                 f"{consumer['num_pending']} messages of priority {level} wait and no worker asks for that level",
                 f"start workers with a max_priority of {level} or more, or restart those that run, which find it.",
             )
+
+
+def _orphans(fleet: Fleet) -> Iterator[Finding]:
+    orphans = list(find_orphans(fleet))
+    for name, why, advice in orphans:
+        yield Finding(name, WARNING, f"is left over: {why}", advice)
+    if not orphans:
+        yield Finding("left over", OK, "nothing")
 
 
 COMMANDS.append(doctor)
