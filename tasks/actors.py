@@ -5,6 +5,10 @@
     payments   capture_payment  ORDER.reserved
     orders     confirm_order    ORDER.paid
     orders     release_stock    ORDER.declined
+    orders     cancel_order     ORDER.cancel_requested
+    payments   refund_payment   ORDER.refund_requested
+    payments   refund_cancelled ORDER.cancelled
+    payments   settle_order     (no event: a refund that may have been forgotten)
     orders     announce_failure (a dead letter, of whatever cause)
     projection project_event    ORDER.>
     orders     look_after_orders (once a minute: orders that do not move)
@@ -23,7 +27,15 @@ import dramatiq
 from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.events import Event, subscription
-from orders.v1.events_pb2 import OrderCreated, OrderDeclined, OrderPaid, OrderReserved
+from orders.v1.events_pb2 import (
+    OrderCancelled,
+    OrderCancelRequested,
+    OrderCreated,
+    OrderDeclined,
+    OrderPaid,
+    OrderRefundRequested,
+    OrderReserved,
+)
 
 from . import app, logs
 from .events import SUBJECTS, Happened, UnusableEvent, decode, happened, order_id_of
@@ -91,6 +103,46 @@ def release_stock(event: OrderDeclined) -> None:
         run.outcome = app.saga().release(event)
 
 
+@_step("ORDER.cancel_requested", OrderCancelRequested, "orders", FINISH)
+def cancel_order(event: OrderCancelRequested) -> None:
+    """End an order, and give back what it holds."""
+    with observed("cancel", event) as run:
+        run.outcome = app.saga().undo(event)
+        app.operator().drop_letters(event.order_id)
+
+
+@_step("ORDER.refund_requested", OrderRefundRequested, "payments", FINISH, retry_when=_pay_again)
+def refund_payment(event: OrderRefundRequested) -> None:
+    """Have the gateway give back what is owed of an order's payment."""
+    _refund(event, lambda: event.refund_requested_at.ToMilliseconds())
+
+
+@_step("ORDER.cancelled", OrderCancelled, "payments", FINISH, retry_when=_pay_again)
+def refund_cancelled(event: OrderCancelled) -> None:
+    """Have the gateway give back what a cancelled order was charged, if it was."""
+    _refund(event, lambda: event.cancelled_at.ToMilliseconds())
+
+
+def _refund(event: OrderRefundRequested | OrderCancelled, since: Callable[[], int]) -> None:
+    with observed("refund", event) as run:
+        try:
+            run.outcome = app.saga().settle(event)
+        except GatewayUnavailable as error:
+            # Not before: the time of a stranger's event may be none.
+            error.waited = app.now() - since()
+            raise
+
+
+@dramatiq.actor(**{**app.step_options("payments", CONTINUE), "max_retries": 0}, max_age=600_000)
+def settle_order(order_id: str) -> None:
+    """Look once more whether money of an order has to go back."""
+    logs.bind(order_id=order_id)
+    try:
+        app.saga().settle_order(order_id)
+    except GatewayUnavailable as error:
+        logger.warning("A refund of order %s waits: %s", order_id, error)
+
+
 def _itself(event: Event) -> Event:
     return event
 
@@ -136,8 +188,13 @@ def project_event(what: Happened | None) -> None:
     **{**app.step_options("orders", FINISH), "max_retries": 0},
 )
 def look_after_orders() -> None:
-    """Report the orders that have not moved for longer than they should, and call those again that nothing calls."""
+    """Report the orders that do not move, call those again that nothing calls, end those that are too late, and look
+    again at those of which money may have to go back.
+    """
     try:
         app.standstill().run()
+        app.deadline().run()
+        for unsettled in app.saga().unsettled():
+            settle_order.send(unsettled.order_id)
     except BrokerError as error:
         logger.warning("Orders that do not move were not looked after: %s", error)

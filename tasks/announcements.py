@@ -15,21 +15,24 @@ from google.protobuf.message import Message
 
 from orders.v1.events_pb2 import (
     OrderCancelled,
+    OrderCancelRequested,
     OrderConfirmed,
     OrderCreated,
     OrderDeclined,
     OrderFailed,
     OrderItem,
     OrderPaid,
+    OrderRefunded,
+    OrderRefundRequested,
     OrderRejected,
     OrderReserved,
 )
 
 from . import money
 from .claims import Claim, digest_of_event
-from .events import Happened, name_of, timestamp
-from .ledger import PricedItem, Record
-from .notes import GivenUp
+from .events import Happened, key_of, name_of, timestamp
+from .ledger import PricedItem, Record, Refund
+from .notes import CancelRequest, GivenUp
 from .pricing import claimed
 from .stock import Found, Stock
 
@@ -86,8 +89,7 @@ class Testimony:
             # Nothing is kept of what an order asked for that breaks the rules, so its event is all there is.
             said = placed_event(self._order_id, claim) if claim.lines else event
         else:
-            key = f"failed.{event.step}" if isinstance(event, OrderFailed) else name_of(event)
-            said = self.said(key, lambda said: _same_time(event, said))
+            said = self.said(key_of(event), lambda said: _same_time(event, said))
         return None if said is None else replace(happened, event=said)
 
     def said(self, key: str, is_meant: Callable[[Message], bool] = lambda _: True) -> Message | None:
@@ -103,8 +105,15 @@ class Testimony:
             failure = self._stock.notes.failures(self._order_id).get(step)
             failed = None if failure is None else failed_event(self._order_id, step, failure)
             return failed if failed is not None and is_meant(failed) else None
+        if name == "cancel_requested":
+            request = self._stock.notes.cancel_request(self._order_id)
+            asked = None if request is None else cancel_requested_event(self._order_id, request)
+            return asked if asked is not None and is_meant(asked) else None
 
         def meant(found: Found | None) -> Message | None:
+            if name in ("refund_requested", "refunded"):
+                event = None if found is None else refund_event(self._order_id, found.record, name, step)
+                return event if event is not None and is_meant(event) else None
             states = [] if found is None else [s for s in _STATES.get(name, ()) if s in found.record.at]
             events = (event_of(self._order_id, found.record, state) for state in states if found is not None)
             return next(filter(is_meant, events), None)
@@ -188,6 +197,48 @@ def event_of(order_id: str, record: Record, state: str | None = None) -> Message
         case "cancelled":
             return OrderCancelled(order_id=order_id, reason=record.reason, cancelled_at=at)
     raise ValueError(f"no event says that an order is {state}")
+
+
+def cancel_requested_event(order_id: str, request: CancelRequest) -> OrderCancelRequested:
+    """Return the event that says that an order is to be cancelled."""
+    return OrderCancelRequested(
+        order_id=order_id,
+        by=request.by,
+        reason=request.reason,
+        cancel_requested_at=timestamp(request.at),
+    )
+
+
+def refund_requested_event(order_id: str, record: Record, refund: Refund) -> OrderRefundRequested:
+    """Return the event that says that a refund was decided."""
+    return OrderRefundRequested(
+        order_id=order_id,
+        refund=refund.key,
+        amount_minor=refund.amount,
+        currency=record.currency,
+        reason=refund.reason,
+        refund_requested_at=timestamp(refund.at),
+    )
+
+
+def refunded_event(order_id: str, record: Record, refund: Refund) -> OrderRefunded:
+    """Return the event that says that a refund was made."""
+    return OrderRefunded(
+        order_id=order_id,
+        refund=refund.key,
+        refund_id=refund.refund_id,
+        amount_minor=refund.amount,
+        currency=record.currency,
+        refunded_at=timestamp(refund.made_at),
+    )
+
+
+def refund_event(order_id: str, record: Record, name: str, key: str) -> Message | None:
+    """Return the event with a name about a refund, None when the record does not say that."""
+    refund = record.refund(key)
+    if refund is None or (name == "refunded" and not refund.refund_id):
+        return None
+    return (refunded_event if name == "refunded" else refund_requested_event)(order_id, record, refund)
 
 
 def failed_event(order_id: str, step: str, failure: GivenUp) -> OrderFailed:

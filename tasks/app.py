@@ -25,6 +25,7 @@ from dramatiq_jetstream.periodic import Periodic
 from . import credentials, events, idempotency, logs, metrics, orders, outage, stock, telemetry, tokens
 from .catalogue import CATALOGUE
 from .credentials import Keys, Operators
+from .deadline import Deadline
 from .events import Happened
 from .gateway import HttpGateway
 from .levels import PREFIX
@@ -279,6 +280,12 @@ def standstill() -> Standstill:
         after=SETTINGS.stuck_after,
         now=now,
     )
+
+
+@_once
+def deadline() -> Deadline:
+    """Return what ends orders that are not final in time."""
+    return Deadline(unfinished_orders(), saga().request_cancel, after=SETTINGS.order_deadline, now=now)
 
 
 def look_after_every() -> int:

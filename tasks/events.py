@@ -17,11 +17,14 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from orders.v1.events_pb2 import (
     OrderCancelled,
+    OrderCancelRequested,
     OrderConfirmed,
     OrderCreated,
     OrderDeclined,
     OrderFailed,
     OrderPaid,
+    OrderRefunded,
+    OrderRefundRequested,
     OrderRejected,
     OrderReserved,
 )
@@ -40,7 +43,10 @@ TYPES: Final[dict[str, type[Message]]] = {
     "paid": OrderPaid,
     "declined": OrderDeclined,
     "confirmed": OrderConfirmed,
+    "cancel_requested": OrderCancelRequested,
     "cancelled": OrderCancelled,
+    "refund_requested": OrderRefundRequested,
+    "refunded": OrderRefunded,
     "failed": OrderFailed,
 }
 _NAMES: Final = {message_type: name for name, message_type in TYPES.items()}
@@ -101,8 +107,17 @@ def order_id_of(event: Message) -> str:
 
 def event_id(event: Message) -> str:
     """Return the id under which JetStream stores an event once: the same for every repetition of it."""
-    order_id, name = order_id_of(event), name_of(event)
-    return f"{order_id}.{name}.{event.step}" if isinstance(event, OrderFailed) else f"{order_id}.{name}"
+    return f"{order_id_of(event)}.{key_of(event)}"
+
+
+def key_of(event: Message) -> str:
+    """Return what tells an event from the others of its order: its name, and which one of those that may be several."""
+    match event:
+        case OrderFailed():
+            return f"failed.{event.step}"
+        case OrderRefundRequested() | OrderRefunded():
+            return f"{name_of(event)}.{event.refund}"
+    return name_of(event)
 
 
 def request_id_in(headers: Mapping[str, str]) -> str | None:
@@ -177,6 +192,7 @@ __all__ = [
     "headers",
     "is_request_id",
     "isoformat",
+    "key_of",
     "name_of",
     "order_id_of",
     "request_id_in",

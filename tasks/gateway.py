@@ -1,9 +1,12 @@
-"""The payment gateway's HTTP client: captures an order's payment once, however often it is asked.
+"""The payment gateway's HTTP client: captures an order's payment once, however often it is asked, and gives it back.
 
 `POST {PAYMENT_URL}/charges` with the order id as `Idempotency-Key`. A captured or declined charge is an
 answer; everything else (refused, timed out, 5xx, an answer that is none) raises, and the step is tried again
 later. Whether such an attempt was charged is not known here, and need not be: the key makes the next one
 return the same charge.
+
+`POST {PAYMENT_URL}/refunds` gives back a part of a charge, with a key for each refund, and
+`GET {PAYMENT_URL}/charges?order_id=` says whether an order was charged.
 """
 
 from __future__ import annotations
@@ -43,9 +46,11 @@ class HttpGateway:
     """
 
     def __init__(self, url: str, *, timeout: int) -> None:
-        self._url = f"{url}/charges"
+        self._charges = f"{url}/charges"
         self._timeout = timeout / 1000
-        self._prepared = requests.Request("POST", self._url).prepare()
+        # Preparing a request costs as much as sending it, so what is the same for all is prepared once.
+        self._charge = requests.Request("POST", self._charges).prepare()
+        self._refund = requests.Request("POST", f"{url}/refunds").prepare()
         self._local = threading.local()
 
     def charge(self, order_id: str, amount: int, currency: str, token: str) -> Charge | Decline:
@@ -55,7 +60,7 @@ class HttpGateway:
           GatewayUnavailable: When no usable answer came.
         """
         body = {"order_id": order_id, "amount": amount, "currency": currency, "token": token}
-        response = self._post(body, order_id)
+        response = self._send(_filled(self._charge, body, order_id))
         answer = _json(response)
         if response.status_code in (200, 201) and answer.get("status") == "captured":
             if (answer.get("amount"), answer.get("currency")) != (amount, currency) or not answer.get("id"):
@@ -66,29 +71,54 @@ class HttpGateway:
         if response.status_code == 402:
             code = str(answer.get("code") or "declined")
             return Decline(code, str(answer.get("message") or code))
-        message = str(answer.get("message", ""))[:200]
-        refused = 400 <= response.status_code < 500 and response.status_code not in _FOR_NOW
-        kind = UnusableAnswer if refused else GatewayUnavailable
-        raise kind(f"the payment gateway answered {response.status_code} {message}".rstrip())
+        raise _failure(response, answer)
+
+    def find_charge(self, order_id: str) -> Charge | None:
+        """Return the captured charge of an order, None when the gateway knows none.
+
+        Raises:
+          GatewayUnavailable: When no usable answer came.
+        """
+        asked = requests.Request("GET", self._charges, params={"order_id": order_id}).prepare()
+        response = self._send(asked)
+        answer = _json(response)
+        charges = answer.get("charges")
+        if response.status_code != 200 or not isinstance(charges, list):
+            raise _failure(response, answer)
+        for one in charges:
+            if isinstance(one, dict) and (one.get("order_id"), one.get("status")) == (order_id, "captured"):
+                return Charge(str(one["id"]), int(one["amount"]))
+        return None
+
+    def refund(self, charge_id: str, amount: int, currency: str, key: str) -> str:
+        """Give back `amount` minor units of a charge; returns the gateway's id of the refund.
+
+        Raises:
+          GatewayUnavailable: When no usable answer came.
+        """
+        body = {"charge_id": charge_id, "amount": amount, "currency": currency}
+        response = self._send(_filled(self._refund, body, key))
+        answer = _json(response)
+        if response.status_code in (200, 201) and answer.get("status") == "refunded":
+            if (answer.get("charge_id"), answer.get("amount")) != (charge_id, amount) or not answer.get("id"):
+                raise UnusableAnswer(f"the payment gateway answered for another refund than {key}: {answer}")
+            return str(answer["id"])
+        raise _failure(response, answer)
 
     def _new_session(self) -> requests.Session:
         session = requests.Session()
         # The environment is asked once, not for every charge: proxies, certificates, no .netrc.
-        session.proxies.update(requests.utils.get_environ_proxies(self._url))
+        session.proxies.update(requests.utils.get_environ_proxies(self._charges))
         session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         session.trust_env = False
         return session
 
-    def _post(self, body: dict[str, Any], key: str) -> requests.Response:
+    def _send(self, request: requests.PreparedRequest) -> requests.Response:
         # One session, so one kept-open connection, for each thread: sessions are not safe to share.
         session: requests.Session | None = getattr(self._local, "session", None)
         kept_open = session is not None
         if session is None:
             session = self._local.session = self._new_session()
-        # Preparing a request costs as much as sending it, so what is the same for all is prepared once.
-        request = self._prepared.copy()
-        request.headers["Idempotency-Key"] = key
-        request.prepare_body(data=None, files=None, json=body)
         try:
             return session.send(request, timeout=self._timeout, allow_redirects=False)
         except requests.ConnectionError as error:
@@ -96,7 +126,7 @@ class HttpGateway:
             if kept_open and error.args and isinstance(error.args[0], ProtocolError):
                 session.close()
                 del self._local.session
-                return self._post(body, key)
+                return self._send(request)
             raise GatewayUnavailable(f"the payment gateway cannot be reached: {_cause(error)}") from None
         except requests.Timeout:
             raise GatewayUnavailable(
@@ -104,6 +134,21 @@ class HttpGateway:
             ) from None
         except requests.RequestException as error:
             raise GatewayUnavailable(f"the payment gateway's answer could not be read: {error}") from None
+
+
+def _filled(prepared: requests.PreparedRequest, body: dict[str, Any], key: str) -> requests.PreparedRequest:
+    request = prepared.copy()
+    request.headers["Idempotency-Key"] = key
+    request.prepare_body(data=None, files=None, json=body)
+    return request
+
+
+def _failure(response: requests.Response, answer: dict[str, Any]) -> GatewayUnavailable:
+    """Return the error that an answer stands for which is none."""
+    message = str(answer.get("message", ""))[:200]
+    refused = 400 <= response.status_code < 500 and response.status_code not in _FOR_NOW
+    kind = UnusableAnswer if refused else GatewayUnavailable
+    return kind(f"the payment gateway answered {response.status_code} {message}".rstrip())
 
 
 def _json(response: requests.Response) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Final
 from orders.v1.events_pb2 import OrderCreated
 
 from .claims import customer_of
-from .model import FINAL_STATUSES, MAX_ID_LENGTH, MAX_ITEMS, Counts, Order, Page, Wanted
+from .model import FINAL_STATUSES, MAX_ID_LENGTH, MAX_ITEMS, OVER_STATUSES, Counts, Order, Page, Wanted
 from .stream import EventStream
 
 #: How many places of the stream make a block, and how many blocks are read for one page.
@@ -39,6 +39,8 @@ COUNTED: Final = 1_000
 
 #: How long a status that is not final is good enough to count it, in seconds.
 _FRESH_SECONDS: Final = 2.0
+# The same for a confirmed order, which few leave: it may be cancelled or refunded.
+_SETTLED_SECONDS = 30.0
 
 #: How many characters of an id are remembered; a longer id is not a customer's, and not a product's.
 _CUT: Final = MAX_ID_LENGTH + 1
@@ -95,7 +97,10 @@ class _State:
 
     def is_good(self, now: float) -> bool:
         """Whether the order still has this status, or had it a moment ago."""
-        return self.status in FINAL_STATUSES or now - self.read_at < _FRESH_SECONDS
+        if self.status in OVER_STATUSES:
+            return True
+        fresh = _SETTLED_SECONDS if self.status in FINAL_STATUSES else _FRESH_SECONDS
+        return now - self.read_at < fresh
 
 
 class OrderList:
@@ -182,6 +187,7 @@ class OrderList:
             and state.place == place
             and state.status in FINAL_STATUSES
             and state.status != wanted.status
+            and state.is_good(time.monotonic())
         )
 
     def _mentions(self, before: int | None, wanted: Wanted) -> Iterator[tuple[int, _Mention | None]]:

@@ -7,11 +7,17 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 #: Every status that an order can have.
-STATUSES = ("accepted", "reserved", "paid", "confirmed", "rejected", "cancelled", "failed")
+STATUSES = ("accepted", "reserved", "paid", "confirmed", "rejected", "cancelled", "refunded", "failed")
 
-#: The statuses from which an order does not move on. A failed order moves on when its dead letter is
-#: replayed, or an operator cancels it.
-FINAL_STATUSES = frozenset({"confirmed", "rejected", "cancelled"})
+#: The statuses from which an order does not move on by itself. A failed order moves on when its dead letter is
+#: replayed, or it is cancelled; a confirmed one when it is cancelled or refunded.
+FINAL_STATUSES = frozenset({"confirmed", "rejected", "cancelled", "refunded"})
+
+#: The statuses that an order never leaves.
+OVER_STATUSES = frozenset({"rejected", "cancelled", "refunded"})
+
+#: The statuses in which an order can be cancelled.
+CANCELLABLE_STATUSES = frozenset({"accepted", "reserved", "paid", "confirmed", "failed"})
 
 MAX_ITEMS = 100
 #: Pieces of one order, however many lines they are spread over.
@@ -55,8 +61,8 @@ class OrderedItem:
 
 @dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """One event of an order: `event` is created, reserved, paid, declined, confirmed, rejected, cancelled
-    or failed.
+    """One event of an order: `event` is created, reserved, paid, declined, confirmed, rejected, cancel_requested,
+    cancelled, refund_requested, refunded or failed.
 
     `detail` holds what the event adds, for instance {"reason": ...} or {"charge_id": ...}; `sequence` is its
     place in the stream, 0 while that is not known.
@@ -72,7 +78,7 @@ class HistoryEntry:
 class Order:
     """An order as the read model shows it.
 
-    `status` is accepted, reserved, paid, confirmed, rejected, cancelled or failed; `total` is in minor units;
+    `status` is accepted, reserved, paid, confirmed, rejected, cancelled, refunded or failed; `total` is in minor units;
     `reason` says in one sentence why it was rejected, cancelled or failed. `revision` grows with every change and
     is 0 while only the accepted event is known. `trace_id` is the hexadecimal id of the order's trace, when it has one.
     """
@@ -91,7 +97,18 @@ class Order:
     @property
     def is_final(self) -> bool:
         """Whether nothing further will happen to it by itself."""
-        return self.status in FINAL_STATUSES
+        return self.status in FINAL_STATUSES and not self.is_being_cancelled
+
+    @property
+    def can_be_cancelled(self) -> bool:
+        """Whether a cancel would end it."""
+        return self.status in CANCELLABLE_STATUSES and not self.is_being_cancelled
+
+    @property
+    def is_being_cancelled(self) -> bool:
+        """Whether its cancel was requested, and it has not ended yet."""
+        requested = any(entry.event == "cancel_requested" for entry in self.history)
+        return requested and self.status in CANCELLABLE_STATUSES
 
     @property
     def place(self) -> int:

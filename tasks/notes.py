@@ -1,8 +1,9 @@
-"""What an operator has to know of an order beside its record: which steps were given up, and which refunds are due.
+"""What is known of an order beside its record: who wants it cancelled, which steps were given up, what is unsettled.
 
 Keys, in the bucket of the stock: `failed.{order_id}` holds the first failure of each step that was ever given up,
-`refund.{order_id}` the charge of an order that was cancelled, until an operator has seen to it. Every change is a
-compare-and-set. Neither is part of the record, so a note never keeps a step from moving the record on.
+`cancel.{order_id}` who wanted first that the order is cancelled, and `refund.{order_id}` stands while money of the
+order may have to go back, so that such orders are found without a look at all. Every change is a compare-and-set. None
+is part of the record, so a note never keeps a step from moving the record on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,12 +38,25 @@ class GivenUp:
 
 
 @dataclass(frozen=True, slots=True)
-class Refund:
-    """A refund that may be due: since when (milliseconds), and the charge, empty when only the gateway knows."""
+class CancelRequest:
+    """Who wants an order cancelled (`customer`, `operator` or `deadline`), since when (milliseconds), and why.
+
+    `name` is what the front end calls that person or program.
+    """
+
+    at: int
+    by: str
+    reason: str
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unsettled:
+    """An order of which money may have to go back: since when, and when that was last looked at (milliseconds)."""
 
     order_id: str
     at: int
-    charge_id: str
+    looked_at: int
 
 
 class Notes:
@@ -82,31 +97,55 @@ class Notes:
                     raise NoteBusy(f"the failures of order {order_id} kept changing.") from conflict
                 time.sleep(random.uniform(0, 0.01))
 
-    def refund_due(self, refund: Refund) -> None:
-        """Note a refund; a charge that is known replaces one that is not."""
-        key = f"refund.{refund.order_id}"
-        value = json.dumps([refund.at, refund.charge_id]).encode()
+    def cancel_request(self, order_id: str) -> CancelRequest | None:
+        """Return who wants an order cancelled."""
+        entry = self._bucket.get(f"cancel.{order_id}") or self._bucket.get(
+            f"cancel.{order_id}", linearizable=True
+        )
+        return None if entry is None else CancelRequest(*json.loads(entry.value))
+
+    def ask_to_cancel(self, order_id: str, request: CancelRequest) -> CancelRequest:
+        """Note who wants an order cancelled; returns the note, or the one of before when there is one."""
+        value = json.dumps([request.at, request.by, request.reason, request.name]).encode()
+        try:
+            self._bucket.create(f"cancel.{order_id}", value)
+        except KeyExists:
+            return self.cancel_request(order_id) or request
+        return request
+
+    def unsettle(self, order_id: str, at: int, looked_at: int) -> None:
+        """Note that money of an order may have to go back."""
+        key = f"refund.{order_id}"
+        deadline = time.monotonic() + TIMEOUT_MS / 1000
         while True:
             entry = self._bucket.get(key)
+            since = at if entry is None else _unsettled(entry).at
+            value = json.dumps([since, looked_at]).encode()
             try:
                 if entry is None:
                     self._bucket.create(key, value)
-                elif refund.charge_id and not _refund(entry).charge_id:
+                else:
                     self._bucket.update(key, value, revision=entry.revision)
                 return
-            except (KeyExists, RevisionConflict):
-                continue  # there are two who note it at most, each once
+            except (KeyExists, RevisionConflict) as conflict:
+                if time.monotonic() > deadline:
+                    raise NoteBusy(f"the note on order {order_id} kept changing.") from conflict
+                time.sleep(random.uniform(0, 0.01))
 
-    def refunds(self) -> Iterator[Refund]:
-        """Yield the refunds that are still to be made."""
-        return map(_refund, self._bucket.items("refund."))
+    def unsettled(self) -> Iterator[Unsettled]:
+        """Yield the orders of which money may have to go back."""
+        return map(_unsettled, self._bucket.items("refund."))
 
-    def refunded(self, order_id: str) -> bool:
-        """Note that an operator has made a refund; False when there is none."""
-        key = f"refund.{order_id}"
-        known = self._bucket.get(key) is not None
-        self._bucket.delete(key)
-        return known
+    def find_unsettled(self, order_id: str) -> int | None:
+        """Return the revision of the note that money of an order may have to go back, None when there is none."""
+        entry = self._bucket.get(f"refund.{order_id}")
+        return None if entry is None else entry.revision
+
+    def settled(self, order_id: str, revision: int | None) -> None:
+        """Drop the note of a revision, unless it was noted again since: nothing more is to go back of the order."""
+        if revision is not None:
+            with suppress(RevisionConflict):
+                self._bucket.delete(f"refund.{order_id}", revision=revision)
 
 
 def _failures(entry: Entry | None) -> dict[str, GivenUp]:
@@ -114,6 +153,8 @@ def _failures(entry: Entry | None) -> dict[str, GivenUp]:
     return {step: GivenUp(*failure) for step, failure in stored.items()}
 
 
-def _refund(entry: Entry) -> Refund:
-    at, charge_id = json.loads(entry.value)
-    return Refund(entry.key.removeprefix("refund."), at, charge_id)
+def _unsettled(entry: Entry) -> Unsettled:
+    at, looked_at = json.loads(entry.value)
+    # Until now the second was a charge, which the record has or the gateway knows.
+    looked_at = looked_at if isinstance(looked_at, int) else 0
+    return Unsettled(entry.key.removeprefix("refund."), at, looked_at)

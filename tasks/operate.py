@@ -1,10 +1,10 @@
-"""Looks after orders that do not move on: `python -m tasks.operate stuck`, `redrive`, `cancel`, `refunded`.
+"""Looks after orders that do not move on: `python -m tasks.operate stuck`, `redrive`, `cancel`, `refund`.
 
-    stuck      list the orders that have not moved for longer than they should, and the refunds that may be due
+    stuck      list the orders that have not moved for longer than they should, and those that may owe a refund
     redrive    have the step that an order waits for done again: replay its dead letters, or publish its event again.
                (What nothing calls any more is called again by the service itself, see `tasks.standstill`.)
-    cancel     end an order that is not paid: its stock is given back, its dead letters go
-    refunded   note that a refund was seen to
+    cancel     end an order: its stock and what was charged are given back, its dead letters go
+    refund     give back what was charged, or a part of it
 
 `tasks.stuck` does it. Every command may be repeated, and killed at any moment.
 """
@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator
 from dramatiq.errors import BrokerError
 
 from .events import usable_order_id
-from .saga import NotCancellable
-from .stock import Stock
+from .saga import NotCancellable, NotRefundable
+from .stock import Found, Stock
 from .stuck import Operator
 
 
@@ -28,7 +28,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m tasks.operate", description="Look after orders that do not move on."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    stuck = commands.add_parser("stuck", help="list orders that do not move, and refunds that may be due")
+    stuck = commands.add_parser("stuck", help="list orders that do not move, or may owe a refund")
     redrive = commands.add_parser("redrive", help="have the step that an order waits for done again")
     for command in (stuck, redrive):
         command.add_argument(
@@ -38,15 +38,22 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         )
     redrive.add_argument("--all", action="store_true", help="every order that `stuck` lists")
     redrive.add_argument("orders", nargs="*", metavar="ORDER")
-    cancel = commands.add_parser("cancel", help="end orders that are not paid")
+    cancel = commands.add_parser("cancel", help="end orders, and give back what they took")
     cancel.add_argument("--reason", default="an operator cancelled the order", help="for people to read")
-    refunded = commands.add_parser("refunded", help="note that a refund was made")
-    for command in (cancel, refunded):
-        command.add_argument("orders", nargs="+", metavar="ORDER")
+    cancel.add_argument("orders", nargs="+", metavar="ORDER")
+    refund = commands.add_parser("refund", help="give back what was charged for an order, or a part of it")
+    refund.add_argument("--amount", type=int, metavar="MINOR", help="in minor units (cents); all without it")
+    refund.add_argument("--reason", default="an operator refunded it", help="for people to read")
+    refund.add_argument(
+        "--key", required=True, help="names this refund: the same command again refunds nothing more"
+    )
+    refund.add_argument("orders", nargs=1, metavar="ORDER")
     chosen = parser.parse_args(arguments)
     for order_id in getattr(chosen, "orders", ()):
         if not usable_order_id(order_id):
             parser.error(f"{order_id!r} is no order id.")
+    if chosen.command == "refund" and not usable_order_id(chosen.key):
+        parser.error("--key is 1 to 64 letters, digits, '-', '_', '.' or '~'.")
     if chosen.command == "redrive" and bool(chosen.orders) == chosen.all:
         parser.error("name the orders, or give --all.")
     return chosen
@@ -60,13 +67,8 @@ def _run(
         case "stuck":
             for stuck in operator.stuck(before):
                 yield str(stuck), True
-            for refund in stock.notes.refunds():
-                charge = (
-                    f"charge {refund.charge_id}"
-                    if refund.charge_id
-                    else "ask the gateway whether it was charged"
-                )
-                yield f"{refund.order_id}  cancelled, refund: {charge}", True
+            for one in stock.notes.unsettled():
+                yield f"{one.order_id}  {_owed(stock.find(one.order_id))}", True
         case "redrive":
             orders: Iterable[str] = chosen.orders
             if chosen.all:
@@ -79,10 +81,23 @@ def _run(
                     yield f"{order_id}  {operator.cancel(order_id, chosen.reason)}", True
                 except NotCancellable as refusal:
                     yield str(refusal), False
-        case "refunded":
-            for order_id in chosen.orders:
-                known = stock.notes.refunded(order_id)
-                yield f"{order_id}  {'noted' if known else 'no refund is due'}", known
+        case "refund":
+            (order_id,) = chosen.orders
+            try:
+                yield (
+                    f"{order_id}  {operator.refund(order_id, chosen.key, chosen.amount, chosen.reason)}",
+                    True,
+                )
+            except NotRefundable as refusal:
+                yield str(refusal), False
+
+
+def _owed(found: Found | None) -> str:
+    """Say what is to go back of an order that is not settled."""
+    if found is None or not found.record.charge_id:
+        return "cancelled: the gateway is asked whether it was charged"
+    due = sum(refund.amount for refund in found.record.due)
+    return f"{found.record.state}: {due} minor units of {found.record.charge_id} are to be refunded"
 
 
 def main(arguments: list[str] | None = None) -> int:

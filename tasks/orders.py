@@ -27,12 +27,15 @@ from google.protobuf.message import Message
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 from orders.v1.events_pb2 import (
     OrderCancelled,
+    OrderCancelRequested,
     OrderConfirmed,
     OrderCreated,
     OrderDeclined,
     OrderFailed,
     OrderItem,
     OrderPaid,
+    OrderRefunded,
+    OrderRefundRequested,
     OrderRejected,
     OrderReserved,
     RejectionCode,
@@ -40,7 +43,7 @@ from orders.v1.events_pb2 import (
 
 from . import money
 from .catalogue import CATALOGUE, CURRENCY
-from .events import Happened, name_of, order_id_of
+from .events import Happened, key_of, order_id_of
 from .model import (
     FINAL_STATUSES,
     MAX_ID_LENGTH,
@@ -203,11 +206,6 @@ def with_event(stored: Stored | None, happened: Happened) -> Stored:
     return merged
 
 
-def key_of(event: Message) -> str:
-    """Return the key of an event in its order's record."""
-    return f"failed.{event.step}" if isinstance(event, OrderFailed) else name_of(event)
-
-
 def _ordered(event: OrderCreated | OrderReserved) -> Stored:
     """Return what was ordered, of an order that broke the rules as far as it can be shown."""
     items = [
@@ -245,11 +243,26 @@ def _detail(event: Message) -> dict[str, str]:
             return {"charge_id": shown(event.charge_id, MAX_TEXT)}
         case OrderDeclined():
             return {"code": shown(event.code, MAX_TEXT), "reason": shown(event.reason, MAX_TEXT)}
+        case OrderCancelRequested():
+            return {"by": shown(event.by, MAX_ID_LENGTH), "reason": shown(event.reason, MAX_TEXT)}
+        case OrderRefundRequested():
+            return {**_refund(event), "reason": shown(event.reason, MAX_TEXT)}
+        case OrderRefunded():
+            return {**_refund(event), "refund_id": shown(event.refund_id, MAX_TEXT)}
         case OrderCancelled():
             return {"reason": shown(event.reason, MAX_TEXT)}
         case OrderFailed():
             return {"step": shown(event.step, MAX_ID_LENGTH), "reason": shown(event.error, MAX_TEXT)}
     return {}
+
+
+def _refund(event: OrderRefundRequested | OrderRefunded) -> dict[str, str]:
+    # Details are text.
+    return {
+        "refund": shown(event.refund, MAX_ID_LENGTH),
+        "amount_minor": str(event.amount_minor),
+        "currency": shown(event.currency, MAX_ID_LENGTH),
+    }
 
 
 def stored_in(entry: Entry) -> Stored | None:
@@ -280,11 +293,20 @@ def _read(entry: Entry) -> tuple[Stored, Order] | None:
         return None
 
 
-def status_of(events: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the status that a set of events amounts to."""
-    for final in ("confirmed", "cancelled", "rejected"):
+def status_of(events: Mapping[str, Mapping[str, Any]], total: int) -> str:
+    """Return the status that a set of events amounts to.
+
+    Parameters:
+      total: What the order costs, in minor units.
+    """
+    for final in ("cancelled", "rejected"):
         if final in events:
             return final
+    refunds = [fact for key, fact in events.items() if key.startswith("refunded.")]
+    if refunds and sum(int(fact["amount_minor"]) for fact in refunds) >= total:
+        return "refunded"
+    if "confirmed" in events:
+        return "confirmed"
     if _open_failures(events):
         return "failed"
     for event, status in (("paid", "paid"), ("reserved", "reserved")):
@@ -296,10 +318,11 @@ def status_of(events: Mapping[str, Mapping[str, Any]]) -> str:
 def _end_of(stored: Stored) -> tuple[str, float] | None:
     """Return the status of a record that is final, and how many seconds its order took; None before that is known."""
     events = stored["events"]
-    status = status_of(events)
+    status = status_of(events, stored.get("total", 0))
     if status not in FINAL_STATUSES or "created" not in events:
         return None
-    return status, max(0, events[status]["at"] - events["created"]["at"]) / 1000
+    ended = max(fact["at"] for key, fact in events.items() if key.partition(".")[0] == status)
+    return status, max(0, ended - events["created"]["at"]) / 1000
 
 
 def _open_failures(events: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -318,13 +341,13 @@ def order_of(order_id: str, stored: Stored, revision: int) -> Order:
       Exception: One of those that Python raises for a value of the wrong kind, when it describes none.
     """
     events: dict[str, dict[str, Any]] = stored["events"]
-    status = status_of(events)
+    total, currency = _whole(stored.get("total", 0)), stored.get("currency", CURRENCY)
+    status = status_of(events, total)
     reason = None
     if status in ("rejected", "cancelled"):
         reason = events[status]["reason"]
     elif status == "failed":
         reason = "; ".join(str(fact["reason"]) for fact in _open_failures(events))
-    total, currency = _whole(stored.get("total", 0)), stored.get("currency", CURRENCY)
     money.to_float(total, currency)  # of a currency that exists
     items = stored.get("items", [])
     if len(items) > MAX_ITEMS:

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
 from circuitbreaker import CircuitBreaker
 from dramatiq.errors import BrokerError
@@ -26,6 +26,8 @@ from .gateway import GatewayUnavailable, UnusableAnswer
 from .ports import Bucket, Charge, Decline, Gateway
 
 BUCKET: Final = "gateway"
+
+T = TypeVar("T")
 
 FAILURES: Final = 5
 REST_SECONDS: Final = 5
@@ -121,22 +123,33 @@ class GuardedGateway:
         Raises:
           GatewayUnavailable: When no usable answer came, or the gateway is left alone.
         """
+        return self._guarded(lambda: self._gateway.charge(order_id, amount, currency, token))
+
+    def find_charge(self, order_id: str) -> Charge | None:
+        """Return the captured charge of an order; see `tasks.ports.Gateway`."""
+        return self._guarded(lambda: self._gateway.find_charge(order_id))
+
+    def refund(self, charge_id: str, amount: int, currency: str, key: str) -> str:
+        """Give back a part of a charge; see `tasks.ports.Gateway`."""
+        return self._guarded(lambda: self._gateway.refund(charge_id, amount, currency, key))
+
+    def _guarded(self, ask: Callable[[], T]) -> T:
         if self._breaker.closed:
-            return self._charge(order_id, amount, currency, token)
+            return self._ask(ask)
         # One at a time may find out whether it is back.
         if self._breaker.opened or not self._trial.acquire(blocking=False):
             raise GatewayUnavailable(
                 f"the payment gateway is left alone for a while: {self._breaker.last_failure}"
             )
         try:
-            return self._charge(order_id, amount, currency, token)
+            return self._ask(ask)
         finally:
             self._trial.release()
 
-    def _charge(self, order_id: str, amount: int, currency: str, token: str) -> Charge | Decline:
+    def _ask(self, ask: Callable[[], T]) -> T:
         try:
             with self._breaker:
-                outcome = self._gateway.charge(order_id, amount, currency, token)
+                outcome = ask()
         except UnusableAnswer:
             self._outage.over()
             raise

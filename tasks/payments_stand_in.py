@@ -5,11 +5,14 @@ every repetition; a charge is on disk (SQLite, synchronous=FULL) before it is an
 declined (`tok_declined`, `tok_insufficient`, `tok_expired`).
 
     GET  /charges      every charge, captured or declined; ?order_id=, ?after= (a row), ?limit=
+    POST /refunds      gives back a part of a charge, or all of it; with an Idempotency-Key for each refund
+    GET  /refunds      every refund; ?order_id=, ?after=, ?limit=
     GET  /knobs        how it misbehaves now
     PUT  /knobs        change that, with the same JSON; members that are left out stay as they are
     GET  /health       200
 
-The knobs can also be set by environment variables, PAYMENTS_LATENCY_MS and so on.
+The knobs are about refunds as they are about charges. They can also be set by environment variables,
+PAYMENTS_LATENCY_MS and so on.
 """
 
 from __future__ import annotations
@@ -115,6 +118,12 @@ class Charges:
             " order_id TEXT, amount INTEGER NOT NULL, currency TEXT NOT NULL, token TEXT NOT NULL,"
             " status TEXT NOT NULL, code TEXT, message TEXT, created_at REAL NOT NULL)"
         )
+        self._database.execute(
+            "CREATE TABLE IF NOT EXISTS refunds ("
+            " row INTEGER PRIMARY KEY, key TEXT UNIQUE NOT NULL, id TEXT NOT NULL, request TEXT NOT NULL,"
+            " order_id TEXT, charge_id TEXT NOT NULL, amount INTEGER NOT NULL, currency TEXT NOT NULL,"
+            " status TEXT NOT NULL, created_at REAL NOT NULL)"
+        )
 
     def put(self, key: str, request: dict[str, Any], decline: tuple[str, str] | None) -> dict[str, Any]:
         """Charge, unless the key has an outcome already; returns the outcome that holds."""
@@ -143,11 +152,45 @@ class Charges:
             raise KeyError(key)
         return dict(row)
 
-    def list(self, order_id: str | None, after: int, limit: int) -> list[dict[str, Any]]:
-        """Return charges in the order in which they were made."""
+    def refund(self, key: str, request: dict[str, Any]) -> dict[str, Any] | str:
+        """Give back a part of a charge, unless the key has an outcome already; returns that, or why it cannot be."""
+        digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        with self._lock:
+            known = self._database.execute("SELECT * FROM refunds WHERE key = ?", (key,)).fetchone()
+            if known is not None:
+                return dict(known) if known["request"] == digest else "the key was used for another refund"
+            charge = self._database.execute(
+                "SELECT * FROM charges WHERE id = ? AND status = 'captured'", (request["charge_id"],)
+            ).fetchone()
+            if charge is None or charge["currency"] != request["currency"]:
+                return "there is no such charge in this currency"
+            (before,) = self._database.execute(
+                "SELECT COALESCE(SUM(amount), 0) FROM refunds WHERE charge_id = ?", (charge["id"],)
+            ).fetchone()
+            if before + request["amount"] > charge["amount"]:
+                return f"{charge['amount'] - before} are left of the charge"
+            self._database.execute(
+                "INSERT INTO refunds (key, id, request, order_id, charge_id, amount, currency, status,"
+                " created_at) VALUES (?, ?, ?, ?, ?, ?, ?, 'refunded', ?)",
+                (
+                    key,
+                    f"re_{uuid.uuid4().hex}",
+                    digest,
+                    charge["order_id"],
+                    charge["id"],
+                    request["amount"],
+                    charge["currency"],
+                    time.time(),
+                ),
+            )
+            return dict(self._database.execute("SELECT * FROM refunds WHERE key = ?", (key,)).fetchone())
+
+    def list(self, table: str, order_id: str | None, after: int, limit: int) -> list[dict[str, Any]]:
+        """Return the charges or the refunds in the order in which they were made."""
+        assert table in ("charges", "refunds")
         with self._lock:
             rows = self._database.execute(
-                "SELECT * FROM charges WHERE row > ? AND (? IS NULL OR order_id = ?) ORDER BY row LIMIT ?",
+                f"SELECT * FROM {table} WHERE row > ? AND (? IS NULL OR order_id = ?) ORDER BY row LIMIT ?",
                 (after, order_id, order_id, limit),
             ).fetchall()
         return [dict(row) for row in rows]
@@ -205,15 +248,16 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(200, {"status": "ok"})
         elif url.path == "/knobs":
             self._answer(200, asdict(self.server.knobs))
-        elif url.path == "/charges":
+        elif url.path in ("/charges", "/refunds"):
+            table = url.path.removeprefix("/")
             query = {name: values[-1] for name, values in parse_qs(url.query).items()}
             try:
                 after, limit = int(query.get("after", 0)), min(int(query.get("limit", 1_000)), 100_000)
             except ValueError:
                 self._answer(400, {"message": "after and limit must be whole numbers"})
                 return
-            found = self.server.charges.list(query.get("order_id"), after, limit)
-            self._answer(200, {"charges": found, "next": found[-1]["row"] if len(found) == limit else None})
+            found = self.server.charges.list(table, query.get("order_id"), after, limit)
+            self._answer(200, {table: found, "next": found[-1]["row"] if len(found) == limit else None})
         else:
             self._answer(404, {"message": "there is nothing here"})
 
@@ -239,11 +283,11 @@ class Handler(BaseHTTPRequestHandler):
         request = self._body()
         if request is None:
             return
-        if self.path != "/charges":
+        if self.path not in ("/charges", "/refunds"):
             self._answer(404, {"message": "there is nothing here"})
             return
         key = self.headers.get("Idempotency-Key", "")
-        problem = _problem(key, request)
+        problem = _problem(key, request, "token" if self.path == "/charges" else "charge_id")
         if problem is not None:
             self._answer(400, {"code": "invalid_request", "message": problem})
             return
@@ -251,6 +295,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.fails_next() or random.random() < knobs.failure_rate:
             self._answer(500, {"code": "internal", "message": "something went wrong before the charge"})
             return
+        if self.path == "/charges":
+            self._charge(key, request, knobs)
+        else:
+            self._refund(key, request, knobs)
+
+    def _charge(self, key: str, request: dict[str, Any], knobs: Knobs) -> None:
         decline = DECLINES.get(request["token"])
         if decline is None and random.random() < knobs.decline_rate:
             decline = ("card_declined", "the card was declined")
@@ -261,15 +311,29 @@ class Handler(BaseHTTPRequestHandler):
                 422, {"code": "idempotency_key_reused", "message": "the key was used for another charge"}
             )
             return
-        if random.random() < knobs.failure_after_charge_rate:
-            self._answer(500, {"code": "internal", "message": "something went wrong"})
+        if self._is_lost(knobs):
             return
-        if random.random() < knobs.hang_after_charge_rate:
-            time.sleep(knobs.hang_ms / 1000)
         if charge["status"] == "declined":
             self._answer(402, {name: charge[name] for name in ("id", "status", "code", "message")})
         else:
             self._answer(201, {name: charge[name] for name in ("id", "status", "amount", "currency")})
+
+    def _refund(self, key: str, request: dict[str, Any], knobs: Knobs) -> None:
+        refund = self.server.charges.refund(key, request)
+        if isinstance(refund, str):
+            self._answer(422, {"code": "refund_refused", "message": refund})
+        elif not self._is_lost(knobs):
+            names = ("id", "status", "charge_id", "amount", "currency")
+            self._answer(201, {name: refund[name] for name in names})
+
+    def _is_lost(self, knobs: Knobs) -> bool:
+        """Answer 500 after the work was done, or be silent for a while, as the knobs say; True when it has answered."""
+        if random.random() < knobs.failure_after_charge_rate:
+            self._answer(500, {"code": "internal", "message": "something went wrong"})
+            return True
+        if random.random() < knobs.hang_after_charge_rate:
+            time.sleep(knobs.hang_ms / 1000)
+        return False
 
     def _body(self) -> dict[str, Any] | None:
         """Return the body's JSON object, or answer 400 and return None."""
@@ -299,7 +363,7 @@ class Handler(BaseHTTPRequestHandler):
         """Log nothing for each request."""
 
 
-def _problem(key: str, request: dict[str, Any]) -> str | None:
+def _problem(key: str, request: dict[str, Any], what: str) -> str | None:
     if not key or len(key) > 255:
         return "an Idempotency-Key header of 1 to 255 characters is needed"
     amount = request.get("amount")
@@ -307,8 +371,8 @@ def _problem(key: str, request: dict[str, Any]) -> str | None:
         return "amount must be a positive whole number of minor units"
     if not isinstance(request.get("currency"), str) or len(request["currency"]) != 3:
         return "currency must be an ISO 4217 code"
-    if not isinstance(request.get("token"), str) or not isinstance(request.get("order_id", ""), str):
-        return "token and order_id must be text"
+    if not isinstance(request.get(what), str) or not isinstance(request.get("order_id", ""), str):
+        return f"{what} and order_id must be text"
     return None
 
 

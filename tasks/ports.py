@@ -41,9 +41,10 @@ class Bucket(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """A captured payment."""
+    """A captured payment; `amount` in minor units, 0 where only the id was asked for."""
 
     charge_id: str
+    amount: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,13 @@ class Decline:
 
 
 class Gateway(Protocol):
-    """Captures payments: asked again with the same order id, it answers the same and charges nothing more."""
+    """Captures payments and gives them back: asked again with the same order id, or the same key, it answers the same
+    and moves no more money.
+    """
 
     def charge(self, order_id: str, amount: int, currency: str, token: str) -> Charge | Decline: ...
+    def find_charge(self, order_id: str) -> Charge | None: ...
+    def refund(self, charge_id: str, amount: int, currency: str, key: str) -> str: ...
 
 
 class Publisher(Protocol):

@@ -24,8 +24,8 @@ from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 from dramatiq_jetstream.streams import Range
 
 from .announcements import Testimony
-from .events import Happened, order_id_of
-from .orders import Stored, key_of, merge, stored_in, with_event
+from .events import Happened, key_of, order_id_of
+from .orders import Stored, merge, stored_in, with_event
 from .ports import Bucket, Entry
 from .stock import Stock
 from .stream import EventStream

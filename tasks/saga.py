@@ -6,7 +6,8 @@
     reserved → pay     → paid     | declined
     paid     → confirm → confirmed
     declined → release → rejected
-    (not paid) → cancel → cancelled                   (an operator)
+
+What takes an order back is in `tasks.compensation`.
 
 Each step follows one order of things: read the record (`tasks.ledger`), do the effect, record it, publish the
 next event. A crash between any two of them is mended by doing the step again, because the effect is
@@ -16,31 +17,32 @@ content.
 The event is only what calls a step. What the step does comes from the record, and an event that the record
 contradicts is refused: a stranger may have published it.
 
-A step that comes late, when the record is past it, does nothing: the step that moved the record on had seen the
-event that this step would publish. While the record still stands where the step left it, no one can know
-whether the event was published, so it is published again, unless the read model has it already.
+A step that comes late, when the record is past it, changes nothing. Unless the read model has the event that the step
+publishes, no one can know whether it was published, so it is published again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
 from google.protobuf.message import Message
 
 from orders.v1.events_pb2 import OrderCreated, OrderDeclined, OrderPaid, OrderReserved
 
-from .announcements import event_of, failed_event
+from .announcements import failed_event
 from .claims import digest_of_event
+from .compensation import Compensation, NotCancellable, NotRefundable
 from .events import UnusableEvent, name_of, order_id_of
 from .ledger import Record
 from .model import MAX_TEXT
-from .notes import GivenUp, Refund
-from .ports import Charge, Gateway, History, Publisher
+from .notes import GivenUp
+from .ports import Charge
 from .pricing import claimed, first_record
-from .stock import Found, Stock
+from .stock import Found
 from .text import shown
-from .tokens import TokenMissing, Tokens, is_reference
+from .tokens import TokenMissing, is_reference
+
+__all__ = ["OUTCOMES", "STEPS", "NotCancellable", "NotRefundable", "Saga"]
 
 #: The step that each actor does.
 STEPS: Final = {
@@ -48,6 +50,9 @@ STEPS: Final = {
     "capture_payment": "pay",
     "confirm_order": "confirm",
     "release_stock": "release",
+    "cancel_order": "cancel",
+    "refund_payment": "refund",
+    "refund_cancelled": "refund",
 }
 
 #: The steps, and for each the events that it may publish when it has done its work.
@@ -56,40 +61,23 @@ OUTCOMES: Final[dict[str, frozenset[str]]] = {
     "pay": frozenset({"paid", "declined"}),
     "confirm": frozenset({"confirmed"}),
     "release": frozenset({"rejected"}),
+    "cancel": frozenset({"cancelled", "rejected"}),
+    # Of several refunds the events do not say which one the step was given up for.
+    "refund": frozenset(),
 }
 
 
-class NotCancellable(Exception):
-    """The order cannot be cancelled; the message says why."""
-
-
-class Saga:
-    """The steps, on the stores and the gateway that they work with.
+class Saga(Compensation):
+    """The steps, on the stores and the gateway that they work with; those that take an order back are inherited.
 
     Parameters:
       stock: Stock and records.
-      gateway: Captures payments.
+      gateway: Captures payments and refunds them.
       tokens: Keeps payment tokens until they have been used.
       publish: Stores an event.
       history: Knows which events are in the stream.
       now: The time in milliseconds.
     """
-
-    def __init__(
-        self,
-        stock: Stock,
-        gateway: Gateway,
-        tokens: Tokens,
-        publish: Publisher,
-        history: History,
-        now: Callable[[], int],
-    ) -> None:
-        self._stock = stock
-        self._gateway = gateway
-        self._tokens = tokens
-        self._publish = publish
-        self._history = history
-        self._now = now
 
     def reserve(self, event: OrderCreated) -> str:
         """Hold the order's items in stock, or reject the order; returns the state in which that leaves it."""
@@ -115,8 +103,10 @@ class Saga:
         found = self._recorded(order_id, event, "held")
         if found.record.state == "held":
             found = self._capture(order_id, found)
-        if found.record.state in ("paid", "declined"):
-            self._announce(order_id, found)
+        for state in ("paid", "declined"):
+            # A payment may have been followed by a cancel before it was published.
+            if found.record.state == state or (state == "paid" and "paid" in found.record.at):
+                self._announce(order_id, found, state)
         if found.record.payment_token and found.record.state != "held":
             self._tokens.drop(order_id)
         return found.record.state
@@ -143,8 +133,9 @@ class Saga:
             code, reason = shown(outcome.code, MAX_TEXT), shown(outcome.reason, MAX_TEXT)
             decided = record.forward("declined", self._now(), code=code, reason=reason)
         found = self._stock.forward(order_id, held, decided)
-        if isinstance(outcome, Charge) and found.record.state in ("cancelling", "cancelled"):
-            self._stock.notes.refund_due(Refund(order_id, self._now(), outcome.charge_id))
+        if isinstance(outcome, Charge) and "paid" not in found.record.at:
+            # Cancelled meanwhile: what was captured goes back.
+            self._stock.notes.unsettle(order_id, self._now(), 0)
         return found
 
     def _captured_elsewhere(self, order_id: str) -> Found:
@@ -159,10 +150,12 @@ class Saga:
         """Confirm an order that is paid; returns the state in which that leaves it."""
         order_id = order_id_of(event)
         found = self._recorded(order_id, event, "paid")
-        if found.record.state == "paid":
+        while found.record.state == "paid":
+            # A refund may change the record and leave its state.
             found = self._stock.forward(order_id, found, found.record.forward("confirmed", self._now()))
-        self._expect(found, event, "confirmed")
-        self._announce(order_id, found)
+        if "confirmed" in found.record.at or "paid" not in found.record.at:
+            self._expect(found, event, "confirmed")
+            self._announce(order_id, found, "confirmed")
         return found.record.state
 
     def release(self, event: OrderDeclined) -> str:
@@ -172,7 +165,7 @@ class Saga:
         if found.record.state == "declined":
             found = self._stock.release(order_id, self._now())
         self._expect(found, event, "released")
-        self._announce(order_id, found)
+        self._announce(order_id, found, "released")
         return found.record.state
 
     def fail(self, order_id: str, step: str, error: str, message_id: str) -> None:
@@ -182,28 +175,6 @@ class Saga:
         failure = GivenUp(self._now(), shown(error, MAX_TEXT), message_id)
         failure = self._stock.notes.give_up(order_id, step, failure)
         self._publish(failed_event(order_id, step, failure), failure.at)
-
-    def cancel(self, order_id: str, reason: str) -> Found:
-        """End an order that is neither paid nor over, and give back what it holds; returns what is recorded then.
-
-        One whose payment was declined is rejected, as it would have been. If its payment may have been tried, a
-        refund is noted for an operator: only the gateway knows whether it was captured.
-
-        Raises:
-          NotCancellable: When there is no such order, or it is paid or over.
-        """
-        if self._stock.claims.find(order_id) is None and self._stock.find(order_id) is None:
-            raise NotCancellable(f"There is no order {order_id}.")
-        found = self._stock.cancel(order_id, self._now(), shown(reason, MAX_TEXT))
-        if found.record.state == "declined":
-            found = self._stock.release(order_id, self._now())
-        if found.record.state not in ("cancelled", "released"):
-            raise NotCancellable(f"Order {order_id} is {found.record.state} already.")
-        if "held" in found.record.at and found.record.state == "cancelled":
-            self._stock.notes.refund_due(Refund(order_id, self._now(), ""))
-        self._announce(order_id, found)
-        self._tokens.drop(order_id)
-        return found
 
     def _recorded(self, order_id: str, event: Message, state: str) -> Found:
         # What this process remembers is good enough to go on from: a step that did so before made it outdated. But an
@@ -222,12 +193,7 @@ class Saga:
 
     def _expect(self, found: Found, event: Message, state: str) -> None:
         # Only an event that this service did not publish can be ahead of the record.
-        if found.record.state != state:
+        if state not in found.record.at:
             raise UnusableEvent(
                 f"the event says that the order is {name_of(event)}, but it is {found.record.state}."
             )
-
-    def _announce(self, order_id: str, found: Found) -> None:
-        event = event_of(order_id, found.record)
-        if found.fresh or not self._history.has_event(order_id, name_of(event)):
-            self._publish(event, found.record.at[found.record.state])

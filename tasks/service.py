@@ -18,6 +18,7 @@ from dramatiq.errors import BrokerError
 from . import app
 from .accept import Acceptance
 from .catalogue import CATALOGUE, CURRENCY
+from .compensation import NotCancellable, NotRefundable
 from .idempotency import Requests
 from .listing import ANY, OrderList
 from .model import (
@@ -57,6 +58,8 @@ __all__ = [
     "IdempotencyInProgress",
     "InvalidCursor",
     "InvalidOrder",
+    "NotCancellable",
+    "NotRefundable",
     "Order",
     "OrderIdTaken",
     "OrderRequest",
@@ -66,6 +69,7 @@ __all__ = [
     "RequestedItem",
     "Wanted",
     "accept_order",
+    "cancel_order",
     "count_orders",
     "get_order",
     "health",
@@ -75,6 +79,7 @@ __all__ = [
     "parse_order_json",
     "parse_order_protobuf",
     "products",
+    "refund_order",
     "wait_for_change",
     "waits_for_payment",
     "was_placed",
@@ -129,6 +134,31 @@ def accept_order(request: OrderRequest, idempotency_key: str | None = None) -> A
 def was_placed(idempotency_key: str) -> bool:
     """Whether a request with this key has placed an order."""
     return _acceptance().was_placed(idempotency_key)
+
+
+def cancel_order(order_id: str, by: str, name: str, reason: str = "") -> None:
+    """Request that an order is cancelled; the order shows the request when this returns.
+
+    Parameters:
+      by: `customer` or `operator`.
+      name: What that person or program is called.
+
+    Raises:
+      NotCancellable: When there is no such order, or it is over.
+    """
+    app.project_at(app.saga().request_cancel(order_id, by, reason, name))
+
+
+def refund_order(order_id: str, key: str, amount: int | None, reason: str) -> None:
+    """Decide that a part of a charge goes back (None: all that is left of it); the order shows it when this returns.
+
+    Parameters:
+      key: Names the refund; asked again with the same one, nothing more is refunded.
+
+    Raises:
+      NotRefundable: When the order was not charged, or less is left of the charge.
+    """
+    app.project_at(app.saga().request_refund(order_id, key, amount, reason))
 
 
 def get_order(order_id: str) -> Order | None:

@@ -66,6 +66,7 @@ class Settings:
       retry_limit: RETRY_LIMIT, how often a step is tried again before it is a dead letter.
       retry_min_backoff, retry_max_backoff: RETRY_MIN_BACKOFF and RETRY_MAX_BACKOFF, the wait before a retry:
         it doubles from the one to the other, and up to half of it is random.
+      order_deadline: ORDER_DEADLINE, how long after it was placed an order must be final, or it is cancelled.
       stuck_after: STUCK_AFTER, how long an order may stand still before it is reported and its step is called again.
       log_format, log_level: LOG_FORMAT, text or json; and LOG_LEVEL, the name of a level.
     """
@@ -109,6 +110,7 @@ class Settings:
     retry_limit: int = 10
     retry_min_backoff: int = 500
     retry_max_backoff: int = 60_000
+    order_deadline: int = 7 * 86_400_000
     stuck_after: int = 900_000
     log_format: str = "text"
     log_level: str | None = None
@@ -162,6 +164,7 @@ class Settings:
             retry_max_backoff=read.whole(
                 "RETRY_MAX_BACKOFF", max(cls.retry_max_backoff, min_backoff), min_backoff, 7 * 86_400_000
             ),
+            order_deadline=read.whole("ORDER_DEADLINE", cls.order_deadline, 1_000, 365 * 86_400_000),
             stuck_after=read.whole("STUCK_AFTER", cls.stuck_after, 1_000, 7 * 86_400_000),
             log_format=read.choice("LOG_FORMAT", cls.log_format, ("text", "json")),
             log_level=read.log_level("LOG_LEVEL"),

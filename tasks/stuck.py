@@ -19,7 +19,7 @@ from dramatiq_jetstream.dead_letters import DeadLetter, DeadLetters
 from .announcements import event_of
 from .failures import failure_of
 from .ledger import Record
-from .model import FINAL_STATUSES, Order
+from .model import Order
 from .orders import Orders
 from .ports import Bucket
 from .saga import Saga
@@ -80,7 +80,7 @@ class Operator:
         found: dict[str, Stuck] = {}
         for entry in self._orders_bucket.items():
             order = self._orders.read(entry)
-            if order is not None and order.status not in FINAL_STATUSES and _moved_at(order) < before:
+            if order is not None and not order.is_final and _moved_at(order) < before:
                 found[entry.key] = Stuck(entry.key, order.status, _moved_at(order))
         for entry in self._stock_bucket.items("order."):
             record = Record.decode(entry.value)
@@ -116,11 +116,30 @@ class Operator:
         """End an order; returns what was done.
 
         Raises:
-          NotCancellable: When there is no such order, or it is paid or over.
+          NotCancellable: When there is no such order, or it is over.
         """
         found = self._saga.cancel(order_id, reason)
-        dropped = sum(map(self._dead_letters.drop, self._letters().get(order_id, [])))
-        return f"{found.record.state}; {dropped} dead letters dropped"
+        return f"{found.record.state}; {self.drop_letters(order_id)} dead letters dropped"
+
+    def drop_letters(self, order_id: str) -> int:
+        """Drop the dead letters of an order that is over, except those of refunds; returns how many there were."""
+        if not self._stock.notes.failures(order_id).keys() - {"refund"}:
+            return 0
+        found = self._stock.find(order_id)
+        if found is None or found.record.state not in ("cancelled", "released"):
+            return 0
+        letters = self._letters().get(order_id, [])
+        dropped = [one for one in letters if self._steps.get(one.actor or "") != "refund"]
+        return sum(map(self._dead_letters.drop, dropped))
+
+    def refund(self, order_id: str, key: str, amount: int | None, reason: str) -> str:
+        """Request a refund of an order; returns what was done.
+
+        Raises:
+          NotRefundable: When the order was not charged, or less is left of the charge.
+        """
+        self._saga.request_refund(order_id, key, amount, reason)
+        return "refund requested"
 
     def _created(self, order_id: str) -> Message | None:
         order = self._orders.get(order_id)

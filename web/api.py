@@ -32,7 +32,7 @@ _PARSERS: dict[str, Callable[[bytes, str | None], OrderRequest]] = {
 @needs("order")
 def place_order() -> Response:
     """Store the order in JetStream, then answer 202."""
-    key, flaw = _read_key()
+    key, flaw = read_key()
     coding = request.headers.get("Content-Encoding", "identity")
     if coding.lower() != "identity":
         raise Problem(
@@ -159,7 +159,8 @@ def visible(wanted: Wanted) -> Wanted:
     return replace(wanted, customer_id=who.customer_id)
 
 
-def _read_key() -> tuple[str | None, Flaw | None]:
+def read_key() -> tuple[str | None, Flaw | None]:
+    """Return the request's Idempotency-Key, None without one, and what is wrong with it."""
     given = request.headers.get("Idempotency-Key")
     if given is None:
         return None, None

@@ -16,6 +16,7 @@ from web import (
     access,
     admission,
     api,
+    compensation,
     fleet,
     health,
     keys_page,
@@ -58,6 +59,7 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     app.extensions["rates"] = Rates(app_settings)
     app.extensions["streams"] = Streams(max(1, app_settings.web_threads // 2), app_settings.stream_duration)
 
+    app.register_blueprint(compensation.blueprint)
     app.register_blueprint(api.blueprint)
     app.register_blueprint(order_form.blueprint)
     app.register_blueprint(order_list.blueprint)

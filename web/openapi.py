@@ -7,7 +7,7 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify
 
-from tasks.model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TOKEN_LENGTH, STATUSES
+from tasks.model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TEXT, MAX_TOKEN_LENGTH, STATUSES
 from web.access import anyone
 from web.problems import KINDS, MEDIA_TYPE
 from web.queries import DEFAULT_LIMIT, MAX_LIMIT
@@ -32,7 +32,7 @@ def document(*, is_open: bool = False) -> dict[str, Any]:
             "title": "Order service",
             "version": "1.0.0",
             "description": (
-                "Takes orders and carries each one to confirmed, rejected, cancelled or failed. "
+                "Takes orders and carries each one to confirmed, rejected, cancelled, refunded or failed. "
                 "A 202 means that the order is stored; anything else means that it may not be."
             ),
         },
@@ -40,6 +40,8 @@ def document(*, is_open: bool = False) -> dict[str, Any]:
         "paths": {
             "/api/orders": {"get": _list_orders(), "post": _place_order()},
             "/api/orders/{order_id}": {"get": _show_order()},
+            "/api/orders/{order_id}/cancel": {"post": _cancel_order()},
+            "/api/orders/{order_id}/refunds": {"post": _refund_order()},
             "/api/products": {"get": _list_products()},
             "/health": {"get": _health("health", "Tell whether this process is connected to NATS")},
             "/health/ready": {"get": _health("ready", "Tell whether this process can take orders")},
@@ -190,11 +192,66 @@ def _show_order() -> dict[str, Any]:
         "operationId": "showOrder",
         "summary": "Show one order",
         "tags": ["orders"],
-        "parameters": [{"name": "order_id", "in": "path", "required": True, "schema": {"type": "string"}}],
+        "parameters": [_ORDER_ID],
         "responses": {
             "200": _json("The order as it is now.", {"$ref": "#/components/schemas/Order"}),
             **_problems(401, 403, 404, 429, 503),
         },
+    }
+
+
+def _cancel_order() -> dict[str, Any]:
+    return {
+        "operationId": "cancelOrder",
+        "summary": "Cancel an order",
+        "description": (
+            "The answer comes after the request is stored. The order then ends as cancelled: its stock is given back, "
+            "and so is what was charged for it. Asking again asks for the same."
+        ),
+        "tags": ["orders"],
+        "parameters": [_ORDER_ID],
+        "requestBody": _optional({"reason": _REASON}, {"reason": "ordered by mistake"}),
+        "responses": {**_order_accepted(), **_problems(400, 401, 403, 404, 409, 429, 503)},
+    }
+
+
+def _refund_order() -> dict[str, Any]:
+    amount = {"type": "integer", "minimum": 1, "description": "In minor units; without it what is left."}
+    return {
+        "operationId": "refundOrder",
+        "summary": "Refund a charge, or a part of it",
+        "description": (
+            "Needs the scope operate. All refunds of an order together are never more than its charge. The same "
+            "Idempotency-Key never refunds twice."
+        ),
+        "tags": ["orders"],
+        "parameters": [
+            _ORDER_ID,
+            {
+                "name": "Idempotency-Key",
+                "in": "header",
+                "required": True,
+                "description": "One key for one refund, for example a UUID.",
+                "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+            },
+        ],
+        "requestBody": _optional({"amount_minor": amount, "reason": _REASON}, {"amount_minor": 500}),
+        "responses": {**_order_accepted(), **_problems(400, 401, 403, 404, 409, 429, 503)},
+    }
+
+
+def _optional(properties: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
+    schema = {"type": "object", "properties": properties}
+    return {"required": False, "content": {"application/json": {"schema": schema, "example": example}}}
+
+
+def _order_accepted() -> dict[str, Any]:
+    return {
+        "202": {
+            "description": "The request is stored; the order shows what becomes of it.",
+            "headers": {"Location": {"$ref": "#/components/headers/Location"}},
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Order"}}},
+        }
     }
 
 
@@ -257,6 +314,8 @@ _HEADERS: dict[str, Any] = {
     "RetryAfter": {"description": "Seconds to wait before trying again.", "schema": {"type": "string"}},
 }
 
+_ORDER_ID = {"name": "order_id", "in": "path", "required": True, "schema": {"type": "string"}}
+_REASON = {"type": "string", "maxLength": MAX_TEXT, "description": "For people to read."}
 _AMOUNT = {
     "type": "number",
     "description": (

@@ -6,6 +6,7 @@ moves on by itself (without them the order page asks again every two seconds unt
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 from urllib.parse import quote
 
@@ -73,6 +74,9 @@ def _context(order: Order) -> dict[str, Any]:
         "history": words.history(order),
         "reason": words.reason(order),
         "cause": words.technical_cause(order) if caller().sees_causes and caller().kind != "open" else None,
+        "can_cancel": order.can_be_cancelled and caller().may("order"),
+        "can_refund": order.status in ("paid", "confirmed") and caller().may("operate"),
+        "submission": secrets.token_urlsafe(18),
         "version": live.version(order),
         "rests": live.rests(order),
         "sentence": words.status_sentence(order),

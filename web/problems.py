@@ -59,6 +59,18 @@ KINDS: dict[str, Kind] = {
             "Another order has this id",
             "Choose another order id, or leave it out.",
         ),
+        Kind(
+            "not-cancellable",
+            409,
+            "The order cannot be cancelled",
+            "Read the order: it is over.",
+        ),
+        Kind(
+            "not-refundable",
+            409,
+            "That cannot be refunded",
+            "Read the order: it was not charged, or less of the charge is left.",
+        ),
         Kind("too-large", 413, "The request is too large", "Send a smaller order; bodies may have 1 MB."),
         Kind(
             "unsupported-media-type",

@@ -24,6 +24,7 @@ STATUS_TEXT: Final = {
     "confirmed": "Confirmed",
     "rejected": "Rejected",
     "cancelled": "Cancelled",
+    "refunded": "Refunded",
     "failed": "Failed",
 }
 # What the page says about a status in one sentence; a rejected or failed order says its own reason as well.
@@ -34,8 +35,10 @@ _SENTENCE: Final = {
     "confirmed": "The order is paid and complete.",
     "rejected": "The order is over: nothing was charged and nothing is held for it.",
     "cancelled": "The order is over: nothing is held for it, and what was charged is refunded.",
+    "refunded": "The order was completed, and its whole price went back.",
     "failed": "A step did not succeed after many tries. The order is kept and can be carried on.",
 }
+_CANCELLING: Final = "The order is being cancelled."
 _WAITING: Final = "Everything you ordered is set aside. It is waiting for the payment provider."
 # What the page says of a step that was given up.
 _FAILED: Final = defaultdict(
@@ -44,6 +47,8 @@ _FAILED: Final = defaultdict(
     pay="Its payment could not be completed yet.",
     confirm="It is paid, and could not be confirmed yet.",
     release="Its payment was declined, and its items could not be given back yet.",
+    cancel="It could not be cancelled yet.",
+    refund="Its refund could not be made yet.",
 )
 _STEPS: Final = (
     ("created", "Accepted"),
@@ -58,8 +63,17 @@ _EVENT_TEXT: Final = {
     "declined": "Payment declined",
     "confirmed": "Order confirmed",
     "rejected": "Order rejected",
+    "cancel_requested": "Cancellation requested",
     "cancelled": "Order cancelled",
+    "refund_requested": "Refund requested",
+    "refunded": "Refund made",
     "failed": "Order failed",
+}
+# Who asked for the end of an order.
+_BY: Final = {
+    "customer": "By the customer",
+    "operator": "By an operator",
+    "deadline": "Not completed in time",
 }
 # How `tasks.stock` words it, for programs.
 _SHORT: Final = re.compile(r"(\d+) × (\S+) ordered, (\d+) in stock")
@@ -86,6 +100,8 @@ class HistoryLine:
 
 def status_sentence(order: Order) -> str:
     """Return what the page says about where an order stands."""
+    if order.is_being_cancelled:
+        return _CANCELLING
     return _WAITING if waits_for_payment(order) else _SENTENCE[order.status]
 
 
@@ -109,7 +125,7 @@ def steps(order: Order) -> list[Step]:
     """Return how far the order has come, for the bar at the top of its page."""
     seen = {entry.event for entry in order.history}
     done = 1 + max((n for n, (event, _) in enumerate(_STEPS) if event in seen), default=0)
-    stopped = order.status in ("rejected", "cancelled", "failed")
+    stopped = order.status in ("rejected", "cancelled", "refunded", "failed")
     bar = [Step(text, "done") for _, text in _STEPS[:done]]
     if stopped:
         bar.append(Step(STATUS_TEXT[order.status], "stopped"))
@@ -159,6 +175,12 @@ def _detail(order: Order, entry: HistoryEntry) -> str:
     """Return what an event adds to what the page says anyway."""
     if entry.event == "paid":
         return entry.detail.get("charge_id", "")
+    if entry.event in ("refund_requested", "refunded"):
+        amount = formats().money(int(entry.detail["amount_minor"]), order.currency)
+        return ": ".join(part for part in (amount, entry.detail.get("reason", "")) if part)
+    if entry.event == "cancel_requested":
+        why = _why(entry)
+        return f"{_BY.get(entry.detail.get('by', ''), '')}{f': {why}' if why else ''}"
     if entry.event == "failed":
         text = failure(entry)
     else:

@@ -87,6 +87,8 @@ class FakeBucket:
         return stored
 
     def delete(self, key: str, *, revision: int | None = None) -> None:
+        if revision is not None and (key not in self.entries or self.entries[key].revision != revision):
+            raise RevisionConflict(key)
         self.entries.pop(key, None)
 
     def items(self, prefix: str = "", *, after: int = 0) -> Iterator[FakeEntry]:
@@ -106,6 +108,7 @@ class FakeGateway:
         self.pause = pause
         self.answers: dict[str, Charge | Decline] = {}
         self.captured: list[str] = []
+        self.refunds: dict[str, tuple[str, int]] = {}
         self.down = False
 
     def charge(self, order_id: str, amount: int, currency: str, token: str) -> Charge | Decline:
@@ -120,6 +123,18 @@ class FakeGateway:
                 self.answers[order_id] = Charge(f"ch_{order_id}")
         self.pause(f"after charge of {order_id}")
         return self.answers[order_id]
+
+    def find_charge(self, order_id: str) -> Charge | None:
+        answer = self.answers.get(order_id)
+        return answer if isinstance(answer, Charge) else None
+
+    def refund(self, charge_id: str, amount: int, currency: str, key: str) -> str:
+        self.pause(f"before refund {key}")
+        if self.down:
+            raise ConnectionError("the gateway is down")
+        self.refunds[key] = (charge_id, amount)
+        self.pause(f"after refund {key}")
+        return f"re_{key}"
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,15 @@ from tests.tasks.fakes import (
 SKUS = ("MUG-01", "TEE-01", "PRINT-01")
 INITIAL = {"MUG-01": 3, "TEE-01": 2, "PRINT-01": 1}
 HOLDING = ("held", "cancelling", "paid", "declined", "confirmed")
-STEPS = {"created": "reserve", "reserved": "pay", "paid": "confirm", "declined": "release"}
+STEPS = {
+    "created": "reserve",
+    "reserved": "pay",
+    "paid": "confirm",
+    "declined": "release",
+    "cancel_requested": "undo",
+    "cancelled": "settle",
+    "refund_requested": "settle",
+}
 
 
 def created(order_id: str, items: list[tuple[str, int]], token: str = "tok_ok") -> OrderCreated:

@@ -26,7 +26,7 @@ ORDER_SIZE = 20_000
 LIST_SIZE = 400_000
 PATIENCE_SECONDS = 5.0
 
-STATUSES = {"accepted", "reserved", "paid", "confirmed", "rejected", "failed", "cancelled"}
+STATUSES = {"accepted", "reserved", "paid", "confirmed", "rejected", "failed", "cancelled", "refunded"}
 
 TEXTS = st.one_of(
     st.sampled_from(

@@ -123,6 +123,18 @@ class OrderConfirmed(_message.Message):
     confirmed_at: _timestamp_pb2.Timestamp
     def __init__(self, order_id: _Optional[str] = ..., charge_id: _Optional[str] = ..., total_minor: _Optional[int] = ..., currency: _Optional[str] = ..., confirmed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
+class OrderCancelRequested(_message.Message):
+    __slots__ = ("order_id", "by", "reason", "cancel_requested_at")
+    ORDER_ID_FIELD_NUMBER: _ClassVar[int]
+    BY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_REQUESTED_AT_FIELD_NUMBER: _ClassVar[int]
+    order_id: str
+    by: str
+    reason: str
+    cancel_requested_at: _timestamp_pb2.Timestamp
+    def __init__(self, order_id: _Optional[str] = ..., by: _Optional[str] = ..., reason: _Optional[str] = ..., cancel_requested_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
 class OrderCancelled(_message.Message):
     __slots__ = ("order_id", "reason", "cancelled_at")
     ORDER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +144,38 @@ class OrderCancelled(_message.Message):
     reason: str
     cancelled_at: _timestamp_pb2.Timestamp
     def __init__(self, order_id: _Optional[str] = ..., reason: _Optional[str] = ..., cancelled_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class OrderRefundRequested(_message.Message):
+    __slots__ = ("order_id", "refund", "amount_minor", "currency", "reason", "refund_requested_at")
+    ORDER_ID_FIELD_NUMBER: _ClassVar[int]
+    REFUND_FIELD_NUMBER: _ClassVar[int]
+    AMOUNT_MINOR_FIELD_NUMBER: _ClassVar[int]
+    CURRENCY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    REFUND_REQUESTED_AT_FIELD_NUMBER: _ClassVar[int]
+    order_id: str
+    refund: str
+    amount_minor: int
+    currency: str
+    reason: str
+    refund_requested_at: _timestamp_pb2.Timestamp
+    def __init__(self, order_id: _Optional[str] = ..., refund: _Optional[str] = ..., amount_minor: _Optional[int] = ..., currency: _Optional[str] = ..., reason: _Optional[str] = ..., refund_requested_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class OrderRefunded(_message.Message):
+    __slots__ = ("order_id", "refund", "refund_id", "amount_minor", "currency", "refunded_at")
+    ORDER_ID_FIELD_NUMBER: _ClassVar[int]
+    REFUND_FIELD_NUMBER: _ClassVar[int]
+    REFUND_ID_FIELD_NUMBER: _ClassVar[int]
+    AMOUNT_MINOR_FIELD_NUMBER: _ClassVar[int]
+    CURRENCY_FIELD_NUMBER: _ClassVar[int]
+    REFUNDED_AT_FIELD_NUMBER: _ClassVar[int]
+    order_id: str
+    refund: str
+    refund_id: str
+    amount_minor: int
+    currency: str
+    refunded_at: _timestamp_pb2.Timestamp
+    def __init__(self, order_id: _Optional[str] = ..., refund: _Optional[str] = ..., refund_id: _Optional[str] = ..., amount_minor: _Optional[int] = ..., currency: _Optional[str] = ..., refunded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class OrderFailed(_message.Message):
     __slots__ = ("order_id", "step", "error", "message_id", "failed_at")
