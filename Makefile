@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml broker/pyproject.toml instrumentation/pyproject.toml co
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "'$(PYTHON)' cannot make virtual environments: install its venv package (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@echo "Installing into $(VENV) (once, about a minute) ..."
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e './broker[server,uvloop,abort,nkeys,ui]' -e ./instrumentation -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e './broker[server,uvloop,abort,nkeys,pydantic,ui]' -e ./instrumentation -e '.[dev]'
 	@touch $@
 
 up: $(STAMP)

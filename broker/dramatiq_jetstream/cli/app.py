@@ -59,7 +59,8 @@ def _shared(*, first: bool) -> list[click.Option]:
         click.Option(
             ["--broker", "program"],
             metavar="MODULE",
-            help="A program, as module or module:broker, whose connection, namespace and actors to use.",
+            help="A program, as module or module:broker, whose connection, namespace and actors to use; further "
+            "modules of it after commas.",
             **shared,
         ),
         click.Option(["--credentials"], metavar="FILE", help="Path of a .creds file. [NATS_CREDS]", **shared),

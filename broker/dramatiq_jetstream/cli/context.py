@@ -73,14 +73,15 @@ class Fleet:
             self._broker.connection.connect()  # or each command would wait for a server that is not there
         return self._broker
 
-    def load(self, module: str) -> JetStreamBroker:
-        """Import a program as `dramatiq` does (`module` or `module:broker`) and return its broker.
+    def load(self, *modules: str) -> JetStreamBroker:
+        """Import a program as `dramatiq` does and return its broker: `module` or `module:broker`, then further modules.
 
         A program says itself where its queues are; options that say otherwise are refused.
         """
+        module, *others = (name.strip() for given in modules for name in given.split(","))
         put_on_path(["."])
         try:
-            broker = load_broker(module)
+            broker = load_broker(module, others)
         except ProgramError as error:
             raise click.ClickException(str(error)) from None
         if self.url is not None and ConnectOptions.of(self.url).servers != broker.connection.options.servers:

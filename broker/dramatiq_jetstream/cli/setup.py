@@ -10,15 +10,17 @@ COMMANDS: list[click.Command] = []
 
 
 @click.command()
-@click.argument("module")
+@click.argument("modules", metavar="MODULE...", nargs=-1, required=True)
 @click.option("--update", is_flag=True, help="Change what exists and differs from its declaration.")
 @pass_fleet
-def setup(fleet: Fleet, module: str, update: bool) -> None:
-    """Create the streams, consumers and schedules that MODULE declares.
+def setup(fleet: Fleet, modules: tuple[str, ...], update: bool) -> None:
+    """Create the streams, consumers and schedules that a program declares.
+
+    The first MODULE is the program (module, or module:broker), the others are imported too.
 
     It can run any number of times. Without --update it changes nothing that exists and reports the differences.
     """
-    broker = fleet.load(module)
+    broker = fleet.load(*modules)
     try:
         outcome = broker.setup(update=update)
     finally:
