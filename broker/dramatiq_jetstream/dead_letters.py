@@ -293,12 +293,9 @@ class DeadLetters:
     def count(self, queue: str | None = None) -> int:
         """How many letters there are, of a queue if given."""
         try:
-            info = self._connection.api(
-                f"STREAM.INFO.{self._names.dead_stream}", {"subjects_filter": self._subject(queue)}
-            )
-        except NotFound:
+            return self._listing.count(self._subject(queue))
+        except TopologyMissing:
             return 0
-        return int(info.get("total", 0)) if info.get("total") else len(info["state"].get("subjects") or {})
 
     def replay(self, letter: DeadLetter | str) -> bool:
         """Put a message back on its queue with a fresh set of retries; False when another replay, or a drop, did more.

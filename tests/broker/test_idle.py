@@ -8,6 +8,7 @@ import dramatiq
 import pytest
 
 from dramatiq_jetstream.testing import NatsServer
+from dramatiq_jetstream.wire.connection import Publication
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually
 
@@ -48,3 +49,41 @@ def test_an_idle_process_exchanges_a_message_a_second_whatever_its_queues(server
         time.sleep(SECONDS)
         passed = time.monotonic() - since
         assert messages(server) - before <= passed + 2
+
+
+def test_counting_dead_letters_costs_the_same_whatever_their_number(server, make_broker):
+    """The server says how many there are; it does not list them."""
+    broker = make_broker(server.url)
+    broker.declare_queue("default")
+    broker.setup()
+
+    def store(numbers):
+        subjects = [broker.names.dead("default", f"letter-{number}") for number in numbers]
+        headers = {"Dramatiq-Dead-Queue": "default"}
+        broker.connection.publish_many([Publication(subject, b"{}", headers) for subject in subjects])
+
+    def bytes_read():
+        """How many letters there are, and the fewest bytes of several looks: other things are counted, too."""
+        looks = []
+        for _ in range(5):
+            before = server.monitor("/varz")["out_bytes"]
+            dead = broker.queue_stats("default").dead
+            looks.append(server.monitor("/varz")["out_bytes"] - before)
+        return dead, min(looks)
+
+    broker.dead_letters.store(
+        queue="default",
+        subject="x",
+        origin="letter-0",
+        data=b"{}",
+        headers={},
+        reason="r",
+        error="e",
+        deliveries=1,
+    )
+    dead, few = bytes_read()
+    assert dead == 1
+    store(range(1, 500))
+    dead, many = bytes_read()
+    assert dead == broker.dead_letters.count() == 500
+    assert many < few + 5_000

@@ -114,6 +114,19 @@ class Listing:
             )
         time.sleep(LAG_PAUSE_SECONDS)
 
+    def count(self, subject: str) -> int:
+        """How many messages the stream has on `subject` (wildcards allowed), as one replica has them.
+
+        The server says how many follow one of them, so that one is read whatever their number.
+
+        Raises:
+          TopologyMissing, BrokerConnectionError: As for `read`.
+        """
+        deadline = time.monotonic() + self._connection.timeout / 1000
+        request = {"seq": 1, "next_by_subj": subject, "batch": 1}
+        found = self._ask(request, deadline)[0]
+        return 1 + int(found[0].headers["Nats-Num-Pending"]) if found else 0
+
     def read_back(
         self, subject: str, *, before: int | None = None, page: int = 64
     ) -> Iterator[StoredMessage]:
