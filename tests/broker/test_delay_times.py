@@ -167,7 +167,9 @@ def test_subjects_are_read_page_by_page_until_all_are_read(monkeypatch):
     assert connection.asked == [
         ("STREAM.INFO.shop_q_mails", {"subjects_filter": "x.>", "offset": offset}) for offset in (0, 2, 4)
     ]
-    assert delays.count(AnsweringConnection(*pages), STREAM, "x.>") == 5
+    counting = AnsweringConnection(*pages)
+    assert delays.count(counting, STREAM, "x.>") == 5
+    assert counting.asked == connection.asked
 
 
 @pytest.mark.parametrize(

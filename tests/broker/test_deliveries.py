@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from dramatiq_jetstream.sending.envelope import Event
@@ -72,8 +74,12 @@ def test_a_delivery_says_where_and_when_its_message_was_stored(delivered, durabl
     assert (delivery.subject, delivery.data, delivery.ack_subject) == ("orders.paid", b"data", subject)
 
 
-def test_a_delivery_begins_unsettled_unmarked_and_without_a_place(delivered):
+def test_a_delivery_begins_unsettled_unmarked_and_without_a_place(delivered, source):
+    before = time.monotonic()
     delivery = delivered({"Other": "x"})
+    assert before <= delivery.touched <= time.monotonic()
+    assert delivery.source is source
+    assert isinstance(delivery.owner, Reader)
     assert (delivery.settled, delivery.is_suspect, delivery.has_place) == (False, False, False)
     assert (delivery.is_marked, delivery.slot) == (False, None)
     assert delivery.headers == {"Other": "x"}

@@ -50,6 +50,9 @@ MODULES: Final = {
     f"{LIBRARY}/wire/replies.py": ["tests/broker/test_replies.py"],
     f"{LIBRARY}/worker/delivery.py": ["tests/broker/test_deliveries.py"],
     f"{LIBRARY}/worker/suspects.py": ["tests/broker/test_suspects.py"],
+    f"{LIBRARY}/worker/arguments.py": ["tests/broker/test_shown_text.py"],
+    f"{LIBRARY}/worker/log_lines.py": ["tests/broker/test_shown_text.py"],
+    f"{LIBRARY}/worker/tracebacks.py": ["tests/broker/test_shown_text.py"],
     f"{LIBRARY}/worker/settlements.py": ["tests/broker/test_settlements.py"],
     f"{LIBRARY}/worker/hooks.py": ["tests/broker/test_hooks.py"],
     f"{LIBRARY}/sending/envelope.py": [
@@ -58,6 +61,7 @@ MODULES: Final = {
     ],
     f"{LIBRARY}/sending/fitting.py": ["tests/broker/test_fitting.py"],
     f"{LIBRARY}/sending/delays.py": ["tests/broker/test_delay_times.py"],
+    f"{LIBRARY}/sending/references.py": ["tests/broker/test_references.py"],
     f"{LIBRARY}/sending/unique.py": ["tests/broker/test_unique_claims.py"],
     "tasks/accept.py": ["tests/tasks/test_accepting.py"],
     "tasks/idempotency.py": ["tests/tasks/test_requests.py"],
