@@ -37,6 +37,9 @@ PREFIX: Final = "level."
 #: How many changes are made at once, which bounds the size of a value.
 MAX_BATCH: Final = 100
 
+#: How many adjustments of a product are remembered.
+MAX_ADJUSTMENTS: Final = 50
+
 #: How many notes that others have left behind are looked after with one change.
 _SWEPT_AT_ONCE: Final = 3
 
@@ -70,27 +73,46 @@ class Note:
     at: int
 
 
+@dataclass(frozen=True, slots=True)
+class Adjustment:
+    """A change of the stock by people: pieces added (negative: taken away), when (milliseconds), by whom, why."""
+
+    id: str
+    pieces: int
+    at: int
+    by: str
+    reason: str
+
+
 @dataclass(slots=True)
 class Level:
-    """The value of a key: pieces that can be sold, and a note for each order that changed them a moment ago."""
+    """The value of a key: pieces that can be sold, notes of orders that changed them a moment ago, and adjustments."""
 
     pieces: int
     notes: dict[str, Note] = field(default_factory=dict)
+    adjustments: list[Adjustment] = field(default_factory=list)
 
     def encode(self) -> bytes:
         """Return the level as it is stored."""
         notes = {order_id: [note.kind, note.quantity, note.at] for order_id, note in self.notes.items()}
-        return json.dumps({"pieces": self.pieces, "notes": notes}, separators=(",", ":")).encode()
+        stored: dict[str, Any] = {"pieces": self.pieces, "notes": notes}
+        if self.adjustments:
+            stored["adjustments"] = [[a.id, a.pieces, a.at, a.by, a.reason] for a in self.adjustments]
+        return json.dumps(stored, separators=(",", ":")).encode()
 
     @classmethod
     def decode(cls, value: bytes) -> Level:
         """Return the level that `encode` stored."""
         stored = json.loads(value)
-        return cls(stored["pieces"], {key: Note(*note) for key, note in stored["notes"].items()})
+        return cls(
+            stored["pieces"],
+            {key: Note(*note) for key, note in stored["notes"].items()},
+            [Adjustment(*one) for one in stored.get("adjustments", ())],
+        )
 
     def copy(self) -> Level:
         """Return a level that can be changed without changing this one."""
-        return Level(self.pieces, dict(self.notes))
+        return Level(self.pieces, dict(self.notes), list(self.adjustments))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +225,33 @@ class Shelf:
 
         note: Note | Found = self._change(order_id, apply, GIVEN_BACK, known.revision)
         return note
+
+    def adjust(
+        self, adjustment_id: str, change: Callable[[int], int], by: str, reason: str
+    ) -> Adjustment | Short:
+        """Change the stock for people, once for each id, while the key remembers it.
+
+        Parameters:
+          change: Returns how many pieces there shall be, given how many there are.
+
+        Returns:
+          What was done, now or before; Short when there would be fewer than none.
+        """
+
+        def apply(level: Level, _: Found | None) -> Adjustment | Short:
+            for known in level.adjustments:
+                if known.id == adjustment_id:
+                    return known
+            pieces = change(level.pieces)
+            if pieces < 0:
+                return Short(level.pieces)
+            done = Adjustment(adjustment_id, pieces - level.pieces, self._now(), by, reason)
+            level.pieces = pieces
+            level.adjustments = [*level.adjustments[1 - MAX_ADJUSTMENTS :], done]
+            return done
+
+        done: Adjustment | Short = self._change("", apply)
+        return done
 
     def written(self, order_id: str, kind: str) -> None:
         """Say that an order's record shows what its note stands for."""

@@ -34,18 +34,22 @@ from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 
 from .claims import Claims
 from .ledger import PricedItem, Record
-from .levels import GIVEN_BACK, GIVES_BACK, PREFIX, TAKEN, Found, Level, Shelf, Short, StockBusy
+from .levels import GIVEN_BACK, GIVES_BACK, PREFIX, TAKEN, Adjustment, Found, Level, Shelf, Short, StockBusy
 from .notes import Notes
 from .ports import Bucket, Entry
 from .takeover import take_over
 
-__all__ = ["BUCKET", "Found", "RecordBehind", "Stock", "StockBusy"]
+__all__ = ["BUCKET", "Found", "InvalidAdjustment", "RecordBehind", "Stock", "StockBusy"]
 
 BUCKET: Final = "stock"
 
 #: How many records a process remembers that it wrote, at most, and for how many seconds.
 REMEMBERED: Final = 5_000
 RECALLED_SECONDS: Final = 60.0
+
+
+class InvalidAdjustment(ValueError):
+    """The stock cannot be changed so; the message says why."""
 
 
 class RecordBehind(Exception):
@@ -166,6 +170,37 @@ class Stock:
     def _undo(self, order_id: str, lines: Iterable[PricedItem]) -> None:
         for line in sorted(lines, key=lambda line: line.sku):
             self._shelf(line.sku).undo(order_id)
+
+    def restock(self, sku: str, pieces: int, adjustment_id: str, *, by: str, reason: str) -> Adjustment:
+        """Add pieces of a product (negative: take them away); an id that was used before changes nothing more.
+
+        Raises:
+          InvalidAdjustment: When there is no such product, or fewer pieces than are taken away.
+        """
+        return self._adjust(sku, lambda there: there + pieces, adjustment_id, by, reason)
+
+    def correct(self, sku: str, pieces: int, adjustment_id: str, *, by: str, reason: str) -> Adjustment:
+        """Set the pieces that can be sold to what was counted; what orders hold is not among them.
+
+        Raises:
+          InvalidAdjustment: When there is no such product.
+        """
+        return self._adjust(sku, lambda _: pieces, adjustment_id, by, reason)
+
+    def _adjust(
+        self, sku: str, change: Callable[[int], int], adjustment_id: str, by: str, reason: str
+    ) -> Adjustment:
+        if sku not in self.available():
+            raise InvalidAdjustment(f"There is no product {sku!r}.")
+        done = self._shelf(sku).adjust(adjustment_id, change, by, reason)
+        if isinstance(done, Short):
+            raise InvalidAdjustment(f"There are only {done.available} pieces of {sku}.")
+        return done
+
+    def adjustments(self, sku: str) -> list[Adjustment]:
+        """Return the newest adjustments of a product, oldest first."""
+        entry = self._bucket.get(f"{PREFIX}{sku}")
+        return [] if entry is None else Level.decode(entry.value).adjustments
 
     def release(self, order_id: str, at: int) -> Found:
         """Give back what a declined order holds, and record that; returns what is recorded then.

@@ -9,7 +9,7 @@ import pytest
 
 from dramatiq_jetstream import JetStreamBroker
 from tasks.ledger import PricedItem, Record
-from tasks.stock import Stock
+from tasks.stock import InvalidAdjustment, Stock
 
 INITIAL = {"MUG-01": 30, "TEE-01": 20, "LAMP-01": 5}
 
@@ -88,3 +88,32 @@ def test_stock_is_seeded_once(broker: JetStreamBroker, stocks: list[Stock]) -> N
     stocks[0].available()
     again = Stock(broker.bucket("stock"), dict.fromkeys(INITIAL, 999), lambda: 1_000)
     assert again.available() == {**INITIAL, "MUG-01": 27}
+
+
+def test_adjustments_count_once(stocks: list[Stock]) -> None:
+    """Restocked and corrected amid orders, repeated from many threads in two processes; who and why is kept."""
+
+    def add(number: int) -> int:
+        return (
+            stocks[number % 2].restock("LAMP-01", 10, f"r-{number % 4}", by="ann", reason="delivery").pieces
+        )
+
+    with ThreadPoolExecutor(20) as pool:
+        orders = [
+            pool.submit(stocks[number % 2].open, f"o-{number}", wanted(("LAMP-01", 1))) for number in range(5)
+        ]
+        assert list(pool.map(add, range(20))) == [10] * 20
+        assert {order.result().record.state for order in orders} == {"held"}
+    assert stocks[0].available()["LAMP-01"] == 40
+    counted = stocks[1].correct("LAMP-01", 38, "c-1", by="bob", reason="two are broken")
+    assert counted == stocks[0].correct("LAMP-01", 38, "c-1", by="bob", reason="two are broken")
+    assert (counted.pieces, stocks[0].available()["LAMP-01"]) == (-2, 38)
+    assert [one.id for one in stocks[0].adjustments("LAMP-01")][-1] == "c-1"
+
+
+def test_what_cannot_be_adjusted_is_refused(stocks: list[Stock]) -> None:
+    with pytest.raises(InvalidAdjustment, match="There is no product 'NONE'"):
+        stocks[0].restock("NONE", 1, "r-1", by="ann", reason="delivery")
+    with pytest.raises(InvalidAdjustment, match="only 5 pieces of LAMP-01"):
+        stocks[0].restock("LAMP-01", -6, "r-2", by="ann", reason="delivery")
+    assert stocks[0].available() == INITIAL
