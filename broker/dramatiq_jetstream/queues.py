@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 #: A pause ends by itself after this long, because JetStream requires an end.
 PAUSE = timedelta(days=3650)
+
+#: How long the request stands that wakes a consumer, in nanoseconds.
+_WAKE_NS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,22 @@ class Queues:
         body: dict[str, Any] = {"pause_until": until.isoformat()} if paused else {}
         self._declarations.ensure_queue(queue)
         for info in list(self.consumers(queue)):
-            self._connection.api(f"CONSUMER.PAUSE.{info['stream_name']}.{info['name']}", body)
+            consumer = f"{info['stream_name']}.{info['name']}"
+            self._connection.api(f"CONSUMER.PAUSE.{consumer}", body)
+            if not paused:
+                self._wake(consumer)
+
+    def _wake(self, consumer: str) -> None:
+        """Have the server serve the requests that stand at a consumer.
+
+        It does so at a new message, a heartbeat, or another request, and not when a pause ends (seen with 2.15.1). This
+        is a request that no message can fill, because each is larger than a byte.
+        """
+        request = {"batch": 1, "expires": _WAKE_NS, "max_bytes": 1}
+        with contextlib.suppress(BrokerError):
+            self._connection.request(
+                self._connection.api_subject(f"CONSUMER.MSG.NEXT.{consumer}"), json.dumps(request).encode()
+            )
 
     def is_paused(self, queue: str) -> bool:
         """Whether any consumer that feeds a queue is paused."""

@@ -14,7 +14,7 @@ from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.errors import BrokerConnectionError, InvalidOption, MessageNotUnique, StoreTimeout
 from dramatiq_jetstream.jetstream.reading import parse_time
 from dramatiq_jetstream.queues import QueueStats
-from tests.broker.conformance.workers import running
+from tests.broker.conformance.workers import consuming, running
 from tests.support.polling import eventually, holds
 
 
@@ -85,6 +85,23 @@ def test_a_paused_queue_is_not_worked_on_by_anybody(make_broker):
             eventually(lambda: len(ran) == 5)
     assert not first.is_paused("default")
     first.resume("default")  # nothing happens
+
+
+def test_what_waits_for_the_end_of_a_pause_begins_at_once(broker):
+    """At every queue of a process, not only at the one whose requests have heartbeats."""
+    ran = []
+    queues = [f"q{number}" for number in range(6)]
+    for queue in queues:
+        dramatiq.actor(ran.append, broker=broker, actor_name=f"work-{queue}", queue_name=queue)
+    with running(broker) as worker:
+        for queue in queues:
+            eventually(lambda queue=queue: consuming(worker, queue))
+            broker.pause(queue)
+            broker.actors[f"work-{queue}"].send(queue)
+        holds(lambda: ran == [], 0.3)
+        for queue in queues:
+            broker.resume(queue)
+        eventually(lambda: sorted(ran) == queues, 10)
 
 
 def test_pausing_before_there_is_anything(broker):
