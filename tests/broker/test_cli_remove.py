@@ -14,6 +14,7 @@ from dramatiq.broker import get_broker, set_broker
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.events import Events, subscription
+from dramatiq_jetstream.jetstream.inventory import stream_names
 from dramatiq_jetstream.periodic import Periodic
 from tests.broker.conformance.workers import running
 from tests.broker.test_cli import Fleet, Refused, fleet
@@ -174,7 +175,7 @@ def test_a_namespace_goes_as_a_whole_and_nothing_else(
     with pytest.raises(Refused, match="the options say"):
         fleet("remove", "namespace", f"{namespace}-eu", "--yes")
     fleet("remove", "namespace", namespace, "--yes")
-    left = old.connection.api("STREAM.NAMES", {"offset": 0})["streams"]
+    left = stream_names(old.connection)
     assert topic in left
     assert other.names.queue_stream("kept") in left
     assert not [name for name in left if name.startswith((f"{namespace}_q_", f"KV_{namespace}-"))]
