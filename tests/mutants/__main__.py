@@ -35,6 +35,7 @@ COPIED: Final = (
     "benchmarks",
     "docs",
     "deploy",
+    "examples",
 )
 FILES: Final = ("README.md", "pyproject.toml", "Makefile", "Procfile", "CHANGELOG.md")
 
