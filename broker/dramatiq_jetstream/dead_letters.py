@@ -29,7 +29,7 @@ from dramatiq.message import Message, get_encoder
 from .errors import ApiError, InvalidOption, MessageTooLarge, NotFound, TopologyMissing
 from .jetstream import names as wire_names
 from .jetstream.listing import Listing
-from .jetstream.names import Names
+from .jetstream.names import BODY_SUFFIX, Names
 from .jetstream.reading import StoredMessage, first_message, last_message, message_at
 from .sending.envelope import HISTORY_OPTION, Event, checked, to_message
 from .sending.fitting import ADDED, fit, unfolded
@@ -73,6 +73,9 @@ _MAX_HISTORY_HEADER = 20_000
 
 #: How many letters are asked for at once.
 PAGE = 256
+
+#: How many bodies a listing keeps until their letters come; each has one message's size at most.
+MOST_BODIES = 8
 
 
 def worker_name() -> str:
@@ -357,7 +360,7 @@ class DeadLetters:
                 raise
             return False
         if wire_names.HEADER_DEAD_BODY in stored.headers:
-            self._connection.api(f"STREAM.PURGE.{stream}", {"filter": f"{stored.subject}.body"})
+            self._connection.api(f"STREAM.PURGE.{stream}", {"filter": f"{stored.subject}{BODY_SUFFIX}"})
         return True
 
     def flush(self, queue: str) -> int:
@@ -375,18 +378,30 @@ class DeadLetters:
         return self._names.all_dead if queue is None else self._names.dead_of_queue(queue)
 
     def _iterate(self, queue: str | None, start: int = 1) -> Iterator[DeadLetter]:
-        for stored in self._listing.read(self._subject(queue), start=start, page=PAGE):
-            yield self._read(stored)
+        """Yield letters, oldest first. A body that is stored apart comes in the same pages, before its letter."""
+        names = self._names
+        everything = names.all_dead_with_bodies if queue is None else names.dead_with_bodies(queue)
+        bodies: dict[str, bytes] = {}
+        for stored in self._listing.read(everything, start=start, page=PAGE):
+            if names.is_dead_body(stored.subject):
+                bodies[stored.subject] = stored.data
+                if len(bodies) > MOST_BODIES:  # their letters are gone, or were never stored
+                    del bodies[next(iter(bodies))]
+                continue
+            yield self._read(stored, bodies.pop(f"{stored.subject}{BODY_SUFFIX}", None))
 
     def oldest(self, queue: str | None = None) -> DeadLetter | None:
         """Return the oldest dead letter, of one queue if it is named; None when there is none."""
         stored = first_message(self._connection, self._names.dead_stream, self._subject(queue))
         return None if stored is None else self._read(stored)
 
-    def _read(self, stored: StoredMessage) -> DeadLetter:
+    def _read(self, stored: StoredMessage, body: bytes | None = None) -> DeadLetter:
+        """The letter that is stored, with its body if that is stored apart; it is asked for unless it is given."""
         if wire_names.HEADER_DEAD_BODY in stored.headers:
-            body = last_message(self._connection, stored.stream, f"{stored.subject}.body")
-            stored = dataclasses.replace(stored, data=b"" if body is None else body.data)
+            if body is None:
+                found = last_message(self._connection, stored.stream, f"{stored.subject}{BODY_SUFFIX}")
+                body = b"" if found is None else found.data
+            stored = dataclasses.replace(stored, data=body)
         letter = _read(stored)
         if letter.event is not None or letter.message_id is not None:
             return letter

@@ -154,14 +154,12 @@ class Gauges:
         if not state.connected and not self._may_connect(state):
             return []
         found: list[QueueStats] = []
-        for queue in sorted(broker.get_declared_queues()):
-            try:
-                found.append(broker.queue_stats(queue))
-            except BrokerError as error:
-                logger.debug("The state of queue %r could not be read: %s", queue, error)
-                # Each further queue would wait for the same server for as long.
-                self._failed_at = time.monotonic()
-                break
+        try:
+            found.extend(broker.queue_stats_of(sorted(broker.get_declared_queues())))
+        except BrokerError as error:
+            logger.debug("The state of the queues after %d of them could not be read: %s", len(found), error)
+            # Each further queue would wait for the same server for as long.
+            self._failed_at = time.monotonic()
         return found
 
     def _may_connect(self, state: ConnectionState) -> bool:

@@ -246,7 +246,8 @@ class JetStreamBackend(RateLimiterBackend):
         """
         name = _name(key)
         deadline = None if timeout is None else time.monotonic() + timeout / 1000
-        with self._wakeups.waiting([name]) as notified:
+        notified = threading.Event()
+        with self._wakeups.waiting([name], notified) as waiter:
             while True:
                 notified.clear()
                 if self.bucket.get(name) is not None:
@@ -254,7 +255,8 @@ class JetStreamBackend(RateLimiterBackend):
                 left = 3600.0 if deadline is None else deadline - time.monotonic()
                 if left <= 0:
                     return False
-                self._wakeups.wait(notified, left)
+                if not waiter.subscribe():
+                    self._wakeups.wait(notified, left)
 
     def wait_notify(self, key: str, ttl: int) -> None:
         """Wake all that wait for the key, and those that come within `ttl` milliseconds."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -35,7 +36,7 @@ from .aio import in_thread
 from .backends import answer_for, broker_for
 from .errors import BrokerConnectionError, MessageTooLarge
 from .jetstream.names import HEADER_PARTS, short_key
-from .jetstream.wakeups import LOOK_AGAIN_SECONDS, Wakeups
+from .jetstream.wakeups import LOOK_AGAIN_SECONDS, Waiter, Wakeups
 from .kv import Entry
 
 __all__ = ["JetStreamBackend", "ResultNotStored"]
@@ -147,8 +148,18 @@ class JetStreamBackend(ResultBackend):
                 raise ResultMissing(message)
             return self.unwrap_result(result)  # type: ignore[no-untyped-call]
         deadline = time.monotonic() + (DEFAULT_TIMEOUT if timeout is None else timeout) / 1000
-        with self._wakeups.waiting([key]) as stored:
-            return self.unwrap_result(self._wait(message, key, stored, deadline))  # type: ignore[no-untyped-call]
+        stored = threading.Event()
+        with self._wakeups.waiting([key], stored) as waiter:
+            while True:
+                stored.clear()
+                left = deadline - time.monotonic()
+                result, cause = self._try_look(key, waiter, left)
+                if result is not Missing:
+                    return self.unwrap_result(result)  # type: ignore[no-untyped-call]
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise ResultTimeout(message) from cause
+                self._wakeups.wait(stored, left)
 
     async def aget_result(
         self,
@@ -169,11 +180,15 @@ class JetStreamBackend(ResultBackend):
             return await in_thread(partial(self.get_result, message, block=True, timeout=limit))
         deadline = time.monotonic() + limit / 1000
         key, stored = self.build_message_key(message), _LoopEvent()
-        with self._wakeups.registered([key], stored):
+        with self._wakeups.waiting([key], stored) as waiter:
             while True:
                 stored.clear()
                 left = deadline - time.monotonic()
-                result, cause = await self._look(key, left)
+                look = partial(self._try_look, key, waiter, left)
+                try:
+                    result, cause = await in_thread(look, patience=max(0.5, left))
+                except BrokerConnectionError as error:
+                    result, cause = Missing, error
                 if result is not Missing:
                     return self.unwrap_result(result)  # type: ignore[no-untyped-call]
                 left = deadline - time.monotonic()
@@ -181,35 +196,18 @@ class JetStreamBackend(ResultBackend):
                     raise ResultTimeout(message) from cause
                 await stored.wait(min(left, LOOK_AGAIN_SECONDS))
 
-    async def _look(self, key: str, seconds: float) -> tuple[Any, BrokerConnectionError | None]:
-        """Look for a result in a thread; what cannot be seen now is missing, with the reason."""
-
-        def look() -> Any:
-            self._wakeups.subscribe()
-            return self._get(key, timeout=max(500, int(seconds * 1000)))
-
+    def _try_look(self, key: str, waiter: Waiter, seconds: float) -> tuple[Any, BrokerConnectionError | None]:
+        """Look for a result, and subscribe if there is none; what cannot be seen now is missing, with the reason."""
+        timeout = max(
+            500, int(seconds * 1000)
+        )  # the least is enough for a round trip, so that timeout=0 is a look
         try:
-            return await in_thread(look, patience=max(0.5, seconds)), None
+            result = self._get(key, timeout=timeout)
+            if result is Missing and seconds > 0 and waiter.subscribe(timeout=timeout):
+                result = self._get(key, timeout=timeout)
         except BrokerConnectionError as error:
             return Missing, error
-
-    def _wait(self, message: Message[Any], key: str, stored: Any, deadline: float) -> Any:
-        cause: BrokerConnectionError | None = None
-        while True:
-            stored.clear()
-            left = deadline - time.monotonic()
-            try:
-                # The least is enough for one round trip, so that timeout=0 is a look.
-                result = self._get(key, timeout=max(500, int(left * 1000)))
-                cause = None
-            except BrokerConnectionError as error:
-                result, cause = Missing, error
-            if result is not Missing:
-                return result
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise ResultTimeout(message) from cause
-            self._wakeups.wait(stored, left)
+        return result, None
 
     def _get(self, message_key: str, *, timeout: int | None = None) -> Any:
         head = self.bucket.get(message_key, timeout=timeout)

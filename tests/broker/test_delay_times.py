@@ -167,9 +167,21 @@ def test_subjects_are_read_page_by_page_until_all_are_read(monkeypatch):
     assert connection.asked == [
         ("STREAM.INFO.shop_q_mails", {"subjects_filter": "x.>", "offset": offset}) for offset in (0, 2, 4)
     ]
-    counting = AnsweringConnection(*pages)
-    assert delays.count(counting, STREAM, "x.>") == 5
-    assert counting.asked == connection.asked
+
+
+@pytest.mark.parametrize(
+    ("answer", "counts"),
+    [
+        ({"total": 3, "state": {"messages": 7, "subjects": None}}, (7, 3)),
+        ({"state": {"messages": 0}}, (0, 0)),
+    ],
+)
+def test_schedules_are_counted_without_listing_them(answer, counts):
+    connection = AnsweringConnection(answer)
+    assert delays.counts(connection, STREAM, "x.>") == counts
+    ((verb, request),) = connection.asked
+    assert verb == "STREAM.INFO.shop_q_mails"
+    assert request["offset"] > 1_000_000
 
 
 @pytest.mark.parametrize(

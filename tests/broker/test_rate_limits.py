@@ -252,7 +252,7 @@ def test_whoever_waits_is_woken_by_the_server(
     with ThreadPoolExecutor(1) as pool:
         for number in range(10):
             woken = pool.submit(waiting.wait, f"k{number}", 10_000)
-            eventually(lambda: waiting._wakeups._waiters)
+            eventually(lambda: waiting.bucket.connection._subscriptions)
             notifying.wait_notify(f"k{number}", 60_000)
             before = time.monotonic()
             assert woken.result(timeout=30) is True
@@ -264,7 +264,7 @@ def test_a_wait_without_a_timeout_ends_with_the_notification(make_backend: MakeB
     waiting, notifying = make_backend(), make_backend()
     with ThreadPoolExecutor(1) as pool:
         woken = pool.submit(waiting.wait, "k", None)
-        eventually(lambda: waiting._wakeups._waiters)
+        eventually(lambda: waiting.bucket.connection._subscriptions)
         notifying.wait_notify("k", 60_000)
         assert woken.result(timeout=30) is True
 

@@ -83,7 +83,7 @@ def count_looks(backend: JetStreamBackend, monkeypatch: pytest.MonkeyPatch) -> l
 def test_whoever_waits_is_woken_by_the_server(
     make_backend: MakeBackend, never_look_again: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A blocking get_result looks once before and once after the result is stored, and returns at once."""
+    """A blocking get_result looks twice before and once after the result is stored, and returns at once."""
     waiting, storing = make_backend(), make_backend()
     looks = count_looks(waiting, monkeypatch)
     delays = []
@@ -91,17 +91,17 @@ def test_whoever_waits_is_woken_by_the_server(
         for number in range(20):
             looks.clear()
             result = pool.submit(waiting.get_result, a_message(number), block=True)
-            eventually(lambda: len(looks) == 1, interval=0.001)
+            eventually(lambda: len(looks) == 2, interval=0.001)
             storing.store_result(a_message(number), number, 60_000)
             stored = time.monotonic()
             assert result.result(timeout=30) == number
             delays.append(time.monotonic() - stored)
-            assert len(looks) <= 3
+            assert len(looks) <= 4
     assert sorted(delays)[10] < 0.05
 
 
 def test_a_thousand_may_wait_on_one_connection(make_backend: MakeBackend, never_look_again: None) -> None:
-    """All waiting threads share one subscription, and each gets its own result."""
+    """Each waiting thread is announced its own result, and no subscription stays."""
     waiting, storing = make_backend(), make_backend()
     subscriptions = len(waiting.bucket.connection._subscriptions)
     results: dict[int, Any] = {}
@@ -112,13 +112,13 @@ def test_a_thousand_may_wait_on_one_connection(make_backend: MakeBackend, never_
     threads = [threading.Thread(target=wait, args=(number,), daemon=True) for number in range(1000)]
     for thread in threads:
         thread.start()
-    eventually(lambda: len(waiting._wakeups._waiters) == 1000)
-    assert len(waiting.bucket.connection._subscriptions) == subscriptions + 1
+    eventually(lambda: len(waiting.bucket.connection._subscriptions) == subscriptions + 1000, timeout=60)
     for number in range(1000):
         storing.store_result(a_message(number), number, 60_000)
     for thread in threads:
         thread.join(timeout=30)
     assert results == {number: number for number in range(1000)}
+    assert len(waiting.bucket.connection._subscriptions) == subscriptions
 
 
 def test_an_announcement_that_got_lost_is_made_up_for_after_the_reconnect(
@@ -132,7 +132,7 @@ def test_an_announcement_that_got_lost_is_made_up_for_after_the_reconnect(
     looks = count_looks(waiting, monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(waiting.get_result, a_message(), block=True, timeout=30_000)
-        eventually(lambda: looks)
+        eventually(lambda: len(looks) == 2)
         with cable.deafness():
             storing.store_result(a_message(), "there", 60_000)
             eventually(lambda: b".stored.results." in cable.lost)
@@ -151,7 +151,7 @@ def test_whoever_waits_looks_now_and_then_in_any_case(
     storing.bucket.connection.api(f"STREAM.UPDATE.{storing.bucket.stream}", config)
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(waiting.get_result, a_message(), block=True)
-        eventually(lambda: waiting._wakeups._waiters)
+        eventually(lambda: waiting.bucket.connection._subscriptions)
         storing.store_result(a_message(), "late", 60_000)
         assert result.result(timeout=30) == "late"
 
@@ -171,25 +171,25 @@ def test_waiting_goes_on_while_the_server_is_away(
         waiting.get_result(a_message(9))
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(waiting.get_result, a_message(), block=True, timeout=30_000)
-        eventually(lambda: waiting._wakeups._waiters)
+        eventually(lambda: waiting.bucket.connection._link.calls._waiting)
         own_nats_server.start()
         storing = make_backend(own_nats_server.url)
         storing.store_result(a_message(), "after", 60_000)
         assert result.result(timeout=30) == "after"
 
 
-def test_a_process_stays_subscribed_only_while_somebody_waits(
-    backend: JetStreamBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The subscription is given up after a while without waiters, and made again for the next one."""
-    monkeypatch.setattr("dramatiq_jetstream.jetstream.wakeups.LINGER_SECONDS", 0.0)
-    subscriptions = len(backend.bucket.connection._subscriptions)
-    for number in range(2):
-        backend.store_result(a_message(number), number, 60_000)
-        assert backend.get_result(a_message(number), block=True) == number
-        assert len(backend.bucket.connection._subscriptions) == subscriptions + 1
-        backend.store_result(a_message(), "nobody waits", 60_000)
-        eventually(lambda: len(backend.bucket.connection._subscriptions) == subscriptions)
+def test_a_process_is_subscribed_only_while_it_waits(backend: JetStreamBackend) -> None:
+    """A result that is there costs no subscription; a wait that ends, also in vain, leaves none behind."""
+    connection = backend.bucket.connection
+    subscriptions = len(connection._subscriptions)
+    backend.store_result(a_message(1), 1, 60_000)
+    made = next(connection._sids)
+    assert backend.get_result(a_message(1), block=True) == 1
+    assert next(connection._sids) == made + 1
+    with pytest.raises(ResultTimeout):
+        backend.get_result(a_message(2), block=True, timeout=100)
+    assert next(connection._sids) == made + 3
+    assert len(connection._subscriptions) == subscriptions
 
 
 def test_a_result_over_the_payload_limit_is_stored_in_parts(
@@ -200,7 +200,7 @@ def test_a_result_over_the_payload_limit_is_stored_in_parts(
     large = bytes(range(256)) * 20_000
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(waiting.get_result, a_message(), block=True)
-        eventually(lambda: waiting._wakeups._waiters)
+        eventually(lambda: waiting.bucket.connection._subscriptions)
         storing.store_result(a_message(), large, 60_000)
         assert result.result(timeout=30) == large
 
@@ -345,17 +345,18 @@ from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.results import JetStreamBackend
 
 backend = JetStreamBackend(JetStreamBroker(sys.argv[1], namespace=sys.argv[2], middleware=[]))
+connection = backend.bucket.connection
 messages = [Message("q", "a", (), {}, {}, message_id=f"m{number}") for number in range(2)]
 results = []
 waiting = threading.Thread(target=lambda: results.append(backend.get_result(messages[0], block=True)))
 waiting.start()
-while not backend._wakeups._waiters:
+while not connection._subscriptions:
     time.sleep(0.01)
 child = os.fork()
 if child == 0:
     waiting_here = threading.Thread(target=lambda: results.append(backend.get_result(messages[1], block=True)))
     waiting_here.start()
-    while len(backend._wakeups._waiters) != 1:
+    while len(connection._subscriptions) != 2:  # the parent's is known here, too
         time.sleep(0.01)
     backend.store_result(messages[0], "from the child", 60_000)
     waiting_here.join()

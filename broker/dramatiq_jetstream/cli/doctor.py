@@ -15,6 +15,7 @@ from dramatiq_jetstream.config import Storage
 from dramatiq_jetstream.jetstream import drift, ensuring, inventory, topology
 from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID
 from dramatiq_jetstream.jetstream.reading import last_message
+from dramatiq_jetstream.queues import QueueStats
 
 from .context import Fleet, pass_fleet, table
 from .orphans import find_orphans
@@ -217,15 +218,13 @@ def _queues(fleet: Fleet) -> Iterator[Finding]:
             f"there are none in namespace {fleet.namespace!r}",
             "prepare them with `fleet setup MODULE`, or let a worker with declare=True start once.",
         )
-    for name in names:
-        yield from _queue(fleet, name)
+    for stats, consumers in fleet.broker.stored_queues.look_at(names):
+        yield from _queue(fleet, stats, consumers)
 
 
-def _queue(fleet: Fleet, name: str) -> Iterator[Finding]:
-    broker = fleet.broker
-    consumers: list[dict[str, Any]] = list(broker.stored_queues.consumers(name))
+def _queue(fleet: Fleet, stats: QueueStats, consumers: list[dict[str, Any]]) -> Iterator[Finding]:
+    name = stats.queue
     waiting = sum(consumer.get("num_waiting", 0) for consumer in consumers)
-    stats = broker.queue_stats(name)
     if not consumers:
         yield Finding(
             f"queue {name}", FAILURE, "has no consumer", "run `fleet setup MODULE` with the workers' module."

@@ -93,7 +93,7 @@ def _check_abortable(fleet: Fleet, message_id: str) -> None:
         return
     if state != "unknown":
         raise click.ClickException(f"{message_id} is {state}: there is nothing to abort.")
-    stats = [fleet.broker.queue_stats(queue) for queue in fleet.queue_names()]
+    stats = fleet.broker.queue_stats_of(fleet.queue_names())
     if all(queue.ready + queue.in_flight <= LOOKED_AT for queue in stats):
         raise click.ClickException(f"no message {message_id} waits, is delayed or runs.")
 

@@ -30,19 +30,20 @@ def find_orphans(fleet: Fleet) -> Iterator[tuple[str, str, str]]:
 def _queues(fleet: Fleet) -> Iterator[tuple[str, str, str]]:
     """Retired queues."""
     served = {queue for worker in fleet.workers() for queue in worker.queues}
-    for queue in fleet.queue_names():
-        if fleet.program is not None:
-            is_used, why = queue in fleet.broker.queues, f"no actor of {fleet.program} uses it"
-        else:
-            is_used, why = queue in served or not served, "no living worker serves it, and others are served"
-        if not is_used and queue not in served:
-            stats = fleet.broker.queue_stats(queue)
-            holds = stats.ready + stats.in_flight + stats.delayed
-            yield (
-                f"queue {queue}",
-                f"{why}; it holds {holds} messages",
-                f"`fleet remove queue {queue}`, if no other program uses it.",
-            )
+    if fleet.program is not None:
+        used, why = served | fleet.broker.queues, f"no actor of {fleet.program} uses it"
+    else:
+        used, why = served, "no living worker serves it, and others are served"
+    unused = [queue for queue in fleet.queue_names() if queue not in used]
+    if fleet.program is None and not served:
+        return
+    for stats in fleet.broker.queue_stats_of(unused):
+        holds = stats.ready + stats.in_flight + stats.delayed
+        yield (
+            f"queue {stats.queue}",
+            f"{why}; it holds {holds} messages",
+            f"`fleet remove queue {stats.queue}`, if no other program uses it.",
+        )
 
 
 def _schedules(fleet: Fleet) -> Iterator[tuple[str, str, str]]:
@@ -61,13 +62,13 @@ def _schedules(fleet: Fleet) -> Iterator[tuple[str, str, str]]:
 def _levels(fleet: Fleet) -> Iterator[tuple[str, str, str]]:
     """Priorities at which no worker asks, with nothing waiting; the others are failures."""
     for queue in fleet.queue_names():
-        consumers = {info["name"]: info for info in fleet.broker.stored_queues.consumers(queue)}
+        stream = fleet.broker.names.queue_stream(queue)
+        consumers = {info["name"]: info for info in inventory.consumers(fleet.broker.connection, stream)}
         lowest = consumers.get(fleet.broker.names.worker_durable())
         for name, info in consumers.items():
             level = fleet.broker.names.priority_of_durable(name)
             asked = lowest is None or not lowest["num_waiting"] or info["num_waiting"]
             if level is not None and not asked and not info["num_pending"] and not info["num_ack_pending"]:
-                stream = fleet.broker.names.queue_stream(queue)
                 yield (
                     f"consumer {name} of stream {stream}",
                     f"workers of queue {queue} are there, and none asks for priority {level}; nothing waits there",

@@ -15,7 +15,7 @@ COMMANDS: list[click.Command] = []
 
 
 def _snapshot(fleet: Fleet) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(fleet.broker.queue_stats(name)) for name in fleet.queue_names()]
+    return [dataclasses.asdict(stats) for stats in fleet.broker.queue_stats_of(fleet.queue_names())]
 
 
 def _table(stats: list[dict[str, Any]]) -> Table:

@@ -141,10 +141,7 @@ def scale_hint(
 
 def _look(fleet: Fleet, queues: Iterable[str]) -> Look:
     wanted = set(queues)
-    backlog = 0
-    for name in wanted:
-        stats = fleet.broker.queue_stats(name)
-        backlog += stats.ready + stats.in_flight
+    backlog = sum(stats.ready + stats.in_flight for stats in fleet.broker.queue_stats_of(wanted))
     try:
         workers = [worker for worker in list_workers(fleet.broker) if wanted & set(worker.queues)]
     except (NotFound, TopologyMissing):

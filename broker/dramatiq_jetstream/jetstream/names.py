@@ -52,6 +52,9 @@ HEADER_DEAD_HISTORY = "Dramatiq-Dead-History"
 HEADER_DEAD_EVENT = "Dramatiq-Dead-Event"
 HEADER_DEAD_BODY = "Dramatiq-Dead-Body"
 
+#: What follows a dead letter's subject in that of its body, where it is stored apart.
+BODY_SUFFIX = ".body"
+
 #: Headers of the server.
 HEADER_MSG_ID = "Nats-Msg-Id"
 HEADER_TTL = "Nats-TTL"
@@ -309,7 +312,11 @@ class Names:
 
     def dead_body(self, queue: str, letter: str) -> str:
         """The subject of a dead letter's body that is too large for one message with the letter's headers."""
-        return f"{self.dead(queue, letter)}.body"
+        return f"{self.dead(queue, letter)}{BODY_SUFFIX}"
+
+    def is_dead_body(self, subject: str) -> bool:
+        """Whether a subject of the dead letters is that of a body, which has one token more than its letter."""
+        return subject.count(".") > self.all_dead.count(".")
 
     def dead_of_queue(self, queue: str) -> str:
         return f"{self.namespace}.dead.{self._queue(queue)}.*"

@@ -1,17 +1,17 @@
-"""Waking threads when a key is stored: one subscription per bucket, for any number of waiters.
+"""Waking threads when a key is stored: a subscription for each key that a thread waits for, while it does.
 
 The server announces every entry of an announcing bucket, without its value, after it is stored (`republish`
-in the stream's configuration). An announcement only says "look now": the bucket's content decides. A lost one costs
-time, never a result, because waiters also look after every reconnect and every few seconds.
+in the stream's configuration). Each key has a subject of its own, so a process hears of the keys that it waits for and
+of no others. An announcement only says "look now": the bucket's content decides. A lost one costs time, never a
+result, because waiters also look after every reconnect and every few seconds.
 
-While no thread waits, a process does not stay subscribed for long.
+Look first, and subscribe only when there is nothing: what is there already costs one question. What is stored between
+that look and the subscription is not announced to us, so look once more then.
 """
 
 from __future__ import annotations
 
-import os
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -19,15 +19,12 @@ from typing import Protocol
 from dramatiq_jetstream.kv import Bucket
 from dramatiq_jetstream.wire.connection import CoreSubscription, Msg
 
-from .names import decode_key
+from .names import decode_key, encode_key
 
-__all__ = ["LOOK_AGAIN_SECONDS", "Settable", "Wakeups", "announced_key", "announcements"]
+__all__ = ["LOOK_AGAIN_SECONDS", "Settable", "Waiter", "Wakeups", "announced_key", "announcements"]
 
 #: Seconds after which a waiter looks without having been woken.
 LOOK_AGAIN_SECONDS = 5.0
-
-#: Seconds that a subscription stays when no thread waits any more.
-LINGER_SECONDS = 30.0
 
 
 def announcements(bucket: Bucket) -> str:
@@ -47,94 +44,73 @@ class Settable(Protocol):
         """Say that it is time to look."""
 
 
+class Waiter:
+    """One wait for some keys of an announcing bucket; `Wakeups` makes it.
+
+    It shares nothing with other waiters, so an interrupt takes nothing from them.
+    """
+
+    def __init__(self, bucket: Bucket, keys: Iterable[str], event: Settable) -> None:
+        self._connection = bucket.connection
+        self._subjects = [f"{announcements(bucket)[:-1]}{encode_key(key)}" for key in keys]
+        self._event = event
+        self._subscriptions: list[CoreSubscription] = []
+        self._told = False
+        self._closed = False
+
+    def subscribe(self, *, timeout: int | None = None) -> bool:
+        """Have the event set whenever one of the keys is stored, from now on; returns whether that is new.
+
+        Parameters:
+          timeout: Milliseconds to wait at most; None takes the connection's own.
+
+        Raises:
+          BrokerConnectionError: When there has never been a connection, and none could be made in time.
+        """
+        if self._subscriptions or self._closed:
+            return False
+        if not self._told:
+            self._told = True
+            self._connection.on_reconnect(self._event.set)
+        for number, subject in enumerate(self._subjects, start=1):
+            last = number == len(self._subjects)
+            self._subscriptions.append(
+                self._connection.subscribe(subject, self._receive, timeout=timeout, wait=last)
+            )
+        if self._closed:  # by another thread meanwhile
+            self.close()
+        return True
+
+    def close(self) -> None:
+        """Hear of nothing more; asks no server."""
+        self._closed = True
+        self._connection.remove_callback(self._event.set)
+        while self._subscriptions:
+            self._subscriptions.pop().close()
+
+    def _receive(self, _: Msg) -> None:
+        self._event.set()
+
+
 class Wakeups:
     """Lets threads wait for keys of one announcing bucket."""
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
-        self._connection = bucket.connection
-        self._reset()
-
-    def _reset(self) -> None:
-        """Start from nothing: at creation, and in the child of a fork, where no thread waits yet."""
-        self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._waiters: dict[str, set[Settable]] = {}
-        self._subscription: CoreSubscription | None = None
-        self._idle_since = 0.0
-
-    def _reset_in_a_fork(self) -> None:
-        if self._process != os.getpid():
-            self._reset()
 
     @contextmanager
-    def waiting(self, keys: Iterable[str]) -> Iterator[threading.Event]:
-        """Yield an event that is set whenever one of the keys is stored, or should be looked at again.
+    def waiting(self, keys: Iterable[str], event: Settable) -> Iterator[Waiter]:
+        """Yield a waiter for the keys, which sets `event` once it has subscribed; entering and leaving asks no server.
 
-        What is stored after entering is not missed, so look at the keys after entering. Clear the event
-        before each look.
+        Clear the event before each look.
         """
-        event = threading.Event()
-        self.subscribe()
-        with self.registered(keys, event):
-            # Once more: the subscription may have been given up just before this waiter was known.
-            self.subscribe()
-            yield event
-
-    @contextmanager
-    def registered(self, keys: Iterable[str], event: Settable) -> Iterator[None]:
-        """Have `event` set as `waiting` does, once `subscribe` has returned; entering and leaving asks no server."""
-        self._reset_in_a_fork()
-        wanted = list(keys)
+        waiter = Waiter(self._bucket, keys, event)
         try:
-            with self._lock:
-                for key in wanted:
-                    self._waiters.setdefault(key, set()).add(event)
-            yield
+            yield waiter
         finally:
-            with self._lock:
-                for key in wanted:
-                    waiters = self._waiters.get(key)
-                    if waiters is not None:
-                        waiters.discard(event)
-                        if not waiters:
-                            del self._waiters[key]
-                if not self._waiters:
-                    self._idle_since = time.monotonic()
+            waiter.close()
 
     @staticmethod
     def wait(event: threading.Event, seconds: float) -> None:
         """Wait until the event is set, or until the next regular look is due."""
         event.wait(min(seconds, LOOK_AGAIN_SECONDS))
-
-    def subscribe(self) -> None:
-        """Subscribe unless that is done. A subscription is not given up while a waiter is registered."""
-        self._reset_in_a_fork()
-        if self._subscription is not None:
-            return
-        subscription = self._connection.subscribe(announcements(self._bucket), self._receive)
-        with self._lock:
-            if self._subscription is None:
-                self._subscription = subscription
-                self._connection.on_reconnect(self._wake_all)
-                return
-        subscription.close()  # another thread was first
-
-    def _receive(self, message: Msg) -> None:
-        key = announced_key(self._bucket, message)
-        with self._lock:
-            for event in self._waiters.get(key, ()):
-                event.set()
-            idle = not self._waiters and time.monotonic() - self._idle_since > LINGER_SECONDS
-            subscription = self._subscription
-            if idle:
-                self._subscription = None
-        if idle and subscription is not None:
-            self._connection.remove_callback(self._wake_all)
-            subscription.close()
-
-    def _wake_all(self) -> None:
-        with self._lock:
-            events = {event for waiters in self._waiters.values() for event in waiters}
-        for event in events:
-            event.set()

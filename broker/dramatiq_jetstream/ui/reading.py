@@ -94,7 +94,7 @@ class Reader:
 
     def queues(self) -> list[QueueStats]:
         """The counts of all queues."""
-        return self._shared("queues", lambda: [self.broker.queue_stats(name) for name in self.queue_names()])
+        return self._shared("queues", lambda: list(self.broker.queue_stats_of(self.queue_names())))
 
     def workers(self) -> list[WorkerInfo]:
         """The live workers."""
