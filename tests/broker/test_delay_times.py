@@ -56,6 +56,7 @@ def listed(monkeypatch):
 
     class Listing:
         def __init__(self, connection, stream):
+            assert isinstance(connection, AnsweringConnection)
             self.stream = stream
 
         def read(self, subject, *, page):
@@ -114,10 +115,28 @@ def test_a_schedule_says_its_time_to_the_millisecond_and_is_read_again(eta, expr
     assert delays.eta_of(stored(Nats_Schedule=expression)) == eta
 
 
+def test_the_time_zone_of_the_process_does_not_matter(monkeypatch):
+    try:
+        with monkeypatch.context() as changed:
+            changed.setenv("TZ", "Asia/Kolkata")
+            time.tzset()
+            assert delays.at(ETA) == EXPRESSION
+            assert delays.eta_of(stored(Nats_Schedule=EXPRESSION)) == ETA
+    finally:
+        time.tzset()
+
+
 @pytest.mark.parametrize("expression", ["", "@every 5s", "0 9 * * *", "at 2023-11-14T22:13:20.045Z"])
 def test_what_is_not_for_one_time_is_due_at_none(expression):
     assert delays.eta_of(stored(Nats_Schedule=expression)) is None
     assert delays.eta_of(stored()) is None
+
+
+@pytest.mark.parametrize(("now", "eta"), [(7_000_000, 307), (7_000_001, 308), (7_999_999, 308)])
+def test_a_delay_is_rounded_up(monkeypatch, now, eta):
+    """The server fires at whole milliseconds: a time that was cut off would be too early."""
+    monkeypatch.setattr(time, "time_ns", lambda: now)
+    assert delays.eta_after(300) == eta
 
 
 def test_now_is_in_whole_milliseconds(monkeypatch):

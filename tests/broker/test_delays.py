@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 
 import dramatiq
-import pytest
 from dramatiq import Message
 from dramatiq.middleware import CurrentMessage
 
@@ -24,13 +23,6 @@ def rss(pid: int) -> int:
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
-
-
-@pytest.mark.parametrize(("now", "eta"), [(7_000_000, 307), (7_000_001, 308), (7_999_999, 308)])
-def test_a_delay_is_rounded_up(monkeypatch, now, eta):
-    """The server fires at whole milliseconds: a time that was cut off would be too early."""
-    monkeypatch.setattr(time, "time_ns", lambda: now)
-    assert delays.eta_after(300) == eta
 
 
 def test_a_delay_is_a_schedule_on_the_server(broker):

@@ -106,20 +106,21 @@ def test_middleware_that_is_added_later_is_heard(when):
 class Recording:
     """Notes how the hooks of the middleware that it is mixed into are called."""
 
-    def note(self, hook, *arguments, **named):
+    def note(self, broker, hook, *arguments, **named):
+        assert isinstance(broker, HookedBroker)
         self.calls = [*getattr(self, "calls", []), (hook, *arguments, named)]
 
     def before_process_message(self, broker, message):
-        self.note("before_process_message", message)
+        self.note(broker, "before_process_message", message)
 
     def after_process_message(self, broker, message, *, result=None, exception=None):
-        self.note("after_process_message", message, result=result, exception=exception)
+        self.note(broker, "after_process_message", message, result=result, exception=exception)
 
     def after_skip_message(self, broker, message):
-        self.note("after_skip_message", message)
+        self.note(broker, "after_skip_message", message)
 
     def after_nack(self, broker, message):
-        self.note("after_nack", message)
+        self.note(broker, "after_nack", message)
 
 
 class RecordingRetries(Recording, Retries):
@@ -249,15 +250,15 @@ def test_an_inherited_hook_is_called_and_an_empty_one_is_not():
 def test_pipelines_are_asked_for_messages_with_a_next_step_alone():
     following = Pipelines()
     calls = []
-    following.after_process_message = lambda broker, message, **named: calls.append((message, named))
+    following.after_process_message = lambda *arguments, **named: calls.append((*arguments, named))
     broker, failures = quiet(following)
     last, middle, error = proxy(), proxy(pipe_target={}), ValueError()
     broker.emit_after("process_message", last, result=1)
     broker.emit_after("process_message", middle)
     broker.emit_after("process_message", middle, result=2, exception=error)
     assert calls == [
-        (middle, {"result": None, "exception": None}),
-        (middle, {"result": 2, "exception": error}),
+        (broker, middle, {"result": None, "exception": None}),
+        (broker, middle, {"result": 2, "exception": error}),
     ]
     assert failures == []
 
@@ -340,3 +341,16 @@ def test_a_failure_is_stored_as_a_result_before_the_nack():
     assert (results.calls, getattr(plain, "calls", [])) == ([("after_nack", "m", {})], [])
     broker.emit_after("nack", "m")
     assert (len(results.calls), plain.calls) == (1, [("after_nack", "m", {})])
+
+
+def test_middleware_that_hears_of_a_nack_before_it_does_so_beside_results():
+    heard = []
+
+    class Hears(Middleware):
+        def before_nack(self, broker, message):
+            heard.append(message)
+
+    results = RecordingResults()
+    broker, _ = quiet(results, Hears())
+    broker.emit_before("nack", "m")
+    assert (heard, results.calls) == (["m"], [("after_nack", "m", {})])

@@ -135,6 +135,14 @@ def test_lines_are_cut_and_the_first_ones_go(running):
     assert kept[0].startswith(f"{SECOND}.045 WARNING program: 2xxx")
 
 
+@pytest.mark.parametrize(("count", "more"), [(200, ()), (201, ("… 1 earlier lines",))])
+def test_it_is_said_how_many_lines_went(running, count, more):
+    handler = wanting("a")
+    for _ in range(count):
+        handler.handle(line())
+    assert lines_of(running)[:-200] == more
+
+
 def test_a_line_whose_arguments_are_wrong_fails_nobody(running, monkeypatch):
     failed = []
     handler = wanting("a")

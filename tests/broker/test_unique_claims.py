@@ -226,12 +226,14 @@ def test_a_duplicate_is_the_message_of_the_earlier_call_unless_it_is_ours(bucket
     bucket.hold(pending("other", "p-0"), age=5_000)
     bucket.connection.bodies[7] = body
     taken = claim(bucket)
+    bucket.connection.asked.clear()
     if is_first:
         with pytest.raises(MessageNotUnique):
             taken.stored(ack)
     else:
         taken.stored(ack)
     assert bucket.record() == {"message": "other" if is_first else "m-1"}
+    assert bucket.connection.asked == ([("STREAM.MSG.GET.s", {"seq": 7})] if body else [])
 
 
 def test_that_a_message_is_stored_need_not_be_noted(bucket):
