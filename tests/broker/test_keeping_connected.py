@@ -28,11 +28,11 @@ from dramatiq_jetstream.errors import (
     ServerUnsupported,
 )
 from dramatiq_jetstream.testing import NatsServer, find_executable
-from dramatiq_jetstream.testing.server import free_port
 from dramatiq_jetstream.wire.addresses import Address
 from dramatiq_jetstream.wire.connection import Connection
 from dramatiq_jetstream.wire.login import LoginUnreadable, read_login
 from tests.support.polling import eventually, holds
+from tests.support.ports import free_port
 
 
 def message() -> Message:

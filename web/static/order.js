@@ -24,12 +24,29 @@ function show(state) {
   const changed = state.sentence !== view.dataset.sentence;
   revision = state.revision;
   view.dataset.sentence = state.sentence;
+  const restore = typed();
   view.innerHTML = state.html;
+  restore();
   showLocalTimes(view);
   if (changed) {
     announce.textContent = `${state.text}. ${state.sentence}`;
     document.title = `${state.text} · Order ${view.dataset.id}`;
   }
+}
+
+// What somebody is typing stays when the page is drawn again; returns what puts it back.
+function typed() {
+  const opened = [...view.querySelectorAll("details[open]")].map(({ id }) => id);
+  const values = [...view.querySelectorAll("input:not([type=hidden])")].map(({ id, value }) => [id, value]);
+  const focused = view.contains(document.activeElement) ? document.activeElement.id : "";
+  return () => {
+    for (const id of opened) document.getElementById(id)?.setAttribute("open", "");
+    for (const [id, value] of values) {
+      const field = document.getElementById(id);
+      if (field) field.value = value;
+    }
+    if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
+  };
 }
 
 function trouble(is) {
