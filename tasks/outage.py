@@ -5,8 +5,8 @@ fail at once, and hold no threads. Then one charge tries; the others follow when
 up to PAYMENT_PATIENCE, as delayed messages on the server (`tasks.actors`).
 
 That the gateway is away is noted under one key for all, so that pages can say what an order waits for. Any process
-notes it, and whichever gets an answer first removes it. A process that dies after noting it leaves the note until its
-time to live is over, which is longer than the longest pause before a charge is tried again.
+notes it, and whichever gets an answer first removes it. A process that dies in between leaves the note until its time
+to live is over, which is longer than the longest pause before a charge is tried again.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Outage:
         self._bucket = bucket
         self._ttl = ttl
         self._now = now
-        self._noted = self._looked = float("-inf")
+        self._noted = self._looked = self._removed = float("-inf")
+        self._removing = False
         self._since: int | None = None
         self._lock = threading.Lock()
 
@@ -92,12 +93,29 @@ class Outage:
             pass  # another process noted it, or the store is away too
 
     def over(self) -> None:
-        """Remove the note, if there is one: the gateway has answered."""
-        if self.since() is None:
-            return
+        """Say that the gateway has answered: the note goes, if there is one, at once or within a second.
+
+        It does not wait for the store. One look a second is enough, and what is answered meanwhile waits for the next
+        one, so that no note outlives the last answer.
+        """
+        with self._lock:
+            if self._removing:
+                return
+            self._removing = True
+            wait = self._removed + _LOOKED_EVERY_SECONDS - time.monotonic()
+        looks = threading.Timer(max(0.0, wait), self._remove)
+        looks.daemon = True
+        looks.start()
+
+    def _remove(self) -> None:
+        with self._lock:
+            self._removed = time.monotonic()
+            self._removing = False
         try:
-            self._bucket.delete(_KEY)
+            if self._bucket.get(_KEY) is not None:
+                self._bucket.delete(_KEY)
         except BrokerError:
+            self.over()  # in a second, when the store may answer
             return
         with self._lock:
             self._since, self._noted = None, float("-inf")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -19,12 +18,10 @@ from dramatiq.broker import MessageProxy
 from dramatiq.errors import QueueNotFound
 from dramatiq.message import Message
 from dramatiq.middleware import Middleware
-from dramatiq.results import ResultMissing, Results
 
 from .aio import in_thread, with_asend
 from .config import DUPLICATE_WINDOW_MS, BrokerConfig, ConnectOptions
 from .dead_letters import DeadLetters
-from .errors import InvalidOption
 from .history import History
 from .jetstream.declaring import Declarations
 from .jetstream.ensuring import all_of
@@ -34,9 +31,8 @@ from .jetstream.topology import WORKERS
 from .kv import Bucket
 from .limits import OPTIONS
 from .queues import QueueOperations, Queues
-from .sending import delays
 from .sending.sender import Sender
-from .status import MessageStatus, StatusReader
+from .status import MessageStatus, StatusReader, result_of
 from .streams import Stream
 from .wire.connection import Connection, PubAck
 from .worker.arguments import describe_arguments
@@ -183,7 +179,7 @@ class JetStreamBroker(QueueOperations, HookedBroker):
             self.dead_letters,
             queues=lambda: self.queues or queue_names(self.connection, self.names),
             workers=lambda: read_workers(self.declarations.memory_bucket(WORKERS)),
-            result=self._result_of,
+            result=lambda message: result_of(self.middleware, message),
             actors=lambda: [(actor.queue_name, actor.actor_name) for actor in self.actors.values()],
         )
         self.describe_arguments: Callable[[MessageProxy], str] = describe_arguments
@@ -253,7 +249,7 @@ class JetStreamBroker(QueueOperations, HookedBroker):
           TopologyMismatch: When something exists that would lose or hold up messages, and is not to be, or cannot
             be, changed. Everything else is done.
         """
-        self._check_max_in_flight()
+        self.declarations.check_max_in_flight(self.queues)
         self.bucket("unique")
         self.bucket(STARTS)
         self.bucket(LIMITS)
@@ -266,19 +262,6 @@ class JetStreamBroker(QueueOperations, HookedBroker):
                 partial(self.declarations.setup_buckets, update=update),
             ]
         )
-
-    def _check_max_in_flight(self) -> None:
-        """Raise InvalidOption for a queue in `max_in_flight` that neither this program nor another one has."""
-        unknown = set(self.config.max_in_flight) - self.queues
-        if not unknown:
-            return
-        known = sorted(self.queues.union(queue_names(self.connection, self.names)))
-        for queue in sorted(unknown.difference(known)):
-            meant = "".join(f" Did you mean {name!r}?" for name in get_close_matches(queue, known, 1))
-            raise InvalidOption(
-                f"max_in_flight names the queue {queue!r}, which does not exist; there are: "
-                f"{', '.join(known) or 'none'}.{meant}"
-            )
 
     def bucket(
         self, name: str, *, history: int = 1, ttl: int | None = None, max_value_bytes: int | None = None
@@ -349,30 +332,6 @@ class JetStreamBroker(QueueOperations, HookedBroker):
         self.connection.reopen()
         return self._sender.enqueue_many(list(messages), atomic=atomic, delay=delay)
 
-    def cancel(self, message_id: str, queue_name: str | None = None) -> int:
-        """Cancel the delays of a message, and free its unique key; return how many were waiting.
-
-        Parameters:
-          queue_name: Where it waits; None looks in all declared queues.
-
-        Raises:
-          BrokerConnectionError: When it is not known to be cancelled.
-        """
-        wanted = self.queues if queue_name is None else {queue_name}
-        return sum(self._sender.cancel(name, message_id) for name in wanted)
-
-    def run_now(self, message_id: str, queue_name: str | None = None) -> int:
-        """End the delay of a message, or of its retry; return how many were waiting.
-
-        Parameters:
-          queue_name: Where it waits; None looks in all declared queues.
-
-        Raises:
-          BrokerConnectionError: When it is not known to be on its way.
-        """
-        wanted = self.queues if queue_name is None else {queue_name}
-        return sum(delays.run_now(self.connection, self.names, name, message_id) for name in wanted)
-
     def publish(
         self,
         subject: str,
@@ -424,12 +383,6 @@ class JetStreamBroker(QueueOperations, HookedBroker):
     def failed_in(self, hook: str, middleware: Middleware, error: BaseException) -> None:
         """Note that a middleware failed at a hook: what it would have stored may be missing."""
         self._workplace.follow_ups.middleware_failed(middleware, error)
-
-    def _result_of(self, message: Message[Any]) -> object:
-        for middleware in self.middleware:
-            if isinstance(middleware, Results):
-                return middleware.backend.get_result(message)
-        raise ResultMissing(message)
 
     def _event_streams(self) -> set[str]:
         streams = (getattr(middleware, "stream", None) for middleware in self.middleware)

@@ -23,6 +23,7 @@ from .jetstream.inventory import consumers, stream_names
 from .jetstream.names import METADATA_SUBSCRIBER
 from .jetstream.reading import first_message
 from .sending import delays, unique
+from .sending.sender import Sender
 from .wire.connection import Connection
 from .worker.delivery import Source
 from .worker.sources import Sources
@@ -256,13 +257,14 @@ class Queues:
 
 
 class QueueOperations:
-    """The methods of `JetStreamBroker` that concern a whole queue, put together from the broker's parts."""
+    """The methods of `JetStreamBroker` for queues and what is delayed in them, put together from the broker's parts."""
 
     queues: set[str]
     stored_queues: Queues
     declarations: Declarations
     dead_letters: DeadLetters
     sources: Sources
+    _sender: Sender
 
     def queue_stats(self, queue_name: str) -> QueueStats:
         """Count what is in a queue: ready, in flight, delayed, dead."""
@@ -302,6 +304,30 @@ class QueueOperations:
         """Drop all messages of all declared queues."""
         for queue_name in sorted(self.queues):
             self.flush(queue_name)
+
+    def cancel(self, message_id: str, queue_name: str | None = None) -> int:
+        """Cancel the delays of a message, and free its unique key; return how many were waiting.
+
+        Parameters:
+          queue_name: Where it waits; None looks in all declared queues.
+
+        Raises:
+          BrokerConnectionError: When it is not known to be cancelled.
+        """
+        wanted = self.queues if queue_name is None else {queue_name}
+        return sum(self._sender.cancel(name, message_id) for name in wanted)
+
+    def run_now(self, message_id: str, queue_name: str | None = None) -> int:
+        """End the delay of a message, or of its retry; return how many were waiting.
+
+        Parameters:
+          queue_name: Where it waits; None looks in all declared queues.
+
+        Raises:
+          BrokerConnectionError: When it is not known to be on its way.
+        """
+        wanted = self.queues if queue_name is None else {queue_name}
+        return sum(self._sender.run_now(name, message_id) for name in wanted)
 
     def join(self, queue_name: str, *, interval: int = 100, timeout: int | None = None) -> None:
         """Wait until a queue has no ready, running or delayed message, events for its actors included.

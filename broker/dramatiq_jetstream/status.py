@@ -27,7 +27,8 @@ from dramatiq.common import q_name
 from dramatiq.encoder import PickleEncoder
 from dramatiq.errors import DecodeError
 from dramatiq.message import Message, get_encoder
-from dramatiq.results import ResultFailure, ResultMissing
+from dramatiq.middleware import Middleware
+from dramatiq.results import ResultFailure, ResultMissing, Results
 
 from .dead_letters import DeadLetter, DeadLetters
 from .errors import InvalidOption
@@ -116,6 +117,14 @@ def message_status(message: Message[Any], broker: dramatiq.Broker | None = None)
     if not isinstance(chosen, HasStatus):
         raise InvalidOption("status is known by a JetStreamBroker: pass one, or set it as Dramatiq's broker.")
     return chosen.status(message)
+
+
+def result_of(middleware: Iterable[Middleware], message: Message[Any]) -> object:
+    """Return the stored result of a message; raises as `Message.get_result` does, also where there is no `Results`."""
+    for each in middleware:
+        if isinstance(each, Results):
+            return each.backend.get_result(message)
+    raise ResultMissing(message)
 
 
 class StatusReader:

@@ -150,3 +150,8 @@ def test_the_service_uses_only_what_is_public(package: str) -> None:
             assert module not in {_room(name) for name in MODULES if "." in name} - PUBLIC_FOLDERS, path
             published = __import__(node.module or PACKAGE, fromlist=["__all__"]).__all__
             assert {alias.name for alias in node.names} <= set(published), path
+
+
+def test_the_broker_is_a_facade():
+    """It puts the rooms together in under 400 lines; what does the work stands in them."""
+    assert len(MODULES["broker"].read_text().splitlines()) < 400

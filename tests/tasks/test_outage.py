@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from dramatiq.errors import BrokerError
 
 from tasks.gateway import GatewayUnavailable, UnusableAnswer
 from tasks.outage import FAILURES, GuardedGateway, Outage
@@ -158,5 +160,27 @@ def test_the_note_of_an_outage_is_shared_and_removed() -> None:
     third = Outage(bucket, ttl=60_000, now=lambda: clock[0])
     assert third.since() == 5_000
     third.over()
-    assert third.since() is None
-    assert Outage(bucket, ttl=60_000, now=lambda: clock[0]).since() is None
+    eventually(lambda: Outage(bucket, ttl=60_000, now=lambda: clock[0]).since() is None)
+    eventually(lambda: third.since() is None)
+
+
+def test_no_note_outlives_the_last_answer() -> None:
+    """One that was made just after a process looked goes as well, and so does one that could not be removed at once."""
+    bucket = FakeBucket()
+    noting, answered = (Outage(bucket, ttl=60_000, now=lambda: 7) for _ in range(2))
+    looks, away = list[str](), threading.Event()
+
+    def pause(at: str) -> None:
+        looks.append(at)
+        if away.is_set():
+            away.clear()
+            raise BrokerError("the store is away")
+
+    bucket.pause = pause
+    answered.over()
+    eventually(lambda: len(looks) == 1)
+    noting.note("refused")
+    away.set()
+    answered.over()
+    eventually(lambda: not bucket.entries)
+    assert not away.is_set()

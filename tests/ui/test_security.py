@@ -19,8 +19,8 @@ from dramatiq_jetstream.ui import (
     Passwords,
     Person,
     ProxyHeader,
-    changes,
     create_app,
+    letter_changes,
     operator,
     viewer,
 )
@@ -414,7 +414,7 @@ def test_only_the_letters_that_were_chosen_are_replayed(shown):
 
 def test_a_change_of_many_ends_in_time(shown, monkeypatch):
     """What one request does not get done is left, and the page says how much was done."""
-    monkeypatch.setattr(changes, "CHANGE_SECONDS", -1.0)
+    monkeypatch.setattr(letter_changes, "CHANGE_SECONDS", -1.0)
     ann = client(shown, operator("ann"))
     page = ann.get(confirmed(ann, "/change/drop?all=1").location)
     assert "1 of 2" in page.text

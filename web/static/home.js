@@ -7,7 +7,9 @@ const catalogue = document.getElementById("catalogue");
 const place = document.getElementById("place");
 const search = document.getElementById("search");
 const locale = document.documentElement.dataset.locale;
+// Milliseconds: when typing counts as over, and how long an answer may take.
 const TYPING = 250;
+const ANSWERED = 10_000;
 
 function money(minor, currency) {
   const format = new Intl.NumberFormat(locale, { style: "currency", currency });
@@ -104,29 +106,37 @@ function addButtons() {
 }
 
 let asked = 0;
+let typing = null;
+let turning = Promise.resolve();
 
-// Shows another part of the catalogue; `button` is what was pressed for it, if anything was.
-async function turn(button) {
+// Shows another part of the catalogue; `button` is what was pressed for it, if anything was. One part after the other,
+// so that a press means what is chosen already; a search that a newer one follows is left out.
+function turn(button) {
+  clearTimeout(typing);
   const mine = ++asked;
+  turning = turning.then(() => (button || mine === asked ? show(button) : undefined));
+}
+
+async function show(button) {
   const data = new FormData(form);
   if (button) data.set(button.name, button.value);
   let html;
   try {
-    const answer = await fetch("/catalogue", { method: "POST", body: new URLSearchParams(data) });
+    const body = new URLSearchParams(data);
+    const answer = await fetch("/catalogue", { method: "POST", body, signal: AbortSignal.timeout(ANSWERED) });
     if (!answer.ok) throw new Error(`status ${answer.status}`);
     html = await answer.text();
   } catch {
     // A page of its own says what is wrong.
-    if (button) {
+    if (button?.isConnected) {
       button.dataset.plain = "yes";
       form.requestSubmit(button);
     }
     return;
   }
-  // What was typed since then would be lost, or a newer search is under way.
-  if (mine !== asked) return;
+  // What was typed since then would be lost.
   for (const [name, value] of new FormData(form)) {
-    if (name.startsWith("quantity-") && data.get(name) !== value) return turn(button);
+    if (name.startsWith("quantity-") && data.get(name) !== value) return show(button);
   }
   catalogue.innerHTML = html;
   addButtons();
@@ -145,7 +155,6 @@ catalogue.addEventListener("input", showTotal);
 addButtons();
 document.getElementById("errors")?.focus();
 
-let typing = null;
 search?.addEventListener("input", () => {
   clearTimeout(typing);
   typing = setTimeout(() => turn(null), TYPING);

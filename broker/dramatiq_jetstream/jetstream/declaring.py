@@ -7,13 +7,16 @@ nothing: the call that needs a missing part raises.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 from functools import partial
 
 from dramatiq_jetstream.config import BrokerConfig
+from dramatiq_jetstream.errors import InvalidOption
 from dramatiq_jetstream.kv import Bucket
 from dramatiq_jetstream.wire.connection import Connection
 
 from . import ensuring, topology
+from .inventory import queue_names
 from .topology import ConsumerConfig, StreamConfig
 
 __all__ = ["Declarations"]
@@ -31,6 +34,20 @@ class Declarations:
         self._connection = connection
         self._ensured: set[str] = set()
         self.buckets: dict[str, Bucket] = {}
+
+    def check_max_in_flight(self, queues: Iterable[str]) -> None:
+        """Raise InvalidOption for a queue in `max_in_flight` that is neither in `queues` nor on the server."""
+        declared = set(queues)
+        unknown = set(self._config.max_in_flight) - declared
+        if not unknown:
+            return
+        known = sorted(declared.union(queue_names(self._connection, self._config.names)))
+        for queue in sorted(unknown.difference(known)):
+            meant = "".join(f" Did you mean {name!r}?" for name in get_close_matches(queue, known, 1))
+            raise InvalidOption(
+                f"max_in_flight names the queue {queue!r}, which does not exist; there are: "
+                f"{', '.join(known) or 'none'}.{meant}"
+            )
 
     def setup_queues(self, queues: Iterable[str], *, update: bool) -> dict[str, str]:
         """Create the missing streams and consumers of queues; see `JetStreamBroker.setup`."""

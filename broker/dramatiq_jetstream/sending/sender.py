@@ -156,6 +156,10 @@ class Sender:
             free(self._unique_keys(), waiting)
         return cancelled
 
+    def run_now(self, queue_name: str, message_id: str) -> int:
+        """End the delay of a message on one queue; return how many were waiting."""
+        return delays.run_now(self._connection, self._config.names, queue_name, message_id)
+
     def _prepare(self, message: Message[Any], delay: int | None) -> Ready:
         """Announce a message, and make what is published for it."""
         queue_name = q_name(message.queue_name)

@@ -5,72 +5,29 @@ form has a token, which is bound to the browser, the person and exactly this cha
 it. The server refuses a person without the permission both times, and a request from another site.
 
 The record of who did what (`dramatiq_jetstream.audit`) is stored before. A change of many messages stops after
-`CHANGE_SECONDS`: the rest is a change of its own. If the process dies, what was done stays done, each message for
-itself, and the record says that the change is unfinished.
+some seconds (see `letter_changes`): the rest is a change of its own. If the process dies, what was done stays done,
+each message for itself, and the record says that the change is unfinished.
 """
 
 from __future__ import annotations
 
-import hmac
-import secrets
-import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import urlsplit
 
-from werkzeug.exceptions import Forbidden, NotFound
-from werkzeug.wrappers import Request, Response
+from werkzeug.exceptions import NotFound
 
 from dramatiq_jetstream import schedules
 from dramatiq_jetstream.audit import Change
-from dramatiq_jetstream.dead_letters import DeadLetter
 from dramatiq_jetstream.errors import InvalidOption
 from dramatiq_jetstream.errors import NotFound as Missing
 from dramatiq_jetstream.sending import delays
 
-from .access import Person, fingerprint
+from .letter_changes import LETTERS, drop, replay
+from .plans import Fields, Plan, first
 from .reading import Reader
 
-__all__ = ["ACTIONS", "Action", "Plan", "check_token", "give_token", "letter_filter", "refuse_cross_site"]
-
-#: How long one request works on a change of many messages.
-CHANGE_SECONDS: Final = 10.0
-
-#: How many of what a plan would change it shows.
-SHOWN: Final = 10
-
-COOKIE: Final = "fleet_csrf"
-
-Fields = Mapping[str, list[str]]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a change would do.
-
-    Attributes:
-      title, detail: What is asked and what it means.
-      button: What the button says.
-      target: What the audit calls that which is changed.
-      count: How much of it there is; with 0 there is nothing to do.
-      make: Makes the change, and counts in `done`.
-      shown: Some of what would be changed.
-      is_final: Whether it cannot be taken back.
-      back: The page that people come from, and its filters.
-      fixed: Further fields, which keep the change to what this plan found.
-    """
-
-    title: str
-    detail: str
-    button: str
-    target: str
-    count: int
-    make: Callable[[Change], None]
-    back: tuple[str, Mapping[str, str]]
-    shown: list[str] = field(default_factory=list)
-    is_final: bool = False
-    fixed: Mapping[str, list[str]] = field(default_factory=dict)
+__all__ = ["ACTIONS", "Action"]
 
 
 @dataclass(frozen=True)
@@ -82,63 +39,8 @@ class Action:
     plan: Callable[[Reader, Fields], Plan]
 
 
-# Tokens
-
-
-def refuse_cross_site(request: Request) -> None:
-    """Raise when a browser says that a request comes from another site."""
-    site = request.headers.get("Sec-Fetch-Site")
-    origin = request.headers.get("Origin")
-    if site is not None:
-        foreign = site not in ("same-origin", "none")
-    else:
-        foreign = origin is not None and urlsplit(origin).netloc != request.host
-    if foreign:
-        raise Forbidden("Nothing is changed by a request from another site: use this site's own form.")
-
-
-def give_token(
-    request: Request, person: Person, action: str, fields: Fields
-) -> tuple[str, Callable[[Response], None]]:
-    """Return the token for one change, and what keeps its secret in the person's browser."""
-    known = request.cookies.get(COOKIE, "")
-    secret = known if len(known) == 64 and known.isalnum() else secrets.token_hex(32)
-
-    def keep(response: Response) -> None:
-        response.set_cookie(
-            COOKIE,
-            secret,
-            httponly=True,
-            samesite="Strict",
-            secure=request.is_secure,
-            path=request.script_root or "/",
-        )
-
-    return _token(secret, person, action, fields), keep
-
-
-def check_token(request: Request, person: Person, action: str, fields: Fields) -> None:
-    """Raise unless the form has the token that was given for exactly this change."""
-    secret, token = request.cookies.get(COOKIE, ""), request.form.get("token", "")
-    if not secret or not hmac.compare_digest(_token(secret, person, action, fields).encode(), token.encode()):
-        raise Forbidden("This form is out of date, or was never shown to you: open the page and try again.")
-
-
-def _token(secret: str, person: Person, action: str, fields: Fields) -> str:
-    said = [action, fingerprint(person), *(repr((name, fields[name])) for name in sorted(fields))]
-    return hmac.new(secret.encode(), "\0".join(said).encode("utf-8", "surrogatepass"), "sha256").hexdigest()
-
-
-# What the fields say
-
-
-def _one(fields: Fields, name: str) -> str:
-    values = fields.get(name) or [""]
-    return values[0].strip()
-
-
 def _existing_queue(reader: Reader, fields: Fields) -> str:
-    queue = _one(fields, "queue")
+    queue = first(fields, "queue")
     if queue not in reader.queue_names():
         raise NotFound(f"There is no queue {queue!r}.")
     return queue
@@ -187,7 +89,7 @@ def _resume(reader: Reader, fields: Fields) -> Plan:
 
 
 def _abort(reader: Reader, fields: Fields) -> Plan:
-    message_id = _one(fields, "message")
+    message_id = first(fields, "message")
 
     def make(change: Change) -> None:
         try:
@@ -219,7 +121,7 @@ def _abort(reader: Reader, fields: Fields) -> Plan:
 
 
 def _cancel(reader: Reader, fields: Fields) -> Plan:
-    queue, message_id = _existing_queue(reader, fields), _one(fields, "message")
+    queue, message_id = _existing_queue(reader, fields), first(fields, "message")
 
     def make(change: Change) -> None:
         change.done = reader.broker.cancel(message_id, queue)
@@ -237,7 +139,7 @@ def _cancel(reader: Reader, fields: Fields) -> Plan:
 
 
 def _run(reader: Reader, fields: Fields) -> Plan:
-    queue, message_id = _existing_queue(reader, fields), _one(fields, "message")
+    queue, message_id = _existing_queue(reader, fields), first(fields, "message")
 
     def make(change: Change) -> None:
         broker = reader.broker
@@ -275,7 +177,7 @@ def _delayed_plan(
 def _on_schedule(
     reader: Reader, fields: Fields, do: Callable[[str, str], object], *, title: str, **said: Any
 ) -> Plan:
-    queue, actor = _existing_queue(reader, fields), _one(fields, "actor")
+    queue, actor = _existing_queue(reader, fields), first(fields, "actor")
     is_paused = said.pop("is_paused", None)
     known = [
         each
@@ -345,119 +247,6 @@ def _remove_schedule(reader: Reader, fields: Fields) -> Plan:
     )
 
 
-# Dead letters
-
-
-def letter_filter(fields: Fields) -> tuple[str | None, Callable[[DeadLetter], bool]]:
-    """Return the queue, and what tells whether a letter has the actor, the reason and the text in its error."""
-    queue, actor, reason, text = (_one(fields, name) for name in ("queue", "actor", "reason", "text"))
-
-    def matches(letter: DeadLetter) -> bool:
-        return (
-            (not actor or letter.actor == actor)
-            and (not reason or letter.reason == reason)
-            and (not text or text.lower() in letter.error.lower() or text == letter.message_id)
-        )
-
-    return queue or None, matches
-
-
-_LETTERS: Final = ("id", "queue", "actor", "reason", "text", "upto", "all")
-
-
-@dataclass(frozen=True)
-class _Letters:
-    """The dead letters that a change means: how many, some of them, what they are called, and their ids."""
-
-    count: int
-    shown: list[str]
-    called: str
-    ids: Callable[[], Iterable[str]]
-    fixed: Mapping[str, list[str]] = field(default_factory=dict)
-
-
-def _chosen(reader: Reader, ids: list[str]) -> _Letters:
-    letters = reader.broker.dead_letters
-    known = [letter for each in ids if each.isdecimal() and (letter := letters.get(each)) is not None]
-    called = f"dead letters {', '.join(letter.id for letter in known)}"
-    return _Letters(len(known), list(map(_shown, known[:SHOWN])), called, lambda: [each.id for each in known])
-
-
-def _all_that_match(reader: Reader, fields: Fields) -> _Letters:
-    queue, matches = letter_filter(fields)
-    # Letters that come after the dry run are not part of it.
-    newest = _one(fields, "upto") or next((each.id for each in reader.broker.dead_letters.newest()), "0")
-    if not newest.isdecimal():
-        raise NotFound(f"{newest!r} is no dead letter.")
-    before = str(int(newest) + 1)
-    count, shown = 0, list[str]()
-    for letter in reader.all_dead(matches, queue=queue, before=before):
-        count += 1
-        if len(shown) < SHOWN:
-            shown.append(_shown(letter))
-    names = ("queue", "actor", "reason", "text")
-    filters = ", ".join(f"{name} {_one(fields, name)!r}" for name in names if _one(fields, name))
-    return _Letters(
-        count,
-        shown,
-        f"all dead letters with {filters}" if filters else "all dead letters",
-        lambda: (each.id for each in reader.all_dead(matches, queue=queue, before=before)),
-        {"upto": [newest]},
-    )
-
-
-def _shown(letter: DeadLetter) -> str:
-    return f"{letter.actor or '(unknown actor)'} on {letter.queue}: {letter.error}"[:160]
-
-
-def _on_letters(reader: Reader, fields: Fields, each: Callable[[str], bool], **said: Any) -> Plan:
-    ids = fields.get("id") or []
-    letters = _all_that_match(reader, fields) if _one(fields, "all") else _chosen(reader, ids)
-
-    def make(change: Change) -> None:
-        deadline = time.monotonic() + CHANGE_SECONDS
-        for letter_id in letters.ids():
-            change.done += each(letter_id)
-            if time.monotonic() > deadline:
-                return
-
-    count = letters.count
-    noun = "dead letter" if count == 1 else "dead letters"
-    return Plan(
-        title=f"{said['verb']} {count:,} {noun}?",
-        detail=said["detail"],
-        button=f"{said['verb']} {count:,}",
-        target=letters.called,
-        count=count,
-        make=make,
-        back=("dead", {name: _one(fields, name) for name in ("queue", "actor", "reason", "text")}),
-        shown=letters.shown,
-        is_final=said.get("is_final", False),
-        fixed=letters.fixed,
-    )
-
-
-def _replay(reader: Reader, fields: Fields) -> Plan:
-    return _on_letters(
-        reader,
-        fields,
-        reader.broker.dead_letters.replay,
-        verb="Replay",
-        detail="Each message goes back on its queue with a fresh set of retries, and its letter is removed.",
-    )
-
-
-def _drop(reader: Reader, fields: Fields) -> Plan:
-    return _on_letters(
-        reader,
-        fields,
-        reader.broker.dead_letters.drop,
-        verb="Drop",
-        detail="The messages are deleted for good and will never run.",
-        is_final=True,
-    )
-
-
 ACTIONS: Final[Mapping[str, Action]] = {
     "pause": Action("pause", ("queue",), _pause),
     "resume": Action("pause", ("queue",), _resume),
@@ -468,6 +257,6 @@ ACTIONS: Final[Mapping[str, Action]] = {
     "pause-schedule": Action("schedule", ("queue", "actor"), _pause_schedule),
     "resume-schedule": Action("schedule", ("queue", "actor"), _resume_schedule),
     "remove-schedule": Action("schedule", ("queue", "actor"), _remove_schedule),
-    "replay": Action("replay", _LETTERS, _replay),
-    "drop": Action("drop", _LETTERS, _drop),
+    "replay": Action("replay", LETTERS, replay),
+    "drop": Action("drop", LETTERS, drop),
 }

@@ -20,9 +20,11 @@ from dramatiq_jetstream.sending import delays
 from dramatiq_jetstream.sending.fitting import fields_of
 
 from .asking import Asked
-from .changes import ACTIONS, check_token, give_token, letter_filter, refuse_cross_site
+from .changes import ACTIONS
 from .charts import chart, sparkline
+from .letter_changes import letter_filter
 from .text import duration, number
+from .tokens import check_token, give_token, refuse_cross_site
 
 __all__ = ["VIEWS"]
 
