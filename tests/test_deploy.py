@@ -109,6 +109,19 @@ def test_what_is_applied_refers_to_what_is_there(directory: str) -> None:
         assert len(list(yaml.safe_load_all(built.stdout))) > 5
 
 
+def test_every_image_of_others_is_named_by_its_digest() -> None:
+    """What is pulled is what was meant, whatever a registry says of a tag today; dependabot brings newer ones."""
+    files = [REPOSITORY / "Dockerfile", *REPOSITORY.glob("docker-compose*.yml"), *MANIFESTS]
+    named = {
+        name
+        for path in files
+        for name in re.findall(r"^(?:FROM|\s*image:|\s*tag:) +([^\s#]+)", path.read_text(), re.MULTILINE)
+    }
+    assert {name for name in named if not re.search("@sha256:[0-9a-f]{64}$", name)} == {"order-service"}
+    assert len(named) >= 5
+
+
+
 @pytest.mark.parametrize(("name", "command"), list(commands()))
 def test_every_fleet_work_is_one_that_the_command_takes(name: str, command: list[str]) -> None:
     """All options of the manifests, the unit, the containers and the Procfile exist, with these values."""
