@@ -192,6 +192,8 @@ def as_markdown(run: Run, title: str) -> str:
     parts = [f"{title}.", ""]
     for outcome in run.outcomes:
         figures = [figure for figure in outcome.measurement.figures if figure.plotted]
+        if not figures:
+            continue
         for case in outcome.cases():
             columns = [f"{figure.title} {figure.unit}".strip() for figure in figures]
             parts += [
