@@ -121,7 +121,6 @@ def test_every_image_of_others_is_named_by_its_digest() -> None:
     assert len(named) >= 5
 
 
-
 @pytest.mark.parametrize(("name", "command"), list(commands()))
 def test_every_fleet_work_is_one_that_the_command_takes(name: str, command: list[str]) -> None:
     """All options of the manifests, the unit, the containers and the Procfile exist, with these values."""

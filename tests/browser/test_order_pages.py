@@ -149,7 +149,9 @@ def test_without_a_stream_the_page_polls(service: Stack, page: Page) -> None:
 def test_the_api_can_be_tried_on_its_page(service: Stack, page: Page) -> None:
     """The API page sends the example order and shows the answer."""
     page.goto(f"{service.url}/docs")
-    page.locator("form.try[data-method=POST][data-path='/api/orders']").get_by_role("button", name="Send").click()
+    page.locator("form.try[data-method=POST][data-path='/api/orders']").get_by_role(
+        "button", name="Send"
+    ).click()
     expect(page.locator(".answer pre").first).to_contain_text("202")
     expect(page.locator(".answer pre").first).to_contain_text("location: /api/orders/")
     screenshot(page, "api")
