@@ -11,6 +11,7 @@
     payments   settle_order     (no event: a refund that may have been forgotten)
     orders     announce_failure (a dead letter, of whatever cause)
     projection project_event    ORDER.>
+    projection index_orders     (every few seconds: what lists and figures are made of)
     orders     look_after_orders (once a minute: orders that do not move)
 
 Payments have a queue of their own because they wait for another party. It can be paused by itself and has its own
@@ -41,6 +42,7 @@ from . import app, logs
 from .events import SUBJECTS, Happened, UnusableEvent, decode, happened, order_id_of
 from .failures import failure_of
 from .gateway import GatewayUnavailable
+from .orders import OrderBusy
 from .outage import is_outage
 from .saga import STEPS
 from .steps import observed
@@ -179,6 +181,21 @@ def project_event(what: Happened | None) -> None:
     if what is not None:
         logs.bind(order_id=order_id_of(what.event))
         app.projection().project(what)
+
+
+@dramatiq.actor(
+    every=app.INDEX_EVERY,
+    # The next tick does what a late one would have done.
+    max_age=app.INDEX_EVERY,
+    **{**app.step_options("projection", FINISH), "max_retries": 0},
+)
+def index_orders() -> None:
+    """Bring the index and the figures up to date."""
+    try:
+        app.indexer().advance()
+        app.counting().advance()
+    except (BrokerError, OrderBusy) as error:
+        logger.warning("The index is not brought up to date now: %s", error)
 
 
 @dramatiq.actor(

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import dramatiq
 from dramatiq.middleware import Middleware
@@ -27,7 +27,10 @@ from .catalogue import CATALOGUE
 from .credentials import Keys, Operators
 from .deadline import Deadline
 from .events import Happened
+from .figures import Counting, Figures
 from .gateway import HttpGateway
+from .index import BUCKET as INDEX_BUCKET
+from .index import Index, Indexer
 from .levels import PREFIX
 from .orders import Orders
 from .outage import GuardedGateway, OneLine, Outage
@@ -72,6 +75,7 @@ class Buckets(Middleware):
             for bucket in (
                 stock_bucket(),
                 orders_bucket(),
+                index_bucket(),
                 requests_bucket(),
                 access_bucket(),
                 gateway_bucket(),
@@ -161,6 +165,10 @@ def orders_bucket() -> Bucket:
     return broker.bucket(orders.BUCKET)
 
 
+def index_bucket() -> Bucket:
+    return broker.bucket(INDEX_BUCKET)
+
+
 def requests_bucket() -> Bucket:
     return broker.bucket(idempotency.BUCKET, ttl=SETTINGS.idempotency_ttl)
 
@@ -216,6 +224,30 @@ def orders_store() -> Orders:
     return Orders(
         orders_bucket(), finished=lambda status, seconds: metrics.finished.labels(status).observe(seconds)
     )
+
+
+@_once
+def index() -> Index:
+    """Return what finds the orders of a customer, a status or a product."""
+    return Index(index_bucket(), orders_bucket(), orders_store().read)
+
+
+@_once
+def indexer() -> Indexer:
+    """Return what keeps the index."""
+    return Indexer(index_bucket(), orders_bucket(), orders_store().read)
+
+
+@_once
+def counting() -> Counting:
+    """Return what counts orders for the figures."""
+    return Counting(index_bucket(), events_stored(), orders_store(), projection().project, now)
+
+
+@_once
+def figures() -> Figures:
+    """Return the figures."""
+    return Figures(index_bucket(), now)
 
 
 @_once
@@ -291,6 +323,10 @@ def deadline() -> Deadline:
 def look_after_every() -> int:
     """Return how often orders that do not move are looked after, in milliseconds."""
     return min(SETTINGS.stuck_after, 60_000)
+
+
+#: How often the index and the figures are brought up to date, in milliseconds.
+INDEX_EVERY: Final = 3_000
 
 
 def step_options(queue: str, priority: int) -> dict[str, Any]:

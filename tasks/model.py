@@ -19,6 +19,9 @@ OVER_STATUSES = frozenset({"rejected", "cancelled", "refunded"})
 #: The statuses in which an order can be cancelled.
 CANCELLABLE_STATUSES = frozenset({"accepted", "reserved", "paid", "confirmed", "failed"})
 
+#: The statuses that come with a reason.
+REASONED_STATUSES = frozenset({"rejected", "cancelled", "failed"})
+
 MAX_ITEMS = 100
 #: Pieces of one order, however many lines they are spread over.
 MAX_QUANTITY = 1_000
@@ -133,7 +136,8 @@ class Wanted:
     """Which orders a list is to have; None is any.
 
     `since` and `until` are milliseconds since 1970, the first is meant and the second is not; `text` is a part of the
-    order's or the customer's id.
+    order's or the customer's id, `failure` a part of the reason why it was rejected, cancelled or failed; both in lower
+    case (`str.casefold`). With `causes` false, the reasons of failed orders, which are technical, count as unknown.
     """
 
     customer_id: str | None = None
@@ -142,6 +146,8 @@ class Wanted:
     until: int | None = None
     sku: str | None = None
     text: str | None = None
+    failure: str | None = None
+    causes: bool = True
 
 
 @dataclass(frozen=True, slots=True)

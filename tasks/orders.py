@@ -17,7 +17,7 @@ import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -109,6 +109,23 @@ class Orders:
         """Return the order in an entry of the bucket, None when it cannot be read."""
         read = _read(entry)
         return None if read is None else read[1]
+
+    def several(self, order_ids: Sequence[str]) -> dict[str, Order]:
+        """Return those orders that can be read, each as it was a moment ago at the latest; at most 1,000."""
+        found: dict[str, Order] = {}
+        left = list(dict.fromkeys(order_ids))
+        while left:
+            # With one that is there, all others can be asked for in one request.
+            first = self._bucket.get(left.pop(0))
+            if first is None:
+                continue
+            others = self._bucket.get_many(left, since=(first.key, first.revision)) if left else {}
+            for entry in (first, *others.values()):
+                order = self.read(entry)
+                if order is not None:
+                    found[entry.key] = order
+            break
+        return found
 
     def has_event(self, order_id: str, event: str) -> bool:
         """Whether an event of an order was projected."""

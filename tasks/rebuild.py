@@ -25,6 +25,7 @@ from dramatiq_jetstream.streams import Range
 
 from .announcements import Testimony
 from .events import Happened, key_of, order_id_of
+from .folds import RebuildConflict
 from .orders import Stored, merge, stored_in, with_event
 from .ports import Bucket, Entry
 from .stock import Stock
@@ -189,7 +190,9 @@ def _restated(existing: Stored | None, testimony: Testimony) -> Stored | None:
 def main() -> int:
     from . import app
 
-    argparse.ArgumentParser(description="Make the read model again from stream and ledger.").parse_args()
+    argparse.ArgumentParser(
+        description="Make the read model again from stream and ledger: records, index and figures."
+    ).parse_args()
 
     def progress(done: int, of: int) -> None:
         if sys.stderr.isatty():
@@ -198,7 +201,11 @@ def main() -> int:
     try:
         rebuild = Rebuild(app.orders_bucket(), app.stock_store(), app.events_stored(), progress, app.now)
         print(rebuild.run())
-    except BrokerError as error:
+        app.indexer().rebuild(progress)
+        print("the index is made again")
+        app.counting().rebuild(progress)
+        print("the figures are counted again")
+    except (BrokerError, RebuildConflict) as error:
         print(error, file=sys.stderr)
         return 1
     finally:

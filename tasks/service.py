@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -71,6 +71,7 @@ __all__ = [
     "accept_order",
     "cancel_order",
     "count_orders",
+    "export_orders",
     "get_order",
     "health",
     "is_cursor",
@@ -115,7 +116,7 @@ def _acceptance() -> Acceptance:
 
 @cache
 def _list() -> OrderList:
-    return OrderList(app.events_stored(), app.orders_store().get)
+    return OrderList(app.events_stored(), app.orders_store(), app.index())
 
 
 def accept_order(request: OrderRequest, idempotency_key: str | None = None) -> AcceptedOrder:
@@ -180,6 +181,21 @@ def list_orders(limit: int = 20, before: str | None = None, wanted: Wanted = ANY
     if before is not None and place is None:
         raise InvalidCursor("the cursor was not made by this service")
     return _list().page(limit, place, wanted)
+
+
+def export_orders(before: str | None = None, wanted: Wanted = ANY) -> Iterator[Order]:
+    """Yield all orders that are wanted, newest first, as they are when their turn comes; a few hundred are in memory.
+
+    Parameters:
+      before: A cursor, as for `list_orders`.
+
+    Raises:
+      InvalidCursor: As `list_orders`.
+    """
+    place = None if before is None else _place(before)
+    if before is not None and place is None:
+        raise InvalidCursor("the cursor was not made by this service")
+    return _list().all(place, wanted)
 
 
 def is_cursor(text: str) -> bool:

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .errors import ApiError, InvalidOption, KeyExists, RevisionConflict, TopologyMissing
+from .errors import ApiError, InvalidOption, KeyExists, NotFound, RevisionConflict, TopologyMissing
 from .jetstream.conditional_writes import (
     HEADER_ROLLUP,
     ConditionalWrites,
@@ -191,6 +191,20 @@ class Bucket:
                 entry = self._entry(stored)
                 if entry.key.startswith(prefix):
                     yield entry
+
+    def newest_revision(self) -> int:
+        """Return the revision of the newest write, 0 before the first one."""
+        self._ensure()
+        try:
+            state = self.connection.api(f"STREAM.INFO.{self.stream}")["state"]
+        except NotFound:
+            if not self._declare:
+                raise TopologyMissing(
+                    f"There is no bucket {self.name}: prepare it with `fleet setup`, or let the broker declare it."
+                ) from None
+            self.declare()  # it was deleted on the server
+            return 0
+        return int(state["last_seq"])
 
     def keys(self, prefix: str = "") -> list[str]:
         """Return the keys that start with `prefix`."""
@@ -435,7 +449,9 @@ class Bucket:
 
     def _stored(self, prefix: str, after: int = 0) -> Iterator[StoredMessage]:
         self._ensure()
-        return self._listing.read(self._filter(prefix), start=after + 1)
+        # The server finds the newest of all messages at once, and the newest on a wildcard by looking through all keys.
+        subject = self._filter(prefix) if prefix else ">"
+        return self._listing.read(subject, start=after + 1)
 
     def _entry(self, stored: StoredMessage) -> Entry:
         key = decode_key(stored.subject[len(self.name) + 5 :])

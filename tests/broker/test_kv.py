@@ -403,6 +403,19 @@ def test_a_listing_survives_a_reconnect(
         assert len(listing.result(timeout=30)) == 10
 
 
+def test_the_newest_revision_is_that_of_the_last_write(bucket: Bucket) -> None:
+    """It counts writes, deletions too; a bucket that was deleted begins again."""
+    assert bucket.newest_revision() == 0
+    revision = bucket.put("a.b", b"1")
+    assert bucket.newest_revision() == revision
+    bucket.delete("a.b")
+    assert bucket.newest_revision() == revision + 1
+    assert list(bucket.items(after=revision)) == []
+    bucket.connection.api(f"STREAM.DELETE.{bucket.stream}")
+    assert bucket.newest_revision() == 0
+    assert bucket.put("c", b"2") == 1
+
+
 def test_a_snapshot_can_be_written_against(bucket: Bucket) -> None:
     """A write that depends on a whole prefix fails as soon as any key there changed, or was deleted."""
     empty = bucket.snapshot("g.")

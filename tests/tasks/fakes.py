@@ -7,7 +7,7 @@ whether it crashes there. So a schedule is a list of numbers that hypothesis can
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cryptography.fernet import Fernet
@@ -85,6 +85,28 @@ class FakeBucket:
         stored = self._revision
         self.pause(f"after update of {key}")
         return stored
+
+    def update_all(self, updates: Mapping[str, tuple[bytes, int]]) -> dict[str, int]:
+        self.pause(f"before update of {', '.join(updates)}")
+        with self._lock:
+            for key, (_, revision) in updates.items():
+                existing = self.entries.get(key)
+                if (existing.revision if existing else 0) != revision:
+                    raise RevisionConflict(key)
+            for key, (value, _) in updates.items():
+                self._revision += 1
+                self.entries[key] = FakeEntry(key, value, self._revision)
+                self._log.append(self.entries[key])
+            stored = {key: self.entries[key].revision for key in updates}
+        self.pause(f"after update of {', '.join(updates)}")
+        return stored
+
+    def clear(self, prefix: str) -> None:
+        for key in [key for key in self.entries if key.startswith(prefix)]:
+            self.delete(key)
+
+    def newest_revision(self) -> int:
+        return self._revision
 
     def delete(self, key: str, *, revision: int | None = None) -> None:
         if revision is not None and (key not in self.entries or self.entries[key].revision != revision):

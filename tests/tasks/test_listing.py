@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -30,6 +30,13 @@ class Placed:
     status: str
 
 
+class NoIndex:
+    """Stands for an index that was not made yet."""
+
+    def find(self, wanted: Wanted, before: int) -> None:
+        return None
+
+
 class Shop:
     """A stream of events and the records of their orders, in memory; `looks` are the records that were read."""
 
@@ -37,7 +44,7 @@ class Shop:
         self.mentions = dict(enumerate(mentions, start=1))
         self.orders = {one.order_id: one for one in mentions}
         self.looks: list[str] = []
-        self.list = OrderList(self, self.find)  # type: ignore[arg-type]
+        self.list = OrderList(self, self, NoIndex())  # type: ignore[arg-type]
 
     def newest_created(self) -> int:
         return len(self.mentions)
@@ -54,7 +61,10 @@ class Shop:
             items = [OrderItem(sku=sku, quantity=1) for sku in one.skus]
             yield place, OrderCreated(order_id=one.order_id, customer_id=one.customer, items=items)
 
-    def find(self, order_id: str) -> Order | None:
+    def several(self, order_ids: Sequence[str]) -> dict[str, Order]:
+        return {order_id: order for order_id in order_ids if (order := self.get(order_id)) is not None}
+
+    def get(self, order_id: str) -> Order | None:
         self.looks.append(order_id)
         one = self.orders[order_id]
         at = datetime.fromtimestamp(one.place, UTC)
@@ -127,6 +137,7 @@ def test_all_pages_together_are_what_is_wanted(
     if looked_before:
         shop.list.counts()
     assert shop.walk(limit, wanted) == shop.wanted(wanted)
+    assert [order.order_id for order in shop.list.all(None, wanted)] == shop.wanted(wanted)
 
 
 @given(shops(), WANTED)

@@ -1,0 +1,256 @@
+"""The index of the read model: which orders a customer has, which have a status, and which have a product.
+
+A fold (`tasks.folds`) over the records of the read model. The bucket `orders` gives each write a revision, and is read
+by what was written after one. So a position is the revision up to which records are indexed:
+
+    read what was written after the position → change the lists of those orders → store lists and position, all or none
+
+An order is put into a list as often as one likes and is there once. A record that is written again and again is indexed
+as it is when its turn comes.
+
+The index is behind, by seconds as a rule. So it says nothing of what was written after its position: a reader gets
+those records themselves (`Recent`), and takes from the index what is older. What it finds there is looked up before it
+is shown. So lists are right whether the index is kept or not, and nothing depends on it but their cost.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from heapq import merge
+from itertools import islice
+from typing import Final
+
+from dramatiq_jetstream.errors import TopologyMissing
+
+from .folds import Fold, Position, Progress, read_position, unseen
+from .model import REASONED_STATUSES, Order, Wanted
+from .ports import BatchBucket, Bucket, Entry
+from .postings import LISTS, USED, Lists, Posting, newest
+
+BUCKET: Final = "orders-index"
+
+#: How many records make a batch, and in how many lists they are at most: a batch has up to 1,000 documents.
+_RECORDS: Final = 300
+_LISTS: Final = 200
+
+#: How many records a reader gets beside the index; a reader of an index that is further behind does without it.
+MAX_RECENT: Final = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Brief:
+    """What a list goes by of an order."""
+
+    place: int
+    order_id: str
+    customer_id: str
+    status: str
+    skus: frozenset[str]
+
+    @classmethod
+    def of(cls, order: Order) -> Brief:
+        skus = frozenset(item.sku for item in order.items)
+        return cls(order.place, order.order_id, order.customer_id, order.status, skus)
+
+    @property
+    def lists(self) -> list[str]:
+        """The lists that the order is in whatever its status is, that of its customer first."""
+        return [f"customer.{self.customer_id}", *(f"sku.{sku}" for sku in sorted(self.skus))]
+
+    def can_be(self, wanted: Wanted) -> bool:
+        """Whether it is wanted, as far as this tells."""
+        return (
+            wanted.customer_id in (None, self.customer_id)
+            and wanted.status in (None, self.status)
+            and (wanted.sku is None or wanted.sku in self.skus)
+        )
+
+
+class Indexer:
+    """Keeps the index. Any number of processes may try to at once.
+
+    Parameters:
+      bucket: The index.
+      records: The bucket of the read model.
+      read: Reads an order out of a record, None when there is none in it.
+    """
+
+    def __init__(self, bucket: BatchBucket, records: Bucket, read: Callable[[Entry], Order | None]) -> None:
+        self._bucket = bucket
+        self._fold = Fold(bucket, LISTS)
+        self._records = records
+        self._read = read
+
+    def advance(self, seconds: float = 20.0) -> bool:
+        """Index what was written since; returns whether that is all.
+
+        Parameters:
+          seconds: No further batch is begun after that.
+        """
+        position = self._fold.begin()
+        if position is not None and position.reached > self._records.newest_revision():
+            position = self._fold.restart(position)  # the records were made again
+        return position is not None and self._advance(position, seconds) is not None
+
+    def rebuild(self, progress: Progress = unseen) -> None:
+        """Make all lists again.
+
+        Raises:
+          RebuildConflict: When another process does the same.
+        """
+        last = self._records.newest_revision()
+
+        def derive(position: Position) -> Position | None:
+            return self._advance(position, math.inf, last, progress)
+
+        self._fold.rebuild(derive)
+
+    def _advance(
+        self, position: Position, seconds: float, last: int = 0, progress: Progress = unseen
+    ) -> Position | None:
+        """Move a position to the end of the records; None when time was up, or another process was faster."""
+        deadline = time.monotonic() + seconds
+        entries = self._records.items(after=position.reached)
+        while batch := self._batch(entries):
+            moved = None if time.monotonic() > deadline else self._store(position, batch)
+            if moved is None:
+                return None
+            position = moved
+            progress(min(position.reached, last), last)
+        return position
+
+    def _batch(self, entries: Iterator[Entry]) -> list[tuple[int, Brief | None]]:
+        """Return some records with their revisions."""
+        batch: list[tuple[int, Brief | None]] = []
+        lists: set[str] = set()
+        for entry in islice(entries, _RECORDS):
+            order = self._read(entry)
+            # An order whose beginning is not known yet is written again with it.
+            brief = Brief.of(order) if order is not None and order.place else None
+            batch.append((entry.revision, brief))
+            lists.update(brief.lists if brief is not None else ())
+            if len(lists) >= _LISTS:
+                break
+        return batch
+
+    def _store(self, position: Position, batch: list[tuple[int, Brief | None]]) -> Position | None:
+        """Index a batch and move the position behind it."""
+        # A record that was written again meanwhile comes twice.
+        orders = list({brief.order_id: brief for _, brief in batch if brief is not None}.values())
+        lists = Lists(self._bucket, position)
+        lists.read((name, order.place) for order in orders for name in order.lists)
+        # Each order is in the list of its customer, so that says which status it had.
+        known = {order.order_id: lists.find(order.lists[0], order.place) for order in orders}
+        left = {key: one.status for key, one in known.items() if one is not None and one.order_id == key}
+        lists.read(
+            (f"status.{status}", order.place)
+            for order in orders
+            for status in {order.status, left.get(order.order_id, order.status)}
+        )
+        for order in orders:
+            posting = Posting(order.place, order.order_id, order.status)
+            for name in (*order.lists, f"status.{order.status}"):
+                lists.put(name, posting)
+            if (old := left.get(order.order_id, order.status)) != order.status:
+                lists.discard(f"status.{old}", order.place)
+        return self._fold.move(position, batch[-1][0], lists.updates())
+
+
+class Recent:
+    """The orders whose records were written after a revision, as this process knows them. Any thread may use it.
+
+    Each record is read once, not for each list.
+    """
+
+    def __init__(self, records: Bucket, read: Callable[[Entry], Order | None]) -> None:
+        self._records = records
+        self._read = read
+        self._orders: dict[str, tuple[int, Brief]] = {}
+        self._from = self._seen = 0
+        self._lock = threading.Lock()
+
+    def after(self, revision: int) -> Mapping[str, Brief]:
+        """Return the orders, by their ids, whose records have a later revision."""
+        with self._lock:
+            if revision < self._from or revision > self._seen:
+                self._orders.clear()
+                self._seen = revision
+            self._from = revision
+            self._orders = {key: one for key, one in self._orders.items() if one[0] > revision}
+            for entry in self._records.items(after=self._seen):
+                order = self._read(entry)
+                if order is not None and order.place:
+                    self._orders[entry.key] = entry.revision, Brief.of(order)
+                self._seen = max(self._seen, entry.revision)
+            return {key: brief for key, (_, brief) in self._orders.items()}
+
+
+class Index:
+    """Finds orders by what the index has lists of. Any thread may use it.
+
+    Parameters:
+      bucket: The index.
+      records: The bucket of the read model.
+      read: Reads an order out of a record, None when there is none in it.
+    """
+
+    def __init__(self, bucket: Bucket, records: Bucket, read: Callable[[Entry], Order | None]) -> None:
+        self._bucket = bucket
+        self._records = records
+        self._recent = Recent(records, read)
+
+    def find(self, wanted: Wanted, before: int) -> Iterator[tuple[int, str]] | None:
+        """Yield the places and ids of orders that can be wanted, newest first; None where the index is of no use.
+
+        Look each of them up: what is found is what an order was when it was indexed, and some do not fit.
+
+        Raises:
+          Replaced: When the index was made again meanwhile, by the iterator as well: ask again.
+        """
+        names = _lists_for(wanted)
+        try:
+            position = None if names is None else read_position(self._bucket, USED)
+        except TopologyMissing:
+            return None  # an earlier version has set the buckets up
+        if names is None or position is None:
+            return None
+        if self._records.newest_revision() - position.reached > MAX_RECENT:
+            return None
+        return self._find(names, position, wanted, before)
+
+    def _find(
+        self, names: list[str], position: Position, wanted: Wanted, before: int
+    ) -> Iterator[tuple[int, str]]:
+        recent = self._recent.after(position.reached)
+        fresh = sorted(
+            (
+                (one.place, one.order_id)
+                for one in recent.values()
+                if one.place < before and one.can_be(wanted)
+            ),
+            reverse=True,
+        )
+        lists = [newest(self._bucket, position.generation, name, before) for name in names]
+        indexed = (
+            (one.place, one.order_id)
+            for one in merge(*lists, key=lambda one: one.place, reverse=True)
+            if one.order_id not in recent and wanted.status in (None, one.status)
+        )
+        yield from merge(fresh, indexed, reverse=True)
+
+
+def _lists_for(wanted: Wanted) -> list[str] | None:
+    """Return the lists in which all orders are that are wanted, the shortest that there are; None for all orders."""
+    if wanted.customer_id is not None:
+        return [f"customer.{wanted.customer_id}"]
+    if wanted.failure is not None:
+        return [f"status.{status}" for status in REASONED_STATUSES if wanted.status in (None, status)]
+    if wanted.status not in (None, "confirmed"):
+        return [f"status.{wanted.status}"]
+    if wanted.sku is not None:
+        return [f"sku.{wanted.sku}"]
+    return None if wanted.status is None else [f"status.{wanted.status}"]
