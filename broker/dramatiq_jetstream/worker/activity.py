@@ -1,13 +1,14 @@
 """Counts on the server what a fleet does: attempts, failures and times, for each queue and minute (see `activity`).
 
-The server adds up (ADR-49), so that all processes of a fleet share a counter. A worker thread notes an attempt that has
-ended and goes on; the presence thread adds up what was noted and sends it every `INTERVAL_SECONDS`, without waiting for
-an answer. If the process dies, or there is no connection, what was noted is not counted.
+The server adds up (ADR-49), so that all processes of a fleet share a counter. A worker thread counts the attempts that
+it ends; the presence thread adds up what the threads have counted and sends it every `INTERVAL_SECONDS`, without
+waiting for an answer. If the process dies, or there is no connection, what was not sent is not counted.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from dramatiq_jetstream.wire.connection import Connection, Msg
 from dramatiq_jetstream.wire.replies import is_no_responders
 
 from .attachment import Attachment
+from .tally import Kind
 
 __all__ = ["Activity"]
 
@@ -30,16 +32,15 @@ HEADER_INCR = "Nats-Incr"
 
 logger = logging.getLogger(__name__)
 
-#: What attempts have in common: the minute in which they ended, their queue, how long they ran and their messages had
-#: waited (bits of the milliseconds), and whether they failed.
-_Kind = tuple[int, str, int, int | None, bool]
-
 
 class Activity:
     """The counts of one worker process.
 
     Parameters:
       ensure: Makes the stream of the counters, if that may be done.
+
+    Attributes:
+      done, failed: How many attempts have ended, and how many of them with an exception.
     """
 
     def __init__(
@@ -53,13 +54,23 @@ class Activity:
 
     def reset(self) -> None:
         """Start from nothing: at creation, and in the child of a fork."""
-        self._counts: Counter[_Kind] = Counter()
+        self.done = self.failed = 0
+        self._lock = threading.Lock()
+        self._counts: Counter[Kind] = Counter()
         self._sent = 0.0
         self._missing = True
 
     def send(self, *, now: bool = False) -> None:
-        """Add up what has ended, and send the counts if it is time."""
-        self._add_up()
+        """Add up what has ended, and send the counts if it is time, or `now`, when the worker has shut down."""
+        with self._lock:  # the thread that shuts a worker down may send while the presence thread does
+            self._send(now)
+
+    def _send(self, now: bool) -> None:
+        for tally in list(self._attachment.tallies):
+            ended = tally.take(is_over=now)
+            self.done += ended.total()
+            self.failed += sum(count for kind, count in ended.items() if kind[-1])
+            self._counts += ended
         if not self._counts or (not now and time.monotonic() - self._sent < INTERVAL_SECONDS):
             return
         self._sent = time.monotonic()
@@ -73,14 +84,7 @@ class Activity:
         for subject, count in self._by_subject(counts).items():
             self._connection.tell(subject, b"", {HEADER_INCR: f"+{count}"}, self._told)
 
-    def _add_up(self) -> None:
-        ended, counts = self._attachment.counts.ended, self._counts
-        while ended:
-            queue, failed, began, end, stored = ended.popleft()
-            waited = _bits(began - stored / 1_000) if stored else None
-            counts[int(end // 60), queue, _bits(end - began), waited, failed] += 1
-
-    def _by_subject(self, counts: Counter[_Kind]) -> Counter[str]:
+    def _by_subject(self, counts: Counter[Kind]) -> Counter[str]:
         """The counters to add to: there are far fewer of them than attempts."""
         subjects: Counter[str] = Counter()
         for (minute, queue, ran, waited, failed), count in counts.items():
@@ -94,7 +98,3 @@ class Activity:
     def _told(self, answer: Msg | BaseException) -> None:
         if not isinstance(answer, BaseException) and is_no_responders(answer):
             self._missing = True
-
-
-def _bits(seconds: float) -> int:
-    return max(0, int(seconds * 1_000)).bit_length()

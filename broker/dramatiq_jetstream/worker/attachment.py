@@ -15,7 +15,7 @@ from dramatiq.broker import MessageProxy
 from dramatiq.common import iter_queue
 from dramatiq.worker import Worker
 
-from .attempts import Attempts, Counts
+from .attempts import Attempts
 from .consumer import JetStreamConsumer
 from .delivery import MOMENT_SECONDS, Delivery
 from .follow_ups import FollowUps
@@ -24,6 +24,7 @@ from .message import JetStreamMessage
 from .recorder import Recorder
 from .rerouting import Rerouter
 from .suspects import Suspects
+from .tally import Tally
 from .vitals import Vitals
 from .work_queue import WorkQueue
 
@@ -42,7 +43,7 @@ class Attachment:
     """The worker of this process, if there is one.
 
     Attributes:
-      counts: What became of its attempts.
+      tallies: How the attempts of each of its threads ended.
       is_quiet: Whether this process takes no more messages.
     """
 
@@ -63,14 +64,14 @@ class Attachment:
         self.limits = limits(self._put_back)
         self._worker: Worker | None = None
         self._is_stopping = False
-        self.counts = Counts()
+        self.tallies: list[Tally] = []
         self._attempts: list[Attempts] = []
         self.is_quiet = False
 
     def detach(self) -> None:
         """Drop the worker: in the child of a fork, the parent's has no threads."""
         self._worker = None
-        self.counts = Counts()
+        self.tallies = []
         self._attempts = []
         self.limits.reset()
         self._vitals.watch(None)
@@ -84,6 +85,8 @@ class Attachment:
 
     def replace_attempts(self, worker_thread: Any) -> None:
         """Run messages our way; called on the thread itself before its first one."""
+        tally = Tally()
+        self.tallies.append(tally)
         attempts = Attempts(
             worker_thread,
             self._follow_ups,
@@ -91,7 +94,7 @@ class Attachment:
             self._suspects,
             self._recorder,
             self.limits,
-            self.counts,
+            tally,
         )
         worker_thread.process_message = attempts.process_message
         self._attempts.append(attempts)

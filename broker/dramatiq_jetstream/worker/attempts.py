@@ -3,7 +3,7 @@
 This takes the place of `process_message` of Dramatiq's `WorkerThread`, and does the same in the same order. Two things
 differ. Interrupts strike in the actor only (see `interrupts`), not while its retry, callback or result is stored. And
 anything raised after the actor, even `SystemExit` by a middleware, is an error like any other: the message is marked,
-stays on its queue and runs again, and the thread goes on.
+stays on its queue and runs again, and the thread goes on. A worker's messages all come from this library's consumers.
 
 If the process dies between the actor's end and the ack, the message runs again elsewhere.
 """
@@ -11,10 +11,7 @@ If the process dies between the actor's end and the ack, the message runs again 
 from __future__ import annotations
 
 import time
-from collections import deque
-from dataclasses import dataclass, field
 
-from dramatiq.broker import MessageProxy
 from dramatiq.errors import RateLimitExceeded, Retry
 from dramatiq.middleware import SkipMessage
 from dramatiq.worker import WorkerThread, has_results_middleware
@@ -30,11 +27,9 @@ from .message import Ended, JetStreamMessage
 from .recorder import Recorder
 from .rerouting import Rerouter
 from .suspects import Suspects
+from .tally import Tally
 
-__all__ = ["Attempts", "Counts"]
-
-#: How many attempts that ended may wait to be counted on the server.
-MAX_ENDED = 100_000
+__all__ = ["Attempts"]
 
 # In Dramatiq's own words, as all that it would log itself.
 _DISCARDED = (
@@ -43,22 +38,6 @@ _DISCARDED = (
     "Consider adding the Results middleware to your broker or piping the "
     "result into another actor."
 )
-
-
-@dataclass
-class Counts:
-    """How many attempts have ended in a process, and how many of them with an exception.
-
-    Several threads count; a lost count of thousands informs people just as well.
-
-    Attributes:
-      ended: Of each attempt that was not counted on the server yet its queue, whether it failed, when it began and
-        ended (seconds since 1970), and when its message was stored (milliseconds); without the latter it is 0.
-    """
-
-    done: int = 0
-    failed: int = 0
-    ended: deque[tuple[str, bool, float, float, int]] = field(default_factory=lambda: deque(maxlen=MAX_ENDED))
 
 
 class Attempts:
@@ -76,7 +55,7 @@ class Attempts:
         suspects: Suspects,
         recorder: Recorder,
         limits: Limits,
-        counts: Counts,
+        tally: Tally,
     ) -> None:
         self._thread = thread
         self._broker = thread.broker
@@ -87,30 +66,34 @@ class Attempts:
         self._recorder = recorder
         self._limits = limits
         self._gate = Gate()
-        self.running: tuple[MessageProxy, float] | None = None
-        self._counts = counts
+        self.running: tuple[JetStreamMessage, float] | None = None
+        self._tally = tally
         self._skipped = False
 
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def process_message(self, message: MessageProxy) -> None:
+    def process_message(self, message: JetStreamMessage) -> None:
         """Run a message and settle it, or have it wait; nothing is raised: the thread must live for the next one."""
-        if isinstance(message, JetStreamMessage) and message.killed is None and not self._enters(message):
+        is_limited = self._limits.of(message) is not None
+        if is_limited and message.killed is None and not self._enters(message):
             self._thread.work_queue.task_done()
             return
+        began = time.time()
         try:
-            self.running = message, time.time()
+            self.running = message, began
             current_message.set(message)
-            self._run_and_settle(message)
+            self._run_and_settle(message, is_limited)
         except BaseException:
             self._logger.critical("Message %s was not settled as it should be.", message, exc_info=True)
         finally:
             current_message.set(None)
-            self._count(message)
+            self.running = None
+            failed = message._exception is not None
+            self._tally.note(message.queue_name, began, message._delivery.timestamp, failed)
             self._thread.work_queue.task_done()
-            if isinstance(message, JetStreamMessage) and message.to_record is not None:
+            if message.to_record is not None:
                 self._recorder.record(message, message.to_record)
             # The exception's frames would stay in memory for as long as it is referred to.
             message.clear_exception()
@@ -124,18 +107,9 @@ class Attempts:
             self._rerouter.requeue_later(message._delivery, error)
             return False
 
-    def _count(self, message: MessageProxy) -> None:
-        now, failed = time.time(), message._exception is not None
-        began = now if self.running is None else self.running[1]
-        stored = message._delivery.timestamp if isinstance(message, JetStreamMessage) else 0
-        self.running = None
-        self._counts.done += 1
-        self._counts.failed += failed
-        self._counts.ended.append((message.queue_name, failed, began, now, stored))
-
-    def _run_and_settle(self, message: MessageProxy) -> None:
-        delivery = message._delivery if isinstance(message, JetStreamMessage) else None
-        if delivery is not None and delivery.is_suspect:
+    def _run_and_settle(self, message: JetStreamMessage, is_limited: bool) -> None:
+        delivery = message._delivery
+        if delivery.is_suspect:
             self._suspects.note_start(delivery)
         try:
             try:
@@ -143,9 +117,9 @@ class Attempts:
             except BaseException as error:
                 self._follow_ups.cut_off(message, error)
                 self._logger.critical("What follows message %s was cut off.", message, exc_info=True)
-            if isinstance(message, JetStreamMessage):
+            if is_limited:
                 self._limits.leave(message)
-            if not _is_put_off(message) and (
+            if message.put_off is None and (
                 self._recorder.keeps_successes
                 or self._skipped
                 or message.failed
@@ -156,16 +130,16 @@ class Attempts:
                 self._note_end(message)
             self._thread.consumers[message.queue_name].post_process_message(message)
         finally:
-            if delivery is not None and not delivery.settled:
+            if not delivery.settled:
                 self._rerouter.requeue_later(delivery)
 
-    def _note_end(self, message: MessageProxy) -> None:
+    def _note_end(self, message: JetStreamMessage) -> None:
         """Have an attempt recorded when its message is settled."""
-        if self._recorder.is_on and isinstance(message, JetStreamMessage) and self.running is not None:
+        if self._recorder.is_on and self.running is not None:
             retried = self._follow_ups.has_retried(message)
             message.to_record = Ended(self.running[1], time.time(), self._skipped, retried)
 
-    def _run(self, message: MessageProxy) -> None:
+    def _run(self, message: JetStreamMessage) -> None:
         """The actor, and everything that follows it but the ack."""
         actor = None
         self._skipped = False
@@ -190,7 +164,7 @@ class Attempts:
             self._logger.warning("Message %s was skipped.", message)
             self._broker.emit_after("skip_message", message)
         except Snooze as error:
-            vars(message)["put_off"] = error.delay
+            message.put_off = error.delay
             self._logger.info("Message %s is %s.", message, error)
             self._broker.emit_after("skip_message", message)
         except BaseException as error:
@@ -207,7 +181,3 @@ class Attempts:
             self._broker.emit_after("process_message", message, exception=error)
         else:
             self._broker.emit_after("process_message", message, result=result)
-
-
-def _is_put_off(message: MessageProxy) -> bool:
-    return isinstance(message, JetStreamMessage) and message.put_off is not None

@@ -138,9 +138,22 @@ class Limits:
 
     # For the threads of the worker
 
+    def of(self, message: JetStreamMessage) -> Limit | None:
+        """Return the limit of a message's actor, None for one that has none."""
+        name = message.actor_name
+        try:
+            return self._limits[name]
+        except KeyError:
+            pass
+        try:
+            limit = self._limits[name] = limit_of(self._actor(name))
+        except ActorNotFound:
+            return None
+        return limit
+
     def enter(self, message: JetStreamMessage) -> bool:
         """Let a message run, or have it wait; returns whether it may run. Nothing is raised."""
-        limit = self._limit(message)
+        limit = self.of(message)
         if limit is None:
             return True
         delivery = message._delivery
@@ -158,7 +171,7 @@ class Limits:
 
     def leave(self, message: JetStreamMessage) -> None:
         """Give back the turn of a message whose attempt has ended; again later, if that is not possible now."""
-        limit = self._limit(message)
+        limit = self.of(message)
         if limit is not None and limit.concurrency is not None:
             self._try_to_leave(_name(message, limit), limit, message, time.monotonic() + GIVE_UP_SECONDS)
 
@@ -174,18 +187,6 @@ class Limits:
             message = self._held.pop(key, None)
             if message is not None:
                 self._rerouter.requeue(message._delivery)
-
-    def _limit(self, message: JetStreamMessage) -> Limit | None:
-        name = message.actor_name
-        try:
-            return self._limits[name]
-        except KeyError:
-            pass
-        try:
-            limit = self._limits[name] = limit_of(self._actor(name))
-        except ActorNotFound:
-            return None
-        return limit
 
     def _place(self, name: str) -> _Place:
         return self._places[hash(name) % PLACES]

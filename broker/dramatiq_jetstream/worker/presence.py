@@ -126,7 +126,6 @@ class Presence:
 
     def _record(self, worker: Worker, since: int) -> dict[str, Any]:
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        counts = self._attachment.counts
         return {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -137,8 +136,8 @@ class Presence:
             "queues": sorted(worker.consumers),
             "threads": len(worker.workers),
             "running": [self._describe(*each) for each in self._attachment.running()[:MAX_RUNNING]],
-            "done": counts.done,
-            "failed": counts.failed,
+            "done": self._activity.done,
+            "failed": self._activity.failed,
             "rss": _resident(usage.ru_maxrss),
             "cpu": round(usage.ru_utime + usage.ru_stime, 1),
         }
