@@ -18,11 +18,13 @@ from dramatiq.middleware import Middleware
 from google.protobuf.message import Message
 
 from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.audit import Change, changes
 from dramatiq_jetstream.events import DeadLetterEvents, Events
 from dramatiq_jetstream.kv import Bucket
 from dramatiq_jetstream.periodic import Periodic
 
-from . import credentials, events, idempotency, logs, metrics, orders, outage, stock, telemetry, tokens
+from . import audit, credentials, events, idempotency, logs, metrics, orders, outage, stock, telemetry, tokens
+from .audit import AuditLog
 from .catalogue import CATALOGUE
 from .credentials import Keys, Operators
 from .deadline import Deadline
@@ -100,6 +102,10 @@ class Boot(Middleware):
             raise SystemExit(str(error)) from None
 
 
+class AuditStream(Events):
+    """The stream of the audit; Dramatiq takes two middleware of one type for a mistake."""
+
+
 event_stream = Events(events.STREAM, [events.SUBJECTS])
 broker = JetStreamBroker(
     SETTINGS.nats_url,
@@ -110,7 +116,10 @@ broker = JetStreamBroker(
     enqueue_timeout=SETTINGS.accept_timeout,
 )
 dead_letter_events = DeadLetterEvents(broker)
-for middleware in (event_stream, dead_letter_events, Periodic(), Buckets(), Boot()):
+audit_stream = AuditStream(
+    audit.STREAM, [audit.SUBJECTS], max_age=audit.KEPT_DAYS * 86_400_000, append_only=True
+)
+for middleware in (event_stream, dead_letter_events, audit_stream, Periodic(), Buckets(), Boot()):
     broker.add_middleware(middleware)
 broker.add_middleware(logs.LogContext(), before=type(broker.middleware[0]))
 dramatiq.set_broker(broker)
@@ -209,6 +218,20 @@ def keys() -> Keys:
 def operators() -> Operators:
     """Return the people who sign in with a password."""
     return Operators(access_bucket(), now)
+
+
+@_once
+def audit_log() -> AuditLog:
+    """Return the record of who did what."""
+
+    def store(subject: str, record: bytes, record_id: str) -> None:
+        audit_stream.ensure(broker)
+        broker.publish(subject, record, event_id=record_id)
+
+    def fleet(count: int) -> list[Change]:
+        return changes(broker, limit=count)
+
+    return AuditLog(store, broker.stream(audit.STREAM), fleet, now)
 
 
 @_once

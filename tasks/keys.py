@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from . import app, command
+from .audit import at_terminal
 from .credentials import SCOPES, ApiKey
 from .events import isoformat
 
@@ -26,7 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add(options: argparse.Namespace) -> int:
     expires_at = None if options.days is None else app.now() + options.days * _DAY_MS
-    key, text = app.keys().add(options.name, options.scope, options.customer, expires_at)
+    with app.audit_log().record(
+        "key.make", options.name, at_terminal(), scopes=" ".join(options.scope)
+    ) as act:
+        key, text = app.keys().add(options.name, options.scope, options.customer, expires_at)
+        act.detail["id"] = key.id
     print(f"Key {key.id} for {key.name}: {_may(key)}. It is shown this once:", file=sys.stderr)
     print(text)
     return 0
@@ -51,7 +56,10 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _revoke(options: argparse.Namespace) -> int:
-    if not app.keys().revoke(options.id):
+    with app.audit_log().record("key.revoke", options.id, at_terminal()) as act:
+        revoked = app.keys().revoke(options.id)
+        act.detail["there"] = "yes" if revoked else "no"
+    if not revoked:
         print(
             f"There is no key {options.id!r}: `python -m tasks.keys list` shows their ids.", file=sys.stderr
         )

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 
 from dramatiq.errors import BrokerError
 
+from .audit import AuditLog, Who, at_terminal
 from .events import usable_order_id
 from .saga import NotCancellable, NotRefundable
 from .stock import Found, Stock
@@ -60,9 +61,10 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _run(
-    operator: Operator, stock: Stock, chosen: argparse.Namespace, before: int
+    operator: Operator, stock: Stock, audit: AuditLog, chosen: argparse.Namespace, before: int
 ) -> Iterator[tuple[str, bool]]:
     """Yield what there is to say, and whether it went well."""
+    who = at_terminal()
     match chosen.command:
         case "stuck":
             for stuck in operator.stuck(before):
@@ -73,23 +75,34 @@ def _run(
             orders: Iterable[str] = chosen.orders
             if chosen.all:
                 orders = [one.order_id for one in operator.stuck(before)]
-            for order_id, done in operator.redrive(orders):
+            for order_id, done in operator.redrive(_recorded(orders, audit, who)):
                 yield f"{order_id}  {done}", True
         case "cancel":
             for order_id in chosen.orders:
                 try:
-                    yield f"{order_id}  {operator.cancel(order_id, chosen.reason)}", True
+                    with audit.record("order.cancel", order_id, who):
+                        done = operator.cancel(order_id, chosen.reason)
                 except NotCancellable as refusal:
                     yield str(refusal), False
+                else:
+                    yield f"{order_id}  {done}", True
         case "refund":
             (order_id,) = chosen.orders
+            minor = str(chosen.amount or "all that is left")
             try:
-                yield (
-                    f"{order_id}  {operator.refund(order_id, chosen.key, chosen.amount, chosen.reason)}",
-                    True,
-                )
+                with audit.record("order.refund", order_id, who, refund=chosen.key, minor=minor):
+                    done = operator.refund(order_id, chosen.key, chosen.amount, chosen.reason)
             except NotRefundable as refusal:
                 yield str(refusal), False
+            else:
+                yield f"{order_id}  {done}", True
+
+
+def _recorded(orders: Iterable[str], audit: AuditLog, who: Who) -> Iterator[str]:
+    """Yield orders, each with its record begun; what is done to one ends when the next is asked for."""
+    for order_id in orders:
+        with audit.record("order.redrive", order_id, who):
+            yield order_id
 
 
 def _owed(found: Found | None) -> str:
@@ -108,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     after = app.SETTINGS.stuck_after if getattr(chosen, "minutes", None) is None else chosen.minutes * 60_000
     code = 0
     try:
-        for line, well in _run(operator, app.stock_store(), chosen, app.now() - after):
+        for line, well in _run(operator, app.stock_store(), app.audit_log(), chosen, app.now() - after):
             print(line, file=sys.stdout if well else sys.stderr, flush=True)
             code = code if well else 1
     except BrokerError as error:

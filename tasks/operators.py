@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from . import app, command
+from .audit import at_terminal
 from .credentials import SCOPES, InvalidCredential
 from .events import isoformat
 
@@ -21,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _set(options: argparse.Namespace) -> int:
-    operator = app.operators().set(options.name, _password(), options.scope or ["operate"])
+    password, scopes = _password(), options.scope or ["operate"]
+    with app.audit_log().record("operator.set", options.name, at_terminal(), scopes=" ".join(scopes)):
+        operator = app.operators().set(options.name, password, scopes)
     print(f"{operator.name} can sign in and may: {', '.join(operator.scopes)}.")
     return 0
 
@@ -42,7 +45,10 @@ def _list(_: argparse.Namespace) -> int:
 
 
 def _remove(options: argparse.Namespace) -> int:
-    if not app.operators().remove(options.name):
+    with app.audit_log().record("operator.remove", options.name, at_terminal()) as act:
+        removed = app.operators().remove(options.name)
+        act.detail["there"] = "yes" if removed else "no"
+    if not removed:
         print(f"There is no operator {options.name!r}.", file=sys.stderr)
         return 1
     print(f"{options.name} is removed; their sessions end within seconds.")

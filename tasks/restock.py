@@ -7,7 +7,6 @@ remembers the newest adjustments of each product, with who made them and why.
 from __future__ import annotations
 
 import argparse
-import getpass
 import secrets
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from dramatiq.errors import BrokerError
 
 from . import app
+from .audit import at_terminal
 from .events import isoformat
 from .numbers import whole_number
 from .stock import InvalidAdjustment
@@ -51,7 +51,11 @@ def _change(options: argparse.Namespace) -> int:
     stock = app.stock_store()
     adjustment_id = options.id or secrets.token_hex(6)
     change = stock.restock if options.command == "add" else stock.correct
-    done = change(options.sku, options.pieces, adjustment_id, by=getpass.getuser(), reason=options.reason)
+    who = at_terminal()
+    act = {"add": "product.restock", "correct": "product.correct"}[options.command]
+    said = {"pieces": str(options.pieces), "adjustment": adjustment_id, "reason": options.reason}
+    with app.audit_log().record(act, options.sku, who, **said):
+        done = change(options.sku, options.pieces, adjustment_id, by=who.name, reason=options.reason)
     print(f"{options.sku}  {done.pieces:+} pieces  ({done.id})")
     return 0
 

@@ -16,6 +16,7 @@ from web import (
     access,
     admission,
     api,
+    audit_page,
     compensation,
     fleet,
     health,
@@ -68,6 +69,7 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     app.register_blueprint(openapi.blueprint)
     app.register_blueprint(sign_in.blueprint)
     app.register_blueprint(keys_page.blueprint)
+    app.register_blueprint(audit_page.blueprint)
     rendering.install(app)
     sign_in.configure(app, app_settings)
     security.protect(app)

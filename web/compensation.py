@@ -16,6 +16,7 @@ from tasks.model import MAX_TEXT, Flaw
 from tasks.numbers import whole_number
 from tasks.service import Order
 from web.access import caller, needs
+from web.acts import recorded
 from web.api import find_order, idempotency_key, read_key
 from web.problems import Problem, of_flaws
 from web.rendering import see_other
@@ -76,7 +77,8 @@ def _cancel(order: Order, reason: str) -> None:
     who = caller()
     by = "customer" if who.customer_id is not None or not who.may("operate") else "operator"
     try:
-        service.cancel_order(order.order_id, by, who.name, reason)
+        with recorded("order.cancel", order.order_id):
+            service.cancel_order(order.order_id, by, who.name, reason)
     except service.NotCancellable as error:
         raise Problem("not-cancellable", str(error)) from None
 
@@ -85,7 +87,8 @@ def _refund(order: Order, key: str, amount: int | None, reason: str) -> None:
     # What names a refund stands in subjects and keys, so it is made of letters and digits.
     name = hashlib.sha256(key.encode()).hexdigest()[:24]
     try:
-        service.refund_order(order.order_id, name, amount, reason)
+        with recorded("order.refund", order.order_id, refund=name, minor=str(amount or "all that is left")):
+            service.refund_order(order.order_id, name, amount, reason)
     except service.NotRefundable as error:
         raise Problem("not-refundable", str(error)) from None
 

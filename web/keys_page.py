@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-from datetime import UTC, datetime
 from typing import Final
 
 from flask import Blueprint, Response, render_template, request
-from markupsafe import Markup
 
 from tasks import app
 from tasks.credentials import SCOPES, InvalidCredential
 from tasks.numbers import whole_number
 from web.access import caller, needs
-from web.formats import formats
+from web.acts import recorded
 from web.problems import Problem
-from web.representation import timestamp
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +44,16 @@ def make_key() -> Response:
     """Make a key and show it, this once."""
     days = whole_number(request.form.get("days", "0"), 0, 3_650) or 0
     expires_at = app.now() + days * _DAY_MS if days else None
+    name = request.form.get("name", "").strip()
     try:
-        key, text = app.keys().add(
-            request.form.get("name", "").strip(),
-            request.form.getlist("scope"),
-            request.form.get("customer_id", "").strip() or None,
-            expires_at,
-        )
+        with recorded("key.make", name, scopes=" ".join(request.form.getlist("scope"))) as act:
+            key, text = app.keys().add(
+                name,
+                request.form.getlist("scope"),
+                request.form.get("customer_id", "").strip() or None,
+                expires_at,
+            )
+            act.detail["id"] = key.id
     except InvalidCredential as error:
         return _page(problem=str(error), status=422)
     logger.info("%s made key %s for %s: %s", caller().name, key.id, key.name, ", ".join(key.scopes))
@@ -64,16 +64,11 @@ def make_key() -> Response:
 @needs("admin")
 def revoke_key(key_id: str) -> Response:
     """End a key."""
-    if not app.keys().revoke(key_id):
-        raise Problem("not-found", "There is no such key.")
+    with recorded("key.revoke", key_id):
+        if not app.keys().revoke(key_id):
+            raise Problem("not-found", "There is no such key.")
     logger.info("%s revoked key %s", caller().name, key_id)
     return Response(status=303, headers={"Location": "/admin/keys"})
-
-
-def _moment(at: int) -> Markup:
-    """Return a time in milliseconds as a page shows it; its script turns it into the reader's own zone."""
-    moment = datetime.fromtimestamp(at / 1000, UTC)
-    return Markup('<time datetime="{}">{}</time>').format(timestamp(moment), formats().moment(moment))
 
 
 def _page(*, status: int = 200, **context: str) -> Response:
@@ -81,7 +76,6 @@ def _page(*, status: int = 200, **context: str) -> Response:
         "keys.html",
         keys=app.keys().list(),
         now=app.now(),
-        moment=_moment,
         scopes=SCOPES,
         scope_text=SCOPE_TEXT,
         days=DAYS,

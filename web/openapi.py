@@ -7,6 +7,7 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify
 
+from tasks.audit import KINDS as KINDS_OF_ACTS
 from tasks.model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TEXT, MAX_TOKEN_LENGTH, STATUSES
 from web.access import anyone
 from web.problems import KINDS, MEDIA_TYPE
@@ -43,6 +44,7 @@ def document(*, is_open: bool = False) -> dict[str, Any]:
             "/api/orders/{order_id}/cancel": {"post": _cancel_order()},
             "/api/orders/{order_id}/refunds": {"post": _refund_order()},
             "/api/products": {"get": _list_products()},
+            "/api/audit": {"get": _list_audit()},
             "/health": {"get": _health("health", "Tell whether this process is connected to NATS")},
             "/health/ready": {"get": _health("ready", "Tell whether this process can take orders")},
             "/health/live": {
@@ -269,6 +271,46 @@ def _list_products() -> dict[str, Any]:
     }
 
 
+def _list_audit() -> dict[str, Any]:
+    export = {"schema": {"type": "string"}}
+    return {
+        "operationId": "listAudit",
+        "summary": "List who did what, newest first, or export it",
+        "description": "Needs the scope admin. An export has everything that is looked for, whatever the limit.",
+        "tags": ["audit"],
+        "parameters": [
+            {
+                "name": "limit",
+                "in": "query",
+                "schema": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
+            },
+            _filter("before", "The next of the page before."),
+            {**_filter("kind", "What it was done to."), "schema": {"enum": list(KINDS_OF_ACTS)}},
+            _filter("act", "What was done, such as order.cancel."),
+            _filter("target", "The id of what it was done to."),
+            _filter("who", "The name of who did it, or `customer`."),
+            _filter("text", "A part of anything that is recorded."),
+            _filter("since", "Begun at this time or later (RFC 3339), or on this day (in UTC) or later."),
+            _filter("until", "Begun before this time, or on this day (in UTC) or earlier."),
+            {
+                **_filter("format", "A page as JSON, or an export."),
+                "schema": {"enum": ["json", "ndjson", "csv"], "default": "json"},
+            },
+        ],
+        "responses": {
+            "200": {
+                "description": "One page, or the export.",
+                "content": {
+                    "application/json": {"schema": {"$ref": "#/components/schemas/AuditPage"}},
+                    "application/x-ndjson": export,
+                    "text/csv": export,
+                },
+            },
+            **_problems(400, 401, 403, 429, 503),
+        },
+    }
+
+
 def _health(operation_id: str, summary: str) -> dict[str, Any]:
     schema = {"$ref": "#/components/schemas/Health"}
     return {
@@ -416,6 +458,44 @@ _SCHEMAS: dict[str, Any] = {
         "required": ["orders", "next"],
         "properties": {
             "orders": {"type": "array", "items": {"$ref": "#/components/schemas/Order"}},
+            "next": {"type": ["string", "null"], "description": "The before of the next page."},
+        },
+    },
+    "AuditPage": {
+        "type": "object",
+        "required": ["acts", "next"],
+        "properties": {
+            "acts": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": [
+                        "id",
+                        "act",
+                        "target",
+                        "name",
+                        "kind",
+                        "via",
+                        "address",
+                        "at",
+                        "outcome",
+                        "error",
+                    ],
+                    "properties": {
+                        "id": {"type": "string"},
+                        "act": {"type": "string", "examples": ["order.cancel"]},
+                        "target": {"type": "string"},
+                        "name": {"type": "string", "description": "Empty for a customer."},
+                        "kind": {"enum": ["operator", "machine", "customer", "open", "service"]},
+                        "via": {"enum": ["page", "API", "command", "dashboard", "worker"]},
+                        "address": {"type": "string"},
+                        "at": _TIME,
+                        "outcome": {"enum": ["done", "failed", "unfinished"]},
+                        "error": {"type": "string"},
+                        "detail": {"type": "object", "additionalProperties": {"type": "string"}},
+                    },
+                },
+            },
             "next": {"type": ["string", "null"], "description": "The before of the next page."},
         },
     },

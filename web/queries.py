@@ -62,12 +62,13 @@ def read_query(arguments: Mapping[str, str]) -> Query:
         flaws.append(Flaw("status", _STATUS_TEXT))
     if (sku := arguments.get("sku") or None) and (flaw := flaw_of(sku, MAX_ID_LENGTH)):
         flaws.append(Flaw("sku", flaw))
-    since, until = (_moment(arguments, name, flaws) for name in ("since", "until"))
+    since, until = (read_moment(arguments, name, flaws) for name in ("since", "until"))
     wanted = Wanted(customer_id=customer, status=status, since=since, until=until, sku=sku)
     return Query(wanted, limit or DEFAULT_LIMIT, before, flaws)
 
 
-def _moment(arguments: Mapping[str, str], name: str, flaws: list[Flaw]) -> int | None:
+def read_moment(arguments: Mapping[str, str], name: str, flaws: list[Flaw]) -> int | None:
+    """Return a time as milliseconds, None without one or for what is none, which is then among the flaws."""
     text = arguments.get(name)
     if not text:
         return None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from flask import Flask, Response, current_app, render_template
+from markupsafe import Markup
 
 from web import words
 from web.access import visitor
@@ -32,6 +34,7 @@ def helpers() -> dict[str, Any]:
     written = formats()
     return {
         "asset": asset_url,
+        "instant": instant,
         "locale": written.tag,
         "money": written.money,
         "number": written.number,
@@ -42,6 +45,12 @@ def helpers() -> dict[str, Any]:
         "visitor": visitor,
         "when": written.moment,
     }
+
+
+def instant(at: int) -> Markup:
+    """Return a time in milliseconds as a page shows it; its script turns it into the reader's own zone."""
+    moment = datetime.fromtimestamp(at / 1000, UTC)
+    return Markup('<time datetime="{}">{}</time>').format(timestamp(moment), formats().moment(moment))
 
 
 def install(app: Flask) -> None:

@@ -146,6 +146,7 @@ class Events(Middleware):
       stream: The stream's name.
       subjects: What the stream keeps; it is made with them if it does not exist and the broker declares.
       max_age: Milliseconds that events are kept; None for ever.
+      append_only: Have the server refuse to delete or purge events, for good: only `max_age` removes them then.
       duplicate_window: Milliseconds in which the same event id is stored once; None takes the broker's.
       replicas: None takes the broker's.
     """
@@ -156,6 +157,7 @@ class Events(Middleware):
         subjects: list[str],
         *,
         max_age: int | None = None,
+        append_only: bool = False,
         duplicate_window: int | None = None,
         replicas: int | None = None,
     ) -> None:
@@ -164,6 +166,7 @@ class Events(Middleware):
         self.stream = stream
         self.subjects = subjects
         self.max_age = max_age
+        self.append_only = append_only
         self.duplicate_window = duplicate_window
         self.replicas = replicas
         self._subscriptions: dict[str, tuple[Actor[Any, Any], Subscription]] = {}
@@ -179,6 +182,7 @@ class Events(Middleware):
             self.stream,
             self.subjects,
             max_age=self.max_age,
+            append_only=self.append_only,
             storage=Storage(
                 self.replicas or broker.config.replicas,
                 self.duplicate_window or broker.config.duplicate_window,

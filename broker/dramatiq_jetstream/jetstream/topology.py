@@ -193,9 +193,10 @@ def events(
     subjects: list[str],
     *,
     max_age: int | None = None,
+    append_only: bool = False,
     storage: Storage = STORAGE,
 ) -> StreamConfig:
-    """A stream of events, which keeps them after they were read."""
+    """A stream of events, which keeps them after they were read; of an append-only one the server removes none."""
     return StreamConfig(
         "events",
         name,
@@ -205,6 +206,7 @@ def events(
             **_stored(storage, lifetime=max_age),
             "max_age": (max_age or 0) * NANOSECONDS_PER_MS,
             "allow_direct": True,
+            **({"deny_delete": True, "deny_purge": True} if append_only else {}),
         },
     )
 
