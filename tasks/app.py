@@ -22,6 +22,7 @@ from dramatiq_jetstream.audit import Change, changes
 from dramatiq_jetstream.events import DeadLetterEvents, Events
 from dramatiq_jetstream.kv import Bucket
 from dramatiq_jetstream.periodic import Periodic
+from dramatiq_jetstream.streams import Stream
 
 from . import audit, credentials, events, idempotency, logs, metrics, orders, outage, stock, telemetry, tokens
 from .audit import AuditLog
@@ -231,7 +232,11 @@ def audit_log() -> AuditLog:
     def fleet(count: int) -> list[Change]:
         return changes(broker, limit=count)
 
-    return AuditLog(store, broker.stream(audit.STREAM), fleet, now)
+    def stream() -> Stream:
+        audit_stream.ensure(broker)
+        return broker.stream(audit.STREAM)
+
+    return AuditLog(store, stream, fleet, now)
 
 
 @_once

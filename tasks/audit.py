@@ -172,7 +172,7 @@ class AuditLog:
 
     Parameters:
       store: Stores a record, given its subject, its bytes and the id under which it is stored once.
-      stream: The stream AUDIT.
+      stream: Returns the stream AUDIT, and makes it if it is missing.
       fleet: Returns the newest changes that were made with the fleet's dashboard, at most as many as asked for.
       now: The time in milliseconds.
     """
@@ -180,7 +180,7 @@ class AuditLog:
     def __init__(
         self,
         store: Callable[[str, bytes, str], object],
-        stream: Stored,
+        stream: Callable[[], Stored],
         fleet: Callable[[int], Iterable[Change]],
         now: Callable[[], int],
     ) -> None:
@@ -286,7 +286,7 @@ class AuditLog:
     def _ours(self, sought: Sought, before: int) -> Iterator[Act]:
         """Yield the acts that are recorded here, each with how it ended, newest first."""
         ended: dict[str, Act] = {}
-        for stored in self._stream.newest(_filter(sought), before=before, page=256):
+        for stored in self._stream().newest(_filter(sought), before=before, page=256):
             act = _read(stored)
             if act is None:
                 continue
@@ -298,7 +298,7 @@ class AuditLog:
             yield replace(act, outcome=UNFINISHED) if end is None else replace(end, place=stored.sequence)
 
     def _find_end(self, act: Act) -> Act | None:
-        stored = self._stream.last(_subject(act, "ended"))
+        stored = self._stream().last(_subject(act, "ended"))
         return None if stored is None else _read(stored)
 
     def of(self, kind: str, target: str, limit: int = 50) -> list[Act]:

@@ -55,7 +55,7 @@ def log(nats: NatsServer) -> AuditLog:
     stream.ensure(broker)
     return AuditLog(
         lambda subject, record, record_id: broker.publish(subject, record, event_id=record_id),
-        broker.stream(audit.STREAM),
+        lambda: broker.stream(audit.STREAM),
         lambda count: [],
         lambda: 1_000,
     )
