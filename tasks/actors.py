@@ -8,6 +8,10 @@
     orders     cancel_order     ORDER.cancel_requested
     payments   refund_payment   ORDER.refund_requested
     payments   refund_cancelled ORDER.cancelled
+    payments   refund_returned  ORDER.returned
+    payments   charge_back      ORDER.charged_back
+    orders     ship_order       ORDER.shipped
+    orders     return_order     ORDER.return_requested
     payments   settle_order     (no event: a refund that may have been forgotten)
     orders     announce_failure (a dead letter, of whatever cause)
     projection project_event    ORDER.>
@@ -31,11 +35,15 @@ from dramatiq_jetstream.events import Event, subscription
 from orders.v1.events_pb2 import (
     OrderCancelled,
     OrderCancelRequested,
+    OrderChargedBack,
     OrderCreated,
     OrderDeclined,
     OrderPaid,
     OrderRefundRequested,
     OrderReserved,
+    OrderReturned,
+    OrderReturnRequested,
+    OrderShipped,
 )
 
 from . import app, logs
@@ -45,9 +53,11 @@ from .gateway import GatewayUnavailable
 from .orders import OrderBusy
 from .outage import is_outage
 from .saga import STEPS
-from .steps import observed
+from .steps import left_to_newer, observed
 
 logger = logging.getLogger(__name__)
+
+_Refunding = OrderRefundRequested | OrderCancelled | OrderReturned | OrderChargedBack
 
 #: What a worker does first: orders that are under way are finished before others are begun, so that little
 #: stock is held at a time and an order's time does not grow with the number of those that wait.
@@ -125,7 +135,19 @@ def refund_cancelled(event: OrderCancelled) -> None:
     _refund(event, lambda: event.cancelled_at.ToMilliseconds())
 
 
-def _refund(event: OrderRefundRequested | OrderCancelled, since: Callable[[], int]) -> None:
+@_step("ORDER.returned", OrderReturned, "payments", FINISH, retry_when=_pay_again)
+def refund_returned(event: OrderReturned) -> None:
+    """Have the gateway give back what is left of the charge of an order that came back."""
+    _refund(event, lambda: event.returned_at.ToMilliseconds())
+
+
+@_step("ORDER.charged_back", OrderChargedBack, "payments", FINISH, retry_when=_pay_again)
+def charge_back(event: OrderChargedBack) -> None:
+    """Cut down refunds that were not made, after the customer's bank took money back."""
+    _refund(event, lambda: event.charged_back_at.ToMilliseconds())
+
+
+def _refund(event: _Refunding, since: Callable[[], int]) -> None:
     with observed("refund", event) as run:
         try:
             run.outcome = app.saga().settle(event)
@@ -135,12 +157,27 @@ def _refund(event: OrderRefundRequested | OrderCancelled, since: Callable[[], in
             raise
 
 
+@_step("ORDER.shipped", OrderShipped, "orders", FINISH)
+def ship_order(event: OrderShipped) -> None:
+    """Record that the goods of an order have left, as another service says."""
+    with observed("ship", event) as run:
+        run.outcome = app.saga().ship(event)
+
+
+@_step("ORDER.return_requested", OrderReturnRequested, "orders", FINISH)
+def return_order(event: OrderReturnRequested) -> None:
+    """Take back the goods of an order."""
+    with observed("return", event) as run:
+        run.outcome = app.saga().bring_back(event)
+
+
 @dramatiq.actor(**{**app.step_options("payments", CONTINUE), "max_retries": 0}, max_age=600_000)
 def settle_order(order_id: str) -> None:
     """Look once more whether money of an order has to go back."""
     logs.bind(order_id=order_id)
     try:
-        app.saga().settle_order(order_id)
+        with left_to_newer():
+            app.saga().settle_order(order_id)
     except GatewayUnavailable as error:
         logger.warning("A refund of order %s waits: %s", order_id, error)
 
@@ -180,7 +217,8 @@ def project_event(what: Happened | None) -> None:
     """Add an event to its order's record, as far as the ledger confirms it."""
     if what is not None:
         logs.bind(order_id=order_id_of(what.event))
-        app.projection().project(what)
+        with left_to_newer():
+            app.projection().project(what)
 
 
 @dramatiq.actor(

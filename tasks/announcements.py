@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 from orders.v1.events_pb2 import (
     OrderCancelled,
     OrderCancelRequested,
+    OrderChargedBack,
     OrderConfirmed,
     OrderCreated,
     OrderDeclined,
@@ -26,12 +27,15 @@ from orders.v1.events_pb2 import (
     OrderRefundRequested,
     OrderRejected,
     OrderReserved,
+    OrderReturned,
+    OrderReturnRequested,
+    OrderShipped,
 )
 
 from . import money
 from .claims import Claim, digest_of_event
 from .events import Happened, key_of, name_of, timestamp
-from .ledger import PricedItem, Record, Refund
+from .ledger import Chargeback, PricedItem, Record, Refund
 from .notes import CancelRequest, GivenUp
 from .pricing import claimed
 from .stock import Found, Stock
@@ -44,6 +48,9 @@ _STATES: Final[dict[str, tuple[str, ...]]] = {
     "confirmed": ("confirmed",),
     "rejected": ("rejected", "released"),
     "cancelled": ("cancelled",),
+    "shipped": ("shipped",),
+    "return_requested": ("returning",),
+    "returned": ("returned",),
 }
 
 
@@ -111,8 +118,8 @@ class Testimony:
             return asked if asked is not None and is_meant(asked) else None
 
         def meant(found: Found | None) -> Message | None:
-            if name in ("refund_requested", "refunded"):
-                event = None if found is None else refund_event(self._order_id, found.record, name, step)
+            if name in ("refund_requested", "refunded", "charged_back"):
+                event = None if found is None else money_event(self._order_id, found.record, name, step)
                 return event if event is not None and is_meant(event) else None
             states = [] if found is None else [s for s in _STATES.get(name, ()) if s in found.record.at]
             events = (event_of(self._order_id, found.record, state) for state in states if found is not None)
@@ -196,6 +203,18 @@ def event_of(order_id: str, record: Record, state: str | None = None) -> Message
             )
         case "cancelled":
             return OrderCancelled(order_id=order_id, reason=record.reason, cancelled_at=at)
+        case "shipped":
+            return OrderShipped(
+                order_id=order_id, carrier=record.carrier, tracking=record.tracking, shipped_at=at
+            )
+        case "returning":
+            return OrderReturnRequested(
+                order_id=order_id, stock=_stock(record), reason=record.reason, return_requested_at=at
+            )
+        case "returned":
+            return OrderReturned(
+                order_id=order_id, stock=_stock(record), reason=record.reason, returned_at=at
+            )
     raise ValueError(f"no event says that an order is {state}")
 
 
@@ -227,14 +246,29 @@ def refunded_event(order_id: str, record: Record, refund: Refund) -> OrderRefund
         order_id=order_id,
         refund=refund.key,
         refund_id=refund.refund_id,
-        amount_minor=refund.amount,
+        amount_minor=refund.payable,
         currency=record.currency,
         refunded_at=timestamp(refund.made_at),
     )
 
 
-def refund_event(order_id: str, record: Record, name: str, key: str) -> Message | None:
-    """Return the event with a name about a refund, None when the record does not say that."""
+def charged_back_event(order_id: str, record: Record, chargeback: Chargeback) -> OrderChargedBack:
+    """Return the event that says that the customer's bank took money back."""
+    return OrderChargedBack(
+        order_id=order_id,
+        chargeback_id=chargeback.id,
+        amount_minor=chargeback.amount,
+        currency=record.currency,
+        reason=chargeback.reason,
+        charged_back_at=timestamp(chargeback.at),
+    )
+
+
+def money_event(order_id: str, record: Record, name: str, key: str) -> Message | None:
+    """Return the event with a name about a refund or a chargeback, None when the record does not say that."""
+    if name == "charged_back":
+        found = (charged_back_event(order_id, record, one) for one in record.chargebacks if one.id == key)
+        return next(found, None)
     refund = record.refund(key)
     if refund is None or (name == "refunded" and not refund.refund_id):
         return None
@@ -250,6 +284,10 @@ def failed_event(order_id: str, step: str, failure: GivenUp) -> OrderFailed:
         message_id=failure.message_id,
         failed_at=timestamp(failure.at),
     )
+
+
+def _stock(record: Record) -> str:
+    return f"RETURNED_STOCK_{record.stock.upper()}"
 
 
 def _items(lines: Iterable[PricedItem]) -> list[OrderItem]:

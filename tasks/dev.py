@@ -8,7 +8,9 @@ And it tells only the head of each process tree to stop, because workers and gun
 from __future__ import annotations
 
 import argparse
+import base64
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -77,6 +79,11 @@ def _environment() -> dict[str, str]:
         # They are the stand-in's, which is started when no other gateway is named.
         "TEST_CARDS": "0" if os.environ.get("PAYMENT_URL") else "1",
     }
+    if not os.environ.get("PAYMENT_URL") and not environment.get("PAYMENT_WEBHOOK_SECRET"):
+        # The stand-in tells of chargebacks by itself, to the front end that is started with it.
+        environment["PAYMENT_WEBHOOK_SECRET"] = base64.b64encode(secrets.token_bytes(24)).decode()
+        environment["PAYMENTS_WEBHOOK_SECRET"] = environment["PAYMENT_WEBHOOK_SECRET"]
+        environment["PAYMENTS_WEBHOOK_URL"] = f"http://{host}:{defaults['PORT']}/api/payments/events"
     if not environment.get("TOKEN_KEY"):
         environment["TOKEN_KEY"] = _token_key(ROOT / ".data" / "token.key")
     for name, value in defaults.items():

@@ -18,6 +18,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from orders.v1.events_pb2 import (
     OrderCancelled,
     OrderCancelRequested,
+    OrderChargedBack,
     OrderConfirmed,
     OrderCreated,
     OrderDeclined,
@@ -27,6 +28,9 @@ from orders.v1.events_pb2 import (
     OrderRefundRequested,
     OrderRejected,
     OrderReserved,
+    OrderReturned,
+    OrderReturnRequested,
+    OrderShipped,
 )
 
 from .model import MAX_ID_LENGTH
@@ -43,10 +47,14 @@ TYPES: Final[dict[str, type[Message]]] = {
     "paid": OrderPaid,
     "declined": OrderDeclined,
     "confirmed": OrderConfirmed,
+    "shipped": OrderShipped,
+    "return_requested": OrderReturnRequested,
+    "returned": OrderReturned,
     "cancel_requested": OrderCancelRequested,
     "cancelled": OrderCancelled,
     "refund_requested": OrderRefundRequested,
     "refunded": OrderRefunded,
+    "charged_back": OrderChargedBack,
     "failed": OrderFailed,
 }
 _NAMES: Final = {message_type: name for name, message_type in TYPES.items()}
@@ -117,6 +125,8 @@ def key_of(event: Message) -> str:
             return f"failed.{event.step}"
         case OrderRefundRequested() | OrderRefunded():
             return f"{name_of(event)}.{event.refund}"
+        case OrderChargedBack():
+            return f"charged_back.{event.chargeback_id}"
     return name_of(event)
 
 

@@ -5,8 +5,9 @@ answer; everything else (refused, timed out, 5xx, an answer that is none) raises
 later. Whether such an attempt was charged is not known here, and need not be: the key makes the next one
 return the same charge.
 
-`POST {PAYMENT_URL}/refunds` gives back a part of a charge, with a key for each refund, and
-`GET {PAYMENT_URL}/charges?order_id=` says whether an order was charged.
+`POST {PAYMENT_URL}/refunds` gives back a part of a charge, with a key for each refund. What is not known is looked up:
+`GET {PAYMENT_URL}/charges?order_id=` says whether an order was charged, `/refunds?order_id=` which refunds were made,
+and `/chargebacks?order_id=` what its customer's bank took back.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import requests
 from urllib3.exceptions import ProtocolError
 
+from .ledger import Chargeback
 from .ports import Charge, Decline
 
 #: Refusals that say "not now": time-out, the same charge is under way, too early, too many.
@@ -46,10 +48,10 @@ class HttpGateway:
     """
 
     def __init__(self, url: str, *, timeout: int) -> None:
-        self._charges = f"{url}/charges"
+        self._url = url
         self._timeout = timeout / 1000
         # Preparing a request costs as much as sending it, so what is the same for all is prepared once.
-        self._charge = requests.Request("POST", self._charges).prepare()
+        self._charge = requests.Request("POST", f"{url}/charges").prepare()
         self._refund = requests.Request("POST", f"{url}/refunds").prepare()
         self._local = threading.local()
 
@@ -79,14 +81,8 @@ class HttpGateway:
         Raises:
           GatewayUnavailable: When no usable answer came.
         """
-        asked = requests.Request("GET", self._charges, params={"order_id": order_id}).prepare()
-        response = self._send(asked)
-        answer = _json(response)
-        charges = answer.get("charges")
-        if response.status_code != 200 or not isinstance(charges, list):
-            raise _failure(response, answer)
-        for one in charges:
-            if isinstance(one, dict) and (one.get("order_id"), one.get("status")) == (order_id, "captured"):
+        for one in self._look_up("charges", order_id):
+            if one.get("status") == "captured":
                 return Charge(str(one["id"]), int(one["amount"]))
         return None
 
@@ -105,10 +101,47 @@ class HttpGateway:
             return str(answer["id"])
         raise _failure(response, answer)
 
+    def find_refund(self, order_id: str, key: str) -> str | None:
+        """Return the id of the refund that was made with a key, None when the gateway knows none.
+
+        Raises:
+          GatewayUnavailable: When no usable answer came.
+        """
+        made = (one for one in self._look_up("refunds", order_id) if one.get("key") == key)
+        return next((str(one["id"]) for one in made), None)
+
+    def find_chargebacks(self, order_id: str) -> list[tuple[str, Chargeback]]:
+        """Return what the bank took back of an order's charge, each with the id of the charge; their times are 0.
+
+        Raises:
+          GatewayUnavailable: When no usable answer came.
+        """
+        return [
+            (
+                str(one["charge_id"]),
+                Chargeback(str(one["id"]), int(one["amount"]), 0, str(one.get("reason") or "")),
+            )
+            for one in self._look_up("chargebacks", order_id)
+        ]
+
+    def _look_up(self, what: str, order_id: str) -> list[dict[str, Any]]:
+        """Return what the gateway knows of an order; each has an id and an amount."""
+        asked = requests.Request("GET", f"{self._url}/{what}", params={"order_id": order_id}).prepare()
+        response = self._send(asked)
+        answer = _json(response)
+        found = answer.get(what)
+        if response.status_code != 200 or not isinstance(found, list):
+            raise _failure(response, answer)
+        for one in found:
+            amount = one.get("amount") if isinstance(one, dict) else None
+            if not isinstance(amount, int) or not one.get("id"):
+                raise UnusableAnswer(f"the payment gateway listed under {what} what is none: {one}")
+        return [one for one in found if one.get("order_id") == order_id]
+
     def _new_session(self) -> requests.Session:
         session = requests.Session()
         # The environment is asked once, not for every charge: proxies, certificates, no .netrc.
-        session.proxies.update(requests.utils.get_environ_proxies(self._charges))
+        session.proxies.update(requests.utils.get_environ_proxies(self._url))
         session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         session.trust_env = False
         return session

@@ -2,7 +2,7 @@
 
 ::
 
-    (none) ─► held ─► paid ─► confirmed
+    (none) ─► held ─► paid ─► confirmed ─► shipped ─► returning ─► returned
        │        ├───► declined ─► released
        │        └─ (or from paid, confirmed) ─► cancelling ─┐
        ├────► rejected                                      │
@@ -12,11 +12,15 @@ The record, not the events, is what a step asks before it acts, because events m
 any order. Every change is a compare-and-set on the record, so each arrow is taken at most once, and an event
 can be published again at any time with what the record says.
 
-`rejected`, `released` and `cancelled` are final; the first two are one status for the customer. A `confirmed` order
-rests until it is cancelled.
+`rejected`, `released`, `cancelled` and `returned` are final; the first two are one status for the customer. A
+`confirmed` order rests until it is shipped or cancelled, a `shipped` one until it is returned.
 
-The refunds of an order are part of its record, each first as decided and then as made. The change that ends a paid
-order decides its refund as well, and no decision makes the sum of all refunds larger than the charge.
+The refunds of an order are part of its record, each first as decided and then as made, and so are its chargebacks. The
+change that ends a paid order decides its refund as well. No decision makes refunds and chargebacks together larger than
+the charge: a refund that is not made when a chargeback comes is cut down to what is left.
+
+A record that a newer version wrote may mean what this one does not know. It raises `NewerRecord`, nothing is done, and
+a step waits for a worker of that version.
 """
 
 from __future__ import annotations
@@ -26,6 +30,18 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Final
 
+_TEXTS: Final = (
+    "customer_id",
+    "total",
+    "currency",
+    "payment_token",
+    "charge_id",
+    "code",
+    "reason",
+    "carrier",
+    "tracking",
+    "stock",
+)
 _FORWARD: Final[dict[str, frozenset[str]]] = {
     "held": frozenset({"paid", "declined", "cancelling"}),
     "paid": frozenset({"confirmed", "cancelling"}),
@@ -34,8 +50,19 @@ _FORWARD: Final[dict[str, frozenset[str]]] = {
     "rejected": frozenset(),
     "released": frozenset(),
     "cancelled": frozenset(),
-    "confirmed": frozenset({"cancelling"}),
+    "confirmed": frozenset({"shipped", "cancelling"}),
+    "shipped": frozenset({"returning"}),
+    "returning": frozenset({"returned"}),
+    "returned": frozenset(),
 }
+
+#: What becomes of goods that came back: they are in stock again, or can never be sold.
+BACK: Final = "back"
+WRITTEN_OFF: Final = "written_off"
+
+
+class NewerRecord(Exception):
+    """A newer version has written this record, and only that version may act on it; another try later is safe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +79,7 @@ class Refund:
     """A refund that was decided; `amount` in minor units, times in milliseconds.
 
     `key` names it among the refunds of its order. `refund_id` is the gateway's, and empty until the refund was made.
+    `cut` is the part that is not refunded, because the customer's bank took it back first.
     """
 
     key: str
@@ -60,6 +88,22 @@ class Refund:
     reason: str = ""
     refund_id: str = ""
     made_at: int = 0
+    cut: int = 0
+
+    @property
+    def payable(self) -> int:
+        """What goes back, in minor units."""
+        return self.amount - self.cut
+
+
+@dataclass(frozen=True, slots=True)
+class Chargeback:
+    """What a customer's bank took back; `id` is the gateway's, `amount` in minor units, `at` in milliseconds."""
+
+    id: str
+    amount: int
+    at: int
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +114,11 @@ class Record:
       lines: What is held, or was sold: one line per sku. Empty for an order that was rejected.
       at: When each state was entered, in milliseconds.
       charge_id: The gateway's charge, from `paid` on; also of an order that was charged while it was cancelled.
-      code, reason: Why it was declined, rejected or cancelled.
+      code, reason: Why it was declined, rejected, cancelled or returned.
       refunds: What goes back of the charge, in the order in which that was decided.
+      carrier, tracking: Who carries its goods, and under which number.
+      stock: What becomes of the goods that came back, `BACK` or `WRITTEN_OFF`.
+      chargebacks: What the customer's bank took back of the charge.
     """
 
     state: str
@@ -85,16 +132,32 @@ class Record:
     code: str = ""
     reason: str = ""
     refunds: tuple[Refund, ...] = ()
+    carrier: str = ""
+    tracking: str = ""
+    stock: str = ""
+    chargebacks: tuple[Chargeback, ...] = ()
+
+    @property
+    def charged_back(self) -> int:
+        """What the customer's bank took back, in minor units."""
+        return sum(chargeback.amount for chargeback in self.chargebacks)
 
     @property
     def refundable(self) -> int:
         """What is left of the charge for further refunds, in minor units."""
-        return self.total - sum(refund.amount for refund in self.refunds) if self.charge_id else 0
+        if not self.charge_id:
+            return 0
+        return max(0, self.total - self.charged_back - sum(refund.payable for refund in self.refunds))
 
     @property
     def due(self) -> list[Refund]:
-        """The refunds that were decided and are not known to be made."""
-        return [refund for refund in self.refunds if not refund.refund_id]
+        """The refunds that were decided, are not known to be made, and are more than nothing."""
+        return [refund for refund in self.refunds if refund.payable and not refund.refund_id]
+
+    @property
+    def comes_back(self) -> tuple[PricedItem, ...]:
+        """What is in stock again at the end of an order that holds something and gives it back."""
+        return () if self.stock == WRITTEN_OFF else self.lines
 
     def refund(self, key: str) -> Refund | None:
         """Return a refund by its name."""
@@ -109,6 +172,31 @@ class Record:
         if not 0 < refund.amount <= self.refundable:
             raise ValueError(f"{refund.amount} cannot be refunded of {self.refundable}")
         return replace(self, refunds=(*self.refunds, refund))
+
+    def excess(self, key: str) -> int:
+        """Return how much of a refund that was not made can never be made, because the bank took it back first."""
+        refund = self.refund(key)
+        if refund is None or refund.refund_id:
+            return 0
+        promised = sum(one.payable for one in self.refunds)
+        return max(0, min(refund.payable, promised + self.charged_back - self.total))
+
+    def cut(self, key: str, amount: int) -> Record:
+        """Return the record with a part of a refund never to be made."""
+        left = [replace(one, cut=one.cut + amount) if one.key == key else one for one in self.refunds]
+        return replace(self, refunds=tuple(left))
+
+    def charged_back_by(self, chargeback: Chargeback) -> Record:
+        """Return the record with a further chargeback.
+
+        Raises:
+          ValueError: When that is more than is left of what was captured and not refunded, or nothing.
+        """
+        made = sum(refund.payable for refund in self.refunds if refund.refund_id)
+        left = (self.total if self.charge_id else 0) - made - self.charged_back
+        if not 0 < chargeback.amount <= left:
+            raise ValueError(f"{chargeback.amount} cannot be charged back of {left}")
+        return replace(self, chargebacks=(*self.chargebacks, chargeback))
 
     def refunded(self, key: str, refund_id: str, at: int) -> Record:
         """Return the record with a refund as made."""
@@ -136,19 +224,32 @@ class Record:
         stored: dict[str, Any] = {"state": self.state, "at": dict(self.at)}
         if self.lines:
             stored["lines"] = [[line.sku, line.quantity, line.unit_price] for line in self.lines]
-        for name in ("customer_id", "total", "currency", "payment_token", "charge_id", "code", "reason"):
+        for name in _TEXTS:
             if value := getattr(self, name):
                 stored[name] = value
         if self.refunds:
-            stored["refunds"] = [list(astuple(refund)) for refund in self.refunds]
+            # As earlier versions read it, for as long as that says everything.
+            stored["refunds"] = [list(astuple(one))[: None if one.cut else -1] for one in self.refunds]
+        if self.chargebacks:
+            stored["chargebacks"] = [list(astuple(one)) for one in self.chargebacks]
         return stored
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Record:
-        """Return the record that `to_json` described."""
-        lines = tuple(PricedItem(*line) for line in stored.get("lines", ()))
-        refunds = tuple(Refund(*refund) for refund in stored.get("refunds", ()))
-        return cls(**{**stored, "lines": lines, "refunds": refunds})
+        """Return the record that `to_json` described.
+
+        Raises:
+          NewerRecord: When a newer version described it.
+        """
+        if stored["state"] not in _FORWARD:
+            raise NewerRecord(f"an order is {stored['state']!r}, which this version does not know.")
+        try:
+            lines = tuple(PricedItem(*line) for line in stored.get("lines", ()))
+            refunds = tuple(Refund(*one) for one in stored.get("refunds", ()))
+            chargebacks = tuple(Chargeback(*one) for one in stored.get("chargebacks", ()))
+            return cls(**{**stored, "lines": lines, "refunds": refunds, "chargebacks": chargebacks})
+        except TypeError as error:
+            raise NewerRecord(f"an order's record has what this version does not know: {error}") from None
 
     def encode(self) -> bytes:
         """Return the record as it is stored."""

@@ -29,7 +29,7 @@ from typing import Any, Final
 
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 
-from .ledger import Record
+from .ledger import NewerRecord, Record
 from .ports import Bucket, Entry
 
 PREFIX: Final = "level."
@@ -48,7 +48,11 @@ TAKEN: Final = "taken"
 GIVEN_BACK: Final = "given back"
 
 #: The states from which an order gives back what it holds, and the state that says that it has.
-GIVES_BACK: Final[Mapping[str, str]] = {"declined": "released", "cancelling": "cancelled"}
+GIVES_BACK: Final[Mapping[str, str]] = {
+    "declined": "released",
+    "cancelling": "cancelled",
+    "returning": "returned",
+}
 
 
 class StockBusy(Exception):
@@ -372,7 +376,10 @@ class Shelf:
         ]
         if left:
             left = random.sample(left, min(len(left), _SWEPT_AT_ONCE))
-            records = self._records(left, (self.key, revision))
+            try:
+                records = self._records(left, (self.key, revision))
+            except NewerRecord:
+                return written  # a process of that version does it
             for order_id in left:
                 _sweep(level, order_id, records.get(order_id))
         return written

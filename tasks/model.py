@@ -7,14 +7,26 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 #: Every status that an order can have.
-STATUSES = ("accepted", "reserved", "paid", "confirmed", "rejected", "cancelled", "refunded", "failed")
+STATUSES = (
+    "accepted",
+    "reserved",
+    "paid",
+    "confirmed",
+    "shipped",
+    "rejected",
+    "cancelled",
+    "returned",
+    "refunded",
+    "failed",
+)
 
 #: The statuses from which an order does not move on by itself. A failed order moves on when its dead letter is
-#: replayed, or it is cancelled; a confirmed one when it is cancelled or refunded.
-FINAL_STATUSES = frozenset({"confirmed", "rejected", "cancelled", "refunded"})
+#: replayed, or it is cancelled; a confirmed one when it is shipped, cancelled or refunded; a shipped one when it is
+#: returned or refunded.
+FINAL_STATUSES = frozenset({"confirmed", "shipped", "rejected", "cancelled", "returned", "refunded"})
 
 #: The statuses that an order never leaves.
-OVER_STATUSES = frozenset({"rejected", "cancelled", "refunded"})
+OVER_STATUSES = frozenset({"rejected", "cancelled", "returned"})
 
 #: The statuses in which an order can be cancelled.
 CANCELLABLE_STATUSES = frozenset({"accepted", "reserved", "paid", "confirmed", "failed"})
@@ -64,8 +76,7 @@ class OrderedItem:
 
 @dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """One event of an order: `event` is created, reserved, paid, declined, confirmed, rejected, cancel_requested,
-    cancelled, refund_requested, refunded or failed.
+    """One event of an order; `event` is its name in `tasks.events.TYPES`, such as created or confirmed.
 
     `detail` holds what the event adds, for instance {"reason": ...} or {"charge_id": ...}; `sequence` is its
     place in the stream, 0 while that is not known.
@@ -81,7 +92,7 @@ class HistoryEntry:
 class Order:
     """An order as the read model shows it.
 
-    `status` is accepted, reserved, paid, confirmed, rejected, cancelled, refunded or failed; `total` is in minor units;
+    `status` is one of `STATUSES`; `total` is in minor units;
     `reason` says in one sentence why it was rejected, cancelled or failed. `revision` grows with every change and
     is 0 while only the accepted event is known. `trace_id` is the hexadecimal id of the order's trace, when it has one.
     """
@@ -100,7 +111,7 @@ class Order:
     @property
     def is_final(self) -> bool:
         """Whether nothing further will happen to it by itself."""
-        return self.status in FINAL_STATUSES and not self.is_being_cancelled
+        return self.status in FINAL_STATUSES and not self.is_being_cancelled and not self.is_being_returned
 
     @property
     def can_be_cancelled(self) -> bool:
@@ -110,8 +121,25 @@ class Order:
     @property
     def is_being_cancelled(self) -> bool:
         """Whether its cancel was requested, and it has not ended yet."""
-        requested = any(entry.event == "cancel_requested" for entry in self.history)
-        return requested and self.status in CANCELLABLE_STATUSES
+        return self.status in CANCELLABLE_STATUSES and self._has("cancel_requested")
+
+    @property
+    def was_shipped(self) -> bool:
+        """Whether its goods have left."""
+        return self._has("shipped")
+
+    @property
+    def is_being_returned(self) -> bool:
+        """Whether its return was decided, and it has not ended yet."""
+        return self.status in ("shipped", "refunded") and self._has("return_requested")
+
+    @property
+    def waits_for_return(self) -> bool:
+        """Whether its end was requested, it was shipped, and an operator has yet to decide about its return."""
+        return self.status == "shipped" and self._has("cancel_requested") and not self.is_being_returned
+
+    def _has(self, event: str) -> bool:
+        return any(entry.event == event for entry in self.history)
 
     @property
     def place(self) -> int:
@@ -189,6 +217,10 @@ class Flaw:
 
     field: str
     problem: str
+
+
+class Refusal(Exception):
+    """What is asked of an order cannot be done; the message says why in one sentence."""
 
 
 class InvalidOrder(ValueError):

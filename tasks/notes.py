@@ -113,8 +113,10 @@ class Notes:
             return self.cancel_request(order_id) or request
         return request
 
-    def unsettle(self, order_id: str, at: int, looked_at: int) -> None:
-        """Note that money of an order may have to go back."""
+    def unsettle(self, order_id: str, at: int, looked_at: int) -> int | None:
+        """Note that money of an order may have to go back, or its event be published; returns the revision of the note,
+        None when there was one before.
+        """
         key = f"refund.{order_id}"
         deadline = time.monotonic() + TIMEOUT_MS / 1000
         while True:
@@ -123,10 +125,9 @@ class Notes:
             value = json.dumps([since, looked_at]).encode()
             try:
                 if entry is None:
-                    self._bucket.create(key, value)
-                else:
-                    self._bucket.update(key, value, revision=entry.revision)
-                return
+                    return self._bucket.create(key, value)
+                self._bucket.update(key, value, revision=entry.revision)
+                return None
             except (KeyExists, RevisionConflict) as conflict:
                 if time.monotonic() > deadline:
                     raise NoteBusy(f"the note on order {order_id} kept changing.") from conflict

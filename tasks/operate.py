@@ -1,10 +1,12 @@
-"""Looks after orders that do not move on: `python -m tasks.operate stuck`, `redrive`, `cancel`, `refund`.
+"""Looks after orders: `python -m tasks.operate stuck`, `redrive`, `cancel`, `refund`, `ship`, `return`.
 
     stuck      list the orders that have not moved for longer than they should, and those that may owe a refund
     redrive    have the step that an order waits for done again: replay its dead letters, or publish its event again.
                (What nothing calls any more is called again by the service itself, see `tasks.standstill`.)
     cancel     end an order: its stock and what was charged are given back, its dead letters go
     refund     give back what was charged, or a part of it
+    ship       say that the goods of confirmed orders have left
+    return     take back an order that was shipped: its goods are in stock again or written off, its charge goes back
 
 `tasks.stuck` does it. Every command may be repeated, and killed at any moment.
 """
@@ -13,21 +15,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from dramatiq.errors import BrokerError
 
 from .audit import AuditLog, Who, at_terminal
 from .events import usable_order_id
-from .saga import NotCancellable, NotRefundable
+from .ledger import BACK, WRITTEN_OFF
+from .model import Refusal
 from .stock import Found, Stock
 from .stuck import Operator
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tasks.operate", description="Look after orders that do not move on."
-    )
+    parser = argparse.ArgumentParser(prog="python -m tasks.operate", description="Look after orders.")
     commands = parser.add_subparsers(dest="command", required=True)
     stuck = commands.add_parser("stuck", help="list orders that do not move, or may owe a refund")
     redrive = commands.add_parser("redrive", help="have the step that an order waits for done again")
@@ -49,6 +50,16 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--key", required=True, help="names this refund: the same command again refunds nothing more"
     )
     refund.add_argument("orders", nargs=1, metavar="ORDER")
+    ship = commands.add_parser("ship", help="say that the goods of confirmed orders have left")
+    ship.add_argument("--carrier", default="", help="who carries them")
+    ship.add_argument("--tracking", default="", help="under which number")
+    ship.add_argument("orders", nargs="+", metavar="ORDER")
+    back = commands.add_parser("return", help="take back orders that were shipped, and refund them")
+    back.add_argument(
+        "--stock", required=True, choices=(BACK, WRITTEN_OFF), help="whether the goods can be sold again"
+    )
+    back.add_argument("--reason", default="", help="for people to read")
+    back.add_argument("orders", nargs="+", metavar="ORDER")
     chosen = parser.parse_args(arguments)
     for order_id in getattr(chosen, "orders", ()):
         if not usable_order_id(order_id):
@@ -77,25 +88,36 @@ def _run(
                 orders = [one.order_id for one in operator.stuck(before)]
             for order_id, done in operator.redrive(_recorded(orders, audit, who)):
                 yield f"{order_id}  {done}", True
-        case "cancel":
+        case _:
+            act, detail = _act(operator, chosen)
             for order_id in chosen.orders:
                 try:
-                    with audit.record("order.cancel", order_id, who):
-                        done = operator.cancel(order_id, chosen.reason)
-                except NotCancellable as refusal:
+                    with audit.record(f"order.{chosen.command}", order_id, who, **detail):
+                        done = act(order_id)
+                except Refusal as refusal:
                     yield str(refusal), False
                 else:
                     yield f"{order_id}  {done}", True
+
+
+def _act(operator: Operator, chosen: argparse.Namespace) -> tuple[Callable[[str], str], dict[str, str]]:
+    """Return what a command does to one order, which returns what was done, and what the audit says of it."""
+    match chosen.command:
+        case "cancel":
+            return lambda order_id: operator.cancel(order_id, chosen.reason), {}
         case "refund":
-            (order_id,) = chosen.orders
             minor = str(chosen.amount or "all that is left")
-            try:
-                with audit.record("order.refund", order_id, who, refund=chosen.key, minor=minor):
-                    done = operator.refund(order_id, chosen.key, chosen.amount, chosen.reason)
-            except NotRefundable as refusal:
-                yield str(refusal), False
-            else:
-                yield f"{order_id}  {done}", True
+            return (
+                lambda order_id: operator.refund(order_id, chosen.key, chosen.amount, chosen.reason),
+                {"refund": chosen.key, "minor": minor},
+            )
+        case "ship":
+            return lambda order_id: operator.ship(order_id, chosen.carrier, chosen.tracking), {}
+        case _:
+            return (
+                lambda order_id: operator.take_back(order_id, chosen.stock, chosen.reason),
+                {"stock": chosen.stock},
+            )
 
 
 def _recorded(orders: Iterable[str], audit: AuditLog, who: Who) -> Iterator[str]:
@@ -109,7 +131,9 @@ def _owed(found: Found | None) -> str:
     """Say what is to go back of an order that is not settled."""
     if found is None or not found.record.charge_id:
         return "cancelled: the gateway is asked whether it was charged"
-    due = sum(refund.amount for refund in found.record.due)
+    due = sum(refund.payable for refund in found.record.due)
+    if not due:
+        return f"{found.record.state}: the last of its events may not be published yet"
     return f"{found.record.state}: {due} minor units of {found.record.charge_id} are to be refunded"
 
 

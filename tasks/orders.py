@@ -28,6 +28,7 @@ from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 from orders.v1.events_pb2 import (
     OrderCancelled,
     OrderCancelRequested,
+    OrderChargedBack,
     OrderConfirmed,
     OrderCreated,
     OrderDeclined,
@@ -38,7 +39,11 @@ from orders.v1.events_pb2 import (
     OrderRefundRequested,
     OrderRejected,
     OrderReserved,
+    OrderReturned,
+    OrderReturnRequested,
+    OrderShipped,
     RejectionCode,
+    ReturnedStock,
 )
 
 from . import money
@@ -266,20 +271,37 @@ def _detail(event: Message) -> dict[str, str]:
             return {**_refund(event), "reason": shown(event.reason, MAX_TEXT)}
         case OrderRefunded():
             return {**_refund(event), "refund_id": shown(event.refund_id, MAX_TEXT)}
+        case OrderChargedBack():
+            return {
+                "chargeback_id": shown(event.chargeback_id, MAX_ID_LENGTH),
+                **_money(event),
+                "reason": shown(event.reason, MAX_TEXT),
+            }
         case OrderCancelled():
             return {"reason": shown(event.reason, MAX_TEXT)}
+        case OrderShipped():
+            return {
+                "carrier": shown(event.carrier, MAX_ID_LENGTH),
+                "tracking": shown(event.tracking, MAX_ID_LENGTH),
+            }
+        case OrderReturnRequested() | OrderReturned():
+            stock = ReturnedStock.Name(event.stock) if event.stock in ReturnedStock.values() else ""
+            return {
+                "stock": stock.removeprefix("RETURNED_STOCK_").lower(),
+                "reason": shown(event.reason, MAX_TEXT),
+            }
         case OrderFailed():
             return {"step": shown(event.step, MAX_ID_LENGTH), "reason": shown(event.error, MAX_TEXT)}
     return {}
 
 
 def _refund(event: OrderRefundRequested | OrderRefunded) -> dict[str, str]:
+    return {"refund": shown(event.refund, MAX_ID_LENGTH), **_money(event)}
+
+
+def _money(event: OrderRefundRequested | OrderRefunded | OrderChargedBack) -> dict[str, str]:
     # Details are text.
-    return {
-        "refund": shown(event.refund, MAX_ID_LENGTH),
-        "amount_minor": str(event.amount_minor),
-        "currency": shown(event.currency, MAX_ID_LENGTH),
-    }
+    return {"amount_minor": str(event.amount_minor), "currency": shown(event.currency, MAX_ID_LENGTH)}
 
 
 def stored_in(entry: Entry) -> Stored | None:
@@ -316,14 +338,20 @@ def status_of(events: Mapping[str, Mapping[str, Any]], total: int) -> str:
     Parameters:
       total: What the order costs, in minor units.
     """
-    for final in ("cancelled", "rejected"):
+    for final in ("cancelled", "rejected", "returned"):
         if final in events:
             return final
-    refunds = [fact for key, fact in events.items() if key.startswith("refunded.")]
-    if refunds and sum(int(fact["amount_minor"]) for fact in refunds) >= total:
-        return "refunded"
-    if "confirmed" in events:
-        return "confirmed"
+    if any(key.startswith("refunded.") for key in events):
+        back = sum(
+            int(fact["amount_minor"])
+            for key, fact in events.items()
+            if key.startswith(("refunded.", "charged_back."))
+        )
+        if back >= total:
+            return "refunded"
+    for settled in ("shipped", "confirmed"):
+        if settled in events:
+            return settled
     if _open_failures(events):
         return "failed"
     for event, status in (("paid", "paid"), ("reserved", "reserved")):
@@ -361,7 +389,7 @@ def order_of(order_id: str, stored: Stored, revision: int) -> Order:
     total, currency = _whole(stored.get("total", 0)), stored.get("currency", CURRENCY)
     status = status_of(events, total)
     reason = None
-    if status in ("rejected", "cancelled"):
+    if status in ("rejected", "cancelled", "returned"):
         reason = events[status]["reason"]
     elif status == "failed":
         reason = "; ".join(str(fact["reason"]) for fact in _open_failures(events))

@@ -23,6 +23,7 @@ from dramatiq.errors import BrokerError
 
 from . import metrics
 from .gateway import GatewayUnavailable, UnusableAnswer
+from .ledger import Chargeback
 from .ports import Bucket, Charge, Decline, Gateway
 
 BUCKET: Final = "gateway"
@@ -150,6 +151,14 @@ class GuardedGateway:
     def refund(self, charge_id: str, amount: int, currency: str, key: str) -> str:
         """Give back a part of a charge; see `tasks.ports.Gateway`."""
         return self._guarded(lambda: self._gateway.refund(charge_id, amount, currency, key))
+
+    def find_refund(self, order_id: str, key: str) -> str | None:
+        """Return the id of a refund that was made; see `tasks.ports.Gateway`."""
+        return self._guarded(lambda: self._gateway.find_refund(order_id, key))
+
+    def find_chargebacks(self, order_id: str) -> list[tuple[str, Chargeback]]:
+        """Return what was charged back of an order; see `tasks.ports.Gateway`."""
+        return self._guarded(lambda: self._gateway.find_chargebacks(order_id))
 
     def _guarded(self, ask: Callable[[], T]) -> T:
         if self._breaker.closed:

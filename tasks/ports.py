@@ -12,6 +12,8 @@ from typing import Protocol
 
 from google.protobuf.message import Message
 
+from .ledger import Chargeback
+
 
 class Entry(Protocol):
     """The value of a key, and the revision that the bucket gave it."""
@@ -65,12 +67,14 @@ class Decline:
 
 class Gateway(Protocol):
     """Captures payments and gives them back: asked again with the same order id, or the same key, it answers the same
-    and moves no more money.
+    and moves no more money. What is refunded and charged back of a charge is together never more than the charge.
     """
 
     def charge(self, order_id: str, amount: int, currency: str, token: str) -> Charge | Decline: ...
     def find_charge(self, order_id: str) -> Charge | None: ...
     def refund(self, charge_id: str, amount: int, currency: str, key: str) -> str: ...
+    def find_refund(self, order_id: str, key: str) -> str | None: ...
+    def find_chargebacks(self, order_id: str) -> list[tuple[str, Chargeback]]: ...
 
 
 class Publisher(Protocol):

@@ -7,7 +7,8 @@
     paid     → confirm → confirmed
     declined → release → rejected
 
-What takes an order back is in `tasks.compensation`.
+What takes an order back is in `tasks.compensation`, what sends and returns goods in `tasks.shipping`, what moves money
+back in `tasks.refunds`.
 
 Each step follows one order of things: read the record (`tasks.ledger`), do the effect, record it, publish the
 next event. A crash between any two of them is mended by doing the step again, because the effect is
@@ -31,18 +32,29 @@ from orders.v1.events_pb2 import OrderCreated, OrderDeclined, OrderPaid, OrderRe
 
 from .announcements import failed_event
 from .claims import digest_of_event
-from .compensation import Compensation, NotCancellable, NotRefundable
+from .compensation import NotCancellable
 from .events import UnusableEvent, name_of, order_id_of
 from .ledger import Record
 from .model import MAX_TEXT
 from .notes import GivenUp
 from .ports import Charge
 from .pricing import claimed, first_record
+from .refunds import NotChargedBack, NotRefundable
+from .shipping import NotReturnable, NotShippable, Shipping
 from .stock import Found
 from .text import shown
 from .tokens import TokenMissing, is_reference
 
-__all__ = ["OUTCOMES", "STEPS", "NotCancellable", "NotRefundable", "Saga"]
+__all__ = [
+    "OUTCOMES",
+    "STEPS",
+    "NotCancellable",
+    "NotChargedBack",
+    "NotRefundable",
+    "NotReturnable",
+    "NotShippable",
+    "Saga",
+]
 
 #: The step that each actor does.
 STEPS: Final = {
@@ -53,6 +65,10 @@ STEPS: Final = {
     "cancel_order": "cancel",
     "refund_payment": "refund",
     "refund_cancelled": "refund",
+    "refund_returned": "refund",
+    "charge_back": "refund",
+    "ship_order": "ship",
+    "return_order": "return",
 }
 
 #: The steps, and for each the events that it may publish when it has done its work.
@@ -62,13 +78,15 @@ OUTCOMES: Final[dict[str, frozenset[str]]] = {
     "confirm": frozenset({"confirmed"}),
     "release": frozenset({"rejected"}),
     "cancel": frozenset({"cancelled", "rejected"}),
+    "ship": frozenset({"shipped"}),
+    "return": frozenset({"returned"}),
     # Of several refunds the events do not say which one the step was given up for.
     "refund": frozenset(),
 }
 
 
-class Saga(Compensation):
-    """The steps, on the stores and the gateway that they work with; those that take an order back are inherited.
+class Saga(Shipping):
+    """The steps, on the stores and the gateway that they work with; those after `confirmed` are inherited.
 
     Parameters:
       stock: Stock and records.

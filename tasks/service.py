@@ -18,8 +18,9 @@ from dramatiq.errors import BrokerError
 from . import app
 from .accept import Acceptance
 from .catalogue import CATALOGUE, CURRENCY
-from .compensation import NotCancellable, NotRefundable
+from .compensation import NotCancellable
 from .idempotency import Requests
+from .ledger import BACK, WRITTEN_OFF, Chargeback
 from .listing import ANY, OrderList
 from .model import (
     FINAL_STATUSES,
@@ -39,19 +40,25 @@ from .model import (
     OrderRequest,
     Page,
     Product,
+    Refusal,
     RequestedItem,
     Wanted,
 )
 from .numbers import whole_number
 from .parsing import parse_order_json, parse_order_protobuf
+from .refunds import NotChargedBack, NotRefundable
+from .shipping import NotReturnable, NotShippable
 
 __all__ = [
     "ANY",
+    "BACK",
     "FINAL_STATUSES",
     "MAX_ITEMS",
     "MAX_QUANTITY",
     "STATUSES",
+    "WRITTEN_OFF",
     "AcceptedOrder",
+    "Chargeback",
     "Counts",
     "HistoryEntry",
     "IdempotencyConflict",
@@ -59,17 +66,22 @@ __all__ = [
     "InvalidCursor",
     "InvalidOrder",
     "NotCancellable",
+    "NotChargedBack",
     "NotRefundable",
+    "NotReturnable",
+    "NotShippable",
     "Order",
     "OrderIdTaken",
     "OrderRequest",
     "OrderedItem",
     "Page",
     "Product",
+    "Refusal",
     "RequestedItem",
     "Wanted",
     "accept_order",
     "cancel_order",
+    "charge_back",
     "count_orders",
     "export_orders",
     "get_order",
@@ -77,10 +89,13 @@ __all__ = [
     "is_cursor",
     "list_orders",
     "nats_connected",
+    "now",
     "parse_order_json",
     "parse_order_protobuf",
     "products",
     "refund_order",
+    "return_order",
+    "ship_order",
     "wait_for_change",
     "waits_for_payment",
     "was_placed",
@@ -160,6 +175,41 @@ def refund_order(order_id: str, key: str, amount: int | None, reason: str) -> No
       NotRefundable: When the order was not charged, or less is left of the charge.
     """
     app.project_at(app.saga().request_refund(order_id, key, amount, reason))
+
+
+def ship_order(order_id: str, carrier: str, tracking: str) -> None:
+    """Record that an order was shipped; the order shows it when this returns.
+
+    Raises:
+      NotShippable: When it is not confirmed.
+    """
+    app.project_at(app.saga().request_shipment(order_id, carrier, tracking))
+
+
+def return_order(order_id: str, stock: str, reason: str) -> None:
+    """Decide that an order comes back; the order shows it when this returns.
+
+    Parameters:
+      stock: What becomes of the goods: `BACK` in stock, or `WRITTEN_OFF`.
+
+    Raises:
+      NotReturnable: When the order was not shipped, or its return was decided otherwise.
+    """
+    app.project_at(app.saga().request_return(order_id, stock, reason))
+
+
+def charge_back(order_id: str, charge_id: str, chargeback: Chargeback) -> None:
+    """Record what a customer's bank took back of a charge; the order shows it when this returns.
+
+    Raises:
+      NotChargedBack: When no such charge of the order is known (yet), or less is left of it than was taken back.
+    """
+    app.project_at(app.saga().charge_back(order_id, charge_id, chargeback))
+
+
+def now() -> int:
+    """Return the time in milliseconds."""
+    return app.now()
 
 
 def get_order(order_id: str) -> Order | None:

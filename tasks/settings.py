@@ -5,6 +5,7 @@ A wrong value stops the process with one line that names the variable. Times are
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import logging
 import os
@@ -61,6 +62,8 @@ class Settings:
       payment_url: PAYMENT_URL, the payment gateway.
       test_cards: TEST_CARDS, whether the form offers the test cards of the gateway's stand-in.
       payment_timeout: PAYMENT_TIMEOUT, for one request to it.
+      payment_webhook_secrets: PAYMENT_WEBHOOK_SECRET, with which the gateway signs what it tells by itself; after a
+        comma older ones, which still count. Without it nothing is taken.
       token_keys: TOKEN_KEY, which encrypts payment tokens; after a comma older ones, which still decrypt.
       payment_patience: PAYMENT_PATIENCE, how long an order waits for its payment while the gateway does not answer.
       retry_limit: RETRY_LIMIT, how often a step is tried again before it is a dead letter.
@@ -105,6 +108,7 @@ class Settings:
     payment_url: str = "http://127.0.0.1:8001"
     test_cards: bool = False
     payment_timeout: int = 5_000
+    payment_webhook_secrets: tuple[str, ...] = field(default=(), repr=False)
     token_keys: tuple[str, ...] = field(default=(), repr=False)
     payment_patience: int = 24 * 3_600_000
     retry_limit: int = 10
@@ -157,6 +161,7 @@ class Settings:
             payment_url=read.http("PAYMENT_URL", cls.payment_url),
             test_cards=read.choice("TEST_CARDS", "0", ("0", "1")) == "1",
             payment_timeout=read.whole("PAYMENT_TIMEOUT", cls.payment_timeout, 10, 300_000),
+            payment_webhook_secrets=read.webhook_secrets("PAYMENT_WEBHOOK_SECRET"),
             token_keys=read.fernet_keys("TOKEN_KEY"),
             payment_patience=read.whole("PAYMENT_PATIENCE", cls.payment_patience, 0, 30 * 86_400_000),
             retry_limit=read.whole("RETRY_LIMIT", cls.retry_limit, 0, 1_000),
@@ -297,6 +302,20 @@ class _Reader:
             raise InvalidSetting(
                 f"{name} must have 32 or more random characters; `openssl rand -hex 32` makes some."
             )
+        return values
+
+    def webhook_secrets(self, name: str) -> tuple[str, ...]:
+        values = tuple(part.strip() for part in (self.text(name) or "").split(",") if part.strip())
+        for value in values:
+            try:
+                secret = base64.b64decode(value.removeprefix("whsec_"), validate=True)
+            except ValueError:
+                secret = b""
+            if len(secret) < 24:
+                # Not the value: it is a secret.
+                raise InvalidSetting(
+                    f"{name} must be 24 or more random bytes in base64, as `openssl rand -base64 24` makes them."
+                )
         return values
 
     def fernet_keys(self, name: str) -> tuple[str, ...]:

@@ -14,24 +14,40 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 from google.protobuf.message import Message
 
+from dramatiq_jetstream import Snooze
 from dramatiq_jetstream.events import current_event
 
 from . import logs, metrics
 from .events import UnusableEvent, name_of, request_id_in
+from .ledger import NewerRecord
 from .model import MAX_ID_LENGTH
 from .text import shown
 
 logger = logging.getLogger(__name__)
 
+#: For how many milliseconds a step waits for a worker of a newer version before it looks again.
+NEWER_MS: Final = 5_000
+
 
 @dataclass
 class Run:
-    """A run of a step. `outcome` is the state in which it left the order, `error` or `refused` if it raised."""
+    """A run of a step. `outcome` is the state in which it left the order, or `error`, `refused` or `put off`."""
 
     outcome: str = "error"
+
+
+@contextmanager
+def left_to_newer() -> Iterator[None]:
+    """Put a message off whose order has a record of a newer version, until a worker of that version takes it."""
+    try:
+        yield
+    except NewerRecord as error:
+        logger.warning("A worker of a newer version is waited for: %s", error)
+        raise Snooze(NEWER_MS) from error
 
 
 @contextmanager
@@ -46,7 +62,11 @@ def observed(step: str, event: Message) -> Iterator[Run]:
     run = Run()
     began = time.monotonic()
     try:
-        yield run
+        with left_to_newer():
+            yield run
+    except Snooze:
+        run.outcome = "put off"
+        raise
     except UnusableEvent:
         run.outcome = "refused"
         raise

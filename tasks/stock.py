@@ -15,7 +15,8 @@ carries on; if it finds a record that holds nothing, it gives the notes' pieces 
 others. A step that is never repeated leaves its notes until an operator cancels the order.
 
 Giving back is the same in the other direction: the record says that the order is giving back (`declined`,
-`cancelling`), each product gets its pieces and a note, the record says that this is done, the notes are dropped.
+`cancelling`, `returning`), each product gets its pieces and a note, the record says that this is done, the notes are
+dropped.
 
 In a cluster a server that was the leader may answer reads for some seconds from what it had (see the library's
 `kv`). Decisions do not suffer, because they compare-and-set; a record that is behind what is known of it is read
@@ -144,7 +145,7 @@ class Stock:
         """
         self._take_over()
         decided, taken = wanted, []
-        for line in _in_order(wanted):
+        for line in _in_order(wanted.lines):
             match self._shelf(line.sku).take(order_id, line.quantity):
                 case Found() as found:
                     return self._opened(order_id, wanted.lines, found)
@@ -168,7 +169,7 @@ class Stock:
         return found
 
     def _undo(self, order_id: str, lines: Iterable[PricedItem]) -> None:
-        for line in sorted(lines, key=lambda line: line.sku):
+        for line in _in_order(lines):
             self._shelf(line.sku).undo(order_id)
 
     def restock(self, sku: str, pieces: int, adjustment_id: str, *, by: str, reason: str) -> Adjustment:
@@ -236,16 +237,24 @@ class Stock:
             found = self.forward(order_id, found, found.record.forward("cancelling", at, reason=reason))
         return self._give_back(order_id, found, at) if found.record.state == "cancelling" else found
 
+    def bring_back(self, order_id: str, found: Found, at: int) -> Found:
+        """Put the goods of an order that is being returned in stock again, unless they are written off, and record that
+        it is returned; returns what is recorded then.
+        """
+        return self._give_back(order_id, found, at) if found.record.state == "returning" else found
+
     def _give_back(self, order_id: str, found: Found, at: int) -> Found:
         """Give back what an order holds whose record says that it is about to, then record that this is done."""
         self._take_over()
-        for line in _in_order(found.record):
+        state, lines = found.record.state, _in_order(found.record.comes_back)
+        for line in lines:
             moved_on = self._shelf(line.sku).give_back(order_id, line.quantity, found)
             if isinstance(moved_on, Found):
                 return moved_on  # another process was faster
-        done = GIVES_BACK[found.record.state]
-        found = self.forward(order_id, found, found.record.forward(done, at))
-        for line in found.record.lines:
+        while found.record.state == state:
+            # A chargeback may change the record and leave its state.
+            found = self.forward(order_id, found, found.record.forward(GIVES_BACK[state], at))
+        for line in lines:
             self._shelf(line.sku).written(order_id, GIVEN_BACK)
         return found
 
@@ -310,6 +319,6 @@ class Stock:
             self._taken_over = True
 
 
-def _in_order(record: Record) -> list[PricedItem]:
-    """Return the lines in the one order in which all orders take them."""
-    return sorted(record.lines, key=lambda line: line.sku)
+def _in_order(lines: Iterable[PricedItem]) -> list[PricedItem]:
+    """Return lines in the one order in which all orders take them."""
+    return sorted(lines, key=lambda line: line.sku)

@@ -27,7 +27,7 @@ from .stock import Stock
 from .stream import EventStream
 
 #: The states of the ledger that an order does not rest in.
-_UNDER_WAY: Final = frozenset({"held", "paid", "declined", "cancelling"})
+_UNDER_WAY: Final = frozenset({"held", "paid", "declined", "cancelling", "returning"})
 
 
 @dataclass
@@ -140,6 +140,24 @@ class Operator:
         """
         self._saga.request_refund(order_id, key, amount, reason)
         return "refund requested"
+
+    def ship(self, order_id: str, carrier: str, tracking: str) -> str:
+        """Record that an order was shipped; returns what was done.
+
+        Raises:
+          NotShippable: When the order is not confirmed.
+        """
+        self._saga.request_shipment(order_id, carrier, tracking)
+        return "shipped"
+
+    def take_back(self, order_id: str, stock: str, reason: str) -> str:
+        """Request the return of an order; returns what was done.
+
+        Raises:
+          NotReturnable: When the order was not shipped, or its return was decided otherwise.
+        """
+        self._saga.request_return(order_id, stock, reason)
+        return "return requested"
 
     def _created(self, order_id: str) -> Message | None:
         order = self._orders.get(order_id)

@@ -11,21 +11,23 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from dramatiq_jetstream.errors import MessageTooLarge
 from tasks import broker, logs, telemetry
+from tasks.ledger import NewerRecord
 from tasks.settings import Settings, front_end_settings
 from web import (
     access,
     admission,
     api,
     audit_page,
-    compensation,
     fleet,
     health,
     keys_page,
     observed,
     openapi,
+    order_acts,
     order_form,
     order_list,
     pages,
+    payments,
     rendering,
     security,
     sign_in,
@@ -60,7 +62,8 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     app.extensions["rates"] = Rates(app_settings)
     app.extensions["streams"] = Streams(max(1, app_settings.web_threads // 2), app_settings.stream_duration)
 
-    app.register_blueprint(compensation.blueprint)
+    app.register_blueprint(order_acts.blueprint)
+    app.register_blueprint(payments.blueprint)
     app.register_blueprint(api.blueprint)
     app.register_blueprint(order_form.blueprint)
     app.register_blueprint(order_list.blueprint)
@@ -83,6 +86,7 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     app.before_request(_refuse_endless_body)
     app.register_error_handler(Problem, _answer)
     app.register_error_handler(BrokerError, _store_failed)
+    app.register_error_handler(NewerRecord, _newer)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unexpected)
     if traced:
@@ -120,6 +124,11 @@ def _store_failed(error: BrokerError) -> Response:
         return _answer(Problem("too-large", "The order is too large to be stored: send fewer items."))
     logger.warning("%s %s was answered with 503: %s", request.method, request.path, error)
     return _answer(unavailable("The store for orders does not answer right now: try again shortly."))
+
+
+def _newer(error: NewerRecord) -> Response:
+    logger.warning("%s %s was answered with 503: %s", request.method, request.path, error)
+    return _answer(unavailable("The service is being replaced by a newer version: try again shortly."))
 
 
 def _http_error(error: HTTPException) -> Response:

@@ -8,6 +8,7 @@ from typing import Any
 from flask import Blueprint, Response, current_app, jsonify
 
 from tasks.audit import KINDS as KINDS_OF_ACTS
+from tasks.ledger import BACK, WRITTEN_OFF
 from tasks.model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TEXT, MAX_TOKEN_LENGTH, STATUSES
 from web.access import anyone
 from web.problems import KINDS, MEDIA_TYPE
@@ -33,7 +34,8 @@ def document(*, is_open: bool = False) -> dict[str, Any]:
             "title": "Order service",
             "version": "1.0.0",
             "description": (
-                "Takes orders and carries each one to confirmed, rejected, cancelled, refunded or failed. "
+                "Takes orders and carries each one to confirmed, rejected, cancelled or failed, and from confirmed to "
+                "shipped, returned or refunded. "
                 "A 202 means that the order is stored; anything else means that it may not be."
             ),
         },
@@ -43,6 +45,9 @@ def document(*, is_open: bool = False) -> dict[str, Any]:
             "/api/orders/{order_id}": {"get": _show_order()},
             "/api/orders/{order_id}/cancel": {"post": _cancel_order()},
             "/api/orders/{order_id}/refunds": {"post": _refund_order()},
+            "/api/orders/{order_id}/shipments": {"post": _ship_order()},
+            "/api/orders/{order_id}/returns": {"post": _return_order()},
+            "/api/payments/events": {"post": _payment_event()},
             "/api/products": {"get": _list_products()},
             "/api/audit": {"get": _list_audit()},
             "/health": {"get": _health("health", "Tell whether this process is connected to NATS")},
@@ -208,7 +213,8 @@ def _cancel_order() -> dict[str, Any]:
         "summary": "Cancel an order",
         "description": (
             "The answer comes after the request is stored. The order then ends as cancelled: its stock is given back, "
-            "and so is what was charged for it. Asking again asks for the same."
+            "and so is what was charged for it. Asking again asks for the same. Of an order that was shipped a "
+            "customer asks for its return like this, and an operator decides about it."
         ),
         "tags": ["orders"],
         "parameters": [_ORDER_ID],
@@ -239,6 +245,74 @@ def _refund_order() -> dict[str, Any]:
         ],
         "requestBody": _optional({"amount_minor": amount, "reason": _REASON}, {"amount_minor": 500}),
         "responses": {**_order_accepted(), **_problems(400, 401, 403, 404, 409, 429, 503)},
+    }
+
+
+def _ship_order() -> dict[str, Any]:
+    return {
+        "operationId": "shipOrder",
+        "summary": "Say that the goods of a confirmed order have left",
+        "description": (
+            "Needs the scope operate. Said again, it changes nothing: the first carrier and number are kept."
+        ),
+        "tags": ["orders"],
+        "parameters": [_ORDER_ID],
+        "requestBody": _optional(
+            {"carrier": _SHORT, "tracking": _SHORT}, {"carrier": "DHL", "tracking": "JJD000390007827"}
+        ),
+        "responses": {**_order_accepted(), **_problems(400, 401, 403, 404, 409, 429, 503)},
+    }
+
+
+def _return_order() -> dict[str, Any]:
+    stock = {"enum": [BACK, WRITTEN_OFF], "description": "Whether the goods can be sold again."}
+    return {
+        "operationId": "returnOrder",
+        "summary": "Take back an order that was shipped",
+        "description": (
+            "Needs the scope operate. The order ends as returned: its goods are in stock again or written off, and "
+            "what is left of its charge is refunded."
+        ),
+        "tags": ["orders"],
+        "parameters": [_ORDER_ID],
+        "requestBody": {
+            **_optional({"stock": stock, "reason": _REASON}, {"stock": BACK, "reason": "too small"}),
+            "required": True,
+        },
+        "responses": {**_order_accepted(), **_problems(400, 401, 403, 404, 409, 429, 503)},
+    }
+
+
+def _payment_event() -> dict[str, Any]:
+    data = {
+        "id": _SHORT,
+        "order_id": _SHORT,
+        "charge_id": {"type": "string"},
+        "amount": {"type": "integer", "minimum": 1, "description": "In minor units."},
+        "reason": {"type": ["string", "null"]},
+    }
+    header = {"in": "header", "required": True, "schema": {"type": "string"}}
+    return {
+        "operationId": "paymentEvent",
+        "summary": "Tell of a chargeback",
+        "description": (
+            "For the payment gateway, which signs what it tells by the Standard Webhooks specification, with "
+            "PAYMENT_WEBHOOK_SECRET. What was told before counts once; what is answered with 409 is to be told again."
+        ),
+        "tags": ["payments"],
+        "security": [],
+        "parameters": [{"name": f"webhook-{name}", **header} for name in ("id", "timestamp", "signature")],
+        "requestBody": _optional(
+            {"type": {"type": "string"}, "data": {"type": "object", "properties": data}},
+            {
+                "type": "chargeback.created",
+                "data": {"id": "cb_1", "order_id": "o-1", "charge_id": "ch_1", "amount": 500},
+            },
+        ),
+        "responses": {
+            "204": {"description": "It is recorded, or of no interest here."},
+            **_problems(400, 401, 409, 503),
+        },
     }
 
 
@@ -357,6 +431,7 @@ _HEADERS: dict[str, Any] = {
 }
 
 _ORDER_ID = {"name": "order_id", "in": "path", "required": True, "schema": {"type": "string"}}
+_SHORT = {"type": "string", "maxLength": MAX_ID_LENGTH}
 _REASON = {"type": "string", "maxLength": MAX_TEXT, "description": "For people to read."}
 _AMOUNT = {
     "type": "number",
@@ -432,7 +507,10 @@ _SCHEMAS: dict[str, Any] = {
             "total_amount": _AMOUNT,
             "total_minor": _MINOR,
             "currency": _CURRENCY,
-            "reason": {"type": "string", "description": "Why it was rejected, cancelled or failed."},
+            "reason": {
+                "type": "string",
+                "description": "Why it was rejected, cancelled, returned or failed.",
+            },
             "waiting_for": {
                 "type": "string",
                 "description": "What keeps it from going on right now, when that is known.",

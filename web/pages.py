@@ -74,13 +74,29 @@ def _context(order: Order) -> dict[str, Any]:
         "history": words.history(order),
         "reason": words.reason(order),
         "cause": words.technical_cause(order) if caller().sees_causes and caller().kind != "open" else None,
-        "can_cancel": order.can_be_cancelled and caller().may("order"),
-        "can_refund": order.status in ("paid", "confirmed") and caller().may("operate"),
+        **_acts(order),
         "submission": secrets.token_urlsafe(18),
         "version": live.version(order),
         "rests": live.rests(order),
         "sentence": words.status_sentence(order),
         "trace_url": _trace_url(order),
+    }
+
+
+def _acts(order: Order) -> dict[str, bool]:
+    """Return what the caller may do with the order now, on its page."""
+    who = caller()
+    operates = who.may("operate")
+    # A customer asks for a return as for a cancel; an operator decides about it.
+    asks = order.status == "shipped" and not order.waits_for_return and not order.is_being_returned
+    return {
+        "can_cancel": who.may("order") and (order.can_be_cancelled or (asks and not operates)),
+        "can_refund": operates and order.status in ("paid", "confirmed", "shipped"),
+        "can_ship": operates and order.status == "confirmed" and not order.is_being_cancelled,
+        "can_return": operates
+        and order.was_shipped
+        and not order.is_being_returned
+        and order.status != "returned",
     }
 
 

@@ -63,13 +63,31 @@ KINDS: dict[str, Kind] = {
             "not-cancellable",
             409,
             "The order cannot be cancelled",
-            "Read the order: it is over.",
+            "Read the order: it is over, or it was shipped and an operator can return it.",
         ),
         Kind(
             "not-refundable",
             409,
             "That cannot be refunded",
             "Read the order: it was not charged, or less of the charge is left.",
+        ),
+        Kind(
+            "not-shippable",
+            409,
+            "The order cannot be shipped",
+            "Read the order: only what is confirmed is shipped.",
+        ),
+        Kind(
+            "not-returnable",
+            409,
+            "The order cannot be returned",
+            "Read the order: it was not shipped, or its return was decided before.",
+        ),
+        Kind(
+            "not-charged-back",
+            409,
+            "The chargeback is of nothing that is known here",
+            "Tell it again later: the charge may not be known yet, or less of it is left.",
         ),
         Kind("too-large", 413, "The request is too large", "Send a smaller order; bodies may have 1 MB."),
         Kind(

@@ -22,8 +22,10 @@ STATUS_TEXT: Final = {
     "reserved": "Stock reserved",
     "paid": "Paid",
     "confirmed": "Confirmed",
+    "shipped": "Shipped",
     "rejected": "Rejected",
     "cancelled": "Cancelled",
+    "returned": "Returned",
     "refunded": "Refunded",
     "failed": "Failed",
 }
@@ -33,12 +35,16 @@ _SENTENCE: Final = {
     "reserved": "Everything you ordered is set aside. The payment is next.",
     "paid": "The payment went through. The order is about to be confirmed.",
     "confirmed": "The order is paid and complete.",
+    "shipped": "The order is on its way to you.",
     "rejected": "The order is over: nothing was charged and nothing is held for it.",
     "cancelled": "The order is over: nothing is held for it, and what was charged is refunded.",
+    "returned": "The order came back, and what was charged is refunded.",
     "refunded": "The order was completed, and its whole price went back.",
     "failed": "A step did not succeed after many tries. The order is kept and can be carried on.",
 }
 _CANCELLING: Final = "The order is being cancelled."
+_RETURNING: Final = "The order is being returned."
+_RETURN_WANTED: Final = "The order was sent before it could be cancelled. Its return is wanted."
 _WAITING: Final = "Everything you ordered is set aside. It is waiting for the payment provider."
 # What the page says of a step that was given up.
 _FAILED: Final = defaultdict(
@@ -48,13 +54,16 @@ _FAILED: Final = defaultdict(
     confirm="It is paid, and could not be confirmed yet.",
     release="Its payment was declined, and its items could not be given back yet.",
     cancel="It could not be cancelled yet.",
+    ship="It was sent, and that could not be recorded yet.",
     refund="Its refund could not be made yet.",
 )
+_FAILED["return"] = "Its return could not be completed yet."
 _STEPS: Final = (
     ("created", "Accepted"),
     ("reserved", "Reserved"),
     ("paid", "Paid"),
     ("confirmed", "Confirmed"),
+    ("shipped", "Shipped"),
 )
 _EVENT_TEXT: Final = {
     "created": "Order stored",
@@ -62,11 +71,15 @@ _EVENT_TEXT: Final = {
     "paid": "Payment captured",
     "declined": "Payment declined",
     "confirmed": "Order confirmed",
+    "shipped": "Order shipped",
+    "return_requested": "Return decided",
+    "returned": "Order returned",
     "rejected": "Order rejected",
     "cancel_requested": "Cancellation requested",
     "cancelled": "Order cancelled",
     "refund_requested": "Refund requested",
     "refunded": "Refund made",
+    "charged_back": "Charged back by the bank",
     "failed": "Order failed",
 }
 # Who asked for the end of an order.
@@ -75,6 +88,8 @@ _BY: Final = {
     "operator": "By an operator",
     "deadline": "Not completed in time",
 }
+# What becomes of goods that came back.
+_STOCK: Final = {"back": "Goods back in stock", "written_off": "Goods written off"}
 # How `tasks.stock` words it, for programs.
 _SHORT: Final = re.compile(r"(\d+) × (\S+) ordered, (\d+) in stock")
 
@@ -102,6 +117,10 @@ def status_sentence(order: Order) -> str:
     """Return what the page says about where an order stands."""
     if order.is_being_cancelled:
         return _CANCELLING
+    if order.is_being_returned:
+        return _RETURNING
+    if order.waits_for_return:
+        return _RETURN_WANTED
     return _WAITING if waits_for_payment(order) else _SENTENCE[order.status]
 
 
@@ -124,13 +143,15 @@ def too_many(name: str, quantity: int, stock: int) -> str:
 def steps(order: Order) -> list[Step]:
     """Return how far the order has come, for the bar at the top of its page."""
     seen = {entry.event for entry in order.history}
-    done = 1 + max((n for n, (event, _) in enumerate(_STEPS) if event in seen), default=0)
-    stopped = order.status in ("rejected", "cancelled", "refunded", "failed")
-    bar = [Step(text, "done") for _, text in _STEPS[:done]]
+    # What was not sent is complete all the same.
+    path = _STEPS if "shipped" in seen else _STEPS[:-1]
+    done = 1 + max((n for n, (event, _) in enumerate(path) if event in seen), default=0)
+    stopped = order.status in ("rejected", "cancelled", "returned", "refunded", "failed")
+    bar = [Step(text, "done") for _, text in path[:done]]
     if stopped:
         bar.append(Step(STATUS_TEXT[order.status], "stopped"))
     else:
-        ahead = [Step(text, "waiting") for _, text in _STEPS[done:]]
+        ahead = [Step(text, "waiting") for _, text in path[done:]]
         if ahead:
             ahead[0] = Step(ahead[0].text, "current")
         bar.extend(ahead)
@@ -175,7 +196,13 @@ def _detail(order: Order, entry: HistoryEntry) -> str:
     """Return what an event adds to what the page says anyway."""
     if entry.event == "paid":
         return entry.detail.get("charge_id", "")
-    if entry.event in ("refund_requested", "refunded"):
+    if entry.event == "shipped":
+        return " ".join(filter(None, (entry.detail.get("carrier"), entry.detail.get("tracking"))))
+    if entry.event in ("return_requested", "returned"):
+        return ": ".join(
+            filter(None, (_STOCK.get(entry.detail.get("stock", "")), entry.detail.get("reason")))
+        )
+    if entry.event in ("refund_requested", "refunded", "charged_back"):
         amount = formats().money(int(entry.detail["amount_minor"]), order.currency)
         return ": ".join(part for part in (amount, entry.detail.get("reason", "")) if part)
     if entry.event == "cancel_requested":

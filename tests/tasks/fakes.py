@@ -16,6 +16,8 @@ from greenlet import getcurrent, greenlet
 
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 from tasks.events import event_id, name_of
+from tasks.gateway import UnusableAnswer
+from tasks.ledger import Chargeback
 from tasks.ports import Charge, Decline
 from tasks.tokens import Tokens
 
@@ -109,6 +111,7 @@ class FakeBucket:
         return self._revision
 
     def delete(self, key: str, *, revision: int | None = None) -> None:
+        self.pause(f"before delete of {key}")
         if revision is not None and (key not in self.entries or self.entries[key].revision != revision):
             raise RevisionConflict(key)
         self.entries.pop(key, None)
@@ -124,13 +127,18 @@ def fake_tokens() -> Tokens:
 
 
 class FakeGateway:
-    """A gateway that charges once per order, declines by token, and can be told to be down."""
+    """A gateway that charges once per order, declines by token, and can be told to be down.
+
+    Refunds and chargebacks of a charge are together never more than the charge.
+    """
 
     def __init__(self, pause: Pause = no_pause) -> None:
         self.pause = pause
         self.answers: dict[str, Charge | Decline] = {}
         self.captured: list[str] = []
+        self.amounts: dict[str, int] = {}
         self.refunds: dict[str, tuple[str, int]] = {}
+        self.chargebacks: dict[str, tuple[str, int]] = {}
         self.down = False
 
     def charge(self, order_id: str, amount: int, currency: str, token: str) -> Charge | Decline:
@@ -142,11 +150,13 @@ class FakeGateway:
                 self.answers[order_id] = Decline("card_declined", "the card was declined")
             else:
                 self.captured.append(order_id)
+                self.amounts[order_id] = amount
                 self.answers[order_id] = Charge(f"ch_{order_id}")
         self.pause(f"after charge of {order_id}")
         return self.answers[order_id]
 
     def find_charge(self, order_id: str) -> Charge | None:
+        self.pause(f"before look-up of {order_id}")
         answer = self.answers.get(order_id)
         return answer if isinstance(answer, Charge) else None
 
@@ -154,9 +164,39 @@ class FakeGateway:
         self.pause(f"before refund {key}")
         if self.down:
             raise ConnectionError("the gateway is down")
-        self.refunds[key] = (charge_id, amount)
+        if key not in self.refunds and amount > self.left(charge_id):
+            raise UnusableAnswer(f"the payment gateway answered 422 {self.left(charge_id)} are left")
+        assert self.refunds.setdefault(key, (charge_id, amount)) == (charge_id, amount)
         self.pause(f"after refund {key}")
         return f"re_{key}"
+
+    def find_refund(self, order_id: str, key: str) -> str | None:
+        self.pause(f"before look-up of {key}")
+        return f"re_{key}" if key in self.refunds else None
+
+    def find_chargebacks(self, order_id: str) -> list[tuple[str, Chargeback]]:
+        self.pause(f"before look-up of chargebacks of {order_id}")
+        return [
+            (charge_id, Chargeback(key, amount, 0))
+            for key, (charge_id, amount) in self.chargebacks.items()
+            if charge_id == f"ch_{order_id}"
+        ]
+
+    def charge_back(self, order_id: str, key: str, amount: int) -> Chargeback | None:
+        """Have the bank take money back, as far as it is there; returns what the service is to be told of."""
+        amount = min(amount, self.left(f"ch_{order_id}"))
+        if amount > 0:
+            self.chargebacks.setdefault(key, (f"ch_{order_id}", amount))
+        return Chargeback(key, self.chargebacks[key][1], 0) if key in self.chargebacks else None
+
+    def moved_back(self, charge_id: str) -> int:
+        """Return what was refunded and charged back of a charge."""
+        moved = [*self.refunds.values(), *self.chargebacks.values()]
+        return sum(amount for charge, amount in moved if charge == charge_id)
+
+    def left(self, charge_id: str) -> int:
+        """Return what is left of a charge."""
+        return self.amounts.get(charge_id.removeprefix("ch_"), 0) - self.moved_back(charge_id)
 
 
 @dataclass(frozen=True)

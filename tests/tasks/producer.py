@@ -77,7 +77,15 @@ class Producer:
         taken: Counter[str] = Counter()
         for entry in self.stock.items("order."):
             record = Record.decode(entry.value)
-            if record.state in ("held", "cancelling", "declined", "paid", "confirmed"):
+            if record.state in (
+                "held",
+                "cancelling",
+                "declined",
+                "paid",
+                "confirmed",
+                "shipped",
+                "returning",
+            ):
                 taken.update({line.sku: line.quantity for line in record.lines})
         for sku, product in CATALOGUE.items():
             assert self.available(sku) >= 0

@@ -1,111 +1,359 @@
-"""Whatever is cancelled, refunded or late, at any moment and killed anywhere, stock and money balance."""
+"""Cancelled, refunded, shipped, returned, charged back, restocked or late, whenever, and killed anywhere:
+stock and money balance, and each order has one end.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections import Counter
+from dataclasses import replace
+from typing import Any
 
-from hypothesis import Phase, given, settings
+import pytest
+from hypothesis import Phase, given, note, settings
 from hypothesis import strategies as st
 
-from tasks.compensation import LATE_MS, NotCancellable, NotRefundable
+from orders.v1.events_pb2 import OrderShipped
+from tasks.events import UnusableEvent, name_of
+from tasks.ledger import BACK, WRITTEN_OFF
+from tasks.model import Refusal
 from tasks.orders import Orders
+from tasks.refunds import LATE_MS, NotChargedBack
 from tasks.stock import RecordBehind
 from tests.tasks.fakes import FakeStored
 from tests.tasks.test_saga_properties import Service, created, no_waiting
 
 __all__ = ["no_waiting"]
 
+MUG = "MUG-01"
+
+#: The statuses that each final state of the ledger may show as.
+SHOWN = {
+    "confirmed": {"confirmed", "refunded"},
+    "shipped": {"shipped", "refunded"},
+    "released": {"rejected"},
+    "rejected": {"rejected"},
+    "cancelled": {"cancelled"},
+    "returned": {"returned"},
+}
+
 
 class Reversing(Service):
-    """A service whose steps are tried again when the record cannot be read as it is."""
+    """A service of which something is asked meanwhile; what was asked and not answered is asked again."""
 
     skipped = 0
+    effects = 0
+    cut = -1
 
     def now(self) -> int:
         return super().now() + self.skipped
 
-    def step(self, name: str, stored: FakeStored) -> None:
-        try:
-            super().step(name, stored)
-        except RecordBehind:
-            self.pending.append((name, stored))
+    def start(self, delivery: tuple[str, Any]) -> None:
+        step, asked = delivery
+        if step != "ask":
+            super().start(delivery)
+            return
+        self.running.append((self.world.start("ask", lambda: self.ask(*asked)), delivery))
 
     def ask(self, what: str, order_id: str) -> None:
-        """Ask for the end of an order, or for a refund, if that can be."""
-        with contextlib.suppress(NotCancellable, NotRefundable, RecordBehind):
-            if what in ("customer", "deadline"):
-                self.saga().request_cancel(order_id, what)
-            elif what == "operator":
-                self.saga().cancel(order_id, "asked for")
-            else:
-                self.saga().request_refund(order_id, what, 300, "")
+        """Ask something of an order, if it can be."""
+        saga = self.saga()
+        with contextlib.suppress(Refusal, RecordBehind):
+            match what:
+                case "customer" | "deadline":
+                    saga.request_cancel(order_id, what)
+                case "operator":
+                    saga.cancel(order_id, "asked for")
+                case "ship":
+                    saga.request_shipment(order_id, "by hand", "1")
+                case "sent":  # another service says so
+                    self.send(OrderShipped(order_id=order_id, carrier="elsewhere"))
+                case "back" | "written_off":
+                    saga.request_return(order_id, what, "broken")
+                case "bank":
+                    self.tell_of_chargeback(order_id, 500)
+                case "restock":
+                    self.stock().restock(MUG, 2, f"for {order_id}", by="test", reason="")
+                case _:
+                    saga.request_refund(order_id, what, 300, "")
 
-    def look_again(self) -> None:
-        """Do once what the periodic actor has done: settle what is not known to be settled."""
-        for one in list(self.stock().notes.unsettled()):
-            self.saga().settle_order(one.order_id)
-        self.deliver_new()
-        self.finish()
+    def send(self, event: OrderShipped) -> None:
+        """Publish an event as another program does, under an id of its own."""
+        self.stream.stored.append(FakeStored(event, len(self.stream.stored) + 1))
+
+    def tell_of_chargeback(self, order_id: str, amount: int) -> None:
+        """Have the bank take money back, and the gateway tell of it."""
+        taken = self.gateway.charge_back(order_id, f"cb-{order_id}", amount)
+        if taken is not None:
+            self.saga().charge_back(order_id, f"ch_{order_id}", replace(taken, at=self.now()))
+
+    def check_stock(self) -> None:
+        """Hold the stock against what orders hold; where one thing is done after the other, at the end alone."""
+        if not self.effects or not (self.running or self.pending):
+            super().check_stock()
+
+    def drain(self) -> None:
+        """Run everything to its end, one thing after the other; cut it at one effect."""
+        while self.running or self.pending:
+            if not self.running:
+                self.start(self.pending.pop(0))
+            self.effects += 1
+            self.go_on(0, crash=self.effects == self.cut)
+
+    def come_to_rest(self) -> None:
+        """Do what time does: tell again what was not taken, settle what is not known to be settled, twice."""
+        for late in (0, LATE_MS):
+            self.skipped = late
+            for charge_id, _ in list(self.gateway.chargebacks.values()):
+                order_id = charge_id.removeprefix("ch_")
+                with contextlib.suppress(NotChargedBack):
+                    self.tell_of_chargeback(order_id, 0)
+            for one in list(self.stock().notes.unsettled()):
+                self.saga().settle_order(one.order_id)
+            self.deliver_new()
+            self.finish()
+
+    def check(self) -> None:
+        """Hold ledger, gateway, stream and read model against each other."""
+        assert list(self.stock().notes.unsettled()) == []
+        self.check_stock()
+        self.check_notes()
+        for order_id, record in self.records().items():
+            charge = f"ch_{order_id}"
+            captured = self.gateway.amounts.get(order_id, 0)
+            refunded = sum(amount for one, amount in self.gateway.refunds.values() if one == charge)
+            taken = {key: amount for key, (one, amount) in self.gateway.chargebacks.items() if one == charge}
+            owed = captured - refunded - sum(taken.values())
+            assert refunded == sum(refund.payable for refund in record.refunds)
+            assert {one.id: one.amount for one in record.chargebacks} == taken
+            if record.state in ("confirmed", "shipped"):
+                assert captured == record.total
+                assert owed >= 0
+            else:
+                assert owed == 0, f"{order_id} is {record.state}, and {owed} of its charge are left"
+            self._check_shown(order_id)
+
+    def _check_shown(self, order_id: str) -> None:
+        record, order = self.records()[order_id], Orders(self.orders_bucket).get(order_id)
+        assert order is not None
+        assert order.status in SHOWN[record.state]
+        names = [name_of(one.event) for one in self.stream.stored if one.event.order_id == order_id]  # type: ignore[attr-defined]
+        assert len({"rejected", "cancelled", "returned"} & set(names)) == (
+            record.state not in ("confirmed", "shipped")
+        )
+        assert not {"shipped", "cancelled"} <= record.at.keys()
+        history = [entry.event for entry in order.history]
+        assert ("shipped" in history) == ("shipped" in record.at)
+        assert ("returned" in history) == (record.state == "returned")
+        made = {refund.key: refund.payable for refund in record.refunds if refund.payable}
+        shown = [entry.detail for entry in order.history if entry.event == "refunded"]
+        assert {one["refund"]: int(one["amount_minor"]) for one in shown} == made
+        shown = [entry.detail for entry in order.history if entry.event == "charged_back"]
+        assert {one["chargeback_id"]: int(one["amount_minor"]) for one in shown} == {
+            one.id: one.amount for one in record.chargebacks
+        }
+
+
+KINDS = (
+    *("customer", "operator", "deadline", "r-1", "r-1", "r-2"),
+    *("ship", "ship", "sent", "sent", "back", "written_off", "bank", "bank", "restock"),
+)
 
 
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=150, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-def test_what_was_captured_and_not_refunded_is_what_is_owed(seed: int) -> None:
-    """Cancels, refunds and a deadline amid the steps, at once, repeated, killed: one end, stock and money balance."""
+def test_what_was_captured_and_not_given_back_is_what_is_owed(seed: int) -> None:
+    """All that can be asked, amid the steps, at once, repeated, killed: one end, stock and money balance."""
+    note(f"seed {seed}")
     chance = random.Random(seed)
     service = Reversing(window=chance.random() < 0.5, sweep_after=chance.choice([0, 20]))
     order_ids = [f"o-{number}" for number in range(3)]
     for order_id in order_ids:
         token = chance.choice(["tok_ok", "tok_ok", "tok_declined"])
-        service.stream.append(created(order_id, [("MUG-01", 1)], token))
+        service.stream.append(created(order_id, [(MUG, chance.choice([1, 1, 2]))], token))
     service.deliver_new()
-    kinds = ["customer", "operator", "deadline", "r-1", "r-1", "r-2"]
-    asks = [(chance.choice(kinds), chance.choice(order_ids)) for _ in range(6)]
-    while service.running or service.pending:
-        if asks and chance.random() < 0.1:
-            what, order_id = asks.pop()
-            run = service.world.start(what, lambda what=what, order_id=order_id: service.ask(what, order_id))
-            service.running.append((run, ("ask", (what, order_id))))  # type: ignore[arg-type]
+    asks = [(chance.choice(KINDS), chance.choice(order_ids)) for _ in range(10)]
+    while service.running or service.pending or asks:
+        if asks and (chance.random() < 0.08 or not (service.running or service.pending)):
+            service.start(("ask", asks.pop()))
         elif service.pending and len(service.running) < 4:
             service.start(service.pending.pop(chance.randrange(len(service.pending))))
-        if not service.running:
-            continue
-        position = chance.randrange(len(service.running))
-        name, asked = service.running[position][1]
-        crash = chance.random() < 0.05
-        service.go_on(position, crash=crash)
-        if crash and name == "ask" and service.pending and service.pending[-1] == (name, asked):
-            service.pending.pop()  # one who asked and got no answer asks again
-            asks.append(asked)  # type: ignore[arg-type]
-    for what, order_id in asks:
-        service.ask(what, order_id)
+        if service.running:
+            service.go_on(chance.randrange(len(service.running)), crash=chance.random() < 0.05)
+    service.come_to_rest()
+    service.check()
+
+
+SCENARIOS = (
+    ("ship", "back"),
+    ("sent", "customer", "written_off"),
+    ("r-1", "bank", "ship", "back"),
+    ("bank", "operator"),
+    ("customer", "restock"),
+)
+
+
+@pytest.mark.parametrize("asks", SCENARIOS, ids="-".join)
+def test_cut_at_every_effect(asks: tuple[str, ...]) -> None:
+    """Each thing that is asked, killed at each of its effects and asked again, ends as if it had not been killed."""
+
+    def play(cut: int) -> Reversing:
+        service = Reversing(window=False)
+        service.cut = cut
+        service.stream.append(created("o-0", [(MUG, 1)]))
+        service.deliver_new()
+        service.drain()
+        for what in asks:
+            service.start(("ask", (what, "o-0")))
+            service.drain()
+        service.come_to_rest()
+        service.check()
+        return service
+
+    whole = play(-1)
+    state = whole.records()["o-0"].state
+    assert state == {"back": "returned", "written_off": "returned"}.get(asks[-1], "cancelled")
+    for cut in range(1, whole.effects + 1):
+        service = play(cut)
+        assert service.records()["o-0"].state == state
+        assert service.pieces() == whole.pieces()
+        assert service.gateway.refunds == whole.gateway.refunds
+
+
+def confirmed(total: int = 1) -> Reversing:
+    """A service with an order of mugs that is confirmed."""
+    service = Reversing(window=False)
+    service.stream.append(created("o-0", [(MUG, total)]))
     service.deliver_new()
     service.finish()
-    service.look_again()
-    service.skipped = LATE_MS
-    service.look_again()
+    return service
 
-    assert list(service.stock().notes.unsettled()) == []
-    refunded: Counter[str] = Counter()
-    for charge_id, amount in service.gateway.refunds.values():
-        refunded[charge_id] += amount
-    for order_id, record in service.records().items():
-        assert record.state in ("confirmed", "released", "rejected", "cancelled")
-        captured = record.total if order_id in service.gateway.captured else 0
-        back = refunded[f"ch_{order_id}"]
-        if record.state == "confirmed":
-            assert back == sum(refund.amount for refund in record.refunds) <= captured
-        else:
-            assert back == captured
-        order = Orders(service.orders_bucket).get(order_id)
-        assert order is not None
-        assert order.status in {
-            "confirmed": ("confirmed", "refunded"),
-            "released": ("rejected",),
-        }.get(record.state, (record.state,))
-        assert {f"refunded.{refund.key}" for refund in record.refunds} == {
-            f"refunded.{entry.detail['refund']}" for entry in order.history if entry.event == "refunded"
-        }
-    service.check_stock()
+
+def test_a_refund_that_was_decided_is_cut_by_a_chargeback() -> None:
+    """The bank takes back a part of what is to be refunded: the rest goes back, under another key."""
+    service = confirmed()
+    saga = service.saga()
+    saga.request_refund("o-0", "r-1", None, "")
+    service.tell_of_chargeback("o-0", 500)
+    service.deliver_new()
+    service.finish()
+    assert service.gateway.refunds == {"o-0.r-1-790": ("ch_o-0", 790)}
+    service.come_to_rest()
+    service.check()
+
+
+def test_a_refund_whose_answer_was_lost_is_not_made_again_after_a_chargeback() -> None:
+    """The gateway made it before the bank came: it says so, and the refund is recorded as it was made."""
+    service = confirmed()
+    service.saga().request_refund("o-0", "r-1", 1_000, "")
+    service.gateway.refund("ch_o-0", 1_000, "EUR", "o-0.r-1")  # its answer is lost
+    service.tell_of_chargeback("o-0", 500)
+    service.deliver_new()
+    service.finish()
+    service.come_to_rest()
+    service.check()
+    assert service.gateway.refunds == {"o-0.r-1": ("ch_o-0", 1_000)}
+    assert service.gateway.chargebacks == {"cb-o-0": ("ch_o-0", 290)}
+
+
+def test_a_chargeback_of_which_nothing_was_told_is_looked_up() -> None:
+    """The gateway refuses the refund; it is asked why, and what is left goes back."""
+    service = confirmed()
+    assert service.gateway.charge_back("o-0", "cb-o-0", 500) is not None
+    service.saga().request_refund("o-0", "r-1", None, "")
+    service.deliver_new()
+    service.finish()
+    service.come_to_rest()
+    service.check()
+    assert service.gateway.left("ch_o-0") == 0
+
+
+def test_a_chargeback_is_never_more_than_what_is_left() -> None:
+    """Of another charge, of more than was captured, or of more than was not refunded: nothing is recorded."""
+    service = confirmed()
+    saga = service.saga()
+    taken = service.gateway.charge_back("o-0", "cb-1", 500)
+    assert taken is not None
+    with pytest.raises(NotChargedBack, match="not known to have a charge"):
+        saga.charge_back("o-0", "ch_other", taken)
+    with pytest.raises(NotChargedBack, match="1291 cannot be charged back of 1290"):
+        saga.charge_back("o-0", "ch_o-0", replace(taken, amount=1_291))
+    for _ in range(2):
+        saga.charge_back("o-0", "ch_o-0", taken)
+    with pytest.raises(NotChargedBack, match="791 cannot be charged back of 790"):
+        saga.charge_back("o-0", "ch_o-0", replace(taken, id="cb-2", amount=791))
+    with pytest.raises(Refusal, match="790 minor units can be refunded, not 791"):
+        saga.request_refund("o-0", "r-1", 791, "")
+
+
+def test_another_service_ships_what_is_confirmed_alone() -> None:
+    """Its event is refused for an order that is unknown, not confirmed, or cancelled."""
+    service = confirmed()
+    service.saga().reserve(created("o-1", [(MUG, 1)]))
+    for order_id, state in (("o-1", "held"), ("nobody", "unknown")):
+        with pytest.raises(UnusableEvent, match=f"is {state}, and only what is confirmed"):
+            service.saga().ship(OrderShipped(order_id=order_id))
+    service.saga().cancel("o-0", "")
+    with pytest.raises(UnusableEvent, match="is cancelled"):
+        service.saga().ship(OrderShipped(order_id="o-0"))
+
+
+def test_another_services_event_is_published_once_more() -> None:
+    """With the time of the ledger, which is what is shown; what it says later changes nothing."""
+    service = confirmed()
+    for carrier in ("DHL", "DHL", "another"):
+        service.send(OrderShipped(order_id="o-0", carrier=carrier, tracking="\x1b[31m1"))
+        service.deliver_new()
+        service.finish()
+    order = Orders(service.orders_bucket).get("o-0")
+    assert order is not None
+    (shipped,) = [entry for entry in order.history if entry.event == "shipped"]
+    assert shipped.detail["carrier"] == "DHL"
+    assert "\x1b" not in shipped.detail["tracking"]
+    ours = [
+        one
+        for one in service.stream.stored
+        if isinstance(one.event, OrderShipped) and one.event.HasField("shipped_at")
+    ]
+    assert len(ours) == 1
+    service.check()
+
+
+def test_what_was_shipped_is_returned_instead_of_cancelled() -> None:
+    """A customer asks for it, an operator says what becomes of the goods, and says so once."""
+    service = confirmed()
+    saga = service.saga()
+    with pytest.raises(Refusal, match="was not shipped"):
+        saga.request_return("o-0", BACK)
+    saga.request_shipment("o-0")
+    with pytest.raises(Refusal, match="return it, and say"):
+        saga.request_cancel("o-0", "operator")
+    saga.request_cancel("o-0", "customer", "too large")
+    service.deliver_new()
+    service.finish()
+    order = Orders(service.orders_bucket).get("o-0")
+    assert order is not None
+    assert order.waits_for_return
+    saga.request_return("o-0", WRITTEN_OFF)
+    saga.request_return("o-0", WRITTEN_OFF)
+    with pytest.raises(Refusal, match="already, and written_off"):
+        saga.request_return("o-0", BACK)
+    service.deliver_new()
+    service.finish()
+    service.come_to_rest()
+    service.check()
+    assert service.records()["o-0"].state == "returned"
+    assert service.pieces()[MUG] == 2
+
+
+def test_a_return_whose_event_was_lost_is_carried_out() -> None:
+    """The process died after it had decided: what is not settled is looked at again."""
+    service = confirmed()
+    service.saga().request_shipment("o-0")
+    service.deliver_new()
+    service.finish()
+    service.saga().request_return("o-0", BACK)
+    service.stream.stored.pop()
+    service.come_to_rest()
+    service.check()
+    assert service.records()["o-0"].state == "returned"

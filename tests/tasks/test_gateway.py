@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import requests
 
-from tasks.gateway import GatewayUnavailable, HttpGateway
+from tasks.gateway import GatewayUnavailable, HttpGateway, UnusableAnswer
+from tasks.ledger import Chargeback
 from tasks.ports import Charge, Decline
 from tests.support.polling import eventually
 from tests.support.ports import free_port
@@ -170,6 +172,9 @@ def test_connection_is_kept_open() -> None:
 @pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [
+        ("POST", "/refunds", {"amount": 1, "currency": "EUR"}, 400),
+        ("POST", "/chargebacks", {"amount": 1, "currency": "EUR", "charge_id": "none"}, 422),
+        ("PUT", "/knobs", {"about": ["nothing"]}, 400),
         ("POST", "/charges", {"amount": -1, "currency": "EUR", "token": "t"}, 400),
         ("POST", "/charges", {"amount": 1.5, "currency": "EUR", "token": "t"}, 400),
         ("POST", "/charges", {"amount": 1, "currency": "EUR"}, 400),
@@ -195,3 +200,141 @@ def test_key_of_another_charge(bank: Bank) -> None:
     gateway.charge("o-1", 100, "EUR", "tok")
     with pytest.raises(GatewayUnavailable, match="422"):
         gateway.charge("o-1", 200, "EUR", "tok")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bank]:
+    """A stand-in for tests that bring orders of their own, and put its knobs back."""
+    bank = Bank(tmp_path_factory.mktemp("bank"))
+    bank.start()
+    yield bank
+    bank.process.stop()
+
+
+@pytest.fixture
+def paid(shared: Bank) -> Iterator[tuple[HttpGateway, str, str]]:
+    """A gateway, an order of this test, and the id of its charge of 1,000."""
+    gateway = HttpGateway(shared.url, timeout=30_000)
+    order_id = f"o-{uuid.uuid4().hex}"
+    charge = gateway.charge(order_id, 1_000, "EUR", "tok")
+    assert isinstance(charge, Charge)
+    yield gateway, order_id, charge.charge_id
+    well = {"failure_rate": 0.0, "failure_after_charge_rate": 0.0, "hang_after_charge_rate": 0.0}
+    shared.knobs(about=["charges", "refunds"], refuse=False, fail_next=0, latency_ms=0, **well)
+
+
+def moved(bank: Bank, table: str, order_id: str) -> list[int]:
+    answer = requests.get(f"{bank.url}/{table}", params={"order_id": order_id}, timeout=5)
+    return [one["amount"] for one in answer.json()[table]]
+
+
+def test_refund_is_made_once(shared: Bank, paid: tuple[HttpGateway, str, str]) -> None:
+    """Asked ten times with one key, from ten threads, it goes back once; another key is another refund."""
+    gateway, order_id, charge_id = paid
+    with ThreadPoolExecutor(10) as pool:
+        answers = set(pool.map(lambda _: gateway.refund(charge_id, 300, "EUR", f"{order_id}.r-1"), range(10)))
+    assert len(answers) == 1
+    assert gateway.refund(charge_id, 700, "EUR", f"{order_id}.r-2") not in answers
+    assert moved(shared, "refunds", order_id) == [300, 700]
+    assert {gateway.find_refund(order_id, f"{order_id}.r-1")} == answers
+    assert gateway.find_refund(order_id, f"{order_id}.r-3") is None
+
+
+def test_refund_of_more_than_is_left(paid: tuple[HttpGateway, str, str]) -> None:
+    """The gateway will not have it; that is no outage, and waiting alone does not help."""
+    gateway, order_id, charge_id = paid
+    gateway.refund(charge_id, 600, "EUR", f"{order_id}.r-1")
+    for charge, amount, key in ((charge_id, 401, "r-2"), ("ch_none", 1, "r-3"), (charge_id, 500, "r-1")):
+        with pytest.raises(UnusableAnswer, match="422"):
+            gateway.refund(charge, amount, "EUR", f"{order_id}.{key}")
+
+
+@pytest.mark.parametrize("lost", ["failure_after_charge_rate", "hang_after_charge_rate"])
+def test_refund_whose_answer_is_lost(shared: Bank, paid: tuple[HttpGateway, str, str], lost: str) -> None:
+    """It was made, and the next attempt is told of the same one."""
+    gateway, order_id, charge_id = paid
+    shared.knobs(about=["refunds"], **{lost: 1.0}, hang_ms=2_000)
+    with pytest.raises(GatewayUnavailable, match=r"answered 500|did not answer"):
+        HttpGateway(shared.url, timeout=500).refund(charge_id, 300, "EUR", f"{order_id}.r-1")
+    shared.knobs(**{lost: 0.0})
+    eventually(lambda: moved(shared, "refunds", order_id) == [300])
+    assert gateway.refund(charge_id, 300, "EUR", f"{order_id}.r-1") == gateway.find_refund(
+        order_id, f"{order_id}.r-1"
+    )
+    assert moved(shared, "refunds", order_id) == [300]
+
+
+def test_refund_that_comes_late(shared: Bank, paid: tuple[HttpGateway, str, str]) -> None:
+    """The gateway makes it after it was given up; asked again, it does not make another."""
+    gateway, order_id, charge_id = paid
+    shared.knobs(about=["refunds"], latency_ms=1_500)
+    with pytest.raises(GatewayUnavailable, match="did not answer"):
+        HttpGateway(shared.url, timeout=300).refund(charge_id, 300, "EUR", f"{order_id}.r-1")
+    shared.knobs(latency_ms=0)
+    gateway.refund(charge_id, 300, "EUR", f"{order_id}.r-1")
+    eventually(lambda: moved(shared, "refunds", order_id) == [300])
+
+
+def test_look_up_of_a_charge(shared: Bank, paid: tuple[HttpGateway, str, str]) -> None:
+    """Captured, declined, and none at all; an answer that is lost or late says nothing."""
+    gateway, order_id, charge_id = paid
+    assert gateway.find_charge(order_id) == Charge(charge_id, 1_000)
+    gateway.charge(f"{order_id}-declined", 100, "EUR", "tok_declined")
+    assert gateway.find_charge(f"{order_id}-declined") is None
+    assert gateway.find_charge(f"{order_id}-none") is None
+    shared.knobs(about=["lookups"], fail_next=1)
+    with pytest.raises(GatewayUnavailable, match="answered 500"):
+        gateway.find_charge(order_id)
+    shared.knobs(hang_after_charge_rate=1.0, hang_ms=2_000)
+    with pytest.raises(GatewayUnavailable, match="did not answer"):
+        HttpGateway(shared.url, timeout=500).find_charge(order_id)
+    shared.knobs(hang_after_charge_rate=0.0, refuse=True)
+    with pytest.raises(GatewayUnavailable, match="cannot be reached"):
+        gateway.find_charge(order_id)
+    shared.knobs(refuse=False)
+    assert gateway.find_charge(order_id) == Charge(charge_id, 1_000)
+
+
+def test_what_the_bank_took_back(shared: Bank, paid: tuple[HttpGateway, str, str]) -> None:
+    """It is looked up, and nothing of it is refunded."""
+    gateway, order_id, charge_id = paid
+    body = {"charge_id": charge_id, "amount": 400, "currency": "EUR", "reason": "not received"}
+    for _ in range(2):
+        taken = requests.post(
+            f"{shared.url}/chargebacks", json=body, headers={"Idempotency-Key": order_id}, timeout=5
+        )
+        assert taken.status_code == 201, taken.text
+    found = gateway.find_chargebacks(order_id)
+    assert found == [(charge_id, Chargeback(taken.json()["id"], 400, 0, "not received"))]
+    with pytest.raises(UnusableAnswer, match="600 are left"):
+        gateway.refund(charge_id, 601, "EUR", f"{order_id}.r-1")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[]",
+        b'{"charges": null}',
+        b'{"charges": [null]}',
+        b'{"charges": [{"id": "", "amount": 1}]}',
+        b'{"charges": [{"id": "x", "amount": "1"}]}',
+        b"no JSON",
+    ],
+)
+def test_look_up_that_is_none(body: bytes) -> None:
+    """An answer of the wrong shape says nothing of the charge: it is not taken for "there is none"."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65_536)
+                head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
+                connection.sendall(head + body)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        gateway = HttpGateway(f"http://127.0.0.1:{server.getsockname()[1]}", timeout=30_000)
+        with pytest.raises(GatewayUnavailable, match="payment gateway"):
+            gateway.find_charge("o-1")
+        thread.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -17,6 +18,7 @@ from nats.errors import TimeoutError as NatsTimeout
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.testing.server import NatsServer
+from orders.v1.events_pb2 import OrderShipped
 from tests.support.polling import eventually
 from tests.support.processes import REPOSITORY
 from tests.tasks.producer import Producer, created
@@ -25,16 +27,16 @@ from tests.web.stack import Stack
 
 T = TypeVar("T")
 
-ROLES = ("service", "operator", "ordering")
+ROLES = ("service", "operator", "ordering", "shipping")
 
 
 def configuration() -> str:
     """Return the permissions of the operators' document, with a user for programs that place orders."""
     document = (REPOSITORY / "docs" / "operations.md").read_text()
     block = document[document.index("SERVICE_PERMISSIONS") :].partition("```")[0]
-    ordering = (REPOSITORY / "tasks" / "permissions.conf").read_text()
-    user = "    { user: ordering, password: $ORDERING_PASSWORD, permissions: $ORDERING_PERMISSIONS }\n"
-    config = ordering + block.replace("  users = [\n", f"  users = [\n{user}")
+    programs = (REPOSITORY / "tasks" / "permissions.conf").read_text()
+    users = "".join(f"  {user}\n" for user in re.findall(r"\{ user: .*", programs))
+    config = programs + block.replace("  users = [\n", f"  users = [\n{users}")
     for role in ROLES:
         config = config.replace(f"${role.upper()}_PASSWORD", f'"{role}-secret"')
     return config
@@ -72,8 +74,10 @@ def operator(guarded: Stack) -> Iterator[Producer]:
     broker.close()
 
 
-def as_ordering(server: NatsServer, work: Callable[[Client, list[str]], Awaitable[T]]) -> T:
-    """Run something as a program that places orders; it is given the client, and the errors that came."""
+def as_program(
+    server: NatsServer, work: Callable[[Client, list[str]], Awaitable[T]], role: str = "ordering"
+) -> T:
+    """Run something as a program that places or ships orders; it is given the client, and the errors that came."""
 
     async def run() -> T:
         errors: list[str] = []
@@ -82,7 +86,7 @@ def as_ordering(server: NatsServer, work: Callable[[Client, list[str]], Awaitabl
             errors.append(str(error))
 
         client = await nats.connect(
-            url(server, "ordering"), inbox_prefix=b"_INBOX_ordering", error_cb=note, allow_reconnect=False
+            url(server, role), inbox_prefix=f"_INBOX_{role}".encode(), error_cb=note, allow_reconnect=False
         )
         try:
             return await work(client, errors)
@@ -107,11 +111,37 @@ def test_a_program_that_places_orders(guarded: Stack, operator: Producer) -> Non
     async def place(client: Client, _errors: list[str]) -> int:
         return (await client.jetstream().publish("ORDER.created", event.SerializeToString())).seq
 
-    assert as_ordering(guarded.nats, place) > 0
+    assert as_program(guarded.nats, place) > 0
     eventually(lambda: operator.status(event.order_id) == "confirmed")
 
 
-@pytest.mark.parametrize("name", [*FORGED, "cancelled", "created.x", "anything"])
+def test_a_program_that_ships_orders(guarded: Stack, operator: Producer) -> None:
+    """It publishes ORDER.shipped with a plain client, and nothing else; what is not confirmed is not shipped."""
+    confirmed = guarded.order()["order_id"]
+    assert guarded.final(confirmed)["status"] == "confirmed"
+    declined = guarded.order(payment_token="tok_declined")["order_id"]
+    assert guarded.final(declined)["status"] == "rejected"
+
+    async def ship(client: Client, errors: list[str]) -> list[str]:
+        for order_id in (declined, confirmed):
+            event = OrderShipped(order_id=order_id, carrier="DHL")
+            await client.jetstream().publish("ORDER.shipped", event.SerializeToString())
+        with pytest.raises(NatsTimeout):
+            await client.jetstream().publish("ORDER.created", created().SerializeToString(), timeout=0.5)
+        return errors
+
+    errors = as_program(guarded.nats, ship, "shipping")
+    assert any("permissions violation" in error.lower() for error in errors)
+    eventually(lambda: operator.status(confirmed) == "shipped", timeout=60)
+    letters = eventually(
+        lambda: [one for one in operator.broker.dead_letters.list() if "only what is confirmed" in one.error],
+        timeout=60,
+    )
+    assert declined in letters[0].error
+    assert operator.status(declined) == "rejected"
+
+
+@pytest.mark.parametrize("name", [*FORGED, "cancelled", "shipped", "created.x", "anything"])
 def test_it_publishes_no_other_event(guarded: Stack, operator: Producer, name: str) -> None:
     """The server refuses it, and the stream does not have it."""
     order_id = f"refused-{name}"
@@ -122,7 +152,7 @@ def test_it_publishes_no_other_event(guarded: Stack, operator: Producer, name: s
             await client.jetstream().publish(f"ORDER.{name}", data, timeout=0.5)
         return errors
 
-    assert any("permissions violation" in error.lower() for error in as_ordering(guarded.nats, publish))
+    assert any("permissions violation" in error.lower() for error in as_program(guarded.nats, publish))
     assert operator.events(order_id) == []
 
 
@@ -146,7 +176,7 @@ def test_it_reaches_nothing_else(guarded: Stack, subject: str) -> None:
             await client.request(subject, b"{}", timeout=0.5)
         return errors
 
-    assert any("permissions violation" in error.lower() for error in as_ordering(guarded.nats, ask))
+    assert any("permissions violation" in error.lower() for error in as_program(guarded.nats, ask))
 
 
 def test_it_hears_nothing(guarded: Stack) -> None:
@@ -159,5 +189,5 @@ def test_it_hears_nothing(guarded: Stack) -> None:
         await asyncio.sleep(1)  # a task of the client's own tells of errors
         return errors
 
-    refused = as_ordering(guarded.nats, listen)
+    refused = as_program(guarded.nats, listen)
     assert ["permissions violation" in error.lower() for error in refused] == [True] * 4

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import tasks.levels
 import tasks.takeover
 from orders.v1.events_pb2 import (
+    OrderChargedBack,
     OrderConfirmed,
     OrderCreated,
     OrderDeclined,
@@ -27,12 +28,14 @@ from orders.v1.events_pb2 import (
     OrderPaid,
     OrderRejected,
     OrderReserved,
+    OrderReturned,
+    OrderReturnRequested,
 )
 from tasks import money
 from tasks.catalogue import CATALOGUE
 from tasks.claims import ClaimBehind
 from tasks.events import Happened, UnusableEvent, name_of
-from tasks.ledger import Record
+from tasks.ledger import WRITTEN_OFF, Record
 from tasks.levels import GIVEN_BACK, PREFIX, TAKEN, Level
 from tasks.orders import Orders, merge
 from tasks.pricing import claimed
@@ -54,7 +57,7 @@ from tests.tasks.fakes import (
 
 SKUS = ("MUG-01", "TEE-01", "PRINT-01")
 INITIAL = {"MUG-01": 3, "TEE-01": 2, "PRINT-01": 1}
-HOLDING = ("held", "cancelling", "paid", "declined", "confirmed")
+HOLDING = ("held", "cancelling", "paid", "declined", "confirmed", "shipped", "returning")
 STEPS = {
     "created": "reserve",
     "reserved": "pay",
@@ -63,6 +66,10 @@ STEPS = {
     "cancel_requested": "undo",
     "cancelled": "settle",
     "refund_requested": "settle",
+    "shipped": "ship",
+    "return_requested": "bring_back",
+    "returned": "settle",
+    "charged_back": "settle",
 }
 
 
@@ -187,13 +194,14 @@ class Service:
             for order_id, record in records.items():
                 note = level.notes.get(order_id)
                 gave_back = note is not None and note.kind == GIVEN_BACK
-                if record.state in HOLDING and not gave_back:
+                if _holds(record) and not gave_back:
                     taken += sum(line.quantity for line in record.lines if line.sku == sku)
             for order_id, note in level.notes.items():
                 holds = order_id in records and "held" in records[order_id].at
                 taken += note.quantity if note.kind == TAKEN and not holds else 0
+            added = sum(adjustment.pieces for adjustment in level.adjustments)
             assert level.pieces >= 0
-            assert level.pieces + taken == INITIAL[sku], f"{sku} is not conserved"
+            assert level.pieces + taken == INITIAL[sku] + added, f"{sku} is not conserved"
 
     def check_notes(self) -> None:
         """At the end: no note stands for pieces that no order holds."""
@@ -219,6 +227,11 @@ class Service:
             assert "forged" not in repr(order)
 
 
+def _holds(record: Record) -> bool:
+    """Whether what an order took is not in stock: it has it, or it came back and can never be sold."""
+    return record.state in HOLDING or (record.state == "returned" and record.stock == WRITTEN_OFF)
+
+
 def forged(order_id: str, chance: random.Random) -> Message:
     """Return an event of a step that a stranger made up."""
     return chance.choice(
@@ -229,6 +242,9 @@ def forged(order_id: str, chance: random.Random) -> Message:
             OrderConfirmed(order_id=order_id, charge_id="forged"),
             OrderRejected(order_id=order_id, reason="forged"),
             OrderFailed(order_id=order_id, step="pay", error="forged"),
+            OrderReturnRequested(order_id=order_id, reason="forged"),
+            OrderReturned(order_id=order_id, reason="forged"),
+            OrderChargedBack(order_id=order_id, chargeback_id="forged", amount_minor=1),
         ]
     )
 

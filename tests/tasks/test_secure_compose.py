@@ -23,7 +23,9 @@ from tests.support.processes import REPOSITORY, Process
 from tests.web.stack import Stack
 
 CONFIGURATION = (REPOSITORY / "deploy" / "nats" / "secure.conf").read_text()
-PASSWORDS = {f"{name}_PASSWORD": f"{name.lower()}7" for name in ("SERVICE", "OPERATOR", "ORDERING")}
+PASSWORDS = {
+    f"{name}_PASSWORD": f"{name.lower()}7" for name in ("SERVICE", "OPERATOR", "ORDERING", "SHIPPING")
+}
 
 
 def compose() -> dict[str, Any]:
@@ -133,7 +135,12 @@ def test_the_permissions_are_those_of_the_page() -> None:
     """One text says what an account may, wherever it stands."""
     page = (REPOSITORY / "docs" / "operations.md").read_text()
     permissions = (REPOSITORY / "tasks" / "permissions.conf").read_text()
-    for name, text in (("SERVICE", page), ("OPERATOR", page), ("ORDERING", permissions)):
+    for name, text in (
+        ("SERVICE", page),
+        ("OPERATOR", page),
+        ("ORDERING", permissions),
+        ("SHIPPING", permissions),
+    ):
         pattern = rf"^{name}_PERMISSIONS = \{{\n.*?^\}}\n"
         (wanted,) = re.findall(pattern, text, re.MULTILINE | re.DOTALL)[:1]
         assert wanted in CONFIGURATION, name

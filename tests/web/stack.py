@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,6 +19,9 @@ from tests.support.ports import free_port
 from tests.support.processes import WORKER_READY, Process, dramatiq_worker, python
 
 FINAL = ("confirmed", "rejected")
+
+#: With which the gateway signs what it tells.
+WEBHOOK_SECRET = "whsec_" + base64.b64encode(b"a secret of the tests, no more").decode()
 
 
 class Stack:
@@ -54,6 +58,7 @@ class Stack:
         return {
             "NATS_URL": self.nats.url,
             "PAYMENT_URL": self.gateway_url,
+            "PAYMENT_WEBHOOK_SECRET": WEBHOOK_SECRET,
             "ACCESS": "open",
             "PAYMENT_PATIENCE": "0",
             "RETRY_MIN_BACKOFF": "50",
@@ -89,6 +94,10 @@ class Stack:
             *("-m", "tasks.payments_stand_in", "--port", str(self.gateway_port)),
             *("--database", self.directory / "payments.sqlite"),
             log=self.directory / "gateway.log",
+            env={
+                "PAYMENTS_WEBHOOK_URL": f"{self.url}/api/payments/events",
+                "PAYMENTS_WEBHOOK_SECRET": WEBHOOK_SECRET,
+            },
         )
 
     def _workers(self) -> Process:

@@ -37,7 +37,7 @@ function show(state) {
 // What somebody is typing stays when the page is drawn again; returns what puts it back.
 function typed() {
   const opened = [...view.querySelectorAll("details[open]")].map(({ id }) => id);
-  const values = [...view.querySelectorAll("input:not([type=hidden])")].map(({ id, value }) => [id, value]);
+  const values = [...view.querySelectorAll("input:not([type=hidden]), select")].map(({ id, value }) => [id, value]);
   const focused = view.contains(document.activeElement) ? document.activeElement.id : "";
   return () => {
     for (const id of opened) document.getElementById(id)?.setAttribute("open", "");

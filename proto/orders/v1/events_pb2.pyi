@@ -18,12 +18,21 @@ class RejectionCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REJECTION_CODE_TOTAL_MISMATCH: _ClassVar[RejectionCode]
     REJECTION_CODE_OUT_OF_STOCK: _ClassVar[RejectionCode]
     REJECTION_CODE_PAYMENT_DECLINED: _ClassVar[RejectionCode]
+
+class ReturnedStock(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RETURNED_STOCK_UNSPECIFIED: _ClassVar[ReturnedStock]
+    RETURNED_STOCK_BACK: _ClassVar[ReturnedStock]
+    RETURNED_STOCK_WRITTEN_OFF: _ClassVar[ReturnedStock]
 REJECTION_CODE_UNSPECIFIED: RejectionCode
 REJECTION_CODE_INVALID: RejectionCode
 REJECTION_CODE_UNKNOWN_SKU: RejectionCode
 REJECTION_CODE_TOTAL_MISMATCH: RejectionCode
 REJECTION_CODE_OUT_OF_STOCK: RejectionCode
 REJECTION_CODE_PAYMENT_DECLINED: RejectionCode
+RETURNED_STOCK_UNSPECIFIED: ReturnedStock
+RETURNED_STOCK_BACK: ReturnedStock
+RETURNED_STOCK_WRITTEN_OFF: ReturnedStock
 
 class OrderItem(_message.Message):
     __slots__ = ("sku", "quantity", "unit_price_minor")
@@ -123,6 +132,42 @@ class OrderConfirmed(_message.Message):
     confirmed_at: _timestamp_pb2.Timestamp
     def __init__(self, order_id: _Optional[str] = ..., charge_id: _Optional[str] = ..., total_minor: _Optional[int] = ..., currency: _Optional[str] = ..., confirmed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
+class OrderShipped(_message.Message):
+    __slots__ = ("order_id", "carrier", "tracking", "shipped_at")
+    ORDER_ID_FIELD_NUMBER: _ClassVar[int]
+    CARRIER_FIELD_NUMBER: _ClassVar[int]
+    TRACKING_FIELD_NUMBER: _ClassVar[int]
+    SHIPPED_AT_FIELD_NUMBER: _ClassVar[int]
+    order_id: str
+    carrier: str
+    tracking: str
+    shipped_at: _timestamp_pb2.Timestamp
+    def __init__(self, order_id: _Optional[str] = ..., carrier: _Optional[str] = ..., tracking: _Optional[str] = ..., shipped_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class OrderReturnRequested(_message.Message):
+    __slots__ = ("order_id", "stock", "reason", "return_requested_at")
+    ORDER_ID_FIELD_NUMBER: _ClassVar[int]
+    STOCK_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    RETURN_REQUESTED_AT_FIELD_NUMBER: _ClassVar[int]
+    order_id: str
+    stock: ReturnedStock
+    reason: str
+    return_requested_at: _timestamp_pb2.Timestamp
+    def __init__(self, order_id: _Optional[str] = ..., stock: _Optional[_Union[ReturnedStock, str]] = ..., reason: _Optional[str] = ..., return_requested_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class OrderReturned(_message.Message):
+    __slots__ = ("order_id", "stock", "reason", "returned_at")
+    ORDER_ID_FIELD_NUMBER: _ClassVar[int]
+    STOCK_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    RETURNED_AT_FIELD_NUMBER: _ClassVar[int]
+    order_id: str
+    stock: ReturnedStock
+    reason: str
+    returned_at: _timestamp_pb2.Timestamp
+    def __init__(self, order_id: _Optional[str] = ..., stock: _Optional[_Union[ReturnedStock, str]] = ..., reason: _Optional[str] = ..., returned_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
 class OrderCancelRequested(_message.Message):
     __slots__ = ("order_id", "by", "reason", "cancel_requested_at")
     ORDER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -176,6 +221,22 @@ class OrderRefunded(_message.Message):
     currency: str
     refunded_at: _timestamp_pb2.Timestamp
     def __init__(self, order_id: _Optional[str] = ..., refund: _Optional[str] = ..., refund_id: _Optional[str] = ..., amount_minor: _Optional[int] = ..., currency: _Optional[str] = ..., refunded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class OrderChargedBack(_message.Message):
+    __slots__ = ("order_id", "chargeback_id", "amount_minor", "currency", "reason", "charged_back_at")
+    ORDER_ID_FIELD_NUMBER: _ClassVar[int]
+    CHARGEBACK_ID_FIELD_NUMBER: _ClassVar[int]
+    AMOUNT_MINOR_FIELD_NUMBER: _ClassVar[int]
+    CURRENCY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CHARGED_BACK_AT_FIELD_NUMBER: _ClassVar[int]
+    order_id: str
+    chargeback_id: str
+    amount_minor: int
+    currency: str
+    reason: str
+    charged_back_at: _timestamp_pb2.Timestamp
+    def __init__(self, order_id: _Optional[str] = ..., chargeback_id: _Optional[str] = ..., amount_minor: _Optional[int] = ..., currency: _Optional[str] = ..., reason: _Optional[str] = ..., charged_back_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class OrderFailed(_message.Message):
     __slots__ = ("order_id", "step", "error", "message_id", "failed_at")
