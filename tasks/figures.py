@@ -21,6 +21,7 @@ from typing import Any, Final, Protocol
 
 from orders.v1.events_pb2 import (
     OrderCancelled,
+    OrderChargedBack,
     OrderConfirmed,
     OrderCreated,
     OrderFailed,
@@ -294,7 +295,7 @@ def _count(day: Day, happened: Happened, entry: HistoryEntry, order: Order) -> N
             hour.rejected += 1
         case OrderCancelled():
             hour.cancelled += 1
-        case OrderRefunded():
+        case OrderRefunded() | OrderChargedBack():
             hour.refunded += int(entry.detail.get("amount_minor", 0))
         case OrderFailed():
             # An order that fails again, in another step, has failed once.
@@ -306,7 +307,8 @@ def _entry(order: Order | None, key: str) -> HistoryEntry | None:
     """Return what a record says of one event of its order."""
     name, _, which = key.partition(".")
     for entry in () if order is None else order.history:
-        if entry.event == name and which in ("", entry.detail.get("step"), entry.detail.get("refund")):
+        named = (entry.detail.get(name) for name in ("step", "refund", "chargeback_id"))
+        if entry.event == name and which in ("", *named):
             return entry
     return None
 

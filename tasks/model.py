@@ -32,7 +32,7 @@ OVER_STATUSES = frozenset({"rejected", "cancelled", "returned"})
 CANCELLABLE_STATUSES = frozenset({"accepted", "reserved", "paid", "confirmed", "failed"})
 
 #: The statuses that come with a reason.
-REASONED_STATUSES = frozenset({"rejected", "cancelled", "failed"})
+REASONED_STATUSES = frozenset({"rejected", "cancelled", "returned", "failed"})
 
 MAX_ITEMS = 100
 #: Pieces of one order, however many lines they are spread over.
