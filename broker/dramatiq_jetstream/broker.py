@@ -20,7 +20,7 @@ from dramatiq.message import Message
 from dramatiq.middleware import Middleware
 
 from .aio import in_thread, with_asend
-from .config import DUPLICATE_WINDOW_MS, BrokerConfig, ConnectOptions
+from .config import DUPLICATE_WINDOW_MS, MAX_CONNECTIONS, BrokerConfig, ConnectOptions
 from .dead_letters import DeadLetters
 from .history import History
 from .jetstream.declaring import Declarations
@@ -86,6 +86,7 @@ class JetStreamBroker(QueueOperations, HookedBroker):
         the usual way first, which costs a second.
       domain: The JetStream domain to use, for instance the hub's from a leaf node.
       api_prefix: First tokens of the JetStream API in place of `$JS.API`, for accounts that import it.
+      max_connections: The most connections at a time: one, and one for each thread that waits for an answer.
 
     Attributes:
       history: What became of messages (see `history`).
@@ -127,6 +128,7 @@ class JetStreamBroker(QueueOperations, HookedBroker):
         tls_handshake_first: bool = False,
         domain: str | None = None,
         api_prefix: str | None = None,
+        max_connections: int = MAX_CONNECTIONS,
     ) -> None:
         connect = ConnectOptions.of(
             url,
@@ -140,6 +142,7 @@ class JetStreamBroker(QueueOperations, HookedBroker):
             tls_handshake_first=tls_handshake_first,
             domain=domain,
             api_prefix=api_prefix,
+            max_connections=max_connections,
         )
         self.config = BrokerConfig(
             connect=connect,

@@ -14,12 +14,22 @@ from .errors import InvalidOption
 from .jetstream.names import Names
 from .wire.addresses import Address, NotAnAddress, parse_address, split_addresses
 
-__all__ = ["DUPLICATE_WINDOW_MS", "HIGHEST_PRIORITY", "BrokerConfig", "ConnectOptions", "Storage"]
+__all__ = [
+    "DUPLICATE_WINDOW_MS",
+    "HIGHEST_PRIORITY",
+    "MAX_CONNECTIONS",
+    "BrokerConfig",
+    "ConnectOptions",
+    "Storage",
+]
 
 #: The most priorities: each is a durable consumer here. (RabbitMQ advises ten at most.)
 HIGHEST_PRIORITY = 32
 
 _TOKENS = re.compile(r"[^\s.*>]+(\.[^\s.*>]+)*")
+
+#: How many connections a process opens at most, unless it is told otherwise.
+MAX_CONNECTIONS = 9
 
 #: How long JetStream remembers a `Nats-Msg-Id`, in milliseconds; longer than any publish is repeated.
 DUPLICATE_WINDOW_MS = 120_000
@@ -50,6 +60,7 @@ class ConnectOptions:
       inbox_prefix: First tokens of the subjects on which replies arrive, for accounts that restrict them.
       domain: The JetStream domain to use, for instance of the hub behind a leaf node.
       api_prefix: First tokens of the JetStream API in place of `$JS.API`, for accounts that import it.
+      max_connections: The most connections at a time. With 1, threads that wait for an answer share the one.
 
     Raises:
       InvalidOption: When an address is not one, or settings exclude each other.
@@ -68,8 +79,10 @@ class ConnectOptions:
     tls_handshake_first: bool = False
     domain: str | None = None
     api_prefix: str | None = None
+    max_connections: int = MAX_CONNECTIONS
 
     def __post_init__(self) -> None:
+        _at_least("max_connections", self.max_connections, 1)
         if not self.servers:
             raise InvalidOption("url names no server: give an address such as nats://localhost:4222.")
         try:

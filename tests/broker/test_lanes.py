@@ -9,10 +9,14 @@ import pytest
 from dramatiq import Message
 
 from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.config import MAX_CONNECTIONS
 from dramatiq_jetstream.errors import ConnectionFailed
 from dramatiq_jetstream.testing import NatsServer
 from dramatiq_jetstream.wire import lanes
 from tests.support.polling import eventually
+
+#: Lanes of a process at most.
+MOST = MAX_CONNECTIONS - 1
 
 
 def message(name: str = "actor") -> Message:
@@ -53,13 +57,13 @@ def test_more_threads_than_lanes(used):
         for _ in range(20):
             used.enqueue(message())
 
-    threads = [threading.Thread(target=enqueue) for _ in range(3 * lanes.MOST)]
+    threads = [threading.Thread(target=enqueue) for _ in range(3 * MOST)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert 1 <= len(lanes_of(used)) <= lanes.MOST
-    eventually(lambda: ready(used) == 20 * 3 * lanes.MOST)
+    assert 1 <= len(lanes_of(used)) <= MOST
+    eventually(lambda: ready(used) == 20 * 3 * MOST)
 
 
 def test_an_answer_that_is_lost_is_asked_for_the_long_way(make_broker, proxy):

@@ -11,6 +11,7 @@ The transport buffers little: `paused` is true while it holds more than `HELD_BA
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, TypeVar, cast
@@ -20,7 +21,9 @@ from dramatiq_jetstream.errors import ConnectionFailed
 from .addresses import Address
 from .protocol import Event, Protocol, ProtocolError, ServerError, ServerInfo
 
-__all__ = ["Client", "Lost", "RefusedByServer"]
+__all__ = ["Client", "Lost", "NoRoom", "RefusedByServer", "is_full"]
+
+_FULL: Final = re.compile(r"maximum (account active )?connections exceeded", re.IGNORECASE)
 
 #: Bytes that the transport may keep for a socket that takes no more.
 HELD_BACK_BYTES: Final = 65_536
@@ -34,6 +37,15 @@ class Lost(ConnectionFailed):
 
 class RefusedByServer(ConnectionFailed):
     """The server answered with an error; `str` is its text."""
+
+
+class NoRoom(ConnectionFailed):
+    """The server, or our account there, has as many connections as it may have."""
+
+
+def is_full(text: str) -> bool:
+    """Whether a server's error says that it takes no further connection."""
+    return _FULL.search(text) is not None
 
 
 class Client(asyncio.Protocol):

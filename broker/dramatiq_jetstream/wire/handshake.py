@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from typing import Any, Final
 
 import nats
@@ -40,6 +41,9 @@ _USED: Final = (
     "_public_nkey",
     "_transport",
 )
+
+#: What a server said before it cut the connection.
+_ERROR: Final = re.compile(rb"-ERR '([^'\r\n]*)'")
 
 #: nats-py wants whole seconds for its own bounds; ours end an attempt first.
 _PATIENCE_SECONDS: Final = 60
@@ -171,6 +175,9 @@ async def _connect(
         raise RefusedByServer(text) from None
     except OSError as error:  # a certificate that is not accepted is a ValueError, too
         reader = getattr(opening._transport, "_io_reader", None)
+        said = _ERROR.search(bytes(reader._buffer)) if reader else None
+        if said is not None:
+            raise RefusedByServer(said[1].decode("utf-8", "replace")) from None
         raise (reader and reader.exception()) or error from None  # a TLS alert of the server says more
     except (ValueError, asyncio.IncompleteReadError) as error:  # a line that is longer than any greeting
         raise Lost(str(error)) from None

@@ -2,13 +2,20 @@
 
 Over the connection's loop, a request and its reply each change threads, which takes longer than the server needs to
 store a message. A thread that waits for one reply therefore borrows a *lane*: a connection to the same server that one
-thread uses at a time. There are as many lanes as threads that wait at once, up to about `MOST`. Unused ones are closed
-after a while. Without them, a thread that stores one message after the other does half as many, with twice the CPU.
+thread uses at a time. There are as many lanes as threads that wait at once, up to what `max_connections` leaves beside
+the connection itself. Unused ones are closed after a while. Without them, a thread that stores one message after the
+other does half as many, with twice the CPU.
 
 A lane is a shortcut, never a promise. If there is none, it breaks, no reply comes within a second, or the server says
 "not now", the lane is dropped and the request goes over the loop. So only requests that may be sent twice go here:
 publishes, which carry the same `Nats-Msg-Id` both times, and reads. Only the loop reconnects, finds other servers and
 waits for the right error; lanes go to the server that the connection has.
+
+**Giving way.** A server, or an account, may allow only so many connections, and a program that it refuses cannot tell
+the others. So a process that has lanes asks for room now and then: it opens one more than it needs and closes another,
+or, where it has as many as it may, goes without one for a moment and takes it again. When it is refused, then or at
+any time, it keeps half of its lanes, which leaves room for a program that waits. Each time that there is room again it
+may have one lane more.
 
 Reads and writes block without a kernel timeout, which a signal would restart. The loop's thread looks
 at the lanes ten times a second instead, and cuts those whose time is up; their threads then read an end of file.
@@ -28,6 +35,7 @@ import socket
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 from dramatiq.errors import BrokerError
@@ -35,6 +43,7 @@ from dramatiq.errors import BrokerError
 from dramatiq_jetstream.config import ConnectOptions
 
 from .addresses import Address
+from .client import is_full
 from .handshake import Identity
 from .headers import Headers, Msg
 from .ids import new_id
@@ -53,9 +62,6 @@ from .tls import tls_context, tls_name, wants_tls
 
 __all__ = ["Lanes"]
 
-#: Connections of one process beyond its first; threads that open one at the same moment may exceed it.
-MOST: Final = 8
-
 #: Seconds until a request goes over the loop instead.
 PATIENCE_SECONDS: Final = 1.0
 
@@ -65,6 +71,15 @@ LONGEST_PAUSE_SECONDS: Final = 300.0
 
 #: Seconds after which an unused lane is closed.
 IDLE_SECONDS: Final = 20.0
+
+#: Seconds between two looks whether the server has room for one more.
+LOOK_SECONDS: Final = 10.0
+
+#: Seconds without one lane, for others that want in; longer than they pause between two attempts.
+REST_SECONDS: Final = 2.5
+
+#: Seconds in which several refusals count as one.
+AT_ONCE_SECONDS: Final = 1.0
 
 _FOREVER: Final = float("inf")
 
@@ -82,12 +97,14 @@ class _Lane:
       until: When a waiting thread is no longer to wait, by `time.monotonic`.
       used: When it was last used.
       sent: Whether the request under way may have been sent.
+      opened: Whether it was ever ready.
     """
 
     def __init__(self) -> None:
         self.until = _FOREVER
         self.used = time.monotonic()
         self.sent = False
+        self.opened = False
         self._socket: Any = None
         self._protocol = Protocol()
         self._events: deque[Event] = deque()
@@ -122,6 +139,7 @@ class _Lane:
         self._expect(Pong)
         self._socket.settimeout(None)
         self.until = _FOREVER
+        self.opened = True
 
     def ask(self, subject: str, payload: bytes, headers: Headers | bytes | None, patience: float) -> Msg:
         """Send a request and wait for its reply.
@@ -183,20 +201,34 @@ class _Lane:
 
 
 class Lanes:
-    """The lanes beside one connection; any thread may ask."""
+    """The lanes beside one connection; any thread may ask.
+
+    Parameters:
+      full: Is told why when the server takes no further connection.
+    """
 
     def __init__(
-        self, options: ConnectOptions, address: Address, peer: tuple[str, int], identity: Identity
+        self,
+        options: ConnectOptions,
+        address: Address,
+        peer: tuple[str, int],
+        identity: Identity,
+        full: Callable[[str], None],
     ) -> None:
         self._identity = identity
         self._options = options
         self._address = address
         self._peer = peer
+        self._full = full
         self._closed = False
         self._idle: deque[_Lane] = deque()
         self._lanes: weakref.WeakSet[_Lane] = weakref.WeakSet()
         self._not_before = 0.0
         self._pause = PAUSE_SECONDS
+        self._most = options.max_connections - 1
+        self._allowed = self._most
+        self._look_at = time.monotonic() + LOOK_SECONDS
+        self._gave_way = 0.0
 
     def ask(
         self, subject: str, payload: bytes, headers: Headers | bytes | None, seconds: float
@@ -211,7 +243,10 @@ class Lanes:
             reply = lane.ask(subject, payload, headers, patience)
         except (OSError, ValueError, BrokerError, ProtocolError, _Broken) as error:
             logger.debug("A lane to NATS failed: %s", error)
-            self._not_before = time.monotonic() + self._pause
+            if is_full(str(error)):
+                self._give_way(str(error))
+            else:
+                self._not_before = time.monotonic() + self._pause
             if lane is None:
                 return False
             self._drop(lane)
@@ -223,17 +258,37 @@ class Lanes:
         self._idle.append(lane)
         if self._closed:
             self._close_idle()
+        elif len(self._lanes) > self._allowed:
+            self._drop_oldest()
         return reply
 
     def _borrow(self, patience: float) -> _Lane | None:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            pass
-        if len(self._lanes) >= MOST or time.monotonic() < self._not_before or self._closed:
-            return None
+        now = time.monotonic()
+        may_open = now >= self._not_before and not self._closed
+        looks = may_open and now >= self._look_at
+        if looks:
+            self._look_at = now + LOOK_SECONDS
+            if len(self._lanes) >= self._most:
+                self._drop_oldest()
+                self._not_before = now + REST_SECONDS
+                looks = may_open = False
+        if not looks:
+            with contextlib.suppress(IndexError):
+                return self._idle.pop()
+            if not may_open or len(self._lanes) >= self._allowed:
+                return None
+        lane = self._open(patience)
+        if looks and lane is not None:
+            self._allowed = min(self._allowed + 1, self._most)
+            self._drop_oldest()
+        return lane
+
+    def _open(self, patience: float) -> _Lane | None:
         lane = _Lane()
         self._lanes.add(lane)
+        if len(self._lanes) > self._most:  # another thread opens one at the same moment
+            self._drop(lane)
+            return None
         pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE_SECONDS)
         try:
             lane.connect(self._options, self._address, self._peer, self._identity, patience)
@@ -242,6 +297,24 @@ class Lanes:
             raise
         self._pause = min(pause, PAUSE_SECONDS)
         return lane
+
+    def _give_way(self, reason: str) -> None:
+        """Keep half of the lanes: the server takes no further connection."""
+        now = time.monotonic()
+        self._not_before = now + LOOK_SECONDS
+        self._pause = PAUSE_SECONDS
+        if now < self._gave_way + AT_ONCE_SECONDS:
+            return
+        self._gave_way = now
+        self._allowed = sum(lane.opened for lane in self._each()) // 2
+        while self._idle and len(self._lanes) > self._allowed:
+            self._drop_oldest()  # the others when they come back
+        self._full(reason)
+
+    def _drop_oldest(self) -> None:
+        """Close the lane that was not used for the longest time, if one is free."""
+        with contextlib.suppress(IndexError):
+            self._drop(self._idle.popleft())
 
     def _drop(self, lane: _Lane) -> None:
         self._lanes.discard(lane)
@@ -255,7 +328,7 @@ class Lanes:
                 lane.cut()
         with contextlib.suppress(IndexError):
             if self._idle[0].used + IDLE_SECONDS < now:
-                self._drop(self._idle.popleft())
+                self._drop_oldest()
 
     def close(self) -> None:
         """Use none of these lanes again: the connection is elsewhere now, or closed."""

@@ -35,7 +35,7 @@ from dramatiq_jetstream.config import ConnectOptions
 from dramatiq_jetstream.errors import NotSent, ServerUnsupported
 
 from .calls import Call, Calls
-from .client import Client
+from .client import Client, NoRoom
 from .headers import Headers, Msg
 from .ids import new_id
 from .lanes import Lanes
@@ -133,6 +133,7 @@ class Link:
         self._fence_sent = 0
         self._fence_seen = 0
         self._silent_fences = 0
+        self._said_full = False
 
     # From any thread
 
@@ -193,7 +194,8 @@ class Link:
                     return
                 failure, failed = self._failure, self._attempts - before
                 final = isinstance(failure, (Refused, ServerUnsupported, LoginUnreadable))
-                if failure is not None and failed and (final or failed == attempts):
+                last = failed == attempts and not isinstance(failure, NoRoom)  # others may give way
+                if failure is not None and failed and (final or last):
                     raise type(failure)(*failure.args)
                 if not signal.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
                     reason = str(
@@ -366,7 +368,7 @@ class Link:
         self._fence_seen = self._fence_sent
         client.heard = True
         self._outbox.max_payload = int(client.info.get("max_payload") or 1_048_576)
-        self.lanes = Lanes(self.options, client.address, client.peer, client.identity)
+        self.lanes = Lanes(self.options, client.address, client.peer, client.identity, self._note_full)
         state = self.state
         state.connected = True
         state.server = client.address.netloc
@@ -414,6 +416,18 @@ class Link:
         else:
             self.logger.debug("%s", error)  # those who wait for it are told
         self._waiters.wake()
+
+    def _note_full(self, reason: str) -> None:
+        """Say once that the server takes no further connection; from any thread."""
+        if not self._said_full:
+            self._said_full = True
+            self.logger.warning(
+                "NATS at %s takes no further connection (%s): this process goes on with fewer than its %d, and gives "
+                "some back so that others get in. Raise the limit there, or lower max_connections here.",
+                self.state.server,
+                reason,
+                self.options.max_connections,
+            )
 
     def _complain(self, reason: str) -> None:
         """Log a reason once, and now and then again, until a connection has lasted."""

@@ -31,7 +31,7 @@ from dramatiq_jetstream.errors import ConnectionFailed, ServerUnsupported
 
 from . import error_numbers
 from .addresses import Address
-from .client import Client, Lost, RefusedByServer
+from .client import Client, Lost, NoRoom, RefusedByServer, is_full
 from .handshake import Silent, log_in_at
 from .headers import Msg
 from .ids import new_id
@@ -160,6 +160,11 @@ async def _open_way(
 def _explain(options: ConnectOptions, address: Address, error: BaseException) -> BaseException:
     """What went wrong, in one sentence; other errors, and silence, as they are."""
     if isinstance(error, RefusedByServer):
+        if is_full(str(error)):
+            return NoRoom(
+                f"NATS at {options.display} takes no further connection ({error}): raise the server's or the account's "
+                "limit, or give programs a smaller max_connections."
+            )
         if _LOGIN.search(str(error)):
             return Refused(
                 f"NATS at {options.display} refused us ({error}): check the user, password, token or credentials."
