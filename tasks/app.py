@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import dramatiq
@@ -25,6 +26,7 @@ from dramatiq_jetstream.periodic import Periodic
 from dramatiq_jetstream.streams import Stream
 
 from . import audit, credentials, events, idempotency, logs, metrics, orders, outage, stock, telemetry, tokens
+from .archive import Archive, ArchiveBroken
 from .audit import AuditLog
 from .catalogue import CATALOGUE
 from .credentials import Keys, Operators
@@ -38,6 +40,7 @@ from .levels import PREFIX
 from .orders import Orders
 from .outage import GuardedGateway, OneLine, Outage
 from .projection import Projection
+from .retention import Chronicle, Retention
 from .saga import STEPS, Saga
 from .settings import InvalidSetting, settings, worker_settings
 from .standstill import Standstill
@@ -282,6 +285,47 @@ def figures() -> Figures:
 def events_stored() -> EventStream:
     """Return the reader of the events."""
     return EventStream(broker.stream(events.STREAM), lambda: event_stream.ensure(broker))
+
+
+def archive() -> Archive | None:
+    """Return the archive, None where none is set up.
+
+    Raises:
+      ArchiveBroken: When its directory is missing.
+    """
+    if SETTINGS.archive_dir is None:
+        return None
+    directory = Path(SETTINGS.archive_dir)
+    if not directory.is_dir():
+        raise ArchiveBroken(f"ARCHIVE_DIR is {directory}, which is no directory here: make it, or mount it.")
+    return Archive(directory)
+
+
+def chronicle() -> Chronicle:
+    """Return the events of the archive and of the stream, as one."""
+    return Chronicle(archive(), events_stored())
+
+
+def retention() -> Retention:
+    """Return what moves orders into the archive and back.
+
+    Raises:
+      ArchiveBroken: When there is no archive.
+    """
+    found = archive()
+    if found is None:
+        raise ArchiveBroken("There is no archive here: set ARCHIVE_DIR to its directory.")
+    return Retention(
+        found,
+        events_stored(),
+        stock_store(),
+        stock_bucket(),
+        orders_store(),
+        orders_bucket(),
+        indexer().forget,
+        keep=SETTINGS.retention_days * 86_400_000,
+        now=now,
+    )
 
 
 @_once

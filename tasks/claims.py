@@ -1,8 +1,9 @@
 """Which order an id stands for.
 
 `claim.{order_id}`, in the bucket of the stock, is written once, before anything else happens to an order: by the front
-end before it publishes the order, or by the worker that first sees an order of another program. It is never changed,
-so an id has one content, and another order under the same id is refused.
+end before it publishes the order, or by the worker that first sees an order of another program. It is changed
+when the order leaves for the archive, or its customer is erased, and nothing can be claimed under it then either. So an
+id has one content, and another order under the same id is refused.
 
 A crash after a claim leaves an id that is taken, by the order that will be asked for again, and nothing else.
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from dramatiq_jetstream.errors import KeyExists
 from orders.v1.events_pb2 import OrderCreated
@@ -23,6 +25,11 @@ from .ports import Bucket
 from .rules import quantities_of
 from .text import normalised
 from .tokens import is_reference, reference
+
+#: What a claim has in place of a digest when its order is in the archive, or its customer was erased; no content has
+#: it.
+ARCHIVED: Final = "archived"
+ERASED: Final = "erased"
 
 
 class ClaimBehind(Exception):
@@ -45,6 +52,21 @@ class Claim:
     lines: tuple[PricedItem, ...] = ()
     total: int = 0
     currency: str = ""
+
+    @property
+    def is_archived(self) -> bool:
+        """Whether the order is in the archive, and only there."""
+        return self.digest == ARCHIVED
+
+    @property
+    def archived(self) -> Claim:
+        """What remains of the claim of an archived order."""
+        return Claim(self.at, ARCHIVED)
+
+    @property
+    def anonymous(self) -> Claim:
+        """The claim without what tells who ordered."""
+        return replace(self, digest=ERASED, customer_id="")
 
     def encode(self) -> bytes:
         """Return the claim as it is stored."""

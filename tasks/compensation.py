@@ -52,8 +52,8 @@ class Compensation(Refunds):
           NotCancellable: When there is no such order, or it is over, or an operator is to return it instead.
         """
         found = self._stock.find(order_id)
-        if found is None and self._stock.claims.find(order_id) is None:
-            raise NotCancellable(f"There is no order {order_id}.")
+        if found is None:
+            self._check_there(order_id)
         if found is not None and found.record.state not in CANCELLABLE:
             if found.record.state != "shipped":
                 raise NotCancellable(f"Order {order_id} is {found.record.state} already.")
@@ -64,6 +64,14 @@ class Compensation(Refunds):
         request = CancelRequest(self._now(), by, shown(reason, MAX_TEXT), name)
         request = self._stock.notes.ask_to_cancel(order_id, request)
         return self._publish(cancel_requested_event(order_id, request), request.at)
+
+    def _check_there(self, order_id: str) -> None:
+        """Raise NotCancellable when there is no such order, or it is in the archive."""
+        claim = self._stock.claims.find(order_id)
+        if claim is None:
+            raise NotCancellable(f"There is no order {order_id}.")
+        if claim.is_archived:
+            raise NotCancellable(f"Order {order_id} is in the archive.")
 
     def undo(self, event: OrderCancelRequested) -> str:
         """Cancel an order whose cancel was requested; returns the state in which that leaves it."""
@@ -108,6 +116,8 @@ class Compensation(Refunds):
     def _cancelled(self, order_id: str, reason: str) -> Found:
         """Bring an order to its end from wherever it is; it only moves forward meanwhile, so this comes to an end."""
         found = self._stock.find(order_id)
+        if found is None:
+            self._check_there(order_id)  # or an order that was archived a moment ago would be made again
         while True:
             if found is not None and found.record.state in ("paid", "confirmed"):
                 record = found.record

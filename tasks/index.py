@@ -16,9 +16,10 @@ is shown. So lists are right whether the index is kept or not, and nothing depen
 from __future__ import annotations
 
 import math
+import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from heapq import merge
 from itertools import islice
@@ -26,7 +27,7 @@ from typing import Final
 
 from dramatiq_jetstream.errors import TopologyMissing
 
-from .folds import Fold, Position, Progress, read_position, unseen
+from .folds import Fold, Position, Progress, RebuildConflict, read_position, unseen
 from .model import REASONED_STATUSES, Order, Wanted
 from .ports import BatchBucket, Bucket, Entry
 from .postings import LISTS, USED, Lists, Posting, newest
@@ -36,6 +37,9 @@ BUCKET: Final = "orders-index"
 #: How many records make a batch, and in how many lists they are at most: a batch has up to 1,000 documents.
 _RECORDS: Final = 300
 _LISTS: Final = 200
+
+#: How often orders are taken out of lists that others change at the same time.
+_TRIES: Final = 50
 
 #: How many records a reader gets beside the index; a reader of an index that is further behind does without it.
 MAX_RECENT: Final = 20_000
@@ -108,6 +112,33 @@ class Indexer:
             return self._advance(position, math.inf, last, progress)
 
         self._fold.rebuild(derive)
+
+    def forget(self, orders: Iterable[Order]) -> None:
+        """Take orders out of the lists; they left the read model, or belong to no customer any more.
+
+        Raises:
+          RebuildConflict: When others kept changing the index.
+        """
+        remaining = iter([Brief.of(order) for order in orders if order.place])
+        while batch := list(islice(remaining, _RECORDS // 3)):
+            for _ in range(_TRIES):
+                position = self._fold.begin()
+                if position is not None and self._forget(position, batch):
+                    break
+                time.sleep(random.uniform(0, 0.2))
+            else:
+                raise RebuildConflict("The index kept changing: try again.")
+
+    def _forget(self, position: Position, batch: list[Brief]) -> bool:
+        lists = Lists(self._bucket, position)
+        wanted = [(name, one) for one in batch for name in (*one.lists, f"status.{one.status}")]
+        lists.read((name, one.place) for name, one in wanted)
+        for name, one in wanted:
+            found = lists.find(name, one.place)
+            if found is not None and found.order_id == one.order_id:
+                lists.discard(name, one.place)
+        updates = lists.updates()
+        return not updates or self._fold.move(position, position.reached, updates) is not None
 
     def _advance(
         self, position: Position, seconds: float, last: int = 0, progress: Progress = unseen

@@ -5,7 +5,8 @@ in a record, whether this run has come to its event yet or not. So no record is 
 is killed at any moment and the workers go on meanwhile. What goes is what the ledger does not confirm: facts and whole
 orders that it does not know, and places in the stream where this run found something else.
 
-Events that are older than the stream's first message cannot be read again, so what records say of them stays.
+Events that left the stream are read from the archive (`tasks.archive`). What records say of events that are in neither
+stays.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 from dramatiq_jetstream.streams import Range
 
 from .announcements import Testimony
+from .archive import ArchiveBroken
 from .events import Happened, key_of, order_id_of
 from .folds import RebuildConflict
 from .orders import Stored, merge, stored_in, with_event
 from .ports import Bucket, Entry
+from .retention import Chronicle
 from .stock import Stock
-from .stream import EventStream
 
 #: How many events are held in memory before the records of their orders are written.
 _CHUNK = 5_000
@@ -61,7 +63,7 @@ class Rebuild:
         self,
         bucket: Bucket,
         stock: Stock,
-        stream: EventStream,
+        stream: Chronicle,
         progress: Callable[[int, int], None],
         now: Callable[[], int],
     ) -> None:
@@ -199,13 +201,13 @@ def main() -> int:
             print(f"\r{done:,} of {of:,}", end="\n" if done == of else "", file=sys.stderr, flush=True)
 
     try:
-        rebuild = Rebuild(app.orders_bucket(), app.stock_store(), app.events_stored(), progress, app.now)
+        rebuild = Rebuild(app.orders_bucket(), app.stock_store(), app.chronicle(), progress, app.now)
         print(rebuild.run())
         app.indexer().rebuild(progress)
         print("the index is made again")
         app.counting().rebuild(progress)
         print("the figures are counted again")
-    except (BrokerError, RebuildConflict) as error:
+    except (BrokerError, RebuildConflict, ArchiveBroken) as error:
         print(error, file=sys.stderr)
         return 1
     finally:

@@ -37,9 +37,29 @@ class EventStream:
         """Yield every event that can be attributed to an order, oldest first."""
         self._ensure()
         for stored in self._stream.read(SUBJECTS, start=start):
-            found = _read(stored)
+            found = read_stored(stored)
             if found is not None:
                 yield found
+
+    def stored(self, start: int = 1) -> Iterator[StoredMessage]:
+        """Yield every message, also those that are no order's event, oldest first."""
+        self._ensure()
+        return self._stream.read(SUBJECTS, start=start)
+
+    def settled_to(self) -> tuple[int, str] | None:
+        """Return how far the consumer has settled events that is behind all others, and its name; None when none is."""
+        behind = [
+            (one.settled_to, one.name) for one in self._stream.consumers() if one.waiting or one.in_flight
+        ]
+        return min(behind, default=None)
+
+    def trim(self, before: int) -> None:
+        """Remove everything before a place; it is in the archive."""
+        self._stream.trim(before)
+
+    def erase(self, sequence: int) -> bool:
+        """Remove the message at a place and overwrite it on the server's disk; False when there is none."""
+        return self._stream.erase(sequence)
 
     def stored_at(self, sequence: int) -> StoredMessage | None:
         """Return the message at a place of the stream."""
@@ -48,7 +68,7 @@ class EventStream:
     def happened_at(self, sequence: int) -> Happened | None:
         """Return the event at a place of the stream."""
         stored = self.stored_at(sequence)
-        return None if stored is None else _read(stored)
+        return None if stored is None else read_stored(stored)
 
     def newest_created(self) -> int:
         """Return the place of the newest event that created an order, 0 when there is none."""
@@ -66,12 +86,12 @@ class EventStream:
         for stored in self._stream.read(_CREATED, start=start, page=max(1, min(end - start, _PAGE))):
             if stored.sequence >= end:
                 return
-            found = _read(stored)
+            found = read_stored(stored)
             if found is not None and isinstance(found.event, OrderCreated):
                 yield stored.sequence, found.event
 
 
-def _read(stored: StoredMessage) -> Happened | None:
+def read_stored(stored: StoredMessage) -> Happened | None:
     """Return the event in a message, None when it is no order's or cannot be read (it is a dead letter then)."""
     try:
         event = decode(stored.subject, stored.data)

@@ -1,11 +1,11 @@
-"""Reading a stream: one message, the newest, or all of them in order, without a consumer on the server.
+"""Reading a stream: one message, the newest, or all of them in order, without a consumer on the server; removing some.
 
     orders = broker.stream("ORDERS")
     for event in orders.read("ORDER.created"):
         print(event.sequence, event.time, event.data)
 
 A stream is read from its leader or from a replica that has caught up with it, so what was acknowledged before the call
-is there. Nothing here changes the stream, and nothing is left on the server if the process dies.
+is there. Reading changes nothing, and leaves nothing on the server if the process dies. Removing may be repeated.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from .errors import NotFound, TopologyMissing
+from .errors import ApiError, NotFound, TopologyMissing
 from .jetstream.inventory import consumers
 from .jetstream.listing import PAGE, Listing
 from .jetstream.reading import StoredMessage, first_message, first_message_since, last_message, message_at
 from .wire.connection import Connection
+from .wire.error_numbers import MESSAGE_DELETE_FAILED, MESSAGE_NOT_FOUND, NO_MESSAGE_TO_DELETE
 
 __all__ = ["Range", "StoredMessage", "Stream", "StreamConsumer"]
 
@@ -38,11 +39,13 @@ class StreamConsumer:
     Attributes:
       waiting: Messages that were not delivered yet.
       in_flight: Messages that were delivered and not acked.
+      settled_to: The sequence up to which it has nothing left to do; while it has, that of the last before.
     """
 
     name: str
     waiting: int
     in_flight: int
+    settled_to: int = 0
 
 
 class Stream:
@@ -129,6 +132,32 @@ class Stream:
         """How far each consumer of the stream is."""
         self.range()
         return [
-            StreamConsumer(info["name"], info["num_pending"], info["num_ack_pending"])
+            StreamConsumer(
+                info["name"], info["num_pending"], info["num_ack_pending"], info["ack_floor"]["stream_seq"]
+            )
             for info in consumers(self._connection, self.name)
         ]
+
+    # Removing
+
+    def erase(self, sequence: int) -> bool:
+        """Remove a message and overwrite its bytes on the server's disk; False when there is none.
+
+        Raises:
+          ApiError: When the stream allows no deletions.
+        """
+        try:
+            self._connection.api(f"STREAM.MSG.DELETE.{self.name}", {"seq": sequence, "no_erase": False})
+        except ApiError as error:
+            missing = error.err_code in (NO_MESSAGE_TO_DELETE, MESSAGE_NOT_FOUND) or (
+                error.err_code == MESSAGE_DELETE_FAILED and "not found" in error.description
+            )
+            if not missing:
+                raise
+            return False
+        return True
+
+    def trim(self, before: int) -> int:
+        """Remove all messages with a smaller sequence than `before`; returns how many there were."""
+        reply = self._connection.api(f"STREAM.PURGE.{self.name}", {"seq": before})
+        return int(reply.get("purged", 0))

@@ -54,6 +54,17 @@ def test_a_stream_says_how_far_its_consumers_are(events, service, topic):
     assert consumer() == StreamConsumer(consumer().name, waiting=2, in_flight=0)
 
 
+def test_messages_are_removed(events):
+    """A single one for good, or all before a place; again there is nothing to remove."""
+    assert events.erase(2)
+    assert not events.erase(2)
+    assert [message.sequence for message in events.read()] == [1, 3]
+    assert events.trim(3) == 1
+    assert events.trim(3) == 0
+    assert events.range() == Range(3, 3)
+    assert not events.erase(9)
+
+
 def test_a_stream_that_does_not_exist_is_an_error_not_an_empty_one(service):
     """A typing error in the name must not look like a stream without messages."""
     missing = service.stream("NOSUCH")

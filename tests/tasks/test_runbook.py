@@ -231,6 +231,17 @@ def a_rebuild(shell: Shell, block: Block) -> None:
     assert {alike(line) for line in shell(command).splitlines()} == block.printed
 
 
+def the_archive(shell: Shell, block: Block) -> None:
+    """Nothing is old enough to leave."""
+    directory = shell.directory / "archive"
+    directory.mkdir()
+    shell.environment |= {"RETENTION_DAYS": "1", "ARCHIVE_DIR": str(directory)}
+    run, verify, restore = block.commands
+    assert "0 segments written" in shell(run)
+    assert "0 segments are whole" in shell(verify)
+    assert "not in the archive alone" in shell(restore, code=1, ORDER_ID=shell.order())
+
+
 def a_backup(shell: Shell, block: Block) -> None:
     """A server on the copy has the queues."""
     copy, server = block.commands
@@ -266,6 +277,7 @@ PROCEDURES: dict[str, Callable[..., None]] = {
     "Pausing a queue": a_pause,
     "Single messages": single_messages,
     "Rebuilding the read model": a_rebuild,
+    "The archive": the_archive,
     "Backup": a_backup,
     "Spans": a_trace,
     "The store is full": old_events,

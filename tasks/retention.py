@@ -1,0 +1,395 @@
+"""Moves orders that are over from the stream and the buckets into the archive, and brings them back.
+
+A stretch of the stream leaves as a whole, oldest first, so everything before one place is archived and everything from
+it on is in the stream. Events leave that are older than RETENTION_DAYS, up to the first that has to stay: of an order
+that is not final, of which money may have to go back, that the read model does not show, or that a consumer of the
+stream has not settled. What the bucket of the stock and the read model have of an order leaves with its last event.
+
+    write a segment, synced and read back (`tasks.archive`) → move the mark in the bucket of the stock
+    → for each order that ends in it: close its claim, delete its entries, delete its record → remove the stretch
+
+Killed between any two of these, the next run carries on: what the mark does not know of is a whole segment that follows
+it, and what was closed and deleted stays so. Nothing is removed before its segment is on the disk. An entry is deleted
+only as it was archived; an order that was changed meanwhile keeps its entries, and leaves with its new last event.
+
+A closed claim stays, so that no event that comes again, and no request, begins an archived order anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+from dramatiq_jetstream.errors import KeyExists, RevisionConflict
+from dramatiq_jetstream.streams import Range, StoredMessage
+
+from .archive import Archive, ArchiveBroken, ArchivedOrder, Segment
+from .claims import Claim
+from .entries import claim_key, entries_of
+from .events import Happened, order_id_of
+from .model import Order
+from .orders import Orders
+from .ports import Bucket
+from .stock import Stock
+from .stream import EventStream, read_stored
+
+#: The key that says how far the stream is archived, in the bucket of the stock.
+MARK: Final = "mark.archive"
+
+#: How many events a segment has at most, and about how many bytes of them.
+MAX_EVENTS: Final = 10_000
+MAX_BYTES: Final = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Up to where the stream is archived, from where on, and in which archive."""
+
+    archive: str
+    since: int
+    last: int
+
+
+@dataclass
+class Summary:
+    """What a run has done, and what kept it from going on; empty when nothing older is left."""
+
+    segments: int = 0
+    events: int = 0
+    orders: int = 0
+    held_by: str = ""
+
+    def __str__(self) -> str:
+        said = f"{self.segments} segments written: {self.events} events, {self.orders} orders."
+        return f"{said} It goes no further: {self.held_by}." if self.held_by else said
+
+
+class Retention:
+    """Moves orders into an archive.
+
+    Parameters:
+      stream: The events.
+      stock, stock_bucket: The ledger.
+      orders, orders_bucket: The read model.
+      forget: Takes orders out of the index of the read model.
+      keep: Milliseconds for which events stay in the stream.
+      now: The time in milliseconds.
+    """
+
+    def __init__(
+        self,
+        archive: Archive,
+        stream: EventStream,
+        stock: Stock,
+        stock_bucket: Bucket,
+        orders: Orders,
+        orders_bucket: Bucket,
+        forget: Callable[[Iterable[Order]], None],
+        *,
+        keep: int,
+        now: Callable[[], int],
+    ) -> None:
+        self.archive = archive
+        self._stream = stream
+        self._stock = stock
+        self._stock_bucket = stock_bucket
+        self._orders = orders
+        self._orders_bucket = orders_bucket
+        self._forget = forget
+        self._keep = keep
+        self._now = now
+
+    def run(self) -> Summary:
+        """Archive what may leave; returns what was done.
+
+        Raises:
+          ArchiveBroken: When the archive is not whole, not this store's, or used by another process.
+        """
+        summary = Summary()
+        with self.archive.alone():
+            mark = self._begin()
+            while True:
+                stretch = self._next(mark.last + 1)
+                summary.held_by = stretch.held_by
+                if not stretch.events:
+                    return summary
+                last = stretch.events[-1].sequence
+                orders = list(self._ending(stretch, last))
+                segment = self.archive.write(mark.last + 1, last, self._now(), stretch.events, orders)
+                mark = self._move(mark, last)
+                self._leave(segment)
+                summary.segments += 1
+                summary.events += len(stretch.events)
+                summary.orders += len(orders)
+
+    # What is where
+
+    def _begin(self) -> Mark:
+        """Return the mark, after what an earlier run has begun is brought to its end."""
+        mark = self._mark()
+        segments = self.archive.segments()
+        last = segments[-1] if segments else None
+        if segments and segments[0].first != mark.since + 1:
+            raise ArchiveBroken(
+                f"The archive in {self.archive.directory} is not whole: it begins with event {segments[0].first}, and "
+                f"should with {mark.since + 1}. Put back the files that are missing."
+            )
+        if last is not None and last.first == mark.last + 1:
+            self.archive.verify(last)
+            mark = self._move(mark, last.last)
+        if (mark.since if last is None else last.last) != mark.last:
+            raise ArchiveBroken(
+                f"The archive in {self.archive.directory} is not whole: events up to {mark.last} were archived, and it "
+                f"ends with {mark.since if last is None else last.last}. Put back the files that are missing."
+            )
+        if last is not None and self._stream.range().first <= mark.last:
+            self.archive.verify(last)
+            self._leave(last)
+        return mark
+
+    def _mark(self) -> Mark:
+        mine = self.archive.id
+        mark = find_mark(self._stock_bucket)
+        if mark is None:
+            if self.archive.segments():
+                raise ArchiveBroken(
+                    f"The archive in {self.archive.directory} is another store's: give ARCHIVE_DIR an empty directory."
+                )
+            since = self._stream.range().first - 1
+            with suppress(KeyExists):
+                self._stock_bucket.create(MARK, _encode(Mark(mine, since, since)))
+            mark = find_mark(self._stock_bucket)
+            assert mark is not None, "it is there"
+        if mark.archive != mine:
+            raise ArchiveBroken(
+                f"Events up to {mark.last} are in another archive than the one in {self.archive.directory}, with the "
+                f"id {mark.archive}: set ARCHIVE_DIR to its directory."
+            )
+        return mark
+
+    def _move(self, mark: Mark, last: int) -> Mark:
+        """Note that the archive goes up to a place."""
+        entry = self._stock_bucket.get(MARK)
+        moved = Mark(mark.archive, mark.since, last)
+        assert entry is not None, "nothing removes it"
+        if entry.value != _encode(mark):
+            raise ArchiveBroken(
+                "Another process archives at the same time, with a copy of the archive: stop one."
+            )
+        self._stock_bucket.update(MARK, _encode(moved), revision=entry.revision)
+        return moved
+
+    # What may leave
+
+    def _next(self, first: int) -> _Stretch:
+        """Return the next events that may leave."""
+        stretch = _Stretch()
+        oldest = self._now() - self._keep
+        behind = self._stream.settled_to()
+        size = 0
+        for stored in self._stream.stored(first):
+            if stored.time >= oldest:
+                break
+            if behind is not None and stored.sequence > behind[0]:
+                stretch.held_by = f"the consumer {behind[1]} has not settled event {stored.sequence}"
+                break
+            happened = read_stored(stored)
+            if happened is not None and (held_by := self._held_by(stretch, happened)):
+                stretch.held_by = held_by
+                break
+            stretch.events.append(stored)
+            size += len(stored.data)
+            if len(stretch.events) >= MAX_EVENTS or size >= MAX_BYTES:
+                break
+        return stretch
+
+    def _held_by(self, stretch: _Stretch, happened: Happened) -> str:
+        """Return what keeps an event in the stream; empty when it may leave."""
+        order_id = order_id_of(happened.event)
+        if order_id in stretch.newest:
+            return ""
+        claim, found = self._stock.claims.find(order_id), self._stock.find(order_id)
+        if (claim is None and found is None) or (claim is not None and claim.is_archived):
+            return ""  # no order of this service, or one that left before
+        order = self._orders.get(order_id)
+        if order is None:
+            return f"order {order_id} is not in the read model, see `python -m tasks.rebuild`"
+        if not order.is_final:
+            return f"order {order_id} is {order.status}"
+        if self._stock.notes.find_unsettled(order_id) is not None:
+            return f"money of order {order_id} may have to go back"
+        stretch.newest[order_id] = max(entry.sequence for entry in order.history)
+        return ""
+
+    def _ending(self, stretch: _Stretch, last: int) -> Iterator[ArchivedOrder]:
+        """Yield the orders of which no event is left behind a place, as they are now."""
+        ending = [order_id for order_id, newest in stretch.newest.items() if newest <= last]
+        for order_id in dict.fromkeys([*ending, *self._without_events(last)]):
+            entries = entries_of(self._stock_bucket, order_id)
+            record = self._orders_bucket.get(order_id)
+            yield ArchivedOrder(
+                order_id,
+                {key: entry.value.decode() for key, entry in entries.items()},
+                None if record is None else record.value.decode(),
+            )
+
+    def _without_events(self, last: int) -> Iterator[str]:
+        """Yield the orders that have no event in the stream and whose time is over: restored ones, and erased ones."""
+        for kind in ("restored", "erased"):
+            for entry in self._stock_bucket.items(f"{kind}."):
+                order_id = entry.key.partition(".")[2]
+                order = self._orders.get(order_id)
+                if (
+                    order is None
+                    or not order.is_final
+                    or json.loads(entry.value)["at"] >= self._now() - self._keep
+                ):
+                    continue
+                if max(one.sequence for one in order.history) <= last:
+                    yield order_id
+
+    # Leaving
+
+    def _leave(self, segment: Segment) -> None:
+        """Take away what a segment has."""
+        closed = []
+        for line in self.archive.lines(segment):
+            if "order" in line:
+                archived = ArchivedOrder.of(line)
+                if self._close(archived) and (order := archived.order) is not None:
+                    closed.append(order)
+        self._forget(closed)
+        self._stream.trim(segment.last + 1)
+
+    def _close(self, archived: ArchivedOrder) -> bool:
+        """Delete the entries of an order, if they are still as they were archived, and its record.
+
+        Returns:
+          Whether the order is in the archive alone now.
+        """
+        bucket, order_id = self._stock_bucket, archived.order_id
+        there = entries_of(bucket, order_id)
+        claim = there.get(claim_key(order_id))
+        was_closed = claim is not None and Claim.decode(claim.value).is_archived
+        others = {key: entry for key, entry in there.items() if key != claim_key(order_id)}
+        changed = [key for key, entry in others.items() if archived.entries.get(key) != entry.value.decode()]
+        if was_closed and changed and claim is not None:
+            # A run was killed as it closed an order that was changed at that moment.
+            self._stock_bucket.update(
+                claim.key, archived.entries[claim.key].encode(), revision=claim.revision
+            )
+            return False
+        if changed or (not was_closed and len(there) != len(archived.entries)):
+            return False
+        if claim is not None and not was_closed:
+            closed = Claim.decode(claim.value).archived.encode()
+            revision = bucket.update(claim.key, closed, revision=claim.revision)
+        else:
+            revision = 0 if claim is None else claim.revision
+        # The record of the order first: from here on it cannot be changed any more.
+        for key in sorted(others, key=lambda key: not key.startswith("order.")):
+            try:
+                bucket.delete(key, revision=others[key].revision)
+            except RevisionConflict:
+                if claim is not None:
+                    bucket.update(claim.key, archived.entries[claim.key].encode(), revision=revision)
+                return False
+        self._orders_bucket.delete(order_id)
+        return True
+
+    # Coming back
+
+    def restore(self, wanted: Iterable[str] | None) -> Iterator[str]:
+        """Bring orders back from the archive, to be read, refunded and so on; yields the ids of those that are back.
+
+        They stay for as long as new ones. Their events stay in the archive. Killed at any moment, it may be repeated.
+
+        Parameters:
+          wanted: Which; None is all of them.
+
+        Raises:
+          ArchiveBroken: When the archive is not whole; what was yielded before is back.
+        """
+        ids = None if wanted is None else set(wanted)
+        # One that was archived twice is as it was archived last.
+        newest = {one.order_id: place for place, one in enumerate(self.archive.orders())}
+        for place, archived in enumerate(self.archive.orders()):
+            is_wanted = ids is None or archived.order_id in ids
+            if is_wanted and newest[archived.order_id] == place and self._bring_back(archived):
+                yield archived.order_id
+
+    def _bring_back(self, archived: ArchivedOrder) -> bool:
+        order_id = archived.order_id
+        claim = self._stock_bucket.get(claim_key(order_id))
+        closed = claim is not None and Claim.decode(claim.value).is_archived
+        if claim is not None and not closed:
+            return False  # it is back, or never left
+        at = json.dumps({"at": self._now()})
+        entries = {**archived.entries, f"restored.{order_id}": at}
+        opened = entries.pop(claim_key(order_id), None)
+        for key, value in entries.items():
+            with suppress(KeyExists):
+                self._stock_bucket.create(key, value.encode())
+        if archived.record is not None:
+            with suppress(KeyExists):
+                self._orders_bucket.create(order_id, archived.record.encode())
+        # Last: with it the order counts again.
+        if opened is not None:
+            if claim is None:
+                self._stock_bucket.create(claim_key(order_id), opened.encode())
+            else:
+                self._stock_bucket.update(claim.key, opened.encode(), revision=claim.revision)
+        return True
+
+
+class _Stretch:
+    """Events that may leave, for each order in them the place of its newest event, and what stopped the stretch."""
+
+    def __init__(self) -> None:
+        self.events: list[StoredMessage] = []
+        self.newest: dict[str, int] = {}
+        self.held_by = ""
+
+
+def find_mark(bucket: Bucket) -> Mark | None:
+    """Return up to where the stream is archived, None when nothing ever was."""
+    entry = bucket.get(MARK)
+    return None if entry is None else Mark(**json.loads(entry.value))
+
+
+def _encode(mark: Mark) -> bytes:
+    return json.dumps({"archive": mark.archive, "since": mark.since, "last": mark.last}).encode()
+
+
+class Chronicle:
+    """The events of the archive and, behind them, those of the stream, as one stream.
+
+    Parameters:
+      archive: None where there is none.
+      stream: The events that have not left.
+    """
+
+    def __init__(self, archive: Archive | None, stream: EventStream) -> None:
+        self._archive = archive
+        self._stream = stream
+
+    def range(self) -> Range:
+        """Return which sequences there are."""
+        there = self._stream.range()
+        segments = [] if self._archive is None else self._archive.segments()
+        return Range(segments[0].first, max(there.last, segments[-1].last)) if segments else there
+
+    def read(self, start: int = 1) -> Iterator[Happened]:
+        """Yield every event that can be attributed to an order, oldest first.
+
+        Raises:
+          ArchiveBroken: When the archive is not whole.
+        """
+        if self._archive is not None:
+            for segment in self._archive.segments():
+                start = max(start, segment.last + 1)
+            yield from self._archive.events()
+        yield from self._stream.read(start)

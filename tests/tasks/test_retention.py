@@ -1,0 +1,362 @@
+"""Orders leave for the archive and come back, whatever is killed when: each event is in one place, and none is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import tasks.archive
+import tasks.retention
+from dramatiq_jetstream.streams import Range, StoredMessage
+from tasks.archive import Archive, ArchiveBroken
+from tasks.claims import Claim
+from tasks.entries import KINDS
+from tasks.events import Happened, order_id_of, subject_of
+from tasks.orders import Orders
+from tasks.rebuild import Rebuild
+from tasks.retention import MARK, Chronicle, Retention, find_mark
+from tasks.stream import read_stored
+from tests.tasks.test_saga_properties import Service, created
+
+DAY = 86_400_000
+
+
+class Events:
+    """The stream of a `Service` as `tasks.stream` offers it; an event was stored at 1,000 + its sequence."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.first = 1
+        self.gone: set[int] = set()
+        self.behind: tuple[int, str] | None = None
+
+    def range(self) -> Range:
+        return Range(self.first, len(self._service.stream.stored))
+
+    def stored(self, start: int = 1) -> Iterator[StoredMessage]:
+        for one in self._service.stream.stored[max(start, self.first) - 1 :]:
+            if one.sequence not in self.gone:
+                data = one.event.SerializeToString(deterministic=True)
+                headers = {"Request-Id": f"r-{one.sequence}"}
+                yield StoredMessage(
+                    "ORDERS", one.sequence, subject_of(one.event), data, headers, 1_000 + one.sequence
+                )
+
+    def read(self, start: int = 1) -> Iterator[Happened]:
+        return (found for one in self.stored(start) if (found := read_stored(one)) is not None)
+
+    def settled_to(self) -> tuple[int, str] | None:
+        return self.behind
+
+    def trim(self, before: int) -> None:
+        self._service.world.pause("before the trim")
+        self.first = max(self.first, before)
+        self._service.world.pause("after the trim")
+
+    def erase(self, sequence: int) -> bool:
+        self._service.world.pause(f"before {sequence} is erased")
+        there = sequence >= self.first and sequence not in self.gone
+        self.gone.add(sequence)
+        return there
+
+
+class Shop:
+    """A service with an archive; time passes when the test says so."""
+
+    def __init__(self, directory: Path, orders: int, *, unfinished: int = 0) -> None:
+        self.service = Service(window=False)
+        self.events = Events(self.service)
+        self.directory = directory
+        self.forgotten: set[str] = set()
+        for number in range(orders):
+            token = ("tok_ok", "tok_declined")[number % 3 == 1]
+            self.place(f"o-{number}", token)
+        self.service.finish()
+        for number in range(unfinished):
+            event = created(f"u-{number}", [("TEE-01", 1)])
+            self.service.stream.append(event)
+            self.service.step("reserve", self.service.stream.stored[-1])
+            for stored in self.service.stream.stored[-2:]:
+                self.service.project(stored)
+            self.service.seen = len(self.service.stream.stored)
+
+    def place(self, order_id: str, token: str = "tok_ok") -> None:
+        self.service.stream.append(created(order_id, [("MUG-01", 1)], token))
+        self.service.deliver_new()
+
+    def retention(self, *, until: int | None = None) -> Retention:
+        """Return a process that archives what was stored before a place."""
+        last = len(self.service.stream.stored) if until is None else until
+        return Retention(
+            Archive(self.directory),
+            self.events,  # type: ignore[arg-type]
+            self.service.stock(),
+            self.service.stock_bucket,
+            Orders(self.service.orders_bucket),
+            self.service.orders_bucket,
+            lambda orders: self.forgotten.update(order.order_id for order in orders),
+            keep=DAY,
+            now=lambda: DAY + 1_001 + last,
+        )
+
+    def rebuild(self) -> Any:
+        chronicle = Chronicle(Archive(self.directory), self.events)  # type: ignore[arg-type]
+        return Rebuild(
+            self.service.orders_bucket,
+            self.service.stock(),
+            chronicle,
+            lambda done, of: None,
+            self.service.now,
+        ).run()
+
+    def archived(self) -> list[int]:
+        archive = Archive(self.directory)
+        return [
+            line["event"]["sequence"]
+            for segment in archive.segments()
+            for line in archive.lines(segment)
+            if "event" in line
+        ]
+
+    def records(self) -> dict[str, Any]:
+        return {key: json.loads(entry.value) for key, entry in self.service.orders_bucket.entries.items()}
+
+    def ledger(self) -> dict[str, bytes]:
+        entries = self.service.stock_bucket.entries.items()
+        return {key: entry.value for key, entry in entries if key.partition(".")[0] in KINDS}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several segments, and no waiting for a disk."""
+    monkeypatch.setattr(tasks.retention, "MAX_EVENTS", 7)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+def test_nothing_is_lost_and_nothing_twice(seed: int) -> None:
+    """Killed between any two effects, again and again, while events of strangers and late refunds come in."""
+    chance = random.Random(seed)
+    with TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        shop = Shop(Path(directory), 6, unfinished=chance.randrange(2))
+        world = shop.service.world
+        replace = Path.replace
+
+        def pausing(part: Path, path: Path) -> Path:
+            world.pause("before the rename")
+            replaced = replace(part, path)
+            world.pause("after the rename")
+            return replaced
+
+        patch.setattr(Path, "replace", pausing)
+        ledger, records = shop.ledger(), shop.records()
+        changed: set[str] = set()
+        for last in (False, False, False, False, False, True):
+            until = len(shop.service.stream.stored) if last else chance.randrange(30)
+            task = world.start("archive", lambda until=until: shop.retention(until=until).run())  # type: ignore[misc]
+            while not task.done:
+                if chance.random() < 0.02:
+                    refund(shop, f"o-{chance.randrange(6)}", changed)
+                crash = not last and chance.random() < 0.08
+                world.step(task, crash=crash)
+                if crash:
+                    check(shop)
+        shop.service.finish()
+        check(shop)
+        # Those that left are closed, and the others as they were.
+        for key, entry in shop.service.stock_bucket.entries.items():
+            kind, _, order_id = key.partition(".")
+            if kind == "claim" and Claim.decode(entry.value).is_archived:
+                assert order_id not in shop.service.orders_bucket.entries
+                assert order_id in shop.forgotten
+                assert [k for k in shop.ledger() if k.partition(".")[2] == order_id] == [key]
+        # The read model is made again from archive, stream and ledger.
+        kept = shop.records()
+        shop.service.orders_bucket.entries.clear()
+        shop.rebuild()
+        assert shop.records() == kept
+        # All that left comes back as it was.
+        list(shop.retention().restore(None))
+        now, there = shop.ledger(), shop.records()
+        same = {key: value for key, value in ledger.items() if key.partition(".")[2] not in changed}
+        assert {key: now[key] for key in same} == same
+        assert {order_id: there[order_id] for order_id in records.keys() - changed} == {
+            order_id: record for order_id, record in records.items() if order_id not in changed
+        }
+        assert there.keys() == records.keys()
+        shop.rebuild()
+        assert shop.records() == there
+
+
+def refund(shop: Shop, order_id: str, changed: set[str]) -> None:
+    """Refund a part of a confirmed order, as an operator does while it is archived."""
+    record = shop.service.records().get(order_id)
+    if record is None or record.state != "confirmed" or order_id in changed:
+        return
+    current, shop.service.world._current = shop.service.world._current, None
+    try:
+        shop.service.saga().request_refund(order_id, "part", 100, "late")
+        changed.add(order_id)
+        shop.service.deliver_new()
+        while shop.service.pending:
+            step, stored = shop.service.pending.pop(0)
+            if step == "project":
+                shop.service.project(stored)
+            else:
+                shop.service.step(step, stored)
+            shop.service.deliver_new()
+    finally:
+        shop.service.world._current = current
+
+
+def check(shop: Shop) -> None:
+    """Every event is in the archive or in the stream; what left the stream is in the archive, once."""
+    archived = shop.archived()
+    assert archived == sorted(set(archived))
+    assert archived == list(range(1, len(archived) + 1))
+    assert shop.events.first <= len(archived) + 1
+    archive = Archive(shop.directory)
+    for segment in archive.segments():
+        for line in archive.lines(segment):
+            if "event" in line:
+                order_id = order_id_of(read_stored(tasks.archive.stored_in(line)).event)  # type: ignore[union-attr]
+                assert not order_id.startswith("u-"), "it is not final"
+
+
+def test_what_stays_is_said(tmp_path: Path) -> None:
+    """An order that is not final, one whose money may have to go back, and a consumer that is behind hold the rest."""
+    shop = Shop(tmp_path, 2, unfinished=1)
+    place = next(one.sequence for one in shop.events.read() if order_id_of(one.event) == "u-0")
+    said = shop.retention().run()
+    assert said.held_by == "order u-0 is reserved"
+    assert (shop.events.first, said.events, said.orders) == (place, place - 1, 2)
+
+    other = Shop(tmp_path / "other", 2)
+    (tmp_path / "other").mkdir()
+    other.events.behind = (3, "dramatiq-project_event")
+    said = other.retention().run()
+    assert (said.events, said.held_by) == (3, "the consumer dramatiq-project_event has not settled event 4")
+    other.events.behind = None
+    other.service.stock().notes.unsettle("o-0", 1, 1)
+    assert "money of order o-0" in other.retention().run().held_by
+
+
+def test_young_events_stay(tmp_path: Path) -> None:
+    """By the time at which they were stored."""
+    shop = Shop(tmp_path, 2)
+    assert shop.retention(until=3).run().events == 3
+    assert shop.retention(until=3).run().events == 0
+    assert shop.events.first == 4
+    assert find_mark(shop.service.stock_bucket).last == 3  # type: ignore[union-attr]
+
+
+def test_an_archived_order_is_not_begun_again(tmp_path: Path) -> None:
+    """Its events come again, its id is asked for again, it is to be cancelled: nothing happens to it."""
+    shop = Shop(tmp_path, 3)
+    stored = list(shop.service.stream.stored)
+    pieces = shop.service.pieces()
+    shop.retention().run()
+    ledger = shop.ledger()
+    assert ledger.keys() == {"claim.o-0", "claim.o-1", "claim.o-2"}
+    for one in stored:
+        shop.service.project(one)
+        for step in ("reserve", "pay", "confirm", "release", "undo", "settle"):
+            if step == "reserve" and subject_of(one.event) != "ORDER.created":
+                continue
+            with pytest.raises(Exception, match=r"."):  # UnusableEvent, or NotCancellable
+                getattr(shop.service.saga(), step)(one.event)
+    with pytest.raises(tasks.compensation.NotCancellable, match="is in the archive"):
+        shop.service.saga().request_cancel("o-0", "operator")
+    assert (shop.ledger(), shop.records(), shop.service.pieces()) == (ledger, {}, pieces)
+    assert len(shop.service.stream.stored) == len(stored)
+
+
+def test_a_restored_order_leaves_again(tmp_path: Path) -> None:
+    """After its time, with what was done to it since."""
+    shop = Shop(tmp_path, 2)
+    shop.retention().run()
+    assert list(shop.retention().restore(["o-0", "nobody"])) == ["o-0"]
+    assert list(shop.retention().restore(["o-0"])) == []
+    assert Orders(shop.service.orders_bucket).get("o-0").status == "confirmed"  # type: ignore[union-attr]
+    shop.place("o-9")
+    shop.service.finish()
+    retention = shop.retention()
+    assert retention.run().orders == 1  # not the restored one: it has just come back
+    now = retention._now
+    retention._now = lambda: now() + 10 * DAY
+    shop.place("o-10")
+    shop.service.finish()
+    assert retention.run().orders == 2
+    assert shop.ledger().keys() == {f"claim.o-{number}" for number in (0, 1, 9, 10)}
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "line", "missing", "first", "last"])
+def test_a_damaged_archive_is_noticed(tmp_path: Path, harm: str) -> None:
+    """Nothing is restored from it, rebuilt from it or added to it; what is wrong is said."""
+    shop = Shop(tmp_path, 6)
+    shop.retention().run()
+    segments = Archive(tmp_path).segments()
+    assert len(segments) >= 3
+    path = segments[1].path
+    match harm:
+        case "cut":
+            path.write_bytes(path.read_bytes()[:-20])
+        case "changed":
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        case "line":
+            lines = tasks.archive.gzip.decompress(path.read_bytes()).splitlines(keepends=True)
+            path.write_bytes(tasks.archive.gzip.compress(b"".join([*lines[:1], *lines[2:]])))
+        case "missing":
+            path.unlink()
+        case "first":
+            segments[0].path.unlink()
+        case "last":
+            segments[-1].path.unlink()
+    if harm not in ("first", "last"):
+        with pytest.raises(ArchiveBroken, match=r"damaged|not whole"):
+            list(shop.retention().restore(None))
+        with pytest.raises(ArchiveBroken):
+            shop.rebuild()
+    if harm in ("missing", "first", "last"):
+        with pytest.raises(ArchiveBroken, match="not whole"):
+            shop.retention().run()
+
+
+def test_one_archive_for_one_store(tmp_path: Path) -> None:
+    """Another directory, another store's archive, and two processes at once are refused."""
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+    shop = Shop(tmp_path / "mine", 2)
+    with Archive(shop.directory).alone(), pytest.raises(ArchiveBroken, match="Another process"):
+        shop.retention().run()
+    shop.retention().run()
+    stranger = Shop(shop.directory, 1)
+    with pytest.raises(ArchiveBroken, match="another store's"):
+        stranger.retention().run()
+    shop.directory = tmp_path / "other"
+    with pytest.raises(ArchiveBroken, match="another archive"):
+        shop.retention().run()
+    shop.directory = tmp_path / "nowhere"
+    with pytest.raises(ArchiveBroken, match="ARCHIVE_DIR names a directory"):
+        shop.retention().run()
+
+
+def test_every_entry_of_an_order_is_known(tmp_path: Path) -> None:
+    """A kind of entry that is new would be left behind by the archive: put it into `tasks.entries`."""
+    shop = Shop(tmp_path, 6, unfinished=2)
+    shop.service.saga().cancel("o-0", "a reason")
+    shop.service.saga().fail("o-1", "pay", "the gateway is down", "m-1")
+    kinds = {key.partition(".")[0] for key in shop.service.stock_bucket.entries}
+    assert kinds - {"level", "levels", MARK.partition(".")[0]} <= set(KINDS)
