@@ -33,6 +33,12 @@ BREAKS: dict[str, tuple[list[str], str]] = {
     "access": ([], "tests.chaos.broken_access"),
     "waiting": ([], "tests.chaos.broken_waiting"),
     "patience": (["tests.chaos.broken_patience"], "web"),
+    "refund-keys": (["tests.chaos.broken_refund_keys"], "web"),
+    "forgotten-refund": (["tests.chaos.broken_forgotten_refund"], "web"),
+    "returns": (["tests.chaos.broken_returns"], "web"),
+    "shipping": (["tests.chaos.broken_shipping"], "web"),
+    "restock": (["tests.chaos.broken_restock"], "web"),
+    "chargebacks": ([], "tests.chaos.broken_chargebacks"),
 }
 
 

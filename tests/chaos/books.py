@@ -24,14 +24,22 @@ from nats.js.client import JetStreamContext
 from nats.js.errors import NotFoundError, ServiceUnavailableError
 
 from orders.v1.events_pb2 import (
+    RETURNED_STOCK_BACK,
     OrderCancelled,
+    OrderCancelRequested,
+    OrderChargedBack,
     OrderConfirmed,
     OrderCreated,
     OrderDeclined,
     OrderFailed,
     OrderPaid,
+    OrderRefunded,
+    OrderRefundRequested,
     OrderRejected,
     OrderReserved,
+    OrderReturned,
+    OrderReturnRequested,
+    OrderShipped,
 )
 from tasks.catalogue import CATALOGUE
 
@@ -42,13 +50,22 @@ EVENTS = {
     "paid": OrderPaid,
     "declined": OrderDeclined,
     "confirmed": OrderConfirmed,
+    "cancel_requested": OrderCancelRequested,
     "cancelled": OrderCancelled,
+    "refund_requested": OrderRefundRequested,
+    "refunded": OrderRefunded,
+    "shipped": OrderShipped,
+    "return_requested": OrderReturnRequested,
+    "returned": OrderReturned,
+    "charged_back": OrderChargedBack,
     "failed": OrderFailed,
 }
-FINAL = frozenset({"confirmed", "rejected"})
+#: An order that has one of these is finished; a confirmed one may be cancelled or shipped, a shipped one returned.
+FINAL = frozenset({"confirmed", "rejected", "cancelled"})
 #: What everything that a stranger made up has in it.
 FORGED = b"forged"
 LEVEL = "$KV.dramatiq-stock.level."
+ORDER = "$KV.dramatiq-stock.order."
 QUEUES = ("orders", "payments", "projection")
 
 # One look may take this long altogether, in seconds.
@@ -57,7 +74,13 @@ _PATIENCE_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Event:
-    """One event in the stream; `quantities` of a created or reserved one, `total` in minor units."""
+    """One event in the stream.
+
+    Attributes:
+      quantities: Of a created or reserved one.
+      total: In minor units; of one about a refund or a chargeback what goes back.
+      about: The name of the refund or the chargeback; of a returned one, whether its goods are `back` in stock.
+    """
 
     sequence: int
     name: str
@@ -67,6 +90,7 @@ class Event:
     quantities: Mapping[str, int] = field(default_factory=dict)
     total: int = 0
     error: str = ""
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +105,10 @@ class Books:
       dead: The dead letters: actor and reason.
       queues: What waits, by queue, and by consumer of the stream of events.
       ledger: The states through which each order went.
+      refunds, chargebacks: The gateway's, one mapping each: id, order_id, amount, key.
+      decided: What the ledger says that goes back of each order: by refund, and by chargeback, in minor units.
+      acts: What was asked of orders and stock, and what was answered.
+      adjustments: The adjustments of the stock: sku, id, pieces.
       believed: Orders of whose records in the read model something comes from a stranger.
       visits: What probes and prying visitors were answered.
       patient: Whether orders wait for a gateway that is away for longer than a trial lasts.
@@ -98,6 +126,11 @@ class Books:
     believed: frozenset[str] = frozenset()
     visits: list[dict[str, Any]] = field(default_factory=list)
     patient: bool = False
+    refunds: list[dict[str, Any]] = field(default_factory=list)
+    chargebacks: list[dict[str, Any]] = field(default_factory=list)
+    decided: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    acts: list[dict[str, Any]] = field(default_factory=list)
+    adjustments: list[tuple[str, str, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -117,6 +150,7 @@ def read_books(
     stock_before: dict[str, int],
     *,
     patient: bool,
+    acts: Path,
 ) -> Books:
     """Read everything."""
 
@@ -130,21 +164,28 @@ def read_books(
         }
         # An order of a stranger is one all the same, and none of the client's.
         records = {order_id: data for order_id, data in records.items() if not order_id.startswith("forged")}
-        ledger = {
-            stored.subject.removeprefix("$KV.dramatiq-stock.order."): frozenset(json.loads(stored.data)["at"])
-            for stored in await _stream(js, "KV_dramatiq-stock")
-            if stored.subject.startswith("$KV.dramatiq-stock.order.")
+        stock = await _stream(js, "KV_dramatiq-stock")
+        orders = {
+            stored.subject.removeprefix(ORDER): json.loads(stored.data)
+            for stored in stock
+            if stored.subject.startswith(ORDER) and stored.data
         }
+        ledger = {order_id: frozenset(record["at"]) for order_id, record in orders.items()}
         return Books(
             log=read_log(log),
             events=events,
             stock_before=stock_before,
-            stock_after=await _stock(js),
+            stock_after=_pieces(stock),
             model={
                 order_id: frozenset(name.partition(".")[0] for name in json.loads(data)["events"])
                 for order_id, data in records.items()
             },
-            charges=read_charges(gateway_url),
+            charges=read_gateway(gateway_url, "charges"),
+            refunds=read_gateway(gateway_url, "refunds"),
+            chargebacks=read_gateway(gateway_url, "chargebacks"),
+            decided={order_id: _decided(record) for order_id, record in orders.items()},
+            acts=read_log(acts),
+            adjustments=_adjustments(stock),
             dead=[
                 {
                     "actor": stored.headers.get("Dramatiq-Dead-Actor", ""),
@@ -196,14 +237,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def read_charges(gateway_url: str) -> list[dict[str, Any]]:
-    """Read all charges from the gateway, page by page."""
+def read_gateway(gateway_url: str, what: str) -> list[dict[str, Any]]:
+    """Read all charges, refunds or chargebacks from the gateway, page by page."""
     found: list[dict[str, Any]] = []
     after: int | None = 0
     while after is not None:
-        answer = requests.get(f"{gateway_url}/charges", params={"after": after, "limit": 5_000}, timeout=20)
+        answer = requests.get(f"{gateway_url}/{what}", params={"after": after, "limit": 5_000}, timeout=20)
         page = answer.json()
-        found += page["charges"]
+        found += page[what]
         after = page["next"]
     return found
 
@@ -286,6 +327,8 @@ def _event(stored: Stored) -> list[Event]:
         return []
     event: Any = EVENTS[name]()
     event.ParseFromString(stored.data)
+    if name == "shipped" and not event.HasField("shipped_at"):
+        return []  # another service says so; what the service itself says of it counts
     quantities: dict[str, int] = {}
     for item in getattr(event, "items", ()):
         quantities[item.sku] = quantities.get(item.sku, 0) + item.quantity
@@ -297,8 +340,9 @@ def _event(stored: Stored) -> list[Event]:
             stored.at,
             getattr(event, "customer_id", ""),
             quantities,
-            getattr(event, "total_minor", 0),
+            getattr(event, "total_minor", 0) or getattr(event, "amount_minor", 0),
             getattr(event, "error", ""),
+            _about(event),
         )
     ]
 
@@ -310,12 +354,41 @@ def is_forged(data: bytes) -> bool:
     )
 
 
+def _about(event: Any) -> str:
+    if isinstance(event, OrderReturned):
+        return "back" if event.stock == RETURNED_STOCK_BACK else "written off"
+    return str(getattr(event, "refund", "") or getattr(event, "chargeback_id", ""))
+
+
+def _decided(record: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Return what goes back of an order: of a refund what is not cut."""
+    refunds = {one[0]: one[1] - (one[6] if len(one) > 6 else 0) for one in record.get("refunds", ())}
+    return {
+        "refunds": {key: amount for key, amount in refunds.items() if amount},
+        "chargebacks": {one[0]: one[1] for one in record.get("chargebacks", ())},
+    }
+
+
 async def _stock(js: JetStreamContext) -> dict[str, int]:
+    return _pieces(await _stream(js, "KV_dramatiq-stock"))
+
+
+def _pieces(stock: list[Stored]) -> dict[str, int]:
     pieces = {entry.sku: entry.initial_stock for entry in CATALOGUE.values()}
-    for stored in await _stream(js, "KV_dramatiq-stock"):
-        if stored.subject.startswith(LEVEL):
+    for stored in stock:
+        if stored.subject.startswith(LEVEL) and stored.data:
             pieces[stored.subject.removeprefix(LEVEL)] = json.loads(stored.data)["pieces"]
     return pieces
+
+
+def _adjustments(stock: list[Stored]) -> list[tuple[str, str, int]]:
+    """Return what people changed, of each product the newest that it remembers."""
+    return [
+        (stored.subject.removeprefix(LEVEL), one[0], one[1])
+        for stored in stock
+        if stored.subject.startswith(LEVEL) and stored.data
+        for one in json.loads(stored.data).get("adjustments", ())
+    ]
 
 
 async def _waiting(js: JetStreamContext) -> dict[str, int]:

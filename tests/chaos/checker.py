@@ -39,6 +39,9 @@ def check(books: Books) -> list[Verdict]:
         one_final_status(books),
         one_order_each(books),
         charged_once(books),
+        given_back(books),
+        back_in_all_books(books),
+        carried_out(books),
         stock_conserved(books),
         all_accounted(books),
         nothing_waits(books),
@@ -81,16 +84,30 @@ def accepted_is_this_order(books: Books) -> Verdict:
 
 
 def one_final_status(books: Books) -> Verdict:
-    """Every order in the stream has exactly one final status."""
+    """Every order in the stream has exactly one final status; of a confirmed one another may follow, as it may."""
     names = _names(books.events)
     none = {order_id for order_id, its in names.items() if not its & FINAL}
-    two = {order_id for order_id, its in names.items() if its >= FINAL}
+    two = {
+        order_id
+        for order_id, its in names.items()
+        if any(its >= pair for pair in _EITHER) or ("returned" in its and "shipped" not in its)
+    }
     never = {order_id for order_id, its in names.items() if "created" not in its}
     return _verdict(
         "each order has one final status",
         none | two | never,
         f"{len(names)} orders, {len(none)} without, {len(two)} with two, {len(never)} never created",
     )
+
+
+#: No order has both of these.
+_EITHER = (
+    {"confirmed", "rejected"},
+    {"cancelled", "rejected"},
+    {"cancelled", "shipped"},
+    {"shipped", "rejected"},
+    {"cancelled", "returned"},
+)
 
 
 def one_order_each(books: Books) -> Verdict:
@@ -112,13 +129,15 @@ def one_order_each(books: Books) -> Verdict:
 
 
 def charged_once(books: Books) -> Verdict:
-    """Every confirmed order has exactly one captured charge of its total, every other order none."""
+    """Every confirmed order has exactly one captured charge of its total, every other none or it was cancelled."""
     confirmed = {event.order_id: event.total for event in books.events if event.name == "confirmed"}
     captured = [charge for charge in books.charges if charge["status"] == "captured"]
     count = Counter(charge["order_id"] for charge in captured)
     uncharged = {order_id for order_id in confirmed if count[order_id] == 0}
     doubly = {order_id for order_id, times in count.items() if times > 1}
-    others = set(count) - set(confirmed)
+    others = set(count) - {
+        event.order_id for event in books.events if event.name in ("confirmed", "cancelled")
+    }
     wrong = {
         charge["order_id"]
         for charge in captured
@@ -132,17 +151,112 @@ def charged_once(books: Books) -> Verdict:
     )
 
 
+def given_back(books: Books) -> Verdict:
+    """What was captured and did not go back is what is owed: nothing of what is over, and never less than nothing."""
+    left: Counter[str] = Counter()
+    for charge in books.charges:
+        if charge["status"] == "captured":
+            left[charge["order_id"]] += charge["amount"]
+    captured = left.total()
+    for moved in (*books.refunds, *books.chargebacks):
+        left[moved["order_id"]] -= moved["amount"]
+    names = _names(books.events)
+    over = {order_id for order_id, its in names.items() if its & {"cancelled", "returned", "rejected"}}
+    kept = {order_id for order_id in over if left[order_id] > 0}
+    below = {order_id for order_id, amount in left.items() if amount < 0}
+    return _verdict(
+        "captured - refunded - charged back is what is owed",
+        kept | below,
+        f"{captured} = {left.total()} + {sum(one['amount'] for one in books.refunds)} refunded + "
+        f"{sum(one['amount'] for one in books.chargebacks)} charged back; {len(over)} over, "
+        f"{len(kept)} of them keep some, {len(below)} below zero",
+    )
+
+
+def back_in_all_books(books: Books) -> Verdict:
+    """Gateway, ledger and stream say the same of what went back of each order."""
+    gateway: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    # A refund has a name of ours, of which its key at the gateway is made.
+    amounts: defaultdict[str, list[int]] = defaultdict(list)
+    for moved in books.refunds:
+        amounts[moved["order_id"]].append(moved["amount"])
+    for moved in books.chargebacks:
+        gateway[moved["order_id"]][moved["id"]] = moved["amount"]
+    refunded, charged_back = _about(books.events, "refunded"), _about(books.events, "charged_back")
+    orders = amounts.keys() | gateway.keys() | refunded.keys() | charged_back.keys() | books.decided.keys()
+    differ = set()
+    for order_id in orders:
+        decided = books.decided.get(order_id, {"refunds": {}, "chargebacks": {}})
+        same = (
+            decided["refunds"] == refunded.get(order_id, {}),
+            sorted(decided["refunds"].values()) == sorted(amounts.get(order_id, ())),
+            decided["chargebacks"] == charged_back.get(order_id, {}) == gateway.get(order_id, {}),
+        )
+        if not all(same):
+            differ.add(order_id)
+    return _verdict(
+        "gateway, ledger and stream have the same refunds and chargebacks",
+        differ,
+        f"{len(books.refunds)} refunds, {len(books.chargebacks)} chargebacks, {len(differ)} orders differ",
+    )
+
+
+#: What an order has in the end for which something was asked and accepted: one of these.
+_CARRIED_OUT = {
+    "cancel": {"cancelled", "rejected", "shipped"},
+    "ship": {"shipped"},
+    "back": {"returned"},
+    "written_off": {"returned"},
+}
+
+
+def carried_out(books: Books) -> Verdict:
+    """What was asked and accepted is done: cancels, shipments, returns, each refund once, each restocking once."""
+    names = _names(books.events)
+    accepted = [act for act in books.acts if act["accepted"]]
+    undone = {
+        f"{act['kind']} of {act['order_id']}"
+        for act in accepted
+        if act["kind"] in _CARRIED_OUT and not names.get(act["order_id"], set()) & _CARRIED_OUT[act["kind"]]
+    }
+    asked = Counter(act["order_id"] for act in accepted if act["kind"] == "refund")
+    requested = Counter(
+        event.order_id
+        for event in books.events
+        if event.name == "refund_requested" and event.about not in ("cancel", "return")
+    )
+    undone |= {f"refunds of {order_id}" for order_id in asked if requested[order_id] < asked[order_id]}
+    times = Counter((sku, key, pieces) for sku, key, pieces in books.adjustments)
+    undone |= {
+        f"restocking {act['key']}"
+        for act in accepted
+        if act["kind"] == "restock" and times[act["sku"], act["key"], act["pieces"]] != 1
+    }
+    kinds = Counter(act["kind"] for act in accepted)
+    return _verdict(
+        "what was asked and accepted is carried out",
+        undone,
+        f"{', '.join(f'{count} x {kind}' for kind, count in sorted(kinds.items())) or 'nothing'} accepted, "
+        f"{len(undone)} not carried out",
+    )
+
+
 def stock_conserved(books: Books) -> Verdict:
-    """Stock at the start = stock at the end + what confirmed orders took; and it is never negative."""
-    confirmed = {event.order_id for event in books.events if event.name == "confirmed"}
+    """Stock at the start + adjustments = stock at the end + what confirmed orders took and did not give back."""
+    names = _names(books.events)
+    back = {event.order_id for event in books.events if event.name == "returned" and event.about == "back"}
     sold: Counter[str] = Counter()
     for order_id, quantities in _taken(books.events).items():
-        if order_id in confirmed:
+        its = names[order_id]
+        if "confirmed" in its and "cancelled" not in its and order_id not in back:
             sold.update(quantities)
+    added: Counter[str] = Counter()
+    for sku, _, pieces in books.adjustments:
+        added[sku] += pieces
     wrong = {
-        f"{sku}: {before} at the start, {sold[sku]} sold, {books.stock_after.get(sku)} left"
+        f"{sku}: {before} at the start, {added[sku]} added, {sold[sku]} sold, {books.stock_after.get(sku)} left"
         for sku, before in books.stock_before.items()
-        if books.stock_after.get(sku) != before - sold[sku]
+        if books.stock_after.get(sku) != before + added[sku] - sold[sku]
     }
     negative = {f"{sku}: {left}" for sku, left in books.stock_after.items() if left < 0}
     if not sum(books.stock_before.values()) or not sold.keys() <= books.stock_before.keys():
@@ -150,7 +264,8 @@ def stock_conserved(books: Books) -> Verdict:
     return _verdict(
         "stock at the start = stock at the end + confirmed",
         wrong | negative,
-        f"{sum(books.stock_before.values())} = {sum(books.stock_after.values())} + {sold.total()},"
+        f"{sum(books.stock_before.values())} + {added.total()} added = {sum(books.stock_after.values())} + "
+        f"{sold.total()},"
         f" {len(wrong)} products differ, {len(negative)} negative",
     )
 
@@ -202,7 +317,14 @@ _STATES = {
     "confirmed": {"confirmed"},
     "rejected": {"rejected", "released"},
     "cancelled": {"cancelled"},
+    "shipped": {"shipped"},
+    "return_requested": {"returning"},
+    "returned": {"returned"},
 }
+
+
+#: What is not published any more when the order was cancelled before it could be.
+_PASSED_OVER = frozenset({"reserved", "declined"})
 
 
 def ledger_is_shown(books: Books) -> Verdict:
@@ -213,10 +335,19 @@ def ledger_is_shown(books: Books) -> Verdict:
         for name in names & _STATES.keys()
         if not _STATES[name] & books.ledger.get(order_id, frozenset())
     }
+    names = _names(books.events)
+    behind = {
+        order_id
+        for order_id, states in books.ledger.items()
+        if order_id in names
+        for name, reported in _STATES.items()
+        if name not in _PASSED_OVER and states & reported and name not in names[order_id]
+    }
     return _verdict(
         "what is shown is what the ledger says",
-        ahead | books.believed,
-        f"{len(books.model)} records, {len(ahead)} ahead of the ledger, {len(books.believed)} with what was forged",
+        ahead | behind | books.believed,
+        f"{len(books.model)} records, {len(ahead)} ahead of the ledger, {len(behind)} whose events are behind it, "
+        f"{len(books.believed)} with what was forged",
     )
 
 
@@ -281,6 +412,15 @@ def _names(events: Iterable[Event]) -> dict[str, set[str]]:
     for event in events:
         names[event.order_id].add(event.name)
     return dict(names)
+
+
+def _about(events: Iterable[Event], name: str) -> dict[str, dict[str, int]]:
+    """Return the amounts of the events with a name, by order and by what they are about."""
+    found: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for event in events:
+        if event.name == name:
+            found[event.order_id][event.about] = event.total
+    return dict(found)
 
 
 def _taken(events: Iterable[Event]) -> dict[str, dict[str, int]]:

@@ -24,6 +24,7 @@ from tests.chaos.visitors import PRYING
 from tests.support.polling import eventually
 from tests.support.ports import free_port
 from tests.support.processes import REPOSITORY, WORKER_READY, Process, children
+from tests.web.stack import WEBHOOK_SECRET
 
 Topology = Literal["single", "cluster"]
 
@@ -121,6 +122,7 @@ class Fleet:
             self._setup()
             self.key = self._key("chaos")
             self.prying_key = self._key("prying", "--customer", PRYING)
+            self.operator_key = self._key("operator", scope="operate")
             self.gateway = starting.enter_context(self._gateway())
             self.web = starting.enter_context(self._web())
             self.workers = [starting.enter_context(self._workers(number)) for number in (1, 2)]
@@ -151,26 +153,39 @@ class Fleet:
         code = setup.start().wait(timeout=60)
         assert code == 0, f"`fleet setup tasks` ended with {code}:\n{setup.output[-2000:]}"
 
-    def _key(self, name: str, *more: str) -> str:
-        """Make an API key with which orders are placed, as an operator does."""
-        command = [sys.executable, "-m", "tasks.keys", "add", name, "--scope", "order", *more]
-        made = subprocess.run(
-            self._isolated(command),
+    def _key(self, name: str, *more: str, scope: str = "order") -> str:
+        """Make an API key, as an operator does."""
+        made = self._run("tasks.keys", "add", name, "--scope", scope, *more)
+        assert made.returncode == 0, made.stderr
+        return made.stdout.strip()
+
+    def restock(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the operator's command that changes the stock."""
+        return self._run("tasks.restock", *arguments)
+
+    def _run(self, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self._isolated([sys.executable, "-m", module, *arguments]),
             cwd=REPOSITORY,
             env={**os.environ, **self.environment},
             capture_output=True,
             text=True,
             timeout=60,
         )
-        assert made.returncode == 0, made.stderr
-        return made.stdout.strip()
 
     def _gateway(self) -> Process:
         command = [
             *(sys.executable, "-m", "tasks.payments_stand_in", "--host", self.host),
             *("--port", str(self._ports[0]), "--database", str(self.directory / "payments.sqlite")),
         ]
-        return Process(self._isolated(command), log=self.directory / "gateway.log")
+        return Process(
+            self._isolated(command),
+            log=self.directory / "gateway.log",
+            env={
+                "PAYMENTS_WEBHOOK_URL": f"{self.url}/api/payments/events",
+                "PAYMENTS_WEBHOOK_SECRET": WEBHOOK_SECRET,
+            },
+        )
 
     def _web(self) -> Process:
         command = [sys.executable, "-m", "gunicorn", "-c", "web/gunicorn.conf.py", self._app]
@@ -181,6 +196,7 @@ class Fleet:
                 **self.environment,
                 "HOST": self.host,
                 "SECRET_KEY": secrets.token_urlsafe(32),
+                "PAYMENT_WEBHOOK_SECRET": WEBHOOK_SECRET,
                 "PORT": str(self._ports[1]),
                 "WEB_CONCURRENCY": "2",
                 "WEB_THREADS": "8",

@@ -18,14 +18,20 @@ from nats.js.client import JetStreamContext
 
 from orders.v1.events_pb2 import (
     OrderCancelled,
+    OrderCancelRequested,
+    OrderChargedBack,
     OrderConfirmed,
     OrderCreated,
     OrderDeclined,
     OrderFailed,
     OrderItem,
     OrderPaid,
+    OrderRefunded,
+    OrderRefundRequested,
     OrderRejected,
     OrderReserved,
+    OrderReturned,
+    OrderReturnRequested,
 )
 from tests.chaos.client import Log
 
@@ -120,5 +126,11 @@ def _events(order_id: str) -> list[tuple[str, Message]]:
         ("confirmed", OrderConfirmed(order_id=order_id, charge_id=FORGED)),
         ("rejected", OrderRejected(order_id=order_id, reason=FORGED)),
         ("cancelled", OrderCancelled(order_id=order_id, reason=FORGED)),
+        ("cancel_requested", OrderCancelRequested(order_id=order_id, by="operator", reason=FORGED)),
+        ("refund_requested", OrderRefundRequested(order_id=order_id, refund=FORGED, amount_minor=100)),
+        ("refunded", OrderRefunded(order_id=order_id, refund=FORGED, refund_id=FORGED, amount_minor=100)),
+        ("return_requested", OrderReturnRequested(order_id=order_id, reason=FORGED)),
+        ("returned", OrderReturned(order_id=order_id, reason=FORGED)),
+        ("charged_back", OrderChargedBack(order_id=order_id, chargeback_id=FORGED, amount_minor=100)),
         ("failed", OrderFailed(order_id=order_id, step="pay", error=FORGED, message_id=FORGED)),
     ]

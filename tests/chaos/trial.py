@@ -16,6 +16,7 @@ from dramatiq.errors import BrokerError
 from nats.errors import Error as NatsError
 
 from dramatiq_jetstream import JetStreamBroker
+from tests.chaos.acts import Acts
 from tests.chaos.books import FINAL, Books, Event, is_forged, read_books, read_events, read_stock
 from tests.chaos.checker import Verdict, accepted_orders, check
 from tests.chaos.client import Load, Log
@@ -90,7 +91,7 @@ class Trial:
 
     def warm_up(self) -> None:
         """Wait until orders are accepted and finished, so that the first fault meets a service at work."""
-        assert self._wait(lambda: len(self._final) >= 5), "no orders were finished before the first fault"
+        assert self.wait(lambda: len(self._final) >= 5), "no orders were finished before the first fault"
 
     def measure(self, fault: Fault, choice: random.Random) -> Measured:
         """Go through one fault and wait until everything that was accepted before its end is finished."""
@@ -100,9 +101,9 @@ class Trial:
         ended = time.time()
         measured = Measured(fault.name, self._fleet.topology, ended - began, began=began, ended=ended)
         due = self._log.accepted_before(ended)
-        if self._wait(lambda: all(order in self._final for order in due)):
+        if self.wait(lambda: all(order in self._final for order in due)):
             measured.recovered = max(0.0, max((self._final[order] for order in due), default=ended) - ended)
-        self._wait(lambda: self._log.accepted_after(ended) is not None)
+        self.wait(lambda: self._log.accepted_after(ended) is not None)
         again = self._log.accepted_after(ended)
         measured.accepted_again = None if again is None else again - ended
         measured.accepted = sum(1 for order in due if self._log.accepted[order] >= began)
@@ -120,13 +121,18 @@ class Trial:
             finished = {event.order_id for event in now.events if event.name in FINAL}
             created = {event.order_id for event in now.events if event.name == "created"}
             return (
-                not now.dead and not sum(now.queues.values()) and accepted_orders(now) | created <= finished
+                not now.dead
+                and not sum(now.queues.values())
+                and accepted_orders(now) | created <= finished
+                # The gateway tells of a chargeback until it was taken.
+                and len(now.chargebacks) == sum(event.name == "charged_back" for event in now.events)
             )
 
-        self._wait(settled)
+        self.wait(settled)
         return found[0] if found else books()
 
-    def _wait(self, condition: Callable[[], bool]) -> bool:
+    def wait(self, condition: Callable[[], bool]) -> bool:
+        """Wait until something is so, for the time allowed; an operator looks after dead letters meanwhile."""
         deadline = time.monotonic() + self._settle
         while True:
             try:
@@ -149,8 +155,10 @@ class Trial:
                 self._final.setdefault(event.order_id, event.at)
         letters = self._broker.dead_letters
         for letter in letters.list(limit=200):
-            if is_forged(letter.data):
-                letters.drop(letter)  # it stands for no order of ours
+            if is_forged(letter.data) or (letter.actor == "ship_order" and "UnusableEvent" in letter.error):
+                letters.drop(
+                    letter
+                )  # it stands for no order of ours, or another service shipped what was cancelled
             elif letter.time < time.time() * 1000 - _LOOKED_AT and letters.replay(letter):
                 self.replayed += 1
 
@@ -178,7 +186,8 @@ def run(
     waits = topology == "cluster" if patient is None else patient
     choice = random.Random(seed)
     result = Result(topology, seed, network=network is not None)
-    log_file, visits = directory / "client.jsonl", directory / "visits.jsonl"
+    log_file, visits, acts = (directory / f"{name}.jsonl" for name in ("client", "visits", "acts"))
+    acts.touch()
     log = Log(log_file)
     started = time.monotonic()
     with Fleet(
@@ -201,6 +210,13 @@ def run(
             ):
                 trial.warm_up()
                 beside.enter_context(Visitors(fleet.url, fleet.prying_key, log, visits, seed=seed))
+                acting = beside.enter_context(
+                    Acts(
+                        *(fleet.url, fleet.operator_key, fleet.nats_url, fleet.gateway_url),
+                        *(log, acts, fleet.restock),
+                        seed=seed,
+                    )
+                )
                 for fault in schedule:
                     measured = trial.measure(fault, random.Random(choice.randrange(2**32)))
                     result.measured.append(measured)
@@ -209,9 +225,12 @@ def run(
                         f"{_seconds(measured.accepted_again)}, recovered in {_seconds(measured.recovered)}, "
                         f"{measured.dead_letters} dead letters replayed"
                     )
+                trial.wait(acting.all_done)
             books = trial.settle(
                 lambda: read_books(
-                    fleet.nats_url, fleet.gateway_url, log_file, visits, stock_before, patient=waits
+                    *(fleet.nats_url, fleet.gateway_url, log_file, visits, stock_before),
+                    patient=waits,
+                    acts=acts,
                 )
             )
         finally:
