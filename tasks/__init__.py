@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from . import actors
 from .app import broker
+from .webhooks import actors as webhook_actors
 
-__all__ = ["actors", "broker"]
+__all__ = ["actors", "broker", "webhook_actors"]

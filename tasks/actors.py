@@ -18,6 +18,8 @@
     projection index_orders     (every few seconds: what lists and figures are made of)
     orders     look_after_orders (once a minute: orders that do not move)
 
+The actors of webhooks are in `tasks.webhooks.actors`.
+
 Payments have a queue of their own because they wait for another party. It can be paused by itself and has its own
 workers (`worker_payments` in the Procfile), so a hanging gateway holds no thread of another step.
 """
@@ -200,7 +202,7 @@ def announce_failure(event: Event) -> None:
         app.saga().fail(failure.order_id, failure.step, failure.error, failure.message_id)
 
 
-def _read(event: Event) -> Happened | None:
+def read_event(event: Event) -> Happened | None:
     """Return what happened, None for an event that is no order's: other services may use ORDER.* too."""
     decoded = decode(event.subject, event.data)
     if decoded is None:
@@ -212,7 +214,7 @@ def _read(event: Event) -> Happened | None:
     return happened(decoded, event.sequence, event.time, event.headers)
 
 
-@dramatiq.actor(subscribe=subscription(SUBJECTS, _read), **app.step_options("projection", FINISH))
+@dramatiq.actor(subscribe=subscription(SUBJECTS, read_event), **app.step_options("projection", FINISH))
 def project_event(what: Happened | None) -> None:
     """Add an event to its order's record, as far as the ledger confirms it."""
     if what is not None:

@@ -49,6 +49,7 @@ from .stream import EventStream
 from .stuck import Operator
 from .tokens import Tokens
 from .unfinished import UnfinishedOrders
+from .webhooks import deliveries, subscriptions
 
 SETTINGS = settings()
 
@@ -86,6 +87,9 @@ class Buckets(Middleware):
                 access_bucket(),
                 gateway_bucket(),
                 tokens_bucket(),
+                webhooks_bucket(),
+                deliveries_bucket(),
+                broker.bucket("limits"),  # of the actors that have one
             )
         }
         levels = stock_store().available()
@@ -203,6 +207,14 @@ def gateway_outage() -> Outage:
 
 def tokens_bucket() -> Bucket:
     return broker.bucket(tokens.BUCKET)
+
+
+def webhooks_bucket() -> Bucket:
+    return broker.bucket(subscriptions.BUCKET)
+
+
+def deliveries_bucket() -> Bucket:
+    return broker.bucket(deliveries.BUCKET)
 
 
 @_once

@@ -78,6 +78,8 @@ def _environment() -> dict[str, str]:
         "PAYMENT_URL": f"http://127.0.0.1:{_port('PAYMENTS_PORT', 8001)}",
         # They are the stand-in's, which is started when no other gateway is named.
         "TEST_CARDS": "0" if os.environ.get("PAYMENT_URL") else "1",
+        # A developer's receiver runs on this machine.
+        "WEBHOOK_NETWORKS": "127.0.0.0/8,::1/128" if is_loopback(host) else "",
     }
     if not os.environ.get("PAYMENT_URL") and not environment.get("PAYMENT_WEBHOOK_SECRET"):
         # The stand-in tells of chargebacks by itself, to the front end that is started with it.
@@ -164,7 +166,11 @@ def _run(processes: dict[str, str], environment: dict[str, str], chosen: Setting
 
         def write(self, message: Any) -> None:
             text = message.data.decode(errors="replace") if isinstance(message.data, bytes) else message.data
-            if message.name in ("worker", "worker_payments") and "Worker process is ready" in str(text):
+            if message.name in (
+                "worker",
+                "worker_payments",
+                "worker_webhooks",
+            ) and "Worker process is ready" in str(text):
                 workers.release()
             super().write(message)
 
@@ -215,7 +221,7 @@ def _run(processes: dict[str, str], environment: dict[str, str], chosen: Setting
         manager.add_process(name, command, env=environment, cwd=str(ROOT))
 
     def announce() -> None:
-        for _ in range(chosen.worker_processes + chosen.payment_worker_processes):
+        for _ in range(_workers_of(chosen)):
             workers.acquire()
         while not _healthy(url):
             time.sleep(0.2)
@@ -226,6 +232,11 @@ def _run(processes: dict[str, str], environment: dict[str, str], chosen: Setting
     manager.loop()
     # Ctrl-C is how it is meant to end.
     return 0 if manager.returncode in (0, 130, 143) else int(manager.returncode or 1)
+
+
+def _workers_of(chosen: Settings) -> int:
+    """Return how many worker processes there are."""
+    return chosen.worker_processes + chosen.payment_worker_processes + chosen.webhook_worker_processes
 
 
 class _Heads:

@@ -29,6 +29,12 @@ finished = Histogram(
     ["outcome"],
     buckets=ORDER_SECONDS,
 )
+webhooks = Histogram(
+    "webhook_request_duration_seconds",
+    "Requests to receivers of webhooks, by what came of them: accepted, refused or unanswered.",
+    ["outcome"],
+    buckets=STEP_SECONDS,
+)
 breaker_open = Gauge(
     "payment_breaker_open",
     "1 while a worker process leaves the payment gateway alone, else 0.",

@@ -18,6 +18,7 @@ from babel import Locale, UnknownLocaleError
 from cryptography.fernet import Fernet
 
 from .numbers import whole_number
+from .webhooks.addresses import Network
 
 __all__ = ["InvalidSetting", "Settings", "front_end_settings", "is_loopback", "settings", "worker_settings"]
 
@@ -38,6 +39,8 @@ class Settings:
       worker_processes, worker_threads: WORKER_PROCESSES and WORKER_POOL_SIZE, of `fleet work tasks`.
       payment_worker_processes, payment_worker_threads: PAYMENT_WORKER_PROCESSES and PAYMENT_WORKER_POOL_SIZE, of the
         workers of the queue payments.
+      webhook_worker_processes, webhook_worker_threads: WEBHOOK_WORKER_PROCESSES and WEBHOOK_WORKER_POOL_SIZE, of the
+        workers of the queue webhooks.
       ack_wait: ACK_WAIT, after which the work of a killed worker is given to another.
       host, port: HOST and PORT, where the front end listens.
       web_processes, web_threads: WEB_CONCURRENCY and WEB_THREADS, of gunicorn.
@@ -66,6 +69,8 @@ class Settings:
         comma older ones, which still count. Without it nothing is taken.
       token_keys: TOKEN_KEY, which encrypts payment tokens; after a comma older ones, which still decrypt.
       payment_patience: PAYMENT_PATIENCE, how long an order waits for its payment while the gateway does not answer.
+      webhook_timeout: WEBHOOK_TIMEOUT, for one request to the receiver of a webhook.
+      webhook_networks: WEBHOOK_NETWORKS, private networks in which receivers may be; none without it.
       retry_limit: RETRY_LIMIT, how often a step is tried again before it is a dead letter.
       retry_min_backoff, retry_max_backoff: RETRY_MIN_BACKOFF and RETRY_MAX_BACKOFF, the wait before a retry:
         it doubles from the one to the other, and up to half of it is random.
@@ -84,6 +89,8 @@ class Settings:
     worker_threads: int = 10
     payment_worker_processes: int = 1
     payment_worker_threads: int = 10
+    webhook_worker_processes: int = 1
+    webhook_worker_threads: int = 10
     ack_wait: int = 30_000
     host: str = "0.0.0.0"
     port: int = 8000
@@ -113,6 +120,8 @@ class Settings:
     payment_webhook_secrets: tuple[str, ...] = field(default=(), repr=False)
     token_keys: tuple[str, ...] = field(default=(), repr=False)
     payment_patience: int = 24 * 3_600_000
+    webhook_timeout: int = 10_000
+    webhook_networks: tuple[Network, ...] = ()
     retry_limit: int = 10
     retry_min_backoff: int = 500
     retry_max_backoff: int = 60_000
@@ -139,6 +148,10 @@ class Settings:
                 "PAYMENT_WORKER_PROCESSES", cls.payment_worker_processes, 1, 256
             ),
             payment_worker_threads=read.whole("PAYMENT_WORKER_POOL_SIZE", cls.payment_worker_threads, 1, 512),
+            webhook_worker_processes=read.whole(
+                "WEBHOOK_WORKER_PROCESSES", cls.webhook_worker_processes, 1, 256
+            ),
+            webhook_worker_threads=read.whole("WEBHOOK_WORKER_POOL_SIZE", cls.webhook_worker_threads, 1, 512),
             ack_wait=read.whole("ACK_WAIT", cls.ack_wait, 1_000, 3_600_000),
             host=read.text("HOST") or cls.host,
             port=read.whole("PORT", cls.port, 1, 65_535),
@@ -168,6 +181,8 @@ class Settings:
             payment_webhook_secrets=read.webhook_secrets("PAYMENT_WEBHOOK_SECRET"),
             token_keys=read.fernet_keys("TOKEN_KEY"),
             payment_patience=read.whole("PAYMENT_PATIENCE", cls.payment_patience, 0, 30 * 86_400_000),
+            webhook_timeout=read.whole("WEBHOOK_TIMEOUT", cls.webhook_timeout, 100, 60_000),
+            webhook_networks=read.networks("WEBHOOK_NETWORKS"),
             retry_limit=read.whole("RETRY_LIMIT", cls.retry_limit, 0, 1_000),
             retry_min_backoff=min_backoff,
             retry_max_backoff=read.whole(
@@ -302,6 +317,18 @@ class _Reader:
                 f"{name} must be an address such as https://login.example.com, not {value!r}."
             )
         return value
+
+    def networks(self, name: str) -> tuple[Network, ...]:
+        found: list[Network] = []
+        for part in (self.text(name) or "").split(","):
+            if text := part.strip():
+                try:
+                    found.append(ipaddress.ip_network(text))
+                except ValueError:
+                    raise InvalidSetting(
+                        f"{name} must be networks such as 10.1.0.0/16, separated by commas; {text!r} is none."
+                    ) from None
+        return tuple(found)
 
     def secrets(self, name: str) -> tuple[str, ...]:
         values = tuple(part.strip() for part in (self.text(name) or "").split(",") if part.strip())

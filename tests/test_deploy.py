@@ -67,7 +67,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         yield container["name"], container["args"]
     yield "systemd", ["fleet", *unit_command()[1:]]
     compose = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())
-    for name in ("worker", "worker_payments"):
+    for name in ("worker", "worker_payments", "worker_webhooks"):
         shell = compose["services"][name]["command"][-1]
         yield (
             f"compose {name}",

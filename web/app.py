@@ -31,6 +31,8 @@ from web import (
     rendering,
     security,
     sign_in,
+    webhooks,
+    webhooks_page,
 )
 from web.live import Streams
 from web.problems import Problem, from_status, unavailable
@@ -73,6 +75,8 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     app.register_blueprint(sign_in.blueprint)
     app.register_blueprint(keys_page.blueprint)
     app.register_blueprint(audit_page.blueprint)
+    app.register_blueprint(webhooks.blueprint)
+    app.register_blueprint(webhooks_page.blueprint)
     rendering.install(app)
     sign_in.configure(app, app_settings)
     security.protect(app)

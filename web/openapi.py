@@ -10,6 +10,7 @@ from flask import Blueprint, Response, current_app, jsonify
 from tasks.audit import KINDS as KINDS_OF_ACTS
 from tasks.ledger import BACK, WRITTEN_OFF
 from tasks.model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TEXT, MAX_TOKEN_LENGTH, STATUSES
+from web import openapi_webhooks
 from web.access import anyone
 from web.problems import KINDS, MEDIA_TYPE
 from web.queries import DEFAULT_LIMIT, MAX_LIMIT
@@ -50,6 +51,7 @@ def document(*, is_open: bool = False) -> dict[str, Any]:
             "/api/payments/events": {"post": _payment_event()},
             "/api/products": {"get": _list_products()},
             "/api/audit": {"get": _list_audit()},
+            **openapi_webhooks.paths(),
             "/health": {"get": _health("health", "Tell whether this process is connected to NATS")},
             "/health/ready": {"get": _health("ready", "Tell whether this process can take orders")},
             "/health/live": {
@@ -64,7 +66,7 @@ def document(*, is_open: bool = False) -> dict[str, Any]:
         },
         "security": [] if is_open else [{"bearer": []}],
         "components": {
-            "schemas": _SCHEMAS,
+            "schemas": {**_SCHEMAS, **openapi_webhooks.SCHEMAS},
             "responses": _problem_responses(),
             "headers": _HEADERS,
             "securitySchemes": {
@@ -421,7 +423,7 @@ def _problem_responses() -> dict[str, Any]:
 
 
 _HEADERS: dict[str, Any] = {
-    "Location": {"description": "The address of the order.", "schema": {"type": "string"}},
+    "Location": {"description": "The address of what was stored.", "schema": {"type": "string"}},
     "IdempotencyReplayed": {
         "description": "Present when an earlier request with this key placed the order.",
         "schema": {"type": "string", "const": "true"},

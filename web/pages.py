@@ -14,7 +14,7 @@ from flask import Blueprint, Response, current_app, render_template, request, st
 
 from tasks.service import Order
 from tasks.settings import Settings
-from web import live, openapi, words
+from web import live, openapi, webhooks_page, words
 from web.access import anyone, caller, needs
 from web.api import find_order
 from web.problems import KINDS, Problem
@@ -71,7 +71,7 @@ def _context(order: Order) -> dict[str, Any]:
         "order": order,
         "product_name": words.product_name,
         "steps": words.steps(order),
-        "history": words.history(order),
+        "history": sorted([*words.history(order), *webhooks_page.lines_of(order)], key=lambda line: line.at),
         "reason": words.reason(order),
         "cause": words.technical_cause(order) if caller().sees_causes and caller().kind != "open" else None,
         **_acts(order),

@@ -89,6 +89,18 @@ KINDS: dict[str, Kind] = {
             "The chargeback is of nothing that is known here",
             "Tell it again later: the charge may not be known yet, or less of it is left.",
         ),
+        Kind(
+            "too-many-webhooks",
+            409,
+            "There are as many webhooks as can be",
+            "Remove one, or change one that is there.",
+        ),
+        Kind(
+            "webhook-disabled",
+            409,
+            "The webhook is disabled",
+            "Enable it, and ask again.",
+        ),
         Kind("too-large", 413, "The request is too large", "Send a smaller order; bodies may have 1 MB."),
         Kind(
             "unsupported-media-type",
@@ -96,6 +108,7 @@ KINDS: dict[str, Kind] = {
             "The body's type is not supported",
             "Send application/json or application/x-protobuf.",
         ),
+        Kind("invalid-webhook", 422, "The webhook is not valid", "Correct the fields named in errors."),
         Kind("invalid-order", 422, "The order is not valid", "Correct the fields named in errors."),
         Kind(
             "idempotency-key-reused",

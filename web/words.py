@@ -65,7 +65,7 @@ _STEPS: Final = (
     ("confirmed", "Confirmed"),
     ("shipped", "Shipped"),
 )
-_EVENT_TEXT: Final = {
+EVENT_TEXT: Final = {
     "created": "Order stored",
     "reserved": "Stock reserved",
     "paid": "Payment captured",
@@ -104,13 +104,17 @@ class Step:
 
 @dataclass(frozen=True)
 class HistoryLine:
-    """One event of an order as the page shows it; `after` is the time since the order was placed."""
+    """One event of an order as the page shows it; `after` is the time since the order was placed.
+
+    `link` leads to more about it, where there is more.
+    """
 
     event: str
     text: str
     detail: str
     at: datetime
     after: str
+    link: str = ""
 
 
 def status_sentence(order: Order) -> str:
@@ -164,7 +168,7 @@ def history(order: Order) -> list[HistoryLine]:
     return [
         HistoryLine(
             entry.event,
-            _EVENT_TEXT.get(entry.event, entry.event),
+            EVENT_TEXT.get(entry.event, entry.event),
             _detail(order, entry),
             entry.at,
             _duration((entry.at - start).total_seconds()) if start is not None and n else "",

@@ -20,7 +20,8 @@ CONFIRMED_WITHIN = 20_000
 @pytest.fixture(scope="package")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """The running service that tests share. A test that stops a part of it starts a Stack of its own."""
-    with Stack(tmp_path_factory.mktemp("service"), web_processes=2) as stack:
+    env = {"WEBHOOK_NETWORKS": "127.0.0.0/8"}
+    with Stack(tmp_path_factory.mktemp("service"), web_processes=2, env=env) as stack:
         yield stack
 
 

@@ -66,7 +66,7 @@ FINAL = frozenset({"confirmed", "rejected", "cancelled"})
 FORGED = b"forged"
 LEVEL = "$KV.dramatiq-stock.level."
 ORDER = "$KV.dramatiq-stock.order."
-QUEUES = ("orders", "payments", "projection")
+QUEUES = ("orders", "payments", "projection", "webhooks")
 
 # One look may take this long altogether, in seconds.
 _PATIENCE_SECONDS = 30.0

@@ -64,9 +64,9 @@ ENOUGH = {"PORT": "8000", "SECRET_KEY": "k" * 32}
 
 def test_processes_of_the_procfiles() -> None:
     """A PaaS finds release, web and worker; development adds nats and payments."""
-    assert set(procfile("Procfile")) == {"release", "web", "worker", "worker_payments"}
-    assert set(procfile("Procfile.dev")) == {"nats", "payments", "web", "worker", "worker_payments"}
-    for name in ("web", "worker", "worker_payments"):
+    assert set(procfile("Procfile")) == {"release", "web", "worker", "worker_payments", "worker_webhooks"}
+    assert set(procfile("Procfile.dev")) == set(procfile("Procfile")) - {"release"} | {"nats", "payments"}
+    for name in ("web", "worker", "worker_payments", "worker_webhooks"):
         assert procfile("Procfile")[name] == procfile("Procfile.dev")[name]
 
 
@@ -118,13 +118,25 @@ def test_release_prepares_everything(tmp_path: Path) -> None:
                 timeout=60,
             )
             assert done.returncode == 0, done.stdout + done.stderr
-        for name in ("ORDERS", "stock", "orders", "requests", "access", "tokens", "payments", "projection"):
+        for name in (
+            "ORDERS",
+            "stock",
+            "orders",
+            "requests",
+            "access",
+            "tokens",
+            "payments",
+            "projection",
+            "webhooks",
+            "deliveries",
+            "limits",
+        ):
             assert name in done.stdout
         assert "created" not in done.stdout
 
 
 def test_every_queue_has_one_kind_of_worker() -> None:
-    """The two workers of each file serve all queues between them, and payments have one to themselves."""
+    """The workers of each file serve all queues between them; payments and webhooks have one to themselves."""
     queues = set(import_tasks_queues())
     for commands in (procfile("Procfile"), procfile("Procfile.dev"), compose_commands()):
         served = {
@@ -132,7 +144,11 @@ def test_every_queue_has_one_kind_of_worker() -> None:
             for name, command in commands.items()
             if name.startswith("worker")
         }
-        assert served == {"worker": queues - {"payments"}, "worker_payments": {"payments"}}
+        assert served == {
+            "worker": queues - {"payments", "webhooks"},
+            "worker_payments": {"payments"},
+            "worker_webhooks": {"webhooks"},
+        }
 
 
 def import_tasks_queues() -> list[str]:
@@ -163,6 +179,7 @@ def test_compose_file() -> None:
             "front",
             "worker",
             "worker_payments",
+            "worker_webhooks",
             "payments",
             "traces",
         ),

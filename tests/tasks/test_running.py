@@ -105,6 +105,7 @@ def test_up_and_down_and_up_again(service: Service) -> None:
         ("web", "0"),
         ("worker", "0"),
         ("worker_payments", "0"),
+        ("worker_webhooks", "0"),
     ]
     assert stopped[-1][0] == "nats", "nats is to stop last"
     assert "Killing worker" not in running.output

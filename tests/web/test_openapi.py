@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def test_every_address_of_the_api_is_described(service: Stack) -> None:
     from web import create_app
 
     served = {
-        (method, rule.rule.replace("<path:", "{").replace(">", "}"))
+        (method, re.sub(r"<(?:path:)?(\w+)>", r"{\1}", rule.rule))
         for rule in create_app(Settings(access="open", host="127.0.0.1")).url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
         if rule.rule.startswith(("/api", "/health"))

@@ -1,7 +1,8 @@
-"""No caller ever sees another's order: many callers, every route that there is, in any order."""
+"""No caller ever sees another's order or webhook: many callers, every route that there is, in any order."""
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterator
 from typing import Any
@@ -37,13 +38,29 @@ SEES = {
 }
 CALLERS = st.sampled_from(sorted(SEES, key=str))
 
+RULES = list(create_app(Settings(access="open", host="127.0.0.1")).url_map.iter_rules())
 ROUTES = [
     (
         rule.rule.replace("<path:order_id>", "{order_id}"),
         sorted((rule.methods or set()) - {"OPTIONS", "HEAD"}),
     )
-    for rule in create_app(Settings(access="open", host="127.0.0.1")).url_map.iter_rules()
+    for rule in RULES
     if rule.arguments <= {"order_id"}
+]
+#: Who may have webhooks, and whose: None stands for an operator's, which operators share.
+OWNERS: dict[str | None, str | None] = {
+    "alice": "alice",
+    "alice's token": "alice",
+    "bob": "bob",
+    "carol's token": "carol",
+    "operator": None,
+    "operator's token": None,
+}
+OF_ONE_WEBHOOK = [
+    (re.sub(r"<(\w+)>", r"{\1}", rule.rule), method)
+    for rule in RULES
+    if "webhook_id" in rule.arguments
+    for method in sorted((rule.methods or set()) - {"OPTIONS", "HEAD"})
 ]
 OF_ONE_ORDER = [route for route in ROUTES if "{" in route[0]]
 OF_MANY = [path for path, methods in ROUTES if "{" not in path and "GET" in methods]
@@ -72,6 +89,8 @@ class Callers(RuleBasedStateMachine):
         self.run = secrets.token_hex(3)
         # What belongs to whom: ids of orders that this run has placed.
         self.orders: dict[str, str] = {}
+        # The same of webhooks, each with a text that its address alone has.
+        self.webhooks: dict[str, tuple[str | None, str]] = {}
         self.cursors: list[str] = []
         self.answers: list[tuple[str | None, str, str, str | None, requests.Response]] = []
 
@@ -150,6 +169,37 @@ class Callers(RuleBasedStateMachine):
         if path == "/api/orders" and answer.status_code == 200 and answer.json()["next"]:
             self.cursors.append(answer.json()["next"])
 
+    @rule(who=CALLERS)
+    def make_webhook(self, who: str | None) -> None:
+        """Have events sent to an address, which no event ever fits."""
+        mark = secrets.token_hex(8)
+        body = {"url": f"https://{mark}.example/", "events": ["order.failed"]}
+        answer = self.ask(who, "POST", "/api/webhooks", json=body)
+        if who not in OWNERS:
+            assert answer.status_code == (401 if who is None else 403)
+        elif answer.status_code != 409:  # there are as many as can be
+            assert answer.status_code == 201, answer.text
+            assert answer.json()["customer_id"] == OWNERS[who]
+            self.webhooks[answer.json()["id"]] = OWNERS[who], mark
+
+    @rule(who=CALLERS, which=st.integers(0, 9), route=st.sampled_from(OF_ONE_WEBHOOK))
+    def act_on_a_webhook(self, who: str | None, which: int, route: tuple[str, str]) -> None:
+        """Look at a webhook, change it or remove it, in each way that there is."""
+        if not self.webhooks:
+            return
+        webhook_id = list(self.webhooks)[which % len(self.webhooks)]
+        path, method = route
+        path = path.format(webhook_id=webhook_id, delivery_id=f"msg_{'0' * 40}")
+        options: dict[str, Any] = {"json": {"description": "mine"}} if method == "PATCH" else {}
+        answer = self.ask(who, method, path, **options)
+        if not self.may_see(who, webhook_id):
+            assert answer.status_code == (401 if who is None else 404 if who in OWNERS else 403), (who, path)
+            assert "secret" not in answer.text
+
+    def may_see(self, who: str | None, webhook_id: str) -> bool:
+        """Whether a caller may see a webhook: its owner, and operators."""
+        return who in OWNERS and OWNERS[who] in (None, self.webhooks[webhook_id][0])
+
     @invariant()
     def nobody_sees_what_is_not_theirs(self) -> None:
         """No answer names an order, or a customer, that its caller may not see, unless the caller named it."""
@@ -161,6 +211,8 @@ class Callers(RuleBasedStateMachine):
                     assert placed or order_id not in text, (
                         f"{who} saw {order_id} of {customer} at {method} {path}"
                     )
+            for webhook_id, (_, mark) in self.webhooks.items():
+                assert mark not in text or self.may_see(who, webhook_id), f"{who} saw a webhook at {path}"
             if method == "GET":
                 for customer in set(CUSTOMERS) - SEES[who]:
                     assert f'"{customer}"' not in text, f"{who} saw {customer} at {path}"

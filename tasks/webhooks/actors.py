@@ -1,0 +1,81 @@
+"""The actors of webhooks.
+
+queue       actor               called by
+projection  announce_webhooks   ORDER.>
+webhooks    deliver_webhook     announce_webhooks, for each webhook that wants the event, and by `send again`
+webhooks    look_after_webhooks (once an hour: secrets that an older TOKEN_KEY encrypts)
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+import dramatiq
+from dramatiq.errors import BrokerError
+
+from dramatiq_jetstream import Snooze
+from dramatiq_jetstream.events import subscription
+from tasks import app, logs
+from tasks.actors import FINISH, read_event
+from tasks.events import SUBJECTS, Happened, order_id_of
+
+from . import service
+from .subscriptions import SecretUnreadable
+
+logger = logging.getLogger(__name__)
+
+QUEUE: Final = "webhooks"
+
+#: How many deliveries to the webhooks of one customer, or to one of an operator, run at a time.
+AT_ONCE: Final = 2
+
+_HOUR_MS: Final = 3_600_000
+
+# However long the store is away, no event is given up, and no delivery becomes a dead letter: it has a log of its own.
+_UNTIL_IT_WORKS: Final = {"max_retries": None}
+
+
+@dramatiq.actor(
+    subscribe=subscription(SUBJECTS, read_event),
+    **{**app.step_options("projection", FINISH), **_UNTIL_IT_WORKS},
+)
+def announce_webhooks(what: Happened | None) -> None:
+    """Make the deliveries of an event, one for each webhook that wants it."""
+    if what is not None:
+        logs.bind(order_id=order_id_of(what.event))
+        service.announcer().announce(what)
+
+
+@dramatiq.actor(
+    **{
+        **app.step_options(QUEUE, FINISH),
+        **_UNTIL_IT_WORKS,
+        # The request has a limit of its own; the rest is for the store.
+        "time_limit": app.SETTINGS.webhook_timeout + 60_000,
+    },
+    concurrency=AT_ONCE,
+    key="lane",
+)
+def deliver_webhook(lane: str, webhook_id: str, delivery_id: str, run: int) -> None:
+    """Send a delivery to its receiver, again and again until it is accepted or given up."""
+    del lane  # what the limit is for
+    wait = service.sender().run(webhook_id, delivery_id, run)
+    if wait is not None:
+        raise Snooze(delay=wait)
+
+
+@dramatiq.actor(
+    every=_HOUR_MS,
+    max_age=_HOUR_MS,
+    **{**app.step_options(QUEUE, FINISH), "max_retries": 0},
+)
+def look_after_webhooks() -> None:
+    """Encrypt with the first key of TOKEN_KEY the secrets that an older one has encrypted."""
+    try:
+        done = service.subscriptions().reseal()
+    except (BrokerError, SecretUnreadable) as error:
+        logger.warning("The secrets of webhooks are not encrypted with the newest key: %s", error)
+        return
+    if done:
+        logger.info("The secrets of %d webhooks are encrypted with the newest key.", done)

@@ -1,0 +1,247 @@
+"""Describes the API of webhooks; a part of the description in `web.openapi`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tasks.webhooks.addresses import MAX_URL
+from tasks.webhooks.subscriptions import EVENT_TYPES, MAX_DESCRIPTION
+from web.webhooks import DEFAULT_LIMIT, MAX_LIMIT
+
+_TIME = {"type": "string", "format": "date-time"}
+_SECRET = {
+    "type": "string",
+    "description": "Shown this once: it verifies what is sent.",
+    "examples": ["whsec_…"],
+}
+_WEBHOOK_ID = {"name": "webhook_id", "in": "path", "required": True, "schema": {"type": "string"}}
+_DELIVERY_ID = {**_WEBHOOK_ID, "name": "delivery_id"}
+
+_MEMBERS: dict[str, Any] = {
+    "url": {
+        "type": "string",
+        "maxLength": MAX_URL,
+        "description": "Where events are sent: an https address on the public Internet.",
+    },
+    "events": {
+        "type": "array",
+        "items": {"enum": list(EVENT_TYPES)},
+        "description": "The types of events that are sent; empty: all.",
+    },
+    "description": {"type": "string", "maxLength": MAX_DESCRIPTION},
+}
+_EXAMPLE = {"url": "https://example.com/orders", "events": ["order.confirmed", "order.rejected"]}
+
+SCHEMAS: dict[str, Any] = {
+    "Webhook": {
+        "type": "object",
+        "required": ["id", "url", "events", "description", "customer_id", "enabled", "created_at"],
+        "properties": {
+            "id": {"type": "string"},
+            **_MEMBERS,
+            "customer_id": {
+                "type": ["string", "null"],
+                "description": "Whose orders' events are sent; null: those of all orders.",
+            },
+            "enabled": {"type": "boolean"},
+            "created_at": _TIME,
+            "disabled_because": {"type": "string", "description": "Present when this service disabled it."},
+            "failing": {
+                "type": "object",
+                "description": "Present while the newest attempts have failed.",
+                "required": ["since", "failures", "error"],
+                "properties": {
+                    "since": _TIME,
+                    "failures": {"type": "integer"},
+                    "error": {"type": "string"},
+                },
+            },
+        },
+    },
+    "Delivery": {
+        "type": "object",
+        "required": ["id", "order_id", "type", "at", "state", "attempts"],
+        "properties": {
+            "id": {"type": "string", "description": "The webhook-id that the receiver gets."},
+            "order_id": {"type": "string"},
+            "type": {"type": "string", "examples": ["order.confirmed"]},
+            "at": {**_TIME, "description": "When the event happened."},
+            "state": {"enum": ["pending", "delivered", "failed"]},
+            "reason": {"type": "string", "description": "Why no request was sent, when it failed so."},
+            "next_at": {**_TIME, "description": "When it is tried next, while it is pending."},
+            "attempts": {
+                "type": "array",
+                "description": "The newest attempts, oldest first.",
+                "items": {
+                    "type": "object",
+                    "required": ["at", "milliseconds", "status", "answer"],
+                    "properties": {
+                        "at": _TIME,
+                        "milliseconds": {"type": "integer"},
+                        "status": {"type": ["integer", "null"], "description": "Null without an answer."},
+                        "answer": {
+                            "type": "string",
+                            "description": "The beginning of the answer, or why there was none.",
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def paths() -> dict[str, Any]:
+    """Return the paths with their operations."""
+    return {
+        "/api/webhooks": {
+            "get": _operation(
+                "listWebhooks",
+                "List webhooks",
+                {"200": _json("Those that the caller may see.", _list_of("webhooks", "Webhook"))},
+                description="A customer's own; an operator's are all. The other operations keep to the same.",
+            ),
+            "post": _operation(
+                "makeWebhook",
+                "Make a webhook",
+                {
+                    "201": {
+                        **_json("The webhook, with its secret.", _with_secret()),
+                        "headers": {"Location": {"$ref": "#/components/headers/Location"}},
+                    },
+                    **_problems(400, 409, 422),
+                },
+                description=(
+                    "A customer's webhook gets the events of that customer's orders, an operator's those of all "
+                    "orders. What is sent follows the Standard Webhooks specification."
+                ),
+                body=_body(_MEMBERS, _EXAMPLE, "url"),
+            ),
+        },
+        "/api/webhooks/{webhook_id}": {
+            "get": _operation(
+                "showWebhook",
+                "Show one webhook",
+                {"200": _json("The webhook as it is now.", _ref("Webhook")), **_problems(404)},
+                _WEBHOOK_ID,
+            ),
+            "patch": _operation(
+                "changeWebhook",
+                "Change a webhook",
+                {"200": _json("The webhook as it is now.", _ref("Webhook")), **_problems(400, 404, 422)},
+                _WEBHOOK_ID,
+                description="What is left out stays. Events that happen while it is disabled are not sent later.",
+                body=_body({**_MEMBERS, "enabled": {"type": "boolean"}}, {"enabled": True}),
+            ),
+            "delete": _operation(
+                "removeWebhook",
+                "Remove a webhook",
+                {"204": {"description": "It is removed."}, **_problems(404)},
+                _WEBHOOK_ID,
+            ),
+        },
+        "/api/webhooks/{webhook_id}/secret": {
+            "post": _operation(
+                "rotateWebhookSecret",
+                "Make a new secret",
+                {
+                    "200": _json(
+                        "The new secret.",
+                        {"type": "object", "required": ["secret"], "properties": {"secret": _SECRET}},
+                    ),
+                    **_problems(404),
+                },
+                _WEBHOOK_ID,
+                description="The old one signs beside it for a day.",
+            )
+        },
+        "/api/webhooks/{webhook_id}/deliveries": {
+            "get": _operation(
+                "listWebhookDeliveries",
+                "List the deliveries of a webhook",
+                {
+                    "200": _json(
+                        "One page, what changed last first.", _list_of("deliveries", "Delivery", "next")
+                    ),
+                    **_problems(400, 404),
+                },
+                _WEBHOOK_ID,
+                {
+                    "name": "limit",
+                    "in": "query",
+                    "schema": {
+                        "type": "integer",
+                        "minimum": 1,
+                        "maximum": MAX_LIMIT,
+                        "default": DEFAULT_LIMIT,
+                    },
+                },
+                {
+                    "name": "before",
+                    "in": "query",
+                    "description": "The next of the page before.",
+                    "schema": {"type": "string"},
+                },
+            )
+        },
+        "/api/webhooks/{webhook_id}/deliveries/{delivery_id}/send": {
+            "post": _operation(
+                "sendWebhookDelivery",
+                "Send a delivery again",
+                {
+                    "202": _json("It will be sent, with the same webhook-id.", _ref("Delivery")),
+                    **_problems(404, 409),
+                },
+                _WEBHOOK_ID,
+                _DELIVERY_ID,
+            )
+        },
+    }
+
+
+def _operation(
+    operation_id: str,
+    summary: str,
+    responses: dict[str, Any],
+    *parameters: dict[str, Any],
+    description: str | None = None,
+    body: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    operation: dict[str, Any] = {"operationId": operation_id, "summary": summary, "tags": ["webhooks"]}
+    if description is not None:
+        operation["description"] = description
+    if parameters:
+        operation["parameters"] = list(parameters)
+    if body is not None:
+        operation["requestBody"] = body
+    return {**operation, "responses": {**responses, **_problems(401, 403, 429, 503)}}
+
+
+def _body(properties: dict[str, Any], example: dict[str, Any], *required: str) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "object", "properties": properties}
+    if required:
+        schema["required"] = list(required)
+    return {"required": True, "content": {"application/json": {"schema": schema, "example": example}}}
+
+
+def _with_secret() -> dict[str, Any]:
+    secret = {"type": "object", "required": ["secret"], "properties": {"secret": _SECRET}}
+    return {"allOf": [_ref("Webhook"), secret]}
+
+
+def _list_of(name: str, schema: str, *more: str) -> dict[str, Any]:
+    properties: dict[str, Any] = {name: {"type": "array", "items": _ref(schema)}}
+    properties |= {each: {"type": ["string", "null"]} for each in more}
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _json(description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def _ref(schema: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{schema}"}
+
+
+def _problems(*statuses: int) -> dict[str, Any]:
+    return {str(status): {"$ref": f"#/components/responses/Problem{status}"} for status in statuses}
