@@ -192,13 +192,16 @@ class Listing:
                     raise BrokerConnectionError(
                         f"No answer to a listing of stream {self._stream} in time."
                     ) from None
+                # Behind a leaf node, a stream that does not exist is silent. The API says so.
+                last_message(self._connection, self._stream, ">", must_exist=True)
             finally:
                 del self._pages[token]
 
     def _collect(self, replies: ThreadQueue[Msg], deadline: float) -> tuple[list[StoredMessage], bool]:
         found: list[StoredMessage] = []
         while True:
-            reply = replies.get(timeout=max(0.01, min(SILENCE_SECONDS, deadline - time.monotonic())))
+            # Half of what is left, so that there is time to ask again.
+            reply = replies.get(timeout=max(0.01, min(SILENCE_SECONDS, (deadline - time.monotonic()) / 2)))
             headers = dict(reply.headers or {})
             match headers.get("Status"):
                 case None:
