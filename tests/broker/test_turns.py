@@ -6,12 +6,13 @@ import threading
 
 import dramatiq
 import pytest
-from dramatiq.middleware import Retries, TimeLimitExceeded
+from dramatiq.middleware import Middleware, Retries, SkipMessage, TimeLimitExceeded
 from dramatiq.rate_limits import ConcurrentRateLimiter
 
 from dramatiq_jetstream import rate_limits
 from dramatiq_jetstream.errors import BrokerConnectionError
 from dramatiq_jetstream.rate_limits import JetStreamBackend
+from dramatiq_jetstream.worker import interrupts
 from dramatiq_jetstream.worker.interrupts import Gate, interrupt, uninterrupted
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually
@@ -159,3 +160,49 @@ def test_an_interrupt_waits_for_what_must_be_whole():
     assert ended.count("outer") == 1_000
     assert ended.count("after") < 1_000
     assert uninterrupted(lambda: "outside") == "outside"
+
+
+def test_a_middleware_takes_a_turn_before_and_after_the_actor(make_broker):
+    """Nothing strikes in a hook, so nothing is waited for there; not after a message that was skipped either."""
+    broker = make_broker(middleware=[])
+    limiter = ConcurrentRateLimiter(JetStreamBackend(broker), "only", limit=1, ttl=TTL)
+    seen = []
+
+    class Turns(Middleware):
+        def take(self, what):
+            with limiter.acquire(raise_on_failure=False) as taken:
+                seen.append((what, taken))
+
+        def before_process_message(self, broker, message):
+            self.take("before")
+            if message.args == ("skipped",):
+                raise SkipMessage
+
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            self.take("after")
+
+        def after_skip_message(self, broker, message):
+            self.take("skipped")
+
+    broker.add_middleware(Turns())
+    work = dramatiq.actor(lambda what: seen.append(what), actor_name="work", broker=broker)
+    with running(broker, threads=1):
+        work.send("runs")
+        work.send("skipped")
+        broker.join("default", timeout=60_000)
+    assert seen == [("before", True), "runs", ("after", True), ("before", True), ("skipped", True)]
+
+
+def test_a_thread_is_not_kept_by_the_gate_of_one_that_is_gone(monkeypatch):
+    """A thread may have the number of a worker's thread whose last message was skipped."""
+    gates = []
+
+    def last_message():
+        gates.append(Gate())
+        gates[0].expect()
+
+    earlier = threading.Thread(target=last_message)
+    earlier.start()
+    earlier.join()
+    monkeypatch.setitem(interrupts._gates, threading.get_ident(), gates[0])
+    assert uninterrupted(lambda: "done") == "done"

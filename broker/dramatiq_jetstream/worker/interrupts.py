@@ -45,12 +45,13 @@ LOOK_AGAIN_SECONDS: Final = 0.0001
 class Gate:
     """The gate of the calling thread: closed, other than during `call`."""
 
-    __slots__ = ("_expected", "_kept_out", "_lock", "_thread", "_wanted")
+    __slots__ = ("_expected", "_is_open", "_kept_out", "_lock", "_thread", "_wanted")
 
     def __init__(self) -> None:
         self._lock = allocate_lock()
         self._lock.acquire()
         self._expected = False
+        self._is_open = False
         self._kept_out = False
         self._wanted: deque[tuple[type[BaseException], Callable[[], bool] | None]] = deque()
         thread = threading.current_thread()
@@ -64,6 +65,7 @@ class Gate:
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call `function`, which interrupts may strike. When this returns or raises, none can come any more."""
+        self._is_open = True
         try:
             self._lock.release()
             if self._wanted:
@@ -72,10 +74,11 @@ class Gate:
         finally:
             self._expected = False
             self._lock.acquire()
+            self._is_open = False
 
     def keep_out(self, function: Callable[[], Result]) -> Result:
         """Call `function` in an actor; what is to interrupt it meanwhile does so afterwards."""
-        if not self._expected or self._kept_out:
+        if not self._is_open or self._kept_out:  # closed, as in a hook of middleware: nothing can strike
             return function()
         self._kept_out = True
         try:
