@@ -67,20 +67,30 @@ def test_a_fault_of_a_docstring_fails_the_build(
     assert status == 1 or not fault
 
 
-def test_every_public_object_has_a_docstring(tmp_path: Path) -> None:
-    """The check finds nothing in the library, and would find what lacks a docstring."""
+def test_every_public_object_explains_itself(tmp_path: Path) -> None:
+    """The check finds nothing in the packages, and would find what lacks a docstring, an example, a unit, an error."""
     assert list(reference.faults()) == []
-    package = tmp_path / "dramatiq_jetstream"
+    package = tmp_path / "shop"
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "things.py").write_text(
-        "__all__ = ['Thing', 'make']\n"
-        "class Thing:\n    def method(self): ...\n"
-        "def make(size):\n    'Make one.\\n\\nParameters:\\n  sise: How large.'\n"
+        "__all__ = ['Thing', 'make', 'wait']\n"
+        "class Thing:\n"
+        "    '''A thing.\n\n    Examples:\n      >>> Thing().shown()\n    '''\n"
+        "    def shown(self):\n        'Is in the example.'\n"
+        "    def method(self): ...\n"
+        "    def _hidden(self): ...\n"
+        "def make(size):\n"
+        "    '''Make one.\n\n    Parameters:\n      sise: How large.\n\n    Examples:\n      ```python\n      make(\n"
+        "      ```\n    '''\n"
+        "def wait(timeout):\n    'Wait.'\n    raise TimeoutError('no thing')\n"
         "def other(): ...\n"
     )
-    assert list(reference.faults(tmp_path)) == [
-        "dramatiq_jetstream.things.Thing has no docstring",
-        "dramatiq_jetstream.things.Thing.method has no docstring",
-        "dramatiq_jetstream.things.make explains the parameter sise, which it does not have",
+    assert list(reference.faults({"shop": tmp_path})) == [
+        "shop.things.Thing.method has no docstring",
+        "the example of shop.things.make is not Python: '(' was never closed (shop.things.make, line 2)",
+        "shop.things.make explains the parameter sise, which it does not have",
+        "shop.things.wait has no example",
+        "shop.things.wait does not say the unit of timeout",
+        "shop.things.wait raises TimeoutError and does not say so",
     ]

@@ -56,6 +56,13 @@ class JetStreamBackend(EventBackend):
 
     A signal is kept for the `abort_ttl` of `Abortable`, rounded up to whole seconds. For a message that is
     delayed, that time begins when the message is due.
+
+    Examples:
+      >>> from dramatiq_abort import Abortable, abort
+      >>> from dramatiq_jetstream.abort import JetStreamBackend
+      >>> shop = JetStreamBroker(namespace="shop")
+      >>> shop.add_middleware(Abortable(backend=JetStreamBackend(shop)))
+      >>> abort(message.message_id, abort_timeout=0)  # one of the global broker's
     """
 
     def __init__(self, broker: Broker | None = None, *, url: str | Iterable[str] | None = None) -> None:
@@ -192,5 +199,10 @@ def abort_message(
       mode: `AbortMode.CANCEL` leaves a message alone that is running.
       abort_timeout: Milliseconds that a running message gets to end by itself.
       abort_ttl: Milliseconds that the signal is kept for a message that waits in its queue.
+
+    Examples:
+      >>> from dramatiq_jetstream.abort import abort_message
+      >>> waiting = charge.send_with_options(args=("c-42", 20), delay=60_000)
+      >>> abort_message(waiting.message_id, broker)
     """
     Abortable(backend=JetStreamBackend(broker)).abort(message_id, abort_ttl, mode, abort_timeout)

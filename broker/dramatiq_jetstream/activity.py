@@ -33,6 +33,12 @@ class Minute:
       failed: Attempts that ended with an error.
       ran, waited: How many attempts ran, and how many messages had been ready, for less than 2**n milliseconds and not
         less than half of that, by n; 0 stands for less than one millisecond.
+
+    Examples:
+      >>> from dramatiq_jetstream.activity import Minute
+      >>> minute = Minute("mail", at=1_700_000_040_000, failed=1, ran={3: 90, 4: 9, 9: 1})
+      >>> minute.done
+      100
     """
 
     queue: str
@@ -55,6 +61,13 @@ def read_activity(broker: JetStreamBroker, *, minute: int | None = None) -> list
 
     Raises:
       BrokerConnectionError: When the server does not answer in time.
+
+    Examples:
+      ```python
+      from dramatiq_jetstream.activity import read_activity
+
+      failed = sum(minute.failed for minute in read_activity(broker) if minute.queue == "mail")
+      ```
     """
     names = broker.names
     subject = names.activity_of(None if minute is None else minute // _MINUTE_MS)
@@ -83,6 +96,11 @@ def percentile(times: Mapping[int, int], share: float) -> float | None:
 
     Parameters:
       share: Between 0 and 1, such as 0.95.
+
+    Examples:
+      >>> from dramatiq_jetstream.activity import percentile
+      >>> percentile({3: 90, 4: 9, 9: 1}, 0.5) < 8
+      True
     """
     left = share * sum(times.values())
     if not left:

@@ -34,7 +34,7 @@ from dramatiq.results.backend import DEFAULT_TIMEOUT
 
 from .errors import InvalidOption, NotSent
 
-__all__ = ["THREADS", "AsyncActor", "get_result", "in_thread", "with_asend"]
+__all__ = ["THREADS", "AsyncActor", "get_result"]
 
 #: How many calls of a process may wait for the server at once.
 THREADS: Final = 32
@@ -80,7 +80,17 @@ async def in_thread(call: Callable[[], R], *, patience: float = PATIENCE_SECONDS
 
 
 class AsyncActor(Actor[P, R]):
-    """An actor that coroutines can send to. An actor of Dramatiq's own class becomes one on a `JetStreamBroker`."""
+    """An actor that coroutines can send to. An actor of Dramatiq's own class becomes one on a `JetStreamBroker`.
+
+    Examples:
+      >>> from dramatiq_jetstream.aio import AsyncActor
+      >>> @dramatiq.actor(actor_class=AsyncActor)
+      ... def bill(customer: str) -> None: ...
+      >>> async def order() -> None:
+      ...     await bill.asend("c-42")
+      ...     await bill.asend_with_options(args=("c-43",), delay=60_000)
+      >>> asyncio.run(order())
+    """
 
     async def asend(self, *args: P.args, **kwargs: P.kwargs) -> Message[R]:
         """Send a message as `send` does, without blocking the event loop.
@@ -99,6 +109,9 @@ class AsyncActor(Actor[P, R]):
         **options: Any,
     ) -> Message[R]:
         """Send a message as `send_with_options` does, without blocking the event loop.
+
+        Parameters:
+          delay: Milliseconds until it runs, or a timedelta; None for at once.
 
         Raises:
           As `send_with_options`.
@@ -134,6 +147,14 @@ async def get_result(
       ResultTimeout: When there was none in time.
       ResultFailure: When the actor failed, or its result can never be stored.
       InvalidOption: When the broker has no `Results` middleware.
+
+    Examples:
+      >>> from dramatiq_jetstream import aio
+      >>> async def order() -> int:
+      ...     message = await charge.asend("c-42", 20)
+      ...     return await aio.get_result(message, timeout=30_000)
+      >>> asyncio.run(order())
+      20
     """
     chosen = dramatiq.get_broker() if broker is None else broker
     backend: Any = next((one.backend for one in chosen.middleware if isinstance(one, Results)), None)

@@ -47,6 +47,11 @@ class Change:
       error: Why it failed.
       at: When it began, in milliseconds since 1970.
       id: Tells it from every other change.
+
+    Examples:
+      >>> from dramatiq_jetstream.audit import Change
+      >>> Change(who="ann", what="replay", target="queue=mail", planned=12).outcome
+      'unfinished'
     """
 
     who: str
@@ -61,7 +66,12 @@ class Change:
 
 
 def declare(broker: JetStreamBroker) -> None:
-    """Create the stream of audit records if it is missing, whatever the broker's `declare` says."""
+    """Create the stream of audit records if it is missing, whatever the broker's `declare` says.
+
+    Examples:
+      >>> from dramatiq_jetstream import audit
+      >>> audit.declare(broker)
+    """
     broker.declarations.ensure_audit()
 
 
@@ -72,6 +82,14 @@ def record(broker: JetStreamBroker, *, who: str, what: str, target: str, planned
     Raises:
       TopologyMissing: When the stream is missing and the broker declares nothing; nothing was changed then.
       BrokerConnectionError: When the record is not known to be stored; nothing was changed then.
+
+    Examples:
+      >>> from dramatiq_jetstream import audit
+      >>> audit.declare(broker)
+      >>> with audit.record(broker, who="ann", what="drop", target="queue=mail", planned=1) as change:
+      ...     change.done += 1
+      >>> audit.find(broker, change.id).outcome
+      'finished'
     """
     change = Change(who[:MAX_TEXT], what, target[:MAX_TEXT], planned, at=int(time.time() * 1000), id=new_id())
     subject = broker.names.audit(change.id)
@@ -108,6 +126,15 @@ def changes(broker: JetStreamBroker, *, limit: int = 100) -> list[Change]:
 
     Raises:
       BrokerConnectionError: When the server does not answer in time.
+
+    Examples:
+      >>> from dramatiq_jetstream import audit
+      >>> audit.declare(broker)
+      >>> with audit.record(broker, who="ann", what="purge", target="queue=mail", planned=0):
+      ...     pass
+      >>> for change in audit.changes(broker, limit=1):
+      ...     print(change.who, change.what, change.target, change.outcome)
+      ann purge queue=mail finished
     """
     try:
         stored = list(islice(Stream(broker.connection, broker.names.audit_stream).newest(), limit))
@@ -117,7 +144,13 @@ def changes(broker: JetStreamBroker, *, limit: int = 100) -> list[Change]:
 
 
 def find(broker: JetStreamBroker, change_id: str) -> Change | None:
-    """The change with an id, or None."""
+    """The change with an id, or None.
+
+    Examples:
+      >>> from dramatiq_jetstream import audit
+      >>> audit.find(broker, "unknown") is None
+      True
+    """
     if not change_id.isalnum():
         return None
     try:

@@ -20,21 +20,47 @@ __all__ = ["InMemory", "answer_for", "broker_for", "in_memory"]
 
 @runtime_checkable
 class InMemory(Protocol):
-    """A backend for which one in memory can answer."""
+    """A backend for which one in memory can answer.
+
+    Examples:
+      >>> from dramatiq_jetstream.backends import InMemory
+      >>> from dramatiq_jetstream.results import JetStreamBackend
+      >>> isinstance(JetStreamBackend(broker), InMemory)
+      True
+    """
 
     def stub(self) -> object:
         """A new backend of the same kind that keeps everything in memory."""
 
 
 def answer_for(backend: object, stub: object) -> None:
-    """Have `stub` answer every call of `backend`, for good."""
+    """Have `stub` answer every call of `backend`, for good.
+
+    Examples:
+      >>> from dramatiq.rate_limits.backends import StubBackend
+      >>> from dramatiq_jetstream.backends import answer_for
+      >>> from dramatiq_jetstream.rate_limits import JetStreamBackend
+      >>> limits = JetStreamBackend(broker)
+      >>> answer_for(limits, StubBackend())
+      >>> limits.add("scanner", 1, ttl=60_000)
+      True
+    """
     names = [name for name in dir(type(stub)) if not name.startswith("__") and callable(getattr(stub, name))]
     vars(backend).update({name: getattr(stub, name) for name in names})
 
 
 @contextmanager
 def in_memory(backend: InMemory) -> Iterator[None]:
-    """Have a backend in memory answer every call of `backend` for a while."""
+    """Have a backend in memory answer every call of `backend` for a while.
+
+    Examples:
+      >>> from dramatiq_jetstream.backends import in_memory
+      >>> from dramatiq_jetstream.rate_limits import JetStreamBackend
+      >>> limits = JetStreamBackend(broker)
+      >>> with in_memory(limits):
+      ...     limits.add("scanner", 1, ttl=60_000)
+      True
+    """
     before = vars(backend).copy()
     answer_for(backend, backend.stub())
     try:
@@ -49,6 +75,12 @@ def broker_for(broker: Broker | None, url: str | Iterable[str] | None) -> tuple[
 
     Raises:
       InvalidOption: When both or the wrong kind of broker are given.
+
+    Examples:
+      >>> from dramatiq_jetstream.backends import broker_for
+      >>> chosen, is_own = broker_for(None, "nats://localhost:4222")
+      >>> is_own
+      True
     """
     if broker is None:
         return JetStreamBroker(url, middleware=[]), True

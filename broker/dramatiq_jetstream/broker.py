@@ -96,6 +96,13 @@ class JetStreamBroker(QueueOperations, HookedBroker):
 
     Raises:
       InvalidName, InvalidOption: When a setting can never work; nothing is contacted before first use.
+
+    Examples:
+      >>> import dramatiq
+      >>> from dramatiq_jetstream import JetStreamBroker
+      >>> broker = JetStreamBroker("nats://localhost:4222", namespace="shop", max_in_flight={"scans": 4})
+      >>> dramatiq.set_broker(broker)  # before the first actor
+      >>> broker.close()
     """
 
     def __init__(
@@ -229,6 +236,11 @@ class JetStreamBroker(QueueOperations, HookedBroker):
 
         Raises:
           InvalidName: When JetStream cannot carry the name.
+
+        Examples:
+          >>> broker.declare_queue("mail")
+          >>> "mail" in broker.get_declared_queues()
+          True
         """
         if queue_name not in self.queues:
             self.names.queue_stream(queue_name)
@@ -251,6 +263,10 @@ class JetStreamBroker(QueueOperations, HookedBroker):
           InvalidOption: When `max_in_flight` names a queue that neither this program nor the server has.
           TopologyMismatch: When something exists that would lose or hold up messages, and is not to be, or cannot
             be, changed. Everything else is done.
+
+        Examples:
+          >>> [name for name, became in broker.setup().items() if became == "differs"]
+          []
         """
         self.declarations.check_max_in_flight(self.queues)
         self.bucket("unique")
@@ -273,6 +289,12 @@ class JetStreamBroker(QueueOperations, HookedBroker):
 
         Parameters:
           ttl: Milliseconds that every key lives; None for ever, or as long as each write says.
+
+        Examples:
+          >>> carts = broker.bucket("carts", ttl=3_600_000)
+          >>> revision = carts.put("c-42", b"2 mugs")
+          >>> carts.get("c-42").value
+          b'2 mugs'
         """
         return self.declarations.bucket(name, history=history, ttl=ttl, max_value_bytes=max_value_bytes)
 
@@ -284,11 +306,21 @@ class JetStreamBroker(QueueOperations, HookedBroker):
 
         Raises:
           BrokerConnectionError: When the server does not answer in time.
+
+        Examples:
+          >>> broker.status(message.message_id).state
+          'done'
         """
         return self._status.read(message)
 
     def stream(self, name: str) -> Stream:
-        """A stream of the account, to read from."""
+        """A stream of the account, to read from.
+
+        Examples:
+          >>> for event in broker.stream("ORDERS").read("ORDER.created"):
+          ...     print(event.subject, event.data)
+          ORDER.created b'17'
+        """
         return Stream(self.connection, name)
 
     # Enqueueing
@@ -305,6 +337,11 @@ class JetStreamBroker(QueueOperations, HookedBroker):
             `countdown`.
           MessageTooLarge: When it is over the server's `max_payload`.
           MessageNotUnique: When its option `unique_key` was used within its `unique_window`.
+
+        Examples:
+          >>> reminder = broker.enqueue(charge.message("c-42", 20), delay=60_000)
+          >>> broker.status(reminder).state
+          'delayed'
         """
         self.connection.reopen()
         return self._sender.enqueue(message, delay)
@@ -314,6 +351,11 @@ class JetStreamBroker(QueueOperations, HookedBroker):
 
         Raises:
           As `enqueue`; `NotSent` when too many calls wait for the server.
+
+        Examples:
+          >>> async def order() -> None:
+          ...     await broker.aenqueue(charge.message("c-42", 20))
+          >>> asyncio.run(order())
         """
         enqueue = partial(self.enqueue, message, delay=delay)
         return await in_thread(enqueue, patience=self.config.enqueue_timeout / 1000)
@@ -331,6 +373,11 @@ class JetStreamBroker(QueueOperations, HookedBroker):
         Raises:
           As `enqueue`. Without `atomic` each message succeeds or fails alone: the error is that of the first that
             failed, and its `__cause__`, a `NotAllStored`, says which messages are stored, which are not, and why.
+
+        Examples:
+          >>> stored = broker.enqueue_many([charge.message("c-42", amount) for amount in range(10)], atomic=True)
+          >>> len(stored)
+          10
         """
         self.connection.reopen()
         return self._sender.enqueue_many(list(messages), atomic=atomic, delay=delay)
@@ -353,6 +400,11 @@ class JetStreamBroker(QueueOperations, HookedBroker):
 
         Raises:
           As `enqueue`; TopologyMissing when no stream takes the subject.
+
+        Examples:
+          >>> stored = broker.publish("ORDER.paid", b"17", event_id="17.paid")
+          >>> stored.stream
+          'ORDERS'
         """
         self.connection.reopen()
         return self._sender.publish(subject, event, event_id=event_id, headers=headers, timeout=timeout)
@@ -363,6 +415,13 @@ class JetStreamBroker(QueueOperations, HookedBroker):
         Raises:
           QueueNotFound: When the queue was never declared.
           BrokerConnectionError: When the server cannot be reached.
+
+        Examples:
+          >>> broker.declare_queue("parcels")
+          >>> consumer = broker.consume("parcels", timeout=100)
+          >>> next(consumer) is None  # nothing came within 100 ms
+          True
+          >>> consumer.close()
         """
         if queue_name not in self.queues:
             raise QueueNotFound(queue_name)
@@ -383,7 +442,7 @@ class JetStreamBroker(QueueOperations, HookedBroker):
         give_notice_for(middleware)
         super().add_middleware(middleware, before=before, after=after)
 
-    def failed_in(self, hook: str, middleware: Middleware, error: BaseException) -> None:
+    def _failed_in(self, hook: str, middleware: Middleware, error: BaseException) -> None:
         """Note that a middleware failed at a hook: what it would have stored may be missing."""
         self._workplace.follow_ups.middleware_failed(middleware, error)
 

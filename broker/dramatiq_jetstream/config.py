@@ -37,7 +37,13 @@ DUPLICATE_WINDOW_MS = 120_000
 
 @dataclass(frozen=True)
 class Storage:
-    """What all streams of a program have in common; `JetStreamBroker` explains each setting."""
+    """What all streams of a program have in common; `JetStreamBroker` explains each setting. Times are milliseconds.
+
+    Examples:
+      >>> from dramatiq_jetstream.config import BrokerConfig
+      >>> BrokerConfig(replicas=3).storage.replicas
+      3
+    """
 
     replicas: int = 1
     duplicate_window: int = DUPLICATE_WINDOW_MS
@@ -64,6 +70,11 @@ class ConnectOptions:
 
     Raises:
       InvalidOption: When an address is not one, or settings exclude each other.
+
+    Examples:
+      >>> from dramatiq_jetstream.config import ConnectOptions
+      >>> ConnectOptions.of("nats://ann:secret@one:4222,nats://two:4222").display
+      'nats://one:4222, nats://two:4222'
     """
 
     servers: tuple[str, ...] = field(default=("nats://localhost:4222",), repr=False)
@@ -161,6 +172,11 @@ class BrokerConfig:
 
     Raises:
       InvalidName, InvalidOption: When a setting can never work.
+
+    Examples:
+      >>> from dramatiq_jetstream.config import BrokerConfig
+      >>> BrokerConfig(namespace="shop").names.queue_stream("mail")
+      'shop_q_mail'
     """
 
     connect: ConnectOptions = field(default_factory=ConnectOptions)

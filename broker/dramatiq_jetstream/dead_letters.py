@@ -91,6 +91,15 @@ class DeadLetter:
     `headers` are those of the message, the trace context among them. `traceback` is that of the last attempt, as Python
     prints it; empty when no error ended it. `attempts` are the recorded attempts of the message with their errors and
     times, oldest first, as `history.Record.as_dict` has them; only `DeadLetters.get` reads them.
+
+    Examples:
+      >>> letter = broker.dead_letters.get(broker.status(refused).letter)
+      >>> letter.reason, letter.error
+      ('retries exhausted', 'ValueError: -1 is no amount')
+      >>> letter.decode().args
+      ('c-42', -1)
+      >>> letter.summary()["actor"]
+      'charge'
     """
 
     id: str
@@ -143,6 +152,20 @@ class DeadLetters:
       ensure: Makes the stream of dead letters if it may and must; with True also if it was there once.
       emit: Calls a hook of middleware.
       attempts: Reads what is recorded of the attempts of a message.
+
+    Examples:
+      >>> letters = broker.dead_letters
+      >>> for letter in letters.list(actor="charge", limit=1):
+      ...     print(letter.queue, letter.error)
+      default ValueError: -1 is no amount
+      >>> letters.get(letter.id) == letters.oldest("default") == letter
+      True
+      >>> letters.count() == len(list(letters.newest()))
+      True
+      >>> letters.replay(letter)  # after the cause is mended
+      True
+      >>> letters.drop(letter)  # it is gone already
+      False
     """
 
     def __init__(
@@ -177,13 +200,31 @@ class DeadLetters:
         event: Event | None = None,
         history: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Store a letter; raises `BrokerConnectionError` when it is not known to be stored.
+        """Store a letter; a worker does so before it acks the message.
 
         Parameters:
           origin: What identifies the message in its stream: the same origin is the same letter.
           subject: Where a replay goes.
           history: The earlier failures of the message, as `history_of` finds them in it.
           event: The event, if this was its first run; a replay hands it to `actor` alone.
+
+        Raises:
+          BrokerConnectionError: When it is not known to be stored.
+
+        Examples:
+          >>> broker.dead_letters.store(
+          ...     queue="default",
+          ...     origin="by-hand-1",
+          ...     subject=broker.names.task("default"),
+          ...     data=charge.message("c-42", 20).encode(),
+          ...     headers={},
+          ...     reason="rejected",
+          ...     error="not before the first of the month",
+          ...     deliveries=1,
+          ...     actor="charge",
+          ... )
+          >>> broker.dead_letters.at("by-hand-1").reason
+          'rejected'
         """
         self._ensure(False)
         kept = {
@@ -284,12 +325,23 @@ class DeadLetters:
         return None if stored is None else self._read(stored)
 
     def at(self, origin: str) -> DeadLetter | None:
-        """The letter of the message with that origin, as `history.Record.letter` names it; None when it is gone."""
+        """The letter of the message with that origin, as `history.Record.letter` names it; None when it is gone.
+
+        Examples:
+          >>> failed = broker.history.of(refused.message_id)[-1]
+          >>> broker.dead_letters.at(failed.letter).message_id == refused.message_id
+          True
+        """
         stored = last_message(self._connection, self._names.dead_stream, self._names.dead_at(origin))
         return None if stored is None else self._read(stored)
 
     def newest_of(self, message_id: str, *, look_at: int) -> DeadLetter | None:
-        """The letter of a message among the newest `look_at` ones; None when it is not there."""
+        """The letter of a message among the newest `look_at` ones; None when it is not there.
+
+        Examples:
+          >>> broker.dead_letters.newest_of(refused.message_id, look_at=1_000).reason
+          'retries exhausted'
+        """
         letters = islice(self.newest(), look_at)
         return next((letter for letter in letters if letter.message_id == message_id), None)
 
@@ -364,7 +416,12 @@ class DeadLetters:
         return True
 
     def flush(self, queue: str) -> int:
-        """Delete all letters of a queue; return how many there were."""
+        """Delete all letters of a queue; return how many there were.
+
+        Examples:
+          >>> broker.dead_letters.flush("scans")
+          0
+        """
         purged = 0
         try:
             for subject in (self._names.dead_of_queue(queue), self._names.dead_with_bodies(queue)):

@@ -41,6 +41,14 @@ def enqueue_on_commit(
 
     Raises:
       As `JetStreamBroker.enqueue`, out of the block that commits; the transaction is committed then.
+
+    Examples:
+      ```python
+      with transaction.atomic():
+          order = Order.objects.create(total=total)
+          order.charge_id = enqueue_on_commit(charge.message(order.id)).message_id
+          order.save()
+      ```
     """
     actor = dramatiq.get_broker().get_actor(message.actor_name)
     transaction.on_commit(partial(actor.broker.enqueue, message, delay=delay), using=using)

@@ -73,29 +73,84 @@ __all__ = [
 
 
 class NotSent(ConnectionClosed, ConnectionFailed):
-    """Nothing was sent before the call's time was up, so nothing was stored or changed, and nothing will be."""
+    """Nothing was sent before the call's time was up, so nothing was stored or changed, and nothing will be.
+
+    Examples:
+      >>> from dramatiq_jetstream.errors import NotSent
+      >>> away = JetStreamBroker("nats://localhost:1", enqueue_timeout=100)
+      >>> try:
+      ...     away.enqueue(charge.message("c-42", 20))
+      ... except NotSent:
+      ...     print("try again: it was not stored")
+      try again: it was not stored
+    """
 
 
 class StoreTimeout(BrokerConnectionError):
-    """JetStream did not acknowledge in time; whether it stored the message is not known."""
+    """JetStream did not acknowledge in time; whether it stored the message is not known.
+
+    Examples:
+      ```python
+      try:
+          charge.send("c-42", 20)
+      except StoreTimeout:
+          charge.send("c-42", 20)  # it may run twice: `charge` is idempotent
+      ```
+    """
 
 
 class StoreFull(BrokerConnectionError):
-    """The stream or the server has reached its storage limit; nothing was stored."""
+    """The stream or the server has reached its storage limit; nothing was stored.
+
+    Examples:
+      ```python
+      try:
+          charge.send("c-42", 20)
+      except StoreFull as error:
+          return Response(str(error), status=503)
+      ```
+    """
 
 
 class TopologyMissing(QueueNotFound):
-    """A stream or consumer that is needed does not exist and may not be created here."""
+    """A stream or consumer that is needed does not exist and may not be created here.
+
+    Examples:
+      >>> from dramatiq_jetstream.errors import TopologyMissing
+      >>> try:
+      ...     broker.stream("NOWHERE").last()
+      ... except TopologyMissing:
+      ...     print("run `fleet setup` first")
+      run `fleet setup` first
+    """
 
 
 class ServerUnsupported(BrokerError):
-    """The server is older than the library needs, or has JetStream switched off."""
+    """The server is older than the library needs, or has JetStream switched off.
+
+    Examples:
+      ```python
+      try:
+          broker.setup()
+      except ServerUnsupported as error:
+          sys.exit(str(error))  # says what was found, and what is needed
+      ```
+    """
 
 
 class TopologyMismatch(BrokerError):
     """A stream, consumer or bucket exists with a configuration that loses or holds up messages.
 
     `differences` maps each setting to the pair (what exists, what was declared), durations in milliseconds.
+
+    Examples:
+      ```python
+      try:
+          broker.setup()
+      except TopologyMismatch as error:
+          for setting, (exists, declared) in error.differences.items():
+              print(f"{setting} is {exists}, and is declared as {declared}")
+      ```
     """
 
     def __init__(self, text: str, differences: Mapping[str, tuple[object, object]]) -> None:
@@ -104,15 +159,44 @@ class TopologyMismatch(BrokerError):
 
 
 class PermissionDenied(BrokerError):
-    """The server refused a subject to this account."""
+    """The server refused a subject to this account.
+
+    Examples:
+      ```python
+      try:
+          charge.send("c-42", 20)
+      except PermissionDenied as error:
+          logger.error("The account lacks a permission: %s", error)
+      ```
+    """
 
 
 class MessageTooLarge(BrokerError):
-    """The message is larger than the server's `max_payload`; nothing was stored."""
+    """The message is larger than the server's `max_payload`; nothing was stored.
+
+    Examples:
+      >>> from dramatiq_jetstream.errors import MessageTooLarge
+      >>> try:
+      ...     charge.send(os.urandom(2_000_000).hex(), 20)
+      ... except MessageTooLarge:
+      ...     print("keep it elsewhere, and send its name")
+      keep it elsewhere, and send its name
+    """
 
 
 class MessageNotUnique(BrokerError):
-    """A message with the same unique key was enqueued within the window; this one was not stored."""
+    """A message with the same unique key was enqueued within the window; this one was not stored.
+
+    Examples:
+      >>> from dramatiq_jetstream.errors import MessageNotUnique
+      >>> try:
+      ...     for _ in range(2):
+      ...         charge.send_with_options(args=("c-42", 20), unique_key="charge c-42", unique_window=60_000)
+      ... except MessageNotUnique:
+      ...     print("it is on its way already")
+      Message(...)
+      it is on its way already
+    """
 
 
 class NotAllStored(BrokerError):
@@ -122,6 +206,15 @@ class NotAllStored(BrokerError):
       stored: The messages that are stored.
       not_stored: The messages that are not, each with its error.
       unknown: The messages that may be stored, each with its error.
+
+    Examples:
+      >>> from dramatiq_jetstream.errors import MessageTooLarge
+      >>> large = os.urandom(2_000_000).hex()
+      >>> try:
+      ...     broker.enqueue_many([charge.message("c-42", 20), charge.message(large, 20)])
+      ... except MessageTooLarge as error:
+      ...     print(len(error.__cause__.stored), "stored,", len(error.__cause__.not_stored), "not")
+      1 stored, 1 not
     """
 
     def __init__(
@@ -142,15 +235,47 @@ class NotAllStored(BrokerError):
 
 
 class KeyExists(BrokerError):
-    """A key that was to be created exists already."""
+    """A key that was to be created exists already.
+
+    Examples:
+      >>> from dramatiq_jetstream.errors import KeyExists
+      >>> locks = broker.bucket("locks")
+      >>> try:
+      ...     for owner in (b"first", b"second"):
+      ...         revision = locks.create("nightly", owner, ttl=60_000)
+      ... except KeyExists:
+      ...     print(locks.get("nightly").value)
+      b'first'
+    """
 
 
 class RevisionConflict(BrokerError):
-    """A key was changed by another writer since its revision was read."""
+    """A key was changed by another writer since its revision was read.
+
+    Examples:
+      >>> from dramatiq_jetstream.errors import RevisionConflict
+      >>> visits = broker.bucket("visits")
+      >>> seen = visits.put("home", b"1")
+      >>> _ = visits.put("home", b"2")  # another writer
+      >>> try:
+      ...     visits.update("home", b"2", revision=seen)
+      ... except RevisionConflict:
+      ...     print("read it again, and decide again")
+      read it again, and decide again
+    """
 
 
 class ApiError(BrokerError):
-    """JetStream answered a request with an error; `err_code` is the server's own number for it."""
+    """JetStream answered a request with an error; `err_code` is the server's own number for it.
+
+    Examples:
+      ```python
+      try:
+          broker.setup()
+      except ApiError as error:
+          logger.error("JetStream says %s: %s", error.err_code, error.description)
+      ```
+    """
 
     def __init__(self, code: int, err_code: int, description: str) -> None:
         super().__init__(f"JetStream refused the request: {description} (code {code}, error {err_code}).")
@@ -160,7 +285,16 @@ class ApiError(BrokerError):
 
 
 class NotFound(ApiError):
-    """The stream, consumer or message that was asked for does not exist."""
+    """The stream, consumer or message that was asked for does not exist.
+
+    Examples:
+      >>> from dramatiq_jetstream.errors import NotFound
+      >>> try:
+      ...     broker.connection.api("STREAM.INFO.NOWHERE")
+      ... except NotFound as error:
+      ...     print(error.code)
+      404
+    """
 
 
 class HardTimeLimitExceeded(MiddlewareError):
@@ -169,6 +303,18 @@ class HardTimeLimitExceeded(MiddlewareError):
     Attributes:
       seconds: How long the attempt ran.
       stack: Where its thread was, the innermost call first; empty when that could not be read.
+
+    Examples:
+      ```python
+      @dramatiq.actor
+      def scan_failed(message, error):
+          if error["type"] == "HardTimeLimitExceeded":
+              print("killed:", error["message"])
+
+
+      @dramatiq.actor(hard_time_limit=60_000, max_retries=0, on_failure=scan_failed)
+      def scan(page): ...
+      ```
     """
 
     def __init__(self, seconds: float, pid: int, stack: str) -> None:
@@ -179,8 +325,23 @@ class HardTimeLimitExceeded(MiddlewareError):
 
 
 class InvalidName(ValueError):
-    """A namespace, queue or event subject that JetStream cannot carry."""
+    """A namespace, queue or event subject that JetStream cannot carry.
+
+    Examples:
+      >>> from dramatiq_jetstream import JetStreamBroker
+      >>> JetStreamBroker(namespace="my shop")
+      Traceback (most recent call last):
+          ...
+      dramatiq_jetstream.errors.InvalidName: ...
+    """
 
 
 class InvalidOption(ValueError):
-    """A setting whose value can never work; the message names the setting."""
+    """A setting whose value can never work; the message names the setting.
+
+    Examples:
+      >>> charge.send_with_options(args=("c-42", 20), countdown=5)
+      Traceback (most recent call last):
+          ...
+      dramatiq_jetstream.errors.InvalidOption: ...
+    """

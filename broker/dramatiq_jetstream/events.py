@@ -49,7 +49,13 @@ Decoder = Callable[[Event], Any]
 
 @dataclass(frozen=True)
 class Subscription:
-    """What an actor subscribes to; made by `subscription`."""
+    """What an actor subscribes to; made by `subscription`.
+
+    Examples:
+      >>> from dramatiq_jetstream.events import subscription
+      >>> subscription("ORDER.*").subject
+      'ORDER.*'
+    """
 
     subject: str
     decode: Decoder
@@ -73,6 +79,18 @@ def subscription(
 
     Raises:
       InvalidName: For a subject that NATS cannot carry.
+
+    Examples:
+      >>> import json
+      >>> from dramatiq_jetstream.events import subscription
+      >>> created = subscription("ORDER.created", lambda event: json.loads(event.data))
+      >>> with stub() as shop:
+      ...     @dramatiq.actor(subscribe=created)
+      ...     def greet(order):
+      ...         print("order", order["id"])
+      ...     event = shop.publish("ORDER.created", b'{"id": 17}')
+      ...     ran = shop.run()
+      order 17
     """
     check_subject(subject, wildcards=True)
     return Subscription(subject, _decoder(type), name)
@@ -127,6 +145,13 @@ def current_event() -> Event | None:
     """The event that the running actor was called for, with its headers and place in the stream.
 
     None outside of actors and for ordinary messages.
+
+    Examples:
+      ```python
+      @dramatiq.actor(subscribe=subscription("ORDER.*"))
+      def notify(order):
+          print(current_event().subject, order)
+      ```
     """
     message = current_message.get()
     return None if message is None else event_of(message)
@@ -149,6 +174,14 @@ class Events(Middleware):
       append_only: Have the server refuse to delete or purge events, for good: only `max_age` removes them then.
       duplicate_window: Milliseconds in which the same event id is stored once; None takes the broker's.
       replicas: None takes the broker's.
+
+    Examples:
+      >>> from dramatiq_jetstream.events import Events, subscription
+      >>> shop = JetStreamBroker(namespace="shop")
+      >>> orders = Events("ORDERS", ["ORDER.>"], max_age=7 * 86_400_000)
+      >>> shop.add_middleware(orders)
+      >>> @dramatiq.actor(broker=shop, subscribe=subscription("ORDER.created"))
+      ... def greet(order): ...
     """
 
     def __init__(
@@ -177,7 +210,13 @@ class Events(Middleware):
         return {"subscribe", *ACTOR_OPTIONS}
 
     def config(self, broker: JetStreamBroker) -> topology.StreamConfig:
-        """Return the configuration that the stream is made with."""
+        """Return the configuration that the stream is made with.
+
+        Examples:
+          >>> from dramatiq_jetstream.events import Events
+          >>> Events("ORDERS", ["ORDER.>"]).config(broker).name
+          'ORDERS'
+        """
         return topology.events(
             self.stream,
             self.subjects,
@@ -191,7 +230,14 @@ class Events(Middleware):
         )
 
     def ensure(self, broker: JetStreamBroker) -> None:
-        """Make the stream if it is missing; for programs that publish and have no worker."""
+        """Make the stream if it is missing; for programs that publish and have no worker.
+
+        Examples:
+          ```python
+          orders.ensure(broker)  # a program without workers publishes
+          broker.publish("ORDER.created", b"17")
+          ```
+        """
         if not self._ensured and broker.config.declare:
             ensuring.ensure_stream(broker.connection, self.config(broker))
         self._ensured = True
@@ -310,14 +356,17 @@ class Events(Middleware):
 class DeadLetterEvents(Events):
     """Middleware that lets actors subscribe to a broker's own dead letters as to any event.
 
-        broker.add_middleware(DeadLetterEvents(broker))
-
-        @dramatiq.actor(subscribe=subscription(broker.names.all_dead_with_bodies, read_letter))
-
     Every dead letter is stored, whatever its reason, and the subscription survives every crash.
 
     Parameters:
       broker: The broker whose dead letters they are.
+
+    Examples:
+      >>> from dramatiq_jetstream.events import DeadLetterEvents, subscription
+      >>> shop = JetStreamBroker(namespace="shop")
+      >>> shop.add_middleware(DeadLetterEvents(shop))
+      >>> @dramatiq.actor(broker=shop, subscribe=subscription(shop.names.all_dead_with_bodies))
+      ... def alert(body): ...
     """
 
     def __init__(self, broker: JetStreamBroker) -> None:

@@ -31,7 +31,15 @@ _PUSHED = "flask_context"
 
 
 class NoApplication(InvalidOption, MiddlewareError):
-    """A worker starts and no application was given; raised as it boots."""
+    """A worker starts and no application was given; raised as it boots.
+
+    Examples:
+      >>> from dramatiq_jetstream.flask import AppContext
+      >>> StubBroker([AppContext()]).run()
+      Traceback (most recent call last):
+          ...
+      dramatiq_jetstream.flask.NoApplication: ...
+    """
 
 
 class AppContext(Middleware):
@@ -42,6 +50,15 @@ class AppContext(Middleware):
 
     Raises:
       NoApplication: When a worker boots before there is one.
+
+    Examples:
+      >>> from flask import Flask
+      >>> from dramatiq_jetstream.flask import AppContext
+      >>> context = AppContext()
+      >>> broker = StubBroker([context])
+      >>> context.init_app(Flask("shop"))
+      >>> context.app.name
+      'shop'
     """
 
     def __init__(self, app: Flask | None = None) -> None:

@@ -46,6 +46,11 @@ class Gauge:
       name: Its name, such as `queue.ready`.
       unit: In UCUM, as OpenTelemetry writes units: `s`, `1`, `{message}`.
       only_grows: Whether it counts what has happened, instead of saying how things are.
+
+    Examples:
+      >>> from dramatiq_jetstream.gauges import GAUGES
+      >>> [gauge.name for gauge in GAUGES if gauge.unit == "s"]
+      ['queue.oldest_ready_age']
     """
 
     name: str
@@ -56,7 +61,13 @@ class Gauge:
 
 @dataclass(frozen=True)
 class Sample:
-    """One number; `queue` is None for the connection's."""
+    """One number; `queue` is None for the connection's.
+
+    Examples:
+      >>> from dramatiq_jetstream.gauges import Sample
+      >>> Sample(3, queue="mail").queue
+      'mail'
+    """
 
     value: float
     queue: str | None = None
@@ -107,6 +118,17 @@ class Gauges:
     Parameters:
       connect: Whether reading may connect a process that has not used its broker yet. Without it, such a process has no
         numbers of queues: a gauge must not be what connects it.
+
+    Examples:
+      >>> from dramatiq_jetstream.gauges import Gauges
+      >>> gauges = Gauges(broker, connect=True)
+      >>> for gauge, samples in gauges.read():
+      ...     for sample in samples:
+      ...         if gauge.name == "queue.ready" and sample.queue == "default":
+      ...             print(gauge.unit, sample.value)
+      {message} 0
+      >>> "queue_ready" in gauges.prometheus_text()
+      True
     """
 
     def __init__(self, broker: JetStreamBroker, *, connect: bool = False) -> None:

@@ -85,6 +85,15 @@ class Record:
       arguments: The beginning of the arguments, as `broker.describe_arguments` shows them.
       logs: The last lines that the attempt logged, for an actor with `log_history=True`.
       letter: For FAILED, what identifies the dead letter on its stream.
+
+    Examples:
+      >>> record = broker.history.of(refused.message_id)[-1]
+      >>> record.error_type, record.attempt, record.duration < 60_000
+      ('ValueError', 1, True)
+      >>> type(record).decode(record.encode()) == record
+      True
+      >>> record.as_dict()["outcome"]
+      'failed'
     """
 
     message_id: str
@@ -166,6 +175,16 @@ class Page:
       cursor: Give it to the next `search` to continue; None when nothing is left. A page may have fewer records than
         its limit, or none, and a cursor: the search stopped after reading `EXAMINED` records.
       reached: The time of the oldest record that was read, in milliseconds since 1970; None when none was.
+
+    Examples:
+      >>> def failures():
+      ...     page = broker.history.search(outcome="failed")
+      ...     yield from page.records
+      ...     while page.cursor is not None:
+      ...         page = broker.history.search(outcome="failed", cursor=page.cursor)
+      ...         yield from page.records
+      >>> {record.actor for record in failures()}
+      {'charge'}
     """
 
     records: list[Record]
@@ -177,6 +196,13 @@ class History:
     """The history of a namespace; `broker.history` is one. Any thread may use it.
 
     All methods raise `BrokerConnectionError` when the server does not answer in time.
+
+    Examples:
+      >>> [record.outcome for record in broker.history.of(refused.message_id)]
+      ['failed']
+      >>> page = broker.history.search(actor="charge", error="no amount", limit=1)
+      >>> page.records[0].error
+      '-1 is no amount'
     """
 
     def __init__(self, connection: Connection, names: Names) -> None:

@@ -62,7 +62,15 @@ _READ_MARK = "=read"
 
 @dataclass(frozen=True)
 class Entry:
-    """One revision of a key; `created` is milliseconds since 1970 by the server's clock."""
+    """One revision of a key; `created` is milliseconds since 1970 by the server's clock.
+
+    Examples:
+      >>> switches = broker.bucket("flags")
+      >>> revision = switches.put("mail", b"on")
+      >>> entry = switches.get("mail")
+      >>> entry.value, entry.revision == revision, entry.deleted
+      (b'on', True, False)
+    """
 
     key: str
     value: bytes
@@ -78,6 +86,12 @@ class Snapshot:
 
     The revision counts deleted keys too: while it is the newest under the prefix, nothing there changed,
     other than by expiring.
+
+    Examples:
+      >>> halls = broker.bucket("halls")
+      >>> before = halls.snapshot("a.")
+      >>> before.entries, before.revision
+      ({}, 0)
     """
 
     entries: dict[str, Entry]
@@ -87,6 +101,8 @@ class Snapshot:
 class Bucket:
     """A key-value bucket that any thread may use. Keys may hold any characters; `.` separates levels.
 
+    All times are milliseconds.
+
     All methods raise `BrokerConnectionError` when the server does not answer in time, and `TopologyMissing`
     when the bucket does not exist and may not be declared here.
 
@@ -94,6 +110,19 @@ class Bucket:
       connection: The connection to share.
       config: The bucket's stream, from `topology.bucket`.
       declare: Create the bucket at the first use if it is missing.
+
+    Examples:
+      >>> carts = broker.bucket("carts")
+      >>> first = carts.create("shop.c-7", b"1 mug", ttl=3_600_000)
+      >>> second = carts.update("shop.c-7", b"2 mugs", revision=first)
+      >>> carts.get("shop.c-7").value
+      b'2 mugs'
+      >>> carts.keys("shop."), [entry.revision for entry in carts.items("shop.")] == [second]
+      (['shop.c-7'], True)
+      >>> carts.delete("shop.c-7")
+      >>> carts.get("shop.c-7") is None
+      True
+      >>> carts.clear("shop.")
     """
 
     def __init__(self, connection: Connection, config: StreamConfig, *, declare: bool = True) -> None:
@@ -140,6 +169,12 @@ class Bucket:
           keys: At most 1,000.
           since: A key that exists and a revision that it has or had: the answer is of a server that has this revision,
             and so everything in the bucket that was stored before it.
+
+        Examples:
+          >>> carts = broker.bucket("baskets")
+          >>> revision = carts.put("c-8", b"1 mug")
+          >>> sorted(carts.get_many(["c-8", "c-9"], since=("c-8", revision)))
+          ['c-8']
         """
         self._ensure()
         subjects = [self._subject(key) for key in dict.fromkeys(keys)]
@@ -165,6 +200,12 @@ class Bucket:
 
         A write under the prefix while it is read only makes the revision newer than a part of the entries
         is; `update(..., within=prefix)` with that revision then still fails for a caller that missed it.
+
+        Examples:
+          >>> seats = broker.bucket("seats")
+          >>> taken = seats.snapshot("hall.")
+          >>> if "hall.17" not in taken.entries:
+          ...     revision = seats.update("hall.17", b"ann", revision=taken.revision, within="hall.")
         """
         entries: dict[str, Entry] = {}
         revision = 0
@@ -193,7 +234,13 @@ class Bucket:
                     yield entry
 
     def newest_revision(self) -> int:
-        """Return the revision of the newest write, 0 before the first one."""
+        """Return the revision of the newest write, 0 before the first one.
+
+        Examples:
+          >>> prices = broker.bucket("prices")
+          >>> prices.put("mug", b"1290") == prices.newest_revision()
+          True
+        """
         self._ensure()
         try:
             state = self.connection.api(f"STREAM.INFO.{self.stream}")["state"]
@@ -219,6 +266,13 @@ class Bucket:
 
         Returns:
           An object with `close()`.
+
+        Examples:
+          ```python
+          watcher = broker.bucket("switches").watch("mail.", lambda entry: print(entry.key, entry.value))
+          ...
+          watcher.close()
+          ```
         """
         self._ensure()
 
@@ -241,6 +295,9 @@ class Bucket:
         Parameters:
           ttl: Milliseconds until the key disappears; the server counts whole seconds, so it is rounded up.
           headers: NATS headers to keep with the value.
+
+        Examples:
+          >>> revision = broker.bucket("switches").put("mail.enabled", b"no", ttl=60_000)
         """
         return self._publish(self._subject(key), value, {**(headers or {}), **self._headers(ttl)}).seq
 
@@ -250,6 +307,14 @@ class Bucket:
 
         It costs the server no consumer. A write is heard as it is sent, which is a moment before it is stored: look,
         and look again shortly. One that is lost with the connection is not heard, so look from time to time as well.
+
+        Examples:
+          ```python
+          with bucket.hearing("mail.enabled") as written:
+              while bucket.get("mail.enabled") is None:
+                  written.wait(5.0)
+                  written.clear()
+          ```
         """
         self._ensure()
         heard = threading.Event()
@@ -266,6 +331,9 @@ class Bucket:
 
         Parameters:
           unanswered: Have the server not answer, which spares a message and does not find the bucket missing.
+
+        Examples:
+          >>> broker.bucket("seen").note("c-42", b"just now", ttl=60_000)
         """
         self._ensure()
         if self._gone:
@@ -334,6 +402,12 @@ class Bucket:
         Raises:
           RevisionConflict: When another writer was first at any of them; nothing was stored.
           BrokerConnectionError: When no acknowledgement came; whether all were stored or none is not known.
+
+        Examples:
+          >>> stock = broker.bucket("stock")
+          >>> mug, cup = stock.create("mug", b"5"), stock.create("cup", b"5")
+          >>> sorted(stock.update_all({"mug": (b"4", mug), "cup": (b"4", cup)}))
+          ['cup', 'mug']
         """
         if not updates:
             return {}
@@ -417,7 +491,12 @@ class Bucket:
                 raise outcome
 
     def declare(self, *, update: bool = False) -> str:
-        """Create the bucket if it is missing, with `update` change what differs; as `ensuring.ensure_stream`."""
+        """Create the bucket if it is missing, with `update` change what differs; as `ensuring.ensure_stream`.
+
+        Examples:
+          >>> broker.bucket("carts").declare() in ("created", "unchanged")
+          True
+        """
         outcome = ensure_stream(self.connection, self.config, update=update)
         self._writes.one_server = outcome != "differs" and self.config.settings["num_replicas"] == 1
         self._declared = True

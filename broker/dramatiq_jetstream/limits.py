@@ -1,7 +1,5 @@
 """Limits of an actor whose messages wait: `rate`, `concurrency`, `key`; and `Snooze`, which an actor raises to wait.
 
-::
-
     @dramatiq.actor(rate="5/s", concurrency=3, key="customer")
     def charge(customer, amount): ...
 
@@ -29,7 +27,7 @@ from dramatiq.errors import DramatiqError
 from .errors import InvalidOption
 from .sending.delays import check_delay
 
-__all__ = ["OPTIONS", "Limit", "Rate", "Snooze", "limit_of"]
+__all__ = ["Snooze"]
 
 #: The options of an actor.
 OPTIONS = frozenset({"rate", "concurrency", "key"})
@@ -120,18 +118,25 @@ class Snooze(DramatiqError):
     """Raised in an actor, runs its message again later. It counts as no attempt and uses no retry.
 
     Nothing follows such a run: no result, no callback, no next step, no record in the history. Middleware is told as of
-    a message that was skipped. A message may be snoozed any number of times::
-
-        @dramatiq.actor
-        def charge(order_id):
-            if bank_is_closed():
-                raise Snooze(delay=60_000)
+    a message that was skipped. A message may be snoozed any number of times.
 
     Parameters:
       delay: Milliseconds until it runs again, up to ten years.
 
     Raises:
       InvalidOption: For a delay that cannot be used; in an actor that is a failure like any other.
+
+    Examples:
+      >>> from dramatiq_jetstream import Snooze
+      >>> from dramatiq_jetstream.testing import stub
+      >>> with stub() as shop:
+      ...     @dramatiq.actor
+      ...     def deposit(amount):
+      ...         if bank.is_closed:
+      ...             raise Snooze(delay=60_000)
+      ...     sent = deposit.send(20)
+      ...     ran = shop.run()
+      ...     found = shop.assert_enqueued(deposit, delay=60_000)
     """
 
     def __init__(self, delay: int) -> None:

@@ -68,7 +68,16 @@ BUCKET = "ticks"
 
 
 class InvalidSchedule(InvalidOption, MiddlewareError):
-    """Options of a periodic actor that cannot be used; raised where the actor is declared."""
+    """Options of a periodic actor that cannot be used; raised where the actor is declared.
+
+    Examples:
+      >>> from dramatiq_jetstream.periodic import InvalidSchedule
+      >>> try:
+      ...     dramatiq.actor(lambda: None, actor_name="often", every=10)
+      ... except InvalidSchedule:
+      ...     print("`every` is whole seconds, in milliseconds")
+      `every` is whole seconds, in milliseconds
+    """
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,12 @@ class Schedule:
 
     `orphan` says that the actor is not declared in the program that asks, or no longer periodic there. It is not an
     orphan when `module`, which declared it, exists and was not imported. A `paused` one has no next tick.
+
+    Examples:
+      >>> from dramatiq_jetstream.periodic import list_schedules
+      >>> schedule = list_schedules(broker)[0]
+      >>> schedule.actor, schedule.schedule, schedule.paused
+      ('nightly', '0 0 3 * * *', False)
     """
 
     actor: str
@@ -94,6 +109,13 @@ class Periodic(Middleware):
     """Middleware with the actor options `cron`, `every` (milliseconds) and `timezone` (an IANA name).
 
     On Dramatiq's `StubBroker` they are checked and nothing ticks; `testing.StubBroker` ticks when a test advances time.
+
+    Examples:
+      >>> from dramatiq_jetstream.periodic import Periodic
+      >>> broker = JetStreamBroker(namespace="shop")
+      >>> broker.add_middleware(Periodic())
+      >>> @dramatiq.actor(broker=broker, cron="0 3 * * *", timezone="Europe/Berlin", max_age=3_600_000)
+      ... def clean(): ...
     """
 
     @property
@@ -305,7 +327,13 @@ def _same(existing: StoredMessage, wanted: dict[str, str]) -> bool:
 
 
 def list_schedules(broker: JetStreamBroker) -> list[Schedule]:
-    """The schedules of all queues of the broker's namespace, paused ones included."""
+    """The schedules of all queues of the broker's namespace, paused ones included.
+
+    Examples:
+      >>> from dramatiq_jetstream.periodic import list_schedules
+      >>> [(schedule.queue, schedule.actor) for schedule in list_schedules(broker)]
+      [('default', 'nightly')]
+    """
     found: list[Schedule] = []
     for queue in queue_names(broker.connection, broker.names):
         scheduled = _scheduled(broker, queue)
@@ -385,7 +413,13 @@ def _describe(
 
 
 def remove_schedule(broker: JetStreamBroker, queue: str, actor: str) -> bool:
-    """Remove a schedule; False when there is none. An older process that boots later does not restore it."""
+    """Remove a schedule; False when there is none. An older process that boots later does not restore it.
+
+    Examples:
+      >>> from dramatiq_jetstream.periodic import remove_schedule
+      >>> remove_schedule(broker, "default", "gone")
+      False
+    """
     was_paused = actor in _notes(broker, queue)[1]
     Declared(ticks_of(broker), queue).remove(actor)
     return purge_schedule(broker, queue, actor) or was_paused

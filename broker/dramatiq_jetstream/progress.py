@@ -54,7 +54,15 @@ class Progress(Middleware):
     """Middleware that lets actors call `progress`. On Dramatiq's `StubBroker` reports are kept in memory.
 
     Parameters:
-      ttl: Milliseconds that a report is kept.
+      ttl: Milliseconds that a report is kept; a day by default.
+
+    Raises:
+      InvalidOption: For a `ttl` under a second.
+
+    Examples:
+      >>> from dramatiq_jetstream.progress import Progress
+      >>> broker = JetStreamBroker(namespace="shop")
+      >>> broker.add_middleware(Progress(ttl=3_600_000))
     """
 
     def __init__(self, *, ttl: int = TTL_MS) -> None:
@@ -100,6 +108,14 @@ def progress(done: float, total: float | None = None, note: str = "") -> None:
       done: How much is done, in any unit.
       total: How much there is, if that is known; `done == total` is always sent.
       note: What is being done, for people.
+
+    Examples:
+      >>> from dramatiq_jetstream.progress import progress
+      >>> @dramatiq.actor
+      ... def export(rows):
+      ...     for row in range(rows):
+      ...         progress(row + 1, rows, "exporting")
+      >>> export(3)
     """
     running = _running.get()
     if running is None:
@@ -129,6 +145,13 @@ def read_progress(message_id: str, broker: Broker | None = None) -> ProgressOf |
 
     Raises:
       BrokerConnectionError: When the server cannot be reached.
+      InvalidOption: When the broker is neither a JetStreamBroker nor a StubBroker.
+
+    Examples:
+      >>> from dramatiq_jetstream.progress import read_progress
+      >>> said = read_progress(message.message_id)
+      >>> "nothing" if said is None else f"{said.done} of {said.total}"
+      'nothing'
     """
     chosen = broker or dramatiq.get_broker()
     if isinstance(chosen, StubBroker):

@@ -38,7 +38,18 @@ R = TypeVar("R")
 
 
 class InvalidArguments(ValueError):
-    """Arguments that an actor cannot be called with; the message names each, and not its value."""
+    """Arguments that an actor cannot be called with; the message names each, and not its value.
+
+    Examples:
+      >>> from dramatiq_jetstream.pydantic import InvalidArguments, ValidatedActor
+      >>> @dramatiq.actor(actor_class=ValidatedActor)
+      ... def refund(amount: int) -> None: ...
+      >>> try:
+      ...     refund.send("much")
+      ... except InvalidArguments as error:
+      ...     print("nothing is enqueued")
+      nothing is enqueued
+    """
 
 
 class ValidatedActor(AsyncActor[P, R]):
@@ -48,6 +59,17 @@ class ValidatedActor(AsyncActor[P, R]):
 
     Raises:
       InvalidOption: For a function with `*args` or `**kwargs`, whose arguments have no names to report.
+
+    Examples:
+      >>> from datetime import date
+      >>> from dramatiq_jetstream.pydantic import ValidatedActor
+      >>> @dramatiq.actor(actor_class=ValidatedActor)
+      ... def book(day: date) -> None: ...
+      >>> book.message(date(2026, 12, 24)).args
+      ('2026-12-24',)
+      >>> later = book.send_with_options(args=(date(2026, 12, 24),), delay=60_000)
+      >>> book.message_with_options(args=("2026-12-24",), max_retries=0).options
+      {'max_retries': 0}
     """
 
     def __init__(self, fn: Callable[P, Any], *, options: dict[str, Any], **settings: Any) -> None:
@@ -87,6 +109,9 @@ class ValidatedActor(AsyncActor[P, R]):
         **options: Any,
     ) -> Message[R]:
         """As Dramatiq's; the arguments are checked, and none may be missing.
+
+        Parameters:
+          delay: Milliseconds until it runs, or a timedelta; None for at once.
 
         Raises:
           InvalidArguments: When one of them does not fit, or is missing.

@@ -28,7 +28,7 @@ from .wire.connection import Connection
 from .worker.delivery import Source
 from .worker.sources import Sources
 
-__all__ = ["QueueOperations", "QueueStats", "Queues"]
+__all__ = ["QueueOperations", "QueueStats"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,11 @@ class QueueStats:
     requeued messages count there until a worker takes them again.
 
     `oldest_ready_age` is in milliseconds; None when nothing is ready.
+
+    Examples:
+      >>> stats = broker.queue_stats("default")
+      >>> stats.dead > 0, stats.paused
+      (True, False)
     """
 
     queue: str
@@ -257,7 +262,19 @@ class Queues:
 
 
 class QueueOperations:
-    """The methods of `JetStreamBroker` for queues and what is delayed in them, put together from the broker's parts."""
+    """The methods of `JetStreamBroker` for queues and what is delayed in them, put together from the broker's parts.
+
+    Examples:
+      >>> broker.declare_queue("scans")
+      >>> broker.pause("scans")
+      >>> broker.is_paused("scans")
+      True
+      >>> broker.resume("scans")
+      >>> broker.join("scans", timeout=30_000)
+      >>> broker.queue_stats("scans").ready
+      0
+      >>> broker.flush("scans")
+    """
 
     queues: set[str]
     stored_queues: Queues
@@ -274,6 +291,10 @@ class QueueOperations:
         """Count several queues, as `queue_stats` does each, with fewer requests: a few for each queue.
 
         They are counted as the iterator is read.
+
+        Examples:
+          >>> [stats.queue for stats in broker.queue_stats_of(["default", "scans"])]
+          ['default', 'scans']
         """
         return self.stored_queues.stats_of(queue_names)
 
@@ -293,6 +314,9 @@ class QueueOperations:
         """Drop all messages of a queue: ready, in flight, delayed and dead; free its unique keys.
 
         Periodic schedules stay.
+
+        Raises:
+          QueueNotFound: When the queue was never declared.
         """
         if queue_name not in self.queues:
             raise QueueNotFound(queue_name)
@@ -301,7 +325,13 @@ class QueueOperations:
         self.dead_letters.flush(queue_name)
 
     def flush_all(self) -> None:
-        """Drop all messages of all declared queues."""
+        """Drop all messages of all declared queues, as `flush` does.
+
+        Examples:
+          ```python
+          broker.flush_all()  # in a test, before the next one
+          ```
+        """
         for queue_name in sorted(self.queues):
             self.flush(queue_name)
 
@@ -313,6 +343,11 @@ class QueueOperations:
 
         Raises:
           BrokerConnectionError: When it is not known to be cancelled.
+
+        Examples:
+          >>> reminder = charge.send_with_options(args=("c-42", 20), delay=60_000)
+          >>> broker.cancel(reminder.message_id)
+          1
         """
         wanted = self.queues if queue_name is None else {queue_name}
         return sum(self._sender.cancel(name, message_id) for name in wanted)
@@ -325,6 +360,11 @@ class QueueOperations:
 
         Raises:
           BrokerConnectionError: When it is not known to be on its way.
+
+        Examples:
+          >>> reminder = charge.send_with_options(args=("c-42", 20), delay=60_000)
+          >>> broker.run_now(reminder.message_id)
+          1
         """
         wanted = self.queues if queue_name is None else {queue_name}
         return sum(self._sender.run_now(name, message_id) for name in wanted)

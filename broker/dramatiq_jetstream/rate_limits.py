@@ -83,6 +83,15 @@ class JetStreamBackend(RateLimiterBackend):
     Times to live are rounded up to whole seconds, in which the server counts them. Every method raises
     `BrokerConnectionError` when the server did not answer within the broker's `enqueue_timeout`; whether
     the counter was changed is then not known, and its time to live puts it right.
+
+    Examples:
+      >>> from dramatiq.rate_limits import ConcurrentRateLimiter
+      >>> from dramatiq_jetstream.rate_limits import JetStreamBackend
+      >>> limits = JetStreamBackend(broker)
+      >>> scanner = ConcurrentRateLimiter(limits, "scanner", limit=1, ttl=60_000)
+      >>> with scanner.acquire(), scanner.acquire(raise_on_failure=False) as second:
+      ...     print(second)
+      False
     """
 
     def __init__(self, broker: Broker | None = None, *, url: str | Iterable[str] | None = None) -> None:
@@ -322,6 +331,12 @@ class Limit:
       key: As the limiter names it.
       value: What is taken or, of a barrier, missing; of a limiter that counts by time, the sum of what it keeps.
       changed: When it was changed last, in milliseconds since 1970.
+
+    Examples:
+      >>> from dramatiq_jetstream.rate_limits import JetStreamBackend, limits_in_use
+      >>> added = JetStreamBackend(broker).add("doors", 2, ttl=60_000)
+      >>> [(limit.key, limit.value) for limit in limits_in_use(broker) if limit.key == "doors"]
+      [('doors', 2)]
     """
 
     key: str
@@ -334,6 +349,13 @@ def limits_in_use(broker: JetStreamBroker) -> list[Limit]:
 
     Raises:
       BrokerConnectionError: When the server does not answer in time.
+
+    Examples:
+      >>> from dramatiq.rate_limits import ConcurrentRateLimiter
+      >>> from dramatiq_jetstream.rate_limits import JetStreamBackend, limits_in_use
+      >>> with ConcurrentRateLimiter(JetStreamBackend(broker), "printer", limit=3).acquire():
+      ...     [limit.value for limit in limits_in_use(broker) if limit.key == "printer"]
+      [1]
     """
     found: dict[str, Limit] = {}
     with suppress(NotFound, TopologyMissing):  # there never was a limiter

@@ -54,7 +54,16 @@ PARTS_OUTLIVE_MS = 60_000
 
 
 class ResultNotStored(Exception):
-    """What a `ResultFailure` names when the result of an actor can never be stored."""
+    """What a `ResultFailure` names when the result of an actor can never be stored.
+
+    Examples:
+      >>> from dramatiq.results import ResultFailure
+      >>> try:
+      ...     charge.send("c-42", "set").get_result(block=True, timeout=30_000)
+      ... except ResultFailure as failure:
+      ...     print(failure.orig_exc_type)
+      ResultNotStored
+    """
 
     def __init__(self, reason: Exception) -> None:
         super().__init__(
@@ -93,6 +102,12 @@ class JetStreamBackend(ResultBackend):
       max_result_bytes: Encoded results above this size are not stored; `get_result` raises `ResultFailure`.
 
     Lifetimes (`result_ttl`) are rounded up to whole seconds, in which the server counts them.
+
+    Examples:
+      >>> from dramatiq.results import Results
+      >>> from dramatiq_jetstream.results import JetStreamBackend
+      >>> broker = JetStreamBroker(namespace="shop")
+      >>> broker.add_middleware(Results(backend=JetStreamBackend(broker)))
     """
 
     def __init__(

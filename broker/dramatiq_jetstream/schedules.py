@@ -44,6 +44,12 @@ def run_now(broker: JetStreamBroker, queue: str, actor: str) -> str | None:
 
     Raises:
       BrokerConnectionError: When it is not known to be stored.
+
+    Examples:
+      >>> from dramatiq_jetstream.schedules import run_now
+      >>> tick = run_now(broker, "default", "nightly")
+      >>> tick is not None
+      True
     """
     stored = last_message(
         broker.connection, broker.names.queue_stream(queue), broker.names.periodic(queue, actor)
@@ -61,6 +67,11 @@ def pause(broker: JetStreamBroker, queue: str, actor: str) -> bool:
 
     Raises:
       BrokerConnectionError: When it is not known to be paused.
+
+    Examples:
+      >>> from dramatiq_jetstream.schedules import pause, resume
+      >>> pause(broker, "default", "nightly"), resume(broker, "default", "nightly")
+      (True, True)
     """
     stored = last_message(
         broker.connection, broker.names.queue_stream(queue), broker.names.periodic(queue, actor)
@@ -80,6 +91,11 @@ def resume(broker: JetStreamBroker, queue: str, actor: str) -> bool:
 
     Raises:
       BrokerConnectionError: When it is not known to be back.
+
+    Examples:
+      >>> from dramatiq_jetstream.schedules import resume
+      >>> resume(broker, "default", "nightly")  # it is not paused
+      False
     """
     paused = Declared(ticks_of(broker), queue).resume(actor)
     if paused is None:

@@ -41,7 +41,7 @@ from .sending.fitting import unfolded
 from .wire.connection import Connection
 from .worker.roster import ProgressOf, WorkerInfo
 
-__all__ = ["LOOKED_AT", "MessageStatus", "StatusReader", "message_status"]
+__all__ = ["LOOKED_AT", "MessageStatus", "message_status"]
 
 State = Literal[
     "waiting", "delayed", "running", "retrying", "done", "failed", "dead", "aborted", "skipped", "unknown"
@@ -76,6 +76,13 @@ class MessageStatus:
       error: What the last attempt raised, as `Class: text`.
       progress: Of `running`: what its actor said last.
       letter: Of `dead`: the id of its dead letter.
+
+    Examples:
+      >>> status = broker.status(refused)
+      >>> status.state, status.error
+      ('dead', 'ValueError: -1 is no amount')
+      >>> status.as_dict()["attempt"]
+      1
     """
 
     message_id: str
@@ -112,6 +119,11 @@ def message_status(message: Message[Any], broker: dramatiq.Broker | None = None)
     Raises:
       InvalidOption: When the broker is no JetStreamBroker.
       BrokerConnectionError: When the server does not answer in time.
+
+    Examples:
+      >>> from dramatiq_jetstream.status import message_status
+      >>> message_status(message).state
+      'done'
     """
     chosen = dramatiq.get_broker() if broker is None else broker
     if not isinstance(chosen, HasStatus):

@@ -26,7 +26,13 @@ __all__ = ["Range", "StoredMessage", "Stream", "StreamConsumer"]
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The sequences of the first and the last message of a stream; of an empty one, `first` is `last` + 1."""
+    """The sequences of the first and the last message of a stream; of an empty one, `first` is `last` + 1.
+
+    Examples:
+      >>> seen = broker.stream("ORDERS").range()
+      >>> seen.last >= seen.first
+      True
+    """
 
     first: int
     last: int
@@ -40,6 +46,11 @@ class StreamConsumer:
       waiting: Messages that were not delivered yet.
       in_flight: Messages that were delivered and not acked.
       settled_to: The sequence up to which it has nothing left to do; while it has, that of the last before.
+
+    Examples:
+      >>> behind = [consumer.name for consumer in broker.stream("ORDERS").consumers() if consumer.waiting > 1_000]
+      >>> behind
+      []
     """
 
     name: str
@@ -53,6 +64,18 @@ class Stream:
 
     All methods raise `TopologyMissing` when the stream does not exist, and `BrokerConnectionError` when the server
     does not answer within the broker's `enqueue_timeout`.
+
+    Examples:
+      >>> orders = broker.stream("ORDERS")
+      >>> first = orders.first("ORDER.created")
+      >>> first.data
+      b'17'
+      >>> orders.at(first.sequence).data, orders.since(first.time).data
+      (b'17', b'17')
+      >>> [event.subject for event in orders.read("ORDER.created")]
+      ['ORDER.created']
+      >>> orders.last().sequence == orders.range().last
+      True
     """
 
     def __init__(self, connection: Connection, name: str) -> None:
@@ -97,6 +120,10 @@ class Stream:
           subject: `*` and `>` as in NATS.
           before: Only messages with a smaller sequence: the way to the next page.
           page: About how many messages to ask for at once.
+
+        Examples:
+          >>> [event.data for event in broker.stream("ORDERS").newest("ORDER.created")]
+          [b'17']
         """
         found = False
         for message in self._listing.read_back(subject, before=before, page=page):
@@ -129,7 +156,12 @@ class Stream:
         return self._checked(last_message(self._connection, self.name, subject))
 
     def consumers(self) -> list[StreamConsumer]:
-        """How far each consumer of the stream is."""
+        """How far each consumer of the stream is.
+
+        Examples:
+          >>> for consumer in broker.stream("ORDERS").consumers():
+          ...     print(consumer.name, consumer.waiting)
+        """
         self.range()
         return [
             StreamConsumer(
@@ -145,6 +177,12 @@ class Stream:
 
         Raises:
           ApiError: When the stream allows no deletions.
+
+        Examples:
+          >>> stored = broker.publish("ORDER.erased", b"19")
+          >>> orders = broker.stream("ORDERS")
+          >>> orders.erase(stored.seq), orders.erase(stored.seq)
+          (True, False)
         """
         try:
             self._connection.api(f"STREAM.MSG.DELETE.{self.name}", {"seq": sequence, "no_erase": False})
@@ -158,6 +196,12 @@ class Stream:
         return True
 
     def trim(self, before: int) -> int:
-        """Remove all messages with a smaller sequence than `before`; returns how many there were."""
+        """Remove all messages with a smaller sequence than `before`; returns how many there were.
+
+        Examples:
+          >>> orders = broker.stream("ORDERS")
+          >>> orders.trim(before=orders.range().first)
+          0
+        """
         reply = self._connection.api(f"STREAM.PURGE.{self.name}", {"seq": before})
         return int(reply.get("purged", 0))

@@ -24,5 +24,10 @@ def list_workers(broker: JetStreamBroker) -> list[WorkerInfo]:
 
     Raises:
       BrokerConnectionError: When the server does not answer in time.
+
+    Examples:
+      >>> from dramatiq_jetstream.workers import list_workers
+      >>> [len(worker.running) for worker in list_workers(broker)]
+      [0]
     """
     return read_workers(broker.declarations.memory_bucket(WORKERS))

@@ -86,7 +86,7 @@ def test_what_is_raised_after_a_message_keeps_no_middleware_from_hearing(signal)
     setattr(Exits, f"after_{signal}", leave)
     setattr(Hears, f"after_{signal}", lambda self, broker, message: heard.append(message))
     broker = HookedBroker(middleware=[Hears(), Exits()])
-    broker.failed_in = lambda *arguments: failed.append(arguments)
+    broker._failed_in = lambda *arguments: failed.append(arguments)
     broker.emit_after(signal, "m")
     assert heard == ["m"]
     assert [(signal, type(middleware), type(error)) for signal, middleware, error in failed] == [
@@ -154,7 +154,7 @@ def quiet(*middleware):
     """A broker with this middleware, and what it was told of failures in it."""
     broker = HookedBroker(middleware=list(middleware))
     failures = []
-    broker.failed_in = lambda *arguments: failures.append(arguments)
+    broker._failed_in = lambda *arguments: failures.append(arguments)
     return broker, failures
 
 

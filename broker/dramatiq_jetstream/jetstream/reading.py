@@ -43,7 +43,13 @@ _MILLISECOND = timedelta(milliseconds=1)
 
 @dataclass(frozen=True)
 class StoredMessage:
-    """A message as the stream holds it; `time` is milliseconds since 1970."""
+    """A message as the stream holds it; `time` is milliseconds since 1970.
+
+    Examples:
+      >>> event = broker.stream("ORDERS").first()
+      >>> event.subject, event.data
+      ('ORDER.created', b'17')
+    """
 
     stream: str
     sequence: int

@@ -53,6 +53,12 @@ class group(dramatiq_group):  # noqa: N801 - the name that Dramatiq gives it
     Parameters:
       children: Messages, pipelines and groups.
       broker: None takes Dramatiq's global broker.
+
+    Examples:
+      >>> from dramatiq_jetstream import group
+      >>> charges = group(charge.message("c-42", amount) for amount in (1, 2, 3)).run()
+      >>> sorted(charges.get_results(block=True, timeout=30_000))
+      [1, 2, 3]
     """
 
     def __init__(
@@ -62,6 +68,9 @@ class group(dramatiq_group):  # noqa: N801 - the name that Dramatiq gives it
 
     def run(self, *, delay: int | None = None) -> group:
         """Enqueue all members.
+
+        Parameters:
+          delay: Milliseconds until they run; None for at once.
 
         Raises:
           As `JetStreamBroker.enqueue_many`; InvalidOption when the group has callbacks and two members share an id.

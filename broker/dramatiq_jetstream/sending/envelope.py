@@ -136,7 +136,13 @@ def _refusal(what: str) -> DecodeError:
 
 @dataclass(frozen=True)
 class Event:
-    """What happened, as the stream holds it; `time` is milliseconds since 1970."""
+    """What happened, as the stream holds it; `time` is milliseconds since 1970.
+
+    Examples:
+      >>> from dramatiq_jetstream.events import Event
+      >>> Event("ORDER.created", b"17", {"Nats-Msg-Id": "17.created"}).id
+      '17.created'
+    """
 
     subject: str
     data: bytes
@@ -187,7 +193,13 @@ def to_message(event: Event, *, queue: str, actor: str) -> Message[Any]:
 
 
 def event_of(message: Any) -> Event | None:
-    """The event that a message carries, or None for an ordinary message."""
+    """The event that a message carries, or None for an ordinary message.
+
+    Examples:
+      >>> from dramatiq_jetstream.events import event_of
+      >>> event_of(message) is None  # it was sent, not published
+      True
+    """
     carried = message.options.get(EVENT_OPTION)
     if carried is None:
         return None

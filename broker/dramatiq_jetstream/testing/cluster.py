@@ -29,6 +29,20 @@ class NatsCluster:
       size: The number of nodes.
       sync, max_payload, max_file_store, config: As for `NatsServer`, for every node.
       start_timeout: How long the cluster may take to elect its leader and to be ready.
+
+    Examples:
+      ```python
+      with NatsCluster() as cluster:
+          broker = JetStreamBroker(cluster.urls, replicas=3)
+          broker.setup()
+          killed = cluster.kill(cluster.leader())
+          broker.enqueue(charge.message("c-42", 20))  # two of three are enough
+          cluster.restart(killed)
+          cluster.wait_until_ready()
+          print(cluster.leader_of("ORDERS").name, cluster.node("n1").port)
+          cluster.stop()
+          cluster.start()
+      ```
     """
 
     def __init__(
@@ -60,7 +74,11 @@ class NatsCluster:
         return [node.url for node in self.nodes]
 
     def node(self, name: str) -> NatsServer:
-        """The node of this name: n1, n2, n3."""
+        """The node of this name: n1, n2, n3.
+
+        Raises:
+          ServerError: When there is none.
+        """
         for node in self.nodes:
             if node.name == name:
                 return node

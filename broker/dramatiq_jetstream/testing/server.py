@@ -42,15 +42,42 @@ _PORT_ATTEMPTS = 5
 
 
 class ServerError(Exception):
-    """nats-server could not be started, reached or stopped; the message says why."""
+    """nats-server could not be started, reached or stopped; the message says why.
+
+    Examples:
+      >>> from dramatiq_jetstream.testing import NatsServer, ServerError
+      >>> try:
+      ...     NatsServer(config="no such setting").start()
+      ... except ServerError:
+      ...     print("its last words are in the error")
+      its last words are in the error
+    """
 
 
 class PortInUse(ServerError):
-    """Another process listens on the port."""
+    """Another process listens on the port.
+
+    Examples:
+      ```python
+      try:
+          NatsServer(port=4222).start()
+      except PortInUse:
+          print("a server runs there already")
+      ```
+    """
 
 
 def find_executable() -> Path:
-    """The path of nats-server: from the wheel in this Python environment, else from the PATH."""
+    """The path of nats-server: from the wheel in this Python environment, else from the PATH.
+
+    Raises:
+      ServerError: When there is none.
+
+    Examples:
+      >>> from dramatiq_jetstream.testing import find_executable
+      >>> find_executable().name
+      'nats-server'
+    """
     candidates = [
         Path(sysconfig.get_path("scripts")) / "nats-server",
         Path(sys.executable).parent / "nats-server",
@@ -67,7 +94,16 @@ def find_executable() -> Path:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port on which nothing listens now, and which the system does not hand out to outgoing connections."""
+    """A port on which nothing listens now, and which the system does not hand out to outgoing connections.
+
+    Raises:
+      ServerError: When none of 200 is free.
+
+    Examples:
+      >>> from dramatiq_jetstream.testing import free_port
+      >>> 1024 <= free_port() < 65_536
+      True
+    """
     for port in random.sample(_PORTS, 200):
         with socket.socket() as probe:
             try:
@@ -80,7 +116,12 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 @dataclass(frozen=True)
 class ClusterMember:
-    """A node's place in its cluster: the cluster's name, its own route port, the route ports of all nodes."""
+    """A node's place in its cluster: the cluster's name, its own route port, the route ports of all nodes.
+
+    Examples:
+      >>> from dramatiq_jetstream.testing import ClusterMember, NatsServer
+      >>> node = NatsServer(name="n1", cluster=ClusterMember("tests", 6222, routes=[6222, 6223, 6224]))
+    """
 
     cluster: str
     port: int
@@ -108,6 +149,24 @@ class NatsServer:
       log_file: Where the server logs; None for nats-server.log in store_dir.
       executable: The program; None looks for it.
       start_timeout: How long a start may take.
+
+    Raises:
+      ServerError: From every method, when the server runs and must not, does not run and must, or does not answer.
+
+    Examples:
+      >>> from dramatiq_jetstream.testing import NatsServer
+      >>> with NatsServer(monitor_port=0) as server:
+      ...     broker = JetStreamBroker(server.url)
+      ...     print(server.monitor("/healthz")["status"], server.wait(timeout=1))
+      ...     server.suspend()  # nothing answers
+      ...     server.resume()
+      ...     server.kill()  # as a crash does
+      ...     _ = server.start()  # with the same port and data
+      ...     server.stop()
+      ...     _ = server.restart()
+      ...     "Server is ready" in server.log_tail(20)
+      ok None
+      True
     """
 
     def __init__(
@@ -198,12 +257,13 @@ class NatsServer:
     def start(self) -> Self:
         """Start the server and wait until it accepts connections and JetStream is enabled.
 
-        Raises ServerError, with the server's own last words, when it does not come up.
+        Raises:
+          ServerError: When it does not come up; the error has the server's own last words.
         """
         if self.running:
             raise ServerError(f"this nats-server is already running with pid {self.pid}")
         attempts = _PORT_ATTEMPTS if 0 in (self._port, self._monitor_port) else 1
-        for attempt in range(1, attempts + 1):
+        while True:
             self._port = self._port or free_port(self.host)
             self._monitor_port = free_port(self.host) if self._monitor_port == 0 else self._monitor_port
             try:
@@ -211,10 +271,10 @@ class NatsServer:
                 return self
             except PortInUse:
                 # Another program took a port that was free a moment ago: try once more with others.
-                if attempt == attempts:
+                attempts -= 1
+                if not attempts:
                     raise
                 self._port, self._monitor_port = self._asked_port, self._asked_monitor_port
-        raise AssertionError("unreachable")
 
     def stop(self, timeout: int = 10_000) -> None:
         """Shut the server down cleanly; one that is not gone after `timeout` ms is killed."""

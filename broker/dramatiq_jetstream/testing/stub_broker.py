@@ -9,7 +9,8 @@
 `StubBroker` is Dramatiq's, with what a `JetStreamBroker` has besides. Delayed messages, retries and ticks of periodic
 actors wait for `advance` or `run`; its clock stands still between. `stub` puts one in the place of a program's broker.
 
-Limits of actors are checked when they are declared, and hold nothing up.
+A message over the `rate` of its actor waits too, for its moment on that clock. `run` runs one message at a time, so
+that no `concurrency` is exceeded; threads of a worker do not keep it.
 
 Not in it: the dashboard and the operators' side (queues, workers, dead letter store, history), key-value buckets,
 priorities, and anything that only a crash or an outage shows. Use a real server for these (`NatsServer`).
@@ -56,6 +57,10 @@ __all__ = ["StubBroker", "stub"]
 RUN_LIMIT = 10_000
 
 
+class _OverRate(Snooze):
+    """A message waits for its moment."""
+
+
 class StubBroker(DramatiqStubBroker):
     """Dramatiq's StubBroker with what a `JetStreamBroker` has besides, all in memory. All times are milliseconds.
 
@@ -66,6 +71,28 @@ class StubBroker(DramatiqStubBroker):
     Attributes:
       now: The time, since 1970. It stands still but for `advance` and `run`.
       published: All events that were published, oldest first.
+
+    Examples:
+      >>> from dramatiq_jetstream.testing import StubBroker
+      >>> broker = StubBroker()
+      >>> @dramatiq.actor(broker=broker)
+      ... def remind(customer):
+      ...     print("reminds", customer)
+      >>> message = remind.send_with_options(args=("c-42",), delay=60_000)
+      >>> found = broker.assert_enqueued(remind.message("c-42"), delay=60_000)
+      >>> broker.run(within=60_000)
+      reminds c-42
+      1
+      >>> broker.assert_not_enqueued(remind)
+      >>> broker.status(message).state
+      'done'
+      >>> later = broker.enqueue(remind.message("c-43"), delay=60_000)
+      >>> others = broker.enqueue_many([remind.message("c-44"), remind.message("c-45")])
+      >>> broker.run_now(later.message_id), broker.cancel(later.message_id)
+      (1, 0)
+      >>> len(broker.enqueued(remind))
+      3
+      >>> broker.flush_all()
     """
 
     def __init__(self, middleware: list[Middleware] | None = None, *, fail_fast_default: bool = True) -> None:
@@ -77,6 +104,10 @@ class StubBroker(DramatiqStubBroker):
         self._holders: dict[tuple[str, str], tuple[str, int]] = {}  # unique keys: whose, until when
         self._states: dict[str, MessageStatus] = {}
         self._attempts: Counter[str] = Counter()
+        self._moments: dict[
+            tuple[str, str], list[int]
+        ] = {}  # of each limit: when messages start, the last ones
+        self._waiting_for: dict[str, int] = {}  # of each message over a rate: its moment
         self._lock = threading.RLock()
         super().__init__(middleware, fail_fast_default=fail_fast_default)
         self.actor_options |= ACTOR_OPTIONS
@@ -116,7 +147,16 @@ class StubBroker(DramatiqStubBroker):
             return delayed
 
     async def aenqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
-        """As `enqueue`."""
+        """As `enqueue`.
+
+        Examples:
+          >>> from dramatiq_jetstream.testing import StubBroker
+          >>> broker = StubBroker()
+          >>> bill = dramatiq.actor(lambda customer: None, actor_name="bill", broker=broker)
+          >>> message = asyncio.run(broker.aenqueue(bill.message("c-42")))
+          >>> broker.status(message).state
+          'waiting'
+        """
         return self.enqueue(message, delay=delay)
 
     def enqueue_many(
@@ -148,7 +188,15 @@ class StubBroker(DramatiqStubBroker):
         headers: Mapping[str, str] | None = None,
         timeout: int | None = None,
     ) -> PubAck:
-        """Keep an event in `published`, and enqueue it for each actor that subscribes to its subject."""
+        """Keep an event in `published`, and enqueue it for each actor that subscribes to its subject.
+
+        Examples:
+          >>> from dramatiq_jetstream.testing import StubBroker
+          >>> broker = StubBroker()
+          >>> stored = broker.publish("ORDER.created", b"17")
+          >>> [event.subject for event in broker.published]
+          ['ORDER.created']
+        """
         data = event if isinstance(event, bytes) else event.SerializeToString()
         with self._lock:
             number = len(self.published) + 1
@@ -162,7 +210,13 @@ class StubBroker(DramatiqStubBroker):
         return PubAck(happened.stream, number)
 
     def setup(self, *, update: bool = False) -> dict[str, str]:
-        """Nothing has to be created."""
+        """Nothing has to be created.
+
+        Examples:
+          >>> from dramatiq_jetstream.testing import StubBroker
+          >>> StubBroker().setup()
+          {}
+        """
         return {}
 
     def _put(self, message: Message[Any]) -> None:
@@ -200,6 +254,15 @@ class StubBroker(DramatiqStubBroker):
 
         Parameters:
           duration: Milliseconds, or a timedelta.
+
+        Examples:
+          >>> from dramatiq_jetstream.testing import StubBroker
+          >>> broker = StubBroker()
+          >>> hourly = dramatiq.actor(lambda: None, actor_name="hourly", broker=broker, every=3_600_000)
+          >>> broker.advance(2 * 3_600_000)
+          >>> len(broker.enqueued(hourly))
+          2
+          >>> broker.flush_all()
         """
         until = self._until(duration)
         while self._put_next_due(until):
@@ -343,20 +406,39 @@ class StubBroker(DramatiqStubBroker):
         self._attempts[message.message_id] += 1
         self._states[message.message_id] = self._state(message, "running")
         event = event_of(message)
-        if event is None:
+        if event is not None:
+            wanted = self.get_actor(message.actor_name).options["subscribe"]
+            try:
+                vars(message)["args"] = (wanted.decode(event),)
+            except Exception as error:
+                message.fail()
+                raise SkipMessage(f"the event on {event.subject} cannot be decoded") from error
+        self._keep_rate(message)
+
+    def _keep_rate(self, message: MessageProxy) -> None:
+        """Have a message that is over the rate of its actor wait for its moment, which it is given once."""
+        limit = limit_of(self.get_actor(message.actor_name))
+        if limit is None or limit.rate is None:
             return
-        wanted = self.get_actor(message.actor_name).options["subscribe"]
-        try:
-            vars(message)["args"] = (wanted.decode(event),)
-        except Exception as error:
-            message.fail()
-            raise SkipMessage(f"the event on {event.subject} cannot be decoded") from error
+        with self._lock:
+            moment = self._waiting_for.pop(message.message_id, None)
+            if moment is None:
+                key = message.actor_name, limit.value_of(message.args, message.kwargs)
+                given = self._moments.setdefault(key, [])
+                full = len(given) == limit.rate.count
+                moment = max(self.now, given.pop(0) + limit.rate.period) if full else self.now
+                given.append(moment)
+            if moment > self.now:
+                self._waiting_for[message.message_id] = moment
+                raise _OverRate(moment - self.now)
 
     def _put_off(self, message: MessageProxy, snooze: Snooze) -> None:
         """Have a snoozed message run again later; middleware is told as of one that was skipped, results are not."""
         self._attempts[message.message_id] -= 1
         with self._lock:
             self._delayed.append(message._message.copy(options={"eta": self.now + snooze.delay}))
+        if isinstance(snooze, _OverRate):
+            return  # no middleware was told that it began
         for middleware in reversed(self.middleware):
             if not isinstance(middleware, Results):
                 middleware.after_skip_message(self, message)
@@ -391,6 +473,9 @@ class StubBroker(DramatiqStubBroker):
           expected: A message as `actor.message(...)` makes it: its actor, queue, arguments and options are compared.
             Or an actor, for any message to it.
           delay: Milliseconds until it is due, or a timedelta; None for any.
+
+        Raises:
+          AssertionError: When none does; it lists what waits.
         """
         due = None if delay is None else self._until(delay)
         for message in self.enqueued():
@@ -400,7 +485,11 @@ class StubBroker(DramatiqStubBroker):
         raise AssertionError(f"{_describe(expected)} is not enqueued{when}. {self._waiting()}")
 
     def assert_not_enqueued(self, unexpected: Message[Any] | Actor[..., Any]) -> None:
-        """Fail if such a message waits; compared as by `assert_enqueued`."""
+        """Fail if such a message waits; compared as by `assert_enqueued`.
+
+        Raises:
+          AssertionError: When one does; it lists what waits.
+        """
         if any(_matches(message, unexpected) for message in self.enqueued()):
             raise AssertionError(f"{_describe(unexpected)} is enqueued. {self._waiting()}")
 
@@ -442,6 +531,8 @@ class StubBroker(DramatiqStubBroker):
         super().flush_all()
         self._delayed.clear()
         self._holders.clear()
+        self._moments.clear()
+        self._waiting_for.clear()
 
 
 @contextmanager
@@ -453,6 +544,14 @@ def stub(program: Broker | None = None) -> Iterator[StubBroker]:
 
     Parameters:
       program: None takes Dramatiq's global broker. Import the actors before; without a broker the stub is empty.
+
+    Examples:
+      >>> from dramatiq_jetstream.testing import stub
+      >>> with stub() as shop:
+      ...     sent = charge.send("c-42", 20)
+      ...     ran = shop.run()
+      ...     sent.get_result()
+      20
     """
     before = dramatiq.broker.global_broker
     program = program or before

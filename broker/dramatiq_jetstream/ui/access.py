@@ -59,6 +59,10 @@ class Person:
     Attributes:
       name: What the page and the audit call them.
       may: The changes that they may make, of `PERMISSIONS`; none lets them look.
+
+    Examples:
+      >>> from dramatiq_jetstream.ui import Person
+      >>> ben = Person("ben", may=frozenset({"replay"}))
     """
 
     name: str
@@ -74,12 +78,24 @@ class Person:
 
 
 def viewer(name: str) -> Person:
-    """A person who may look."""
+    """A person who may look.
+
+    Examples:
+      >>> from dramatiq_jetstream.ui import viewer
+      >>> viewer("ben").may
+      frozenset()
+    """
     return Person(name)
 
 
 def operator(name: str) -> Person:
-    """A person who may make every change."""
+    """A person who may make every change.
+
+    Examples:
+      >>> from dramatiq_jetstream.ui import PERMISSIONS, operator
+      >>> operator("ann").may == frozenset(PERMISSIONS)
+      True
+    """
     return Person(name, PERMISSIONS)
 
 
@@ -94,6 +110,11 @@ class OnThisMachine:
 
     The request has to come from a loopback address, for a name of this machine (a page of another site could have its
     own name point here), and from no proxy.
+
+    Examples:
+      >>> from dramatiq_jetstream.ui import OnThisMachine
+      >>> OnThisMachine()({"REMOTE_ADDR": "192.0.2.7", "HTTP_HOST": "localhost"}) is None
+      True
     """
 
     def __call__(self, environ: WSGIEnvironment) -> Person | None:
@@ -111,6 +132,10 @@ class Passwords:
 
     Raises:
       InvalidOption: For a role or a hash that cannot be used.
+
+    Examples:
+      >>> from dramatiq_jetstream.ui import Passwords
+      >>> access = Passwords({"ann": ("operator", Passwords.hash("correct horse battery"))})
     """
 
     #: What asks a browser for a name and a password.
@@ -154,6 +179,11 @@ class Passwords:
 
         Raises:
           InvalidOption: When the file cannot be read or used.
+
+        Examples:
+          ```python
+          access = Passwords.read(Path("fleet-users"))  # lines such as: ann operator $argon2id$…
+          ```
         """
         try:
             lines = path.read_text("utf-8").splitlines()
@@ -210,6 +240,12 @@ class ProxyHeader:
 
     Raises:
       InvalidOption: For an address that is none.
+
+    Examples:
+      >>> from dramatiq_jetstream.ui import ProxyHeader
+      >>> access = ProxyHeader("X-Forwarded-User", operators=["ann"], proxies=["10.0.0.0/8"])
+      >>> access({"REMOTE_ADDR": "10.1.2.3", "HTTP_X_FORWARDED_USER": "ben"}).may
+      frozenset()
     """
 
     def __init__(

@@ -80,7 +80,13 @@ class _Request(Request):
 
 
 class Dashboard:
-    """The WSGI application, made by `create_app`."""
+    """The WSGI application, made by `create_app`.
+
+    Examples:
+      >>> from dramatiq_jetstream.ui import Dashboard, create_app
+      >>> isinstance(create_app(broker), Dashboard)
+      True
+    """
 
     def __init__(
         self, broker: JetStreamBroker, access: Access, sign_in: str | None, streams: Streams
@@ -214,6 +220,13 @@ def create_app(
 
     Returns:
       A WSGI application, for any server and under any path.
+
+    Examples:
+      >>> from dramatiq_jetstream.ui import create_app, operator, viewer
+      >>> def access(environ):
+      ...     name = environ.get("REMOTE_USER")
+      ...     return None if name is None else operator(name) if name == "ann" else viewer(name)
+      >>> application = create_app(broker, access=access, sign_in="/login")
     """
     return Dashboard(
         broker, access or OnThisMachine(), sign_in, Streams(streams, stopping or threading.Event())

@@ -109,7 +109,7 @@ class HookedBroker(Broker):
                     raise
                 except Exception as error:
                     self.logger.critical(_UNEXPECTED, "before_" + signal, middleware, exc_info=True)
-                    self.failed_in("before_" + signal, middleware, error)
+                    self._failed_in("before_" + signal, middleware, error)
         finally:
             if hook.last is not None:
                 hook.last(*args)
@@ -127,7 +127,7 @@ class HookedBroker(Broker):
                     if signal not in _OF_A_MESSAGE and not isinstance(error, Exception):
                         raise
                     self.logger.critical(_UNEXPECTED, "after_" + signal, middleware, exc_info=True)
-                    self.failed_in("after_" + signal, middleware, error)
+                    self._failed_in("after_" + signal, middleware, error)
         finally:
             if hook.last is not None:
                 hook.last(*args)
@@ -144,7 +144,7 @@ class HookedBroker(Broker):
             except Exception:
                 self.logger.critical(_UNEXPECTED, hook, middleware, exc_info=True)
 
-    def failed_in(self, hook: str, middleware: Middleware, error: BaseException) -> None:
+    def _failed_in(self, hook: str, middleware: Middleware, error: BaseException) -> None:
         """Called when a middleware failed at a hook."""
 
 

@@ -14,7 +14,13 @@ __all__ = ["ProgressOf", "Running", "WorkerInfo", "read_workers"]
 
 @dataclass(frozen=True)
 class ProgressOf:
-    """How far a message is: `done` of `total` (None: not known), a note, and when that was said (ms since 1970)."""
+    """How far a message is: `done` of `total` (None: not known), a note, and when that was said (ms since 1970).
+
+    Examples:
+      >>> from dramatiq_jetstream.progress import ProgressOf
+      >>> ProgressOf("17", done=20, total=80, note="exporting", at=1_700_000_000_000).share
+      0.25
+    """
 
     message_id: str
     done: float
@@ -39,6 +45,17 @@ class Running:
       deliveries: How often the server has delivered it, this time included: more than 1 after a worker died of it or
         beside it.
       progress: What its actor said last (see `progress`), None if it said nothing.
+
+    Examples:
+      >>> from dramatiq_jetstream.workers import list_workers
+      >>> slow = [
+      ...     running.message_id
+      ...     for worker in list_workers(broker)
+      ...     for running in worker.running
+      ...     if time.time() * 1000 - running.since > 60_000
+      ... ]
+      >>> slow
+      []
     """
 
     message_id: str
@@ -62,6 +79,12 @@ class WorkerInfo:
       done, failed: Attempts that ended here, and those of them that ended with an error.
       rss: Resident memory in bytes.
       cpu: Seconds of processor time.
+
+    Examples:
+      >>> from dramatiq_jetstream.workers import list_workers
+      >>> for worker in list_workers(broker):
+      ...     print(worker.threads, "threads,", worker.failed, "failed")
+      2 threads, ... failed
     """
 
     id: str

@@ -45,6 +45,11 @@ class DramatiqInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         being a child of it. Default False.
 
     `uninstrument()` leaves Dramatiq as it was.
+
+    Examples:
+      >>> from opentelemetry.instrumentation.dramatiq import DramatiqInstrumentor
+      >>> DramatiqInstrumentor().instrument(link_parents=True)
+      >>> DramatiqInstrumentor().uninstrument()
     """
 
     _brokers: Brokers | None = None
