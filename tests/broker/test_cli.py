@@ -378,6 +378,32 @@ def test_what_is_wrong_is_one_line_and_a_status(fleet: Fleet) -> None:
     assert "Traceback" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            "nowhere.settings",
+            "DJANGO_SETTINGS_MODULE names 'nowhere.settings', and there is no module 'nowhere' here",
+        ),
+        (
+            "json.settings",
+            "DJANGO_SETTINGS_MODULE names 'json.settings', and there is no module 'json.settings' here",
+        ),
+        ("", "'django_dramatiq.setup' cannot be set up: Requested setting"),
+    ],
+)
+def test_settings_that_django_cannot_use_are_one_sentence(settings: str, said: str, tmp_path: Path) -> None:
+    """The commands name the variable that is wrong."""
+    command = [sys.executable, "-m", "dramatiq_jetstream.cli", "setup", "django_dramatiq.setup"]
+    variables = {**os.environ, "DJANGO_SETTINGS_MODULE": settings}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"fleet: {said}"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_server_runs_a_real_server_and_keeps_its_data(tmp_path: Path) -> None:
     """Ctrl-C ends it; started again it has what it had."""
     port = str(free_port())

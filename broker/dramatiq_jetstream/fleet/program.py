@@ -19,6 +19,8 @@ from dramatiq_jetstream.errors import InvalidOption
 __all__ = ["ProgramError", "load_broker", "load_function", "put_on_path"]
 
 
+_DJANGO_SETTINGS = "DJANGO_SETTINGS_MODULE"
+
 _SET_ONE = "call dramatiq.set_broker(JetStreamBroker(...)) in it, before its actors are declared."
 
 
@@ -86,6 +88,16 @@ def _import(name: str) -> ModuleType:
             raise ProgramError(
                 f"there is no module {name!r} here: run it where `python -c 'import {name}'` works, or give --path."
             ) from None
+        settings = os.environ.get(_DJANGO_SETTINGS, "")
+        if error.name and f"{settings}.".startswith(f"{error.name}."):
+            raise ProgramError(
+                f"{_DJANGO_SETTINGS} names {settings!r}, and there is no module {error.name!r} here: run it in the "
+                "folder of manage.py, or correct the variable."
+            ) from None
         raise
     except InvalidOption as error:
         raise ProgramError(str(error)) from error
+    except Exception as error:
+        if type(error).__name__ == "ImproperlyConfigured":  # Django's, which need not be installed
+            raise ProgramError(f"{name!r} cannot be set up: {error}") from error
+        raise
