@@ -45,7 +45,7 @@ class DramatiqApp(App):
 
         if os.environ.get("BENCH_TELEMETRY"):
             _instrument()
-        tasks = Tasks()
+        tasks = self.tasks = Tasks()
         self.broker = contender.make_broker()
         results = os.environ.get("BENCH_MEASUREMENT") == "roundtrip"
         if results:
@@ -54,7 +54,7 @@ class DramatiqApp(App):
 
         shared: dict[str, Any] = {"queue_name": QUEUE, "broker": self.broker}
         keep = {"store_results": True} if results else {}
-        self.noop = dramatiq.actor(tasks.noop, actor_name="noop", **shared)
+        self.noop: Any = dramatiq.actor(tasks.noop, actor_name="noop", **shared)
         self.hold = dramatiq.actor(tasks.hold, actor_name="hold", time_limit=3_600_000, **shared)
         self.answer = dramatiq.actor(tasks.answer, actor_name="answer", **shared, **keep)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from benchmarks import ablations
 from benchmarks.contenders.contender import App, delay_until
 from benchmarks.contenders.dramatiq_app import BATCH, QUEUE, DramatiqApp, DramatiqContender
+from benchmarks.contenders.limited import Limited
 from benchmarks.servers import NatsServer, Server
 
 if TYPE_CHECKING:
@@ -77,6 +78,11 @@ class Jetstream(DramatiqContender):
 
 
 class JetstreamApp(DramatiqApp):
+    def __init__(self, contender: DramatiqContender) -> None:
+        super().__init__(contender)
+        if "BENCH_LIMITS" in os.environ:
+            self.noop = Limited(self.broker, self.tasks, QUEUE)
+
     def enqueue_batch(self, indices: Sequence[int], *, atomic: bool = False) -> None:
         for start in range(0, len(indices), BATCH):
             messages = [self.noop.message(index) for index in indices[start : start + BATCH]]

@@ -11,6 +11,7 @@ from benchmarks.measurements.growth import Growth
 from benchmarks.measurements.history import History
 from benchmarks.measurements.idle import Idle
 from benchmarks.measurements.latency import Latency
+from benchmarks.measurements.limits import Limits
 from benchmarks.measurements.measurement import Measurement
 from benchmarks.measurements.orders import Orders
 from benchmarks.measurements.presence import Presence
@@ -31,6 +32,7 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     Telemetry(),
     History(),
     Presence(),
+    Limits(),
     Ablation(),
     Orders(),
 )

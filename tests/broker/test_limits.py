@@ -344,3 +344,20 @@ def test_a_limit_that_can_never_work_is_an_error(make_broker, options, said):
         Shop(make_broker(), **options)
     assert said in str(raised.value)
     assert "'serve'" in str(raised.value)
+
+
+def test_ten_thousand_keys_are_limited_each_by_itself(make_broker):
+    """One of each customer starts, a second one waits for hours, and the process keeps nothing of a customer."""
+    customers = [f"c{number}" for number in range(10_000)]
+    shop = Shop(make_broker(enqueue_timeout=60_000), rate="1/h", concurrency=1, key="customer")
+    shop.broker.enqueue_many([shop.serve.message(customer, 1) for customer in customers])
+    shop.broker.enqueue_many([shop.serve.message(customer, 2) for customer in customers[::20]])
+    with running(shop.broker, threads=8):
+        eventually(lambda: shop.seen.count == 10_000, timeout=150)
+        eventually(lambda: shop.broker.queue_stats("default").delayed == 500, timeout=60)
+        kept = vars(shop.broker.attachment.limits)
+        sizes = {name: len(value) for name, value in kept.items() if isinstance(value, (dict, list, set))}
+    assert set(shop.seen.order) == set(customers)
+    assert {len(numbers) for numbers in shop.seen.order.values()} == {1}
+    assert max(shop.seen.most.values()) == 1
+    assert max(sizes.values()) <= limits.PLACES, sizes

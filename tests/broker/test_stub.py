@@ -271,6 +271,43 @@ def test_a_snoozed_message_comes_again(stubbed: StubBroker) -> None:
     assert message.get_result() == "done"
 
 
+def test_what_is_over_a_rate_waits_for_its_moment(stubbed: StubBroker) -> None:
+    """Each value of the key by itself, in order, a retry is a start, and a waiting message is delayed."""
+    started: list[tuple[int, str, int]] = []
+
+    @dramatiq.actor(rate="2/s", concurrency=1, key="customer", max_retries=1, min_backoff=1, max_backoff=2)
+    def serve(customer: str, number: int) -> None:
+        started.append((stubbed.now - began, customer, number))
+        if started == [(0, "a", 0)]:
+            raise ValueError("once")
+
+    began = stubbed.now
+    sent = [serve.send("a", number) for number in range(5)]
+    serve.send("b", 0)
+    assert stubbed.run() == 6
+    assert started == [(0, "a", 0), (0, "a", 1), (0, "b", 0)]
+    assert stubbed.status(sent[2]).state == "delayed"
+    stubbed.assert_enqueued(serve.message("a", 4), delay=2_000)
+    stubbed.run(HOUR_MS)
+    assert started[3:] == [(1_000, "a", 2), (1_000, "a", 3), (2_000, "a", 4), (2_000, "a", 0)]
+    assert [stubbed.status(message).state for message in sent] == ["done"] * 5
+
+
+def test_an_actor_that_is_limited_for_each_customer_takes_no_memory_for_old_ones(stubbed: StubBroker) -> None:
+    """A flush forgets who waited."""
+
+    @dramatiq.actor(rate="1/h", key="customer")
+    def serve(customer: str) -> None: ...
+
+    for _ in range(2):
+        serve.send("a")
+    stubbed.run()
+    stubbed.flush_all()
+    serve.send("a")
+    stubbed.run()
+    stubbed.assert_not_enqueued(serve)
+
+
 def test_a_test_that_fails_inside_of_an_actor_fails(stubbed: StubBroker) -> None:
     """An interrupt, or a failed test, is not taken for a failed attempt."""
 
