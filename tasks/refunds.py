@@ -41,7 +41,7 @@ from .tokens import Tokens
 LATE_MS: Final = 3_600_000
 
 #: How many milliseconds lie between two looks at an order that is not settled, at least; they double.
-LOOK_MS: Final = 60_000
+LOOK_MS: Final = 10_000
 
 #: The name of the refund that the end of a paid order decides.
 CANCEL: Final = "cancel"

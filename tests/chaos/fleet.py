@@ -40,6 +40,8 @@ SETTINGS = {
     "RETRY_LIMIT": "5",
     "RETRY_MIN_BACKOFF": "100",
     "RETRY_MAX_BACKOFF": "1000",
+    # So often does the service look whether an order that was cancelled was charged after all.
+    "STUCK_AFTER": "10000",
     "OTEL_SDK_DISABLED": "true",
 }
 

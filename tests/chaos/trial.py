@@ -18,7 +18,7 @@ from nats.errors import Error as NatsError
 from dramatiq_jetstream import JetStreamBroker
 from tests.chaos.acts import Acts
 from tests.chaos.books import FINAL, Books, Event, is_forged, read_books, read_events, read_stock
-from tests.chaos.checker import Verdict, accepted_orders, check
+from tests.chaos.checker import Verdict, accepted_orders, back_in_all_books, check, given_back
 from tests.chaos.client import Load, Log
 from tests.chaos.faults import Fault
 from tests.chaos.fleet import Fleet, Topology
@@ -126,6 +126,9 @@ class Trial:
                 and accepted_orders(now) | created <= finished
                 # The gateway tells of a chargeback until it was taken.
                 and len(now.chargebacks) == sum(event.name == "charged_back" for event in now.events)
+                # A charge that came after its order was cancelled is found later.
+                and given_back(now).kept
+                and back_in_all_books(now).kept
             )
 
         self.wait(settled)
