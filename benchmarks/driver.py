@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks import contenders, orders_client
 from benchmarks.contenders.contender import App
+from benchmarks.pace import Pace
 from benchmarks.tally import Tally
 
 Figures = dict[str, float]
@@ -79,6 +80,19 @@ def probe(app: App, options: argparse.Namespace) -> Figures:
         app.enqueue(index)
     (tally_directory() / "sent").write_text(json.dumps(sent))
     return {}
+
+
+def sustain(app: App, options: argparse.Namespace) -> Figures:
+    """Keeps sending for some seconds; says how much was sent and run meanwhile, and when it began (`paced`)."""
+    app.enqueue()
+    tally = Tally(tally_directory())
+    cpu, before = time.process_time(), tally.read().messages
+    pace = Pace(options.rate, options.seconds, options.first)
+    app.pump(pace.take, options.threads, retry=options.retry)
+    seconds = time.monotonic() - pace.start
+    run = tally.read().messages - before
+    (tally_directory() / "paced").write_text(json.dumps({"start": pace.start, "given": pace.given}))
+    return {"seconds": seconds, "sent": pace.given, "run": run, "driver_cpu": time.process_time() - cpu}
 
 
 def roundtrip(app: App, options: argparse.Namespace) -> Figures:
@@ -157,6 +171,7 @@ OPERATIONS: dict[str, Callable[[App, argparse.Namespace], Figures]] = {
     "fill": fill,
     "delayed": delayed,
     "probe": probe,
+    "sustain": sustain,
     "roundtrip": roundtrip,
     "hold": hold,
     "first_after_restart": first_after_restart,
@@ -183,6 +198,8 @@ def main() -> None:
     parser.add_argument("--due-ns", type=int, default=0)
     parser.add_argument("--gap", type=float, default=0.01)
     parser.add_argument("--rate", type=float, default=0.0)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--retry", action="store_true")
     parser.add_argument("--atomic", action="store_true")
     parser.add_argument("--with-worker", action="store_true")
     parser.add_argument("--names", default="")

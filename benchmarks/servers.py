@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.processes import BenchmarkError, Process, wait_until
 
 REPOSITORY = Path(__file__).parent.parent
-START_TIMEOUT = 60.0
+START_TIMEOUT = 180.0  # a cluster of RabbitMQ on a busy machine
 
 
 def free_port() -> int:

@@ -5,6 +5,7 @@ Everything that a trial starts ends with it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -132,6 +133,15 @@ class Trial:
 
     def server_usage(self) -> Usage:
         return usage_of([server.process for server in self.servers if server.process is not None])
+
+    def stored_bytes(self) -> int:
+        """What the servers' stores take on the disk, as far as it is allocated."""
+        total = 0
+        for server in self.servers:
+            for path in server.store.rglob("*"):
+                with contextlib.suppress(OSError):  # removed meanwhile
+                    total += path.stat().st_blocks * 512
+        return total
 
     # -- waiting
 

@@ -10,6 +10,7 @@ from benchmarks.contenders.jetstream import Jetstream
 from benchmarks.contenders.nats_bare import NatsBare
 from benchmarks.contenders.nats_socket import NatsSocket
 from benchmarks.contenders.order_service import FlaskEmpty, FlaskPublishing, OrderService
+from benchmarks.contenders.replicated import JetstreamReplicated, RabbitmqQuorum, RedisWait
 from benchmarks.contenders.stub import Stub
 from benchmarks.contenders.taskiq_nats import TaskiqNats
 
@@ -25,6 +26,11 @@ CONTENDERS: tuple[Contender, ...] = (
     Stub(),
     NatsBare(),
     NatsSocket(),
+    JetstreamReplicated("always"),
+    JetstreamReplicated("1s"),
+    RabbitmqQuorum(),
+    RedisWait("everysec"),
+    RedisWait("always"),
     OrderService(),
     FlaskPublishing(),
     FlaskEmpty(),

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.contenders.contender import THREADS, WAIT_SECONDS, App, Contender, Tasks, delay_until
+from benchmarks.contenders.contender import THREADS, WAIT_SECONDS, App, Contender, Tasks, delay_until, padding
 from benchmarks.servers import RabbitServer, RedisServer, Server
 
 QUEUE = "bench"
@@ -99,6 +99,7 @@ class CeleryApp(App):
         import celery
 
         tasks = Tasks()
+        self.padding = padding()
         results = os.environ.get("BENCH_MEASUREMENT") == "roundtrip"
         self.broker = celery.Celery("bench", broker=contender.broker_url())
         self.broker.conf.update(
@@ -114,7 +115,7 @@ class CeleryApp(App):
 
         # Celery reads the parameters from a function's source name, so these cannot be lambdas.
         @self.broker.task(name="noop")
-        def noop(index: int) -> None:
+        def noop(index: int, padding: str = "") -> None:
             tasks.noop(index)
 
         @self.broker.task(name="hold")
@@ -128,12 +129,12 @@ class CeleryApp(App):
         self.noop, self.hold, self.answer = noop, hold, answer
 
     def enqueue(self, index: int = -1) -> None:
-        self.noop.delay(index)
+        self.noop.delay(index, *self.padding)
 
     def enqueue_batch(self, indices: Sequence[int]) -> None:
         with self.broker.producer_or_acquire() as producer:
             for index in indices:
-                self.noop.apply_async((index,), producer=producer)
+                self.noop.apply_async((index, *self.padding), producer=producer)
 
     def enqueue_delayed(self, indices: Sequence[int], due_ns: int) -> None:
         for index in indices:

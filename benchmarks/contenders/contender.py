@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +23,7 @@ from benchmarks.tally import Counter
 PROCESSES = 2
 THREADS = 8
 HOLD_SECONDS = 300.0
+RETRY_SECONDS = 60.0
 WAIT_SECONDS = 30.0  # the longest that a driver waits for one result
 
 
@@ -36,7 +37,7 @@ class Contender(ABC):
     environment: str = ""  # its own environment under .venvs; empty: the one that runs the harness
     packages: tuple[str, ...] = ()  # what pip installs there
     distributions: tuple[str, ...] = ()  # whose versions the report shows
-    only: tuple[str, ...] = ()  # the measurements that it is made for; empty: all but `orders`
+    only: tuple[str, ...] = ()  # the measurements that it is made for; empty: all but `orders` and `cluster`
     left_out: Mapping[str, str] = MappingProxyType({})  # measurement -> why this contender is not part of it
     atomic_batches = False  # can store many messages all or none
     fill_threads = 1  # how many enqueue at a time where only the queue is to be filled, or many are delayed
@@ -49,7 +50,11 @@ class Contender(ABC):
 
     def takes(self, measurement: str) -> bool:
         """Whether it is part of a measurement."""
-        return measurement in self.only if self.only else measurement not in ("orders", *self.left_out)
+        return (
+            measurement in self.only
+            if self.only
+            else measurement not in ("orders", "cluster", *self.left_out)
+        )
 
     def unavailable(self) -> str | None:
         """Why this contender cannot run here, or None."""
@@ -107,6 +112,33 @@ class App:
             for future in [pool.submit(part, share) for share in shares]:
                 future.result()
 
+    def pump(
+        self, take: Callable[[], tuple[int, float] | None], threads: int, *, retry: bool = False
+    ) -> None:
+        """Stores no-ops one by one, `threads` at a time, as `take` gives them: an index, and when to store it.
+
+        Parameters:
+          retry: Try again for a minute when the broker does not take one.
+        """
+
+        def part() -> None:
+            while (work := take()) is not None:
+                index, due = work
+                time.sleep(max(0.0, due - time.monotonic()))
+                until = time.monotonic() + (RETRY_SECONDS if retry else 0.0)
+                while True:
+                    try:
+                        self.enqueue(index)
+                        break
+                    except Exception:  # whatever the library raises while its server is away
+                        if time.monotonic() >= until:
+                            raise
+                        time.sleep(0.02)
+
+        with ThreadPoolExecutor(threads) as pool:
+            for future in [pool.submit(part) for _ in range(threads)]:
+                future.result()
+
     def enqueue_batch(self, indices: Sequence[int]) -> None:
         """Stores no-ops the fastest way that the library has for many; the default is its only way."""
         for index in indices:
@@ -142,9 +174,12 @@ class Tasks:
     def __init__(self) -> None:
         self.directory = Path(os.environ["BENCH_TALLY"])
         self.counter = Counter(self.directory)
+        self.seconds = float(os.environ.get("BENCH_TASK_SECONDS", "0"))
 
-    def noop(self, index: int) -> None:
+    def noop(self, index: int, padding: str = "") -> None:
         self.counter.tick(index)
+        if self.seconds:
+            time.sleep(self.seconds)
 
     def answer(self, index: int) -> int:
         return index
@@ -159,6 +194,12 @@ class Tasks:
             return
         self.counter.tick(index)
         time.sleep(HOLD_SECONDS)
+
+
+def padding() -> tuple[str, ...]:
+    """The further arguments of each no-op: none, or a text that gives it its size."""
+    size = int(os.environ.get("BENCH_PADDING", "0"))
+    return ("x" * size,) if size else ()
 
 
 def delay_until(due_ns: int) -> int:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.contenders.contender import THREADS, WAIT_SECONDS, App, Contender, Tasks, delay_until
+from benchmarks.contenders.contender import THREADS, WAIT_SECONDS, App, Contender, Tasks, delay_until, padding
 
 if TYPE_CHECKING:
     from dramatiq import Broker
@@ -46,6 +46,7 @@ class DramatiqApp(App):
         if os.environ.get("BENCH_TELEMETRY"):
             _instrument()
         tasks = self.tasks = Tasks()
+        self.padding = padding()
         self.broker = contender.make_broker()
         results = os.environ.get("BENCH_MEASUREMENT") == "roundtrip"
         if results:
@@ -59,13 +60,13 @@ class DramatiqApp(App):
         self.answer = dramatiq.actor(tasks.answer, actor_name="answer", **shared, **keep)
 
     def enqueue(self, index: int = -1) -> None:
-        self.noop.send(index)
+        self.noop.send(index, *self.padding)
 
     def enqueue_batch(self, indices: Sequence[int]) -> None:
         from dramatiq import group
 
         for start in range(0, len(indices), BATCH):
-            group([self.noop.message(index) for index in indices[start : start + BATCH]]).run()
+            group([self.noop.message(index, *self.padding) for index in indices[start : start + BATCH]]).run()
 
     def enqueue_delayed(self, indices: Sequence[int], due_ns: int) -> None:
         for index in indices:

@@ -24,6 +24,7 @@ class Jetstream(DramatiqContender):
     fill_threads = 1  # enqueue_many is the fastest way
     ours = True
     atomic_batches = True
+    replicas = 1
 
     def __init__(self, sync: str) -> None:
         self.sync = sync
@@ -47,7 +48,7 @@ class Jetstream(DramatiqContender):
     def wait_until_settled(self, urls: list[str], timeout: int) -> bool:
         from dramatiq_jetstream import JetStreamBroker
 
-        broker = JetStreamBroker(urls)
+        broker = JetStreamBroker(urls, replicas=self.replicas)
         try:
             broker.declare_queue(QUEUE)
             broker.join(QUEUE, interval=20, timeout=timeout)
@@ -65,7 +66,7 @@ class Jetstream(DramatiqContender):
         history = os.environ.get("BENCH_HISTORY", "failures")
         settings = {"none": None, "all": "all", "failures": "failures"}
         setting = settings[history] if history in settings else float(history)
-        return JetStreamBroker(os.environ[NatsServer.variable], history=setting)
+        return JetStreamBroker(os.environ[NatsServer.variable], history=setting, replicas=self.replicas)
 
     def make_results(self, broker: Broker) -> ResultBackend:
         from dramatiq_jetstream.results import JetStreamBackend
@@ -85,7 +86,7 @@ class JetstreamApp(DramatiqApp):
 
     def enqueue_batch(self, indices: Sequence[int], *, atomic: bool = False) -> None:
         for start in range(0, len(indices), BATCH):
-            messages = [self.noop.message(index) for index in indices[start : start + BATCH]]
+            messages = [self.noop.message(index, *self.padding) for index in indices[start : start + BATCH]]
             self.broker.enqueue_many(messages, atomic=atomic)
 
     def enqueue_atomic_batch(self, indices: Sequence[int]) -> None:
@@ -93,5 +94,5 @@ class JetstreamApp(DramatiqApp):
 
     def enqueue_delayed(self, indices: Sequence[int], due_ns: int) -> None:
         for start in range(0, len(indices), BATCH):
-            messages = [self.noop.message(index) for index in indices[start : start + BATCH]]
+            messages = [self.noop.message(index, *self.padding) for index in indices[start : start + BATCH]]
             self.broker.enqueue_many(messages, delay=delay_until(due_ns))

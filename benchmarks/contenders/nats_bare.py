@@ -30,6 +30,9 @@ class NatsBare(Contender):
         "delayed": "no tasks",
         "roundtrip": "no tasks",
         "recovery": "no tasks",
+        "sustained": "no tasks",
+        "payload": "no tasks",
+        "actor": "its workers have no threads",
     }
 
     def servers(self, store: Path, measurement: str) -> list[Server]:

@@ -21,6 +21,9 @@ class Stub(DramatiqContender):
     left_out: ClassVar[dict[str, str]] = {
         "roundtrip": "its result backend polls with a backoff",
         "growth": "nothing is stored",
+        "sustained": "nothing is stored",
+        "payload": "nothing is stored",
+        "actor": "its workers are threads of the program that sends",
         "delayed": "the delay queue is a sorted list in memory",
         "recovery": "nothing survives its process",
     }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Sequence
+import time
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from benchmarks.contenders.contender import WAIT_SECONDS, App, Contender, Tasks
+from benchmarks.contenders.contender import WAIT_SECONDS, App, Contender, Tasks, padding
 from benchmarks.servers import NatsServer, Server
 
 BATCH = 100
@@ -50,11 +51,12 @@ class TaskiqApp(App):
         from taskiq_nats import NATSObjectStoreResultBackend, PullBasedJetStreamBroker
 
         tasks = Tasks()
+        self.padding = padding()
         url = os.environ[NatsServer.variable]
         stream = StreamConfig(name="bench", subjects=["bench"], retention=RetentionPolicy.WORK_QUEUE)
         # With its default, one message a fetch, a drain is bound by round trips; with more, a message waits for
         # the fetch to fill up. So each measurement gets what serves it best.
-        many = os.environ.get("BENCH_MEASUREMENT") in ("drain", "growth")
+        many = os.environ.get("BENCH_MEASUREMENT") in ("drain", "growth", "actor")
         self.broker = PullBasedJetStreamBroker(
             servers=url,
             subject="bench",
@@ -65,7 +67,9 @@ class TaskiqApp(App):
         )
         if os.environ.get("BENCH_MEASUREMENT") == "roundtrip":
             self.broker = self.broker.with_result_backend(NATSObjectStoreResultBackend(servers=url))
-        self.noop = self.broker.register_task(lambda index: tasks.noop(index), task_name="noop")
+        self.noop = self.broker.register_task(
+            lambda index, padding="": tasks.noop(index, padding), task_name="noop"
+        )
         self.hold = self.broker.register_task(lambda index: tasks.hold(index), task_name="hold")
         self.answer = self.broker.register_task(lambda index: tasks.answer(index), task_name="answer")
 
@@ -77,7 +81,7 @@ class TaskiqApp(App):
         return self.loop.run_until_complete(work)
 
     def enqueue(self, index: int = -1) -> None:
-        self._run(self.noop.kiq(index))
+        self._run(self.noop.kiq(index, *self.padding))
 
     def enqueue_each(self, messages: int, threads: int) -> None:
         async def part(count: int) -> None:
@@ -89,10 +93,26 @@ class TaskiqApp(App):
 
         self._run(all_parts())
 
+    def pump(
+        self, take: Callable[[], tuple[int, float] | None], threads: int, *, retry: bool = False
+    ) -> None:
+        async def part() -> None:
+            while (work := take()) is not None:
+                index, due = work
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                await self.noop.kiq(index, *self.padding)
+
+        async def all_parts() -> None:
+            await asyncio.gather(*(part() for _ in range(threads)))
+
+        self._run(all_parts())
+
     def enqueue_batch(self, indices: Sequence[int]) -> None:
         async def batch() -> None:
             for start in range(0, len(indices), BATCH):
-                await asyncio.gather(*(self.noop.kiq(index) for index in indices[start : start + BATCH]))
+                await asyncio.gather(
+                    *(self.noop.kiq(index, *self.padding) for index in indices[start : start + BATCH])
+                )
 
         self._run(batch())
 

@@ -33,7 +33,7 @@ class Drain(Measurement):
             if contender.in_process:
                 return self._in_process(trial, messages)
             trial.fill(messages)
-            return drain(trial, messages) | _settle(trial, messages)
+            return drain(trial, messages) | settled(trial, messages)
 
     def _in_process(self, trial: Trial, messages: int) -> dict[str, float]:
         figures = trial.drive("local_drain", messages=messages)
@@ -44,7 +44,7 @@ class Drain(Measurement):
         }
 
 
-def _settle(trial: Trial, messages: int) -> dict[str, float]:
+def settled(trial: Trial, messages: int) -> dict[str, float]:
     """Waits until the broker has handled all acks, where it can be asked."""
     if not trial.contender.wait_until_settled([server.url for server in trial.servers], SETTLE):
         return {}
