@@ -35,7 +35,7 @@ from dramatiq_jetstream.audit import Change
 from dramatiq_jetstream.streams import StoredMessage
 
 from .accept import new_order_id
-from .text import shown
+from .text import harmless, shown
 
 STREAM: Final = "AUDIT"
 SUBJECTS: Final = "AUDIT.>"
@@ -371,8 +371,4 @@ COLUMNS: Final = ("at", "act", "target", "name", "kind", "via", "address", "outc
 def row_of(act: Act, when: Callable[[int], str]) -> list[str]:
     """Return an act as a row of CSV; no cell can be taken for a formula by a spreadsheet."""
     said: Mapping[str, Any] = {**act.to_json(), "at": when(act.at), "detail": json.dumps(act.detail)}
-    return [_harmless(str(said[name])) for name in COLUMNS]
-
-
-def _harmless(cell: str) -> str:
-    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
+    return [harmless(str(said[name])) for name in COLUMNS]

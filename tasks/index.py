@@ -41,6 +41,9 @@ _LISTS: Final = 200
 #: How often orders are taken out of lists that others change at the same time.
 _TRIES: Final = 50
 
+#: The statuses in which most orders end, so that other lists are shorter.
+_MOST: Final = frozenset({"confirmed", "shipped"})
+
 #: How many records a reader gets beside the index; a reader of an index that is further behind does without it.
 MAX_RECENT: Final = 20_000
 
@@ -280,7 +283,7 @@ def _lists_for(wanted: Wanted) -> list[str] | None:
         return [f"customer.{wanted.customer_id}"]
     if wanted.failure is not None:
         return [f"status.{status}" for status in REASONED_STATUSES if wanted.status in (None, status)]
-    if wanted.status not in (None, "confirmed"):
+    if wanted.status is not None and wanted.status not in _MOST:
         return [f"status.{wanted.status}"]
     if wanted.sku is not None:
         return [f"sku.{wanted.sku}"]

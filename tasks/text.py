@@ -19,6 +19,9 @@ _UNFIT: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 # What alone shows nothing: spaces, joiners, marks that belong to a character before them.
 _INVISIBLE: Final = frozenset({"Zs", "Cf", "Mn", "Me", "Mc"})
 
+# What spreadsheets take for the beginning of a formula.
+_FORMULA: Final = tuple("=+-@|%＝＋－＠")
+
 
 def _fits(character: str) -> bool:
     return unicodedata.category(character) not in _UNFIT and character not in _DIRECTION
@@ -53,3 +56,8 @@ def escaped(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if _fits(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def harmless(text: str) -> str:
+    """Return text for a cell of a spreadsheet: what it would run as a formula gets an apostrophe in front."""
+    return f"'{text}" if text.lstrip().startswith(_FORMULA) or text[:1] in ("\t", "\r", "\n") else text

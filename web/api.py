@@ -20,7 +20,7 @@ from web.representation import order_json, page_json, product_json
 
 blueprint = Blueprint("api", __name__)
 
-_FILTERS = ("customer", "status", "since", "until", "sku")
+_FILTERS = ("customer", "status", "since", "until", "sku", "failure")
 _PARSERS: dict[str, Callable[[bytes, str | None], OrderRequest]] = {
     "application/json": service.parse_order_json,
     "application/x-protobuf": service.parse_order_protobuf,
@@ -149,6 +149,7 @@ def find_page(limit: int, before: str | None, wanted: Wanted = ANY) -> Page:
 def visible(wanted: Wanted) -> Wanted:
     """Return what the caller may see of what is wanted."""
     who = caller()
+    wanted = replace(wanted, causes=who.sees_causes)
     if who.customer_id is None:
         if not who.may("read"):
             raise Problem("forbidden", "A list of all orders needs the scope read.")

@@ -18,6 +18,7 @@ from web import (
     admission,
     api,
     audit_page,
+    export,
     fleet,
     health,
     keys_page,
@@ -26,6 +27,7 @@ from web import (
     order_acts,
     order_form,
     order_list,
+    overview,
     pages,
     payments,
     rendering,
@@ -62,11 +64,14 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     app.extensions["settings"] = app_settings
     app.extensions["rates"] = Rates(app_settings)
+    app.extensions["exports"] = export.Exports(max(1, app_settings.web_threads // 4))
     app.extensions["streams"] = Streams(max(1, app_settings.web_threads // 2), app_settings.stream_duration)
 
     app.register_blueprint(order_acts.blueprint)
     app.register_blueprint(payments.blueprint)
     app.register_blueprint(api.blueprint)
+    app.register_blueprint(export.blueprint)
+    app.register_blueprint(overview.blueprint)
     app.register_blueprint(order_form.blueprint)
     app.register_blueprint(order_list.blueprint)
     app.register_blueprint(pages.blueprint)

@@ -12,7 +12,7 @@ from decimal import Decimal
 from functools import cache
 
 from babel import Locale
-from babel.dates import format_datetime
+from babel.dates import format_datetime, format_skeleton, format_time
 from babel.numbers import format_currency, format_decimal
 from flask import current_app
 
@@ -35,6 +35,24 @@ class Formats:
     def money(self, minor: int, currency: str) -> str:
         """Return an amount of minor units: €12.90."""
         return format_currency(Decimal(minor) / MINOR_UNITS[currency], currency, locale=self._locale)
+
+    def hour(self, moment: datetime) -> str:
+        """Return the hour that begins at a time, in UTC: 29 Nov, 13:00."""
+        return f"{self.day(moment)}, {format_time(moment.astimezone(UTC), 'short', locale=self._locale)}"
+
+    def day(self, moment: datetime) -> str:
+        """Return a day, in UTC: 29 Nov."""
+        return format_skeleton("MMMd", moment.astimezone(UTC), locale=self._locale)
+
+    def seconds(self, seconds: float) -> str:
+        """Return a span: 340 ms, 2.1 s, 3 min, 2 h."""
+        if seconds < 1:
+            return f"{self.number(round(seconds * 1000))} ms"
+        if seconds < 90:
+            return f"{self.number(round(seconds, 1))} s"
+        if seconds < 5_400:
+            return f"{self.number(round(seconds / 60))} min"
+        return f"{self.number(round(seconds / 3_600))} h"
 
     def moment(self, moment: datetime) -> str:
         """Return a time, with its time zone: 29 Nov 2026, 13:42:45 UTC."""

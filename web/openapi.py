@@ -43,6 +43,8 @@ def document(*, is_open: bool = False) -> dict[str, Any]:
         "servers": [{"url": "/"}],
         "paths": {
             "/api/orders": {"get": _list_orders(), "post": _place_order()},
+            "/api/orders.ndjson": {"get": _export_orders("Ndjson", "application/x-ndjson")},
+            "/api/orders.csv": {"get": _export_orders("Csv", "text/csv")},
             "/api/orders/{order_id}": {"get": _show_order()},
             "/api/orders/{order_id}/cancel": {"post": _cancel_order()},
             "/api/orders/{order_id}/refunds": {"post": _refund_order()},
@@ -171,12 +173,7 @@ def _list_orders() -> dict[str, Any]:
                 "in": "query",
                 "schema": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
             },
-            _filter("before", "The next of the page before."),
-            _filter("customer", "Only this customer's orders; a customer gets only their own anyway."),
-            {**_filter("status", "Only orders with this status."), "schema": {"enum": list(STATUSES)}},
-            _filter("since", "Placed at this time or later (RFC 3339), or on this day (in UTC) or later."),
-            _filter("until", "Placed before this time, or on this day (in UTC) or earlier."),
-            _filter("sku", "Only orders with this product."),
+            *_filters(),
         ],
         "responses": {
             "200": {
@@ -190,6 +187,46 @@ def _list_orders() -> dict[str, Any]:
             **_problems(400, 401, 403, 429, 503),
         },
     }
+
+
+def _export_orders(kind: str, media_type: str) -> dict[str, Any]:
+    table = media_type == "text/csv"
+    return {
+        "operationId": f"exportOrders{kind}",
+        "summary": f"Export orders as {'a table' if table else 'one JSON object a line'}",
+        "description": (
+            "Newest first, written while it is sent; an answer that breaks off is not whole."
+            + (
+                " Text that a spreadsheet would take for a formula begins with an apostrophe."
+                if table
+                else ""
+            )
+        ),
+        "tags": ["orders"],
+        "parameters": _filters(),
+        "responses": {
+            "200": {
+                "description": "The orders.",
+                "content": {media_type: {"schema": {"type": "string"}}},
+            },
+            **_problems(400, 401, 403, 429, 503),
+        },
+    }
+
+
+def _filters() -> list[dict[str, Any]]:
+    return [
+        _filter("before", "The next of the page before."),
+        _filter("customer", "Only this customer's orders; a customer gets only their own anyway."),
+        {**_filter("status", "Only orders with this status."), "schema": {"enum": list(STATUSES)}},
+        _filter("since", "Placed at this time or later (RFC 3339), or on this day (in UTC) or later."),
+        _filter("until", "Placed before this time, or on this day (in UTC) or earlier."),
+        _filter("sku", "Only orders with this product."),
+        _filter(
+            "failure",
+            "Only orders that were rejected, cancelled, returned or failed for a reason with this in it.",
+        ),
+    ]
 
 
 def _filter(name: str, description: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The list of orders: a customer's own, or all of them for those who may see them.
 
-It has the same filters as the API (`web.queries`), a search for a part of an order's or customer's id, and counts by
-status. A script asks for the newest page again every few seconds.
+It has the same filters as the API (`web.queries`), a search for a part of an order's or customer's id, counts by
+status, and the way to the same orders as a file. A script asks for the newest page again every few seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RECENT: Final = 8
 PER_PAGE: Final = 25
 
 #: What narrows the list, in the order in which an address has it.
-FILTERS: Final = ("q", "customer", "status", "since", "until", "sku")
+FILTERS: Final = ("q", "customer", "status", "since", "until", "sku", "failure")
 
 # What a person is told of a filter that cannot be used, by its control.
 _TEXT: Final = {
@@ -40,6 +40,7 @@ _TEXT: Final = {
     "since": "Choose the first day from the calendar.",
     "until": "Choose the last day from the calendar.",
     "sku": "Choose a product from the list.",
+    "failure": "Search for a part of a reason: up to 100 characters.",
     "before": "That page of the list does not exist: begin with the newest orders.",
 }
 
@@ -71,6 +72,7 @@ def list_orders() -> Response:
         statuses=STATUSES,
         products=CATALOGUE.values(),
         address=_address,
+        exported=_exported,
         **shown,
     )
 
@@ -98,3 +100,9 @@ def _address(asked: dict[str, str], **changes: str | None) -> str:
     """Return the address of the list with some filters changed, None without one."""
     chosen = {name: text for name, text in {**asked, **changes}.items() if text}
     return f"/orders?{urlencode(chosen)}" if chosen else "/orders"
+
+
+def _exported(asked: dict[str, str], kind: str) -> str:
+    """Return the address of the orders on the list as a file; a search for ids has none."""
+    chosen = {name: text for name, text in asked.items() if name != "q"}
+    return f"/api/orders.{kind}?{urlencode(chosen)}" if chosen else f"/api/orders.{kind}"

@@ -32,6 +32,9 @@ _STATUS_TEXT: Final = f"must be one of {', '.join(STATUSES)}."
 DEFAULT_LIMIT: Final = 20
 MAX_LIMIT: Final = 100
 
+#: How long a part of a failure can be.
+MAX_FAILURE: Final = 100
+
 
 @dataclass
 class Query:
@@ -44,7 +47,7 @@ class Query:
 
 
 def read_query(arguments: Mapping[str, str]) -> Query:
-    """Read `limit`, and `customer`, `status`, `since`, `until`, `sku` and `before`, where empty is any."""
+    """Read `limit`, and `customer`, `status`, `since`, `until`, `sku`, `failure` and `before`, where empty is any."""
     flaws: list[Flaw] = []
     limit = whole_number(arguments.get("limit", str(DEFAULT_LIMIT)), 1, MAX_LIMIT)
     if limit is None:
@@ -62,8 +65,17 @@ def read_query(arguments: Mapping[str, str]) -> Query:
         flaws.append(Flaw("status", _STATUS_TEXT))
     if (sku := arguments.get("sku") or None) and (flaw := flaw_of(sku, MAX_ID_LENGTH)):
         flaws.append(Flaw("sku", flaw))
+    if (failure := arguments.get("failure") or None) and (flaw := flaw_of(failure, MAX_FAILURE)):
+        flaws.append(Flaw("failure", flaw))
     since, until = (read_moment(arguments, name, flaws) for name in ("since", "until"))
-    wanted = Wanted(customer_id=customer, status=status, since=since, until=until, sku=sku)
+    wanted = Wanted(
+        customer_id=customer,
+        status=status,
+        since=since,
+        until=until,
+        sku=sku,
+        failure=None if failure is None else failure.casefold(),
+    )
     return Query(wanted, limit or DEFAULT_LIMIT, before, flaws)
 
 

@@ -235,11 +235,4 @@ def _why(entry: HistoryEntry) -> str:
 
 def _duration(seconds: float) -> str:
     """Return a span for people: +340 ms, +2.1 s, +3 min."""
-    number = formats().number
-    if seconds < 1:
-        return f"+{number(max(0, round(seconds * 1000)))} ms"
-    if seconds < 90:
-        return f"+{number(round(seconds, 1))} s"
-    if seconds < 5_400:
-        return f"+{number(round(seconds / 60))} min"
-    return f"+{number(round(seconds / 3_600))} h"
+    return f"+{formats().seconds(max(0, seconds))}"

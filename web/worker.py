@@ -7,7 +7,7 @@ connection that says nothing, or little, costs a socket and some memory, and it 
 
 - a request has `REQUEST_SECONDS` from its first byte to its last;
 - a connection between requests has `IDLE_SECONDS`;
-- an answer has `ANSWER_SECONDS` to be taken.
+- an answer has `ANSWER_SECONDS` to be taken, and a long one has them for each `ANSWER_BYTES`.
 
 gunicorn stays in charge of processes, sockets and signals; waitress does the HTTP, in its maintained form. A process
 that is killed loses its connections and nothing else.
@@ -31,6 +31,7 @@ from waitress.task import ThreadedTaskDispatcher
 REQUEST_SECONDS: Final = 15.0
 IDLE_SECONDS: Final = 10.0
 ANSWER_SECONDS: Final = 60.0
+ANSWER_BYTES: Final = 1_000_000
 
 #: With this many connections, a process accepts no further ones until some have ended.
 MAX_CONNECTIONS: Final = 8_000
@@ -68,6 +69,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     #: When the first byte of the unfinished request came, and when the unsent answer was first seen.
     request_since: float = 0.0
     answer_since: float | None = None
+    #: How much of the answer was sent since then.
+    answer_sent: int = 0
 
     def received(self, data: bytes) -> bool:
         """Take received bytes; the time of a request that begins with them starts now."""
@@ -76,6 +79,14 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if self.request is not unfinished:
             self.request_since = time.time()
         return bool(taken)
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        """Send what the client takes; its time for an answer begins again with each `ANSWER_BYTES`."""
+        sent = int(super().send(data, do_close))
+        self.answer_sent += sent
+        if self.answer_sent >= ANSWER_BYTES:
+            self.answer_sent, self.answer_since = 0, None
+        return sent
 
     def is_overdue(self, now: float) -> bool:
         """Whether the client's time is up: for its request, for taking an answer, or for saying anything."""

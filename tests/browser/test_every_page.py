@@ -42,6 +42,9 @@ def test_every_page_is_accessible(
         "confirmed": f"{service.url}/orders/{confirmed}",
         "declined": f"{service.url}/orders/{declined}",
         "api": f"{service.url}/docs",
+        "found": f"{service.url}/orders?failure=declined&status=rejected",
+        "overview": f"{service.url}/admin",
+        "overview-hours": f"{service.url}/admin?by=hour",
         "keys": f"{service.url}/admin/keys",
         "error": f"{service.url}/nothing-here",
     }
@@ -52,6 +55,9 @@ def test_every_page_is_accessible(
         wrong = []
         for name, address in addresses.items():
             page.goto(address)
+            if "overview" in name:
+                page.get_by_text("The same as a table").click()
+                expect(page.get_by_role("columnheader", name="Placed")).to_be_visible()
             wrong += flaws(page, f"{name}-{width}-{scheme}")
         page.goto(f"{service.url}/")
         page.locator("#quantity-MUG-01").fill("2000")

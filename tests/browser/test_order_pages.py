@@ -100,6 +100,7 @@ def test_a_phone_shows_everything_without_scrolling_sideways(service: Stack, pho
         "orders": "/orders",
         "order": f"/orders/{order_id}",
         "api": "/docs",
+        "overview": "/admin",
         "error": "/nothing-here",
     }.items():
         phone.goto(service.url + path)
@@ -111,6 +112,24 @@ def test_a_phone_shows_everything_without_scrolling_sideways(service: Stack, pho
             ".filter(e => e.getBoundingClientRect().height < 44).map(e => e.outerHTML)"
         )
         assert small == [], path
+
+
+def test_orders_are_found_and_saved(service: Stack, page: Page) -> None:
+    """A person looks for a reason, sees the order, and saves what is on the list as a table."""
+    order = service.final(service.order(customer_id="c-found", payment_token="tok_declined")["order_id"])
+    page.goto(f"{service.url}/orders")
+    page.get_by_text("Filters").click()
+    page.get_by_label("Reason").fill("DECLINED")
+    page.get_by_label("Customer id", exact=True).fill("c-found")
+    page.get_by_role("button", name="Show").click()
+    expect(page.locator("#list [data-order]")).to_have_count(1)
+    expect(page.locator("#list .pill")).to_have_text("Rejected")
+    with page.expect_download() as saved:
+        page.get_by_role("link", name="CSV").click()
+    assert saved.value.suggested_filename.endswith(".csv")
+    lines = saved.value.path().read_text().splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith(order["order_id"])
 
 
 def test_back_and_again_is_a_second_order(service: Stack, page: Page) -> None:

@@ -64,6 +64,8 @@ def test_every_address_of_the_api_is_in_the_table() -> None:
         rule.rule.replace("<path:order_id>", "{id}")
         for rule in create_app(Settings(access="open", host="127.0.0.1")).url_map.iter_rules()
         if rule.rule.startswith(("/api", "/health", "/metrics", "/openapi", "/docs"))
+        # What belongs to one subscription is on the page of webhooks, to which the table leads.
+        and not rule.rule.startswith("/api/webhooks/")
     }
     assert served <= listed
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waitress.channel import HTTPChannel
 
 from tests.support.polling import eventually
 from tests.web.slow_clients import measure
 from tests.web.stack import Stack
-from web.worker import ANSWER_SECONDS, IDLE_SECONDS, REQUEST_SECONDS, Channel
+from web.worker import ANSWER_BYTES, ANSWER_SECONDS, IDLE_SECONDS, REQUEST_SECONDS, Channel
 
 #: A front end that is held up answers none; one on a busy machine answers all, late.
 PATIENCE_MS = 5_000
@@ -102,6 +103,20 @@ def test_an_answer_has_its_time() -> None:
     assert not channel.is_overdue(1_100.0)
     channel.total_outbufs_len = 10
     assert not channel.is_overdue(1_200.0)
+
+
+def test_a_long_answer_has_its_time_for_each_megabyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export lasts as long as its client takes it, and one who takes a little at a time is not served for ever."""
+    monkeypatch.setattr(HTTPChannel, "send", lambda _, data, do_close: len(data))
+    channel = Channel.__new__(Channel)
+    channel.requests, channel.last_activity, channel.total_outbufs_len = [], 0.0, 10
+    for minute in range(10):
+        now = minute * ANSWER_SECONDS
+        assert not channel.is_overdue(now)
+        channel.send(b"x" * ANSWER_BYTES)
+    assert not channel.is_overdue(now)
+    channel.send(b"x")
+    assert channel.is_overdue(now + ANSWER_SECONDS + 1)
 
 
 def test_a_stop_waits_for_what_was_begun_and_for_no_slow_client(tmp_path: Path) -> None:
