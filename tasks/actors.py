@@ -17,6 +17,7 @@
     projection project_event    ORDER.>
     projection index_orders     (every few seconds: what lists and figures are made of)
     orders     look_after_orders (once a minute: orders that do not move)
+    orders     erase_customer   (no event: an administrator asks for it)
 
 The actors of webhooks are in `tasks.webhooks.actors`.
 
@@ -49,6 +50,7 @@ from orders.v1.events_pb2 import (
 )
 
 from . import app, logs
+from .audit import Who
 from .events import SUBJECTS, Happened, UnusableEvent, decode, happened, order_id_of
 from .failures import failure_of
 from .gateway import GatewayUnavailable
@@ -236,6 +238,15 @@ def index_orders() -> None:
         app.counting().advance()
     except (BrokerError, OrderBusy) as error:
         logger.warning("The index is not brought up to date now: %s", error)
+
+
+@dramatiq.actor(**{**app.step_options("orders", FINISH), "time_limit": 4 * 3_600_000}, max_age=7 * 86_400_000)
+def erase_customer(certificate: str) -> None:
+    """Carry an erasure out that an administrator asked for."""
+    who = Who("", "service", "worker")
+    with app.audit_log().record("customer.erase", certificate, who) as act:
+        job = app.erasure().run(certificate)
+        act.detail.update({kind: str(count) for kind, count in job.counts.items()})
 
 
 @dramatiq.actor(

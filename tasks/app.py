@@ -25,12 +25,27 @@ from dramatiq_jetstream.kv import Bucket
 from dramatiq_jetstream.periodic import Periodic
 from dramatiq_jetstream.streams import Stream
 
-from . import audit, credentials, events, idempotency, logs, metrics, orders, outage, stock, telemetry, tokens
+from . import (
+    audit,
+    credentials,
+    erased,
+    events,
+    idempotency,
+    logs,
+    metrics,
+    orders,
+    outage,
+    stock,
+    telemetry,
+    tokens,
+)
 from .archive import Archive, ArchiveBroken
 from .audit import AuditLog
 from .catalogue import CATALOGUE
 from .credentials import Keys, Operators
 from .deadline import Deadline
+from .erased import ErasedOrders
+from .erasure import Erasure
 from .events import Happened
 from .figures import Counting, Figures
 from .gateway import HttpGateway
@@ -83,6 +98,7 @@ class Buckets(Middleware):
                 stock_bucket(),
                 orders_bucket(),
                 index_bucket(),
+                erasures_bucket(),
                 requests_bucket(),
                 access_bucket(),
                 gateway_bucket(),
@@ -184,6 +200,10 @@ def orders_bucket() -> Bucket:
 
 def index_bucket() -> Bucket:
     return broker.bucket(INDEX_BUCKET)
+
+
+def erasures_bucket() -> Bucket:
+    return broker.bucket(erased.BUCKET)
 
 
 def requests_bucket() -> Bucket:
@@ -296,7 +316,15 @@ def figures() -> Figures:
 @_once
 def events_stored() -> EventStream:
     """Return the reader of the events."""
-    return EventStream(broker.stream(events.STREAM), lambda: event_stream.ensure(broker))
+    return EventStream(
+        broker.stream(events.STREAM), lambda: event_stream.ensure(broker), erased_orders().facts
+    )
+
+
+@_once
+def erased_orders() -> ErasedOrders:
+    """Return the orders whose customers were erased."""
+    return ErasedOrders(erasures_bucket(), stock_store(), now)
 
 
 def archive() -> Archive | None:
@@ -334,9 +362,45 @@ def retention() -> Retention:
         stock_bucket(),
         orders_store(),
         orders_bucket(),
+        erased_orders(),
         indexer().forget,
         keep=SETTINGS.retention_days * 86_400_000,
         now=now,
+    )
+
+
+def erasure() -> Erasure:
+    """Return what makes customers unreadable.
+
+    Raises:
+      ArchiveBroken: When the directory of the archive is missing.
+    """
+    queues = sorted(broker.get_declared_queues())
+    return Erasure(
+        erasures_bucket(),
+        events_stored(),
+        stock_store(),
+        stock_bucket(),
+        orders_store(),
+        orders_bucket(),
+        erased_orders(),
+        indexer(),
+        {
+            "requests": requests_bucket(),
+            "tokens": tokens_bucket(),
+            "access": access_bucket(),
+            "webhooks": webhooks_bucket(),
+            "deliveries": deliveries_bucket(),
+        },
+        {
+            "dead letters": broker.stream(broker.names.dead_stream),
+            "history": broker.stream(broker.names.history_stream),
+            **{f"queue {name}": broker.stream(broker.names.queue_stream(name)) for name in queues},
+        },
+        broker.stream(broker.names.audit_stream),
+        lambda subject, record: broker.publish(subject, record),
+        archive(),
+        now,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Final
 from .ports import Bucket, Entry
 
 #: The keys of an order are `<kind>.<order id>`. A kind that is missing here would be left behind, or in the archive.
-KINDS: Final = ("claim", "order", "cancel", "failed", "refund", "erased", "restored")
+KINDS: Final = ("claim", "order", "cancel", "failed", "refund", "restored")
 
 
 def claim_key(order_id: str) -> str:

@@ -15,6 +15,7 @@ is shown. So lists are right whether the index is kept or not, and nothing depen
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import threading
@@ -25,18 +26,21 @@ from heapq import merge
 from itertools import islice
 from typing import Final
 
-from dramatiq_jetstream.errors import TopologyMissing
+from dramatiq_jetstream.errors import RevisionConflict, TopologyMissing
 
 from .folds import Fold, Position, Progress, RebuildConflict, read_position, unseen
 from .model import REASONED_STATUSES, Order, Wanted
 from .ports import BatchBucket, Bucket, Entry
-from .postings import LISTS, USED, Lists, Posting, newest
+from .postings import LISTS, USED, Lists, Posting, Replaced, drop_empty, newest
 
 BUCKET: Final = "orders-index"
 
 #: How many records make a batch, and in how many lists they are at most: a batch has up to 1,000 documents.
 _RECORDS: Final = 300
 _LISTS: Final = 200
+
+#: A place behind all others.
+_NEWEST: Final = 2**63
 
 #: How often orders are taken out of lists that others change at the same time.
 _TRIES: Final = 50
@@ -131,6 +135,40 @@ class Indexer:
                 time.sleep(random.uniform(0, 0.2))
             else:
                 raise RebuildConflict("The index kept changing: try again.")
+
+    def forget_customer(self, customer_id: str, keeps: Callable[[str], bool]) -> None:
+        """Take the orders of a customer out of their list, and the list away when that leaves it empty.
+
+        Parameters:
+          keeps: Whether an order, given by its id, still is the customer's.
+
+        Raises:
+          RebuildConflict: When others kept changing the index.
+        """
+        name = f"customer.{customer_id}"
+        for _ in range(_TRIES):
+            position = self._fold.begin()
+            with contextlib.suppress(Replaced):
+                if position is not None and self._clear(position, name, keeps):
+                    return
+            time.sleep(random.uniform(0, 0.2))
+        raise RebuildConflict("The index kept changing: try again.")
+
+    def _clear(self, position: Position | None, name: str, keeps: Callable[[str], bool]) -> bool:
+        assert position is not None
+        there = list(newest(self._bucket, position.generation, name, _NEWEST))
+        gone = iter([one for one in there if not keeps(one.order_id)])
+        while batch := list(islice(gone, _RECORDS)):
+            lists = Lists(self._bucket, position)
+            lists.read((name, one.place) for one in batch)
+            for one in batch:
+                lists.discard(name, one.place)
+            position = self._fold.move(position, position.reached, lists.updates())
+            if position is None:
+                return False
+        with contextlib.suppress(RevisionConflict):  # it has an order again
+            drop_empty(self._bucket, position.generation, name)
+        return True
 
     def _forget(self, position: Position, batch: list[Brief]) -> bool:
         lists = Lists(self._bucket, position)

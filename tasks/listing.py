@@ -292,7 +292,7 @@ class OrderList:
             return
         if wanted.until is not None:
             end = min(end, self._stream.place_at(wanted.until) or end)
-        oldest = first = max(1, self._stream.range().first)
+        oldest = first = max(1, self._stream.oldest())
         if wanted.since is not None:
             first = max(first, self._stream.place_at(wanted.since) or end)
         found = self._index.find(wanted, end)

@@ -76,6 +76,24 @@ def newest(bucket: Bucket, generation: int, name: str, before: int) -> Iterator[
             return
 
 
+def drop_empty(bucket: Bucket, generation: int, name: str) -> None:
+    """Remove the documents of a list that has no orders; its name stands in their keys.
+
+    Raises:
+      RevisionConflict: When it was changed meanwhile; parts may be gone that had none.
+    """
+    head = bucket.get(_head_key(generation, name))
+    if head is None:
+        return
+    parts = [
+        bucket.get(_part_key(generation, name, start)) for start in json.loads(head.value).get("starts", ())
+    ]
+    documents = [one for one in (head, *parts) if one is not None]
+    if not any(json.loads(one.value).get("orders") for one in documents):
+        for one in documents:
+            bucket.delete(one.key, revision=one.revision)
+
+
 def _before(orders: list[list[Any]], before: int) -> Iterator[Posting]:
     for order in reversed(orders[: bisect_left(orders, before, key=lambda one: one[0])]):
         yield Posting(*order)

@@ -110,7 +110,7 @@ class Rebuild:
         entry = self._bucket.get(order_id)
         existing = None if entry is None else stored_in(entry)
         testimony = Testimony(self._stock, order_id, self._now)
-        record = _restated(existing, testimony)
+        record = restated(existing, testimony)
         placed = set(self._placed.get(order_id, ()))
         for one in happenings:
             confirmed = testimony.attested(one)
@@ -156,9 +156,7 @@ class Rebuild:
             if self._placed.get(entry.key):
                 continue
             stored = stored_in(entry)
-            known = (
-                None if stored is None else _restated(stored, Testimony(self._stock, entry.key, self._now))
-            )
+            known = None if stored is None else restated(stored, Testimony(self._stock, entry.key, self._now))
             if known is not None and self._has_beyond(known):
                 continue
             try:
@@ -173,7 +171,7 @@ class Rebuild:
         return any(not first <= fact["sequence"] <= last for fact in stored["events"].values())
 
 
-def _restated(existing: Stored | None, testimony: Testimony) -> Stored | None:
+def restated(existing: Stored | None, testimony: Testimony) -> Stored | None:
     """Return a record with what the ledger confirms of it, in the ledger's words; None when that is nothing."""
     if existing is None:
         return None

@@ -29,12 +29,13 @@ from dramatiq_jetstream.streams import Range, StoredMessage
 from .archive import Archive, ArchiveBroken, ArchivedOrder, Segment
 from .claims import Claim
 from .entries import claim_key, entries_of
+from .erased import ErasedOrders
 from .events import Happened, order_id_of
 from .model import Order
 from .orders import Orders
 from .ports import Bucket
 from .stock import Stock
-from .stream import EventStream, read_stored
+from .stream import EventStream, merged, read_stored
 
 #: The key that says how far the stream is archived, in the bucket of the stock.
 MARK: Final = "mark.archive"
@@ -74,6 +75,7 @@ class Retention:
       stream: The events.
       stock, stock_bucket: The ledger.
       orders, orders_bucket: The read model.
+      erased: The orders whose customers were erased.
       forget: Takes orders out of the index of the read model.
       keep: Milliseconds for which events stay in the stream.
       now: The time in milliseconds.
@@ -87,6 +89,7 @@ class Retention:
         stock_bucket: Bucket,
         orders: Orders,
         orders_bucket: Bucket,
+        erased: ErasedOrders,
         forget: Callable[[Iterable[Order]], None],
         *,
         keep: int,
@@ -98,6 +101,7 @@ class Retention:
         self._stock_bucket = stock_bucket
         self._orders = orders
         self._orders_bucket = orders_bucket
+        self._erased = erased
         self._forget = forget
         self._keep = keep
         self._now = now
@@ -238,29 +242,28 @@ class Retention:
 
     def _without_events(self, last: int) -> Iterator[str]:
         """Yield the orders that have no event in the stream and whose time is over: restored ones, and erased ones."""
-        for kind in ("restored", "erased"):
-            for entry in self._stock_bucket.items(f"{kind}."):
-                order_id = entry.key.partition(".")[2]
-                order = self._orders.get(order_id)
-                if (
-                    order is None
-                    or not order.is_final
-                    or json.loads(entry.value)["at"] >= self._now() - self._keep
-                ):
-                    continue
-                if max(one.sequence for one in order.history) <= last:
-                    yield order_id
+        oldest = self._now() - self._keep
+        restored = self._stock_bucket.items("restored.")
+        ids = [one.key.partition(".")[2] for one in restored if json.loads(one.value)["at"] < oldest]
+        ids += [one.order_id for one in self._erased.all() if one.newest <= last and one.ended_at < oldest]
+        for order_id in ids:
+            order = self._orders.get(order_id)
+            if order is not None and order.is_final and max(one.sequence for one in order.history) <= last:
+                yield order_id
 
     # Leaving
 
     def _leave(self, segment: Segment) -> None:
         """Take away what a segment has."""
+        erased = {one.order_id for one in self._erased.all()}
         closed = []
         for line in self.archive.lines(segment):
             if "order" in line:
                 archived = ArchivedOrder.of(line)
                 if self._close(archived) and (order := archived.order) is not None:
                     closed.append(order)
+                    if order.order_id in erased:
+                        self._erased.forget(order.order_id)
         self._forget(closed)
         self._stream.trim(segment.last + 1)
 
@@ -380,7 +383,9 @@ class Chronicle:
         """Return which sequences there are."""
         there = self._stream.range()
         segments = [] if self._archive is None else self._archive.segments()
-        return Range(segments[0].first, max(there.last, segments[-1].last)) if segments else there
+        facts = self._stream.erased()[:1]
+        first = min([there.first, *(one.first for one in segments[:1]), *(one.sequence for one in facts)])
+        return Range(first, max([there.last, *(one.last for one in segments[-1:])]))
 
     def read(self, start: int = 1) -> Iterator[Happened]:
         """Yield every event that can be attributed to an order, oldest first.
@@ -391,5 +396,9 @@ class Chronicle:
         if self._archive is not None:
             for segment in self._archive.segments():
                 start = max(start, segment.last + 1)
+        yield from merged(self._events(start), self._stream.erased())
+
+    def _events(self, start: int) -> Iterator[Happened]:
+        if self._archive is not None:
             yield from self._archive.events()
-        yield from self._stream.read(start)
+        yield from self._stream.present(start)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from heapq import merge
 from typing import Final
 
 from dramatiq_jetstream.streams import Range, StoredMessage, Stream
@@ -22,19 +23,34 @@ class EventStream:
     Parameters:
       stream: Where they are.
       ensure: Makes the stream if it is missing.
+      erased: Returns the events that were removed when customers were erased, as they remain, by their places.
     """
 
-    def __init__(self, stream: Stream, ensure: Callable[[], None]) -> None:
+    def __init__(
+        self, stream: Stream, ensure: Callable[[], None], erased: Callable[[], Sequence[Happened]] = tuple
+    ) -> None:
         self._stream = stream
         self._ensure = ensure
+        self.erased = erased
 
     def range(self) -> Range:
         """Return which sequences the stream has now."""
         self._ensure()
         return self._stream.range()
 
+    def oldest(self) -> int:
+        """Return the place of the oldest event, also of one that was erased."""
+        return min(self.range().first, *(one.sequence for one in self.erased()[:1]), 2**63)
+
     def read(self, start: int = 1) -> Iterator[Happened]:
-        """Yield every event that can be attributed to an order, oldest first."""
+        """Yield every event that can be attributed to an order, oldest first, and in its place what was erased."""
+        facts = self.erased()
+        # What the stream begins behind has left it.
+        first = max(start, self.range().first) if facts else start
+        return merged(self.present(start), (one for one in facts if one.sequence >= first))
+
+    def present(self, start: int = 1) -> Iterator[Happened]:
+        """Yield the events that the stream has and that can be attributed to an order, oldest first."""
         self._ensure()
         for stored in self._stream.read(SUBJECTS, start=start):
             found = read_stored(stored)
@@ -74,21 +90,33 @@ class EventStream:
         """Return the place of the newest event that created an order, 0 when there is none."""
         self._ensure()
         newest = self._stream.last(_CREATED)
-        return 0 if newest is None else newest.sequence
+        return max(0 if newest is None else newest.sequence, *(one.sequence for one in self._created()), 0)
+
+    def _created(self) -> list[Happened]:
+        return [one for one in self.erased() if isinstance(one.event, OrderCreated)]
 
     def place_at(self, time: int) -> int | None:
         """Return the place of the first event that created an order at a time (milliseconds) or later, or None."""
         found = self._stream.since(time, _CREATED)
-        return None if found is None else found.sequence
+        places = [] if found is None else [found.sequence]
+        places += [one.sequence for one in self._created() if one.at >= time]
+        return min(places, default=None)
 
     def created(self, start: int, end: int) -> Iterator[tuple[int, OrderCreated]]:
         """Yield the events that create orders with their places, from `start` up to and without `end`."""
+        stretch = self._stretch(start, end)
+        facts = (one for one in self._created() if start <= one.sequence < end)
+        for found in merged(stretch, facts):
+            if isinstance(found.event, OrderCreated):
+                yield found.sequence, found.event
+
+    def _stretch(self, start: int, end: int) -> Iterator[Happened]:
         for stored in self._stream.read(_CREATED, start=start, page=max(1, min(end - start, _PAGE))):
             if stored.sequence >= end:
                 return
             found = read_stored(stored)
-            if found is not None and isinstance(found.event, OrderCreated):
-                yield stored.sequence, found.event
+            if found is not None:
+                yield found
 
 
 def read_stored(stored: StoredMessage) -> Happened | None:
@@ -101,3 +129,12 @@ def read_stored(stored: StoredMessage) -> Happened | None:
     except (DecodeError, UnusableEvent):
         return None
     return happened(event, stored.sequence, stored.time, stored.headers)
+
+
+def merged(events: Iterable[Happened], facts: Iterable[Happened]) -> Iterator[Happened]:
+    """Yield events and facts by their places; where both are, the event is not removed yet and stands for itself."""
+    last = 0
+    for one in merge(events, facts, key=lambda one: one.sequence):
+        if one.sequence != last:
+            yield one
+        last = one.sequence

@@ -18,6 +18,7 @@ from web import (
     admission,
     api,
     audit_page,
+    erasures_page,
     export,
     fleet,
     health,
@@ -82,6 +83,7 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     app.register_blueprint(audit_page.blueprint)
     app.register_blueprint(webhooks.blueprint)
     app.register_blueprint(webhooks_page.blueprint)
+    app.register_blueprint(erasures_page.blueprint)
     rendering.install(app)
     sign_in.configure(app, app_settings)
     security.protect(app)

@@ -90,7 +90,8 @@ def with_password() -> Response:
     operator = app.operators().check(name, request.form.get("password", ""))
     if operator is None:
         rates.failed(request.remote_addr or "")
-        logger.warning("Sign-in refused for %r from %s", name[:64], request.remote_addr)
+        # Not the name: a customer may have tried.
+        logger.warning("Sign-in with a password refused from %s", request.remote_addr)
         return _form(way_back, name=name, wrong=True)
     logger.info("%s signed in with a password", operator.name)
     return _signed_in({"operator": operator.name, "changed_at": operator.changed_at}, way_back)
@@ -134,7 +135,8 @@ def callback() -> Response:
         raise Problem("unauthenticated", "The provider did not say who you are: try again.")
     kept = kept_claims(claims)
     signed_in = caller_of_claims(kept)  # refuses a person without a customer id
-    logger.info("%s signed in at the provider as %s", signed_in.subject, signed_in.kind)
+    who = signed_in.subject if signed_in.customer_id is None else "A customer"
+    logger.info("%s signed in at the provider as %s", who, signed_in.kind)
     return _signed_in({"claims": kept}, way_back)
 
 

@@ -19,7 +19,7 @@ from .jetstream.inventory import consumers
 from .jetstream.listing import PAGE, Listing
 from .jetstream.reading import StoredMessage, first_message, first_message_since, last_message, message_at
 from .wire.connection import Connection
-from .wire.error_numbers import MESSAGE_DELETE_FAILED, MESSAGE_NOT_FOUND, NO_MESSAGE_TO_DELETE
+from .wire.error_numbers import NO_MESSAGE_TO_DELETE, SEQUENCE_NOT_FOUND
 
 __all__ = ["Range", "StoredMessage", "Stream", "StreamConsumer"]
 
@@ -187,10 +187,9 @@ class Stream:
         try:
             self._connection.api(f"STREAM.MSG.DELETE.{self.name}", {"seq": sequence, "no_erase": False})
         except ApiError as error:
-            missing = error.err_code in (NO_MESSAGE_TO_DELETE, MESSAGE_NOT_FOUND) or (
-                error.err_code == MESSAGE_DELETE_FAILED and "not found" in error.description
-            )
-            if not missing:
+            # The second is also what a stream says that allows no deletions.
+            gone = error.err_code == NO_MESSAGE_TO_DELETE and "not permitted" not in error.description
+            if error.err_code != SEQUENCE_NOT_FOUND and not gone:
                 raise
             return False
         return True

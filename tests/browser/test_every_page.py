@@ -46,6 +46,9 @@ def test_every_page_is_accessible(
         "overview": f"{service.url}/admin",
         "overview-hours": f"{service.url}/admin?by=hour",
         "keys": f"{service.url}/admin/keys",
+        "audit": f"{service.url}/admin/audit",
+        "wrong-audit": f"{service.url}/admin/audit?kind=x",
+        "erasures": f"{service.url}/admin/erasures",
         "error": f"{service.url}/nothing-here",
     }
     context = browser.new_context(

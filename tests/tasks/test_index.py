@@ -162,6 +162,9 @@ class Shop:
     def range(self) -> Range:
         return Range(1, len(self.events))
 
+    def oldest(self) -> int:
+        return 1
+
     def place_at(self, time: int) -> int | None:
         return next((one.sequence for one in self.events if one.at >= time), None)
 

@@ -52,6 +52,9 @@ class Shop:
     def range(self) -> Range:
         return Range(1, len(self.mentions))
 
+    def oldest(self) -> int:
+        return 1
+
     def place_at(self, time: int) -> int | None:
         return next((place for place in self.mentions if place * 1000 >= time), None)
 

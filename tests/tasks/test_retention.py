@@ -20,11 +20,13 @@ from dramatiq_jetstream.streams import Range, StoredMessage
 from tasks.archive import Archive, ArchiveBroken
 from tasks.claims import Claim
 from tasks.entries import KINDS
+from tasks.erased import ErasedOrders
 from tasks.events import Happened, order_id_of, subject_of
 from tasks.orders import Orders
 from tasks.rebuild import Rebuild
 from tasks.retention import MARK, Chronicle, Retention, find_mark
 from tasks.stream import read_stored
+from tests.tasks.fakes import FakeBucket
 from tests.tasks.test_saga_properties import Service, created
 
 DAY = 86_400_000
@@ -54,6 +56,11 @@ class Events:
     def read(self, start: int = 1) -> Iterator[Happened]:
         return (found for one in self.stored(start) if (found := read_stored(one)) is not None)
 
+    present = read
+
+    def erased(self) -> list[Happened]:
+        return []
+
     def settled_to(self) -> tuple[int, str] | None:
         return self.behind
 
@@ -77,6 +84,7 @@ class Shop:
         self.events = Events(self.service)
         self.directory = directory
         self.forgotten: set[str] = set()
+        self.erasures = FakeBucket(self.service.world.pause)
         for number in range(orders):
             token = ("tok_ok", "tok_declined")[number % 3 == 1]
             self.place(f"o-{number}", token)
@@ -103,6 +111,7 @@ class Shop:
             self.service.stock_bucket,
             Orders(self.service.orders_bucket),
             self.service.orders_bucket,
+            ErasedOrders(self.erasures, self.service.stock(), self.service.now),
             lambda orders: self.forgotten.update(order.order_id for order in orders),
             keep=DAY,
             now=lambda: DAY + 1_001 + last,

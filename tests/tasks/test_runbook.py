@@ -242,6 +242,17 @@ def the_archive(shell: Shell, block: Block) -> None:
     assert "not in the archive alone" in shell(restore, code=1, ORDER_ID=shell.order())
 
 
+def an_erasure(shell: Shell, block: Block) -> None:
+    customer, resume, certificates = block.commands
+    order_id = shell.shop.order(customer_id="c-erased")["order_id"]
+    shell.confirmed(order_id)
+    said = shell(customer, CUSTOMER_ID="c-erased")
+    assert '"orders": 1' in said
+    assert "c-erased" not in said
+    shell(resume)
+    assert shell(certificates).count("certificate") == 1
+
+
 def a_backup(shell: Shell, block: Block) -> None:
     """A server on the copy has the queues."""
     copy, server = block.commands
@@ -278,6 +289,7 @@ PROCEDURES: dict[str, Callable[..., None]] = {
     "Single messages": single_messages,
     "Rebuilding the read model": a_rebuild,
     "The archive": the_archive,
+    "Erasing a customer": an_erasure,
     "Backup": a_backup,
     "Spans": a_trace,
     "The store is full": old_events,

@@ -12,7 +12,7 @@ STREAM_NOT_FOUND: Final = 10059
 CONSUMER_NOT_FOUND: Final = 10014
 MESSAGE_NOT_FOUND: Final = 10037
 NO_MESSAGE_TO_DELETE: Final = 10057
-MESSAGE_DELETE_FAILED: Final = 10043  # for whatever reason; the description says which
+SEQUENCE_NOT_FOUND: Final = 10043
 MISSING: Final = frozenset({STREAM_NOT_FOUND, CONSUMER_NOT_FOUND, MESSAGE_NOT_FOUND})
 
 # What exists already, with another configuration.

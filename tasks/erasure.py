@@ -1,0 +1,504 @@
+"""Makes a customer unreadable: in the stream, the buckets, the archive, the history, the dead letters and the queues.
+
+What was bought, for how much and when stays, without who it was, so totals stay right (`tasks.anonymous`). The events
+of the customer's orders are removed from the stream and overwritten on the server's disk; their places are noted first,
+and readers get what remains of them there (`tasks.erased`). Orders that are placed after the erasure was asked for are
+a new person's, whatever name they have.
+
+An erasure is a job in the bucket `erasures`, and does one kind of place after the other. In each it notes what it is
+about to take away, takes it away, and counts it; then it looks again, until there is nothing. So it may be killed at
+any moment and carried on by any process, and its counts are right all the same. When all kinds are done it looks at all
+of them once more. Then the name goes from the job, and what is left of it is the certificate.
+
+No erasure begins while an order of the customer is under way, or money of one may have to go back: the service needs
+the name for that, and what it wrote would come after the erasure.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any, Final
+
+from google.protobuf.message import Message
+
+from dramatiq_jetstream.errors import RevisionConflict, TopologyMissing
+from dramatiq_jetstream.streams import Stream
+from orders.v1.events_pb2 import OrderCreated, OrderReserved
+
+from . import anonymous
+from .announcements import Testimony
+from .archive import Archive, ArchiveBroken, Line, event_line, stored_in
+from .audit import Who
+from .claims import Claim
+from .entries import entries_of
+from .erased import ErasedOrder, ErasedOrders
+from .events import order_id_of
+from .index import Indexer
+from .ledger import Record
+from .model import MAX_ID_LENGTH
+from .orders import Orders
+from .orders import stored_in as shown_in
+from .ports import Bucket
+from .rebuild import restated
+from .retention import find_mark
+from .stock import Stock
+from .stream import EventStream, read_stored
+from .text import normalised
+from .traces import Traces
+
+_JOB: Final = "job."
+
+#: How many things are noted before they are taken away.
+_AT_ONCE: Final = 2_000
+
+#: How often everything is looked at again before an erasure says that it does not come to an end.
+_ROUNDS: Final = 5
+
+
+#: How long consumers of the stream may take to settle what is there, in seconds.
+_PATIENCE_SECONDS: Final = 60.0
+
+
+class NotErasable(Exception):
+    """The customer cannot be erased now; the message says why and what to do."""
+
+
+@dataclass(slots=True)
+class Job:
+    """An erasure; times in milliseconds. `customer_id` is empty when it is done: then this is the certificate.
+
+    Attributes:
+      by, via: Who asked for it, and from where.
+      counts: How many of each kind were taken away or made anonymous.
+      doomed: What is taken away right now, and `stage` of which kind it is.
+    """
+
+    id: str
+    customer_id: str
+    at: int
+    by: str
+    via: str
+    finished_at: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    stage: str = ""
+    doomed: list[str] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return self.finished_at > 0
+
+    def certificate(self) -> dict[str, Any]:
+        """Return what is certified: no word of it is about the customer."""
+        return {
+            "certificate": self.id,
+            "asked_for_at": self.at,
+            "finished_at": self.finished_at,
+            "by": self.by,
+            "via": self.via,
+            "erased": self.counts,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """A kind of place: what of the customer is there, and how one of it is taken away."""
+
+    name: str
+    find: Callable[[Job], Iterator[str]]
+    remove: Callable[[Job, str], None]
+
+
+class Erasure:
+    """Erases customers.
+
+    Parameters:
+      bucket: The jobs, and the notes on orders.
+      buckets: `requests`, `tokens`, `access`, `webhooks` and `deliveries`.
+      streams: Streams of messages that may be about an order, by what a certificate calls them.
+      fleet_audit, publish: The records of the fleet's dashboard, and what stores one.
+      archive: None where there is none.
+      now: The time in milliseconds.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        stream: EventStream,
+        stock: Stock,
+        stock_bucket: Bucket,
+        orders: Orders,
+        orders_bucket: Bucket,
+        erased: ErasedOrders,
+        indexer: Indexer,
+        buckets: Mapping[str, Bucket],
+        streams: Mapping[str, Stream],
+        fleet_audit: Stream,
+        publish: Callable[[str, bytes], object],
+        archive: Archive | None,
+        now: Callable[[], int],
+    ) -> None:
+        self._bucket = bucket
+        self._stream = stream
+        self._stock = stock
+        self._stock_bucket = stock_bucket
+        self._orders = orders
+        self._orders_bucket = orders_bucket
+        self._erased = erased
+        self._indexer = indexer
+        self._buckets = buckets
+        self._streams = streams
+        self._fleet_audit = fleet_audit
+        self._publish = publish
+        self._archive = archive
+        self._now = now
+
+    # Jobs
+
+    def begin(self, customer_id: str, who: Who) -> Job:
+        """Ask for an erasure; returns its job, the one of before if it is not done.
+
+        Raises:
+          NotErasable: When an order of the customer is under way, or the archive is elsewhere.
+        """
+        for job in self.jobs():
+            if job.customer_id == customer_id:
+                return job
+        if self._archive is None and find_mark(self._stock_bucket) is not None:
+            raise NotErasable("There is an archive: set ARCHIVE_DIR to its directory, where this runs.")
+        job = Job(secrets.token_hex(8), customer_id, self._now(), who.name or who.kind, who.via)
+        if under_way := sorted(self._under_way(job)):
+            raise NotErasable(
+                f"Orders are under way: {', '.join(under_way[:10])}. Wait until they are over and settled, or cancel "
+                "them; then ask again."
+            )
+        self._bucket.create(f"{_JOB}{job.id}", _encode(job))
+        return job
+
+    def jobs(self) -> Iterator[Job]:
+        """Yield all erasures, done or not."""
+        for entry in self._bucket.items(_JOB):
+            yield Job(**json.loads(entry.value))
+
+    def find(self, certificate: str) -> Job | None:
+        """Return an erasure by the id of its certificate."""
+        entry = self._bucket.get(f"{_JOB}{certificate}")
+        return None if entry is None else Job(**json.loads(entry.value))
+
+    def run(self, certificate: str) -> Job:
+        """Carry an erasure out, from wherever it is; returns it with its certificate.
+
+        Raises:
+          NotErasable: When there is none, or what is about the customer keeps coming.
+          ArchiveBroken: When the archive cannot be used.
+        """
+        job = self.find(certificate)
+        if job is None:
+            raise NotErasable(f"There is no erasure {certificate}.")
+        if job.is_done:
+            return job
+        self._wait_for_consumers()
+        stages = self._stages()
+        if job.doomed:
+            begun = [stage for stage in stages if stage.name == job.stage]
+            if not begun:
+                raise NotErasable(f"Erasure {job.id} was at {job.stage}, which this program does not have.")
+            self._take_away(job, begun[0])
+        for _ in range(_ROUNDS):
+            if not sum([self._clear(job, stage) for stage in stages]):
+                break
+        else:
+            raise NotErasable(f"What is about the customer kept coming: run erasure {job.id} again.")
+        customer_id = job.customer_id
+        self._indexer.forget_customer(
+            customer_id, lambda order_id: self._is_theirs_now(customer_id, order_id)
+        )
+        job.customer_id, job.stage, job.finished_at = "", "", self._now()
+        self._save(job)
+        return job
+
+    def _wait_for_consumers(self) -> None:
+        """Wait until what was stored before is settled, so that each consumer has had what is removed."""
+        last = self._stream.range().last
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while (behind := self._stream.settled_to()) is not None and behind[0] < last:
+            if time.monotonic() > deadline:
+                raise NotErasable(
+                    f"The consumer {behind[1]} has not settled event {behind[0] + 1}: start its workers, or remove it."
+                )
+            time.sleep(0.2)
+
+    def _is_theirs_now(self, customer_id: str, order_id: str) -> bool:
+        order = self._orders.get(order_id)
+        return order is not None and order.customer_id == customer_id
+
+    def _clear(self, job: Job, stage: _Stage) -> int:
+        """Take away what is there of a kind; returns how many that were."""
+        taken = 0
+        found = stage.find(job)
+        while doomed := list(islice(found, _AT_ONCE)):
+            job.stage, job.doomed = stage.name, doomed
+            self._save(job)
+            self._take_away(job, stage)
+            taken += len(doomed)
+        return taken
+
+    def _take_away(self, job: Job, stage: _Stage) -> None:
+        for one in job.doomed:
+            stage.remove(job, one)
+        job.counts[stage.name] = job.counts.get(stage.name, 0) + len(job.doomed)
+        job.doomed = []
+        self._save(job)
+
+    def _save(self, job: Job) -> None:
+        key = f"{_JOB}{job.id}"
+        entry = self._bucket.get(key)
+        if entry is None or Job(**json.loads(entry.value)).is_done:
+            raise NotErasable(f"Erasure {job.id} was carried out by another process.")
+        self._bucket.update(key, _encode(job), revision=entry.revision)
+
+    # What is where
+
+    def _stages(self) -> list[_Stage]:
+        stages = [
+            _Stage("orders", self._their_orders, self._make_anonymous),
+            _Stage("events", self._their_events, lambda _, place: self._erase_event(place)),
+        ]
+        for name, key, find in (
+            ("idempotency keys", "requests", self._their_requests),
+            ("payment tokens", "tokens", self._their_tokens),
+            ("API keys", "access", self._their_keys),
+            ("webhooks", "webhooks", self._their_webhooks),
+            ("deliveries of webhooks", "deliveries", self._their_deliveries),
+        ):
+            bucket = self._buckets[key]
+            stages.append(_Stage(name, find, lambda _, key, bucket=bucket: bucket.delete(key)))  # type: ignore[misc]
+        for name, stream in self._streams.items():
+            stages.append(
+                _Stage(
+                    name,
+                    lambda job, stream=stream: self._messages(job, stream),  # type: ignore[misc]
+                    lambda _, place, stream=stream: stream.erase(int(place)),  # type: ignore[misc]
+                )
+            )
+        if self._archive is not None:
+            stages.append(_Stage("files of the archive", self._their_segments, self._rewrite))
+        stages.append(
+            _Stage("records of the dashboard", self._dashboard_records, lambda _, place: self._blacken(place))
+        )
+        return stages
+
+    def _under_way(self, job: Job) -> Iterator[str]:
+        for order_id in self._their_orders(job):
+            order = self._orders.get(order_id)
+            settled = self._stock.notes.find_unsettled(order_id) is None
+            if order is None or not order.is_final or not settled:
+                yield order_id
+
+    def _their_orders(self, job: Job) -> Iterator[str]:
+        """Yield the ids of their orders in ledger and read model, as far as they are older than the erasure."""
+        needle = json.dumps(job.customer_id)[1:-1].encode()
+        found: dict[str, None] = {}
+        for entry in self._stock_bucket.items("claim."):
+            if needle in entry.value and Claim.decode(entry.value).customer_id == job.customer_id:
+                found[entry.key.partition(".")[2]] = None
+        for entry in self._stock_bucket.items("order."):
+            if needle in entry.value and Record.decode(entry.value).customer_id == job.customer_id:
+                found[entry.key.partition(".")[2]] = None
+        for entry in self._orders_bucket.items():
+            if needle in entry.value:
+                stored = shown_in(entry)
+                if stored is not None and stored.get("customer_id") == job.customer_id:
+                    found[entry.key] = None
+        for order_id in found:
+            if not self._is_new(job, order_id):
+                yield order_id
+
+    def _is_new(self, job: Job, order_id: str) -> bool:
+        """Whether an order was placed after the erasure was asked for, by whoever has the name now."""
+        claim = self._stock.claims.find(order_id)
+        return claim is not None and claim.at >= job.at
+
+    def _make_anonymous(self, job: Job, order_id: str) -> None:
+        shown = self._orders_bucket.get(order_id)
+        stored = None if shown is None else shown_in(shown)
+        facts = {} if stored is None else stored["events"]
+        places = {key: (fact["sequence"], fact["at"]) for key, fact in facts.items()}
+        self._erased.note(ErasedOrder(order_id, job.id, job.at, places))
+        for key in entries_of(self._stock_bucket, order_id):
+            _change(self._stock_bucket, key, lambda value, key=key: anonymous.entry(key, value))  # type: ignore[misc]
+        _change(self._orders_bucket, order_id, lambda value: self._restated(order_id, value))
+        self._erased.done(order_id)
+
+    def _restated(self, order_id: str, value: bytes) -> bytes:
+        """Return a record of the read model as the ledger says it now, so that a rebuild makes the same."""
+        stored: dict[str, Any] = json.loads(anonymous.shown_order(value))
+        said = restated(stored, Testimony(self._stock, order_id, self._now))
+        return json.dumps(stored if said is None else said, separators=(",", ":")).encode()
+
+    def _ids(self, job: Job) -> set[str]:
+        """Return the orders that this erasure made anonymous."""
+        return {one.order_id for one in self._erased.all() if one.certificate == job.id}
+
+    def _their_events(self, job: Job) -> Iterator[str]:
+        ids = self._ids(job)
+        traces = Traces(job.customer_id, ids)
+        for stored in self._stream.stored():
+            if stored.time >= job.at:
+                return
+            found = read_stored(stored)
+            if found is None:
+                theirs = traces.are_in(stored)
+            else:
+                theirs = order_id_of(found.event) in ids or _is_of(job, found.event)
+            if theirs:
+                yield str(stored.sequence)
+
+    def _erase_event(self, place: str) -> None:
+        self._stream.erase(int(place))
+
+    def _their_requests(self, job: Job) -> Iterator[str]:
+        ids = self._ids(job)
+        for entry in self._buckets["requests"].items():
+            if json.loads(entry.value).get("order_id") in ids:
+                yield entry.key
+
+    def _their_tokens(self, job: Job) -> Iterator[str]:
+        ids = self._ids(job)
+        return (entry.key for entry in self._buckets["tokens"].items() if entry.key in ids)
+
+    def _their_keys(self, job: Job) -> Iterator[str]:
+        """Yield the keys of programs that act for the customer alone, with when they were last used."""
+        for entry in self._buckets["access"].items("keys."):
+            key = json.loads(entry.value)
+            if key.get("customer_id") == job.customer_id and key["created_at"] < job.at:
+                yield entry.key
+                if self._buckets["access"].get(f"used.{key['id']}") is not None:
+                    yield f"used.{key['id']}"
+
+    def _their_webhooks(self, job: Job) -> Iterator[str]:
+        for entry in self._buckets["webhooks"].items("endpoint."):
+            webhook = json.loads(entry.value)
+            if webhook.get("customer_id") == job.customer_id and webhook["created_at"] < job.at:
+                yield entry.key
+
+    def _their_deliveries(self, job: Job) -> Iterator[str]:
+        ids = self._ids(job)
+        for entry in self._buckets["deliveries"].items():
+            if json.loads(entry.value).get("order_id") in ids:
+                yield entry.key
+
+    def _messages(self, job: Job, stream: Stream) -> Iterator[str]:
+        """Yield the places of messages that are about the customer, or whenever they came about one of the orders."""
+        ids = self._ids(job)
+        before, after = Traces(job.customer_id, ids), Traces("", ids)
+        with suppress(TopologyMissing):  # no worker ever ran
+            for stored in stream.read():
+                if (before if stored.time < job.at else after).are_in(stored):
+                    yield str(stored.sequence)
+
+    def _dashboard_records(self, job: Job) -> Iterator[str]:
+        """Yield the places of records of the dashboard in which a filter names the customer."""
+        traces = Traces(job.customer_id, ())
+        with suppress(TopologyMissing):  # nothing was ever changed with it
+            for stored in self._fleet_audit.read():
+                if traces.are_in(stored):
+                    yield str(stored.sequence)
+
+    def _blacken(self, place: str) -> None:
+        """Put a record without what it was done to in the place of one; its earlier bytes are overwritten."""
+        stored = self._fleet_audit.at(int(place))
+        if stored is not None:
+            said = {**json.loads(stored.data), "target": "(erased)", "error": ""}
+            self._publish(stored.subject, json.dumps(said).encode())
+            self._fleet_audit.erase(int(place))
+
+    # The archive
+
+    def _their_segments(self, job: Job) -> Iterator[str]:
+        """Yield the files of the archive in which something is about the customer."""
+        if self._archive is None:
+            return
+        change = self._change_of(job)
+        for segment in self._archive.segments():
+            self._archive.verify(segment)
+            if any(change(line) != line for line in self._archive.lines(segment)):
+                yield segment.path.name
+
+    def _rewrite(self, job: Job, name: str) -> None:
+        if self._archive is None:
+            raise ArchiveBroken("There is an archive: set ARCHIVE_DIR to its directory, where this runs.")
+        with self._archive.alone():
+            for segment in self._archive.segments():
+                if segment.path.name == name:
+                    self._archive.rewrite(segment, self._change_of(job))
+
+    def _change_of(self, job: Job) -> Callable[[Line], Line]:
+        """Return what makes a line of the archive anonymous if it is about the customer."""
+        ids = self._ids(job) | self._archived_ids(job)
+
+        def change(line: Line) -> Line:
+            if "event" in line:
+                stored = stored_in(line)
+                found = read_stored(stored)
+                if found is None:
+                    theirs = Traces(job.customer_id, ids).are_in(stored)
+                else:
+                    theirs = order_id_of(found.event) in ids or _is_of(job, found.event)
+                if theirs and stored.time < job.at:
+                    return event_line(line, anonymous.event(stored.subject, stored.data), {})
+            elif "order" in line and line["order"]["order_id"] in ids:
+                order = line["order"]
+                entries = {
+                    key: anonymous.entry(key, value.encode()).decode()
+                    for key, value in order["entries"].items()
+                }
+                shown = order["record"] and anonymous.shown_order(order["record"].encode()).decode()
+                return {"order": {**order, "entries": entries, "record": shown}}
+            return line
+
+        return change
+
+    def _archived_ids(self, job: Job) -> set[str]:
+        """Return the orders of the customer that are in the archive."""
+        found: set[str] = set()
+        for archived in () if self._archive is None else self._archive.orders():
+            claim = archived.entries.get(f"claim.{archived.order_id}")
+            record = archived.entries.get(f"order.{archived.order_id}")
+            of_claim = None if claim is None else Claim.decode(claim.encode())
+            if of_claim is not None and of_claim.at >= job.at:
+                continue
+            names = {of_claim.customer_id} if of_claim is not None else set[str]()
+            if record is not None:
+                names.add(Record.decode(record.encode()).customer_id)
+            if job.customer_id in names:
+                found.add(archived.order_id)
+        return found
+
+
+def _is_of(job: Job, event: Message) -> bool:
+    """Whether an event names the customer."""
+    names = isinstance(event, OrderCreated | OrderReserved)
+    return names and normalised(event.customer_id, MAX_ID_LENGTH) == job.customer_id  # type: ignore[attr-defined]
+
+
+def _change(bucket: Bucket, key: str, change: Callable[[bytes], bytes]) -> None:
+    """Change a value by compare-and-set, until it is as it shall be."""
+    while True:
+        entry = bucket.get(key)
+        if entry is None or (new := change(entry.value)) == entry.value:
+            return
+        try:
+            bucket.update(key, new, revision=entry.revision)
+        except RevisionConflict:
+            continue
+        return
+
+
+def _encode(job: Job) -> bytes:
+    return json.dumps(asdict(job), separators=(",", ":")).encode()
