@@ -155,9 +155,10 @@ class Callers(RuleBasedStateMachine):
         path, methods = data.draw(st.sampled_from(OF_ONE_ORDER))
         answer = self.ask(who, methods[0], path.format(order_id=order_id), order_id)
         if self.orders[order_id] not in SEES[who]:
-            # What only operators may do is refused whatever the order is.
-            expected = {401} if who is None else {404} if methods == ["GET"] else {403, 404}
-            assert answer.status_code in expected, (who, path, answer.status_code)
+            # Nothing tells it from an order that does not exist.
+            other = self.ask(who, methods[0], path.format(order_id=f"none-{self.run}"))
+            assert answer.status_code == other.status_code, (who, path, answer.status_code)
+            assert answer.status_code in ((401,) if who is None else (403, 404)), (who, path)
         elif methods == ["GET"]:
             assert answer.status_code == 200, (who, path, answer.text)
 
