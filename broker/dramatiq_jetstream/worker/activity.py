@@ -20,7 +20,7 @@ from dramatiq_jetstream.wire.connection import Connection, Msg
 from dramatiq_jetstream.wire.replies import is_no_responders
 
 from .attachment import Attachment
-from .tally import Kind
+from .tally import Ended
 
 __all__ = ["Activity"]
 
@@ -56,7 +56,7 @@ class Activity:
         """Start from nothing: at creation, and in the child of a fork."""
         self.done = self.failed = 0
         self._lock = threading.Lock()
-        self._counts: Counter[Kind] = Counter()
+        self._counts: Counter[str] = Counter()
         self._sent = 0.0
         self._missing = True
 
@@ -66,11 +66,10 @@ class Activity:
             self._send(now)
 
     def _send(self, now: bool) -> None:
+        minute = int(time.time()) // 60
         for tally in list(self._attachment.tallies):
-            ended = tally.take(is_over=now)
-            self.done += ended.total()
-            self.failed += sum(count for kind, count in ended.items() if kind[-1])
-            self._counts += ended
+            for queue, ended in tally.take(is_over=now):
+                self._add(minute, queue, ended)
         if not self._counts or (not now and time.monotonic() - self._sent < INTERVAL_SECONDS):
             return
         self._sent = time.monotonic()
@@ -81,19 +80,16 @@ class Activity:
             except BrokerError as error:
                 logger.warning("What this worker does is not counted: %s", error)
         counts, self._counts = self._counts, Counter()
-        for subject, count in self._by_subject(counts).items():
+        for subject, count in counts.items():
             self._connection.tell(subject, b"", {HEADER_INCR: f"+{count}"}, self._told)
 
-    def _by_subject(self, counts: Counter[Kind]) -> Counter[str]:
-        """The counters to add to: there are far fewer of them than attempts."""
-        subjects: Counter[str] = Counter()
-        for (minute, queue, ran, waited, failed), count in counts.items():
-            subjects[self._names.activity(minute, queue, "ran", ran)] += count
-            if waited is not None:
-                subjects[self._names.activity(minute, queue, "waited", waited)] += count
-            if failed:
-                subjects[self._names.activity(minute, queue, "failed", 0)] += count
-        return subjects
+    def _add(self, minute: int, queue: str, ended: Ended) -> None:
+        self.done += sum(ended.ran)
+        self.failed += ended.failed
+        for what, times in (("ran", ended.ran), ("waited", ended.waited), ("failed", [ended.failed])):
+            for bits, count in enumerate(times):
+                if count:
+                    self._counts[self._names.activity(minute, queue, what, bits)] += count
 
     def _told(self, answer: Msg | BaseException) -> None:
         if not isinstance(answer, BaseException) and is_no_responders(answer):

@@ -7,23 +7,37 @@ in its place, so that a count which the thread was just making is not lost.
 from __future__ import annotations
 
 import time
-from collections import Counter
 
-__all__ = ["Kind", "Tally"]
+__all__ = ["Ended", "Tally"]
 
-#: What attempts have in common: the minute in which they ended, their queue, how long they ran and their messages had
-#: waited (bits of the milliseconds), and whether they failed.
-Kind = tuple[int, str, int, int | None, bool]
+#: More bits than the milliseconds of any time have.
+_BITS = 64
+
+
+class Ended:
+    """The attempts at messages of a queue that have ended.
+
+    Attributes:
+      ran, waited: How many ran, and how many had waited, for milliseconds of so many bits.
+      failed: How many raised.
+    """
+
+    __slots__ = ("failed", "ran", "waited")
+
+    def __init__(self) -> None:
+        self.ran = [0] * _BITS
+        self.waited = [0] * _BITS
+        self.failed = 0
 
 
 class Tally:
-    """The attempts of one thread that ended and were not taken yet, by what they have in common."""
+    """The attempts of one thread that ended and were not taken yet, by queue."""
 
-    __slots__ = ("_counts", "_left")
+    __slots__ = ("_ended", "_left")
 
     def __init__(self) -> None:
-        self._counts: dict[Kind, int] = {}
-        self._left: dict[Kind, int] = {}
+        self._ended: dict[str, Ended] = {}
+        self._left: dict[str, Ended] = {}
 
     def note(self, queue: str, began: float, stored: int, failed: bool) -> None:
         """Count an attempt that ends now.
@@ -32,18 +46,20 @@ class Tally:
           began: When it began, in seconds since 1970.
           stored: When its message was stored, in milliseconds since 1970; 0 if that is not known.
         """
-        now = time.time()
-        # Clocks differ, and are set: a time below 0 is none.
-        waited = max(0, int(began * 1_000 - stored)).bit_length() if stored else None
-        kind = int(now) // 60, queue, max(0, int((now - began) * 1_000)).bit_length(), waited, failed
-        counts = self._counts
-        counts[kind] = counts.get(kind, 0) + 1
+        ended = self._ended.get(queue) or self._ended.setdefault(queue, Ended())
+        ran = int((time.time() - began) * 1_000)
+        ended.ran[ran.bit_length() if ran > 0 else 0] += 1  # a clock that was set may show less than none
+        if stored:
+            waited = int(began * 1_000) - stored
+            ended.waited[waited.bit_length() if waited > 0 else 0] += 1
+        if failed:
+            ended.failed += 1
 
-    def take(self, *, is_over: bool = False) -> Counter[Kind]:
+    def take(self, *, is_over: bool = False) -> list[tuple[str, Ended]]:
         """Return what was counted up to the last call; everything when the thread counts no more."""
-        taken = Counter(self._left)
-        self._left, self._counts = self._counts, {}
+        taken = list(self._left.items())
+        self._left, self._ended = self._ended, {}
         if is_over:
-            taken.update(self._left)
+            taken += self._left.items()
             self._left = {}
         return taken
