@@ -211,6 +211,7 @@ def look(front_end: FrontEnd, orders: int, all_orders: int) -> None:
         "by product": ["/api/orders?limit=20&sku=MUG-01"] * 20,
         "by product and status": ["/api/orders?limit=20&sku=MUG-01&status=rejected"] * 20,
         "by text of the failure": ["/api/orders?limit=20&failure=expired"] * 20,
+        "the order form": ["/"] * 5,
         "the overview": ["/admin"] * 5,
     }
     print(f"with {orders:,} orders:")

@@ -227,8 +227,8 @@ def project_event(what: Happened | None) -> None:
 
 @dramatiq.actor(
     every=app.INDEX_EVERY,
-    # The next tick does what a late one would have done.
-    max_age=app.INDEX_EVERY,
+    # A tick that waits behind events is still of use; those that gather meanwhile find nothing left to do.
+    max_age=20 * app.INDEX_EVERY,
     **{**app.step_options("projection", FINISH), "max_retries": 0},
 )
 def index_orders() -> None:

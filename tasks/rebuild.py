@@ -76,6 +76,8 @@ class Rebuild:
         self._range = Range(0, 0)
         # For each order whose first event this run has found, the keys of its events.
         self._placed: dict[str, frozenset[str]] = {}
+        # Most orders have the same ones, which are kept once.
+        self._alike: dict[frozenset[str], frozenset[str]] = {}
 
     def run(self) -> Summary:
         """Rebuild every record."""
@@ -122,7 +124,8 @@ class Rebuild:
             self._summary.written += 1
         elif order_id not in self._placed and placed:
             self._summary.unchanged += 1
-        self._placed[order_id] = frozenset(placed)
+        keys = frozenset(placed)
+        self._placed[order_id] = self._alike.setdefault(keys, keys)
         return True
 
     def _with(self, record: Stored | None, confirmed: Happened, placed: set[str]) -> Stored:
