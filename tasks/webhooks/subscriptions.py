@@ -182,7 +182,7 @@ class Subscriptions:
         """Remove a webhook with its secrets; False when there is none."""
         gone = self._change(
             webhook_id,
-            lambda one: replace(one, state=_REMOVED, sealed="", url="", description="", created_by=""),
+            lambda one: Subscription(one.id, "", (), "", None, "", one.created_at, _REMOVED),
             ttl=_REMOVED_MS,
         )
         return gone is not None

@@ -77,7 +77,7 @@ class Receiver:
 @pytest.fixture(scope="module")
 def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Closed]:
     """A service that may send to this machine."""
-    env = {"WEBHOOK_NETWORKS": "127.0.0.0/8", "WEBHOOK_TIMEOUT": "20000", "ACK_WAIT": "5000"}
+    env = {"WEBHOOK_NETWORKS": "127.0.0.0/8", "WEBHOOK_TIMEOUT": "60000", "ACK_WAIT": "5000"}
     with closed_service(tmp_path_factory.mktemp("webhooks"), **env) as closed:
         yield closed
 
@@ -214,10 +214,11 @@ def test_a_receiver_that_hangs_holds_up_no_other(closed: Closed, receiver: Recei
         placed(closed, "alice", "alice")
     eventually(lambda: len(receiver.requests) >= 2, timeout=60)
     order_id = placed(closed, "bob", "bob")
-    eventually(lambda: quick.types(secret, order_id) == STEPS, timeout=60)
-    # Nothing was answered, so what came is what ran at once, or after it had run out of time.
-    ends = [one for one in log(closed, "alice", slow) if one["attempts"]]
-    assert len(receiver.requests) <= 2 * (1 + len(ends))
+    # Before the slow one has run out of time, and leaves its threads.
+    eventually(lambda: quick.types(secret, order_id) == STEPS, timeout=50)
+    # Nothing was answered, so what came is what runs now, two at a time, and what has run out of time.
+    came = len(receiver.requests)
+    assert came <= 2 + sum(len(one["attempts"]) for one in log(closed, "alice", slow))
     receiver.open.set()
     drop(closed, "alice", slow)
     drop(closed, "bob", webhook_id)
