@@ -225,6 +225,7 @@ class Callers(RuleBasedStateMachine):
         self.answers.clear()
 
 
+@pytest.mark.timeout(600)  # hundreds of requests, one after the other
 def test_no_caller_sees_anothers_order(closed: Closed) -> None:
     """Whatever is asked, by whom and after what, each answer has only what its caller may see."""
     machine = type("Callers", (Callers,), {"closed": closed})
