@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 #: A pause ends by itself after this long, because JetStream requires an end.
 PAUSE = timedelta(days=3650)
 
+#: Seconds for which it is taken as known which subscriptions feed a queue, where all streams have to be asked.
+PLACES_SECONDS = 5.0
+
 #: How long the request stands that wakes a consumer, in nanoseconds.
 _WAKE_NS = 100_000_000
 
@@ -88,6 +91,8 @@ class Queues:
         self._declarations = declarations
         self._dead_letters = dead_letters
         self._declared_event_streams = event_streams
+        #: Which subscriptions feed each queue, as (stream, consumer), and when that was read.
+        self._places: tuple[float, dict[str, list[tuple[str, str]]]] = (-PLACES_SECONDS, {})
 
     def consumers(self, queue: str) -> Iterator[dict[str, Any]]:
         """What the server knows of every consumer that feeds a queue: its stream's, and its actors' subscriptions.
@@ -107,17 +112,32 @@ class Queues:
                     subscriber = (info["config"].get("metadata") or {}).get(METADATA_SUBSCRIBER, "")
                     if subscriber.startswith(mine):
                         found[subscriber.removeprefix(mine)].append(info)
+        self._places = (
+            time.monotonic(),
+            {
+                queue: [(info["stream_name"], info["name"]) for info in infos]
+                for queue, infos in found.items()
+            },
+        )
         return found
+
+    def _subscriptions_of(self, queue: str) -> Iterator[dict[str, Any]]:
+        """What the server knows of the subscriptions that are known to feed a queue."""
+        for stream, consumer in self._places[1].get(queue, ()):
+            with contextlib.suppress(NotFound):
+                yield self._connection.api(f"CONSUMER.INFO.{stream}.{consumer}")
 
     def _event_streams(self) -> list[str]:
         declared = self._declared_event_streams()
         if declared:
             return sorted(declared)
+        names = self._names
+        own = (names.dead_stream, names.history_stream, names.activity_stream, names.audit_stream)
         return [
             stream
             for stream in stream_names(self._connection)
             if self._names.queue_of_stream(stream) is None
-            and stream not in (self._names.dead_stream, self._names.history_stream)
+            and stream not in own
             and not stream.startswith("KV_")
         ]
 
@@ -131,14 +151,21 @@ class Queues:
             yield stats
 
     def look_at(self, queues: Iterable[str]) -> Iterator[tuple[QueueStats, list[dict[str, Any]]]]:
-        """The counts of several queues, each with what the server knows of the consumers that feed it."""
+        """The counts of several queues, each with what the server knows of the consumers that feed it.
+
+        A program that declares no streams of events looks through all streams for subscriptions, at most once in
+        PLACES_SECONDS: a new one counts a moment later there.
+        """
+        is_known = time.monotonic() - self._places[0] < PLACES_SECONDS and not self._declared_event_streams()
         subscriptions: dict[str, list[dict[str, Any]]] | None = None
         for queue in queues:
-            if subscriptions is None:
+            if subscriptions is None and not is_known:
                 subscriptions = self._subscriptions()
             try:
                 found = list(consumers(self._connection, self._names.queue_stream(queue)))
-                found += subscriptions.get(queue, ())
+                found += (
+                    self._subscriptions_of(queue) if subscriptions is None else subscriptions.get(queue, ())
+                )
                 yield self._count(queue, found), found
             except NotFound:
                 yield QueueStats(queue, dead=self._dead_letters.count(queue)), []

@@ -68,6 +68,22 @@ def test_counting_all_queues_takes_a_few_requests_for_each(server, make_broker):
     assert whole <= 40 * 5 + 30
 
 
+def test_counting_queues_one_by_one_asks_other_streams_once(server, make_broker, monkeypatch):
+    """What other programs have on the server costs nothing for each queue; events are counted as they come."""
+    broker, looking = make_broker(server.url), make_broker(server.url, declare=False, middleware=[])
+    names = [f"q{number:02}" for number in range(20)]
+    for name in names:
+        broker.declare_queue(name)
+    broker.enqueue_many([Message(name, "actor", (), {}, {}) for name in names])
+    with_events(broker, 30, "q01")
+    monkeypatch.setattr("dramatiq_jetstream.queues.PLACES_SECONDS", 3600.0)
+    assert looking.queue_stats("q01").ready == 1 + 30
+    broker.connection.publish(f"EV{broker.names.namespace}7.happened", b"{}")
+    asked = counted(server, "in", lambda: [looking.queue_stats(name) for name in names if name != "q01"])
+    assert asked <= 19 * 5
+    assert looking.queue_stats("q01").ready == 1 + 31
+
+
 def store_letter(letters: DeadLetters, number: int, data: bytes) -> None:
     letters.store(
         queue="default",
