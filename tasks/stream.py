@@ -132,9 +132,12 @@ def read_stored(stored: StoredMessage) -> Happened | None:
 
 
 def merged(events: Iterable[Happened], facts: Iterable[Happened]) -> Iterator[Happened]:
-    """Yield events and facts by their places; where both are, the event is not removed yet and stands for itself."""
+    """Yield events and what remains of erased ones by their places; where both are, what remains.
+
+    The event is not removed from the stream yet then, or it is in the archive without its customer.
+    """
     last = 0
-    for one in merge(events, facts, key=lambda one: one.sequence):
+    for one in merge(facts, events, key=lambda one: one.sequence):
         if one.sequence != last:
             yield one
         last = one.sequence

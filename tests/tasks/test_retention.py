@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,9 +18,11 @@ import tasks.archive
 import tasks.retention
 from dramatiq_jetstream.streams import Range, StoredMessage
 from tasks.archive import Archive, ArchiveBroken
+from tasks.audit import Who
 from tasks.claims import Claim
 from tasks.entries import KINDS
 from tasks.erased import ErasedOrders
+from tasks.erasure import Erasure, Job
 from tasks.events import Happened, order_id_of, subject_of
 from tasks.orders import Orders
 from tasks.rebuild import Rebuild
@@ -40,6 +42,7 @@ class Events:
         self.first = 1
         self.gone: set[int] = set()
         self.behind: tuple[int, str] | None = None
+        self.facts: Callable[[], Sequence[Happened]] = list
 
     def range(self) -> Range:
         return Range(self.first, len(self._service.stream.stored))
@@ -58,8 +61,8 @@ class Events:
 
     present = read
 
-    def erased(self) -> list[Happened]:
-        return []
+    def erased(self) -> Sequence[Happened]:
+        return self.facts()
 
     def settled_to(self) -> tuple[int, str] | None:
         return self.behind
@@ -111,13 +114,17 @@ class Shop:
             self.service.stock_bucket,
             Orders(self.service.orders_bucket),
             self.service.orders_bucket,
-            ErasedOrders(self.erasures, self.service.stock(), self.service.now),
+            self.erased(),
             lambda orders: self.forgotten.update(order.order_id for order in orders),
             keep=DAY,
             now=lambda: DAY + 1_001 + last,
         )
 
+    def erased(self) -> ErasedOrders:
+        return ErasedOrders(self.erasures, self.service.stock(), self.service.now)
+
     def rebuild(self) -> Any:
+        self.events.facts = self.erased().facts
         chronicle = Chronicle(Archive(self.directory), self.events)  # type: ignore[arg-type]
         return Rebuild(
             self.service.orders_bucket,
@@ -369,3 +376,96 @@ def test_every_entry_of_an_order_is_known(tmp_path: Path) -> None:
     shop.service.saga().fail("o-1", "pay", "the gateway is down", "m-1")
     kinds = {key.partition(".")[0] for key in shop.service.stock_bucket.entries}
     assert kinds - {"level", "levels", MARK.partition(".")[0]} <= set(KINDS)
+
+
+class Lists:
+    """Stands for the index: it is told what it has to forget."""
+
+    def forget_customer(self, customer_id: str, keeps: Callable[[str], bool]) -> None:
+        pass
+
+
+def erase(shop: Shop, customer_id: str, at: int) -> Job:
+    """Erase a customer, or carry the erasure on."""
+    service = shop.service
+    buckets = {name: FakeBucket() for name in ("requests", "tokens", "access", "webhooks", "deliveries")}
+    erasure = Erasure(
+        shop.erasures,
+        shop.events,  # type: ignore[arg-type]
+        service.stock(),
+        service.stock_bucket,
+        Orders(service.orders_bucket),
+        service.orders_bucket,
+        shop.erased(),
+        Lists(),  # type: ignore[arg-type]
+        buckets,
+        {},
+        NoStream(),  # type: ignore[arg-type]
+        lambda subject, data: None,
+        Archive(shop.directory),
+        lambda: at,
+    )
+    return erasure.run(erasure.begin(customer_id, Who("ann", "operator", "command")).id)
+
+
+class NoStream:
+    """The records of a dashboard with which nothing was ever changed."""
+
+    def read(self) -> Iterator[StoredMessage]:
+        return iter(())
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+def test_an_erasure_leaves_the_books_as_they_are(seed: int) -> None:
+    """Some orders archived, some restored, the erasure killed at any effect; then records are made from nothing."""
+    chance = random.Random(seed)
+    with TemporaryDirectory() as directory:
+        shop = Shop(Path(directory), 6)
+        world = shop.service.world
+        for number in (6, 7):
+            event = created(f"o-{number}", [("TEE-01", 1)])
+            event.customer_id = "another"
+            shop.service.stream.append(event)
+            shop.service.deliver_new()
+        shop.service.finish()
+        total = len(shop.service.stream.stored)
+        shop.retention(until=chance.randrange(total + 1)).run()
+        if chance.random() < 0.5:
+            list(shop.retention().restore([f"o-{chance.randrange(6)}"]))
+        there, pieces = shop.records(), shop.service.pieces()
+        at = 10**9
+        for last in (False, False, False, False, True):
+            task = world.start("erase", lambda: erase(shop, "c-1", at))
+            while not task.done:
+                world.step(task, crash=not last and chance.random() < 0.05)
+        jobs = [Job(**json.loads(entry.value)) for entry in shop.erasures.items("job.")]
+        assert all(job.is_done for job in jobs)
+        theirs = {order_id for order_id, record in there.items() if record["customer_id"] == "c-1"}
+        assert sum(job.counts.get("orders", 0) for job in jobs) == len(theirs)
+
+        def of_them(record: dict[str, Any]) -> dict[str, Any]:
+            facts = {key: (fact["sequence"], fact["at"]) for key, fact in record["events"].items()}
+            return {"events": facts, "items": record["items"], "total": record["total"]}
+
+        now = shop.records()
+        assert {key: of_them(one) for key, one in now.items()} == {
+            key: of_them(one) for key, one in there.items()
+        }
+        assert {key for key, one in now.items() if one["customer_id"] == "c-1"} == set()
+        assert {key: now[key] for key in now.keys() - theirs} == {
+            key: there[key] for key in there.keys() - theirs
+        }
+        assert shop.service.pieces() == pieces
+        stored = [*shop.service.stock_bucket.entries.values(), *shop.service.orders_bucket.entries.values()]
+        assert not [entry.key for entry in stored if b'"c-1"' in entry.value]
+        assert not [one for one in shop.events.stored() if b"\x03c-1" in one.data]
+        archive = Archive(shop.directory)
+        for segment in archive.segments():
+            for line in archive.lines(segment):
+                assert "c-1" not in json.dumps(line.get("order", ""))
+                if "event" in line:
+                    assert b"\x03c-1" not in tasks.archive.stored_in(line).data
+        shop.service.orders_bucket.entries.clear()
+        shop.rebuild()
+        assert shop.records() == now
