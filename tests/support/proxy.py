@@ -21,6 +21,8 @@ class Proxy:
       dropped: What was lost of the server's words.
       impostor: Called with each new connection of a client in place of the server; it may say anything.
       rate: Bytes a second towards the client; None for no limit.
+      behind: Words, and what to call once, behind the next request in which they occur: it arrives, and its reply
+        does not.
     """
 
     def __init__(self, target: str) -> None:
@@ -34,11 +36,13 @@ class Proxy:
         self.dropped = b""
         self.impostor: Callable[[socket.socket], object] | None = None
         self.rate: int | None = None
+        self.behind: tuple[bytes, Callable[[], object]] | None = None
         self._flowing = threading.Event()
         self._flowing.set()
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._stranded: set[tuple[socket.socket, socket.socket]] = set()
         self._lock = threading.Lock()
+        self._striking = threading.Lock()
         self._accepting = threading.Thread(target=self._accept, name="proxy", daemon=True)
         self._accepting.start()
 
@@ -78,7 +82,9 @@ class Proxy:
 
     def restore(self) -> None:
         """All is well again. What was lost stays lost, so connections that lost something are broken."""
-        if self.deaf or self.mute:
+        with self._striking:
+            self.behind = None
+        if self.deaf or self.mute or self._stranded & self._pairs:
             self.cut()
         self.deaf = self.mute = self.down = False
 
@@ -128,6 +134,20 @@ class Proxy:
                     target=self._pass_on, args=(pair, source, sink), name="proxy", daemon=True
                 ).start()
 
+    def _strikes_behind(self, data: bytes, pair: tuple[socket.socket, socket.socket]) -> bool:
+        """Whether a fault was to come behind these words: then they were passed on, and it has come."""
+        if self.behind is None:
+            return False
+        with self._striking:
+            if self.behind is None or self.behind[0] not in data:
+                return False
+            (_, fault), self.behind = self.behind, None
+            with self._lock:
+                self._stranded.add(pair)
+            pair[1].sendall(data)
+            fault()
+            return True
+
     def _pass_on(
         self, pair: tuple[socket.socket, socket.socket], source: socket.socket, sink: socket.socket
     ) -> None:
@@ -139,6 +159,8 @@ class Proxy:
                     continue
                 if self.deaf if from_server else self.mute:
                     self.dropped += data if from_server else b""
+                elif not from_server and self._strikes_behind(data, pair):
+                    pass
                 else:
                     sink.sendall(data)
                     if from_server and self.rate:
