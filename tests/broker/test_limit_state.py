@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -101,3 +103,146 @@ def test_a_turn_is_its_messages():
     assert state.give_back("a")
     assert not state.give_back("a")
     assert state.kept_ms(None, NOW) is not None
+
+
+def test_what_is_stored_is_json_with_short_names():
+    """Programs of different versions read each other's states."""
+    state = LimitState([Turn("a", 5, NOW)], 7, [(NOW, 1)], NOW + 0.5, NOW, 250.25)
+    assert json.loads(state.encode()) == {
+        "turns": [["a", 5, NOW]],
+        "line": 7,
+        "starts": [[NOW, 1]],
+        "last": NOW + 0.5,
+        "begun": NOW,
+        "lag": 250.25,
+    }
+    assert LimitState.decode(b"{}") == LimitState([], 0, [], 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("state", "rate", "kept"),
+    [
+        (LimitState(), None, 60_000),
+        (LimitState(), Rate(5, 1_000), 61_000),
+        (LimitState(last=NOW + 0.5, lag=2), Rate(5, 1_000), 61_003),
+        (LimitState(last=NOW - 5, lag=2), Rate(5, 1_000), 61_000),
+        (LimitState(line=7), Rate(5, 1_000), None),
+        (LimitState([Turn("a", 5, NOW)]), Rate(5, 1_000), None),
+    ],
+)
+def test_a_state_is_kept_until_its_last_moment_and_its_period_are_over(state, rate, kept):
+    assert state.kept_ms(rate, NOW) == kept
+
+
+def test_a_turn_that_is_given_back_leaves_the_others():
+    first, second = Turn("a", 5, NOW), Turn("b", 6, NOW)
+    state = LimitState([first, second])
+    assert (state.turn_of("b"), state.turn_of("c")) == (second, None)
+    assert not state.give_back("c")
+    assert state.give_back("a")
+    assert state.turns == [second]
+
+
+@pytest.mark.parametrize(
+    ("starts", "count", "now", "earliest"),
+    [
+        ([], 1, NOW, NOW),
+        ([(NOW, 1)], 2, NOW, NOW),
+        ([(NOW, 1)], 1, NOW, NOW + 1_010),
+        ([(NOW, 1)], 1, NOW + 1_009, NOW + 1_010),
+        ([(NOW, 1)], 1, NOW + 1_010, NOW + 1_010),
+        ([(NOW - 5, 1), (NOW - 3, 1), (NOW, 1)], 2, NOW, NOW + 1_007),
+        ([(NOW - 5, 1), (NOW, 2)], 2, NOW, NOW + 1_010),
+        ([(NOW - 5, 1), (NOW, 2)], 3, NOW, NOW + 1_005),
+        ([(NOW - 5, 1), (NOW, 2)], 4, NOW, NOW),
+    ],
+)
+def test_the_next_start_waits_for_the_period_of_an_earlier_one(starts, count, now, earliest):
+    """And a few milliseconds longer; what is over is forgotten."""
+    state = LimitState(starts=list(starts))
+    assert state.may_start(Rate(count, 1_000), now) == earliest
+    assert state.starts == [(moment, number) for moment, number in starts if moment + 1_010 > now]
+
+
+def test_moments_are_given_away_one_interval_after_the_other():
+    """A message that may start soon gets none; the first that may not gets the earliest, and the lag counts."""
+    rate, state = Rate(2, 1_000), LimitState()
+    assert state.reserve(rate, NOW, 0) is None
+    assert (state.last, state.begun, state.lag) == (NOW, NOW, 0)
+    state.start(rate, None, NOW)
+    state.start(rate, None, NOW)
+    assert state.reserve(rate, NOW, 1_009) == NOW + 1_010
+    assert state.reserve(rate, NOW, 1_009) == NOW + 1_510
+    assert state.due(rate, NOW + 1_010, NOW) == NOW + 1_010
+    state.lag = 20
+    assert state.due(rate, NOW + 1_510, NOW) == NOW + 1_530
+    assert state.reserve(rate, NOW, 5_000) == NOW + 2_010
+    assert state.last == NOW + 2_010
+
+
+def test_a_message_may_wait_a_little_for_its_start():
+    """It is given no moment then, and the next one's is counted from its start."""
+    rate, state = Rate(1, 1_000), LimitState(starts=[(NOW, 1)], lag=7)
+    assert state.reserve(rate, NOW, 1_010) is None
+    assert (state.last, state.begun, state.lag) == (NOW + 1_010, NOW + 1_010, 0)
+    late = LimitState(last=NOW - 3, lag=3)
+    assert late.reserve(rate, NOW + 5, 0) is None
+    assert (late.last, late.begun, late.lag) == (NOW + 5, NOW + 5, 0)
+    waiting = LimitState(last=NOW - 3, lag=4)
+    assert waiting.reserve(rate, NOW, 0) == NOW + 997
+
+
+def test_a_message_whose_moment_is_over_starts_now():
+    rate, state = Rate(1, 1_000), LimitState(begun=NOW)
+    assert state.due(rate, NOW, NOW + 5) == NOW + 5
+    assert state.due(rate, NOW + 0.5, NOW - 5) == NOW + 1
+    state.starts = [(NOW, 1)]
+    assert state.due(rate, NOW + 0.5, NOW + 5) == NOW + 1_010
+
+
+@pytest.mark.parametrize(
+    ("start", "left"),
+    [
+        (NOW, [(NOW - 5, 1), (NOW, 1), (NOW + 3, 1)]),
+        (NOW + 1, [(NOW - 5, 1), (NOW, 2)]),
+        (NOW - 5, [(NOW, 2), (NOW + 3, 1)]),
+        (NOW + 4, [(NOW - 5, 1), (NOW, 2), (NOW + 3, 1)]),
+    ],
+)
+def test_one_start_is_withdrawn(start, left):
+    """The one that was noted, or the next one."""
+    state = LimitState(starts=[(NOW - 5, 1), (NOW, 2), (NOW + 3, 1)])
+    state.withdraw(start)
+    assert state.starts == left
+
+
+def test_a_message_that_starts_late_makes_all_that_wait_later():
+    """By as much, and not for the little by which the server is always late."""
+    rate, state = Rate(5, 1_000), LimitState()
+    state.start(rate, NOW, NOW + 400)
+    assert (state.begun, state.lag, state.starts) == (NOW, 0, [(NOW + 400, 1)])
+    state.start(rate, NOW + 1, NOW + 402)
+    assert (state.begun, state.lag) == (NOW + 1, 401)
+    state.start(rate, NOW + 1, NOW + 9_000)
+    assert (state.begun, state.lag) == (NOW + 1, 401)
+    state.start(rate, NOW + 2, NOW + 803)
+    assert (state.lag, state.starts[-1]) == (401, (NOW + 9_000, 1))
+    state.start(rate, NOW + 3, NOW + 805)
+    assert state.lag == 802
+
+
+@pytest.mark.parametrize(
+    ("count", "period", "moments", "starts"),
+    [
+        (64, 6_400, (0, 1), [(0, 1), (1, 1)]),
+        (65, 6_400, (0, 99), [(99, 2)]),
+        (65, 6_400, (0, 100), [(0, 1), (100, 1)]),
+        (65, 63, (0, 0), [(0, 1), (0, 1)]),
+    ],
+)
+def test_only_of_a_high_rate_starts_that_are_close_are_kept_as_one(count, period, moments, starts):
+    state = LimitState()
+    base = NOW - NOW % 100
+    for moment in moments:
+        state.start(Rate(count, period), None, base + moment)
+    assert state.starts == [(base + moment, number) for moment, number in starts]

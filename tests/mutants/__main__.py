@@ -4,6 +4,19 @@
     make mutants ARGS="tasks/saga.py"                one of them
     mutmut show NAME                                 in .artifacts/mutants: what a survivor changes
 
+Not all modules of the library's `worker`, `sending` and `wire` are below. The others are glue between threads, a server
+and a socket: what they do is seen in tests that start a server or wait for another thread, seconds for each change.
+
+- worker: threads of a worker or beside it (activity, attempts, consumer, consumers, current, giving_back, hard_limits,
+  heartbeats, in_flight, interrupts, later, presence, recorder, room, roster, shutdown_notices, vitals,
+  work_queue, workplace); what a server holds (attachment, durables, fetching, follow_ups, limits, message, pulling,
+  rerouting, sources);
+- sending: what a server holds (batches, composition, many, publications, sender);
+- wire: sockets, their threads and the loop (asking, calls, client, connection, core_connection, handshake, intake,
+  lanes, link, listeners, login, loop, opening, outbox, thread_queue, tls, waiting); numbers (error_numbers).
+
+Fast tests pass through some of these (current, durables, in_flight, message) and check little of them.
+
 mutmut makes the changes and runs the tests that reach each of them. It works on a copy in `.artifacts/mutants`, and
 is no part of `make test`. The exit status is 1 while a module is below the share that `SHARE` asks for. A mutant
 counts as found if a test fails, or never ends, because of it.
@@ -46,11 +59,14 @@ SHARE: Final = 0.85
 MODULES: Final = {
     f"{LIBRARY}/wire/protocol.py": ["tests/broker/test_protocol.py"],
     f"{LIBRARY}/wire/addresses.py": ["tests/broker/test_addresses.py"],
+    f"{LIBRARY}/wire/ids.py": ["tests/broker/test_ids.py"],
     f"{LIBRARY}/wire/headers.py": ["tests/broker/test_headers.py"],
     f"{LIBRARY}/wire/ack_subjects.py": ["tests/broker/test_deliveries.py"],
     f"{LIBRARY}/wire/replies.py": ["tests/broker/test_replies.py"],
     f"{LIBRARY}/worker/delivery.py": ["tests/broker/test_deliveries.py"],
     f"{LIBRARY}/worker/suspects.py": ["tests/broker/test_suspects.py"],
+    f"{LIBRARY}/worker/limit_state.py": ["tests/broker/test_limit_state.py"],
+    f"{LIBRARY}/worker/time_limits.py": ["tests/broker/test_time_limits.py"],
     f"{LIBRARY}/worker/arguments.py": ["tests/broker/test_shown_text.py"],
     f"{LIBRARY}/worker/log_lines.py": ["tests/broker/test_shown_text.py"],
     f"{LIBRARY}/worker/tracebacks.py": ["tests/broker/test_shown_text.py"],
@@ -62,13 +78,18 @@ MODULES: Final = {
     ],
     f"{LIBRARY}/sending/fitting.py": ["tests/broker/test_fitting.py"],
     f"{LIBRARY}/sending/delays.py": ["tests/broker/test_delay_times.py"],
+    f"{LIBRARY}/sending/options.py": ["tests/broker/test_checked_options.py"],
     f"{LIBRARY}/sending/references.py": ["tests/broker/test_references.py"],
     f"{LIBRARY}/sending/unique.py": ["tests/broker/test_unique_claims.py"],
     "tasks/accept.py": ["tests/tasks/test_accepting.py"],
     "tasks/idempotency.py": ["tests/tasks/test_requests.py"],
     "tasks/parsing.py": ["tests/tasks/test_parsing.py"],
     "tasks/saga.py": ["tests/tasks/test_saga_properties.py", "tests/tasks/test_outdated_reads.py"],
-    "tasks/stock.py": ["tests/tasks/test_saga_properties.py", "tests/tasks/test_stock_contention.py"],
+    "tasks/stock.py": [
+        "tests/tasks/test_saga_properties.py",
+        "tests/tasks/test_stock_properties.py",
+        "tests/tasks/test_stock_contention.py",
+    ],
 }
 
 
