@@ -9,11 +9,12 @@ and a socket: what they do is seen in tests that start a server or wait for anot
 
 - worker: threads of a worker or beside it (activity, attempts, consumer, consumers, current, giving_back, hard_limits,
   heartbeats, in_flight, interrupts, later, presence, recorder, room, roster, shutdown_notices, vitals,
-  work_queue, workplace); what a server holds (attachment, durables, fetching, follow_ups, limits, message, pulling,
-  rerouting, sources);
+  work_queue, workplace); what a server holds (attachment, durables, fetching, limits, message, pulling, rerouting,
+  sources);
 - sending: what a server holds (batches, composition, many, publications, sender);
 - wire: sockets, their threads and the loop (asking, calls, client, connection, core_connection, handshake, intake,
-  lanes, link, listeners, login, loop, opening, outbox, thread_queue, tls, waiting); numbers (error_numbers).
+  lanes, link, listeners, login, loop, opening, outbox, thread_queue, tls, waiting); numbers (error_numbers); what runs
+  at import and in a forked child, where no change is in force (ids).
 
 Fast tests pass through some of these (current, durables, in_flight, message) and check little of them.
 
@@ -59,12 +60,12 @@ SHARE: Final = 0.85
 MODULES: Final = {
     f"{LIBRARY}/wire/protocol.py": ["tests/broker/test_protocol.py"],
     f"{LIBRARY}/wire/addresses.py": ["tests/broker/test_addresses.py"],
-    f"{LIBRARY}/wire/ids.py": ["tests/broker/test_ids.py"],
     f"{LIBRARY}/wire/headers.py": ["tests/broker/test_headers.py"],
     f"{LIBRARY}/wire/ack_subjects.py": ["tests/broker/test_deliveries.py"],
     f"{LIBRARY}/wire/replies.py": ["tests/broker/test_replies.py"],
     f"{LIBRARY}/worker/delivery.py": ["tests/broker/test_deliveries.py"],
     f"{LIBRARY}/worker/suspects.py": ["tests/broker/test_suspects.py"],
+    f"{LIBRARY}/worker/follow_ups.py": ["tests/broker/test_following.py"],
     f"{LIBRARY}/worker/limit_state.py": ["tests/broker/test_limit_state.py"],
     f"{LIBRARY}/worker/time_limits.py": ["tests/broker/test_time_limits.py"],
     f"{LIBRARY}/worker/arguments.py": ["tests/broker/test_shown_text.py"],

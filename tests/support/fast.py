@@ -23,6 +23,7 @@ MODULES = {
     "tests/broker/test_deliveries.py",
     "tests/broker/test_envelope.py",
     "tests/broker/test_fitting.py",
+    "tests/broker/test_following.py",
     "tests/broker/test_headers.py",
     "tests/broker/test_hooks.py",
     "tests/broker/test_ids.py",
