@@ -6,8 +6,10 @@ for longer, with other programs each time:
 
     python -m tests.broker.stateful 500                       500 programs
     python -m tests.broker.stateful 500 --broken NAME         until one finds the fault of a broken build
+    python -m tests.broker.stateful                           the programs below, each with its broken build
 
-Each of these faults is put into the code by `stateful/broken.py`, and found by the shortest program that shows it:
+Each of these faults is put into the code by `stateful/broken.py`, and found by the shortest program that shows it. That
+is run by hand, because a machine that is busy enough shows nothing within the short time that calls have here:
 
 - a message, a `put` or a purge whose call has raised `NotSent` is sent when the connection is back;
 - a message is acked although its retry could not be stored, as when its time limit expired in an outage;
@@ -31,11 +33,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from dramatiq_jetstream.errors import InvalidOption
 from dramatiq_jetstream.testing import NatsServer
 
-from .stateful.broken import BUILDS
-from .stateful.machine import Machine, drive, prepared, search
+from .stateful.machine import prepared, search
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,3 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
 def test_promises_hold_over_random_commands_and_faults(server):
     """What was acknowledged runs; what was refused never does; keys, batches and values are as they were told."""
     search(6, derandomize=True)
-
-
-@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
-def test_the_machine_finds_a_broken_build(server, monkeypatch, build):
-    """Each fault that is put into the code is found by the program that shows it."""
-    monkeypatch.setattr(Machine, "patience", 2.0)
-    build.patch(monkeypatch)
-    with pytest.raises((AssertionError, InvalidOption), match=build.verdict):
-        drive(build.program, times=10)  # a slow machine may be too late to see it, and is not so each time

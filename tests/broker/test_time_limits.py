@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 from dramatiq.middleware import TimeLimit, TimeLimitExceeded
 
 from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream.worker import time_limits
 from dramatiq_jetstream.worker.time_limits import TimeLimits, keep_time_of
 from tests.support.polling import eventually, holds
 
@@ -78,12 +80,101 @@ def test_every_message_of_a_thread_has_its_own_limit(limits: TimeLimits, working
         working.end(limits)
 
 
-def test_a_thread_that_is_done_in_time_is_left_alone(limits: TimeLimits, working: Working) -> None:
-    working.begin(limits, 50)
-    working.end(limits)
-    working.begin(limits, float("inf"))
+class Clock:
+    """Seconds, as the test sets them; for the threads of other tests they go on as always."""
 
-    holds(lambda: working.interrupted == 0, 0.2)
+    def __init__(self) -> None:
+        self.now = 1_000.0
+        self.slept: list[float] = []
+        self._thread = threading.current_thread()
+
+    def monotonic(self) -> float:
+        return self.now if threading.current_thread() is self._thread else time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        if threading.current_thread() is self._thread:
+            self.slept.append(seconds)
+        else:
+            time.sleep(seconds)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time_limits, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def interruptions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[tuple[int, type[BaseException], Callable[[], bool]]]:
+    """What would be interrupted: the thread, with what, and what says at the last moment whether it still is due."""
+    found: list[tuple[int, type[BaseException], Callable[[], bool]]] = []
+    here, interrupt = threading.get_ident(), time_limits.interrupt
+
+    def note(thread: int, *given: Any) -> None:
+        if threading.get_ident() == here:
+            found.append((thread, *given))
+        else:
+            interrupt(thread, *given)
+
+    monkeypatch.setattr(time_limits, "interrupt", note)
+    return found
+
+
+def test_a_thread_is_interrupted_when_its_time_is_over_and_once(clock, interruptions, caplog) -> None:
+    """To the millisecond, as long as it runs the same message."""
+    limits, thread = TimeLimits(0.02, logging.getLogger("limits")), threading.get_ident()
+    limits.add_timeout(thread, 500)
+    clock.now += 0.4999
+    limits._interrupt()
+    assert interruptions == []
+    clock.now = 1_000.5
+    limits._interrupt()
+    limits._interrupt()
+    ((found, error, is_due),) = interruptions
+    assert (found, error) == (thread, TimeLimitExceeded)
+    assert is_due()
+    assert caplog.record_tuples == [
+        ("limits", logging.WARNING, f"The time limit of what thread {thread} runs is over; interrupting it.")
+    ]
+    limits.add_timeout(thread, 500)
+    assert not is_due()
+    assert len(caplog.records) == 1
+    clock.now += 0.5
+    limits._interrupt()
+    assert len(interruptions) == 2
+
+
+def test_a_thread_that_is_done_in_time_is_left_alone(clock, interruptions) -> None:
+    limits, thread = TimeLimits(0.02, logging.getLogger("limits")), threading.get_ident()
+    limits.add_timeout(thread, 500)
+    limits.remove_timeout(thread)
+    clock.now += 1
+    limits._interrupt()
+    limits.add_timeout(thread, float("inf"))
+    clock.now += 1e9
+    limits._interrupt()
+    assert interruptions == []
+
+
+def test_time_is_kept_whatever_goes_wrong(clock, caplog, monkeypatch) -> None:
+    """It is looked at in steady steps, in a thread that holds up no process's end."""
+    limits = TimeLimits(0.02, logging.getLogger("limits"))
+    assert (limits.name, limits.daemon) == ("time-limits", True)
+    turns = iter([ValueError("odd"), ValueError("odd"), SystemExit()])
+
+    def look() -> None:
+        raise next(turns)
+
+    monkeypatch.setattr(limits, "_interrupt", look)
+    with pytest.raises(SystemExit):
+        limits.run()
+    assert clock.slept == [0.02, 0.02]
+    said = ("limits", logging.ERROR, "Time limits could not be looked after; trying again.")
+    assert caplog.record_tuples == [said] * 2
+    assert all(record.exc_info for record in caplog.records)
 
 
 def test_one_thread_does_not_pay_for_another(limits: TimeLimits, working: Working) -> None:
@@ -97,16 +188,21 @@ def test_one_thread_does_not_pay_for_another(limits: TimeLimits, working: Workin
         other.stop()
 
 
-def test_a_limit_ends_with_its_thread(limits: TimeLimits) -> None:
+def test_a_limit_ends_with_its_thread() -> None:
     """The identifier of a thread that died of something else is given to a new one."""
+    limits = TimeLimits(0.005, logging.getLogger(__name__))
     first = Working()
-    first.begin(limits, 50)
+    first.begin(limits, 0)
     first.stop()
-    assert first.interrupted == 0
     others = [Working() for _ in range(20)]
     try:
         assert first.ident in {other.ident for other in others}, "no identifier was used again"
-        holds(lambda: not any(other.interrupted for other in others), 0.2)
+        limits._interrupt()
+        went_on: SimpleQueue[int] = SimpleQueue()
+        for other in others:
+            other._calls.put(went_on.put)
+        eventually(lambda: went_on.qsize() == len(others))
+        assert not any(other.interrupted for other in others)
     finally:
         for other in others:
             other.stop()
@@ -119,7 +215,7 @@ def test_the_broker_keeps_the_time_of_its_time_limit() -> None:
 
     assert own in broker.middleware
     assert [type(m.manager) for m in (own, *default)] == [TimeLimits, TimeLimits]
-    assert own.manager._interval == 0.02
+    assert (own.manager._interval, own.manager._logger) == (0.02, own.logger)
 
 
 def test_what_has_started_or_is_something_else_stays_as_it_is() -> None:

@@ -40,7 +40,7 @@ class Build:
     Attributes:
       patch: Puts it into the code.
       program: The rules that show it, and what they draw.
-      verdict: What the machine says, a regular expression.
+      verdict: A part of what the machine says.
     """
 
     patch: Callable[[pytest.MonkeyPatch], None]
