@@ -203,14 +203,9 @@ class Deliveries:
             for entry in self._bucket.items(f"{webhook_id}.{order}.")
         ]
 
-    def forget(self, webhook_id: str, order_id: str | None = None) -> int:
-        """Drop the deliveries to a webhook, of one order or of all; returns how many there were."""
-        prefix = f"{webhook_id}." if order_id is None else f"{webhook_id}.{_digest(order_id)}."
-        dropped = 0
-        for entry in self._bucket.items(prefix):
-            self._bucket.delete(entry.key)
-            dropped += 1
-        return dropped
+    def drop(self, webhook_id: str, delivery_id: str) -> None:
+        """Drop a delivery, whose webhook is gone."""
+        self._bucket.delete(_key(webhook_id, delivery_id))
 
 
 def _key(webhook_id: str, delivery_id: str) -> str:

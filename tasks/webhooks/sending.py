@@ -86,7 +86,10 @@ class Sender:
         if now < delivery.next_at:
             return delivery.next_at - now
         subscription = self._subscriptions.find(webhook_id)
-        if subscription is None or not subscription.is_active:
+        if subscription is None:
+            self._deliveries.drop(webhook_id, delivery_id)
+            return None
+        if not subscription.is_active:
             self._give_up(delivery, "the webhook was disabled")
             return None
         failing = self._health.find(webhook_id)

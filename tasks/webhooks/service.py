@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache, partial
 
 from dramatiq_jetstream.kv import Bucket
@@ -20,7 +19,6 @@ __all__ = [
     "announcer",
     "deliveries",
     "deliveries_of",
-    "forget",
     "health",
     "send_again",
     "sender",
@@ -100,22 +98,6 @@ def deliveries_of(order: Order, customer_id: str | None) -> list[Delivery]:
     owners = {customer_id} if customer_id is not None else {None, order.customer_id}
     shown = [one.id for one in directory().refresh() if one.customer_id in owners]
     return deliveries().of_order(shown[:MAX_SHOWN], order.order_id)
-
-
-def forget(customer_id: str, order_ids: Iterable[str]) -> int:
-    """Drop what webhooks have kept of a customer; returns how many deliveries that were.
-
-    Their own webhooks go with their logs; of operators' webhooks the deliveries of these orders. Repeating it is safe.
-    """
-    dropped = 0
-    chosen = list(order_ids)
-    for one in subscriptions().all():
-        if one.customer_id == customer_id:
-            subscriptions().remove(one.id)
-            dropped += deliveries().forget(one.id)
-        elif one.customer_id is None:
-            dropped += sum(deliveries().forget(one.id, order_id) for order_id in chosen)
-    return dropped
 
 
 def _send(lane: str, webhook_id: str, delivery_id: str, run: int) -> None:

@@ -353,18 +353,6 @@ def test_a_delivery_that_was_sent_again_meanwhile_goes_on(it: Fixture) -> None:
     assert (delivery.state, delivery.run, delivery.next_at) == (PENDING, 1, 0)
 
 
-def test_deliveries_are_forgotten(it: Fixture) -> None:
-    """Those of one order, or all; a message that still comes finds nothing to do."""
-    webhook_id, _ = it.webhook()
-    named = it.delivery(webhook_id)
-    assert it.deliveries.forget(webhook_id, "o-2") == 0
-    assert it.deliveries.forget(webhook_id, "o-1") == 1
-    assert it.run(webhook_id, named) is None
-    it.delivery(webhook_id)
-    assert it.deliveries.forget(webhook_id) == 1
-    assert it.sent == []
-
-
 def test_nothing_is_left_in_a_webhook_that_was_removed(it: Fixture) -> None:
     """For a day it can be told that it was there, and no more."""
     webhook_id, _ = it.webhook()
@@ -374,9 +362,10 @@ def test_nothing_is_left_in_a_webhook_that_was_removed(it: Fixture) -> None:
 
 
 def test_a_webhook_that_was_removed_gets_nothing(it: Fixture) -> None:
-    """What was on its way is given up."""
+    """What was on its way is not sent, and not kept."""
     webhook_id, _ = it.webhook()
     named = it.delivery(webhook_id)
     it.subscriptions.remove(webhook_id)
     assert it.run(webhook_id, named) is None
     assert it.sent == []
+    assert it.log.entries == {}
