@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from tasks.model import Refusal
 from tasks.orders import Orders
 from tasks.refunds import LATE_MS, NotChargedBack
 from tasks.stock import RecordBehind
-from tests.tasks.fakes import FakeStored
+from tests.tasks.fakes import FakeStored, Task
 from tests.tasks.test_saga_properties import Service, created, no_waiting
 
 __all__ = ["no_waiting"]
@@ -154,10 +155,27 @@ class Reversing(Service):
         }
 
 
+#: What is asked of an order one after the other, in most cases.
+STORIES = (
+    *(("ship", "back"), ("sent", "written_off"), ("r-1", "bank", "ship", "customer", "back")),
+    *(("customer",), ("bank", "operator"), ("r-1", "sent", "bank", "written_off"), ()),
+)
 KINDS = (
     *("customer", "operator", "deadline", "r-1", "r-1", "r-2"),
     *("ship", "ship", "sent", "sent", "back", "written_off", "bank", "bank", "restock"),
 )
+
+
+def told(order_ids: list[str], chance: random.Random) -> list[tuple[str, str]]:
+    """Draw a story for each order, tell them at once, and let a few other things be asked in between."""
+    stories = {order_id: list(chance.choice(STORIES)) for order_id in order_ids}
+    asks = []
+    while left := [order_id for order_id in order_ids if stories[order_id]]:
+        order_id = chance.choice(left)
+        asks.append((stories[order_id].pop(0), order_id))
+    for _ in range(4):
+        asks.insert(chance.randint(0, len(asks)), (chance.choice(KINDS), chance.choice(order_ids)))
+    return asks
 
 
 @given(seed=st.integers(0, 2**32))
@@ -172,14 +190,18 @@ def test_what_was_captured_and_not_given_back_is_what_is_owed(seed: int) -> None
         token = chance.choice(["tok_ok", "tok_ok", "tok_declined"])
         service.stream.append(created(order_id, [(MUG, chance.choice([1, 1, 2]))], token))
     service.deliver_new()
-    asks = [(chance.choice(KINDS), chance.choice(order_ids)) for _ in range(10)]
+    asks = told(order_ids, chance)
     while service.running or service.pending or asks:
-        if asks and (chance.random() < 0.08 or not (service.running or service.pending)):
-            service.start(("ask", asks.pop()))
+        if asks and (chance.random() < 0.03 or not (service.running or service.pending)):
+            service.start(("ask", asks.pop(0)))
         elif service.pending and len(service.running) < 4:
             service.start(service.pending.pop(chance.randrange(len(service.pending))))
         if service.running:
-            service.go_on(chance.randrange(len(service.running)), crash=chance.random() < 0.05)
+            crash, waiting = chance.random() < 0.05, len(service.pending)
+            service.go_on(chance.randrange(len(service.running)), crash=crash)
+            # One who asked and got no answer asks again, or does not.
+            if len(service.pending) > waiting and service.pending[-1][0] == "ask" and chance.random() < 0.5:
+                service.pending.pop()
     service.come_to_rest()
     service.check()
 
@@ -357,3 +379,44 @@ def test_a_return_whose_event_was_lost_is_carried_out() -> None:
     service.come_to_rest()
     service.check()
     assert service.records()["o-0"].state == "returned"
+
+
+def stop_at(service: Reversing, run: Callable[[], object], where: str) -> Task:
+    """Start something and let it go on until it stands at an effect."""
+    task = service.world.start("run", lambda: (run(), None)[1])
+    while where not in task.where:
+        service.world.step(task)
+        assert not task.done, f"it ended without {where}"
+    return task
+
+
+def test_a_note_goes_with_no_decision_under_way() -> None:
+    """A shipment is noted and not recorded when the order is settled; its process dies before it publishes anything."""
+    service = confirmed()
+    task = stop_at(service, lambda: service.saga().request_shipment("o-0"), "after update of refund.o-0")
+    service.saga().settle_order("o-0")
+    while not (task.where == "after update of order.o-0" and "shipped" in service.records()["o-0"].at):
+        service.world.step(task)
+        assert not task.done
+    service.world.step(task, crash=True)
+    service.come_to_rest()
+    service.check()
+    assert service.records()["o-0"].state == "shipped"
+
+
+def test_a_chargeback_while_goods_are_put_back() -> None:
+    """It changes the record of the return; the return ends all the same, with its goods in stock once."""
+    service = confirmed()
+    saga = service.saga()
+    saga.request_shipment("o-0")
+    saga.request_return("o-0", BACK)
+    service.deliver_new()
+    (stored,) = [one for one in service.stream.stored if name_of(one.event) == "return_requested"]
+    task = stop_at(service, lambda: service.saga().bring_back(stored.event), "before update of order.o-0")  # type: ignore[arg-type]
+    service.tell_of_chargeback("o-0", 100)
+    while not task.done:
+        service.world.step(task)
+    assert service.records()["o-0"].state == "returned"
+    service.finish()
+    service.come_to_rest()
+    service.check()

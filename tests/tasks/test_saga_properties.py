@@ -194,7 +194,7 @@ class Service:
             for order_id, record in records.items():
                 note = level.notes.get(order_id)
                 gave_back = note is not None and note.kind == GIVEN_BACK
-                if _holds(record) and not gave_back:
+                if _holds(record) and (not gave_back or record.state == "returned"):
                     taken += sum(line.quantity for line in record.lines if line.sku == sku)
             for order_id, note in level.notes.items():
                 holds = order_id in records and "held" in records[order_id].at
