@@ -45,7 +45,7 @@ from .model import MAX_ID_LENGTH
 from .orders import Orders
 from .orders import stored_in as shown_in
 from .ports import Bucket
-from .rebuild import restated
+from .projection import restated
 from .retention import find_mark
 from .stock import Stock
 from .stream import EventStream, read_stored

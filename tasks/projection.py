@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from .announcements import Testimony
 from .events import Happened, order_id_of
-from .orders import Orders
+from .orders import Orders, Stored, with_event
 from .stock import Stock
 
 
@@ -39,3 +39,19 @@ class Projection:
         if confirmed is not None:
             self._orders.project(confirmed)
         return confirmed
+
+
+def restated(existing: Stored | None, testimony: Testimony) -> Stored | None:
+    """Return a record with what the ledger confirms of it, in the ledger's words; None when that is nothing."""
+    if existing is None:
+        return None
+    record: Stored = {**existing, "events": {}}
+    for key, fact in existing["events"].items():
+        said = testimony.said(key)
+        if said is not None:
+            place = Happened(said, fact["sequence"], fact["at"], existing.get("trace_id"))
+            record = with_event(record, place)
+        elif key == "created" and testimony.is_known:
+            # The ledger has not what an order asked for that breaks the rules, or that is older than claims.
+            record["events"] = {**record["events"], key: fact}
+    return record if record["events"] else None

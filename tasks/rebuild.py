@@ -30,6 +30,7 @@ from .events import Happened, key_of, order_id_of
 from .folds import RebuildConflict
 from .orders import Stored, merge, stored_in, with_event
 from .ports import Bucket, Entry
+from .projection import restated
 from .retention import Chronicle
 from .stock import Stock
 
@@ -172,22 +173,6 @@ class Rebuild:
         """Whether a record has events that this run does not read."""
         first, last = self._range.first, self._range.last
         return any(not first <= fact["sequence"] <= last for fact in stored["events"].values())
-
-
-def restated(existing: Stored | None, testimony: Testimony) -> Stored | None:
-    """Return a record with what the ledger confirms of it, in the ledger's words; None when that is nothing."""
-    if existing is None:
-        return None
-    record: Stored = {**existing, "events": {}}
-    for key, fact in existing["events"].items():
-        said = testimony.said(key)
-        if said is not None:
-            place = Happened(said, fact["sequence"], fact["at"], existing.get("trace_id"))
-            record = with_event(record, place)
-        elif key == "created" and testimony.is_known:
-            # The ledger has not what an order asked for that breaks the rules, or that is older than claims.
-            record["events"] = {**record["events"], key: fact}
-    return record if record["events"] else None
 
 
 def main() -> int:
