@@ -549,16 +549,15 @@ def search(examples: int, *, steps: int = 12, derandomize: bool) -> None:
     )
 
 
-def drive(program: Iterable[tuple[str, dict[str, Any]]], *, times: int) -> None:
-    """Run a program, the names of rules with what they draw, until it finds something or was run that often."""
-    for _ in range(times):
-        machine = Machine()
-        try:
-            machine.begin()
-            for name, drawn in program:
-                getattr(machine, name)(**drawn)
-        except BaseException:
-            machine.over = True
-            raise
-        finally:
-            machine.teardown()
+def drive(program: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    """Run one program: the names of rules, each with what it draws."""
+    machine = Machine()
+    try:
+        machine.begin()
+        for name, drawn in program:
+            getattr(machine, name)(**drawn)
+    except BaseException:
+        machine.over = True
+        raise
+    finally:
+        machine.teardown()
