@@ -33,6 +33,8 @@ def test_every_page_is_accessible(
     """axe finds nothing, and nothing is wider than the screen, in both schemes of colours."""
     confirmed = service.final(service.order(customer_id="می\u200cخواهم")["order_id"])["order_id"]
     declined = service.final(service.order(payment_token="tok_declined")["order_id"])["order_id"]
+    shipped = service.final(service.order()["order_id"])["order_id"]
+    service.post(f"/api/orders/{shipped}/shipments", json={"carrier": "DHL", "tracking": "JJD000390007827"})
     addresses = {
         "form": f"{service.url}/",
         "large-form": f"{large.url}/",
@@ -41,6 +43,7 @@ def test_every_page_is_accessible(
         "wrong-filters": f"{service.url}/orders?since=soon&q=%00",
         "confirmed": f"{service.url}/orders/{confirmed}",
         "declined": f"{service.url}/orders/{declined}",
+        "shipped": f"{service.url}/orders/{shipped}",
         "api": f"{service.url}/docs",
         "found": f"{service.url}/orders?failure=declined&status=rejected",
         "overview": f"{service.url}/admin",
@@ -61,6 +64,8 @@ def test_every_page_is_accessible(
             if "overview" in name:
                 page.get_by_text("The same as a table").click()
                 expect(page.get_by_role("columnheader", name="Placed")).to_be_visible()
+            if name in ("confirmed", "shipped"):
+                page.evaluate("document.querySelectorAll('main details').forEach(e => e.open = true)")
             wrong += flaws(page, f"{name}-{width}-{scheme}")
         page.goto(f"{service.url}/")
         page.locator("#quantity-MUG-01").fill("2000")
