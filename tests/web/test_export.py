@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from waitress.server import create_server
 
 from dramatiq_jetstream.errors import BrokerConnectionError
-from dramatiq_jetstream.streams import Range
 from orders.v1.events_pb2 import OrderCreated, OrderItem
 from tasks import service as order_service
 from tasks.listing import OrderList
@@ -97,8 +96,8 @@ class Many:
     def newest_created(self) -> int:
         return self.count
 
-    def range(self) -> Range:
-        return Range(1, self.count)
+    def oldest(self) -> int:
+        return 1
 
     def created(self, start: int, end: int) -> Iterator[tuple[int, OrderCreated]]:
         for place in range(max(1, start), min(end, self.count + 1)):
