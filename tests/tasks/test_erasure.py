@@ -169,6 +169,7 @@ def test_a_customer_becomes_unreadable(shop: Stack, broker: JetStreamBroker, tmp
         assert [(one["event"], one["at"]) for one in now["history"]] == [
             (one["event"], one["at"]) for one in then["history"]
         ]
+    assert "The customer was erased." in shop.get(f"/orders/{orders[0]}").text
     assert shop.get(f"/api/orders/{bobs}").json() == before[bobs]
     listed = shop.get("/api/orders", params={"customer": ANN}).json()["orders"]
     assert [one["order_id"] for one in listed] == [new]

@@ -121,6 +121,8 @@ def test_the_page(service: Stack) -> None:
     assert "key.make" in page.text
     assert "/api/audit?target=on-the-page&amp;format=csv" in page.text
     assert service.get("/admin/audit", params={"kind": "x"}).status_code == 400
+    order_id = service.order()["order_id"]
+    assert f'href="/admin/audit?kind=order&amp;target={order_id}"' in service.get(f"/orders/{order_id}").text
 
 
 def test_records_are_there_for_good(service: Stack) -> None:
