@@ -24,6 +24,7 @@ from tests.support.processes import REPOSITORY
 from tests.tasks.producer import Producer, created
 from tests.tasks.test_strangers import FORGED, forged
 from tests.web.stack import Stack
+from tests.web.test_webhooks import STEPS, Receiver
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
                 check=False,
             )
             assert prepared.returncode == 0, prepared.stdout + prepared.stderr
-        env = {"NATS_URL": url(server, "service"), "DECLARE": "0"}
+        env = {"WEBHOOK_NETWORKS": "127.0.0.0/8", "NATS_URL": url(server, "service"), "DECLARE": "0"}
         with Stack(directory, nats=server, env=env) as shop:
             yield shop
 
@@ -102,6 +103,23 @@ def test_the_service_needs_nothing_more(guarded: Stack) -> None:
     assert guarded.final(guarded.order(payment_token="tok_declined")["order_id"])["status"] == "rejected"
     for path in ("/", "/orders", "/api/orders", "/api/products"):
         assert guarded.get(path).status_code == 200
+
+
+def test_webhooks_need_nothing_more(guarded: Stack) -> None:
+    """Deliveries that wait in line for their turn, too."""
+    receiver = Receiver()
+    receiver.open.clear()
+    made = guarded.post("/api/webhooks", json={"url": receiver.url})
+    assert made.status_code == 201, made.text
+    order_id = guarded.order()["order_id"]
+    # Two run at a time, so that the others stand in line.
+    eventually(lambda: len(receiver.requests) >= 2, timeout=60)
+    assert guarded.final(order_id, timeout=60)["status"] == "confirmed"
+    receiver.open.set()
+    eventually(lambda: receiver.types(made.json()["secret"], order_id) == STEPS, timeout=60)
+    assert guarded.session.delete(f"{guarded.url}/api/webhooks/{made.json()['id']}").status_code == 204
+    assert "may not publish" not in guarded.workers.output
+    receiver.close()
 
 
 def test_a_program_that_places_orders(guarded: Stack, operator: Producer) -> None:
