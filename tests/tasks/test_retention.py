@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import tasks.archive
 import tasks.retention
 from dramatiq_jetstream.streams import Range, StoredMessage
-from tasks.archive import Archive, ArchiveBroken
+from tasks.archive import Archive, ArchiveBroken, Segment
 from tasks.audit import Who
 from tasks.claims import Claim
 from tasks.entries import KINDS
@@ -247,6 +247,32 @@ def check(shop: Shop) -> None:
             if "event" in line:
                 order_id = order_id_of(read_stored(tasks.archive.stored_in(line)).event)  # type: ignore[union-attr]
                 assert not order_id.startswith("u-"), "it is not final"
+
+
+def test_an_order_that_is_changed_while_it_leaves_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is killed with its segment written, and the order refunded: the next run leaves it, a later one does not."""
+    shop = Shop(tmp_path, 2)
+    with monkeypatch.context() as patch:
+
+        def killed(self: Retention, segment: Segment) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(Retention, "_leave", killed)
+        patch.setattr(tasks.retention, "MAX_EVENTS", 100)
+        with pytest.raises(KeyboardInterrupt):
+            shop.retention().run()
+    refund(shop, "o-0", set())
+    young = shop.retention(until=0)
+    assert young.run().segments == 0
+    assert shop.service.records().keys() == {"o-0"}
+    assert shop.records().keys() == {"o-0"}
+    assert shop.forgotten == {"o-1"}
+    assert shop.retention().run().orders == 1
+    assert shop.ledger().keys() == {"claim.o-0", "claim.o-1"}
+    list(shop.retention().restore(["o-0"]))
+    assert [one.amount for one in shop.service.records()["o-0"].refunds] == [100]
 
 
 def test_what_stays_is_said(tmp_path: Path) -> None:
