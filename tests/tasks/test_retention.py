@@ -252,7 +252,7 @@ def check(shop: Shop) -> None:
 def test_an_order_that_is_changed_while_it_leaves_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run is killed with its segment written, and the order refunded: the next run leaves it, a later one does not."""
+    """A run is killed with its segment written, the order refunded: the next run leaves it, a later one does not."""
     shop = Shop(tmp_path, 2)
     with monkeypatch.context() as patch:
 
