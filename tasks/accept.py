@@ -17,26 +17,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from dramatiq_jetstream.errors import StoreTimeout
 
 from . import rules
 from .announcements import placed_event
-from .catalogue import CURRENCY
 from .claims import Claim, Claims, digest_of
 from .events import Happened
 from .idempotency import Requests
 from .model import AcceptedOrder, InvalidOrder, Order, OrderIdTaken, OrderRequest
 from .ports import Publisher
+from .pricing import claim_of
+from .products import Catalogue, Offered
 from .tokens import Tokens, reference
 
 #: The least time that a publish gets, in milliseconds.
 _LEAST: Final = 200
+
+#: The fields that are right or wrong by what is offered.
+_OFFERED: Final = re.compile(r"\.sku$|\.unit_price_minor$|^total_")
+
+T = TypeVar("T")
 
 
 class Orders(Protocol):
@@ -51,6 +58,7 @@ class Acceptance:
     Parameters:
       requests: Remembers idempotency keys.
       claims: The claims on ids.
+      catalogue: The products and their prices.
       orders: The read model.
       tokens: Keeps payment tokens.
       publish: Stores an event and returns its place in the stream.
@@ -63,6 +71,7 @@ class Acceptance:
         self,
         requests: Requests,
         claims: Claims,
+        catalogue: Catalogue,
         orders: Orders,
         tokens: Tokens,
         publish: Publisher,
@@ -73,6 +82,7 @@ class Acceptance:
     ) -> None:
         self._requests = requests
         self._claims = claims
+        self._catalogue = catalogue
         self._orders = orders
         self._tokens = tokens
         self._publish = publish
@@ -84,7 +94,9 @@ class Acceptance:
         """Store the order's event and return the order; see `tasks.service.accept_order`."""
         deadline = time.monotonic() + self._timeout / 1000
         now = self._now()
-        wanted = _claim(request, now)
+        wanted = self.offered(
+            lambda offer: _claim(request, offer, now), idempotency_key, lambda: request.order_id
+        )
         order_id = request.order_id or new_order_id(now)
         if idempotency_key is None:
             return self._place(order_id, wanted, request, deadline)
@@ -93,6 +105,33 @@ class Acceptance:
             return self._place(claim.order_id, replace(wanted, at=claim.created_at), request, deadline)
         finally:
             self._requests.finished(claim)
+
+    def offered(
+        self,
+        read: Callable[[Mapping[str, Offered]], T],
+        idempotency_key: str | None,
+        order_id: Callable[[], str | None],
+    ) -> T:
+        """Read a request with the products that are sold now, or were when the same request came before.
+
+        What seems wrong with one is looked at again with the catalogue as it is stored. One that claimed its order
+        before is read with what it was claimed with, so that a change of the catalogue makes no request wrong that is
+        sent again.
+
+        Parameters:
+          read: Raises InvalidOrder for a request that is wrong.
+          order_id: Returns the id that the request chooses.
+        """
+        try:
+            return read(self._catalogue.at(self._now()))
+        except InvalidOrder as error:
+            if not any(_OFFERED.search(flaw.field) for flaw in error.flaws):
+                raise
+            self._catalogue.refresh()
+            offer: Mapping[str, Offered] = self._catalogue.at(self._now())
+            known = order_id() or (idempotency_key and self._requests.order_of(f"key:{idempotency_key}"))
+            claim = self._claims.find(known) if known else None
+            return read(offer if claim is None else {**offer, **claim.offer})
 
     def was_placed(self, idempotency_key: str) -> bool:
         """Whether a request with this key has placed an order."""
@@ -141,27 +180,19 @@ def new_order_id(at: int) -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
-def _claim(request: OrderRequest, at: int) -> Claim:
-    """Return the claim that a request makes, at the catalogue's prices, with one line per sku.
+def _claim(request: OrderRequest, offer: Mapping[str, Offered], at: int) -> Claim:
+    """Return the claim that a request makes, at the offer's prices, with one line per sku.
 
     Raises:
-      InvalidOrder: When an item is not of the catalogue.
+      InvalidOrder: When a product is not offered.
     """
     for position, item in enumerate(request.items):
-        for broken in rules.broken_by_item(f"items[{position}]", item.sku, item.quantity):
+        for broken in rules.broken_by_item(f"items[{position}]", item.sku, item.quantity, offer):
             raise InvalidOrder(broken.field, broken.problem)
     quantities = rules.quantities_of(request.items)
-    items = rules.priced(quantities)
-    return Claim(
-        at,
-        digest_of(
-            request.customer_id, quantities, reference(request.customer_id, request.payment_token or "")
-        ),
-        request.customer_id,
-        items,
-        total=rules.total_of(items),
-        currency=CURRENCY,
-    )
+    token = reference(request.customer_id, request.payment_token or "")
+    digest = digest_of(request.customer_id, quantities, token)
+    return claim_of(quantities, offer, at, digest, request.customer_id)
 
 
 def _as_accepted(order: Order) -> Order:

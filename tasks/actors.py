@@ -34,7 +34,7 @@ from typing import Any, Final
 import dramatiq
 from dramatiq.errors import BrokerError
 
-from dramatiq_jetstream.events import Event, subscription
+from dramatiq_jetstream.events import Event, current_event, subscription
 from orders.v1.events_pb2 import (
     OrderCancelled,
     OrderCancelRequested,
@@ -91,7 +91,8 @@ def _pay_again(retries: int, error: BaseException) -> bool:
 def reserve_stock(event: OrderCreated) -> None:
     """Hold the order's items in stock, or reject the order."""
     with observed("reserve", event) as run:
-        run.outcome = app.saga().reserve(event)
+        delivered = current_event()
+        run.outcome = app.saga().reserve(event, None if delivered is None else delivered.time or None)
 
 
 @_step("ORDER.reserved", OrderReserved, "payments", CONTINUE, retry_when=_pay_again)
@@ -260,6 +261,8 @@ def look_after_orders() -> None:
     again at those of which money may have to go back.
     """
     try:
+        # A store that was emptied gets back what is known of the products.
+        app.catalogue().load()
         app.standstill().run()
         app.deadline().run()
         for unsettled in app.saga().unsettled():

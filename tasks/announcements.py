@@ -7,7 +7,7 @@ time at which the record entered that state, and what is shown of either comes f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -38,6 +38,7 @@ from .events import Happened, key_of, name_of, timestamp
 from .ledger import Chargeback, PricedItem, Record, Refund
 from .notes import CancelRequest, GivenUp
 from .pricing import claimed
+from .products import Catalogue
 from .stock import Found, Stock
 
 #: The states of the record that an event can stand for.
@@ -81,16 +82,18 @@ class Testimony:
         """Whether the ledger knows the order at all."""
         return self.claim is not None or self._stock.find_newer(self._order_id, bool) is not None
 
-    def attested(self, happened: Happened) -> Happened | None:
+    def attested(self, happened: Happened, catalogue: Catalogue) -> Happened | None:
         """Return what the ledger confirms of an event, in the ledger's words; None when that is nothing.
 
-        An order whose id is unclaimed is claimed by this, so nothing is shown that the ledger does not
-        have.
+        An order whose id is unclaimed is claimed by this, at the catalogue's prices of that time, so nothing is shown
+        that the ledger does not have.
         """
         event = happened.event
         said: Message | None
         if isinstance(event, OrderCreated):
-            claim = self._claim = self.claim or claimed(self._stock.claims, self._order_id, event, self._now)
+            claim = self._claim = self.claim or claimed(
+                *(self._stock.claims, self._order_id, event, catalogue, happened.at, self._now)
+            )
             if claim.digest != digest_of_event(event) and not _is_what_remains(self._order_id, claim, event):
                 return None
             # Nothing is kept of what an order asked for that breaks the rules, so its event is all there is.
@@ -147,7 +150,7 @@ def placed_event(order_id: str, claim: Claim, payment_token: str = "") -> OrderC
     return OrderCreated(
         order_id=order_id,
         customer_id=claim.customer_id,
-        items=_items(claim.lines),
+        items=_items(claim.lines, claim.names),
         total_amount=money.to_float(claim.total, claim.currency),
         total_minor=claim.total,
         currency=claim.currency,
@@ -295,7 +298,13 @@ def _stock(record: Record) -> str:
     return f"RETURNED_STOCK_{record.stock.upper()}"
 
 
-def _items(lines: Iterable[PricedItem]) -> list[OrderItem]:
+def _items(lines: Iterable[PricedItem], names: Mapping[str, str] | None = None) -> list[OrderItem]:
     return [
-        OrderItem(sku=line.sku, quantity=line.quantity, unit_price_minor=line.unit_price) for line in lines
+        OrderItem(
+            sku=line.sku,
+            quantity=line.quantity,
+            unit_price_minor=line.unit_price,
+            name=(names or {}).get(line.sku, ""),
+        )
+        for line in lines
     ]

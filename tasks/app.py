@@ -35,11 +35,13 @@ from . import (
     metrics,
     orders,
     outage,
+    products,
     stock,
     telemetry,
     tokens,
 )
 from .archive import Archive, ArchiveBroken
+from .assortment import Assortment
 from .audit import AuditLog
 from .catalogue import CATALOGUE
 from .credentials import Keys, Operators
@@ -54,6 +56,7 @@ from .index import Index, Indexer
 from .levels import PREFIX
 from .orders import Orders
 from .outage import GuardedGateway, OneLine, Outage
+from .products import Catalogue
 from .projection import Projection
 from .retention import Chronicle, Retention
 from .saga import STEPS, Saga
@@ -109,7 +112,8 @@ class Buckets(Middleware):
             )
         }
         levels = stock_store().available()
-        return {**outcome, "stock": f"{len(levels)} products"}
+        known = catalogue().products()
+        return {**outcome, "stock": f"{len(levels)} products", "catalogue": f"{len(known)} products"}
 
 
 class Boot(Middleware):
@@ -282,6 +286,20 @@ def stock_store() -> Stock:
 
 
 @_once
+def catalogue() -> Catalogue:
+    """Return the products, which all threads share, kept up to date by a watch."""
+    loaded = Catalogue(stock_bucket()).load()
+    stock_bucket().watch(products.PREFIX, loaded.heard)
+    return loaded
+
+
+@_once
+def assortment() -> Assortment:
+    """Return what changes products and their stock."""
+    return Assortment(stock_bucket(), stock_store(), catalogue(), audit_log().record, now)
+
+
+@_once
 def orders_store() -> Orders:
     """Return the read model."""
     return Orders(
@@ -407,7 +425,7 @@ def erasure() -> Erasure:
 @_once
 def projection() -> Projection:
     """Return the way into the read model."""
-    return Projection(stock_store(), orders_store(), now)
+    return Projection(stock_store(), orders_store(), catalogue(), now)
 
 
 def project_at(sequence: int) -> Happened | None:
@@ -423,7 +441,7 @@ def saga() -> Saga:
         HttpGateway(SETTINGS.payment_url, timeout=SETTINGS.payment_timeout), gateway_outage()
     )
     stock_bucket().watch(PREFIX, stock_store().heard)
-    return Saga(stock_store(), gateway, token_store(), publish, orders_store(), now)
+    return Saga(stock_store(), gateway, token_store(), publish, orders_store(), catalogue(), now)
 
 
 @_once

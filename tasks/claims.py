@@ -3,7 +3,8 @@
 `claim.{order_id}`, in the bucket of the stock, is written once, before anything else happens to an order: by the front
 end before it publishes the order, or by the worker that first sees an order of another program. It is changed
 when the order leaves for the archive, or its customer is erased, and nothing can be claimed under it then either. So an
-id has one content, and another order under the same id is refused.
+id has one content, and another order under the same id is refused. The products' names and prices are part of it:
+whatever becomes of the catalogue, an order costs what it did when it was placed.
 
 A crash after a claim leaves an id that is taken, by the order that will be asked for again, and nothing else.
 """
@@ -13,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 from dramatiq_jetstream.errors import KeyExists
 from orders.v1.events_pb2 import OrderCreated
@@ -22,6 +23,7 @@ from orders.v1.events_pb2 import OrderCreated
 from .ledger import PricedItem
 from .model import MAX_ID_LENGTH
 from .ports import Bucket
+from .products import Offered
 from .rules import quantities_of
 from .text import normalised
 from .tokens import is_reference, reference
@@ -44,6 +46,8 @@ class Claim:
       at: When the id was claimed, in milliseconds.
       digest: Identifies the order's content, including the payment token, which is not kept here.
       lines: One line per sku. Empty, as is the rest, for an order that breaks the rules.
+      names: What the products were called, by sku.
+      code, reason: Which rule the order breaks.
     """
 
     at: int
@@ -52,6 +56,9 @@ class Claim:
     lines: tuple[PricedItem, ...] = ()
     total: int = 0
     currency: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
+    code: str = ""
+    reason: str = ""
 
     @property
     def is_archived(self) -> bool:
@@ -70,7 +77,7 @@ class Claim:
 
     def encode(self) -> bytes:
         """Return the claim as it is stored."""
-        stored = {"at": self.at, "digest": self.digest}
+        stored: dict[str, Any] = {"at": self.at, "digest": self.digest}
         if self.lines:
             lines = [[line.sku, line.quantity, line.unit_price] for line in self.lines]
             stored |= {
@@ -78,8 +85,19 @@ class Claim:
                 "lines": lines,
                 "total": self.total,
                 "currency": self.currency,
+                "names": dict(self.names),
             }
+        elif self.reason:
+            stored |= {"code": self.code, "reason": self.reason}
         return json.dumps(stored, separators=(",", ":")).encode()
+
+    @property
+    def offer(self) -> Mapping[str, Offered]:
+        """What the order was placed with, as products that are sold."""
+        return {
+            line.sku: Offered(line.sku, self.names.get(line.sku, line.sku), line.unit_price)
+            for line in self.lines
+        }
 
     @classmethod
     def decode(cls, value: bytes) -> Claim:

@@ -96,6 +96,21 @@ class Level:
     notes: dict[str, Note] = field(default_factory=dict)
     adjustments: list[Adjustment] = field(default_factory=list)
 
+    def adjust(
+        self, adjustment_id: str, change: Callable[[int], int], at: int, by: str, reason: str
+    ) -> Adjustment | Short:
+        """Change the pieces for people; an id that is remembered changes nothing more. See `Shelf.adjust`."""
+        for known in self.adjustments:
+            if known.id == adjustment_id:
+                return known
+        pieces = change(self.pieces)
+        if pieces < 0:
+            return Short(self.pieces)
+        done = Adjustment(adjustment_id, pieces - self.pieces, at, by, reason)
+        self.pieces = pieces
+        self.adjustments = [*self.adjustments[1 - MAX_ADJUSTMENTS :], done]
+        return done
+
     def encode(self) -> bytes:
         """Return the level as it is stored."""
         notes = {order_id: [note.kind, note.quantity, note.at] for order_id, note in self.notes.items()}
@@ -199,6 +214,11 @@ class Shelf:
             return note
 
         note: Note | Short | Found = self._change(order_id, apply, TAKEN)
+        if isinstance(note, Short):
+            # What is known of the key may be older than a restock.
+            with self._turn:
+                self._heard, self._known = None, self._read()
+            note = self._change(order_id, apply, TAKEN)
         return note
 
     def undo(self, order_id: str) -> None:
@@ -243,16 +263,7 @@ class Shelf:
         """
 
         def apply(level: Level, _: Found | None) -> Adjustment | Short:
-            for known in level.adjustments:
-                if known.id == adjustment_id:
-                    return known
-            pieces = change(level.pieces)
-            if pieces < 0:
-                return Short(level.pieces)
-            done = Adjustment(adjustment_id, pieces - level.pieces, self._now(), by, reason)
-            level.pieces = pieces
-            level.adjustments = [*level.adjustments[1 - MAX_ADJUSTMENTS :], done]
-            return done
+            return level.adjust(adjustment_id, change, self._now(), by, reason)
 
         done: Adjustment | Short = self._change("", apply)
         return done

@@ -67,11 +67,15 @@ class OrderRequest:
 
 @dataclass(frozen=True, slots=True)
 class OrderedItem:
-    """One item of an order; `unit_price` in minor units, None for a sku that the catalogue does not have."""
+    """One item of an order; `unit_price` in minor units, None where the order broke the rules and did not say.
+
+    `name` is what the product was called when the order was placed, empty for an order of an earlier version.
+    """
 
     sku: str
     quantity: int
     unit_price: int | None
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

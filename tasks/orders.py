@@ -47,7 +47,7 @@ from orders.v1.events_pb2 import (
 )
 
 from . import money
-from .catalogue import CATALOGUE, CURRENCY
+from .catalogue import CURRENCY
 from .events import Happened, key_of, order_id_of
 from .model import (
     FINAL_STATUSES,
@@ -221,6 +221,9 @@ def with_event(stored: Stored | None, happened: Happened) -> Stored:
         merged.pop("trace_id", None)
         if happened.trace_id is not None:
             merged["trace_id"] = happened.trace_id
+        merged.pop("names", None)
+        if names := _names(event):
+            merged["names"] = names
         if "reserved" not in merged["events"]:
             merged.update(_ordered(event))
     elif isinstance(event, OrderReserved):
@@ -247,10 +250,13 @@ def _ordered(event: OrderCreated | OrderReserved) -> Stored:
 
 
 def _unit_price(item: OrderItem) -> int | None:
-    if 0 < item.unit_price_minor < _MAX_AMOUNT:
-        return item.unit_price_minor
-    product = CATALOGUE.get(item.sku)
-    return None if product is None else product.unit_price
+    # The ledger says the prices of every order that keeps the rules.
+    return item.unit_price_minor if 0 < item.unit_price_minor < _MAX_AMOUNT else None
+
+
+def _names(event: OrderCreated) -> dict[str, str]:
+    """Return what the products were called, by sku, as the ledger has it."""
+    return {item.sku: shown(item.name, MAX_TEXT) for item in event.items[:MAX_ITEMS] if item.name}
 
 
 def _detail(event: Message) -> dict[str, str]:
@@ -398,12 +404,18 @@ def order_of(order_id: str, stored: Stored, revision: int) -> Order:
     if len(items) > MAX_ITEMS:
         raise ValueError(f"{len(items)} items")
     trace_id = stored.get("trace_id")
+    names: dict[str, str] = stored.get("names", {})
     return Order(
         order_id=order_id,
         status=status,
         customer_id=_text(stored.get("customer_id", "")),
         items=[
-            OrderedItem(_text(sku), _whole(quantity), None if price is None else _whole(price))
+            OrderedItem(
+                _text(sku),
+                _whole(quantity),
+                None if price is None else _whole(price),
+                _text(names.get(sku, "")),
+            )
             for sku, quantity, price in items
         ],
         total=total,

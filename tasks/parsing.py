@@ -7,7 +7,7 @@ later.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 from google.protobuf.message import DecodeError
@@ -17,6 +17,7 @@ from orders.v1.events_pb2 import OrderCreated
 from . import rules
 from .events import usable_order_id
 from .model import MAX_ID_LENGTH, MAX_ITEMS, Flaw, InvalidOrder, OrderRequest, RequestedItem
+from .products import Offered
 from .text import normalised
 
 MAX_BODY_BYTES = 1_000_000
@@ -25,11 +26,14 @@ MAX_BODY_BYTES = 1_000_000
 MAX_FLAWS = 3 * MAX_ITEMS + 20
 
 
-def parse_order_json(body: bytes, customer_id: str | None = None) -> OrderRequest:
+def parse_order_json(
+    body: bytes, customer_id: str | None = None, *, offer: Mapping[str, Offered]
+) -> OrderRequest:
     """Read `{"customer_id", "items": [{"sku", "quantity"}], "payment_token"?}`; other members are ignored.
 
     Parameters:
       customer_id: Who orders when the body does not say.
+      offer: The products that can be ordered.
 
     Raises:
       InvalidOrder: With every field that is wrong, or "body" when it is not JSON.
@@ -60,7 +64,7 @@ def parse_order_json(body: bytes, customer_id: str | None = None) -> OrderReques
             if not isinstance(item, dict):
                 flaws.add(f"items[{position}]", 'must be an object such as {"sku": "MUG-01", "quantity": 2}.')
                 continue
-            read += _item(flaws, position, item.get("sku"), item.get("quantity"))
+            read += _item(flaws, position, item.get("sku"), item.get("quantity"), offer)
     token = data.get("payment_token")
     flaws.add_broken(rules.broken_by_token(token))
     flaws.add_broken(rules.broken_by_pieces(read))
@@ -68,11 +72,14 @@ def parse_order_json(body: bytes, customer_id: str | None = None) -> OrderReques
     return OrderRequest(_name(customer), read, token)
 
 
-def parse_order_protobuf(body: bytes, customer_id: str | None = None) -> OrderRequest:
+def parse_order_protobuf(
+    body: bytes, customer_id: str | None = None, *, offer: Mapping[str, Offered]
+) -> OrderRequest:
     """Read an OrderCreated message; its order id may be empty, its prices and totals may be left out.
 
     Parameters:
       customer_id: Who orders when the message does not say.
+      offer: The products that can be ordered.
 
     Raises:
       InvalidOrder: With every field that is wrong, or "body" when it is not such a message.
@@ -92,13 +99,22 @@ def parse_order_protobuf(body: bytes, customer_id: str | None = None) -> OrderRe
     items: list[RequestedItem] = []
     if not flaws.add_broken(rules.broken_by_count(event.items)):
         for position, item in enumerate(event.items):
-            items += _item(flaws, position, item.sku, item.quantity)
+            items += _item(flaws, position, item.sku, item.quantity, offer)
     token = event.payment_token or None
     flaws.add_broken(rules.broken_by_token(token))
     flaws.add_broken(rules.broken_by_pieces(items))
-    flaws.add_broken(rules.broken_by_prices(event, needs_total=False))
+    flaws.add_broken(rules.broken_by_prices(event, offer, needs_total=False))
     flaws.check()
     return OrderRequest(_name(customer), items, token, event.order_id or None)
+
+
+def order_id_in(body: bytes) -> str | None:
+    """Return the id that an OrderCreated message chooses for its order; None without a usable one."""
+    try:
+        order_id: str = OrderCreated.FromString(body).order_id
+    except DecodeError:
+        return None
+    return order_id if usable_order_id(order_id) else None
 
 
 class _Flaws:
@@ -140,9 +156,11 @@ def _name(value: object) -> str:
     return normalised(str(value), MAX_ID_LENGTH)
 
 
-def _item(flaws: _Flaws, position: int, sku: object, quantity: object) -> list[RequestedItem]:
+def _item(
+    flaws: _Flaws, position: int, sku: object, quantity: object, offer: Mapping[str, Offered]
+) -> list[RequestedItem]:
     """Note what is wrong with an item; returns it when its pieces can be counted."""
-    flaws.add_broken(rules.broken_by_item(f"items[{position}]", sku, quantity))
+    flaws.add_broken(rules.broken_by_item(f"items[{position}]", sku, quantity, offer))
     return [RequestedItem(str(sku), quantity)] if rules.is_quantity(quantity) else []
 
 

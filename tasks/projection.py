@@ -10,6 +10,7 @@ from collections.abc import Callable
 from .announcements import Testimony
 from .events import Happened, order_id_of
 from .orders import Orders, Stored, with_event
+from .products import Catalogue
 from .stock import Stock
 
 
@@ -19,12 +20,14 @@ class Projection:
     Parameters:
       stock: The ledger.
       orders: The read model.
+      catalogue: The products and their prices.
       now: The time in milliseconds.
     """
 
-    def __init__(self, stock: Stock, orders: Orders, now: Callable[[], int]) -> None:
+    def __init__(self, stock: Stock, orders: Orders, catalogue: Catalogue, now: Callable[[], int]) -> None:
         self._stock = stock
         self._orders = orders
+        self._catalogue = catalogue
         self._now = now
 
     def project(self, happened: Happened) -> Happened | None:
@@ -35,7 +38,7 @@ class Projection:
           OrderBusy: When others kept changing the record.
         """
         testimony = Testimony(self._stock, order_id_of(happened.event), self._now)
-        confirmed = testimony.attested(happened)
+        confirmed = testimony.attested(happened, self._catalogue)
         if confirmed is not None:
             self._orders.project(confirmed)
         return confirmed

@@ -30,6 +30,7 @@ from .events import Happened, key_of, order_id_of
 from .folds import RebuildConflict
 from .orders import Stored, merge, stored_in, with_event
 from .ports import Bucket, Entry
+from .products import Catalogue
 from .projection import restated
 from .retention import Chronicle
 from .stock import Stock
@@ -65,12 +66,14 @@ class Rebuild:
         bucket: Bucket,
         stock: Stock,
         stream: Chronicle,
+        catalogue: Catalogue,
         progress: Callable[[int, int], None],
         now: Callable[[], int],
     ) -> None:
         self._bucket = bucket
         self._stock = stock
         self._stream = stream
+        self._catalogue = catalogue
         self._progress = progress
         self._now = now
         self._summary = Summary()
@@ -116,7 +119,7 @@ class Rebuild:
         record = restated(existing, testimony)
         placed = set(self._placed.get(order_id, ()))
         for one in happenings:
-            confirmed = testimony.attested(one)
+            confirmed = testimony.attested(one, self._catalogue)
             if confirmed is not None:
                 record = self._with(record, confirmed, placed)
         if record is not None and record != existing:
@@ -160,7 +163,8 @@ class Rebuild:
             if self._placed.get(entry.key):
                 continue
             stored = stored_in(entry)
-            known = None if stored is None else restated(stored, Testimony(self._stock, entry.key, self._now))
+            testimony = Testimony(self._stock, entry.key, self._now)
+            known = None if stored is None else restated(stored, testimony)
             if known is not None and self._has_beyond(known):
                 continue
             try:
@@ -187,7 +191,9 @@ def main() -> int:
             print(f"\r{done:,} of {of:,}", end="\n" if done == of else "", file=sys.stderr, flush=True)
 
     try:
-        rebuild = Rebuild(app.orders_bucket(), app.stock_store(), app.chronicle(), progress, app.now)
+        rebuild = Rebuild(
+            *(app.orders_bucket(), app.stock_store(), app.chronicle(), app.catalogue(), progress, app.now)
+        )
         print(rebuild.run())
         app.indexer().rebuild(progress)
         print("the index is made again")

@@ -13,14 +13,10 @@ from collections.abc import Sequence
 
 from dramatiq.errors import BrokerError
 
-from . import app
+from . import app, command
 from .audit import at_terminal
 from .events import isoformat
-from .numbers import whole_number
 from .stock import InvalidAdjustment
-from .text import flaw_of
-
-_MOST = 10**9
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,20 +56,6 @@ def _change(options: argparse.Namespace) -> int:
     return 0
 
 
-def _pieces(text: str) -> int:
-    pieces = whole_number(text, 0, _MOST)
-    if pieces is None:
-        raise argparse.ArgumentTypeError(f"pieces are a whole number from 0 to {_MOST}")
-    return pieces
-
-
-def _text(text: str) -> str:
-    flaw = flaw_of(text, 200)
-    if flaw is not None:
-        raise argparse.ArgumentTypeError(flaw)
-    return text
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tasks.restock", description="The stock of the products.")
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
@@ -82,13 +64,15 @@ def _parser() -> argparse.ArgumentParser:
     lists.set_defaults(run=_list)
     add = commands.add_parser("add", help="add pieces that came in")
     correct = commands.add_parser("correct", help="set the pieces that can be sold to what was counted")
-    for command in (add, correct):
-        command.add_argument("sku")
-        command.add_argument("pieces", type=_pieces)
-        command.add_argument("--id", type=_text, help="of the adjustment; repeated with it, it counts once")
-        command.set_defaults(run=_change)
-    add.add_argument("--reason", type=_text, default="restock", help="for people to read")
-    correct.add_argument("--reason", type=_text, required=True, help="for people to read")
+    for one in (add, correct):
+        one.add_argument("sku")
+        one.add_argument("pieces", type=command.pieces)
+        one.add_argument(
+            "--id", type=command.text, help="of the adjustment; repeated with it, it counts once"
+        )
+        one.set_defaults(run=_change)
+    add.add_argument("--reason", type=command.text, default="restock", help="for people to read")
+    correct.add_argument("--reason", type=command.text, required=True, help="for people to read")
     return parser
 
 

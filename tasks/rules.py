@@ -1,7 +1,8 @@
 """The rules of an order and its prices, stated once for requests and for events of other programs.
 
 A request is told every rule that it breaks (`tasks.parsing`); an event is rejected for the first one (`tasks.pricing`).
-The catalogue's prices hold. What a client says of prices and totals is only compared with them.
+The prices of what is offered hold: the catalogue at the time of the order, or what the order was placed with before.
+What a client says of prices and totals is only compared with them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Protocol, TypeGuard
 from orders.v1.events_pb2 import OrderCreated
 
 from . import money
-from .catalogue import CATALOGUE, CURRENCY
+from .catalogue import CURRENCY
 from .ledger import PricedItem
 from .model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, MAX_TOKEN_LENGTH, Flaw
+from .products import Offered
 from .text import flaw_of, normalised, shown
 
 
@@ -61,11 +63,13 @@ def broken_by_count(items: Sequence[object]) -> Iterator[BrokenRule]:
         yield BrokenRule("items", f"must have 1 to {MAX_ITEMS} items, not {len(items)}.")
 
 
-def broken_by_item(field: str, sku: object, quantity: object) -> Iterator[BrokenRule]:
-    """An item names a product of the catalogue, and a number of pieces."""
+def broken_by_item(
+    field: str, sku: object, quantity: object, offer: Mapping[str, Offered]
+) -> Iterator[BrokenRule]:
+    """An item names a product that is offered, and a number of pieces."""
     if not isinstance(sku, str) or not sku:
         yield BrokenRule(f"{field}.sku", "must be the sku of a product, as text.")
-    elif sku not in CATALOGUE:
+    elif sku not in offer:
         problem = f"names no product: there is no {_quoted(sku)} in the catalogue."
         yield BrokenRule(f"{field}.sku", problem, "UNKNOWN_SKU")
     if not is_quantity(quantity):
@@ -95,28 +99,32 @@ def broken_by_token(value: object) -> Iterator[BrokenRule]:
         yield BrokenRule("payment_token", problem)
 
 
-def broken_by_prices(event: OrderCreated, *, needs_total: bool) -> Iterator[BrokenRule]:
-    """What is stated of prices and totals is what the catalogue says, as far as it can tell the items' prices.
+def broken_by_prices(
+    event: OrderCreated, offer: Mapping[str, Offered], *, needs_total: bool
+) -> Iterator[BrokenRule]:
+    """What is stated of prices and totals is what the offer says, as far as it can tell the items' prices.
 
     Parameters:
       needs_total: Whether `total_amount` must be stated; 0 then counts as a statement.
     """
     for position, item in enumerate(event.items[:MAX_ITEMS]):
-        price = CATALOGUE[item.sku].unit_price if item.sku in CATALOGUE else item.unit_price_minor
+        price = offer[item.sku].unit_price if item.sku in offer else item.unit_price_minor
         if item.unit_price_minor not in (0, price):
             problem = f"is not the catalogue's price: {_amount(price)}, not {_amount(item.unit_price_minor)}."
             yield BrokenRule(f"items[{position}].unit_price_minor", problem, "TOTAL_MISMATCH")
     can_be_added = 1 <= len(event.items) <= MAX_ITEMS and all(
-        item.sku in CATALOGUE and is_quantity(item.quantity) for item in event.items
+        item.sku in offer and is_quantity(item.quantity) for item in event.items
     )
     if can_be_added:
-        yield from _broken_by_totals(event, needs_total)
+        yield from _broken_by_totals(event, offer, needs_total)
     if event.currency not in ("", CURRENCY):
         yield BrokenRule("currency", f"must be {CURRENCY} or left out, not {_quoted(event.currency)}.")
 
 
-def _broken_by_totals(event: OrderCreated, needs_total: bool) -> Iterator[BrokenRule]:
-    total = total_of(priced(quantities_of(event.items)))
+def _broken_by_totals(
+    event: OrderCreated, offer: Mapping[str, Offered], needs_total: bool
+) -> Iterator[BrokenRule]:
+    total = total_of(priced(quantities_of(event.items), offer))
     if needs_total or event.total_amount != 0:
         stated = money.from_float(event.total_amount, CURRENCY)
         if stated is None:
@@ -137,9 +145,9 @@ def quantities_of(items: Iterable[Item]) -> dict[str, int]:
     return quantities
 
 
-def priced(quantities: Mapping[str, int]) -> tuple[PricedItem, ...]:
-    """Return one line per sku at the catalogue's price, so that stock gives each sku in one piece."""
-    return tuple(PricedItem(sku, quantity, CATALOGUE[sku].unit_price) for sku, quantity in quantities.items())
+def priced(quantities: Mapping[str, int], offer: Mapping[str, Offered]) -> tuple[PricedItem, ...]:
+    """Return one line per sku at the price of the offer, so that stock gives each sku in one piece."""
+    return tuple(PricedItem(sku, quantity, offer[sku].unit_price) for sku, quantity in quantities.items())
 
 
 def total_of(items: Iterable[PricedItem]) -> int:

@@ -24,6 +24,7 @@ publishes, no one can know whether it was published, so it is published again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from google.protobuf.message import Message
@@ -37,13 +38,14 @@ from .events import UnusableEvent, name_of, order_id_of
 from .ledger import Record
 from .model import MAX_TEXT
 from .notes import GivenUp
-from .ports import Charge
+from .ports import Charge, Gateway, History, Publisher
 from .pricing import claimed, first_record
+from .products import Catalogue
 from .refunds import NotChargedBack, NotRefundable
 from .shipping import NotReturnable, NotShippable, Shipping
-from .stock import Found
+from .stock import Found, Stock
 from .text import shown
-from .tokens import TokenMissing, is_reference
+from .tokens import TokenMissing, Tokens, is_reference
 
 __all__ = [
     "OUTCOMES",
@@ -94,18 +96,38 @@ class Saga(Shipping):
       tokens: Keeps payment tokens until they have been used.
       publish: Stores an event.
       history: Knows which events are in the stream.
+      catalogue: The products and their prices.
       now: The time in milliseconds.
     """
 
-    def reserve(self, event: OrderCreated) -> str:
-        """Hold the order's items in stock, or reject the order; returns the state in which that leaves it."""
+    def __init__(
+        self,
+        stock: Stock,
+        gateway: Gateway,
+        tokens: Tokens,
+        publish: Publisher,
+        history: History,
+        catalogue: Catalogue,
+        now: Callable[[], int],
+    ) -> None:
+        super().__init__(stock, gateway, tokens, publish, history, now)
+        self._catalogue = catalogue
+
+    def reserve(self, event: OrderCreated, stored_at: int | None = None) -> str:
+        """Hold the order's items in stock, or reject the order; returns the state in which that leaves it.
+
+        Parameters:
+          stored_at: When the event was stored, in milliseconds, None for now; an order that is not claimed costs what
+            its products did then.
+        """
         order_id = order_id_of(event)
-        claim = claimed(self._stock.claims, order_id, event, self._now)
+        at = self._now() if stored_at is None else stored_at
+        claim = claimed(self._stock.claims, order_id, event, self._catalogue, at, self._now)
         if claim.digest != digest_of_event(event):
             raise UnusableEvent(
                 f"order id {order_id} stands for an order with other contents than this event's."
             )
-        wanted = first_record(event, self._now())
+        wanted = first_record(claim, event, self._now())
         if wanted.payment_token:
             wanted = self._with_token(order_id, wanted, event.payment_token)
         found = self._stock.open(order_id, wanted)

@@ -10,14 +10,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from dramatiq.errors import BrokerError
 
-from . import app
+from . import app, parsing
 from .accept import Acceptance
-from .catalogue import CATALOGUE, CURRENCY
+from .catalogue import CURRENCY
 from .compensation import NotCancellable
 from .idempotency import Requests
 from .ledger import BACK, WRITTEN_OFF, Chargeback
@@ -45,7 +45,6 @@ from .model import (
     Wanted,
 )
 from .numbers import whole_number
-from .parsing import parse_order_json, parse_order_protobuf
 from .refunds import NotChargedBack, NotRefundable
 from .shipping import NotReturnable, NotShippable
 
@@ -92,6 +91,8 @@ __all__ = [
     "now",
     "parse_order_json",
     "parse_order_protobuf",
+    "product_name",
+    "product_names",
     "products",
     "refund_order",
     "return_order",
@@ -120,6 +121,7 @@ def _acceptance() -> Acceptance:
     return Acceptance(
         requests,
         app.stock_store().claims,
+        app.catalogue(),
         app.orders_store(),
         app.token_store(),
         app.publish,
@@ -132,6 +134,31 @@ def _acceptance() -> Acceptance:
 @cache
 def _list() -> OrderList:
     return OrderList(app.events_stored(), app.orders_store(), app.index())
+
+
+def parse_order_json(
+    body: bytes, customer_id: str | None = None, idempotency_key: str | None = None
+) -> OrderRequest:
+    """Read an order with the products that are sold; see `tasks.parsing`.
+
+    Parameters:
+      idempotency_key: The key that the request came with: the same request, sent again, is as good as it was before.
+
+    Raises:
+      InvalidOrder: With everything that is wrong.
+    """
+    read = partial(parsing.parse_order_json, body, customer_id)
+    return _acceptance().offered(lambda offer: read(offer=offer), idempotency_key, lambda: None)
+
+
+def parse_order_protobuf(
+    body: bytes, customer_id: str | None = None, idempotency_key: str | None = None
+) -> OrderRequest:
+    """Read an order as a protobuf message; otherwise as `parse_order_json`."""
+    read = partial(parsing.parse_order_protobuf, body, customer_id)
+    return _acceptance().offered(
+        lambda offer: read(offer=offer), idempotency_key, lambda: parsing.order_id_in(body)
+    )
 
 
 def accept_order(request: OrderRequest, idempotency_key: str | None = None) -> AcceptedOrder:
@@ -268,12 +295,23 @@ def waits_for_payment(order: Order) -> bool:
 
 
 def products() -> list[Product]:
-    """Return the catalogue with what is in stock now."""
+    """Return what is sold now, in the order of the catalogue, with what is in stock."""
     levels = app.stock_store().available()
     return [
-        Product(entry.sku, entry.name, entry.unit_price, CURRENCY, levels[entry.sku], entry.category)
-        for entry in CATALOGUE.values()
+        Product(one.sku, one.name, one.unit_price, CURRENCY, levels.get(one.sku, 0), one.category)
+        for one in app.catalogue().at(app.now()).values()
     ]
+
+
+def product_names() -> dict[str, str]:
+    """Return what each product is called now, in the order of the catalogue, those that are not sold any more too."""
+    return {product.sku: product.name for product in app.catalogue().products()}
+
+
+def product_name(sku: str) -> str | None:
+    """Return what a product is called now, whether it is sold or not; None when there is none."""
+    product = app.catalogue().product(sku)
+    return None if product is None else product.name
 
 
 def wait_for_change(order_id: str, revision: int, timeout: int = 25_000) -> Order | None:

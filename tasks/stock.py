@@ -191,17 +191,24 @@ class Stock:
     def _adjust(
         self, sku: str, change: Callable[[int], int], adjustment_id: str, by: str, reason: str
     ) -> Adjustment:
-        if sku not in self.available():
+        if self.level(sku)[1] == 0 and sku not in self._initial:
             raise InvalidAdjustment(f"There is no product {sku!r}.")
         done = self._shelf(sku).adjust(adjustment_id, change, by, reason)
         if isinstance(done, Short):
             raise InvalidAdjustment(f"There are only {done.available} pieces of {sku}.")
         return done
 
+    def level(self, sku: str) -> tuple[Level, int]:
+        """Return the level of a product and its revision, 0 where it has none yet."""
+        self._take_over()
+        entry = self._bucket.get(f"{PREFIX}{sku}")
+        if entry is None:
+            return Level(self._initial.get(sku, 0)), 0
+        return Level.decode(entry.value), entry.revision
+
     def adjustments(self, sku: str) -> list[Adjustment]:
         """Return the newest adjustments of a product, oldest first."""
-        entry = self._bucket.get(f"{PREFIX}{sku}")
-        return [] if entry is None else Level.decode(entry.value).adjustments
+        return self.level(sku)[0].adjustments
 
     def release(self, order_id: str, at: int) -> Found:
         """Give back what a declined order holds, and record that; returns what is recorded then.

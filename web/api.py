@@ -1,4 +1,4 @@
-"""The HTTP API: orders in, orders out, the catalogue."""
+"""The HTTP API: orders in, orders out."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tasks.service import ANY, AcceptedOrder, InvalidOrder, Order, OrderRequest,
 from web.access import caller, needs
 from web.problems import Problem, of_flaws
 from web.queries import read_query
-from web.representation import order_json, page_json, product_json
+from web.representation import order_json, page_json
 
 blueprint = Blueprint("api", __name__)
 
 _FILTERS = ("customer", "status", "since", "until", "sku", "failure")
-_PARSERS: dict[str, Callable[[bytes, str | None], OrderRequest]] = {
+_PARSERS: dict[str, Callable[[bytes, str | None, str | None], OrderRequest]] = {
     "application/json": service.parse_order_json,
     "application/x-protobuf": service.parse_order_protobuf,
     "application/protobuf": service.parse_order_protobuf,
@@ -49,7 +49,8 @@ def place_order() -> Response:
             headers={"Accept": "application/json, application/x-protobuf"},
         )
     try:
-        order_request = parse(request.get_data(), caller().customer_id)
+        scoped = None if key is None else idempotency_key(key)
+        order_request = parse(request.get_data(), caller().customer_id, scoped)
         if flaw is not None:
             raise of_flaws("malformed-request", [flaw])
         accepted = accept(order_request, key)
@@ -83,13 +84,6 @@ def list_orders() -> Response:
         following = urlencode({**asked, "limit": query.limit, "before": page.next})
         response.headers["Link"] = f'</api/orders?{following}>; rel="next"'
     return response
-
-
-@blueprint.get("/api/products")
-@needs("order", "read")
-def list_products() -> Response:
-    """Answer the catalogue with prices and stock."""
-    return jsonify([product_json(product) for product in service.products()])
 
 
 def accept(order_request: OrderRequest, key: str | None) -> AcceptedOrder:

@@ -31,6 +31,8 @@ from web import (
     overview,
     pages,
     payments,
+    product_pages,
+    products,
     rendering,
     security,
     sign_in,
@@ -84,6 +86,8 @@ def create_app(app_settings: Settings | None = None) -> Flask:
     app.register_blueprint(webhooks.blueprint)
     app.register_blueprint(webhooks_page.blueprint)
     app.register_blueprint(erasures_page.blueprint)
+    app.register_blueprint(products.blueprint)
+    app.register_blueprint(product_pages.blueprint)
     rendering.install(app)
     sign_in.configure(app, app_settings)
     security.protect(app)

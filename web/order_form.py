@@ -19,7 +19,6 @@ from urllib.parse import quote
 from flask import Blueprint, Response, current_app, request
 
 from tasks import service
-from tasks.catalogue import CATALOGUE
 from tasks.model import MAX_ID_LENGTH, MAX_ITEMS, MAX_QUANTITY, Flaw
 from tasks.numbers import whole_number
 from tasks.service import InvalidOrder, Product
@@ -50,7 +49,7 @@ TEST_CARDS: Final = (
 # Which symbols static/products.svg has; it is asked by the first part of the sku.
 PICTURES: Final = frozenset({"mug", "tee", "note", "bag", "lamp", "kettle", "chair", "print"})
 _SUBMISSION: Final = re.compile(r"[A-Za-z0-9_-]{16,64}", re.ASCII)
-_ITEM_FIELD: Final = re.compile(r"items\[(\d+)\]")
+_ITEM_FIELD: Final = re.compile(r"items\[(\d+)\](?:\.(\w+))?")
 _MAX_SEARCH: Final = 64
 
 
@@ -62,6 +61,8 @@ class Form:
     customer_id: str = ""
     payment_token: str = ""
     quantities: dict[str, str] = field(default_factory=dict)
+    # What products cost in the form that was sent, as text.
+    prices: dict[str, str] = field(default_factory=dict)
     # From the id of the form's control to what is wrong with it; "" is the form as a whole.
     errors: dict[str, str] = field(default_factory=dict)
     search: str = ""
@@ -138,14 +139,16 @@ def place_order() -> Response:
         body["payment_token"] = form.payment_token
     key = f"form-{form.submission}"
     try:
-        order = service.parse_order_json(json.dumps(body).encode())
+        order = service.parse_order_json(json.dumps(body).encode(), None, idempotency_key(key))
     except InvalidOrder as error:
         for flaw in error.flaws:
             control, text = _for_people(flaw, items)
             form.errors.setdefault(control, text)
     # One who sends an order again is shown that order, although it took the last pieces.
-    if (short := _short(form, products)) and not service.was_placed(idempotency_key(key)):
-        form.errors |= {control: text for control, text in short.items() if control not in form.errors}
+    if (wrong := _short(form, products) | _repriced(form, products)) and not service.was_placed(
+        idempotency_key(key)
+    ):
+        form.errors |= {control: text for control, text in wrong.items() if control not in form.errors}
     if form.errors:
         return _form_page(form, products, 422)
     try:
@@ -237,6 +240,17 @@ def _short(form: Form, products: list[Product]) -> dict[str, str]:
     }
 
 
+def _repriced(form: Form, products: list[Product]) -> dict[str, str]:
+    """Return for each control with a product whose price is not the one that was shown what to say about it."""
+    return {
+        f"quantity-{product.sku}": f"{product.name} now costs {formats().money(product.unit_price, product.currency)}. "
+        "Place the order again if that is all right."
+        for product in products
+        if form.is_chosen(product.sku)
+        and form.prices.get(product.sku, str(product.unit_price)) != str(product.unit_price)
+    }
+
+
 def _total(form: Form, products: list[Product]) -> tuple[int, str]:
     """Return what the chosen products cost together, and in which currency."""
     total = sum(form.quantity(product.sku) * product.unit_price for product in products)
@@ -254,6 +268,9 @@ def _read_form(data: Mapping[str, str]) -> Form:
             for name, text in data.items()
             if name.startswith("quantity-")
         },
+        prices={
+            name.removeprefix("price-"): text for name, text in data.items() if name.startswith("price-")
+        },
         search=data.get("search", "").strip()[:_MAX_SEARCH],
         # A button that was pressed says where to go; hidden fields say where one is.
         category=data.get("show", data.get("showing", "")),
@@ -266,10 +283,13 @@ def _for_people(flaw: Flaw, items: list[dict[str, Any]]) -> tuple[str, str]:
     number = formats().number
     if match := _ITEM_FIELD.match(flaw.field):
         sku = items[int(match[1])]["sku"]
-        product = CATALOGUE.get(sku)
-        if product is None:
-            return "products", "One of the products is not sold here any more. Choose from the list."
-        return f"quantity-{sku}", f"{product.name}: enter a whole number from 1 to {number(MAX_QUANTITY)}."
+        name = service.product_name(sku)
+        if name is None or match[2] == "sku":
+            return (
+                "products",
+                f"{name or 'One of the products'} is not sold here any more. Choose from the list.",
+            )
+        return f"quantity-{sku}", f"{name}: enter a whole number from 1 to {number(MAX_QUANTITY)}."
     match flaw.field:
         case "customer_id" if flaw.problem.startswith("must be text"):
             return "customer_id", f"Enter a customer id of 1 to {MAX_ID_LENGTH} characters."

@@ -13,7 +13,6 @@ from urllib.parse import quote, urlencode
 from flask import Blueprint, Response, request
 
 from tasks import service
-from tasks.catalogue import CATALOGUE
 from tasks.events import usable_order_id
 from tasks.model import MAX_ID_LENGTH, STATUSES
 from tasks.service import Order
@@ -70,7 +69,7 @@ def list_orders() -> Response:
         asked=asked,
         errors=errors,
         statuses=STATUSES,
-        products=CATALOGUE.values(),
+        products=service.product_names(),
         address=_address,
         exported=_exported,
         **shown,

@@ -9,10 +9,10 @@ from typing import Final
 
 from flask import Blueprint, Response, request
 
-from tasks import app
+from tasks import app, service
 from tasks.catalogue import CURRENCY
 from tasks.figures import Numbers, Span
-from web import charts, words
+from web import charts
 from web.access import caller, needs
 from web.charts import Series
 from web.formats import formats
@@ -54,7 +54,13 @@ def show() -> Response:
         total=total,
         charts=_charts(spans, by_hour),
         sold=[
-            (words.product_name(sku), sku, pieces, amount, charts.share(amount, highest))
+            (
+                service.product_name(sku) or "Unknown product",
+                sku,
+                pieces,
+                amount,
+                charts.share(amount, highest),
+            )
             for sku, pieces, amount in sold[:BEST]
         ],
         seconds=_seconds,

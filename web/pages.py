@@ -7,6 +7,7 @@ moves on by itself (without them the order page asks again every two seconds unt
 from __future__ import annotations
 
 import secrets
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -69,7 +70,7 @@ def docs() -> Response:
 def _context(order: Order) -> dict[str, Any]:
     return {
         "order": order,
-        "product_name": words.product_name,
+        "product_name": partial(words.product_name, order),
         "steps": words.steps(order),
         "history": sorted([*words.history(order), *webhooks_page.lines_of(order)], key=lambda line: line.at),
         "reason": words.reason(order),

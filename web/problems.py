@@ -111,10 +111,13 @@ KINDS: dict[str, Kind] = {
         Kind("invalid-webhook", 422, "The webhook is not valid", "Correct the fields named in errors."),
         Kind("invalid-order", 422, "The order is not valid", "Correct the fields named in errors."),
         Kind(
+            "invalid-product", 422, "The product is not valid", "Correct the fields or lines named in errors."
+        ),
+        Kind(
             "idempotency-key-reused",
             422,
-            "The Idempotency-Key was used for another order",
-            "Use a new one for a new order.",
+            "The Idempotency-Key was used for something else",
+            "Use a new one for a new order or change.",
         ),
         Kind(
             "too-many-requests", 429, "Too many requests", "Send the request again after Retry-After seconds."

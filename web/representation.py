@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
+from tasks.catalogue import CURRENCY
+from tasks.events import isoformat
 from tasks.money import to_float
+from tasks.product_files import RowDone, RowError
+from tasks.products import StoredProduct
 from tasks.service import HistoryEntry, Order, Page, Product, waits_for_payment
 from web import words
 
@@ -28,6 +33,7 @@ def order_json(order: Order, *, causes: bool = True) -> dict[str, Any]:
         "items": [
             {
                 "sku": line.sku,
+                **({"name": line.name} if line.name else {}),
                 "quantity": line.quantity,
                 "unit_price": None if line.unit_price is None else to_float(line.unit_price, order.currency),
             }
@@ -69,4 +75,32 @@ def product_json(product: Product) -> dict[str, Any]:
         "unit_price_minor": product.unit_price,
         "currency": product.currency,
         "stock": product.stock,
+    }
+
+
+def stored_product_json(product: StoredProduct, stock: int, now: int) -> dict[str, Any]:
+    """Return a product as the API answers it to operators: with all its prices, sold or not."""
+    price = product.price_at(now)
+    return {
+        "sku": product.sku,
+        "name": product.name,
+        "category": product.category,
+        "unit_price": None if price is None else to_float(price, CURRENCY),
+        "unit_price_minor": price,
+        "currency": CURRENCY,
+        "stock": stock,
+        "prices": [{"from": isoformat(one.since), "unit_price_minor": one.amount} for one in product.prices],
+    }
+
+
+def import_json(rows: Iterable[RowDone], errors: Iterable[RowError], *, dry_run: bool) -> dict[str, Any]:
+    """Return what an import did, or would do, as the API answers it."""
+    return {
+        "dry_run": dry_run,
+        "rows": [
+            {"line": row.line, "sku": row.sku, "change": row.what, "repeated": row.repeated} for row in rows
+        ],
+        "errors": [
+            {"field": f"line {error.line}.{error.column}", "problem": error.problem} for error in errors
+        ],
     }

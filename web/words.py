@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from tasks.catalogue import CATALOGUE
+from tasks import service
 from tasks.service import HistoryEntry, Order, waits_for_payment
 from web.formats import formats
 
@@ -128,10 +128,10 @@ def status_sentence(order: Order) -> str:
     return _WAITING if waits_for_payment(order) else _SENTENCE[order.status]
 
 
-def product_name(sku: str) -> str:
-    """Return what a product is called."""
-    product = CATALOGUE.get(sku)
-    return "Unknown product" if product is None else product.name
+def product_name(order: Order, sku: str) -> str:
+    """Return what a product was called when it was ordered."""
+    placed = next((line.name for line in order.items if line.sku == sku and line.name), None)
+    return placed or service.product_name(sku) or "Unknown product"
 
 
 def left(stock: int) -> str:
@@ -183,7 +183,7 @@ def reason(order: Order) -> str | None:
         failed = (entry for entry in order.history if entry.event == "failed")
         return " ".join(dict.fromkeys(map(failure, failed)))
     last = next((entry for entry in reversed(order.history) if entry.event == order.status), None)
-    return None if order.reason is None or last is None else _why(last)
+    return None if order.reason is None or last is None else _why(order, last)
 
 
 def failure(entry: HistoryEntry) -> str:
@@ -210,16 +210,16 @@ def _detail(order: Order, entry: HistoryEntry) -> str:
         amount = formats().money(int(entry.detail["amount_minor"]), order.currency)
         return ": ".join(part for part in (amount, entry.detail.get("reason", "")) if part)
     if entry.event == "cancel_requested":
-        why = _why(entry)
+        why = _why(order, entry)
         return f"{_BY.get(entry.detail.get('by', ''), '')}{f': {why}' if why else ''}"
     if entry.event == "failed":
         text = failure(entry)
     else:
-        text = _why(entry) if "reason" in entry.detail else ""
+        text = _why(order, entry) if "reason" in entry.detail else ""
     return "" if text == reason(order) else text
 
 
-def _why(entry: HistoryEntry) -> str:
+def _why(order: Order, entry: HistoryEntry) -> str:
     """Return the reason of an event: products by their names, and nothing about the fields of programs."""
     text = entry.detail.get("reason", "")
     match entry.detail.get("code"):
@@ -227,7 +227,7 @@ def _why(entry: HistoryEntry) -> str:
             short = _SHORT.fullmatch(text)
             if short is None:
                 return "There is less in stock than was ordered."
-            return too_many(product_name(short[2]), int(short[1]), int(short[3]))
+            return too_many(product_name(order, short[2]), int(short[1]), int(short[3]))
         case "invalid" | "unknown_sku" | "total_mismatch":
             return "The order could not be carried out as the program that placed it had written it."
     return text[:1].upper() + text[1:]

@@ -15,6 +15,7 @@ from tasks.claims import Claim, customer_of
 from tasks.events import Happened, isoformat, key_of, name_of, order_id_of
 from tasks.model import Order
 from tasks.orders import with_event
+from tasks.products import Catalogue
 from tasks.stock import Stock
 
 from .deliveries import PENDING, TRIED_MS, Deliveries, Delivery, delivery_id
@@ -35,6 +36,7 @@ class Announcer:
 
     Parameters:
       stock: The ledger.
+      catalogue: The products and their prices.
       directory: The webhooks.
       deliveries: Where deliveries are kept.
       find_order: Returns an order of the read model.
@@ -45,6 +47,7 @@ class Announcer:
     def __init__(
         self,
         stock: Stock,
+        catalogue: Catalogue,
         directory: Directory,
         deliveries: Deliveries,
         find_order: Callable[[str], Order | None],
@@ -52,6 +55,7 @@ class Announcer:
         now: Callable[[], int],
     ) -> None:
         self._stock = stock
+        self._catalogue = catalogue
         self._directory = directory
         self._deliveries = deliveries
         self._find_order = find_order
@@ -67,7 +71,7 @@ class Announcer:
             return 0
         order_id = order_id_of(happened.event)
         testimony = Testimony(self._stock, order_id, self._now)
-        confirmed = testimony.attested(happened)
+        confirmed = testimony.attested(happened, self._catalogue)
         if confirmed is None:
             return 0
         customer_id = self._customer(order_id, testimony.claim, confirmed.event)

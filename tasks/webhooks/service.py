@@ -76,7 +76,9 @@ def sender() -> Sender:
 @cache
 def announcer() -> Announcer:
     """Return what makes the deliveries of an event."""
-    return Announcer(app.stock_store(), directory(), deliveries(), app.orders_store().get, _send, app.now)
+    return Announcer(
+        app.stock_store(), app.catalogue(), directory(), deliveries(), app.orders_store().get, _send, app.now
+    )
 
 
 def send_again(subscription: Subscription, delivery_id: str) -> Delivery | None:

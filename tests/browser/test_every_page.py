@@ -52,6 +52,9 @@ def test_every_page_is_accessible(
         "audit": f"{service.url}/admin/audit",
         "wrong-audit": f"{service.url}/admin/audit?kind=x",
         "erasures": f"{service.url}/admin/erasures",
+        "products": f"{service.url}/admin/products",
+        "product": f"{service.url}/admin/products/LAMP-01",
+        "product-import": f"{service.url}/admin/product-import",
         "error": f"{service.url}/nothing-here",
     }
     context = browser.new_context(

@@ -30,6 +30,7 @@ from tasks.model import (
     RequestedItem,
 )
 from tasks.orders import Orders
+from tasks.products import Catalogue
 from tasks.projection import Projection
 from tasks.stock import Stock
 from tasks.tokens import Tokens, reference
@@ -66,14 +67,17 @@ class Front:
         requests = Requests(broker.bucket("requests", ttl=60_000), lease=LEASE, now=clock)
         stock = Stock(broker.bucket("stock"), {}, clock)
         self.orders = Orders(broker.bucket("orders"))
-        projection = Projection(stock, self.orders, clock)
+        catalogue = Catalogue(broker.bucket("stock")).load()
+        projection = Projection(stock, self.orders, catalogue, clock)
 
         def project(place: int) -> Happened | None:
             return projection.project(Happened(stream.published[place - 1], place, 1_000))
 
         self.tokens = Tokens(broker.bucket("tokens"), [Fernet.generate_key().decode()], ttl=60_000)
         self.acceptance = Acceptance(
-            requests, stock.claims, self.orders, self.tokens, stream, project, timeout=2_000, now=clock
+            *(requests, stock.claims, catalogue, self.orders, self.tokens, stream, project),
+            timeout=2_000,
+            now=clock,
         )
 
     def accept(self, key: str | None, quantity: int = 1, **members: str) -> tuple[str, bool]:

@@ -43,7 +43,7 @@ class Stream(Events):
 
 def counting(service: Service, bucket: FakeBucket, first: int = 1) -> Counting:
     orders = Orders(service.orders_bucket)
-    projection = Projection(service.stock(), orders, service.now)
+    projection = Projection(service.stock(), orders, service.catalogue, service.now)
     stream = Stream(service, first)
     return Counting(bucket, stream, orders, projection.project, lambda: 10_000_000)  # type: ignore[arg-type]
 

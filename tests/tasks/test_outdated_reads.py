@@ -12,6 +12,7 @@ from orders.v1.events_pb2 import OrderDeclined, OrderPaid, OrderReserved
 from tasks.events import UnusableEvent, name_of
 from tasks.ledger import Record
 from tasks.orders import Orders
+from tasks.products import Catalogue
 from tasks.saga import Saga
 from tasks.stock import Stock
 from tests.tasks.fakes import FakeBucket, FakeEntry, FakeGateway, FakeStream, fake_tokens
@@ -46,13 +47,16 @@ class Service:
         self.bucket, self.gateway, self.stream = Deposed(), FakeGateway(), FakeStream()
         self.clock = itertools.count(1_000)
         self.tokens = fake_tokens()
+        self.catalogue = Catalogue(FakeBucket()).load()
         self.saga().reserve(created("o-1", [("MUG-01", 2)], token))
 
     def saga(self) -> Saga:
         """The steps in a process that remembers nothing."""
         now: Callable[[], int] = lambda: next(self.clock)  # noqa: E731
         stock = Stock(self.bucket, INITIAL, now)
-        return Saga(stock, self.gateway, self.tokens, self.stream, Orders(FakeBucket()), now)
+        return Saga(
+            *(stock, self.gateway, self.tokens, self.stream, Orders(FakeBucket()), self.catalogue, now)
+        )
 
     @property
     def record(self) -> FakeEntry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,10 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orders.v1.events_pb2 import OrderCreated, OrderItem
+from tasks import parsing
 from tasks.model import InvalidOrder, OrderRequest, RequestedItem
-from tasks.parsing import check_customer_id, parse_order_json, parse_order_protobuf
+from tasks.parsing import check_customer_id
+from tasks.products import Offer, first_products
 
 Parse = Callable[..., OrderRequest]
+
+OFFER = Offer(first_products(), 0)
+parse_order_json = partial(parsing.parse_order_json, offer=OFFER)
+parse_order_protobuf = partial(parsing.parse_order_protobuf, offer=OFFER)
 
 
 def body(**members: Any) -> bytes:

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from orders.v1.events_pb2 import OrderCreated, OrderItem
 from tasks import money
-from tasks.pricing import first_record
+from tasks.ledger import Record
+from tasks.pricing import claim_of_event, first_record
+from tasks.products import Offer, first_products
 
 minor_units = st.integers(-(10**12), 10**12)
 
@@ -57,7 +59,12 @@ def event(**members: Any) -> OrderCreated:
 
 def test_a_name_is_kept_in_one_form() -> None:
     """The event of another program may have it decomposed, or with joiners."""
-    assert first_record(event(customer_id="Zoe\u0308 👩\u200d🚀"), 1_000).customer_id == "Zoë 👩\u200d🚀"
+    assert record_of(event(customer_id="Zoe\u0308 👩\u200d🚀")).customer_id == "Zoë 👩\u200d🚀"
+
+
+def record_of(event: OrderCreated) -> Record:
+    """Return the first record of an event that was stored while the first prices held."""
+    return first_record(claim_of_event(event, Offer(first_products(), 1_000), 1_000), event, 1_000)
 
 
 def mugs(quantity: int, **members: Any) -> list[OrderItem]:
@@ -95,7 +102,7 @@ BAD: dict[str, tuple[OrderCreated, str, str]] = {
 @pytest.mark.parametrize(("bad", "code", "reason"), BAD.values(), ids=BAD.keys())
 def test_bad_order_is_rejected_with_its_reason(bad: OrderCreated, code: str, reason: str) -> None:
     """An event that breaks a rule becomes a rejection that says which, in a text of bounded length."""
-    record = first_record(bad, 1_000)
+    record = record_of(bad)
     assert (record.state, record.code) == ("rejected", code)
     assert reason in record.reason
     assert len(record.reason) < 300
@@ -103,8 +110,8 @@ def test_bad_order_is_rejected_with_its_reason(bad: OrderCreated, code: str, rea
 
 def test_good_order_is_priced_by_the_catalogue() -> None:
     """Fields 1 to 4 are enough; a sku that stands twice is one line."""
-    record = first_record(
-        event(items=[*mugs(2), OrderItem(sku="TEE-01", quantity=1), *mugs(1)], total_amount=63.2), 1_000
+    record = record_of(
+        event(items=[*mugs(2), OrderItem(sku="TEE-01", quantity=1), *mugs(1)], total_amount=63.2)
     )
     assert record.state == "held"
     assert [(line.sku, line.quantity, line.unit_price) for line in record.lines] == [
@@ -123,4 +130,4 @@ def test_no_bytes_crash_the_first_step(data: bytes) -> None:
         decoded = OrderCreated.FromString(data)
     except DecodeError:
         return
-    assert first_record(decoded, 1_000).state in ("held", "rejected")
+    assert record_of(decoded).state in ("held", "rejected")

@@ -59,6 +59,7 @@ def rebuild(service: Service) -> Summary:
         service.orders_bucket,
         service.stock(),
         Events(service),  # type: ignore[arg-type]
+        service.catalogue,
         lambda done, of: None,
         service.now,
     ).run()

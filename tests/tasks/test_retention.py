@@ -130,6 +130,7 @@ class Shop:
             self.service.orders_bucket,
             self.service.stock(),
             chronicle,
+            self.service.catalogue,
             lambda done, of: None,
             self.service.now,
         ).run()

@@ -39,6 +39,7 @@ from tasks.ledger import WRITTEN_OFF, Record
 from tasks.levels import GIVEN_BACK, PREFIX, TAKEN, Level
 from tasks.orders import Orders, merge
 from tasks.pricing import claimed
+from tasks.products import Catalogue
 from tasks.projection import Projection
 from tasks.saga import Saga
 from tasks.stock import RecordBehind, Stock
@@ -98,6 +99,7 @@ class Service:
         self.orders_bucket = FakeBucket(self.world.pause)
         self.gateway = FakeGateway(self.world.pause)
         self.tokens = fake_tokens()
+        self.catalogue = Catalogue(FakeBucket()).load()
         self.stream = FakeStream(self.world.pause, window=window)
         # Two processes; each remembers what it saw and wrote.
         self.projectors = itertools.cycle([Orders(self.orders_bucket), Orders(self.orders_bucket)])
@@ -117,12 +119,18 @@ class Service:
 
     def saga(self) -> Saga:
         return Saga(
-            self.stock(), self.gateway, self.tokens, self.stream, Orders(self.orders_bucket), self.now
+            *(self.stock(), self.gateway, self.tokens, self.stream, Orders(self.orders_bucket)),
+            self.catalogue,
+            self.now,
         )
+
+    def claim(self, event: OrderCreated) -> None:
+        """Claim an order's id, as the front end does."""
+        claimed(self.stock().claims, event.order_id, event, self.catalogue, 1_000, self.now)
 
     def project(self, stored: FakeStored) -> None:
         """Add an event to the read model, as a worker does."""
-        projection = Projection(self.stock(), next(self.projectors), self.now)
+        projection = Projection(self.stock(), next(self.projectors), self.catalogue, self.now)
         projection.project(Happened(stored.event, stored.sequence, 1_000 + stored.sequence))
 
     def step(self, name: str, stored: FakeStored) -> None:
@@ -290,7 +298,7 @@ def test_books_balance_under_any_schedule(
     service = Service(window=window, sweep_after=sweep_after)
     for number, (items, token) in enumerate(orders):
         event = created(f"o-{number}", items, token)
-        claimed(service.stock().claims, event.order_id, event, service.now)  # as the front end does
+        service.claim(event)
         service.stream.append(event)
     service.deliver_new()
     while service.running or service.pending:

@@ -21,7 +21,12 @@ def test_an_order_is_accepted_and_then_confirmed(service: Stack) -> None:
     assert answer.headers["Location"] == f"/api/orders/{accepted['order_id']}"
     assert accepted["status"] == "accepted"
     assert accepted["customer_id"] == "c-42"
-    assert accepted["items"][0] == {"sku": "MUG-01", "quantity": 2, "unit_price": 12.9}
+    assert accepted["items"][0] == {
+        "sku": "MUG-01",
+        "name": "Enamel mug",
+        "quantity": 2,
+        "unit_price": 12.9,
+    }
     assert (accepted["total_amount"], accepted["total_minor"], accepted["currency"]) == (45.79, 4579, "EUR")
 
     order = service.final(accepted["order_id"])

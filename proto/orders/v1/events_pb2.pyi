@@ -35,14 +35,16 @@ RETURNED_STOCK_BACK: ReturnedStock
 RETURNED_STOCK_WRITTEN_OFF: ReturnedStock
 
 class OrderItem(_message.Message):
-    __slots__ = ("sku", "quantity", "unit_price_minor")
+    __slots__ = ("sku", "quantity", "unit_price_minor", "name")
     SKU_FIELD_NUMBER: _ClassVar[int]
     QUANTITY_FIELD_NUMBER: _ClassVar[int]
     UNIT_PRICE_MINOR_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     sku: str
     quantity: int
     unit_price_minor: int
-    def __init__(self, sku: _Optional[str] = ..., quantity: _Optional[int] = ..., unit_price_minor: _Optional[int] = ...) -> None: ...
+    name: str
+    def __init__(self, sku: _Optional[str] = ..., quantity: _Optional[int] = ..., unit_price_minor: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
 
 class OrderCreated(_message.Message):
     __slots__ = ("order_id", "customer_id", "items", "total_amount", "total_minor", "currency", "created_at", "payment_token")
