@@ -243,7 +243,7 @@ async def _server(js: JetStreamContext) -> Server:
             # One that was due just now is no backlog.
             stored = stored if len(stored) > 3 else []
         labels |= {m["label"] for m in stored}
-        waiting += [f"{m['actor']} {m['label']} in {queue}" for m in stored]
+        waiting += [f"{m['actor']} {m['label']} in {queue}, on {m['subject']}" for m in stored]
         await _consumers(js, stream, consumers)
     for info in await _consumers(js, EVENTS, consumers):
         if unsettled := (info.num_pending or 0) + (info.num_ack_pending or 0):
