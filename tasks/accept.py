@@ -21,6 +21,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Final, Protocol, TypeVar
 
@@ -43,7 +44,15 @@ _LEAST: Final = 200
 #: The fields that are right or wrong by what is offered.
 _OFFERED: Final = re.compile(r"\.sku$|\.unit_price_minor$|^total_")
 
-T = TypeVar("T")
+
+class Ordered(Protocol):
+    """What was read of a request, which says whose it is."""
+
+    @property
+    def customer_id(self) -> str: ...
+
+
+T = TypeVar("T", bound=Ordered)
 
 
 class Orders(Protocol):
@@ -116,7 +125,7 @@ class Acceptance:
 
         What seems wrong with one is looked at again with the catalogue as it is stored. One that claimed its order
         before is read with what it was claimed with, so that a change of the catalogue makes no request wrong that is
-        sent again.
+        sent again. What another customer's order was claimed with counts for no request, and so no answer tells of it.
 
         Parameters:
           read: Raises InvalidOrder for a request that is wrong.
@@ -131,7 +140,12 @@ class Acceptance:
             offer: Mapping[str, Offered] = self._catalogue.at(self._now())
             known = order_id() or (idempotency_key and self._requests.order_of(f"key:{idempotency_key}"))
             claim = self._claims.find(known) if known else None
-            return read(offer if claim is None else {**offer, **claim.offer})
+            if claim is not None and claim.customer_id:
+                with suppress(InvalidOrder):
+                    again = read({**offer, **claim.offer})
+                    if again.customer_id == claim.customer_id:
+                        return again
+            return read(offer)
 
     def was_placed(self, idempotency_key: str) -> bool:
         """Whether a request with this key has placed an order."""

@@ -41,7 +41,15 @@ _NAME: Final = "figures"
 USED: Final = f"{_NAME}.position"
 
 #: The events that count.
-_COUNTED: Final = (OrderCreated, OrderConfirmed, OrderRejected, OrderFailed, OrderCancelled, OrderRefunded)
+_COUNTED: Final = (
+    OrderCreated,
+    OrderConfirmed,
+    OrderRejected,
+    OrderFailed,
+    OrderCancelled,
+    OrderRefunded,
+    OrderChargedBack,
+)
 
 #: How many events make a batch.
 _EVENTS: Final = 500

@@ -16,7 +16,7 @@ from .ledger import Chargeback
 
 
 class Entry(Protocol):
-    """The value of a key, and the revision that the bucket gave it."""
+    """The value of a key, the revision that the bucket gave it, and when (milliseconds since 1970)."""
 
     @property
     def key(self) -> str: ...
@@ -24,6 +24,8 @@ class Entry(Protocol):
     def value(self) -> bytes: ...
     @property
     def revision(self) -> int: ...
+    @property
+    def created(self) -> int: ...
 
 
 class Bucket(Protocol):

@@ -177,6 +177,8 @@ class Catalogue:
         self._bucket = bucket
         # Replaced as a whole, so that readers need no lock.
         self._products: dict[str, StoredProduct] = {}
+        # By sku, when the entry was stored that is known, and its revision.
+        self._read: dict[str, tuple[int, int]] = {}
         self._newest = 0
         self._lock = threading.Lock()
 
@@ -210,24 +212,30 @@ class Catalogue:
         self._newest = newest
 
     def heard(self, entry: Entry) -> None:
-        """Take note of a product as it is stored now; for a watch. What cannot be read, or is gone, changes nothing."""
+        """Take note of a product as it is stored; for a watch. What cannot be read, or is gone, changes nothing."""
         self._note([entry])
 
     def _note(self, entries: Iterable[Entry]) -> None:
+        """Take note of entries, unless what is known is newer: a watch and a read may cross.
+
+        A store that was made again counts its revisions from the beginning. There a later time tells what is newer.
+        """
         changed: dict[str, StoredProduct] = {}
-        for entry in entries:
-            sku = entry.key.removeprefix(PREFIX)
-            if not entry.value:
-                continue
-            try:
-                product = StoredProduct.decode(sku, entry.value)
-            except (ValueError, TypeError, LookupError) as error:
-                logger.warning("Product %s cannot be read (%s); it stays as it was known.", sku, error)
-                continue
-            if product != self._products.get(sku):
-                changed[sku] = product
-        if changed:
-            with self._lock:
+        with self._lock:
+            for entry in entries:
+                sku = entry.key.removeprefix(PREFIX)
+                created, revision = self._read.get(sku, (0, 0))
+                if not entry.value or (entry.revision < revision and entry.created <= created):
+                    continue
+                try:
+                    product = StoredProduct.decode(sku, entry.value)
+                except (ValueError, TypeError, LookupError) as error:
+                    logger.warning("Product %s cannot be read (%s); it stays as it was known.", sku, error)
+                    continue
+                self._read[sku] = entry.created, entry.revision
+                if product != self._products.get(sku):
+                    changed[sku] = product
+            if changed:
                 self._products = {**self._products, **changed}
 
     def at(self, moment: int) -> Offer:

@@ -33,6 +33,7 @@ class FakeEntry:
     key: str
     value: bytes
     revision: int
+    created: int = 0
 
 
 def up_to_date() -> int:

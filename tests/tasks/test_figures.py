@@ -15,6 +15,7 @@ from dramatiq_jetstream.streams import Range, StoredMessage
 from orders.v1.events_pb2 import OrderCreated, OrderItem
 from tasks.catalogue import CATALOGUE
 from tasks.figures import Counting, Figures, Numbers
+from tasks.ledger import Chargeback
 from tasks.orders import Orders
 from tasks.projection import Projection
 from tests.tasks.fakes import FakeBucket
@@ -157,3 +158,14 @@ def test_times_are_a_tenth_too_long_at_most(times: list[int], share: float) -> N
     told = numbers.within(share)
     assert told is not None
     assert real * 0.999 <= told <= real * 1.101
+
+
+def test_what_the_bank_took_back_counts_as_refunded() -> None:
+    """Once, however often its event is repeated."""
+    service, bucket = shop(3), FakeBucket()
+    service.saga().charge_back("o-0", "ch_o-0", Chargeback("cb-1", 300, service.now(), "fraud"))
+    service.stream.append(service.stream.stored[-1].event)
+    service.deliver_new()
+    service.finish()
+    counting(service, bucket).advance()
+    assert whole(bucket)[0].refunded == 300

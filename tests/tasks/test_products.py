@@ -12,6 +12,7 @@ import pytest
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.testing import NatsServer
 from orders.v1.events_pb2 import OrderCreated, OrderItem
+from tasks.accept import Acceptance
 from tasks.assortment import (
     MAX_CHANGES,
     Assortment,
@@ -24,12 +25,16 @@ from tasks.assortment import (
 from tasks.audit import Act, Who
 from tasks.catalogue import CATALOGUE
 from tasks.claims import Claims
+from tasks.idempotency import Requests
+from tasks.model import InvalidOrder, OrderRequest
+from tasks.orders import Orders
+from tasks.parsing import parse_order_protobuf
 from tasks.pricing import claimed, first_record
 from tasks.product_files import InvalidFile, ProductFile, RowDone
 from tasks.products import MARK, PREFIX, Catalogue, StoredProduct
 from tasks.stock import Stock
 from tests.support.polling import eventually
-from tests.tasks.fakes import FakeBucket
+from tests.tasks.fakes import FakeBucket, FakeEntry, fake_tokens
 
 NOW = 1_700_000_000_000
 INITIAL = {sku: one.initial_stock for sku, one in CATALOGUE.items()}
@@ -263,6 +268,43 @@ def test_a_change_that_was_not_heard_of_costs_no_order(store: Store) -> None:
     claims, placed = Claims(store.bucket), event(("CUP-01", 1), ("MUG-01", 1), total=25.0)
     claim = claimed(claims, "o-1", placed, worker.catalogue, NOW, worker.now)
     assert claim.total == 2_500
+
+
+def test_an_older_state_takes_nothing_back(store: Store) -> None:
+    """A watch tells of a change after a read has shown the next one; of a store that was made again all is newer."""
+    old = store.bucket.entries[f"{PREFIX}MUG-01"]
+    store.change("MUG-01", price=2_000)
+    store.catalogue.heard(old)
+    assert store.price("MUG-01") == 2_000
+    store.catalogue.heard(FakeEntry(old.key, old.value, 1, created=1))
+    assert store.price("MUG-01") == CATALOGUE["MUG-01"].unit_price
+
+
+def test_an_order_tells_nothing_of_the_one_whose_id_it_names(store: Store) -> None:
+    """It is read with what is sold now; the same customer's own is read with what it was placed with."""
+    claims, placed = Claims(store.bucket), event(("TEE-01", 1), total=24.5)
+    claimed(claims, "o-1", placed, store.catalogue, NOW, store.now)
+    store.at += 1
+    store.change("TEE-01", withdrawn=True)
+    requests = Requests(FakeBucket(), lease=1_000, now=store.now)
+    acceptance = Acceptance(
+        *(requests, claims, store.catalogue, Orders(FakeBucket()), fake_tokens()),
+        *(lambda *_, **__: 0, lambda _: None),
+        timeout=1_000,
+        now=store.now,
+    )
+
+    def read(customer_id: str) -> OrderRequest:
+        return acceptance.offered(
+            lambda offer: parse_order_protobuf(placed.SerializeToString(), customer_id, offer=offer),
+            None,
+            lambda: "o-1",
+        )
+
+    assert read("c-1").items[0].sku == "TEE-01"
+    placed.customer_id = "c-2"
+    with pytest.raises(InvalidOrder, match="TEE-01"):
+        read("c-2")
 
 
 # Files
