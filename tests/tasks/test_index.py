@@ -100,7 +100,8 @@ def test_a_list_that_is_split_while_it_is_read_loses_nothing(seed: int) -> None:
     found: list[int] = []
     for posting in newest(bucket, 1, "sku.x", 1_000):
         found.append(posting.place)
-        put([others.pop(chance.randrange(len(others))) for _ in range(chance.randrange(4))])
+        more = min(chance.randrange(4), len(others))
+        put([others.pop(chance.randrange(len(others))) for _ in range(more)])
     assert found == sorted(set(found), reverse=True)
     assert set(there) <= set(found)
 

@@ -62,6 +62,8 @@ def test_every_address_of_the_api_is_in_the_table() -> None:
     listed = set(re.findall(r"`?(?:GET|POST)? ?(/[a-z/.{}]*)[`?]", README))
     served = {
         rule.rule.replace("<path:order_id>", "{id}")
+        .replace("<path:sku>", "{sku}")
+        .replace("<path:since>", "{since}")
         for rule in create_app(Settings(access="open", host="127.0.0.1")).url_map.iter_rules()
         if rule.rule.startswith(("/api", "/health", "/metrics", "/openapi", "/docs"))
         # What belongs to one subscription is on the page of webhooks, to which the table leads.
