@@ -26,7 +26,7 @@ _DAY_MS: Final = 86_400_000
 SCOPE_TEXT: Final = {
     "order": "place orders",
     "read": "see all orders and the metrics",
-    "operate": "both, and the detail of the health page",
+    "operate": "both, and change orders (cancel, ship, refund), products, stock and webhooks",
     "admin": "everything, this page too",
 }
 
