@@ -1,4 +1,4 @@
-"""Makes the deliveries of an event: one for each webhook that wants it, in the ledger's words."""
+"""Makes the deliveries of an event: one for each webhook that wants it, in the ledger's words; and sends them again."""
 
 from __future__ import annotations
 
@@ -123,6 +123,21 @@ class Announcer:
             body=json.dumps(body, separators=(",", ":")),
             until=self._now() + TRIED_MS,
         )
+
+
+def send_again(
+    deliveries: Deliveries, subscription: Subscription, delivery_id: str, send: Send, now: int
+) -> Delivery | None:
+    """Send a delivery once more, whatever came of it; returns it, None when there is none.
+
+    The message is stored first, and begins the run if this ends before it does.
+    """
+    delivery = deliveries.find(subscription.id, delivery_id)
+    if delivery is None:
+        return None
+    run = max(delivery.run + 1, now)
+    send(lane_of(subscription), subscription.id, delivery_id, run)
+    return deliveries.change(subscription.id, delivery_id, lambda one: one.begin_again(run, now))
 
 
 def lane_of(subscription: Subscription) -> str:

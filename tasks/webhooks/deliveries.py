@@ -5,7 +5,8 @@ The parts are digests, so a key names no person, and the delivery's id follows f
 event makes the same delivery, however often and by whichever process it is seen. Every change is a compare-and-set.
 An entry goes `KEPT_MS` after its last change.
 
-A delivery has *runs*: sending it again begins another. A message carries its run, and one of an older run does nothing.
+A delivery has *runs*: sending it again begins another. A message carries its run. One of an older run does nothing, one
+of a newer run begins it, so a run that was asked for is never without a message, whoever is killed.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Delivery:
       body: What is sent, each time the same.
       state: `pending`, `delivered` or `failed`.
       reason: Why no request was sent, when it failed so.
-      run: How often it was begun anew by a person.
+      run: 0 for the first run, else when a person asked for it; a later one has a higher number.
       until: When it is given up.
       next_at: When it is tried next, if it is pending.
       tries: How many requests this run has sent.
@@ -105,9 +106,11 @@ class Delivery:
         """The newest attempt."""
         return self.attempts[-1] if self.attempts else None
 
-    def begin_again(self, now: int) -> None:
-        """Begin another run."""
-        self.run += 1
+    def begin_again(self, run: int, now: int) -> None:
+        """Begin another run, unless it was begun already, or a newer one."""
+        if run <= self.run:
+            return
+        self.run = run
         self.state, self.reason = PENDING, ""
         self.until, self.next_at, self.tries = now + TRIED_MS, 0, 0
 

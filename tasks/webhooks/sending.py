@@ -79,10 +79,12 @@ class Sender:
 
     def run(self, webhook_id: str, delivery_id: str, run: int) -> int | None:
         """Try a delivery once; returns after how many milliseconds to call this again, None when that is not needed."""
+        now = self._now()
         delivery = self._deliveries.find(webhook_id, delivery_id)
+        if delivery is not None and delivery.run < run:
+            delivery = self._deliveries.change(webhook_id, delivery_id, lambda one: one.begin_again(run, now))
         if delivery is None or delivery.state != PENDING or delivery.run != run:
             return None
-        now = self._now()
         if now < delivery.next_at:
             return delivery.next_at - now
         subscription = self._subscriptions.find(webhook_id)

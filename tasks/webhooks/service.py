@@ -8,7 +8,8 @@ from dramatiq_jetstream.kv import Bucket
 from tasks import app, metrics
 from tasks.model import Order
 
-from .announcing import Announcer, lane_of
+from . import announcing
+from .announcing import Announcer
 from .deliveries import Deliveries, Delivery
 from .health import Health
 from .posting import post
@@ -83,12 +84,7 @@ def announcer() -> Announcer:
 
 def send_again(subscription: Subscription, delivery_id: str) -> Delivery | None:
     """Send a delivery once more, whatever came of it; returns it, None when there is none."""
-    begun = deliveries().change(
-        subscription.id, delivery_id, lambda delivery: delivery.begin_again(app.now())
-    )
-    if begun is not None:
-        _send(lane_of(subscription), subscription.id, begun.id, begun.run)
-    return begun
+    return announcing.send_again(deliveries(), subscription, delivery_id, _send, app.now())
 
 
 def deliveries_of(order: Order, customer_id: str | None) -> list[Delivery]:

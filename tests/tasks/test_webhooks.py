@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from cryptography.fernet import Fernet
 from standardwebhooks.webhooks import Webhook
 
+from tasks.webhooks.announcing import send_again
 from tasks.webhooks.deliveries import DELIVERED, FAILED, PENDING, TRIED_MS, Deliveries, Delivery, delivery_id
 from tasks.webhooks.health import DISABLED_AFTER_MS, MAX_REST_MS, RESTS_AFTER, Health
 from tasks.webhooks.posting import Answer, NotAnswered
@@ -46,6 +48,8 @@ class Fixture:
         self.answers: Callable[[], Answer] = lambda: Answer(200, "thanks")
         self.sent: list[tuple[bytes, dict[str, str]]] = []
         self.outcomes: list[str] = []
+        self.runs: list[int] = []
+        self.effects_left: float = math.inf
         self.sender = Sender(
             self.subscriptions,
             self.deliveries,
@@ -81,6 +85,28 @@ class Fixture:
 
     def run(self, webhook_id: str, named: str, run: int = 0) -> int | None:
         return self.sender.run(webhook_id, named, run)
+
+    def send_again(self, webhook_id: str, named: str) -> Delivery | None:
+        """Send a delivery again, in a process that dies when no effects are left."""
+
+        def effect() -> None:
+            self.effects_left -= 1
+            if self.effects_left < 0:
+                raise Killed
+
+        def send(lane: str, webhook_id: str, delivery_id: str, run: int) -> None:
+            effect()
+            self.runs.append(run)
+
+        class Dying(Deliveries):
+            def change(self, *args: Any) -> Delivery | None:
+                effect()
+                return super().change(*args)
+
+        found = self.subscriptions.find(webhook_id)
+        assert found is not None
+        deliveries = Dying(self.log, "deliveries", lambda subject, **_: iter(()))
+        return send_again(deliveries, found, named, send, self.time)
 
     def state(self, webhook_id: str, named: str) -> Delivery:
         found = self.deliveries.find(webhook_id, named)
@@ -328,14 +354,41 @@ def test_a_delivery_is_sent_again(it: Fixture) -> None:
     named = it.delivery(webhook_id)
     it.answers = refuses(500)
     it.run(webhook_id, named)
-    begun = it.deliveries.change(webhook_id, named, lambda one: one.begin_again(it.time))
+    begun = it.send_again(webhook_id, named)
     assert begun is not None
-    assert (begun.state, begun.run) == (PENDING, 1)
+    assert (begun.state, [begun.run]) == (PENDING, it.runs)
     assert it.run(webhook_id, named, run=0) is None
     it.answers = refuses(200)
-    assert it.run(webhook_id, named, run=1) is None
+    assert it.run(webhook_id, named, run=begun.run) is None
     delivery = it.state(webhook_id, named)
     assert (delivery.state, [one.status for one in delivery.attempts]) == (DELIVERED, [500, 200])
+
+
+@pytest.mark.parametrize("effects", [0, 1])
+def test_a_process_that_dies_while_it_sends_again_stops_no_delivery(it: Fixture, effects: int) -> None:
+    """Killed before the message is stored, or between it and the delivery: one message goes on, and one only."""
+    webhook_id, _ = it.webhook()
+    named = it.delivery(webhook_id)
+    it.answers = refuses(500)
+    it.run(webhook_id, named)
+    it.effects_left = effects
+    with pytest.raises(Killed):
+        it.send_again(webhook_id, named)
+    it.time += 60_000
+    waits = [it.run(webhook_id, named, run) for run in [*it.runs, 0]]
+    assert [wait is not None for wait in waits] == ([True, False] if effects else [True])
+    assert len(it.sent) == 2
+
+
+def test_a_delivery_that_is_sent_again_twice_at_once_has_one_run(it: Fixture) -> None:
+    """The later request counts, whichever message comes first."""
+    webhook_id, _ = it.webhook()
+    named = it.delivery(webhook_id)
+    it.answers = refuses(500)
+    for run in (it.time + 1, it.time + 2):
+        assert it.run(webhook_id, named, run) is not None
+    assert it.run(webhook_id, named, it.time + 1) is None
+    assert len(it.sent) == 2
 
 
 def test_a_delivery_that_was_sent_again_meanwhile_goes_on(it: Fixture) -> None:
@@ -344,13 +397,13 @@ def test_a_delivery_that_was_sent_again_meanwhile_goes_on(it: Fixture) -> None:
     named = it.delivery(webhook_id)
 
     def again() -> Answer:
-        it.deliveries.change(webhook_id, named, lambda one: one.begin_again(it.time))
+        it.send_again(webhook_id, named)
         return Answer(500, "late")
 
     it.answers = again
     assert it.run(webhook_id, named) is None
     delivery = it.state(webhook_id, named)
-    assert (delivery.state, delivery.run, delivery.next_at) == (PENDING, 1, 0)
+    assert (delivery.state, delivery.run, delivery.next_at) == (PENDING, it.runs[0], 0)
 
 
 def test_nothing_is_left_in_a_webhook_that_was_removed(it: Fixture) -> None:
