@@ -25,6 +25,7 @@ from typing import Final
 
 from google.protobuf.message import Message
 
+from . import money
 from .announcements import charged_back_event, event_of, refund_requested_event, refunded_event
 from .events import UnusableEvent, key_of, order_id_of
 from .gateway import UnusableAnswer
@@ -100,8 +101,9 @@ class Refunds:
                 break
             wanted = record.refundable if amount is None else amount
             if not 0 < wanted <= record.refundable:
+                left = money.to_text(record.refundable, record.currency)
                 raise NotRefundable(
-                    f"Of order {order_id} {record.refundable} minor units can be refunded, not {wanted}."
+                    f"Of order {order_id} {left} can be refunded, not {money.to_text(wanted, record.currency)}."
                 )
             self._stock.notes.unsettle(order_id, self._now(), self._now())
             owing = record.owing(Refund(key, wanted, self._now(), reason))

@@ -12,9 +12,8 @@ from urllib.parse import quote
 
 from flask import Blueprint, Response, current_app, request
 
-from tasks import service
+from tasks import money, service
 from tasks.model import MAX_ID_LENGTH, MAX_TEXT, Flaw
-from tasks.numbers import whole_number
 from web.access import caller, needs
 from web.acts import recorded
 from web.api import find_order, idempotency_key, read_key
@@ -95,11 +94,10 @@ def cancel_by_page(order_id: str) -> Response:
 @needs("operate")
 def refund_by_page(order_id: str) -> Response:
     """Take the refund form of an order's page; a form that is sent twice refunds once."""
-    find_order(order_id)
-    text = _field("amount_minor", 20).strip()
-    amount = whole_number(text, 1, 2**53) if text else None
-    if text and amount is None:
-        raise of_flaws("malformed-request", [Flaw("amount_minor", "must be a whole number of cents.")])
+    currency = find_order(order_id).currency
+    amount = money.from_text(_field("amount", 20), currency)
+    if not amount:
+        raise of_flaws("malformed-request", [Flaw("amount", "must be an amount such as 12.90.")])
     _refund(order_id, idempotency_key(f"form-{_field('submission', 64)}"), amount, _field("reason", MAX_TEXT))
     return _to_page(order_id)
 

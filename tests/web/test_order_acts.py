@@ -67,6 +67,18 @@ def test_a_refund_in_parts(service: Stack) -> None:
     assert refunds(service, order_id) == [300, 990]
 
 
+def test_the_form_of_a_refund_takes_an_amount_of_money(service: Stack) -> None:
+    """It is written as prices are, and nothing goes back unless one is given."""
+    order_id = confirmed(service)
+    for amount in ("", "0", "five", "5,00", "-1", "1.234"):
+        refused = service.post(f"/orders/{order_id}/refund", data={"amount": amount, "submission": "s-1"})
+        assert refused.status_code == 400
+    for _ in range(2):
+        sent = service.post(f"/orders/{order_id}/refund", data={"amount": "5.5", "submission": "s-1"})
+        assert sent.status_code == 200
+    eventually(lambda: refunds(service, order_id) == [550], timeout=60)
+
+
 def test_the_buttons_of_the_page(service: Stack) -> None:
     """A person cancels an order by its page's form."""
     order_id = confirmed(service)
