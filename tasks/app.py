@@ -376,7 +376,6 @@ def retention() -> Retention:
     return Retention(
         found,
         events_stored(),
-        stock_store(),
         stock_bucket(),
         orders_store(),
         orders_bucket(),

@@ -16,6 +16,11 @@ def claim_key(order_id: str) -> str:
     return f"claim.{order_id}"
 
 
+def record_key(order_id: str) -> str:
+    """Return the key of the record of an order."""
+    return f"order.{order_id}"
+
+
 def entries_of(bucket: Bucket, order_id: str) -> Mapping[str, Entry]:
     """Return the entries of an order by key."""
     keys = [f"{kind}.{order_id}" for kind in KINDS]

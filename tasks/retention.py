@@ -18,7 +18,7 @@ A closed claim stays, so that no event that comes again, and no request, begins 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -28,13 +28,13 @@ from dramatiq_jetstream.streams import Range, StoredMessage
 
 from .archive import Archive, ArchiveBroken, ArchivedOrder, Segment
 from .claims import Claim
-from .entries import claim_key, entries_of
+from .entries import claim_key, entries_of, record_key
 from .erased import ErasedOrders
 from .events import Happened, order_id_of
+from .ledger import Record
 from .model import Order
 from .orders import Orders
-from .ports import Bucket
-from .stock import Stock
+from .ports import Bucket, Entry
 from .stream import EventStream, merged, read_stored
 
 #: The key that says how far the stream is archived, in the bucket of the stock.
@@ -73,7 +73,7 @@ class Retention:
 
     Parameters:
       stream: The events.
-      stock, stock_bucket: The ledger.
+      stock_bucket: The ledger.
       orders, orders_bucket: The read model.
       erased: The orders whose customers were erased.
       forget: Takes orders out of the index of the read model.
@@ -85,7 +85,6 @@ class Retention:
         self,
         archive: Archive,
         stream: EventStream,
-        stock: Stock,
         stock_bucket: Bucket,
         orders: Orders,
         orders_bucket: Bucket,
@@ -97,7 +96,6 @@ class Retention:
     ) -> None:
         self.archive = archive
         self._stream = stream
-        self._stock = stock
         self._stock_bucket = stock_bucket
         self._orders = orders
         self._orders_bucket = orders_bucket
@@ -215,41 +213,53 @@ class Retention:
         order_id = order_id_of(happened.event)
         if order_id in stretch.newest:
             return ""
-        claim, found = self._stock.claims.find(order_id), self._stock.find(order_id)
-        if (claim is None and found is None) or (claim is not None and claim.is_archived):
-            return ""  # no order of this service, or one that left before
+        entries = entries_of(self._stock_bucket, order_id)
+        claim = entries.get(claim_key(order_id))
+        if claim is None and record_key(order_id) not in entries:
+            return ""  # no order of this service
+        if claim is not None and Claim.decode(claim.value).is_archived:
+            return ""  # one that left before
         order = self._orders.get(order_id)
         if order is None:
             return f"order {order_id} is not in the read model, see `python -m tasks.rebuild`"
-        if not order.is_final:
-            return f"order {order_id} is {order.status}"
-        if self._stock.notes.find_unsettled(order_id) is not None:
-            return f"money of order {order_id} may have to go back"
+        if unfinished := _unfinished(order, entries):
+            return unfinished
         stretch.newest[order_id] = max(entry.sequence for entry in order.history)
+        stretch.entries[order_id] = entries
         return ""
 
     def _ending(self, stretch: _Stretch, last: int) -> Iterator[ArchivedOrder]:
-        """Yield the orders of which no event is left behind a place, as they are now."""
-        ending = [order_id for order_id, newest in stretch.newest.items() if newest <= last]
-        for order_id in dict.fromkeys([*ending, *self._without_events(last)]):
-            entries = entries_of(self._stock_bucket, order_id)
-            record = self._orders_bucket.get(order_id)
-            yield ArchivedOrder(
-                order_id,
-                {key: entry.value.decode() for key, entry in entries.items()},
-                None if record is None else record.value.decode(),
-            )
+        """Yield the orders of which no event is left behind a place, as they were when they were found to be over.
 
-    def _without_events(self, last: int) -> Iterator[str]:
-        """Yield the orders that have no event in the stream and whose time is over: restored ones, and erased ones."""
+        One that was changed since stays: its refund or cancel was accepted a moment ago.
+        """
+        ending = {key: stretch.entries[key] for key, newest in stretch.newest.items() if newest <= last}
+        for order_id, found in {**dict(self._without_events(last)), **ending}.items():
+            record = self._orders_bucket.get(order_id)
+            entries = entries_of(self._stock_bucket, order_id)
+            if _revisions(entries) == _revisions(found):
+                yield ArchivedOrder(
+                    order_id,
+                    {key: entry.value.decode() for key, entry in entries.items()},
+                    None if record is None else record.value.decode(),
+                )
+
+    def _without_events(self, last: int) -> Iterator[tuple[str, Mapping[str, Entry]]]:
+        """Yield the orders that have no event in the stream and whose time is over, with their entries: restored ones,
+        and erased ones.
+        """
         oldest = self._now() - self._keep
         restored = self._stock_bucket.items("restored.")
         ids = [one.key.partition(".")[2] for one in restored if json.loads(one.value)["at"] < oldest]
         ids += [one.order_id for one in self._erased.all() if one.newest <= last and one.ended_at < oldest]
         for order_id in ids:
+            # The entries first: what changes while the rest is looked at makes them outdated.
+            entries = entries_of(self._stock_bucket, order_id)
             order = self._orders.get(order_id)
-            if order is not None and order.is_final and max(one.sequence for one in order.history) <= last:
-                yield order_id
+            if order is None or _unfinished(order, entries):
+                continue
+            if max(one.sequence for one in order.history) <= last:
+                yield order_id, entries
 
     # Leaving
 
@@ -349,12 +359,32 @@ class Retention:
 
 
 class _Stretch:
-    """Events that may leave, for each order in them the place of its newest event, and what stopped the stretch."""
+    """Events that may leave, and what stopped the stretch. For each order in them: the place of its newest event, and
+    its entries from before it was found to be over.
+    """
 
     def __init__(self) -> None:
         self.events: list[StoredMessage] = []
         self.newest: dict[str, int] = {}
+        self.entries: dict[str, Mapping[str, Entry]] = {}
         self.held_by = ""
+
+
+def _unfinished(order: Order, entries: Mapping[str, Entry]) -> str:
+    """Return why an order is not over; empty when it is."""
+    order_id = order.order_id
+    if not order.is_final:
+        return f"order {order_id} is {order.status}"
+    if f"refund.{order_id}" in entries:
+        return f"money of order {order_id} may have to go back"
+    record = entries.get(record_key(order_id))
+    if f"cancel.{order_id}" in entries and record and Record.decode(record.value).state == "confirmed":
+        return f"order {order_id} is to be cancelled"
+    return ""
+
+
+def _revisions(entries: Mapping[str, Entry]) -> Mapping[str, int]:
+    return {key: entry.revision for key, entry in entries.items()}
 
 
 def find_mark(bucket: Bucket) -> Mark | None:

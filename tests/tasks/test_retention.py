@@ -24,6 +24,7 @@ from tasks.entries import KINDS
 from tasks.erased import ErasedOrders
 from tasks.erasure import Erasure, Job
 from tasks.events import Happened, order_id_of, subject_of
+from tasks.ledger import Chargeback
 from tasks.orders import Orders
 from tasks.rebuild import Rebuild
 from tasks.retention import MARK, Chronicle, Retention, find_mark
@@ -110,7 +111,6 @@ class Shop:
         return Retention(
             Archive(self.directory),
             self.events,  # type: ignore[arg-type]
-            self.service.stock(),
             self.service.stock_bucket,
             Orders(self.service.orders_bucket),
             self.service.orders_bucket,
@@ -224,16 +224,21 @@ def refund(shop: Shop, order_id: str, changed: set[str]) -> None:
     try:
         shop.service.saga().request_refund(order_id, "part", 100, "late")
         changed.add(order_id)
-        shop.service.deliver_new()
-        while shop.service.pending:
-            step, stored = shop.service.pending.pop(0)
-            if step == "project":
-                shop.service.project(stored)
-            else:
-                shop.service.step(step, stored)
-            shop.service.deliver_new()
+        work(shop)
     finally:
         shop.service.world._current = current
+
+
+def work(shop: Shop) -> None:
+    """Do what was published, as workers do."""
+    shop.service.deliver_new()
+    while shop.service.pending:
+        step, stored = shop.service.pending.pop(0)
+        if step == "project":
+            shop.service.project(stored)
+        else:
+            shop.service.step(step, stored)
+        shop.service.deliver_new()
 
 
 def check(shop: Shop) -> None:
@@ -274,6 +279,72 @@ def test_an_order_that_is_changed_while_it_leaves_stays(
     assert shop.ledger().keys() == {"claim.o-0", "claim.o-1"}
     list(shop.retention().restore(["o-0"]))
     assert [one.amount for one in shop.service.records()["o-0"].refunds] == [100]
+
+
+@pytest.mark.parametrize("what", ["refund", "cancel", "chargeback", "return"])
+@pytest.mark.parametrize("restored", [False, True])
+def test_what_was_just_accepted_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, restored: bool
+) -> None:
+    """An order that is to be refunded, cancelled or returned since the run looked at it stays until that is done."""
+    shop = Shop(tmp_path, 1)
+    service = shop.service
+    if what == "return":
+        service.saga().request_shipment("o-0")
+        work(shop)
+    later = shop.retention()
+    if restored:
+        shop.retention().run()
+        list(shop.retention().restore(["o-0"]))
+        shop.place("o-9")
+        service.finish()
+        later = shop.retention()
+        now = later._now
+        later._now = lambda: now() + 10 * DAY
+    # The run has found that the order is over, and goes on from there.
+    looker, name = (later._orders, "get") if restored else (later, "_next")
+    look, accepted = getattr(looker, name), []
+
+    def looked(argument: Any) -> Any:
+        found = look(argument)
+        if not accepted:
+            accepted.append(accept(service, what))
+        return found
+
+    monkeypatch.setattr(looker, name, looked)
+    later.run()
+    assert accepted
+    assert "order.o-0" in shop.ledger()
+    assert "o-0" in shop.records()
+    work(shop)
+    assert (Orders(service.orders_bucket).get("o-0").status, service.gateway.refunds) == {  # type: ignore[union-attr]
+        "refund": ("confirmed", {"o-0.part": ("ch_o-0", 100)}),
+        "cancel": ("cancelled", {"o-0.cancel": ("ch_o-0", 1290)}),
+        "chargeback": ("confirmed", {}),
+        "return": ("returned", {"o-0.return": ("ch_o-0", 1290)}),
+    }[what]
+
+
+def accept(service: Service, what: str) -> int | None:
+    match what:
+        case "refund":
+            return service.saga().request_refund("o-0", "part", 100, "late")
+        case "cancel":
+            return service.saga().request_cancel("o-0", "customer")
+        case "chargeback":
+            return service.saga().charge_back("o-0", "ch_o-0", Chargeback("cb-1", 100, service.now()))
+        case _:
+            return service.saga().request_return("o-0", "back")
+
+
+def test_a_cancel_that_was_accepted_holds_the_rest(tmp_path: Path) -> None:
+    """The read model does not show it yet."""
+    shop = Shop(tmp_path, 1)
+    shop.service.saga().request_cancel("o-0", "customer")
+    assert shop.retention().run().held_by == "order o-0 is to be cancelled"
+    work(shop)
+    assert shop.retention().run().held_by == ""
+    assert shop.ledger().keys() == {"claim.o-0"}
 
 
 def test_what_stays_is_said(tmp_path: Path) -> None:
