@@ -287,6 +287,11 @@ class Retention:
         there = entries_of(bucket, order_id)
         claim = there.get(claim_key(order_id))
         was_closed = claim is not None and Claim.decode(claim.value).is_archived
+        record = there.get(record_key(order_id))
+        if was_closed and record is None and record_key(order_id) in archived.entries:
+            # A run was killed when it had deleted the record.
+            self._take_rest(order_id)
+            return True
         others = {key: entry for key, entry in there.items() if key != claim_key(order_id)}
         changed = [key for key, entry in others.items() if archived.entries.get(key) != entry.value.decode()]
         if was_closed and changed and claim is not None:
@@ -302,16 +307,26 @@ class Retention:
             revision = bucket.update(claim.key, closed, revision=claim.revision)
         else:
             revision = 0 if claim is None else claim.revision
-        # The record of the order first: from here on it cannot be changed any more.
-        for key in sorted(others, key=lambda key: not key.startswith("order.")):
+        if record is not None:
             try:
-                bucket.delete(key, revision=others[key].revision)
+                bucket.delete(record.key, revision=record.revision)
             except RevisionConflict:
                 if claim is not None:
                     bucket.update(claim.key, archived.entries[claim.key].encode(), revision=revision)
                 return False
-        self._orders_bucket.delete(order_id)
+        self._take_rest(order_id)
         return True
+
+    def _take_rest(self, order_id: str) -> None:
+        """Delete what stands beside the record of an order.
+
+        Without a record nothing can be decided of the order, so what was noted meanwhile goes as well. Nothing brings
+        the record back but `restore`, which does not run now.
+        """
+        for key in entries_of(self._stock_bucket, order_id):
+            if key != claim_key(order_id):
+                self._stock_bucket.delete(key)
+        self._orders_bucket.delete(order_id)
 
     # Coming back
 
@@ -319,20 +334,22 @@ class Retention:
         """Bring orders back from the archive, to be read, refunded and so on; yields the ids of those that are back.
 
         They stay for as long as new ones. Their events stay in the archive. Killed at any moment, it may be repeated.
+        No run and no erasure changes the archive meanwhile.
 
         Parameters:
           wanted: Which; None is all of them.
 
         Raises:
-          ArchiveBroken: When the archive is not whole; what was yielded before is back.
+          ArchiveBroken: When the archive is not whole, or used by another process; what was yielded before is back.
         """
         ids = None if wanted is None else set(wanted)
-        # One that was archived twice is as it was archived last.
-        newest = {one.order_id: place for place, one in enumerate(self.archive.orders())}
-        for place, archived in enumerate(self.archive.orders()):
-            is_wanted = ids is None or archived.order_id in ids
-            if is_wanted and newest[archived.order_id] == place and self._bring_back(archived):
-                yield archived.order_id
+        with self.archive.alone():
+            # One that was archived twice is as it was archived last.
+            newest = {one.order_id: place for place, one in enumerate(self.archive.orders())}
+            for place, archived in enumerate(self.archive.orders()):
+                is_wanted = ids is None or archived.order_id in ids
+                if is_wanted and newest[archived.order_id] == place and self._bring_back(archived):
+                    yield archived.order_id
 
     def _bring_back(self, archived: ArchivedOrder) -> bool:
         order_id = archived.order_id

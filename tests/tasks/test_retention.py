@@ -25,6 +25,7 @@ from tasks.erased import ErasedOrders
 from tasks.erasure import Erasure, Job
 from tasks.events import Happened, order_id_of, subject_of
 from tasks.ledger import Chargeback
+from tasks.notes import GivenUp
 from tasks.orders import Orders
 from tasks.rebuild import Rebuild
 from tasks.retention import MARK, Chronicle, Retention, find_mark
@@ -412,6 +413,57 @@ def test_a_restored_order_leaves_again(tmp_path: Path) -> None:
     shop.service.finish()
     assert retention.run().orders == 2
     assert shop.ledger().keys() == {f"claim.o-{number}" for number in (0, 1, 9, 10)}
+
+
+def test_no_order_comes_back_while_a_run_takes_it_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be half there: open, and without its record."""
+    shop = Shop(tmp_path, 1)
+    bucket = shop.service.stock_bucket
+    delete, refused = bucket.delete, []
+
+    def deleting(key: str, **options: Any) -> None:
+        if key == "order.o-0":
+            with pytest.raises(ArchiveBroken, match="Another process is changing the archive"):
+                list(shop.retention().restore(["o-0"]))
+            refused.append(key)
+        delete(key, **options)
+
+    monkeypatch.setattr(bucket, "delete", deleting)
+    assert shop.retention().run().orders == 1
+    assert refused
+    assert shop.ledger().keys() == {"claim.o-0"}
+    assert list(shop.retention().restore(["o-0"])) == ["o-0"]
+    assert "order.o-0" in shop.ledger()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_is_noted_of_an_order_without_its_record_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """Its claim stays closed: an open one without a record would have the order begin again."""
+    shop = Shop(tmp_path, 1)
+    bucket, notes = shop.service.stock_bucket, shop.service.stock().notes
+    notes.give_up("o-0", "pay", GivenUp(1, "the gateway is down", "m-1"))
+    delete = bucket.delete
+
+    def deleting(key: str, **options: Any) -> None:
+        delete(key, **options)
+        if key == "order.o-0":
+            notes.give_up("o-0", "refund", GivenUp(2, "the gateway is down", "m-2"))
+            if killed:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(bucket, "delete", deleting)
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            shop.retention().run()
+    shop.retention().run()
+    assert shop.ledger().keys() == {"claim.o-0"}
+    assert Claim.decode(shop.ledger()["claim.o-0"]).is_archived
+    assert shop.records() == {}
+    assert list(shop.retention().restore(["o-0"])) == ["o-0"]
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "line", "missing", "first", "last"])
