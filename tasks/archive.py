@@ -53,6 +53,10 @@ class ArchiveBroken(Exception):
     """The archive cannot be used as it is; the message says what is wrong and where."""
 
 
+class ArchiveBusy(ArchiveBroken):
+    """Another process changes the archive; trying again later is safe."""
+
+
 @dataclass(frozen=True, slots=True)
 class ArchivedOrder:
     """What was known of an order: its entries in the bucket of the stock by key, and its record in the read model."""
@@ -120,7 +124,8 @@ class Archive:
         """Keep other processes of this machine from changing the archive meanwhile.
 
         Raises:
-          ArchiveBroken: When one does so now, or the directory cannot be used.
+          ArchiveBusy: When one does so now.
+          ArchiveBroken: When the directory cannot be used.
         """
         try:
             lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -133,7 +138,7 @@ class Archive:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ArchiveBroken(
+                raise ArchiveBusy(
                     f"Another process is changing the archive in {self.directory}: try again when it is done."
                 ) from None
             for left_over in self.directory.glob(".*.part"):

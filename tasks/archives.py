@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dramatiq.errors import BrokerError
 
 from . import app
-from .archive import ArchiveBroken
+from .archive import ArchiveBroken, ArchiveBusy
 from .audit import at_terminal
 from .events import usable_order_id
 
@@ -41,13 +41,22 @@ def _run(options: argparse.Namespace) -> int:
         print("Orders stay where they are: RETENTION_DAYS is not set.", file=sys.stderr)
         return 1
     while True:
-        with app.audit_log().record("archive.run", app.SETTINGS.archive_dir or "", at_terminal()) as act:
-            summary = app.retention().run()
-            act.detail.update(events=str(summary.events), orders=str(summary.orders), held_by=summary.held_by)
-        print(summary, flush=True)
+        try:
+            _run_once()
+        except ArchiveBusy as busy:
+            if options.every is None:
+                raise
+            print(busy, file=sys.stderr, flush=True)
         if options.every is None:
             return 0
         threading.Event().wait(options.every * 60)
+
+
+def _run_once() -> None:
+    with app.audit_log().record("archive.run", app.SETTINGS.archive_dir or "", at_terminal()) as act:
+        summary = app.retention().run()
+        act.detail.update(events=str(summary.events), orders=str(summary.orders), held_by=summary.held_by)
+    print(summary, flush=True)
 
 
 def _verify(_: argparse.Namespace) -> int:

@@ -10,8 +10,9 @@ about to take away, takes it away, and counts it; then it looks again, until the
 any moment and carried on by any process, and its counts are right all the same. When all kinds are done it looks at all
 of them once more. Then the name goes from the job, and what is left of it is the certificate.
 
-No erasure begins while an order of the customer is under way, or money of one may have to go back: the service needs
-the name for that, and what it wrote would come after the erasure.
+No erasure begins, and none goes on, while an order of the customer is under way, or money of one may have to go back:
+the service needs the name for that, and what it wrote would come after the erasure. Nor does one go on while a run of
+the archive, or a restore, is under way, and none of these begins before the erasure stops.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Final
@@ -194,8 +195,9 @@ class Erasure:
         """Carry an erasure out, from wherever it is; returns it with its certificate.
 
         Raises:
-          NotErasable: When there is none, or what is about the customer keeps coming.
-          ArchiveBroken: When the archive cannot be used.
+          NotErasable: When there is none, an order of the customer is under way, or what is about the customer keeps
+            coming.
+          ArchiveBroken: When the archive cannot be used, or is changed by another process.
         """
         job = self.find(certificate)
         if job is None:
@@ -203,6 +205,19 @@ class Erasure:
         if job.is_done:
             return job
         self._wait_for_consumers()
+        # A run of the archive would write what it read before the erasure into a new file behind it.
+        with nullcontext() if self._archive is None else self._archive.alone():
+            self._take_all(job)
+        customer_id = job.customer_id
+        self._indexer.forget_customer(
+            customer_id, lambda order_id: self._is_theirs_now(customer_id, order_id)
+        )
+        job.customer_id, job.stage, job.finished_at = "", "", self._now()
+        self._save(job)
+        return job
+
+    def _take_all(self, job: Job) -> None:
+        """Take away what there is of every kind, until there is nothing."""
         stages = self._stages()
         if job.doomed:
             begun = [stage for stage in stages if stage.name == job.stage]
@@ -211,16 +226,8 @@ class Erasure:
             self._take_away(job, begun[0])
         for _ in range(_ROUNDS):
             if not sum([self._clear(job, stage) for stage in stages]):
-                break
-        else:
-            raise NotErasable(f"What is about the customer kept coming: run erasure {job.id} again.")
-        customer_id = job.customer_id
-        self._indexer.forget_customer(
-            customer_id, lambda order_id: self._is_theirs_now(customer_id, order_id)
-        )
-        job.customer_id, job.stage, job.finished_at = "", "", self._now()
-        self._save(job)
-        return job
+                return
+        raise NotErasable(f"What is about the customer kept coming: run erasure {job.id} again.")
 
     def _wait_for_consumers(self) -> None:
         """Wait until what was stored before is settled, so that each consumer has had what is removed."""
@@ -266,7 +273,7 @@ class Erasure:
 
     def _stages(self) -> list[_Stage]:
         stages = [
-            _Stage("orders", self._their_orders, self._make_anonymous),
+            _Stage("orders", self._orders_over, self._make_anonymous),
             _Stage("events", self._their_events, lambda _, place: self._erase_event(place)),
         ]
         for name, key, find in (
@@ -294,11 +301,26 @@ class Erasure:
         return stages
 
     def _under_way(self, job: Job) -> Iterator[str]:
+        return (order_id for order_id in self._their_orders(job) if not self._is_over(order_id))
+
+    def _is_over(self, order_id: str) -> bool:
+        order = self._orders.get(order_id)
+        settled = self._stock.notes.find_unsettled(order_id) is None
+        return order is not None and order.is_final and settled
+
+    def _orders_over(self, job: Job) -> Iterator[str]:
+        """Yield their orders.
+
+        Raises:
+          NotErasable: When one is under way: it was claimed before the erasure was asked for, and published since.
+        """
         for order_id in self._their_orders(job):
-            order = self._orders.get(order_id)
-            settled = self._stock.notes.find_unsettled(order_id) is None
-            if order is None or not order.is_final or not settled:
-                yield order_id
+            if not self._is_over(order_id):
+                raise NotErasable(
+                    f"Order {order_id} is under way. Wait until it is over and settled, or cancel it; then run erasure "
+                    f"{job.id} again."
+                )
+            yield order_id
 
     def _their_orders(self, job: Job) -> Iterator[str]:
         """Yield the ids of their orders in ledger and read model, as far as they are older than the erasure."""
@@ -433,10 +455,9 @@ class Erasure:
     def _rewrite(self, job: Job, name: str) -> None:
         if self._archive is None:
             raise ArchiveBroken("There is an archive: set ARCHIVE_DIR to its directory, where this runs.")
-        with self._archive.alone():
-            for segment in self._archive.segments():
-                if segment.path.name == name:
-                    self._archive.rewrite(segment, self._change_of(job))
+        for segment in self._archive.segments():
+            if segment.path.name == name:
+                self._archive.rewrite(segment, self._change_of(job))
 
     def _change_of(self, job: Job) -> Callable[[Line], Line]:
         """Return what makes a line of the archive anonymous if it is about the customer."""

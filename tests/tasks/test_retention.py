@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 import tasks.archive
 import tasks.retention
 from dramatiq_jetstream.streams import Range, StoredMessage
-from tasks.archive import Archive, ArchiveBroken, Segment
+from tasks.archive import Archive, ArchiveBroken, ArchiveBusy, Segment
 from tasks.audit import Who
 from tasks.claims import Claim
 from tasks.entries import KINDS
 from tasks.erased import ErasedOrders
-from tasks.erasure import Erasure, Job
+from tasks.erasure import Erasure, Job, NotErasable
 from tasks.events import Happened, order_id_of, subject_of
 from tasks.ledger import Chargeback
 from tasks.notes import GivenUp
@@ -537,9 +537,14 @@ class Lists:
 
 def erase(shop: Shop, customer_id: str, at: int) -> Job:
     """Erase a customer, or carry the erasure on."""
+    erasure = erasure_at(shop, at)
+    return erasure.run(erasure.begin(customer_id, Who("ann", "operator", "command")).id)
+
+
+def erasure_at(shop: Shop, at: int) -> Erasure:
     service = shop.service
     buckets = {name: FakeBucket() for name in ("requests", "tokens", "access", "webhooks", "deliveries")}
-    erasure = Erasure(
+    return Erasure(
         shop.erasures,
         shop.events,  # type: ignore[arg-type]
         service.stock(),
@@ -555,7 +560,6 @@ def erase(shop: Shop, customer_id: str, at: int) -> Job:
         Archive(shop.directory),
         lambda: at,
     )
-    return erasure.run(erasure.begin(customer_id, Who("ann", "operator", "command")).id)
 
 
 class NoStream:
@@ -619,3 +623,59 @@ def test_an_erasure_leaves_the_books_as_they_are(seed: int) -> None:
         shop.service.orders_bucket.entries.clear()
         shop.rebuild()
         assert shop.records() == now
+
+
+@pytest.mark.parametrize("reserved", [False, True])
+def test_an_erasure_leaves_an_order_alone_that_is_under_way(tmp_path: Path, reserved: bool) -> None:
+    """It was claimed before the erasure was asked for, by a request that failed, and is placed by the repeated one."""
+    shop = Shop(tmp_path, 1)
+    service = shop.service
+    erasure = erasure_at(shop, 10**9)
+    job = erasure.begin("c-1", Who("ann", "operator", "command"))
+    service.stream.append(created("n-0", [("MUG-01", 1)]))
+    if reserved:
+        service.step("reserve", service.stream.stored[-1])
+    for stored in service.stream.stored[service.seen :]:
+        service.project(stored)
+    ledger, records = shop.ledger(), shop.records()
+    with pytest.raises(NotErasable, match="Order n-0 is under way"):
+        erasure.run(job.id)
+    assert (shop.ledger(), shop.records(), shop.events.gone) == (ledger, records, set())
+    work(shop)
+    assert service.records()["n-0"].state == "confirmed"
+    assert erasure.run(job.id).counts["orders"] == 2
+    assert not [one for one in shop.ledger().values() if b"c-1" in one]
+
+
+def test_an_erasure_and_a_run_of_the_archive_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that had read the events would write them into a file that the erasure does not see."""
+    shop = Shop(tmp_path, 1)
+    retention = shop.retention()
+    following, erase_event, refused = retention._next, shop.events.erase, []
+
+    def reading(first: int) -> Any:
+        stretch = following(first)
+        with pytest.raises(ArchiveBusy):
+            erase(shop, "c-1", 10**9)
+        refused.append("erasure")
+        return stretch
+
+    def erasing(sequence: int) -> bool:
+        for meanwhile in (shop.retention().run, lambda: list(shop.retention().restore(None))):
+            with pytest.raises(ArchiveBusy):
+                meanwhile()
+        refused.append("run")
+        return erase_event(sequence)
+
+    monkeypatch.setattr(retention, "_next", reading)
+    monkeypatch.setattr(shop.events, "erase", erasing)
+    retention._now = lambda: DAY + 1_003
+    assert retention.run().events == 2
+    assert erase(shop, "c-1", 10**9).is_done
+    assert set(refused) == {"erasure", "run"}
+    archive = Archive(tmp_path)
+    for segment in archive.segments():
+        for line in archive.lines(segment):
+            assert "event" not in line or b"\x03c-1" not in tasks.archive.stored_in(line).data
