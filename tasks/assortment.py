@@ -4,8 +4,9 @@ A change names what it changes of a product, of its pieces, or of both. It is on
 and, where it changes pieces, on `level.{sku}`: both keys are stored together or none is. So a crash or an interrupt
 between any two lines has made the whole change, or nothing of it.
 
-A change has an id, which both keys remember among their newest. Made again under its id, after an end that was not
-seen, it changes nothing more. Who made it stands beside it.
+A change has an id, which both keys remember among their newest `MAX_CHANGES`. Made again under its id, after an end
+that was not seen, it changes nothing more; after that many other changes of the product it would. Who made it stands
+beside it.
 """
 
 from __future__ import annotations
@@ -86,6 +87,19 @@ class Pieces:
     reason: str
     added: int | None = None
     counted: int | None = None
+
+    def and_then(self, next_one: Pieces) -> Pieces:
+        """Return the one change that has the effect of this and the next, with both reasons as far as they fit."""
+        reason = self.reason
+        if next_one.reason not in reason.split("; "):
+            reason = normalised(f"{reason}; {next_one.reason}", MAX_REASON)
+            reason = reason if len(reason) <= MAX_REASON else f"{reason[: MAX_REASON - 1]}…"
+        if next_one.counted is not None:
+            return Pieces(reason, counted=next_one.counted)
+        added = next_one.added or 0
+        if self.counted is not None:
+            return Pieces(reason, counted=self.counted + added)
+        return Pieces(reason, added=(self.added or 0) + added)
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,10 +360,11 @@ def _flaws(wanted: Wanted, now: int, *, is_new: bool) -> Iterator[Flaw]:
         if not now - SKEW_MS <= wanted.since <= now + MAX_AHEAD_MS:
             yield Flaw("from", "must be a time from now on, within five years.")
     if wanted.pieces is not None:
-        yield from _flaws_of_pieces(wanted.pieces)
+        yield from flaws_of_pieces(wanted.pieces)
 
 
-def _flaws_of_pieces(pieces: Pieces) -> Iterator[Flaw]:
+def flaws_of_pieces(pieces: Pieces) -> Iterator[Flaw]:
+    """Yield what is wrong with a change of pieces, whatever there is of its product."""
     if (pieces.added is None) == (pieces.counted is None):
         yield Flaw("add", "or count must be given, and not both.")
     for field, number, least in (("add", pieces.added, -MAX_PIECES), ("count", pieces.counted, 0)):

@@ -3,11 +3,13 @@
 The first line names the columns: `sku`, and any of `name`, `category`, `price` (12.90), `from` (a day, or a time with
 its zone), `add`, `count`, `reason` and `withdraw` (`yes`). An empty cell leaves what there is. Each row is one change
 (`tasks.assortment`), made as a whole or not at all. Rows may name the same product again, for instance with the next
-price.
+price. The pieces of all rows of a product are one change, which the first of them makes.
 
 Before anything is changed, all rows are tried on a copy. If one of them is wrong, none is imported, and everything
 that is wrong is named with its line. A row's change has the id of the import and the number of the line, so an import
 that was cut off is carried on by doing it again, and no row counts twice. By default the id is the digest of the file.
+A product remembers the ids of its newest changes only, so a file has no more rows of one than that. A file that comes
+again after as many other changes of a product would count again.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ import csv
 import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
 from . import money
 from .assortment import (
+    MAX_CHANGES,
     Assortment,
+    Changed,
     ChangeIdUsed,
     Goods,
     InvalidProduct,
@@ -30,6 +35,7 @@ from .assortment import (
     Pieces,
     Wanted,
     check_sku,
+    flaws_of_pieces,
 )
 from .audit import Who
 from .catalogue import CURRENCY
@@ -51,11 +57,20 @@ _FIELDS: Final = {"unit_price_minor": "price"}
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row that could be read: its line, its product, and the change that it is."""
+    """A row that could be read: its line, its product, and the change that it is.
+
+    `joined` is the line of the earlier row with which its pieces count, 0 for none.
+    """
 
     line: int
     sku: str
     wanted: Wanted
+    joined: int = 0
+
+    @property
+    def changes(self) -> bool:
+        """Whether it is a change of its own."""
+        return self.wanted != Wanted()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +117,9 @@ class ProductFile:
 
     def __init__(self, content: bytes, import_id: str | None = None) -> None:
         self.id = import_id or hashlib.sha256(content).hexdigest()[:24]
-        self.rows, errors = _read(content)
+        rows, errors = _read(content)
+        self.rows = _joined(rows)
+        errors += _too_many(self.rows)
         # What the products make of it is only asked for what can be read.
         self._errors = errors
         if errors and not self.rows:
@@ -114,16 +131,18 @@ class ProductFile:
         Raises:
           InvalidFile: With everything that is wrong.
         """
-        errors, done = list(self._errors), []
+        errors, done = list(self._errors), list[RowDone]()
         copies: dict[str, Goods] = {}
-        for row in self.rows:
+
+        def change(row: Row) -> Changed:
             goods = copies.get(row.sku) or copies.setdefault(row.sku, assortment.look(row.sku))
-            try:
-                changed = goods.apply(self._id_of(row), row.wanted, "", assortment.now())
-            except (InvalidProduct, NoSuchProduct, ChangeIdUsed) as refusal:
-                errors += _errors_of(row, refusal)
+            return goods.apply(self._id_of(row), row.wanted, "", assortment.now())
+
+        for one in self._each(change):
+            if isinstance(one, RowDone):
+                done.append(one)
             else:
-                done.append(RowDone(row.line, row.sku, changed.what, changed.repeated))
+                errors.append(one)
         if errors:
             raise InvalidFile(sorted(errors, key=lambda error: error.line))
         return done
@@ -134,16 +153,61 @@ class ProductFile:
         A row that has become wrong meanwhile, because others changed its product, is left out and yielded as an error.
         """
         self.plan(assortment)
+        yield from self._each(lambda row: assortment.change(row.sku, self._id_of(row), row.wanted, who))
+
+    def _each(self, change: Callable[[Row], Changed]) -> Iterator[RowDone | RowError]:
+        """Make the changes of all rows; yields what came of each."""
+        repeated: dict[int, bool] = {}
         for row in self.rows:
-            try:
-                changed = assortment.change(row.sku, self._id_of(row), row.wanted, who)
-            except (InvalidProduct, NoSuchProduct, ChangeIdUsed) as refusal:
-                yield from _errors_of(row, refusal)
+            said, again = "", True
+            if row.changes:
+                try:
+                    changed = change(row)
+                except (InvalidProduct, NoSuchProduct, ChangeIdUsed) as refusal:
+                    yield from _errors_of(row, refusal)
+                    continue
+                said, again = changed.what, changed.repeated
+                repeated[row.line] = again
+            if not row.joined:
+                yield RowDone(row.line, row.sku, said, again)
+            elif row.joined in repeated:
+                said = "; ".join(filter(None, (said, f"its pieces count with line {row.joined}")))
+                yield RowDone(row.line, row.sku, said, again and repeated[row.joined])
             else:
-                yield RowDone(row.line, row.sku, changed.what, changed.repeated)
+                yield RowError(row.line, "row", f"counts with line {row.joined}, which is wrong.")
 
     def _id_of(self, row: Row) -> str:
         return f"{self.id}.{row.line}"
+
+
+def _joined(rows: list[Row]) -> list[Row]:
+    """Return rows of which the first with pieces of a product has the pieces of all."""
+    joined: list[Row] = []
+    heads: dict[str, int] = {}
+    for row in rows:
+        wanted = row.wanted
+        if wanted.pieces is not None:
+            head = joined[heads[row.sku]] if row.sku in heads else None
+            if head is None or head.wanted.pieces is None:
+                heads[row.sku] = len(joined)
+            else:
+                pieces = head.wanted.pieces.and_then(wanted.pieces)
+                joined[heads[row.sku]] = replace(head, wanted=replace(head.wanted, pieces=pieces))
+                row = replace(row, wanted=replace(wanted, pieces=None), joined=head.line)
+        joined.append(row)
+    return joined
+
+
+def _too_many(rows: list[Row]) -> Iterator[RowError]:
+    """Yield an error for each product whose changes would not all be remembered."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts[row.sku] += row.changes
+        if row.changes and counts[row.sku] == MAX_CHANGES + 1:
+            problem = (
+                f"is changed by more than {MAX_CHANGES} rows, beside its stock: import them as two files."
+            )
+            yield RowError(row.line, "sku", problem)
 
 
 def _errors_of(row: Row, refusal: InvalidProduct | NoSuchProduct | ChangeIdUsed) -> list[RowError]:
@@ -258,7 +322,10 @@ def _with_pieces(line: int, given: dict[str, str], wanted: Wanted) -> tuple[Want
         if "count" in given and "reason" not in given:
             errors.append(RowError(line, "reason", "is needed for a count that is corrected."))
         reason = given.get("reason", "restock")
-        wanted = replace(wanted, pieces=Pieces(reason, added=numbers["add"], counted=numbers["count"]))
+        pieces = Pieces(reason, added=numbers["add"], counted=numbers["count"])
+        if not errors:
+            errors += [RowError(line, flaw.field, flaw.problem) for flaw in flaws_of_pieces(pieces)]
+        wanted = replace(wanted, pieces=pieces)
     elif "reason" in given:
         errors.append(RowError(line, "reason", "is for rows that add or count pieces."))
     return wanted, errors

@@ -342,6 +342,41 @@ def test_a_file_is_imported_once(store: Store) -> None:
     assert store.stock.available()["CUP-01"] == 20
 
 
+def test_many_rows_of_one_product_count_once(store: Store) -> None:
+    """More of them than a product remembers changes, wherever an import is cut off, and in their order."""
+    before = store.stock.available()["MUG-01"]
+    text = "sku,add,count,reason\n" + "MUG-01,1,,\n" * 120
+    rows = ProductFile(text.encode()).run(store.assortment, ANN)
+    for _ in range(55):
+        next(rows)  # and killed here
+    assert set(imported(store, text)) == set(imported(store, text)) == {"again"}
+    assert store.stock.available()["MUG-01"] == before + 120
+    counted = "sku,add,count,reason\nMUG-01,5,,in\nMUG-01,,70,counted\nMUG-01,-1,,broken\n"
+    assert imported(store, counted) == [
+        "69 pieces counted (in; counted; broken)",
+        "its pieces count with line 2",
+        "its pieces count with line 2",
+    ]
+    assert imported(store, counted) == ["again"] * 3
+    assert store.stock.available()["MUG-01"] == 69
+
+
+def test_a_file_changes_no_product_more_often_than_it_remembers(store: Store) -> None:
+    """So that what was imported is known when the file comes again."""
+    text = "sku,price\n" + "".join(f"MUG-01,{number + 1}\n" for number in range(MAX_CHANGES))
+    imported(store, text)
+    assert set(imported(store, text)) == {"again"}
+    with pytest.raises(InvalidFile, match=f"line {MAX_CHANGES + 2}, sku: is changed by more than 50 rows"):
+        imported(store, f"{text}MUG-01,99\n")
+
+
+def test_rows_whose_pieces_count_together_are_left_out_together(store: Store) -> None:
+    """With the line that says why."""
+    with pytest.raises(InvalidFile) as refusal:
+        imported(store, "sku,add\nMUG-01,-100000\nMUG-01,-100000\n")
+    assert [(error.line, error.column) for error in refusal.value.errors] == [(2, "add"), (3, "row")]
+
+
 def test_all_errors_of_a_file_are_named_with_their_lines(store: Store) -> None:
     """In the file, and in what the products make of it; nothing is imported."""
     text = """sku,name,price,from,add,count,reason
