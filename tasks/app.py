@@ -381,6 +381,7 @@ def retention() -> Retention:
         orders_bucket(),
         erased_orders(),
         indexer().forget,
+        counting().reached,
         keep=SETTINGS.retention_days * 86_400_000,
         now=now,
     )

@@ -200,6 +200,11 @@ class Counting:
             position = self._fold.move(position, 0, {})  # the stream was made again; what was counted, was
         return position is not None and self._advance(position, seconds) is not None
 
+    def reached(self) -> int:
+        """Return up to which event all are counted, in the figures that are in use."""
+        position = read_position(self._bucket, USED)
+        return 0 if position is None else position.reached
+
     def rebuild(self, progress: Progress = unseen) -> None:
         """Count all again. The hours before the stream begins keep the numbers that they have.
 

@@ -2,8 +2,9 @@
 
 A stretch of the stream leaves as a whole, oldest first, so everything before one place is archived and everything from
 it on is in the stream. Events leave that are older than RETENTION_DAYS, up to the first that has to stay: of an order
-that is not final, of which money may have to go back, that the read model does not show, or that a consumer of the
-stream has not settled. What the bucket of the stock and the read model have of an order leaves with its last event.
+that is not final, of which money may have to go back, that the read model does not show, that the figures have not
+counted, or that a consumer of the stream has not settled. What the bucket of the stock and the read model have of an
+order leaves with its last event.
 
     write a segment, synced and read back (`tasks.archive`) → move the mark in the bucket of the stock
     → for each order that ends in it: close its claim, delete its entries, delete its record → remove the stretch
@@ -77,6 +78,7 @@ class Retention:
       orders, orders_bucket: The read model.
       erased: The orders whose customers were erased.
       forget: Takes orders out of the index of the read model.
+      counted: Returns up to which event the figures have counted.
       keep: Milliseconds for which events stay in the stream.
       now: The time in milliseconds.
     """
@@ -90,6 +92,7 @@ class Retention:
         orders_bucket: Bucket,
         erased: ErasedOrders,
         forget: Callable[[Iterable[Order]], None],
+        counted: Callable[[], int],
         *,
         keep: int,
         now: Callable[[], int],
@@ -101,6 +104,7 @@ class Retention:
         self._orders_bucket = orders_bucket
         self._erased = erased
         self._forget = forget
+        self._counted = counted
         self._keep = keep
         self._now = now
 
@@ -190,7 +194,7 @@ class Retention:
         """Return the next events that may leave."""
         stretch = _Stretch()
         oldest = self._now() - self._keep
-        behind = self._stream.settled_to()
+        behind, counted = self._stream.settled_to(), self._counted()
         size = 0
         for stored in self._stream.stored(first):
             if stored.time >= oldest:
@@ -199,6 +203,9 @@ class Retention:
                 stretch.held_by = f"the consumer {behind[1]} has not settled event {stored.sequence}"
                 break
             happened = read_stored(stored)
+            if happened is not None and stored.sequence > counted:
+                stretch.held_by = f"the figures have not counted event {stored.sequence}"
+                break
             if happened is not None and (held_by := self._held_by(stretch, happened)):
                 stretch.held_by = held_by
                 break

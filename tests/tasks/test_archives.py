@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from dramatiq_jetstream import JetStreamBroker
+from tasks.figures import USED
+from tasks.index import BUCKET as INDEX
 from tests.support.polling import eventually
 from tests.support.processes import REPOSITORY, python
 from tests.web.stack import Stack
@@ -68,6 +71,17 @@ def command(shop: Stack, *arguments: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+def counted(broker: JetStreamBroker, last: int) -> None:
+    """Wait until the figures have counted an event, which the archive waits for."""
+    bucket = broker.bucket(INDEX)
+
+    def reached() -> bool:
+        entry = bucket.get(USED)
+        return entry is not None and json.loads(entry.value)["reached"] >= last
+
+    eventually(reached, timeout=60)
+
+
 def test_orders_leave_and_come_back(shop: Stack, tmp_path: Path) -> None:
     """Killed after each step, then carried on: the stream is empty, the archive whole, and an order comes back."""
     token = "tok_declined"
@@ -77,6 +91,7 @@ def test_orders_leave_and_come_back(shop: Stack, tmp_path: Path) -> None:
     stream = broker.stream("ORDERS")
     eventually(lambda: not any(one.waiting or one.in_flight for one in stream.consumers()), timeout=30)
     last = stream.range().last
+    counted(broker, last)
     for cut in ("write", "_move", "_close"):
         env = shop.environment
         with python("-c", PROGRAM, cut, log=tmp_path / f"{cut}.log", env=env) as program:

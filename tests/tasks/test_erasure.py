@@ -21,6 +21,7 @@ from tests.support.polling import eventually
 from tests.support.ports import free_port
 from tests.support.processes import REPOSITORY, python
 from tests.tasks.test_archives import PROGRAM as ARCHIVE
+from tests.tasks.test_archives import counted
 from tests.web.stack import Stack
 
 ANN = "ann-müller@example.org"
@@ -120,6 +121,7 @@ def test_a_customer_becomes_unreadable(shop: Stack, broker: JetStreamBroker, tmp
     assert shop.post("/api/webhooks", json=webhook).status_code == 201
     archived = order(shop, ANN)
     settled(broker)
+    counted(broker, broker.stream("ORDERS").range().last)
     command(shop, "-c", ARCHIVE, "")
     token = "tok_declined"
     orders = [order(shop, ANN), order(shop, ANN, payment_token=token), order(shop, ANN)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +25,7 @@ from tasks.entries import KINDS
 from tasks.erased import ErasedOrders
 from tasks.erasure import Erasure, Job, NotErasable
 from tasks.events import Happened, order_id_of, subject_of
+from tasks.figures import Counting
 from tasks.ledger import Chargeback
 from tasks.notes import GivenUp
 from tasks.orders import Orders
@@ -89,6 +91,7 @@ class Shop:
         self.events = Events(self.service)
         self.directory = directory
         self.forgotten: set[str] = set()
+        self.counted = sys.maxsize
         self.erasures = FakeBucket(self.service.world.pause)
         for number in range(orders):
             token = ("tok_ok", "tok_declined")[number % 3 == 1]
@@ -117,6 +120,7 @@ class Shop:
             self.service.orders_bucket,
             self.erased(),
             lambda orders: self.forgotten.update(order.order_id for order in orders),
+            lambda: self.counted,
             keep=DAY,
             now=lambda: DAY + 1_001 + last,
         )
@@ -364,6 +368,24 @@ def test_what_stays_is_said(tmp_path: Path) -> None:
     other.events.behind = None
     other.service.stock().notes.unsettle("o-0", 1, 1)
     assert "money of order o-0" in other.retention().run().held_by
+
+
+def test_events_stay_that_the_figures_have_not_counted(tmp_path: Path) -> None:
+    """They could never be counted: the figures are of the stream."""
+    shop = Shop(tmp_path, 3)
+    figures = Counting(
+        FakeBucket(),
+        shop.events,  # type: ignore[arg-type]
+        Orders(shop.service.orders_bucket),
+        lambda happened: None,
+        lambda: 10**12,
+    )
+    shop.counted = figures.reached()
+    said = shop.retention().run()
+    assert (said.events, said.held_by) == (0, "the figures have not counted event 1")
+    assert figures.advance()
+    shop.counted = figures.reached()
+    assert (shop.retention().run().held_by, shop.records()) == ("", {})
 
 
 def test_young_events_stay(tmp_path: Path) -> None:
