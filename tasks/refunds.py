@@ -149,6 +149,11 @@ class Refunds:
         revision = self._stock.notes.find_unsettled(order_id)
         found = self._stock.find_newer(order_id, lambda now: now is not None and bool(now.record.due))
         if found is None:
+            claim = self._stock.claims.find(order_id, linearizable=True)
+            if revision is not None and claim is not None and claim.is_archived:
+                # It left between the note and the decision, which was refused then.
+                self._stock.notes.settled(order_id, revision)
+                return "archived"
             raise UnusableEvent(f"there is no order {order_id} to refund.")
         found = self._carry_on(order_id, found)
         if found.record.state in GIVES_BACK:

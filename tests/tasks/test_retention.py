@@ -24,7 +24,7 @@ from tasks.claims import Claim
 from tasks.entries import KINDS
 from tasks.erased import ErasedOrders
 from tasks.erasure import Erasure, Job, NotErasable
-from tasks.events import Happened, order_id_of, subject_of
+from tasks.events import Happened, UnusableEvent, order_id_of, subject_of
 from tasks.figures import Counting
 from tasks.ledger import Chargeback
 from tasks.notes import GivenUp
@@ -486,6 +486,18 @@ def test_what_is_noted_of_an_order_without_its_record_goes_with_it(
     assert Claim.decode(shop.ledger()["claim.o-0"]).is_archived
     assert shop.records() == {}
     assert list(shop.retention().restore(["o-0"])) == ["o-0"]
+
+
+def test_a_note_of_an_order_in_the_archive_is_dropped(tmp_path: Path) -> None:
+    """A refund is refused whose order left between its note and its decision; nothing is looked at again for it."""
+    shop = Shop(tmp_path, 1)
+    shop.retention().run()
+    notes = shop.service.stock().notes
+    notes.unsettle("o-0", 1, 1)
+    assert shop.service.saga().settle_order("o-0") == "archived"
+    assert list(notes.unsettled()) == []
+    with pytest.raises(UnusableEvent):
+        shop.service.saga().settle_order("o-0")
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "line", "missing", "first", "last"])
