@@ -15,6 +15,7 @@ import hashlib
 import random
 import re
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -46,6 +47,10 @@ MAX_PLANNED: Final = 20
 #: How many prices and names of the past and how many changes of a product are remembered.
 MAX_PAST: Final = 20
 MAX_CHANGES: Final = 50
+#: For how many milliseconds every price that held is remembered, so that an order of another program that waited for a
+#: worker costs what it did when it was stored; and how many prices that can be: the oldest of more are forgotten.
+KEPT_MS: Final = 30 * 86_400_000
+MAX_KEPT: Final = 1_000
 
 #: By how many milliseconds the clocks of two machines may differ: a price that another one has set "now" is no plan.
 SKEW_MS: Final = 2_000
@@ -333,10 +338,17 @@ def altered(product: StoredProduct | None, sku: str, wanted: Wanted, now: int) -
         raise InvalidProduct(
             Flaw("from", f"would be one planned price more than {MAX_PLANNED}: drop one first.")
         )
-    changed = replace(product, names=names, category=category, prices=(*past[-MAX_PAST:], *planned))
+    changed = replace(product, names=names, category=category, prices=(*_kept(past, now), *planned))
     if is_new:
         words = ["added", *words]
     return changed, ", ".join(words)
+
+
+def _kept(past: list[Price], now: int) -> list[Price]:
+    """Return the prices of the past that are remembered."""
+    held = bisect_right(past, now - KEPT_MS, key=lambda price: price.since) - 1
+    first = min(held, len(past) - MAX_PAST)
+    return past[max(0, first, len(past) - MAX_KEPT) :]
 
 
 def _beginning(prices: list[Price] | tuple[Price, ...], now: int) -> int:

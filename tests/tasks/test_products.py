@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -15,12 +16,14 @@ from orders.v1.events_pb2 import OrderCreated, OrderItem
 from tasks.accept import Acceptance
 from tasks.assortment import (
     MAX_CHANGES,
+    MAX_KEPT,
     Assortment,
     ChangeIdUsed,
     InvalidProduct,
     NoSuchProduct,
     Pieces,
     Wanted,
+    altered,
 )
 from tasks.audit import Act, Who
 from tasks.catalogue import CATALOGUE
@@ -31,12 +34,13 @@ from tasks.orders import Orders
 from tasks.parsing import parse_order_protobuf
 from tasks.pricing import claimed, first_record
 from tasks.product_files import InvalidFile, ProductFile, RowDone
-from tasks.products import MARK, PREFIX, Catalogue, StoredProduct
+from tasks.products import MARK, PREFIX, Catalogue, Price, StoredProduct
 from tasks.stock import Stock
 from tests.support.polling import eventually
 from tests.tasks.fakes import FakeBucket, FakeEntry, fake_tokens
 
 NOW = 1_700_000_000_000
+DAY_MS = 86_400_000
 INITIAL = {sku: one.initial_stock for sku, one in CATALOGUE.items()}
 
 
@@ -172,12 +176,28 @@ def test_a_change_is_made_once(store: Store) -> None:
 def test_what_is_remembered_is_bounded(store: Store) -> None:
     """The record of a product does not grow with the number of its changes, nor does a price that holds get lost."""
     for number in range(120):
-        store.at += 10_000
+        store.at += 4 * DAY_MS
         store.change("MUG-01", price=1_000 + number)
     product = StoredProduct.decode("MUG-01", store.bucket.entries[f"{PREFIX}MUG-01"].value)
     assert len(product.changes) == MAX_CHANGES
     assert len(product.prices) < 30
     assert store.price("MUG-01") == 1_119
+    prices = tuple(Price(store.at - number, number) for number in reversed(range(2 * MAX_KEPT)))
+    busy, _ = altered(replace(product, prices=prices), "MUG-01", Wanted(price=1), store.at + 1)
+    assert len(busy.prices) == MAX_KEPT
+
+
+def test_every_price_of_a_month_is_remembered(store: Store) -> None:
+    """An order of another program may wait as long for a worker; it costs what it did when it was stored."""
+    for number in range(60):
+        store.at += DAY_MS
+        store.change("MUG-01", price=1_000 + number)
+    first = store.at
+    for number in range(100):
+        store.at += 1_000
+        store.change("MUG-01", price=2_000 + number)
+    times = (first - 29 * DAY_MS, first - 1, first, first + 1_000, store.at)
+    assert [store.price("MUG-01", at) for at in times] == [1_030, 1_058, 1_059, 2_000, 2_099]
 
 
 @pytest.mark.parametrize(
