@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import urlencode
 
-from flask import Blueprint, Response, jsonify, request, stream_with_context
+from flask import Blueprint, Response, current_app, jsonify, request, stream_with_context
 
 from tasks import app
 from tasks.audit import COLUMNS, KINDS, Act, InvalidCursor, Sought, row_of
@@ -18,6 +18,7 @@ from tasks.model import Flaw
 from tasks.numbers import whole_number
 from tasks.text import shown
 from web.access import needs
+from web.export import Exports
 from web.problems import of_flaws
 from web.queries import DEFAULT_LIMIT, MAX_LIMIT, read_moment
 from web.rendering import page
@@ -84,7 +85,10 @@ def list_audit() -> Response:
         raise of_flaws("malformed-request", flaws)
     if form != "json":
         lines = (_csv if form == "csv" else _ndjson)(app.audit_log().all(sought))
+        exports: Exports = current_app.extensions["exports"]
+        exports.take()
         response = Response(stream_with_context(lines), mimetype=FORMATS[form])
+        response.call_on_close(exports.release)
         response.headers["Content-Disposition"] = f'attachment; filename="audit.{form}"'
         return response
     try:
