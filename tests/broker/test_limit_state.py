@@ -91,7 +91,7 @@ def test_of_a_high_rate_a_few_starts_are_kept():
 
 def test_a_state_is_stored_as_it_is():
     """Turns, places and starts come back; what is empty takes no room."""
-    state = LimitState([Turn("a", 5, NOW)], 7, [(NOW, 1)], NOW + 0.5, NOW, 250.25)
+    state = LimitState([Turn("a", 5, NOW)], 7, [(NOW, 1)], NOW + 0.5, NOW, 250.25, 9)
     assert LimitState.decode(state.encode()) == state
     assert LimitState().encode() == b"{}"
 
@@ -107,10 +107,11 @@ def test_a_turn_is_its_messages():
 
 def test_what_is_stored_is_json_with_short_names():
     """Programs of different versions read each other's states."""
-    state = LimitState([Turn("a", 5, NOW)], 7, [(NOW, 1)], NOW + 0.5, NOW, 250.25)
+    state = LimitState([Turn("a", 5, NOW)], 7, [(NOW, 1)], NOW + 0.5, NOW, 250.25, 9)
     assert json.loads(state.encode()) == {
         "turns": [["a", 5, NOW]],
         "line": 7,
+        "called": 9,
         "starts": [[NOW, 1]],
         "last": NOW + 0.5,
         "begun": NOW,

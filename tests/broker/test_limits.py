@@ -154,6 +154,25 @@ def test_the_line_is_first_come_first_served_and_holds_up_nobody_else(make_broke
         eventually(lambda: shop.seen.order["slow"] == list(range(7)), timeout=60)
 
 
+def test_no_turn_goes_to_a_message_that_has_run(make_broker):
+    """What is called from its line runs and ends before it is taken from there; nobody waits for it after that."""
+    brokers = [make_broker() for _ in range(2)]
+    done = Counter()
+    for broker in brokers:
+        dramatiq.actor(
+            lambda number, customer: done.update([number]),
+            actor_name="work",
+            broker=broker,
+            concurrency=1,
+            key="customer",
+        )
+    work = brokers[0].get_actor("work")
+    brokers[0].setup()
+    brokers[0].enqueue_many([work.message(number, number % 10) for number in range(300)])
+    with running(brokers[0], threads=8), running(brokers[1], threads=8):
+        eventually(lambda: len(done) == 300, timeout=90)
+
+
 @pytest.mark.parametrize(
     "error", [ValueError("failed"), Snooze(1), SystemExit()], ids=["failed", "snoozed", "exited"]
 )

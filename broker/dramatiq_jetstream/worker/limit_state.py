@@ -57,6 +57,8 @@ class LimitState:
       last: The last moment that was given away.
       begun: The latest moment whose message has started.
       lag: How much later than its moment each message starts.
+      called: The sequence of the last message that was called from the line. It is removed from there a moment after it
+        is on its queue, and may have run by then.
     """
 
     turns: list[Turn] = field(default_factory=list)
@@ -65,6 +67,7 @@ class LimitState:
     last: float = 0
     begun: float = 0
     lag: float = 0
+    called: int = 0
 
     @classmethod
     def decode(cls, data: bytes) -> LimitState:
@@ -73,13 +76,16 @@ class LimitState:
         turns = [Turn(*each) for each in fields.get("turns", ())]
         starts = [(int(moment), int(count)) for moment, count in fields.get("starts", ())]
         return cls(
-            turns, **{name: fields.get(name, 0) for name in ("line", "last", "begun", "lag")}, starts=starts
+            turns,
+            **{name: fields.get(name, 0) for name in ("line", "called", "last", "begun", "lag")},
+            starts=starts,
         )
 
     def encode(self) -> bytes:
         fields = {
             "turns": [[turn.origin, turn.sequence, turn.since] for turn in self.turns],
             "line": self.line,
+            "called": self.called,
             "starts": self.starts,
             "last": self.last,
             "begun": self.begun,

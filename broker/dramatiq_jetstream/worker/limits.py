@@ -363,7 +363,8 @@ class Limits:
         assert limit.concurrency is not None
         if not state.line or len(state.turns) >= limit.concurrency:
             return called
-        for stored in self._line(queue, name, state.line):
+        for stored in self._line(queue, name, max(state.line, state.called + 1)):
+            state.called = stored.sequence
             if not called:
                 state.line = stored.sequence
             origin = stored.headers.get(HEADER_ORIGIN, "")
@@ -384,12 +385,16 @@ class Limits:
             yield stored
             start = stored.sequence + 1
 
-    def _call(self, stored: StoredMessage) -> None:
-        """Move a message from its line to its queue; one that cannot be moved now is called again by another."""
+    def _call(self, stored: StoredMessage, until: float | None = None) -> None:
+        """Move a message that has a turn from its line to its queue; again later, if that is not possible now."""
+        until = time.monotonic() + GIVE_UP_SECONDS if until is None else until
         try:
             delays.end_now(self._connection, stored)
-        except BrokerError as error:
-            logger.warning("A message that waits for its turn is not called now: %s", error)
+        except Exception as error:  # noqa: BLE001 - no other process would call it
+            if time.monotonic() > until:
+                logger.warning("A message that waits for its turn is not called: %s", error)
+                return
+            self._later.call(RETRY_SECONDS, partial(self._call, stored, until))
 
 
 class _Place:
