@@ -258,7 +258,7 @@ def erase_customer(certificate: str) -> None:
 )
 def look_after_orders() -> None:
     """Report the orders that do not move, call those again that nothing calls, end those that are too late, and look
-    again at those of which money may have to go back.
+    again at those whose customers may be owed money.
     """
     try:
         # A store that was emptied gets back what is known of the products.

@@ -342,7 +342,7 @@ class Erasure:
                 yield order_id
 
     def _is_new(self, job: Job, order_id: str) -> bool:
-        """Whether an order was placed after the erasure was asked for, by whoever has the name now."""
+        """Whether an order was placed after the erasure was asked for, by the person who has the name now."""
         claim = self._stock.claims.find(order_id)
         return claim is not None and claim.at >= job.at
 

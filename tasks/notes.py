@@ -52,7 +52,7 @@ class CancelRequest:
 
 @dataclass(frozen=True, slots=True)
 class Unsettled:
-    """An order of which money may have to go back: since when, and when that was last looked at (milliseconds)."""
+    """An order whose customer may be owed money: since when, and when that was last looked at (milliseconds)."""
 
     order_id: str
     at: int
@@ -134,7 +134,7 @@ class Notes:
                 time.sleep(random.uniform(0, 0.01))
 
     def unsettled(self) -> Iterator[Unsettled]:
-        """Yield the orders of which money may have to go back."""
+        """Yield the orders whose customers may be owed money."""
         return map(_unsettled, self._bucket.items("refund."))
 
     def find_unsettled(self, order_id: str) -> int | None:

@@ -97,7 +97,7 @@ class RowDone:
 
 
 class InvalidFile(ValueError):
-    """The file cannot be imported; `errors` are all that is wrong with it, of which many are cut."""
+    """The file cannot be imported; `errors` are what is wrong with it; many are cut."""
 
     def __init__(self, errors: list[RowError]) -> None:
         super().__init__("\n".join(map(str, errors[:MAX_ERRORS])))
@@ -181,7 +181,7 @@ class ProductFile:
 
 
 def _joined(rows: list[Row]) -> list[Row]:
-    """Return rows of which the first with pieces of a product has the pieces of all."""
+    """Return rows in which the first with pieces of a product has the pieces of all its rows."""
     joined: list[Row] = []
     heads: dict[str, int] = {}
     for row in rows:

@@ -13,7 +13,7 @@ and again until `LATE_MS` have passed since the cancel, because a request that s
 
 A chargeback is recorded once, by its id. What it leaves of a refund that is not made yet is asked for under another
 key, after the gateway has said that it did not make the whole. If the gateway refuses a refund, it is asked for
-chargebacks of which it has not told.
+chargebacks that it has not told of.
 """
 
 from __future__ import annotations

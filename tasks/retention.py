@@ -13,7 +13,7 @@ Killed between any two of these, the next run carries on: what the mark does not
 it, and what was closed and deleted stays so. Nothing is removed before its segment is on the disk. An entry is deleted
 only as it was archived; an order that was changed meanwhile keeps its entries, and leaves with its new last event.
 
-A closed claim stays, so that no event that comes again, and no request, begins an archived order anew.
+A closed claim stays, so that no event that comes again, and no request, begins an archived order again.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class Retention:
         return ""
 
     def _ending(self, stretch: _Stretch, last: int) -> Iterator[ArchivedOrder]:
-        """Yield the orders of which no event is left behind a place, as they were when they were found to be over.
+        """Yield the orders that have no event left behind a place, as they were when they were found to be over.
 
         One that was changed since stays: its refund or cancel was accepted a moment ago.
         """

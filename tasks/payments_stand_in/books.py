@@ -108,7 +108,7 @@ class Charges:
             return made
 
     def untold(self) -> list[dict[str, Any]]:
-        """Return the chargebacks of which the service has not been told, oldest first."""
+        """Return the chargebacks that the service has not been told of, oldest first."""
         with self._lock:
             rows = self._database.execute("SELECT * FROM chargebacks WHERE told = 0 ORDER BY row LIMIT 100")
             return [dict(row) for row in rows]

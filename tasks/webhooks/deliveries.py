@@ -6,7 +6,7 @@ event makes the same delivery, however often and by whichever process it is seen
 An entry goes `KEPT_MS` after its last change.
 
 A delivery has *runs*: sending it again begins another. A message carries its run. One of an older run does nothing, one
-of a newer run begins it, so a run that was asked for is never without a message, whoever is killed.
+of a newer run begins it, so a run that was asked for is never without a message, whichever process is killed.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ RESTS_AFTER: Final = 5
 REST_MS: Final = 10_000
 MAX_REST_MS: Final = 300_000
 
-#: For how many milliseconds nothing but failures, of which there must be so many, disable a webhook.
+#: Milliseconds of nothing but failures, and how many there must be, after which a webhook is disabled.
 DISABLED_AFTER_MS: Final = 5 * 86_400_000
 DISABLED_AFTER_FAILURES: Final = 10
 

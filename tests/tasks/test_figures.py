@@ -1,4 +1,4 @@
-"""The figures: each order counts once, whatever is repeated or forged, and whoever is killed while counting."""
+"""The figures: each order counts once, whatever is repeated or forged, and whatever is killed."""
 
 from __future__ import annotations
 

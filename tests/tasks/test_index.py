@@ -1,4 +1,4 @@
-"""The index: lists are what a look at all records would find, however far it is, and whoever is killed at what."""
+"""The index: lists are what a look at all records would find, however far it is and whatever is killed."""
 
 from __future__ import annotations
 

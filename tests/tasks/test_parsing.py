@@ -146,7 +146,7 @@ def test_wrong_protobuf_names_the_field(data: bytes, field: str) -> None:
     ],
 )
 def test_what_is_wrong_is_said(parse: Parse, data: bytes, field: str, problem: str) -> None:
-    """In words for whoever wrote the program."""
+    """In words for the author of the program."""
     with pytest.raises(InvalidOrder) as refusal:
         parse(data)
     assert (refusal.value.field, refusal.value.problem) == (field, problem)

@@ -35,7 +35,7 @@ class Later:
         self._is_running = False
 
     def call(self, seconds: float, function: Callable[[], object]) -> None:
-        """Call a function in so many seconds."""
+        """Call a function after `seconds`."""
         with self._changed:
             heapq.heappush(self._due, (time.monotonic() + seconds, next(self._order), function))
             if not self._is_running:

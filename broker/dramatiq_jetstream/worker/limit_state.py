@@ -3,7 +3,7 @@
 Nothing here talks to a server. `limits` reads a state, changes it with these methods, and stores it by compare-and-set.
 
 Turns (`concurrency`): each turn belongs to a message, not to a process. A message whose worker died comes again and
-still has its turn. A turn of which the message is gone is found by its sequence in the stream.
+still has its turn. A turn whose message is gone is found by its sequence in the stream.
 
 Starts (`rate`): a message that is over the limit gets the next free moment, once. A fleet that falls behind does not
 give out new moments: all that wait are later by the same `lag`, in the order that they have. What keeps the limit exact

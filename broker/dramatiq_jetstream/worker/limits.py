@@ -363,9 +363,11 @@ class Limits:
         assert limit.concurrency is not None
         if not state.line or len(state.turns) >= limit.concurrency:
             return called
+        # The line begins with those that were called before, until they are here: their caller may have died.
+        is_awaited = any(turn.sequence == 0 for turn in state.turns)
         for stored in self._line(queue, name, max(state.line, state.called + 1)):
             state.called = stored.sequence
-            if not called:
+            if not called and not is_awaited:
                 state.line = stored.sequence
             origin = stored.headers.get(HEADER_ORIGIN, "")
             if state.turn_of(origin) is None:
@@ -373,7 +375,7 @@ class Limits:
             called.append(stored)
             if len(state.turns) >= limit.concurrency:
                 return called
-        if not called:
+        if not called and not is_awaited:
             state.line = 0
         return called
 

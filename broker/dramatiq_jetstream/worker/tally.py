@@ -18,7 +18,7 @@ class Ended:
     """The attempts at messages of a queue that have ended.
 
     Attributes:
-      ran, waited: How many ran, and how many had waited, for milliseconds of so many bits.
+      ran, waited: How many ran, and how many had waited, by the bits of their milliseconds.
       failed: How many raised.
     """
 
