@@ -12,6 +12,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from dramatiq_jetstream import audit, schedules
+from dramatiq_jetstream.ui.live import BEAT_SECONDS
 from tests.support.polling import eventually
 from tests.support.ports import free_port
 from tests.support.processes import REPOSITORY
@@ -160,6 +161,31 @@ def test_a_page_keeps_itself_up_to_date(shop: Shop, visit: Open) -> None:
     page.get_by_role("button", name="Hold").click()
     expect(page.get_by_text(message.message_id)).to_have_count(0, timeout=WITHIN)
     assert loads == []
+
+
+def test_a_press_is_not_lost_to_what_comes_in(shop: Shop, visit: Open) -> None:
+    """What is under a button that is pressed stays until it is released; then the page catches up."""
+    page = visit()
+    page.goto(f"{shop.url}/delayed?queue=mail")
+    expect(page.get_by_role("status")).to_have_text("Live")
+    pressed = shop.send("mail", "send_receipt", 1, "pressed@example.com", delay=3_600_000)
+    button = page.locator("tr", has_text=pressed.message_id).get_by_role(
+        "button", name=re.compile("^Run now")
+    )
+    button.hover()
+    page.mouse.down()
+    message = shop.send("mail", "send_receipt", 2, "new@example.com", delay=3_600_000)
+    other = visit()
+    other.goto(f"{shop.url}/delayed?queue=mail")
+    expect(other.get_by_text(message.message_id)).to_be_visible()
+    page.wait_for_timeout(2 * BEAT_SECONDS * 1_000)
+    expect(page.get_by_text(message.message_id)).to_have_count(0)
+    page.mouse.up()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Run")
+    page.go_back()
+    expect(page.get_by_text(message.message_id)).to_be_visible()
+    for each in (pressed, message):
+        shop.broker.cancel(each.message_id, "mail")
 
 
 def test_a_keyboard_is_enough(shop: Shop, visit: Open) -> None:

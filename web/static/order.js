@@ -15,12 +15,16 @@ let rests = view.dataset.rests === "true";
 let final = view.dataset.final === "true";
 let source = null;
 let timer = null;
+// A click is lost when what is under it is replaced between its press and its release.
+let pressed = false;
+let waiting = null;
 
 function show(state) {
   trouble(false);
   rests = state.rests;
   final = state.final;
-  if (state.revision === revision) return;
+  waiting = pressed ? state : null;
+  if (pressed || state.revision === revision) return;
   const changed = state.sentence !== view.dataset.sentence;
   revision = state.revision;
   view.dataset.sentence = state.sentence;
@@ -93,6 +97,14 @@ function stop() {
   clearTimeout(timer);
   source?.close();
   source = null;
+}
+
+view.addEventListener("pointerdown", () => { pressed = true; });
+for (const end of ["pointerup", "pointercancel"]) {
+  window.addEventListener(end, () => setTimeout(() => {
+    pressed = false;
+    if (waiting) show(waiting);
+  }));
 }
 
 // A hidden page needs no stream; it catches up when it is shown again.

@@ -44,8 +44,10 @@ function follow(part, state) {
   // Rows must not move away from under a hand that chooses some of them.
   const isChoosing = () => part.querySelector("input[type=checkbox]:checked") !== null;
   const isHeld = () => hold.getAttribute("aria-pressed") === "true";
+  // A click is lost when what is under it is replaced between its press and its release.
+  let isPressed = false;
   const show = () => {
-    if (waiting === null || isHeld()) return;
+    if (waiting === null || isHeld() || isPressed) return;
     if (isChoosing()) {
       say("Waits for your choice", "held");
       return;
@@ -71,6 +73,11 @@ function follow(part, state) {
     show();
   });
   part.addEventListener("change", show);
+  part.addEventListener("pointerdown", () => { isPressed = true; });
+  for (const end of ["pointerup", "pointercancel"]) {
+    // The click comes after the release, in the same task or the next.
+    window.addEventListener(end, () => setTimeout(() => { isPressed = false; show(); }));
+  }
   // A page in the background asks for nothing, and a page that the Back button brings back is live again.
   document.addEventListener("visibilitychange", () => {
     source?.close();
