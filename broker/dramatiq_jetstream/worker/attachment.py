@@ -99,6 +99,22 @@ class Attachment:
         worker_thread.process_message = attempts.process_message
         self._attempts.append(attempts)
 
+    @staticmethod
+    def pass_over_delayed(consumer_thread: Any) -> None:
+        """Look for delayed messages only where there are some; called on the thread itself before its first message.
+
+        After each message a consumer thread of Dramatiq's asks its queue for them, and catches the exception that says
+        that it is empty. Here it always is, because the server keeps what is delayed. Without this, a message that
+        does nothing costs a worker 4 % more CPU.
+        """
+        handle = consumer_thread.handle_delayed_messages
+
+        def handle_if_any() -> None:
+            if consumer_thread.delay_queue.queue:
+                handle()
+
+        consumer_thread.handle_delayed_messages = handle_if_any
+
     def running(self) -> list[tuple[MessageProxy, float]]:
         """The messages that run now, and the time since; on the presence thread."""
         for attempts in list(self._attempts):

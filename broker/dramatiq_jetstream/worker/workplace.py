@@ -111,6 +111,7 @@ class Workplace:
             "before_worker_boot": self._boot,
             "after_worker_boot": self._presence.begin,
             "after_worker_thread_boot": self.attachment.replace_attempts,
+            "after_consumer_thread_boot": self.attachment.pass_over_delayed,
             "after_process_message": begin,
             "after_skip_message": begin,
             "before_nack": begin,
