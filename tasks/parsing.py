@@ -16,14 +16,11 @@ from orders.v1.events_pb2 import OrderCreated
 
 from . import rules
 from .events import usable_order_id
-from .model import MAX_ID_LENGTH, MAX_ITEMS, Flaw, InvalidOrder, OrderRequest, RequestedItem
+from .model import MAX_ID_LENGTH, Flaw, InvalidOrder, OrderRequest, RequestedItem
 from .products import Offered
 from .text import normalised
 
 MAX_BODY_BYTES = 1_000_000
-
-#: How many flaws of one request are named: all that one with MAX_ITEMS items can have.
-MAX_FLAWS = 3 * MAX_ITEMS + 20
 
 
 def parse_order_json(
@@ -118,14 +115,16 @@ def order_id_in(body: bytes) -> str | None:
 
 
 class _Flaws:
-    """What is wrong with one request, so that a client learns all of it at once."""
+    """What is wrong with one request, so that a client learns all of it at once.
+
+    The rules bound it: only of the first MAX_ITEMS items are flaws named.
+    """
 
     def __init__(self) -> None:
         self._found: list[Flaw] = []
 
     def add(self, field: str, problem: str) -> None:
-        if len(self._found) < MAX_FLAWS:
-            self._found.append(Flaw(field, problem))
+        self._found.append(Flaw(field, problem))
 
     def add_broken(self, broken: Iterable[rules.BrokenRule]) -> bool:
         """Note the rules that are broken; returns whether there are any."""

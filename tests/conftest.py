@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cryptography.fernet import Fernet
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from dramatiq_jetstream.testing import NatsCluster, NatsServer
 from tests.support import fast, skips
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("any machine", deadline=None)
+# A change of the code is found by any example that fails; looking for the smallest one takes minutes.
+settings.register_profile("mutants", deadline=None, phases=[Phase.explicit, Phase.generate])
 settings.load_profile("any machine")
 
 

@@ -42,12 +42,15 @@ MODULES = {
     "tests/instrumentation/test_interruptions.py",
     "tests/instrumentation/test_sampling.py",
     "tests/instrumentation/test_strikes.py",
+    "tests/tasks/test_acceptance.py",
     "tests/tasks/test_listing.py",
     "tests/tasks/test_logs.py",
     "tests/tasks/test_outdated_reads.py",
     "tests/tasks/test_parsing.py",
     "tests/tasks/test_pricing.py",
     "tests/tasks/test_requests.py",
+    "tests/tasks/test_saga_steps.py",
+    "tests/tasks/test_stock_steps.py",
     "tests/test_workflows.py",
 }
 

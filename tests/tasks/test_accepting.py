@@ -34,6 +34,7 @@ from tasks.products import Catalogue
 from tasks.projection import Projection
 from tasks.stock import Stock
 from tasks.tokens import Tokens, reference
+from tests.tasks.fakes import FakeBucket
 
 LEASE = 1_000
 
@@ -60,14 +61,26 @@ class FakeStream:
         return place
 
 
+class InMemory:
+    """Buckets by name, as a broker has them, in memory."""
+
+    def __init__(self) -> None:
+        self.buckets: dict[str, FakeBucket] = {}
+
+    def bucket(self, name: str, *, ttl: int | None = None) -> FakeBucket:
+        return self.buckets.setdefault(name, FakeBucket())
+
+
 class Front:
     """One front-end process; several share the buckets and the stream."""
 
-    def __init__(self, broker: JetStreamBroker, stream: FakeStream, clock: Callable[[], int] = now) -> None:
+    def __init__(
+        self, broker: JetStreamBroker | InMemory, stream: FakeStream, clock: Callable[[], int] = now
+    ) -> None:
         requests = Requests(broker.bucket("requests", ttl=60_000), lease=LEASE, now=clock)
         stock = Stock(broker.bucket("stock"), {}, clock)
         self.orders = Orders(broker.bucket("orders"))
-        catalogue = Catalogue(broker.bucket("stock")).load()
+        self.catalogue = catalogue = Catalogue(broker.bucket("stock")).load()
         projection = Projection(stock, self.orders, catalogue, clock)
 
         def project(place: int) -> Happened | None:

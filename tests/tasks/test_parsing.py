@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from orders.v1.events_pb2 import OrderCreated, OrderItem
 from tasks import parsing
 from tasks.model import InvalidOrder, OrderRequest, RequestedItem
-from tasks.parsing import check_customer_id
+from tasks.parsing import check_customer_id, order_id_in
 from tasks.products import Offer, first_products
 
 Parse = Callable[..., OrderRequest]
@@ -201,6 +201,7 @@ def test_a_customer_id_is_checked_alone(name: object) -> None:
     with pytest.raises(InvalidOrder) as in_order:
         parse_order_json(body(customer_id=name))
     assert (alone.value.field, alone.value.problem) == (in_order.value.field, in_order.value.problem)
+    assert check_customer_id("Zoe\u0308") == "Zoë"
 
 
 def test_all_flaws_are_named_at_once() -> None:
@@ -233,6 +234,28 @@ def test_the_flaws_of_a_large_request_are_bounded() -> None:
     with pytest.raises(InvalidOrder) as refusal:
         parse_order_json(body(items=[{}] * 10_000))
     assert [flaw.field for flaw in refusal.value.flaws] == ["items"]
+    with pytest.raises(InvalidOrder) as refusal:
+        parse_order_protobuf(created(items=[OrderItem(sku="MUG-01", unit_price_minor=1)] * 10_000))
+    assert len(refusal.value.flaws) == 101
+
+
+def test_how_a_number_cannot_be_read_is_said_in_a_hundred_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the reader of JSON says of it."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("x" * 101)
+
+    monkeypatch.setattr(parsing.json, "loads", refuse)
+    with pytest.raises(InvalidOrder) as refusal:
+        parse_order_json(b"{}")
+    assert refusal.value.problem == f"has a number that cannot be read: {'x' * 100}."
+
+
+def test_the_id_that_a_message_chooses() -> None:
+    """None when it chooses none, one that cannot be used, or is no such message."""
+    assert order_id_in(created(order_id="o-1")) == "o-1"
+    for data in (created(), created(order_id="a b"), b"\xff\xff\xff", b""):
+        assert order_id_in(data) is None
 
 
 NAMES = {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pytest
 
 from tasks.idempotency import Claim, Requests
 from tasks.model import IdempotencyConflict, IdempotencyInProgress
-from tests.tasks.fakes import FakeBucket
+from tests.tasks.fakes import FakeBucket, no_pause
 
 LEASE = 30_000
 IN_PROGRESS = "a request with the same key is being worked on"
@@ -110,6 +113,8 @@ def test_another_process_takes_over_when_the_lease_is_over(bucket: FakeBucket, c
         with pytest.raises(IdempotencyInProgress) as refusal:
             claim(other, "o-3")
         assert refusal.value.retry_after == 30
+    second.finished(before)
+    assert claim(second, "o-3") == before, "it knows that its own request has ended"
 
 
 def test_a_placed_order_waits_for_no_lease(bucket: FakeBucket, clock: Clock) -> None:
@@ -123,15 +128,19 @@ def test_of_two_that_take_over_one_is_told_to_wait(bucket: FakeBucket, clock: Cl
     """The record changed between reading and writing."""
     claim(process(bucket, clock), "o-1")
     clock.time += LEASE
+    effects: list[str] = []
 
     def overtaken(where: str) -> None:
-        if where.startswith("before update") and bucket.pause is overtaken:
-            bucket.pause = lambda where: None
+        effects.append(where.split(" ")[0])
+        if effects == ["before", "get", "before"]:  # create, get, update
+            bucket.pause = no_pause
             claim(process(bucket, clock), "o-2")
 
     bucket.pause = overtaken
-    with pytest.raises(IdempotencyInProgress, match=f"^{IN_PROGRESS}$"):
+    with pytest.raises(IdempotencyInProgress, match=f"^{IN_PROGRESS}$") as refusal:
         claim(process(bucket, clock), "o-3")
+    assert refusal.value.retry_after == 1
+    assert bucket.pause is no_pause
 
 
 def test_a_key_that_expires_between_two_looks_is_new(bucket: FakeBucket, clock: Clock) -> None:
@@ -144,3 +153,23 @@ def test_a_key_that_expires_between_two_looks_is_new(bucket: FakeBucket, clock: 
 
     bucket.pause = expire
     assert claim(process(bucket, clock), "o-2").order_id == "o-2"
+
+
+def test_what_is_stored_is_read_by_other_versions(bucket: FakeBucket, clock: Clock) -> None:
+    """One record for each key, under its digest, in few bytes; what it says more is left alone."""
+    requests = process(bucket, clock)
+    claimed = claim(requests, "o-1")
+    assert claimed.key == hashlib.sha256(b"k").hexdigest()
+    (entry,) = bucket.entries.values()
+    stored = json.loads(entry.value)
+    assert stored.pop("owner")
+    assert stored == {
+        "digest": "d",
+        "order_id": "o-1",
+        "created_at": clock.time,
+        "lease_until": clock.time + LEASE,
+    }
+    assert b" " not in entry.value
+    more = json.dumps({**json.loads(entry.value), "place": 7}).encode()
+    bucket.update(entry.key, more, revision=entry.revision)
+    assert claim(process(bucket, clock), "o-2", placed=True) == claimed
