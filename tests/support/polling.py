@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 def eventually(
     condition: Callable[[], T],
-    timeout: float = 30.0,
+    timeout: float = 60.0,
     *,
     interval: float = 0.02,
     message: str | None = None,

@@ -51,7 +51,7 @@ class Producer:
         answer = self.shop.get(f"/api/orders/{order_id}")
         return str(answer.json()["status"]) if answer.status_code == 200 else None
 
-    def wait(self, order_id: str, *statuses: str, timeout: float = 20.0) -> dict[str, Any]:
+    def wait(self, order_id: str, *statuses: str, timeout: float = 60.0) -> dict[str, Any]:
         """Wait until the order has one of the statuses, and its whole history; returns the order."""
 
         def order() -> dict[str, Any] | None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +11,6 @@ import requests
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.dead_letters import DeadLetter
 from tests.support.polling import eventually
-from tests.support.processes import REPOSITORY
 from tests.tasks.producer import Producer, created
 from tests.web.stack import Stack
 
@@ -31,15 +27,7 @@ def producer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Producer]:
 
 def operate(producer: Producer, *arguments: str, code: int = 0) -> str:
     """Run the command; returns what it says."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tasks.operate", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, **producer.shop.environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = producer.shop.command("tasks.operate", *arguments)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import requests
 from requests.adapters import HTTPAdapter
 
-from tests.support.processes import REPOSITORY
 from tests.support.provider import AUDIENCE, CLIENT_ID, CLIENT_SECRET, Provider
 from tests.web.stack import Stack, order_body
 
@@ -52,15 +50,7 @@ class Closed:
         }
 
     def run(self, module: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", f"tasks.{module}", *arguments],
-            cwd=REPOSITORY,
-            env={**self.stack.environment, "PYTHONPATH": "proto:broker"},
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        return self.stack.command(f"tasks.{module}", *arguments, stdin=stdin)
 
     def key(self, *arguments: str) -> str:
         made = self.run("keys", "add", *arguments)
@@ -73,7 +63,7 @@ class Closed:
         if who is not None:
             headers["Authorization"] = f"Bearer {self.keys.get(who, who)}"
         return requests.request(
-            method, self.stack.url + path, headers=headers, timeout=20, allow_redirects=False, **options
+            method, self.stack.url + path, headers=headers, timeout=60, allow_redirects=False, **options
         )
 
     def get(self, who: str | None, path: str, **options: Any) -> requests.Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from typing import Any
 import requests
 
 from dramatiq_jetstream.testing import NatsServer
+from tests.support.commands import Commands
 from tests.support.orders import check_whole
 from tests.support.polling import eventually
 from tests.support.ports import free_port
@@ -70,16 +72,20 @@ class Stack:
         with ExitStack() as starting:
             if not self._nats_runs:
                 starting.enter_context(self.nats)
+            self._commands = starting.enter_context(Commands(self.environment))
             gateway = starting.enter_context(self._gateway())
             if self._with_workers:
                 self.workers = starting.enter_context(self._workers())
             self.web = starting.enter_context(self._web())
             starting.callback(self.session.close)
-            gateway.wait_for_output("payments stand-in on", timeout=40)
+            gateway.wait_for_output("payments stand-in on", timeout=90)
             if self._with_workers:
-                self.workers.wait_for_output(WORKER_READY, timeout=40)
+                self.workers.wait_for_output(WORKER_READY, timeout=90)
             eventually(
-                self.healthy, timeout=40, message=f"the front end did not get ready:\n{self.web.output}"
+                self.healthy,
+                timeout=90,
+                interval=0.1,
+                message=f"the front end did not get ready:\n{self.web.output}",
             )
             self._exit = starting.pop_all()
         return self
@@ -128,10 +134,14 @@ class Stack:
             return False
 
     def get(self, path: str, **options: Any) -> requests.Response:
-        return self.session.get(self.url + path, timeout=20, **options)
+        return self.session.get(self.url + path, timeout=60, **options)
 
     def post(self, path: str, **options: Any) -> requests.Response:
-        return self.session.post(self.url + path, timeout=20, **options)
+        return self.session.post(self.url + path, timeout=60, **options)
+
+    def command(self, module: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        """Run a command of the service, as `python -m MODULE ARGUMENT ...` does."""
+        return self._commands.run(module, *arguments, stdin=stdin)
 
     def order(self, *items: tuple[str, int], customer_id: str = "c-42", **members: Any) -> dict[str, Any]:
         """Place an order through the API; returns what it answered."""
@@ -141,7 +151,7 @@ class Stack:
         order: dict[str, Any] = answer.json()
         return order
 
-    def final(self, order_id: str, timeout: float = 20.0) -> dict[str, Any]:
+    def final(self, order_id: str, timeout: float = 60.0) -> dict[str, Any]:
         """Wait until the order is confirmed or rejected, with its whole history; returns it."""
 
         def order() -> dict[str, Any] | None:

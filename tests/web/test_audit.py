@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import subprocess
-import sys
 import uuid
 from typing import Any
 
@@ -15,7 +12,6 @@ import pytest
 
 from dramatiq_jetstream import JetStreamBroker, audit
 from dramatiq_jetstream.errors import ApiError
-from tests.support.processes import REPOSITORY
 from tests.web.stack import Stack
 
 
@@ -27,15 +23,7 @@ def acts(service: Stack, **asked: str) -> list[dict[str, Any]]:
 
 
 def command(service: Stack, module: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", f"tasks.{module}", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, **service.environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = service.command(f"tasks.{module}", *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
