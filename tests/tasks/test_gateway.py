@@ -47,87 +47,113 @@ class Bank:
     def knobs(self, **changes: Any) -> None:
         assert requests.put(f"{self.url}/knobs", json=changes, timeout=5).status_code == 200
 
-    def charges(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = requests.get(f"{self.url}/charges", timeout=5).json()["charges"]
+    def charges(self, order_id: str) -> list[dict[str, Any]]:
+        answer = requests.get(f"{self.url}/charges", params={"order_id": order_id}, timeout=5)
+        found: list[dict[str, Any]] = answer.json()["charges"]
         return found
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bank]:
+    """A stand-in that is started once."""
+    bank = Bank(tmp_path_factory.mktemp("bank"))
+    bank.start()
+    yield bank
+    bank.process.stop()
+
+
 @pytest.fixture
-def bank(tmp_path: Path) -> Iterator[Bank]:
+def bank(shared: Bank) -> Iterator[Bank]:
+    """The shared stand-in, for a test that brings orders of its own; its knobs are put back."""
+    yield shared
+    well = {"failure_rate": 0.0, "failure_after_charge_rate": 0.0, "hang_after_charge_rate": 0.0}
+    shared.knobs(about=["charges", "refunds"], refuse=False, fail_next=0, latency_ms=0, **well)
+
+
+@pytest.fixture
+def own_bank(tmp_path: Path) -> Iterator[Bank]:
+    """A stand-in for this test alone, to be killed at will."""
     bank = Bank(tmp_path)
     bank.start()
     yield bank
     bank.process.stop()
 
 
-def test_charge_is_made_once(bank: Bank) -> None:
+@pytest.fixture
+def order_id() -> str:
+    """An order that no other test uses."""
+    return f"o-{uuid.uuid4().hex}"
+
+
+def test_charge_is_made_once(bank: Bank, order_id: str) -> None:
     """Asked ten times, from ten threads, the gateway charges once and answers the same."""
-    gateway = HttpGateway(bank.url, timeout=5_000)
+    gateway = HttpGateway(bank.url, timeout=30_000)
     with ThreadPoolExecutor(10) as pool:
-        answers = set(pool.map(lambda _: gateway.charge("o-1", 1_290, "EUR", "tok"), range(10)))
+        answers = set(pool.map(lambda _: gateway.charge(order_id, 1_290, "EUR", "tok"), range(10)))
     assert len(answers) == 1
-    (charge,) = bank.charges()
-    assert (charge["order_id"], charge["amount"], charge["status"]) == ("o-1", 1_290, "captured")
+    (charge,) = bank.charges(order_id)
+    assert (charge["order_id"], charge["amount"], charge["status"]) == (order_id, 1_290, "captured")
     assert answers == {Charge(charge["id"])}
 
 
-def test_declines_are_final_answers(bank: Bank) -> None:
+def test_declines_are_final_answers(bank: Bank, order_id: str) -> None:
     """Test tokens are declined, each with its code, and again with the same when repeated."""
-    gateway = HttpGateway(bank.url, timeout=5_000)
+    gateway = HttpGateway(bank.url, timeout=30_000)
     for token, code in (("tok_declined", "card_declined"), ("tok_insufficient", "insufficient_funds")):
         for _ in range(2):
-            answer = gateway.charge(f"o-{token}", 100, "EUR", token)
+            answer = gateway.charge(f"{order_id}-{token}", 100, "EUR", token)
             assert isinstance(answer, Decline)
             assert answer.code == code
-    assert [charge["status"] for charge in bank.charges()] == ["declined", "declined"]
+        assert [charge["status"] for charge in bank.charges(f"{order_id}-{token}")] == ["declined"]
 
 
-def test_answer_that_never_comes(bank: Bank) -> None:
+def test_answer_that_never_comes(bank: Bank, order_id: str) -> None:
     """A charge that was made and not answered: a timeout first, the same charge at the next attempt."""
-    gateway = HttpGateway(bank.url, timeout=300)
     bank.knobs(hang_after_charge_rate=1.0, hang_ms=1_000)
     with pytest.raises(GatewayUnavailable, match="did not answer within 300 ms"):
-        gateway.charge("o-1", 100, "EUR", "tok")
+        HttpGateway(bank.url, timeout=300).charge(order_id, 100, "EUR", "tok")
     bank.knobs(hang_after_charge_rate=0.0)
-    answer = gateway.charge("o-1", 100, "EUR", "tok")
-    (charge,) = bank.charges()
+    answer = HttpGateway(bank.url, timeout=30_000).charge(order_id, 100, "EUR", "tok")
+    (charge,) = bank.charges(order_id)
     assert answer == Charge(charge["id"])
 
 
 @pytest.mark.parametrize("knob", ["failure_rate", "failure_after_charge_rate"])
-def test_server_errors_are_no_answers(bank: Bank, knob: str) -> None:
+def test_server_errors_are_no_answers(bank: Bank, order_id: str, knob: str) -> None:
     """500 says nothing about the charge."""
-    gateway = HttpGateway(bank.url, timeout=2_000)
+    gateway = HttpGateway(bank.url, timeout=30_000)
     bank.knobs(**{knob: 1.0})
     with pytest.raises(GatewayUnavailable, match="answered 500"):
-        gateway.charge("o-1", 100, "EUR", "tok")
+        gateway.charge(order_id, 100, "EUR", "tok")
     bank.knobs(**{knob: 0.0})
-    assert isinstance(gateway.charge("o-1", 100, "EUR", "tok"), Charge)
-    assert len(bank.charges()) == 1
+    assert isinstance(gateway.charge(order_id, 100, "EUR", "tok"), Charge)
+    assert len(bank.charges(order_id)) == 1
 
 
-def test_refused_and_hung_up(bank: Bank) -> None:
-    """A gateway that hangs up, and one that is not there, are said to be unreachable."""
-    gateway = HttpGateway(bank.url, timeout=2_000)
-    bank.knobs(refuse=True)
+def test_what_is_not_there_and_what_hangs_up(own_bank: Bank, order_id: str) -> None:
+    """Both are said to be unreachable; a charge that was answered is there after kill -9, and is not made again."""
+    gateway = HttpGateway(own_bank.url, timeout=30_000)
+    own_bank.knobs(refuse=True)
     with pytest.raises(GatewayUnavailable, match="cannot be reached"):
-        gateway.charge("o-1", 100, "EUR", "tok")
-    bank.process.kill()
+        gateway.charge(order_id, 100, "EUR", "tok")
+    own_bank.knobs(refuse=False)
+    before = gateway.charge(order_id, 100, "EUR", "tok")
+    own_bank.process.kill()
     with pytest.raises(GatewayUnavailable, match="Connection refused"):
-        gateway.charge("o-1", 100, "EUR", "tok")
-    bank.start()
-    assert isinstance(gateway.charge("o-1", 100, "EUR", "tok"), Charge)
+        gateway.charge(order_id, 100, "EUR", "tok")
+    own_bank.start()
+    assert gateway.charge(order_id, 100, "EUR", "tok") == before
+    assert len(own_bank.charges(order_id)) == 1
 
 
-def test_charges_survive_kill_9(bank: Bank) -> None:
-    """A charge that was answered is there after kill -9, and is not made again."""
-    gateway = HttpGateway(bank.url, timeout=5_000)
-    before = gateway.charge("o-1", 100, "EUR", "tok")
-    bank.process.kill()
-    bank.start()
-    # The kept-open connection is dead; that is noticed and made up for within the one call.
-    assert gateway.charge("o-1", 100, "EUR", "tok") == before
-    assert len(bank.charges()) == 1
+def test_a_connection_that_died_is_made_up_for(own_bank: Bank, order_id: str) -> None:
+    """One that was kept open while the gateway was started again is noticed, and replaced within the one call."""
+    gateway = HttpGateway(own_bank.url, timeout=30_000)
+    before = gateway.charge(order_id, 100, "EUR", "tok")
+    own_bank.process.kill()
+    own_bank.start()
+    assert gateway.charge(order_id, 100, "EUR", "tok") == before
+    assert len(own_bank.charges(order_id)) == 1
 
 
 def test_connection_is_kept_open() -> None:
@@ -194,33 +220,21 @@ def test_stand_in_refuses_nonsense(bank: Bank, method: str, path: str, body: Any
     assert bank.up()
 
 
-def test_key_of_another_charge(bank: Bank) -> None:
+def test_key_of_another_charge(bank: Bank, order_id: str) -> None:
     """A key that was used for another amount is refused, and that is no decline."""
-    gateway = HttpGateway(bank.url, timeout=5_000)
-    gateway.charge("o-1", 100, "EUR", "tok")
+    gateway = HttpGateway(bank.url, timeout=30_000)
+    gateway.charge(order_id, 100, "EUR", "tok")
     with pytest.raises(GatewayUnavailable, match="422"):
-        gateway.charge("o-1", 200, "EUR", "tok")
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bank]:
-    """A stand-in for tests that bring orders of their own, and put its knobs back."""
-    bank = Bank(tmp_path_factory.mktemp("bank"))
-    bank.start()
-    yield bank
-    bank.process.stop()
+        gateway.charge(order_id, 200, "EUR", "tok")
 
 
 @pytest.fixture
-def paid(shared: Bank) -> Iterator[tuple[HttpGateway, str, str]]:
+def paid(bank: Bank, order_id: str) -> tuple[HttpGateway, str, str]:
     """A gateway, an order of this test, and the id of its charge of 1,000."""
-    gateway = HttpGateway(shared.url, timeout=30_000)
-    order_id = f"o-{uuid.uuid4().hex}"
+    gateway = HttpGateway(bank.url, timeout=30_000)
     charge = gateway.charge(order_id, 1_000, "EUR", "tok")
     assert isinstance(charge, Charge)
-    yield gateway, order_id, charge.charge_id
-    well = {"failure_rate": 0.0, "failure_after_charge_rate": 0.0, "hang_after_charge_rate": 0.0}
-    shared.knobs(about=["charges", "refunds"], refuse=False, fail_next=0, latency_ms=0, **well)
+    return gateway, order_id, charge.charge_id
 
 
 def moved(bank: Bank, table: str, order_id: str) -> list[int]:
@@ -228,14 +242,14 @@ def moved(bank: Bank, table: str, order_id: str) -> list[int]:
     return [one["amount"] for one in answer.json()[table]]
 
 
-def test_refund_is_made_once(shared: Bank, paid: tuple[HttpGateway, str, str]) -> None:
+def test_refund_is_made_once(bank: Bank, paid: tuple[HttpGateway, str, str]) -> None:
     """Asked ten times with one key, from ten threads, it goes back once; another key is another refund."""
     gateway, order_id, charge_id = paid
     with ThreadPoolExecutor(10) as pool:
         answers = set(pool.map(lambda _: gateway.refund(charge_id, 300, "EUR", f"{order_id}.r-1"), range(10)))
     assert len(answers) == 1
     assert gateway.refund(charge_id, 700, "EUR", f"{order_id}.r-2") not in answers
-    assert moved(shared, "refunds", order_id) == [300, 700]
+    assert moved(bank, "refunds", order_id) == [300, 700]
     assert {gateway.find_refund(order_id, f"{order_id}.r-1")} == answers
     assert gateway.find_refund(order_id, f"{order_id}.r-3") is None
 
@@ -250,58 +264,58 @@ def test_refund_of_more_than_is_left(paid: tuple[HttpGateway, str, str]) -> None
 
 
 @pytest.mark.parametrize("lost", ["failure_after_charge_rate", "hang_after_charge_rate"])
-def test_refund_whose_answer_is_lost(shared: Bank, paid: tuple[HttpGateway, str, str], lost: str) -> None:
+def test_refund_whose_answer_is_lost(bank: Bank, paid: tuple[HttpGateway, str, str], lost: str) -> None:
     """It was made, and the next attempt is told of the same one."""
     gateway, order_id, charge_id = paid
-    shared.knobs(about=["refunds"], **{lost: 1.0}, hang_ms=2_000)
+    bank.knobs(about=["refunds"], **{lost: 1.0}, hang_ms=2_000)
     with pytest.raises(GatewayUnavailable, match=r"answered 500|did not answer"):
-        HttpGateway(shared.url, timeout=500).refund(charge_id, 300, "EUR", f"{order_id}.r-1")
-    shared.knobs(**{lost: 0.0})
-    eventually(lambda: moved(shared, "refunds", order_id) == [300])
+        HttpGateway(bank.url, timeout=500).refund(charge_id, 300, "EUR", f"{order_id}.r-1")
+    bank.knobs(**{lost: 0.0})
+    eventually(lambda: moved(bank, "refunds", order_id) == [300])
     assert gateway.refund(charge_id, 300, "EUR", f"{order_id}.r-1") == gateway.find_refund(
         order_id, f"{order_id}.r-1"
     )
-    assert moved(shared, "refunds", order_id) == [300]
+    assert moved(bank, "refunds", order_id) == [300]
 
 
-def test_refund_that_comes_late(shared: Bank, paid: tuple[HttpGateway, str, str]) -> None:
+def test_refund_that_comes_late(bank: Bank, paid: tuple[HttpGateway, str, str]) -> None:
     """The gateway makes it after it was given up; asked again, it does not make another."""
     gateway, order_id, charge_id = paid
-    shared.knobs(about=["refunds"], latency_ms=1_500)
+    bank.knobs(about=["refunds"], latency_ms=1_500)
     with pytest.raises(GatewayUnavailable, match="did not answer"):
-        HttpGateway(shared.url, timeout=300).refund(charge_id, 300, "EUR", f"{order_id}.r-1")
-    shared.knobs(latency_ms=0)
+        HttpGateway(bank.url, timeout=300).refund(charge_id, 300, "EUR", f"{order_id}.r-1")
+    bank.knobs(latency_ms=0)
     gateway.refund(charge_id, 300, "EUR", f"{order_id}.r-1")
-    eventually(lambda: moved(shared, "refunds", order_id) == [300])
+    eventually(lambda: moved(bank, "refunds", order_id) == [300])
 
 
-def test_look_up_of_a_charge(shared: Bank, paid: tuple[HttpGateway, str, str]) -> None:
+def test_look_up_of_a_charge(bank: Bank, paid: tuple[HttpGateway, str, str]) -> None:
     """Captured, declined, and none at all; an answer that is lost or late says nothing."""
     gateway, order_id, charge_id = paid
     assert gateway.find_charge(order_id) == Charge(charge_id, 1_000)
     gateway.charge(f"{order_id}-declined", 100, "EUR", "tok_declined")
     assert gateway.find_charge(f"{order_id}-declined") is None
     assert gateway.find_charge(f"{order_id}-none") is None
-    shared.knobs(about=["lookups"], fail_next=1)
+    bank.knobs(about=["lookups"], fail_next=1)
     with pytest.raises(GatewayUnavailable, match="answered 500"):
         gateway.find_charge(order_id)
-    shared.knobs(hang_after_charge_rate=1.0, hang_ms=2_000)
+    bank.knobs(hang_after_charge_rate=1.0, hang_ms=2_000)
     with pytest.raises(GatewayUnavailable, match="did not answer"):
-        HttpGateway(shared.url, timeout=500).find_charge(order_id)
-    shared.knobs(hang_after_charge_rate=0.0, refuse=True)
+        HttpGateway(bank.url, timeout=500).find_charge(order_id)
+    bank.knobs(hang_after_charge_rate=0.0, refuse=True)
     with pytest.raises(GatewayUnavailable, match="cannot be reached"):
         gateway.find_charge(order_id)
-    shared.knobs(refuse=False)
+    bank.knobs(refuse=False)
     assert gateway.find_charge(order_id) == Charge(charge_id, 1_000)
 
 
-def test_what_the_bank_took_back(shared: Bank, paid: tuple[HttpGateway, str, str]) -> None:
+def test_what_the_bank_took_back(bank: Bank, paid: tuple[HttpGateway, str, str]) -> None:
     """It is looked up, and nothing of it is refunded."""
     gateway, order_id, charge_id = paid
     body = {"charge_id": charge_id, "amount": 400, "currency": "EUR", "reason": "not received"}
     for _ in range(2):
         taken = requests.post(
-            f"{shared.url}/chargebacks", json=body, headers={"Idempotency-Key": order_id}, timeout=5
+            f"{bank.url}/chargebacks", json=body, headers={"Idempotency-Key": order_id}, timeout=5
         )
         assert taken.status_code == 201, taken.text
     found = gateway.find_chargebacks(order_id)
