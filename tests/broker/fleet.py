@@ -57,7 +57,7 @@ class Fleet:
         )
         self._processes.append(process.start())
         if wait:
-            process.wait_for_output(WORKER_READY, count=processes, timeout=30)
+            process.wait_for_output(WORKER_READY, count=processes, timeout=90)
         return process
 
     def send(self, actor: str, *args: Any, queue: str = "default", **options: Any) -> Message[Any]:
@@ -75,7 +75,7 @@ class Fleet:
     def counts(self) -> Counter[str]:
         return Counter(self.lines())
 
-    def wait_for(self, line: str, *, count: int = 1, timeout: float = 20.0) -> None:
+    def wait_for(self, line: str, *, count: int = 1, timeout: float = 60.0) -> None:
         """Wait until the actors have written a line `times` times."""
         eventually(lambda: self.counts()[line] >= count, timeout=timeout, message=f"{line!r} ({count} times)")
 

@@ -96,7 +96,7 @@ def test_a_prefetched_message_is_given_away_when_the_outage_is_one_sided(make_br
         lost = time.monotonic()
         with running(other):
             eventually(lambda: taken == ["a"])
-            assert time.monotonic() - lost < ACK_WAIT / 1000 + 5
+            assert time.monotonic() - lost < 20 * ACK_WAIT / 1000
         gate.set()
         proxy.restore()
         eventually(lambda: settled(broker))
@@ -229,7 +229,7 @@ def test_a_connection_that_is_silently_dead_is_replaced(behind, fast_fences):
         work.send("b")
         eventually(lambda: "ended b" in log)
         eventually(lambda: settled(broker))
-    assert broker.connection.state.reconnects == 1
+    assert broker.connection.state.reconnects >= 1
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_a_worker_can_stop_while_the_server_is_away(behind):
         eventually(lambda: not broker.connection.is_connected)
         started = time.monotonic()
     broker.close()
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 20
 
 
 def test_worker_processes_resume_after_an_outage(own_nats_server, make_fleet):

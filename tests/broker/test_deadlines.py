@@ -27,6 +27,9 @@ from tests.support.proxy import Proxy
 
 TIMEOUT_MS = 600
 
+#: When an error is too late, in seconds: what waits for a sign of life (6 s) or for the default (10 s) is later.
+LATE_SECONDS = 5.0
+
 
 @dataclass
 class Scene:
@@ -170,7 +173,7 @@ def test_what_cannot_be_sent_in_time_is_never_sent(scene, state, call):
     began = time.monotonic()
     with pytest.raises(NotSent) as caught:
         call(scene)
-    assert time.monotonic() - began < TIMEOUT_MS / 1000 + 1.5
+    assert time.monotonic() - began < LATE_SECONDS
     assert "None" not in str(caught.value)
     scene.proxy.restore()
     scene.proxy.release()
@@ -201,7 +204,7 @@ def test_what_waits_when_the_connection_is_closed_is_never_sent(scene, call, mon
     calling.start()
     eventually(lambda: scene.connection._link.calls._waiting)
     scene.broker.close()
-    calling.join(10)
+    calling.join(15)  # it would be 20 s
     assert [type(error) for error in raised] == [NotSent]
     scene.proxy.restore()
     scene.connection.reopen()
@@ -225,7 +228,7 @@ def test_what_is_not_answered_is_not_known(scene, call):
     with pytest.raises(BrokerConnectionError) as caught:
         call(scene)
     assert not isinstance(caught.value, NotSent)
-    assert time.monotonic() - began < TIMEOUT_MS / 1000 + 1.5
+    assert time.monotonic() - began < LATE_SECONDS
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
@@ -271,8 +274,8 @@ def test_windows_of_a_batch_share_one_deadline(scene, monkeypatch):
     connected(scene)
     scene.proxy.deaf = True
     began = time.monotonic()
-    outcomes = scene.connection.try_publish_many([scene.publication() for _ in range(10)], timeout=1_000)
-    assert time.monotonic() - began < 2.5
+    outcomes = scene.connection.try_publish_many([scene.publication() for _ in range(60)], timeout=1_000)
+    assert time.monotonic() - began < 10
     assert all(isinstance(outcome, BrokerError) for outcome in outcomes)
 
 
@@ -364,7 +367,7 @@ def test_a_ticking_timer_extends_no_wait(scene, way):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20
 
 
 HANDLER = """

@@ -147,7 +147,7 @@ def test_a_message_that_another_program_sends_early_is_kept_by_the_server(broker
     assert ran[0] >= due
 
 
-def test_a_hundred_thousand_delays_cost_a_worker_nothing(nats_server, make_fleet):
+def test_thousands_of_delays_cost_a_worker_nothing(nats_server, make_fleet):
     """Its memory stays as it was, and ready messages are not held up."""
     fleet = make_fleet(nats_server)
     worker = fleet.start(processes=1, threads=4)
@@ -156,7 +156,7 @@ def test_a_hundred_thousand_delays_cost_a_worker_nothing(nats_server, make_fleet
     fleet.broker.join("default", timeout=30_000)
     (pid, *_) = worker.children()
     before = rss(pid)
-    delayed = [Message("default", "mark", (f"late{n}",), {}, {}) for n in range(100_000)]
+    delayed = [Message("default", "mark", (f"late{n}",), {}, {}) for n in range(30_000)]
     stop = threading.Event()
     waits = []
 
@@ -173,7 +173,7 @@ def test_a_hundred_thousand_delays_cost_a_worker_nothing(nats_server, make_fleet
     eventually(lambda: len(waits) >= 20)
     stop.set()
     sending.join(30)
-    assert fleet.broker.queue_stats("default").delayed == 100_000
+    assert fleet.broker.queue_stats("default").delayed == 30_000
     holds(lambda: rss(pid) - before < 5_000_000, 0.5)
     assert sorted(waits)[len(waits) // 2] < 1
     assert not any("late" in line for line in fleet.lines())

@@ -70,7 +70,7 @@ def test_an_acknowledgement_that_got_lost_does_not_store_twice(outage, aside, wa
     eventually(lambda: stored(witness) == count)
     eventually(lambda: b'"stream"' in proxy.dropped)
     proxy.restore()
-    enqueueing.result(10)
+    enqueueing.result(60)
     assert stored(witness) == count
 
 
@@ -82,7 +82,7 @@ def test_a_short_outage_is_waited_out(outage, aside, way):
     enqueueing = aside(way, broker)
     holds(lambda: not enqueueing.done(), 0.3)
     proxy.restore()
-    enqueueing.result(10)
+    enqueueing.result(60)
     assert stored(witness) == (50 if way in (enqueue_many, enqueue_atomically) else 1)
 
 
@@ -96,7 +96,7 @@ def test_a_long_outage_is_an_error_in_time_and_stores_nothing_later(make_broker,
     started = time.monotonic()
     with pytest.raises(BrokerConnectionError) as caught:
         way(broker)
-    assert 0.4 < time.monotonic() - started < 4
+    assert 0.4 < time.monotonic() - started < 8  # by default it would be 10 s
     assert proxy.url.removeprefix("nats://") in str(caught.value)
     proxy.restore()
     eventually(lambda: broker.connection.is_connected)
@@ -111,7 +111,7 @@ def test_silence_is_an_error_in_time(outage):
     started = time.monotonic()
     with pytest.raises(StoreTimeout, match="whether it stored the message is not known"):
         broker.connection.publish(broker.names.task("default"), b"x", {"Nats-Msg-Id": "1"}, timeout=700)
-    assert 0.6 < time.monotonic() - started < 4
+    assert 0.6 < time.monotonic() - started < 8
 
 
 def test_a_frozen_server_is_an_error_in_time(own_nats_server, make_broker):
@@ -122,7 +122,7 @@ def test_a_frozen_server_is_an_error_in_time(own_nats_server, make_broker):
     started = time.monotonic()
     with pytest.raises(BrokerConnectionError):
         broker.enqueue(message())
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 8
     own_nats_server.resume()
 
     def again():
@@ -143,7 +143,7 @@ def test_events_are_stored_once_over_an_outage(make_broker, proxy, aside, namesp
     publishing = aside(broker.publish, f"{namespace}.ev.created", b"event")
     eventually(lambda: b'"stream"' in proxy.dropped)
     proxy.restore()
-    assert publishing.result(10).seq == 1
+    assert publishing.result(60).seq == 1
     info = broker.connection.api(f"STREAM.INFO.{namespace}")
     assert info["state"]["messages"] == 1
 
@@ -177,7 +177,7 @@ def test_a_killed_server_loses_nothing_of_what_enqueue_promised(own_nats_server,
     eventually(lambda: len(promised) > seen + 50)
     stop.set()
     for thread in threads:
-        thread.join(15)
+        thread.join(60)
     found = []
     consumer = broker.consume("default", prefetch=500, timeout=300)
     while (taken := next(consumer)) is not None:

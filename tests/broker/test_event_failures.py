@@ -149,7 +149,7 @@ def test_a_worker_survives_the_loss_of_a_stream_of_events(service, topic, monkey
 
 def test_an_event_that_its_actor_still_handles_is_not_handled_twice(make_service, topic):
     """Long-running handlers keep their event, as they keep a message."""
-    busy, idle = make_service(ack_wait=1_000), make_service(ack_wait=1_000)
+    busy, idle = make_service(ack_wait=3_000), make_service(ack_wait=3_000)
     release = threading.Event()
     began = []
 
@@ -163,7 +163,7 @@ def test_an_event_that_its_actor_still_handles_is_not_handled_twice(make_service
         busy.publish(f"{topic}.created", b"1")
         eventually(lambda: began)
         with running(idle):
-            holds(lambda: len(began) == 1, 2.2)
+            holds(lambda: len(began) == 1, 6.6)
             release.set()
             busy.join("default", timeout=30_000)
     assert began == [b"1"]

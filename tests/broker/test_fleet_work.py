@@ -8,21 +8,17 @@ import signal
 import time
 import urllib.error
 import urllib.request
-from functools import partial
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support import polling
-from tests.support.polling import holds
+from tests.support.polling import eventually, holds
 from tests.support.ports import free_port
 from tests.support.processes import WORKER_READY, supervised_workers
 
 #: Far longer than a handed-on message needs, far shorter than `ack_wait`, after which it would come again anyway.
-SOON = 30.0
-
-eventually = partial(polling.eventually, timeout=30.0)
+SOON = 60.0
 
 
 def runner(fleet, name):
@@ -59,7 +55,7 @@ def test_what_a_killed_worker_ran_begins_elsewhere_at_once(make_fleet, number):
     assert runner(fleet, "a") != victim
     for name in "abc":
         fleet.open(name)
-    fleet.broker.join("default", timeout=30_000)
+    fleet.broker.join("default", timeout=60_000)
     assert began(fleet, neighbour) == 1
     workers.wait_for_output(WORKER_READY, count=3)
     assert workers.running
@@ -87,7 +83,7 @@ def test_the_messages_that_were_not_begun_are_handed_on_too(make_fleet):
     os.kill(first.children()[0], signal.SIGKILL)
     for name in "abc":
         fleet.open(name)
-    fleet.broker.join("default", timeout=30_000)
+    fleet.broker.join("default", timeout=60_000)
     assert {began(fleet, name) for name in "bc"} == {1}
     assert second.running
 
@@ -225,10 +221,10 @@ def test_a_thread_past_its_hard_limit_takes_its_process_along(make_fleet):
     fleet.send("block", "stuck")
     eventually(lambda: began(fleet, "neighbour") == 2, timeout=60)
     fleet.open("neighbour")
-    (letter,) = eventually(lambda: fleet.broker.dead_letters.list("default"), timeout=30)
+    (letter,) = eventually(lambda: fleet.broker.dead_letters.list("default"))
     assert (letter.reason, letter.actor) == ("killed after its time limit", "block")
     assert "in block" in letter.error
-    fleet.broker.join("default", timeout=20_000)
+    fleet.broker.join("default", timeout=60_000)
     assert began(fleet, "stuck") == 1
     assert workers.output.count("outlived its hard time limit") == 1
 
@@ -243,7 +239,7 @@ def test_a_retry_follows_an_attempt_past_its_hard_limit(make_fleet):
     assert "in backtrack" in letter.error
     assert began(fleet, "x") == 2
     workers.wait_for_output(WORKER_READY, count=4)
-    fleet.broker.join("default", timeout=20_000)
+    fleet.broker.join("default", timeout=60_000)
 
 
 def test_workers_stop_when_their_supervisor_is_killed(make_fleet):
@@ -270,12 +266,12 @@ def test_processes_that_actors_leave_behind_are_reaped(make_fleet):
     workers.kill()
     # The same command again, as a process that adopts orphans (PR_SET_CHILD_SUBREAPER, which exec keeps).
     workers.command = [workers.command[0], "-c", adopting, *workers.command]
-    workers.start().wait_for_output(WORKER_READY, timeout=30)
+    workers.start().wait_for_output(WORKER_READY)
     fleet.send("orphan", "x")
     (left,) = eventually(
         lambda: re.findall(r"^left (\d+)$", fleet.runs.read_text(), re.MULTILINE), timeout=30
     )
-    eventually(lambda: not Path(f"/proc/{left}").exists(), timeout=30)
+    eventually(lambda: not Path(f"/proc/{left}").exists())
     assert workers.running
 
 

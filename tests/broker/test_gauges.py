@@ -91,14 +91,14 @@ def test_prometheus_reads_them(broker: JetStreamBroker, queue: str) -> None:
 def test_without_a_server_there_are_no_queues(queue: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scrape is answered while the server is away, and the server is left alone for a while."""
     monkeypatch.setattr("dramatiq_jetstream.gauges._MAX_AGE_SECONDS", 0.0)
-    broker = JetStreamBroker(f"nats://127.0.0.1:{free_port()}", enqueue_timeout=2_000)
+    broker = JetStreamBroker(f"nats://127.0.0.1:{free_port()}", enqueue_timeout=5_000)
     broker.declare_queue(queue)
     gauges = Gauges(broker, connect=True)
     found = samples(gauges)
     assert found == {("dramatiq_connection_up", ""): 0, ("dramatiq_connection_reconnects_total", ""): 0}
     began = time.monotonic()
     assert samples(gauges) == found
-    assert time.monotonic() - began < 1, "it did not wait for the server again"
+    assert time.monotonic() - began < 4, "it did not wait for the server again"
     broker.close()
 
 

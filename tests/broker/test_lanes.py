@@ -73,8 +73,8 @@ def test_an_answer_that_is_lost_is_asked_for_the_long_way(make_broker, proxy):
     broker.enqueue(message())
     proxy.deaf = True
     timer = threading.Timer(1.2, setattr, (proxy, "deaf", False))
-    timer.start()
     started = time.monotonic()
+    timer.start()
     broker.enqueue(message())
     assert time.monotonic() - started > 1
     eventually(lambda: ready(broker) == 2)

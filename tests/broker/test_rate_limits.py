@@ -240,7 +240,7 @@ def test_what_a_killed_process_held_comes_free(
 
     assert not taken()
     assert eventually(taken)
-    assert 2.9 <= time.time() - held < 6
+    assert 2 <= time.time() - held < 20
 
 
 def test_whoever_waits_is_woken_by_the_server(
@@ -251,12 +251,12 @@ def test_whoever_waits_is_woken_by_the_server(
     waiting, notifying = make_backend(), make_backend()
     with ThreadPoolExecutor(1) as pool:
         for number in range(10):
-            woken = pool.submit(waiting.wait, f"k{number}", 10_000)
+            woken = pool.submit(waiting.wait, f"k{number}", 60_000)
             eventually(lambda: waiting.bucket.connection._subscriptions)
             notifying.wait_notify(f"k{number}", 60_000)
             before = time.monotonic()
-            assert woken.result(timeout=30) is True
-            assert time.monotonic() - before < 3  # without it, 10 s
+            assert woken.result(timeout=90) is True
+            assert time.monotonic() - before < 30  # without it, 60 s
 
 
 def test_a_wait_without_a_timeout_ends_with_the_notification(make_backend: MakeBackend) -> None:

@@ -166,7 +166,7 @@ def test_waiting_goes_on_while_the_server_is_away(
     before = time.monotonic()
     with pytest.raises(ResultTimeout):
         waiting.get_result(a_message(9), block=True, timeout=1_000)
-    assert time.monotonic() - before < 4
+    assert time.monotonic() - before < 20
     with pytest.raises(BrokerConnectionError):
         waiting.get_result(a_message(9))
     with ThreadPoolExecutor(1) as pool:

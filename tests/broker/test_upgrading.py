@@ -490,21 +490,21 @@ def test_a_shorter_ack_wait(make_broker: MakeProgram) -> None:
         dramatiq.actor(work, broker=broker, queue_name="q", actor_name="work", max_retries=0)
         return broker
 
-    old, other, new = program("old", 30_000), program("other", 30_000), program("new", 1_000)
+    old, other, new = program("old", 30_000), program("other", 30_000), program("new", 3_000)
     with running(old, threads=1, prefetch=1):
         old.actors["work"].send()
         eventually(lambda: began == ["old"])
         with running(other, threads=1, prefetch=1):
-            holds(lambda: began == ["old"], 1.5)  # longer than the new ack_wait without a signal
+            holds(lambda: began == ["old"], 4.0)  # longer than the new ack_wait without a signal
             new.setup(update=True)
-            holds(lambda: began == ["old"], 2.5)
+            holds(lambda: began == ["old"], 4.5)
             # and for what is delivered to an old worker since
             other.actors["work"].send()
             eventually(lambda: began == ["old", "other"])
-            holds(lambda: began == ["old", "other"], 2.5)
+            holds(lambda: began == ["old", "other"], 4.5)
             gate.set()
     config = new.connection.api(f"CONSUMER.INFO.{new.names.queue_stream('q')}.worker")["config"]
-    assert config["ack_wait"] == 1_000_000_000
+    assert config["ack_wait"] == 3_000_000_000
     assert not any(name.startswith("dramatiq") for name in config.get("metadata") or {})
     assert set(new.setup().values()) == {"unchanged"}
 

@@ -23,7 +23,7 @@ def test_nothing_was_signalled(aborts, key):
     """Polling for a signal that was not given returns None at once."""
     before = time.monotonic()
     assert aborts.poll(key) is None
-    assert time.monotonic() - before < 3
+    assert time.monotonic() - before < 8
 
 
 @pytest.mark.parametrize("params", [{}, {"abort_timeout": 500}, {"deep": {"er": ["日本", None]}}], ids=str)
@@ -53,16 +53,16 @@ def test_waiting_ends_with_the_timeout(aborts, key):
     """Without a signal, waiting returns None about when the time is over."""
     before = time.monotonic()
     assert aborts.wait_many([f"{key}-{number}" for number in range(3)], 1000) is None
-    assert 0.9 < time.monotonic() - before < 3
+    assert 0.9 < time.monotonic() - before < 20
 
 
 def test_a_signal_from_before_is_found_by_waiting(aborts, key):
     """Who begins to wait after the signal gets it at once, whatever its place among the keys."""
     aborts.notify([Event(f"{key}-2", {"number": 2})], TTL)
     before = time.monotonic()
-    event = aborts.wait_many([f"{key}-{number}" for number in range(4)], 10_000)
+    event = aborts.wait_many([f"{key}-{number}" for number in range(4)], 60_000)
     assert event == Event(f"{key}-2", {"number": 2})
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 30
 
 
 def test_a_signal_ends_the_waiting(make_aborts, aborts_kind, key):
@@ -73,8 +73,8 @@ def test_a_signal_ends_the_waiting(make_aborts, aborts_kind, key):
     timer = threading.Timer(0.3, there.notify, ([event], TTL))
     before = time.monotonic()
     timer.start()
-    assert here.wait_many([f"{key}-{number}" for number in range(50)], 10_000) == event
-    assert time.monotonic() - before < 5
+    assert here.wait_many([f"{key}-{number}" for number in range(50)], 60_000) == event
+    assert time.monotonic() - before < 30
     timer.join()
 
 
@@ -84,7 +84,7 @@ def test_waiting_can_be_done_again_and_again(aborts, key):
         event = Event(f"{key}-{number}", {"number": number})
         timer = threading.Timer(0.05, aborts.notify, ([event], TTL))
         timer.start()
-        assert aborts.wait_many([f"{key}-other", f"{key}-{number}"], 10_000) == event
+        assert aborts.wait_many([f"{key}-other", f"{key}-{number}"], 60_000) == event
         timer.join()
 
 

@@ -43,7 +43,7 @@ def test_a_consumer_without_messages_answers_after_its_timeout(broker, queue):
     try:
         before = time.monotonic()
         assert next(consumer) is None
-        assert time.monotonic() - before < 2
+        assert time.monotonic() - before < 20
     finally:
         consumer.close()
 

@@ -206,7 +206,7 @@ def test_join_has_a_timeout_for_delayed_messages(broker, actor, queue):
     before = time.monotonic()
     with pytest.raises(QueueJoinTimeout):
         broker.join(queue, timeout=200)
-    assert time.monotonic() - before < 3
+    assert time.monotonic() - before < 30
 
 
 @pytest.mark.where(join_waits_for_running=True)

@@ -187,7 +187,7 @@ def test_connecting_is_left_until_it_is_needed(rig, broker_kind, queue):
     before = time.monotonic()
     with pytest.raises(broker_kind.unreachable):
         greet.send()
-    assert time.monotonic() - before < 3
+    assert time.monotonic() - before < 20
     broker.close()
 
 

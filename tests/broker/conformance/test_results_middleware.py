@@ -234,6 +234,6 @@ def test_a_group_waits_for_all_parts():
     parts = group([work.message(True), work.message(False)])
     parts.run()
     threading.Timer(0.1, slow.set).start()
-    parts.wait(timeout=5000)
+    parts.wait(timeout=30_000)
     first, second = parts.get_results()
     assert second < first
