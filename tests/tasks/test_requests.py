@@ -121,7 +121,7 @@ def test_a_placed_order_waits_for_no_lease(bucket: FakeBucket, clock: Clock) -> 
     """Its key has the order and its time, whichever process asks."""
     first = claim(process(bucket, clock), "o-1")
     clock.time += 5
-    assert claim(process(bucket, clock), "o-2", placed=True) == first
+    assert process(bucket, clock).claim("k", "d", "o-2", lambda order_id: order_id == "o-1") == first
 
 
 def test_of_two_that_take_over_one_is_told_to_wait(bucket: FakeBucket, clock: Clock) -> None:

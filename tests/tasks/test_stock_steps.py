@@ -151,7 +151,9 @@ def test_an_order_that_is_opened_again_takes_nothing_more(
     if is_dropped:
         stock.restock("A", 0, "r", by="ann", reason="")
         assert bucket.level("A").notes == {}
+    bucket.writes.clear()
     assert other.open(ORDER, wanted(A=1, B=1)) == Found(first.record, first.revision)
+    assert bucket.writes == ([] if is_dropped else [KEY])
     assert stock.available() == {"A": 2, "B": 1, "C": 1}
     other.restock("A", 0, "r-2", by="ann", reason="")
     assert bucket.level("A").notes == {}
@@ -189,6 +191,12 @@ def test_another_run_may_have_taken_more_before_it_left_its_record(
 
 
 # Records
+
+
+def test_claims_and_notes_are_in_the_same_store(bucket: Bucket, stock: Stock) -> None:
+    stock.claims.claim(ORDER, Claim(1, "digest"))
+    stock.notes.unsettle(ORDER, 1, 2)
+    assert {"claim.o-1", "refund.o-1"} <= bucket.entries.keys()
 
 
 def test_a_record_that_another_run_created_is_found(bucket: Bucket, stock: Stock, other: Stock) -> None:
@@ -470,7 +478,8 @@ def test_cancel_without_a_claim_ends_the_order_alone(bucket: Bucket, stock: Stoc
 
 
 def test_cancel_gives_back_what_an_order_holds(bucket: Bucket, stock: Stock, other: Stock) -> None:
-    """After the record says so; cancelled again, it changes nothing."""
+    """Once, after the record says so, although its notes are still there; cancelled again, it changes nothing."""
+    stock.claims.claim(ORDER, Claim(1, "digest", "c-1", wanted(B=1, A=2).lines, 300, "EUR"))
     stock.open(ORDER, wanted(B=1, A=2))
     bucket.writes.clear()
     found = stock.cancel(ORDER, 7, "changed my mind")
