@@ -10,30 +10,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dramatiq_jetstream.limits import Rate
-from dramatiq_jetstream.worker.limit_state import LimitState, Turn
+from dramatiq_jetstream.worker.limit_state import GUARD_MS, SLACK_MS, LimitState, Start, Turn
 
 NOW = 1_800_000_000_000
 
 rates = st.builds(Rate, st.integers(1, 300), st.sampled_from([1_000, 10_000, 60_000]))
 
 
-def run(rate, arrivals, lateness):
-    """Start messages that arrive at these times, each of which comes at its moment and so much later."""
+def run(rate, arrivals, lateness, held_up=()):
+    """Start messages that arrive at these times, each of which comes at its moment and so much later.
+
+    A thread that may start is held up for so long before it does, and asks again if it is too late then.
+    """
     state, starts = LimitState(), []
-    events = sorted((NOW + at, number, None) for number, at in enumerate(arrivals))
-    late = iter(lateness)
+    events = sorted((NOW + at, number, None, None) for number, at in enumerate(arrivals))
+    late, held = iter(lateness), iter(held_up)
     while events:
-        now, number, moment = events.pop(0)
+        now, number, moment, start = events.pop(0)
         state = LimitState.decode(state.encode())
-        if moment is None:
+        if start is not None and now <= start.latest + GUARD_MS:
+            starts.append((now, number))
+            continue
+        if start is not None:
+            state.withdraw(rate, start)
+            moment = NOW  # it goes before those that wait
+        elif moment is None:
             moment = state.reserve(rate, now, 0)
         due = state.may_start(rate, now) if moment is None else state.due(rate, moment, now)
         if due <= now:
-            state.start(rate, moment, now)
-            starts.append((now, number))
+            events.append((now + next(held, 0), number, moment, state.start(rate, moment, now, now, now)))
         else:
-            events.append((due + next(late, 0), number, moment))
-            events.sort(key=lambda event: event[:2])
+            events.append((due + next(late, 0), number, moment, None))
+        events.sort(key=lambda event: event[:2])
     return starts
 
 
@@ -47,10 +55,11 @@ def most_within(starts, period):
     rates,
     st.lists(st.integers(0, 5_000), min_size=1, max_size=60),
     st.lists(st.integers(0, 3_000), max_size=60),
+    st.lists(st.one_of(st.integers(0, 30), st.integers(0, 3_000)), max_size=60),
 )
-def test_no_period_has_more_starts_than_the_rate(rate, arrivals, lateness):
-    """Whenever messages come, and however late they are at their moment; and all of them start."""
-    starts = run(rate, arrivals, lateness)
+def test_no_period_has_more_starts_than_the_rate(rate, arrivals, lateness, held_up):
+    """Whenever messages come, however late they are at their moment, and however long their threads are held up."""
+    starts = run(rate, arrivals, lateness, held_up)
     assert sorted(number for _, number in starts) == list(range(len(arrivals)))
     assert most_within(starts, rate.period) <= rate.count
 
@@ -61,7 +70,7 @@ def test_messages_that_come_on_time_start_in_their_order_and_at_the_rate(rate, c
     starts = run(rate, range(count), [])
     assert [number for _, number in starts] == list(range(count))
     periods = max(0, count - rate.count) / rate.count + 1
-    assert starts[-1][0] - NOW <= count + periods * (rate.period + 10) + 10
+    assert starts[-1][0] - NOW <= count + (periods + 1) * (GUARD_MS + SLACK_MS) + periods * rate.period
 
 
 def test_a_fleet_that_was_away_goes_on_in_order():
@@ -69,10 +78,10 @@ def test_a_fleet_that_was_away_goes_on_in_order():
     rate = Rate(5, 1_000)
     state = LimitState()
     for _ in range(5):
-        state.start(rate, state.reserve(rate, NOW, 0), NOW)
+        state.start(rate, state.reserve(rate, NOW, 0), NOW, NOW, NOW)
     waiting = [state.reserve(rate, NOW, 0) for _ in range(20)]
     back = NOW + 3_600_000
-    state.start(rate, waiting[0], back)
+    state.start(rate, waiting[0], back, back, back)
     dues = [state.due(rate, moment, back) for moment in waiting[1:]]
     assert dues == sorted(dues)
     assert [round(later - sooner) for sooner, later in pairwise(dues[5:])] == [200] * 13
@@ -84,7 +93,7 @@ def test_of_a_high_rate_a_few_starts_are_kept():
     """The state stays small, whatever the rate; those that are kept as one count as of the latest."""
     rate, state = Rate(1_000, 1_000), LimitState()
     for number in range(900):
-        state.start(rate, None, NOW + number)
+        state.start(rate, None, NOW, NOW + number, NOW)
     assert len(state.starts) <= 65
     assert sum(count for _, count in state.starts) == 900
 
@@ -170,15 +179,15 @@ def test_moments_are_given_away_one_interval_after_the_other():
     rate, state = Rate(2, 1_000), LimitState()
     assert state.reserve(rate, NOW, 0) is None
     assert (state.last, state.begun, state.lag) == (NOW, NOW, 0)
-    state.start(rate, None, NOW)
-    state.start(rate, None, NOW)
-    assert state.reserve(rate, NOW, 1_009) == NOW + 1_010
-    assert state.reserve(rate, NOW, 1_009) == NOW + 1_510
-    assert state.due(rate, NOW + 1_010, NOW) == NOW + 1_010
+    state.start(rate, None, NOW, NOW, NOW)
+    state.start(rate, None, NOW, NOW, NOW)
+    assert state.reserve(rate, NOW, 1_014) == NOW + 1_015
+    assert state.reserve(rate, NOW, 1_014) == NOW + 1_515
+    assert state.due(rate, NOW + 1_015, NOW) == NOW + 1_015
     state.lag = 20
-    assert state.due(rate, NOW + 1_510, NOW) == NOW + 1_530
-    assert state.reserve(rate, NOW, 5_000) == NOW + 2_010
-    assert state.last == NOW + 2_010
+    assert state.due(rate, NOW + 1_515, NOW) == NOW + 1_535
+    assert state.reserve(rate, NOW, 5_000) == NOW + 2_015
+    assert state.last == NOW + 2_015
 
 
 def test_a_message_may_wait_a_little_for_its_start():
@@ -202,33 +211,45 @@ def test_a_message_whose_moment_is_over_starts_now():
 
 
 @pytest.mark.parametrize(
-    ("start", "left"),
+    ("count", "latest", "left"),
     [
-        (NOW, [(NOW - 5, 1), (NOW, 1), (NOW + 3, 1)]),
-        (NOW + 1, [(NOW - 5, 1), (NOW, 2)]),
-        (NOW - 5, [(NOW, 2), (NOW + 3, 1)]),
-        (NOW + 4, [(NOW - 5, 1), (NOW, 2), (NOW + 3, 1)]),
+        (5, 100, [(150, 2), (300, 1)]),
+        (5, 150, [(100, 1), (150, 1), (300, 1)]),
+        (5, 140, [(100, 1), (150, 2), (300, 1)]),
+        (5, 301, [(100, 1), (150, 2), (300, 1)]),
+        (65, 140, [(100, 1), (150, 1), (300, 1)]),
+        (65, 99, [(100, 1), (150, 2), (300, 1)]),
+        (65, 200, [(100, 1), (150, 2), (300, 1)]),
     ],
 )
-def test_one_start_is_withdrawn(start, left):
-    """The one that was noted, or the next one."""
-    state = LimitState(starts=[(NOW - 5, 1), (NOW, 2), (NOW + 3, 1)])
-    state.withdraw(start)
+def test_a_start_that_is_not_made_is_withdrawn(count, latest, left):
+    """That one and no other; of a high rate the one that it was put together with."""
+    state = LimitState(starts=[(100, 1), (150, 2), (300, 1)])
+    state.withdraw(Rate(count, 6_400), Start(0, 0, latest))
     assert state.starts == left
+
+
+def test_a_start_is_noted_as_of_the_latest_moment_at_which_it_may_be_made():
+    """A thread has a few milliseconds at least, and one is never noted before another."""
+    rate, state = Rate(5, 1_000), LimitState()
+    assert state.start(rate, None, NOW, NOW, NOW) == Start(NOW, NOW, NOW + 5)
+    assert state.start(rate, None, NOW, NOW, NOW + 20) == Start(NOW, NOW, NOW + 20)
+    assert state.start(rate, None, NOW, NOW + 10, NOW + 6) == Start(NOW, NOW + 10, NOW + 20)
+    assert state.starts == [(NOW + 5, 1), (NOW + 20, 1), (NOW + 20, 1)]
 
 
 def test_a_message_that_starts_late_makes_all_that_wait_later():
     """By as much, and not for the little by which the server is always late."""
     rate, state = Rate(5, 1_000), LimitState()
-    state.start(rate, NOW, NOW + 400)
-    assert (state.begun, state.lag, state.starts) == (NOW, 0, [(NOW + 400, 1)])
-    state.start(rate, NOW + 1, NOW + 402)
+    state.start(rate, NOW, NOW, NOW + 400, NOW)
+    assert (state.begun, state.lag, state.starts) == (NOW, 0, [(NOW + 405, 1)])
+    state.start(rate, NOW + 1, NOW, NOW + 402, NOW)
     assert (state.begun, state.lag) == (NOW + 1, 401)
-    state.start(rate, NOW + 1, NOW + 9_000)
+    state.start(rate, NOW + 1, NOW, NOW + 9_000, NOW)
     assert (state.begun, state.lag) == (NOW + 1, 401)
-    state.start(rate, NOW + 2, NOW + 803)
-    assert (state.lag, state.starts[-1]) == (401, (NOW + 9_000, 1))
-    state.start(rate, NOW + 3, NOW + 805)
+    state.start(rate, NOW + 2, NOW, NOW + 803, NOW)
+    assert (state.lag, state.starts[-1]) == (401, (NOW + 9_005, 1))
+    state.start(rate, NOW + 3, NOW, NOW + 805, NOW)
     assert state.lag == 802
 
 
@@ -245,5 +266,5 @@ def test_only_of_a_high_rate_starts_that_are_close_are_kept_as_one(count, period
     state = LimitState()
     base = NOW - NOW % 100
     for moment in moments:
-        state.start(Rate(count, period), None, base + moment)
+        state.start(Rate(count, period), None, NOW, base - 100, base + moment)
     assert state.starts == [(base + moment, number) for moment, number in starts]

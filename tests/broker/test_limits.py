@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 
 import dramatiq
 import pytest
-from dramatiq.middleware import Retries
+from dramatiq.middleware import Middleware, Retries
 
 from dramatiq_jetstream import Snooze
 from dramatiq_jetstream.errors import InvalidOption
@@ -16,7 +16,7 @@ from dramatiq_jetstream.events import subscription
 from dramatiq_jetstream.sending import delays
 from dramatiq_jetstream.worker import limits
 from dramatiq_jetstream.worker.limit_state import LimitState
-from tests.broker.conformance.workers import running
+from tests.broker.conformance.workers import Recorder, running
 from tests.support.polling import eventually
 
 
@@ -104,6 +104,107 @@ def test_no_more_start_than_the_rate_allows(make_broker):
         assert moment - began >= number // 8
     assert sorted(one.seen.order["a"]) == list(range(30))
     assert one.broker.dead_letters.list() == []
+
+
+def hold_up(shop):
+    """Have the first message wait in a middleware, between the note of its start and its actor."""
+    entered, released = threading.Event(), threading.Event()
+
+    class HoldUp(Middleware):
+        def before_process_message(self, broker, message):
+            if not entered.is_set():
+                entered.set()
+                assert released.wait(60)
+
+    shop.broker.add_middleware(HoldUp())
+    return entered, released
+
+
+def pass_an_hour(shop):
+    """Forget all starts, and wait until what is noted for now is over."""
+    bucket = shop.broker.bucket("limits")
+    for entry in list(bucket.items()):
+        bucket.put(entry.key, LimitState().encode())
+    time.sleep(0.2)
+
+
+def test_the_start_of_a_thread_that_was_held_up_counts_when_it_is_made(make_broker):
+    """The period for which it was noted is over; in this one it is one of the four that may start."""
+    shop = Shop(make_broker(), rate="4/h", key="customer")
+    entered, released = hold_up(shop)
+    with running(shop.broker, threads=6):
+        shop.send("a", [0])
+        assert entered.wait(60)
+        pass_an_hour(shop)
+        released.set()
+        shop.send("a", range(1, 5))
+        eventually(lambda: shop.broker.queue_stats("default").delayed == 1, timeout=60)
+        eventually(lambda: shop.seen.count == 4, timeout=60)
+        eventually(lambda: shop.broker.queue_stats("default").in_flight == 0, timeout=60)
+    assert shop.seen.count == 4
+
+
+def test_a_message_that_comes_too_late_for_its_start_waits_for_another(make_broker):
+    """It uses no retry, and middleware hears of it as of one that is skipped."""
+    shop = Shop(make_broker(middleware=[Retries(max_retries=0)]), rate="1/h", key="customer")
+    heard = Recorder()
+    shop.broker.add_middleware(heard)
+    entered, released = hold_up(shop)
+    with running(shop.broker, threads=2):
+        (late,) = shop.send("a", [0])
+        assert entered.wait(60)
+        pass_an_hour(shop)
+        shop.send("a", [1])
+        eventually(lambda: shop.seen.count == 1, timeout=60)
+        released.set()
+        eventually(lambda: shop.broker.status(late.message_id).state == "delayed", timeout=60)
+        assert shop.seen.order["a"] == [1]
+        pass_an_hour(shop)
+        assert delays.run_now(*shop.at(late)) == 1
+        eventually(lambda: shop.seen.order["a"] == [1, 0], timeout=60)
+        heard.wait_for("after_process_message", late.message_id)
+    told = [name for name in heard.of(late.message_id) if "process" in name or "skip" in name]
+    assert told == [
+        "before_process_message",
+        "after_skip_message",
+        "before_process_message",
+        "after_process_message",
+    ]
+    assert shop.broker.dead_letters.list() == []
+
+
+def test_a_message_whose_start_cannot_be_noted_again_comes_later(make_broker, proxy):
+    """The server went away while its thread was held up."""
+    broker = make_broker(proxy.url, middleware=[Retries(max_retries=0)])
+    shop = Shop(broker, rate="4/h")
+    entered, released = hold_up(shop)
+    with running(broker, threads=2):
+        shop.send("a", [0])
+        assert entered.wait(60)
+        pass_an_hour(shop)
+        broker.connection.timeout = 500
+        proxy.lose()
+        released.set()
+        eventually(lambda: not broker.connection.is_connected, timeout=60)
+        broker.connection.timeout = 30_000
+        proxy.restore()
+        eventually(lambda: shop.seen.count == 1, timeout=60)
+        eventually(lambda: broker.queue_stats("default").in_flight == 0, timeout=60)
+    assert shop.seen.order["a"] == [0]
+    assert broker.dead_letters.list() == []
+
+
+def test_the_servers_clock_is_known_to_within_what_is_said(make_broker, monkeypatch):
+    """Which is this machine's clock; each reading is of another moment, and takes another time."""
+    monkeypatch.setattr(limits, "CLOCK_SECONDS", 0.001)
+    broker = make_broker()
+    bucket = broker.bucket("limits")
+    bucket.put("key", b"")
+    clock = limits._ServerClock(broker.connection, lambda: bucket)
+    for _ in range(200):
+        assert clock.now() <= time.time() * 1000
+        now = time.time() * 1000
+        assert now <= clock.latest()
 
 
 def test_messages_wait_for_their_moment_in_no_thread_and_hold_up_nobody_else(make_broker):

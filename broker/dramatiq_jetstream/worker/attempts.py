@@ -22,7 +22,7 @@ from dramatiq_jetstream.sending.envelope import HISTORY_OPTION
 from .current import current_message
 from .follow_ups import FollowUps
 from .interrupts import Gate
-from .limits import Limits
+from .limits import Limits, MissedStart
 from .message import Ended, JetStreamMessage
 from .recorder import Recorder
 from .rerouting import Rerouter
@@ -150,6 +150,8 @@ class Attempts:
             result = None
             if not message.failed:
                 actor = self._broker.get_actor(message.actor_name)
+                if message.start is not None:
+                    self._limits.begin(message)
                 result = self._gate.call(actor, message.args, message.kwargs)
                 if (
                     result is not None
@@ -165,6 +167,8 @@ class Attempts:
             self._broker.emit_after("skip_message", message)
         except Snooze as error:
             message.put_off = error.delay
+            if not isinstance(error, MissedStart):
+                message.moment = None
             self._logger.info("Message %s is %s.", message, error)
             self._broker.emit_after("skip_message", message)
         except BaseException as error:

@@ -6,8 +6,12 @@ Turns (`concurrency`): each turn belongs to a message, not to a process. A messa
 still has its turn. A turn whose message is gone is found by its sequence in the stream.
 
 Starts (`rate`): a message that is over the limit gets the next free moment, once. A fleet that falls behind does not
-give out new moments: all that wait are later by the same `lag`, in the order that they have. What keeps the limit exact
-is the list of the last starts: with `count` of them within the period, nothing starts.
+give out new moments: all that wait are later by the same `lag`, in the order that they have.
+
+What keeps the rate exact is the list of the last starts: with `count` of them within the period, nothing starts. A
+start is noted before it is made, so when it is made is not known, but bounded: it is noted as of the latest moment at
+which it may be made, and a thread that comes later makes it anew (see `limits`). The period of a start runs from that
+moment, so that no start of the next period comes before it is over, whenever the first was made.
 """
 
 from __future__ import annotations
@@ -18,14 +22,18 @@ from dataclasses import dataclass, field
 
 from dramatiq_jetstream.limits import Rate
 
-__all__ = ["LimitState", "Turn"]
+__all__ = ["LimitState", "Start", "Turn"]
 
 #: How much later than its moment a message may start before all that wait are later too, in milliseconds: the server
 #: is up to 250 ms late.
 LATE_MS = 400
 
-#: How much longer than the period its starts are kept, in milliseconds: a thread that may go on does so in a moment.
+#: How much longer than the period starts are kept, in milliseconds: a thread that has looked at the clock for the last
+#: time calls its actor within that, and the clocks of two processes differ by less meanwhile.
 GUARD_MS = 10
+
+#: How long a thread has at least, in milliseconds, from the first moment at which it may start.
+SLACK_MS = 5
 
 #: The most starts that are kept one by one; of a higher rate, starts that are close together are kept as one.
 MOST_STARTS = 64
@@ -46,6 +54,15 @@ class Turn:
     since: int
 
 
+@dataclass(frozen=True)
+class Start:
+    """When a message may start: not before `earliest` and not after `latest`, in milliseconds since 1970."""
+
+    noted: int
+    earliest: int
+    latest: int
+
+
 @dataclass
 class LimitState:
     """The state of one limit, for one value of its key.
@@ -53,7 +70,7 @@ class LimitState:
     Attributes:
       turns: The turns that are taken.
       line: No message that waits for a turn was stored before this sequence; 0 when none waits.
-      starts: When messages were started, and how many, the earliest first.
+      starts: When messages were started at the latest, and how many, the earliest first.
       last: The last moment that was given away.
       begun: The latest moment whose message has started.
       lag: How much later than its moment each message starts.
@@ -136,23 +153,35 @@ class LimitState:
         """When the message with a moment may start."""
         return max(math.ceil(moment + self.lag) if moment > self.begun else now, self.may_start(rate, now))
 
-    def withdraw(self, start: int) -> None:
-        """Forget a start that was noted, and was not made then."""
+    def start(self, rate: Rate, moment: float | None, now: int, earliest: int, latest: int) -> Start:
+        """Note a start that is made between two moments; returns how it is noted, which may be for longer."""
+        if moment is not None and moment > self.begun:
+            self.begun = moment
+            if earliest - moment > self.lag + LATE_MS:
+                self.lag = earliest - moment
+        last, count = self.starts[-1] if self.starts else (0, 0)
+        latest = max(latest, earliest + SLACK_MS, last)
+        step = _step(rate)
+        if step and last // step == latest // step:
+            self.starts[-1] = (
+                latest,
+                count + 1,
+            )  # as of the latest of them, so that none is forgotten too early
+        else:
+            self.starts.append((latest, 1))
+        return Start(now, earliest, latest)
+
+    def withdraw(self, rate: Rate, start: Start) -> None:
+        """Forget a start that was noted and is not made, unless its period is over."""
+        step = _step(rate)
         for position, (moment, count) in enumerate(self.starts):
-            if moment >= start:
+            if moment == start.latest or (
+                step and moment > start.latest and moment // step == start.latest // step
+            ):
                 self.starts[position : position + 1] = [(moment, count - 1)] if count > 1 else []
                 return
 
-    def start(self, rate: Rate, moment: float | None, now: int) -> None:
-        """Note a start."""
-        if moment is not None and moment > self.begun:
-            self.begun = moment
-            if now - moment > self.lag + LATE_MS:
-                self.lag = now - moment
-        latest, count = self.starts[-1] if self.starts else (0, 0)
-        now = max(now, latest)
-        step = rate.period // MOST_STARTS
-        if rate.count > MOST_STARTS and step and latest // step == now // step:
-            self.starts[-1] = now, count + 1  # as of the latest of them, so that none is forgotten too early
-        else:
-            self.starts.append((now, 1))
+
+def _step(rate: Rate) -> int:
+    """How close together starts are kept as one, in milliseconds; 0 for a rate whose starts are kept one by one."""
+    return rate.period // MOST_STARTS if rate.count > MOST_STARTS else 0

@@ -1,8 +1,14 @@
 """Keeps the limits of actors: a message runs, waits for its moment, or waits in line for a turn (see `limits`).
 
 Each limit is one key of the bucket `limits`, for one actor and one value of its key, changed by compare-and-set on a
-worker thread before the actor and its middleware. So what counts is the start, however long a message was prefetched. A
-start is noted for a moment that is a little ahead, for which the thread waits, and once more if storing it took longer.
+worker thread before the actor and its middleware. So what counts is the start, however long a message was prefetched.
+
+A start is noted with the latest moment at which it may be made, and made when middleware is done: the last thing that
+a thread does before it calls the actor is to look whether it is still in time. One that is not, however long it was
+held up, and by whatever, notes another start, or puts its message off if none is free. So by the server's clock, as
+these looks read it, no period has more starts than the rate. Between that look and the actor's first line, which are a
+few microseconds of Python, a thread may be held up for `limit_state.GUARD_MS` without a period having more there. The
+lines of an `async` actor run on another thread, which is not counted.
 
 A message that is over the limit is an ordinary delayed message: it is stored with its delay first and acked
 afterwards, as often as it likes, since it uses no retry and no delivery.
@@ -19,7 +25,7 @@ If the process dies with a running message, that message comes again after `ack_
 expires. If it dies while it hands on a turn, its message is not acked either, comes again, finds what was begun, and
 ends it. A turn whose message is gone from its stream (dropped by an operator, or given up in an outage) is found by the
 next message that comes, or by the first in line after its hour. Where the server cannot be asked now, messages go back
-to it with a delay.
+to it with a delay. A start that was noted by a process that dies before it is made counts for its period.
 
 A message that waits costs four writes with a rate and eight with a concurrency, and as many more after an outage of the
 fleet.
@@ -32,6 +38,7 @@ import hashlib
 import heapq
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,17 +58,17 @@ from dramatiq_jetstream.jetstream.names import (
 )
 from dramatiq_jetstream.jetstream.reading import StoredMessage, first_message, message_at, parse_time
 from dramatiq_jetstream.kv import Bucket
-from dramatiq_jetstream.limits import Limit, limit_of
+from dramatiq_jetstream.limits import Limit, Rate, Snooze, limit_of
 from dramatiq_jetstream.sending import delays
 from dramatiq_jetstream.wire.connection import Connection
 
 from .delivery import Delivery
 from .later import Later
-from .limit_state import LimitState, Turn
+from .limit_state import LimitState, Start, Turn
 from .message import JetStreamMessage
 from .rerouting import Rerouter
 
-__all__ = ["BUCKET", "Limits"]
+__all__ = ["BUCKET", "Limits", "MissedStart"]
 
 #: The bucket of the limits' states.
 BUCKET = "limits"
@@ -85,8 +92,17 @@ CALL_AGAIN_MS = 2_000
 RETRY_SECONDS = 1.0
 GIVE_UP_SECONDS = 3_600.0
 
-#: How often the server's clock is read, in seconds.
-CLOCK_SECONDS = 60.0
+#: How long a start may take at first, in milliseconds, from its note to the actor; and how often that is doubled for
+#: one that takes longer again and again.
+AHEAD_MS = 5
+MOST_DOUBLED = 7
+
+#: After how long a message comes again whose start cannot be noted now, in milliseconds.
+UNKNOWN_MS = 1_000
+
+#: How often the server's clock is read, in seconds, and of how many readings the best is taken.
+CLOCK_SECONDS = 20.0
+READINGS = 5
 
 #: The longest pause, in seconds, after another process was first.
 LONGEST_PAUSE_SECONDS = 0.05
@@ -95,6 +111,10 @@ LONGEST_PAUSE_SECONDS = 0.05
 PLACES = 64
 
 logger = logging.getLogger(__name__)
+
+
+class MissedStart(Snooze):
+    """Puts off a message that came to its actor too late for the start that was noted for it."""
 
 
 class Limits:
@@ -132,7 +152,7 @@ class Limits:
         self._later.reset()
         self._places = [_Place() for _ in range(PLACES)]
         self._limits: dict[str, Limit | None] = {}
-        self._ahead_ms = 5
+        self._ahead_ms = AHEAD_MS
         self._doubted: dict[str, float] = {}
         self._held: dict[int, JetStreamMessage] = {}
 
@@ -214,13 +234,10 @@ class Limits:
         return True
 
     def _enter(self, message: JetStreamMessage, limit: Limit, name: str) -> bool:
-        delivery, noted = message._delivery, None
+        delivery = message._delivery
         for state, store in self._states(name):
             now = self._clock.now()
             before = state.encode()
-            if noted is not None:
-                state.withdraw(noted)
-                noted = None
             if limit.concurrency is not None and not self._take_turn(state, limit, name, delivery, now):
                 if state.line == 0 or state.line > delivery.sequence:
                     state.line = delivery.sequence
@@ -237,34 +254,82 @@ class Limits:
                 moment = state.reserve(limit.rate, now, SOON_MS)
             due = state.may_start(limit.rate, now) if moment is None else state.due(limit.rate, moment, now)
             if due <= now + SOON_MS:
-                start = max(now + self._ahead_ms, due)
-                state.start(limit.rate, moment, start)
+                start = state.start(limit.rate, moment, now, max(now, due), now + self._ahead_ms)
                 if not store(limit):
                     continue
-                stored = self._clock.now()
-                self._ahead_ms = min(SOON_MS, max(2, (stored - now) * 3 // 2, self._ahead_ms - 1))
-                if stored <= start:
-                    time.sleep((start - stored) / 1000)
-                    return True
-                vars(message)["moment"], noted = start if moment is None else moment, start
-                continue
+                message.moment, message.start = moment, start
+                return True
             turn = state.turn_of(delivery.origin)
             if turn is not None and due > now + HOLD_MS:
                 turn.sequence, turn.since = 0, due
             if state.encode() != before and not store(limit):
                 continue
-            vars(message)["moment"] = moment
-            self._wait_until(message, due, now, moment)
+            message.moment = moment
+            self._wait_until(message, due, now)
             return False
         return False
 
-    def _wait_until(self, message: JetStreamMessage, due: int, now: int, moment: float | None) -> None:
+    def begin(self, message: JetStreamMessage) -> None:
+        """Wait for the start of a message that may run: the last thing before its actor.
+
+        Raises:
+          MissedStart: When that is over, and there is no other in a moment.
+        """
+        limit, start, message.start = self.of(message), message.start, None
+        assert limit is not None
+        assert limit.rate is not None
+        assert start is not None
+        name = _name(message, limit)
+        try:
+            if self._is_in_time(start):
+                return
+            with self._place(name).turn(message._delivery.sequence):
+                wait = self._begin_again(message, start, limit, limit.rate, name)
+        except BrokerError as error:
+            logger.warning("The limits of message %s are not known now: %s", message.message_id, error)
+            wait = UNKNOWN_MS
+        if wait is not None:
+            raise MissedStart(wait)
+
+    def _is_in_time(self, start: Start) -> bool:
+        """Wait until a start may be made; returns whether it is not too late for it."""
+        took = self._clock.latest() - start.noted
+        self._ahead_ms = min(SOON_MS, max(2, took * 3 // 2, self._ahead_ms - 1))
+        wait = start.earliest - self._clock.now()
+        if wait > 0:
+            time.sleep(wait / 1000)
+        return self._clock.latest() <= start.latest
+
+    def _begin_again(
+        self, message: JetStreamMessage, missed: Start, limit: Limit, rate: Rate, name: str
+    ) -> int | None:
+        """Note another start in place of a missed one, and wait for it; or return in how many ms there is one."""
+        for tries, (state, store) in enumerate(self._states(name)):
+            now = self._clock.now()
+            state.withdraw(rate, missed)
+            due = state.may_start(rate, now)
+            if due > now + SOON_MS:
+                if not store(limit):
+                    continue
+                if message.moment is None:
+                    message.moment = missed.earliest
+                return due - now
+            latest = now + (self._ahead_ms << min(tries, MOST_DOUBLED))
+            start = state.start(rate, None, now, max(now, due), latest)
+            if not store(limit):
+                continue
+            if self._is_in_time(start):
+                return None
+            missed = start
+        return UNKNOWN_MS
+
+    def _wait_until(self, message: JetStreamMessage, due: int, now: int) -> None:
         """Have a message come again at its moment."""
         if due <= now + HOLD_MS:
             self._held[id(message)] = message
             self._later.call((due - now) / 1000, partial(self._release, id(message)))
         else:
-            self._rerouter.put_off(message, due - now, {HEADER_MOMENT: repr(moment)})
+            self._rerouter.put_off(message, due - now)
 
     def _release(self, key: int) -> None:
         message = self._held.pop(key, None)
@@ -426,23 +491,40 @@ class _Place:
 
 
 class _ServerClock:
-    """The time by the server's clock, which fires the delays; the clocks of workers need not agree."""
+    """The time by the server's clock, which fires the delays; the clocks of workers need not agree, and may be set.
+
+    How late it is, is known to within the time that the server's answer took which told it.
+    """
 
     def __init__(self, connection: Connection, bucket: Callable[[], Bucket]) -> None:
         self._connection = connection
         self._bucket = bucket
-        self._ahead = 0.0
+        self._read = 0.0, 0.0
         self._until = 0.0
 
     def now(self) -> int:
-        """Milliseconds since 1970."""
+        """Milliseconds since 1970, at least."""
+        _, ahead = self._reading()
+        return int(time.monotonic() * 1000 + ahead)
+
+    def latest(self) -> int:
+        """Milliseconds since 1970, at most."""
+        took, ahead = self._reading()
+        return math.ceil(time.monotonic() * 1000 + ahead + took)
+
+    def _reading(self) -> tuple[float, float]:
+        """The last reading."""
         if time.monotonic() >= self._until:
-            began = time.time()
-            told = self._connection.api(f"STREAM.INFO.{self._bucket().stream}").get("ts")
-            ended = time.time()
-            self._ahead = parse_time(told) - (began + ended) * 500 if told else 0.0
+            self._read = min(self._ask() for _ in range(READINGS))
             self._until = time.monotonic() + CLOCK_SECONDS
-        return int(time.time() * 1000 + self._ahead)
+        return self._read
+
+    def _ask(self) -> tuple[float, float]:
+        """How long the server took to tell the time, and how far it is ahead of this process's at least, in ms."""
+        began = time.monotonic()
+        told = self._connection.api(f"STREAM.INFO.{self._bucket().stream}")["ts"]
+        ended = time.monotonic()
+        return (ended - began) * 1000 + 1, parse_time(told) - ended * 1000  # it is told to the millisecond
 
 
 def _share() -> float:
@@ -461,9 +543,8 @@ def _line_token(name: str) -> str:
 
 def _moment_of(message: JetStreamMessage) -> float | None:
     """The moment that a message was given, now or when it was here before."""
-    given = vars(message).get("moment")
-    if given is not None:
-        return float(given)
+    if message.moment is not None:
+        return message.moment
     text = message.headers.get(HEADER_MOMENT) if message._delivery.is_marked else None
     try:
         return None if text is None else float(text)

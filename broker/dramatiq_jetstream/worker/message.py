@@ -12,6 +12,7 @@ from dramatiq.message import Message
 from dramatiq_jetstream.errors import HardTimeLimitExceeded
 
 from .delivery import Delivery
+from .limit_state import Start
 
 __all__ = ["Ended", "JetStreamMessage"]
 
@@ -36,6 +37,8 @@ class JetStreamMessage(MessageProxy):
       to_record: How its attempt ended, if the history is to have a record of it.
       is_cancelled: Whether it was skipped because it was aborted before it began.
       put_off: For how many milliseconds its actor has put it off, if it has (see `limits.Snooze`).
+      moment: The moment that the rate of its actor gave it, in milliseconds since 1970, if it was given one.
+      start: When it may start, if its actor has a rate, and until it does.
       killed: Why its process was killed, for an attempt that another process settles.
     """
 
@@ -46,6 +49,8 @@ class JetStreamMessage(MessageProxy):
     to_record: Ended | None = None
     is_cancelled = False
     put_off: int | None = None
+    moment: float | None = None
+    start: Start | None = None
     killed: HardTimeLimitExceeded | None = None
 
     def __init__(

@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from dramatiq.errors import ActorNotFound, BrokerConnectionError, BrokerError
@@ -67,9 +66,6 @@ LONGEST_DELAY_MS = 60_000
 #: for its actor, but no sooner and no later than these.
 UNKNOWN_ACTOR_DELAY_MS = 300
 LONGEST_UNKNOWN_ACTOR_DELAY_MS = 5_000
-
-#: No headers of this library's own.
-NO_MARKS: Mapping[str, str] = MappingProxyType({})
 
 #: For how many messages this process remembers the reason of a dead letter that could not be stored.
 MOST_UNSTORED = 10_000
@@ -268,14 +264,16 @@ class Rerouter:
         else:
             self._in_flight.settle(delivery, nak_after(delay))
 
-    def put_off(self, message: JetStreamMessage, delay: int, marks: Mapping[str, str] = NO_MARKS) -> bool:
+    def put_off(self, message: JetStreamMessage, delay: int) -> bool:
         """Store a message again, to come after `delay` milliseconds as if it never had been here, and ack it.
 
-        It waits like any delayed message, under its own id. One that cannot be stored now is requeued with a delay;
-        False is returned then.
+        It waits like any delayed message, under its own id, and keeps its moment if it has one. One that cannot be
+        stored now is requeued with a delay; False is returned then.
         """
         delivery = message._delivery
-        marks = {HEADER_ORIGIN: delivery.origin, **marks}
+        marks = {HEADER_ORIGIN: delivery.origin}
+        if message.moment is not None:
+            marks[HEADER_MOMENT] = repr(message.moment)
         if self._store_later(delivery, delay, marks, message.message_id):
             self._in_flight.settle(delivery, ACK)
             return True
