@@ -11,7 +11,8 @@ The server refuses to delete or purge records; they leave the stream after `KEPT
 stand in them, because it could never be erased: a customer who acts is called `customer`, without name and address, and
 a reason that was given stays with its order.
 
-The dashboard of the fleet keeps records of its own (`dramatiq_jetstream.audit`), of queues, messages and dead letters.
+The dashboard and the commands of the fleet keep records of their own (`dramatiq_jetstream.audit`), of queues, messages
+and dead letters.
 A search shows both.
 """
 
@@ -165,6 +166,7 @@ class Stored(Protocol):
         self, subject: str = ">", *, before: int | None = None, page: int = 64
     ) -> Iterator[StoredMessage]: ...
     def last(self, subject: str = ">") -> StoredMessage | None: ...
+    def read(self, subject: str = ">", *, start: int = 1, page: int = 256) -> Iterator[StoredMessage]: ...
 
 
 class AuditLog:
@@ -301,9 +303,22 @@ class AuditLog:
         stored = self._stream().last(_subject(act, "ended"))
         return None if stored is None else _read(stored)
 
-    def of(self, kind: str, target: str, limit: int = 50) -> list[Act]:
-        """Return the newest acts that were done to one order, product, key or operator, newest first."""
-        return list(islice(self._ours(Sought(kind, target=target), _NEWEST), limit))
+    def of(self, kind: str, target: str, limit: int = 100) -> list[Act]:
+        """Return the first acts that were done to one order, product, key or webhook, oldest first.
+
+        They cost the same however many others there are. One that is carried out right now counts as unfinished.
+        """
+        acts: dict[str, Act] = {}
+        for stored in islice(self._stream().read(_filter(Sought(kind, target=target)), page=256), 2 * limit):
+            act = _read(stored)
+            if act is not None:
+                acts[act.id] = replace(act, outcome=UNFINISHED) if act.outcome == BEGUN else act
+        return list(acts.values())[:limit]
+
+    def newest_place(self, kind: str, target: str) -> int:
+        """Return the place of the newest record about one order, product, key or webhook, 0 when there is none."""
+        newest = self._stream().last(_filter(Sought(kind, target=target)))
+        return 0 if newest is None else newest.sequence
 
 
 #: Clocks of processes differ; a search in time reads so much further, in milliseconds.
@@ -346,11 +361,11 @@ def _read_cursor(cursor: str | None) -> tuple[int, int]:
 
 
 def _of_fleet(change: Change) -> Act:
-    """Return a change that was made with the dashboard as an act."""
+    """Return a change that was made with the dashboard, or a command of `fleet`, as an act."""
     outcome = {"finished": DONE, "failed": FAILED}.get(change.outcome, UNFINISHED)
     detail = {"planned": str(change.planned), "done": str(change.done)}
     return Act(
-        *(change.id, f"queue.{change.what}", change.target, change.who, "operator", "dashboard", ""),
+        *(change.id, f"queue.{change.what}", change.target, change.who, "operator", change.via, change.host),
         *(change.at, outcome, change.error, detail),
     )
 

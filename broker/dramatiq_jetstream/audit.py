@@ -1,10 +1,13 @@
-"""Who changed what in a running fleet: an audit record for every change, on a stream of its own.
+"""Who changed what in a running fleet, and from where: an audit record for every change, on a stream of its own.
 
     with record(broker, who="ann", what="replay", target="queue=mail", planned=12) as change:
         change.done += 1
 
 The record is stored before the change begins, and once more, in its place, when it is over: a process that dies in
 between leaves a record that says `unfinished`, and nothing is changed without one. Records are kept for a year.
+
+The dashboard and the changing commands of `fleet` record what they do. Where a change came from stands in headers of
+its records, which earlier versions do not read.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 
 from .broker import JetStreamBroker
@@ -29,6 +32,12 @@ __all__ = ["Change", "changes", "declare", "find", "record"]
 MAX_TEXT = 500
 
 UNFINISHED, FINISHED, FAILED = "unfinished", "finished", "failed"
+
+#: Where changes come from.
+DASHBOARD, COMMAND = "dashboard", "command"
+
+#: The headers of a record that say where its change came from.
+_VIA, _HOST = "Fleet-Via", "Fleet-Host"
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +56,8 @@ class Change:
       error: Why it failed.
       at: When it began, in milliseconds since 1970.
       id: Tells it from every other change.
+      via: `dashboard` or `command`.
+      host: The machine on which the command ran; empty for the dashboard.
 
     Examples:
       >>> from dramatiq_jetstream.audit import Change
@@ -63,6 +74,8 @@ class Change:
     error: str = ""
     at: int = 0
     id: str = ""
+    via: str = DASHBOARD
+    host: str = ""
 
 
 def declare(broker: JetStreamBroker) -> None:
@@ -76,8 +89,20 @@ def declare(broker: JetStreamBroker) -> None:
 
 
 @contextlib.contextmanager
-def record(broker: JetStreamBroker, *, who: str, what: str, target: str, planned: int) -> Iterator[Change]:
+def record(
+    broker: JetStreamBroker,
+    *,
+    who: str,
+    what: str,
+    target: str,
+    planned: int,
+    via: str = DASHBOARD,
+    host: str = "",
+) -> Iterator[Change]:
     """Record a change that is made in the block, which counts what it did in `done`.
+
+    Parameters:
+      via, host: Where it came from, see `Change`.
 
     Raises:
       TopologyMissing: When the stream is missing and the broker declares nothing; nothing was changed then.
@@ -91,7 +116,16 @@ def record(broker: JetStreamBroker, *, who: str, what: str, target: str, planned
       >>> audit.find(broker, change.id).outcome
       'finished'
     """
-    change = Change(who[:MAX_TEXT], what, target[:MAX_TEXT], planned, at=int(time.time() * 1000), id=new_id())
+    change = Change(
+        who[:MAX_TEXT],
+        what,
+        target[:MAX_TEXT],
+        planned,
+        at=int(time.time() * 1000),
+        id=new_id(),
+        via=via,
+        host=host[:MAX_TEXT],
+    )
     subject = broker.names.audit(change.id)
     try:
         _store(broker, subject, change)
@@ -111,7 +145,9 @@ def record(broker: JetStreamBroker, *, who: str, what: str, target: str, planned
 
 
 def _store(broker: JetStreamBroker, subject: str, change: Change) -> None:
-    broker.connection.publish(subject, json.dumps(asdict(change)).encode())
+    said = asdict(change)
+    headers = {name: text for name, text in ((_VIA, said.pop("via")), (_HOST, said.pop("host"))) if text}
+    broker.connection.publish(subject, json.dumps(said).encode(), headers)
 
 
 def _store_end(broker: JetStreamBroker, subject: str, change: Change) -> None:
@@ -161,4 +197,8 @@ def find(broker: JetStreamBroker, change_id: str) -> Change | None:
 
 
 def _read(stored: StoredMessage) -> Change:
-    return Change(**json.loads(stored.data))
+    via, host = stored.headers.get(_VIA, DASHBOARD), stored.headers.get(_HOST, "")
+    # What a later version says beside this is not shown.
+    names = {one.name for one in fields(Change)} - {"via", "host"}
+    said = {name: value for name, value in json.loads(stored.data).items() if name in names}
+    return Change(**said, via=via, host=host)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from typing import Any
 import dramatiq
 import pytest
 
-from dramatiq_jetstream import JetStreamBroker
+from dramatiq_jetstream import JetStreamBroker, audit
 from dramatiq_jetstream.cli import main
 from dramatiq_jetstream.periodic import Periodic
 from tests.broker.conformance.workers import running
@@ -355,3 +357,51 @@ def test_rows_are_not_folded_where_a_program_reads_them(fleet: Run, program: str
         eventually(lambda: fleet("history", "--json").json, timeout=WAIT)
     (line,) = [each for each in fleet("history").out.splitlines() if message.message_id in each]
     assert "RuntimeError: no such address: xxxx" in line
+
+
+def test_changes_are_in_the_audit(fleet: Run, run: Run, program: str) -> None:
+    """Each command that changes something records who did it, on which machine, and how much; others do not."""
+    broker = broker_of(program)
+    looking = ("queues", "workers", "running", "schedules", "history")
+    assert [command for command in looking if fleet(command).status] == []
+    assert audit.changes(broker) == []
+    letter, later = (
+        broker.get_actor("post").send("a"),
+        broker.get_actor("post").send_with_options(args=("b",), delay=10**7),
+    )
+    with running(broker, queues={"mail"}):
+        eventually(lambda: broker.dead_letters.count() == 1, timeout=WAIT)
+    sent = run("send", "post", '["c"]', "--broker", program, "--json").json["message_id"]
+    for command in (
+        ("pause", "mail"),
+        ("resume", "mail"),
+        ("retry", letter.message_id),
+        ("delayed", "run", later.message_id),
+        ("run-now", "nightly"),
+        ("pause-schedule", "nightly"),
+        ("resume-schedule", "nightly"),
+        ("purge", "mail", "--yes"),
+        ("remove", "queue", "mail", "--yes"),
+    ):
+        assert fleet(*command).status == 0, command
+    assert fleet("delayed", "cancel", "nothing", "--yes").status == 1
+    broker_of(program)
+    assert run("setup", program, "--update").status == 0
+    broker = broker_of(program)
+    found = audit.changes(broker)[::-1]
+    assert [(one.what, one.target, one.done) for one in found] == [
+        ("send", f"message {sent} of post on queue mail", 1),
+        ("pause", "queue mail", 1),
+        ("resume", "queue mail", 1),
+        ("retry", f"message {letter.message_id}", 1),
+        ("run", f"message {later.message_id}", 1),
+        ("run-schedule", "schedule of nightly on queue mail", 1),
+        ("pause-schedule", "schedule of nightly on queue mail", 1),
+        ("resume-schedule", "schedule of nightly on queue mail", 1),
+        ("purge", "queue mail", 4),
+        ("remove", "queue mail", 1),
+        ("cancel", "message nothing", 0),
+        ("setup", program, 0),
+    ]
+    said = {(one.who, one.via, one.host, one.outcome) for one in found}
+    assert said == {(getpass.getuser(), "command", socket.gethostname(), "finished")}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
+import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 import click
@@ -16,8 +21,11 @@ from rich.live import Live
 from rich.measure import Measurement
 from rich.table import Table
 
+from dramatiq_jetstream import audit
+from dramatiq_jetstream.audit import Change
 from dramatiq_jetstream.broker import JetStreamBroker
 from dramatiq_jetstream.config import ConnectOptions
+from dramatiq_jetstream.errors import TopologyMissing
 from dramatiq_jetstream.fleet.program import ProgramError, load_broker, put_on_path
 from dramatiq_jetstream.jetstream.inventory import queue_names
 from dramatiq_jetstream.workers import WorkerInfo, list_workers
@@ -134,6 +142,38 @@ class Fleet:
             "--broker MODULE names the program that has it."
         )
 
+    @contextmanager
+    def change(
+        self, what: str, target: str, planned: int = 1, *, broker: JetStreamBroker | None = None
+    ) -> Iterator[Change]:
+        """Record in the audit what a command changes in the block: by which user of which machine.
+
+        Parameters:
+          planned: How many messages, schedules or streams it is to change.
+          broker: Through what, when it is not this fleet's own.
+
+        Raises:
+          BrokerConnectionError: When the record is not known to be stored; the block was not entered.
+        """
+        broker = broker or self.broker
+        recorded = partial(
+            audit.record,
+            broker,
+            who=_user(),
+            what=what,
+            target=target,
+            planned=planned,
+            via=audit.COMMAND,
+            host=socket.gethostname(),
+        )
+        with ExitStack() as recording:
+            try:
+                change = recording.enter_context(recorded())
+            except TopologyMissing:  # the first change of this namespace
+                audit.declare(broker)
+                change = recording.enter_context(recorded())
+            yield change
+
     def show(self, data: Any, human: Any) -> None:
         """Print `data` as JSON if that was asked for, else `human`, a table or a text."""
         if self.as_json:
@@ -154,6 +194,14 @@ class Fleet:
     def close(self) -> None:
         if self._broker is not None:
             self._broker.close()
+
+
+def _user() -> str:
+    """The user of the machine who runs the command."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return f"user {os.getuid()}"
 
 
 pass_fleet = click.make_pass_decorator(Fleet)

@@ -14,6 +14,9 @@ from .names import ACTOR, QUEUE
 
 COMMANDS: list[click.Command] = []
 
+#: How many of the changed letters are named in the audit.
+_NAMED = 10
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -102,7 +105,7 @@ def replay(
 ) -> None:
     """Put dead letters back on their queues: those with IDS, or --all that match the filters."""
     chosen = _choose(fleet, ids, queue, actor, reason, everything)
-    replayed = [letter.id for letter in chosen if fleet.broker.dead_letters.replay(letter)]
+    replayed = _each(fleet, "replay", chosen, fleet.broker.dead_letters.replay)
     fleet.show({"replayed": replayed}, f"{len(replayed)} replayed.")
 
 
@@ -125,8 +128,24 @@ def drop(
     chosen = _choose(fleet, ids, queue, actor, reason, everything)
     if chosen and not yes:
         click.confirm(f"Delete {len(chosen)} dead letters for good?", abort=True, err=True)
-    dropped = [letter.id for letter in chosen if fleet.broker.dead_letters.drop(letter)]
+    dropped = _each(fleet, "drop", chosen, fleet.broker.dead_letters.drop)
     fleet.show({"dropped": dropped}, f"{len(dropped)} dropped.")
+
+
+def _each(
+    fleet: Fleet, what: str, letters: list[DeadLetter], change_one: Callable[[DeadLetter], bool]
+) -> list[str]:
+    """Change dead letters; returns the ids of those that were still there."""
+    if not letters:
+        return []
+    named = ", ".join(letter.id for letter in letters[:_NAMED]) + (" …" if len(letters) > _NAMED else "")
+    done = []
+    with fleet.change(what, f"dead letters {named}", len(letters)) as change:
+        for letter in letters:
+            if change_one(letter):
+                done.append(letter.id)
+                change.done += 1
+    return done
 
 
 def _check(fleet: Fleet, queue: str | None, actor: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import click
 from dramatiq.common import current_millis
@@ -62,9 +63,9 @@ def cancel(fleet: Fleet, message_ids: tuple[str, ...], queue: str | None, yes: b
     wanted = [fleet.check_queue(queue)] if queue else fleet.queue_names()
     if not yes:
         click.confirm(f"Cancel {len(message_ids)} delayed messages for good?", abort=True, err=True)
-    cancelled = {
-        message_id: sum(broker.cancel(message_id, name) for name in wanted) for message_id in message_ids
-    }
+    cancelled = _each(
+        fleet, "cancel", message_ids, lambda one: sum(broker.cancel(one, name) for name in wanted)
+    )
     missing = [message_id for message_id, count in cancelled.items() if not count]
     fleet.show({"cancelled": cancelled}, f"{sum(cancelled.values())} cancelled.")
     if missing:
@@ -79,14 +80,26 @@ def run(fleet: Fleet, message_ids: tuple[str, ...], queue: str | None) -> None:
     """Have delayed messages run now, by their ids."""
     broker = fleet.broker
     wanted = [fleet.check_queue(queue)] if queue else fleet.queue_names()
-    hurried = {
-        message_id: sum(delays.run_now(broker.connection, broker.names, name, message_id) for name in wanted)
-        for message_id in message_ids
-    }
+
+    def run_now(message_id: str) -> int:
+        return sum(delays.run_now(broker.connection, broker.names, name, message_id) for name in wanted)
+
+    hurried = _each(fleet, "run", message_ids, run_now)
     missing = [message_id for message_id, count in hurried.items() if not count]
     fleet.show({"run": hurried}, f"{sum(hurried.values())} run now.")
     if missing:
         raise click.ClickException(f"not delayed (any more): {', '.join(missing)}.")
+
+
+def _each(
+    fleet: Fleet, what: str, message_ids: tuple[str, ...], change_one: Callable[[str], int]
+) -> dict[str, int]:
+    """Change delayed messages; returns how many there were of each id."""
+    done = {}
+    for message_id in message_ids:
+        with fleet.change(what, f"message {message_id}") as change:
+            done[message_id] = change.done = change_one(message_id)
+    return done
 
 
 COMMANDS.append(delayed)

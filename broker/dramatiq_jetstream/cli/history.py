@@ -217,12 +217,17 @@ def retry(fleet: Fleet, message_ids: tuple[str, ...]) -> None:
     refused: dict[str, str] = {}
     for message_id in message_ids:
         found = broker.status(message_id)
-        if found.letter is not None and broker.dead_letters.replay(found.letter):
-            done[message_id] = "replayed"
-        elif found.due is not None and broker.run_now(message_id, found.queue):
-            done[message_id] = "run now"
-        else:
+        if found.letter is None and found.due is None:
             refused[message_id] = found.state
+            continue
+        with fleet.change("retry", f"message {message_id}") as change:
+            if found.letter is not None and broker.dead_letters.replay(found.letter):
+                done[message_id] = "replayed"
+            elif found.due is not None and broker.run_now(message_id, found.queue):
+                done[message_id] = "run now"
+            else:
+                refused[message_id] = found.state
+            change.done = int(message_id in done)
     fleet.show({"retried": done}, "\n".join(f"{name}: {what}." for name, what in done.items()))
     if refused:
         states = ", ".join(f"{message_id} is {state}" for message_id, state in refused.items())

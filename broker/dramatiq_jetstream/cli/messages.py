@@ -44,7 +44,11 @@ def send(fleet: Fleet, actor: str, arguments: str, queue: str | None, delay: int
         raise click.UsageError("say where to: --broker MODULE of the program that has the actor, or --queue.")
     else:
         message = Message(fleet.check_queue(queue), actor, args, kwargs, options)
-    sent = broker.enqueue(message, delay=delay)
+    with fleet.change(
+        "send", f"message {message.message_id} of {actor} on queue {message.queue_name}"
+    ) as change:
+        sent = broker.enqueue(message, delay=delay)
+        change.done = 1
     fleet.show(
         {"message_id": sent.message_id, "queue": sent.queue_name, "actor": actor},
         f"{sent.message_id} is on {sent.queue_name}.",
@@ -77,7 +81,9 @@ def abort(fleet: Fleet, message_id: str, cancel: bool, timeout: int) -> None:
     _check_abortable(fleet, message_id)
     mode = AbortMode.CANCEL if cancel else AbortMode.ABORT
     try:
-        abort_message(message_id, fleet.broker, mode=mode, abort_timeout=timeout)
+        with fleet.change("abort", f"message {message_id}") as change:
+            abort_message(message_id, fleet.broker, mode=mode, abort_timeout=timeout)
+            change.done = 1
     except NotFound:
         raise click.ClickException(
             "no program of this namespace can be told to abort: its broker needs Abortable with the backend of "

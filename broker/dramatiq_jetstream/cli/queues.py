@@ -48,7 +48,10 @@ def queues(fleet: Fleet, watch: bool) -> None:
 @pass_fleet
 def pause(fleet: Fleet, queue: str) -> None:
     """Stop delivery from QUEUE to the whole fleet."""
-    fleet.broker.pause(fleet.check_queue(queue))
+    fleet.check_queue(queue)
+    with fleet.change("pause", f"queue {queue}") as change:
+        fleet.broker.pause(queue)
+        change.done = 1
     fleet.show({"queue": queue, "paused": True}, f"{queue} is paused; `fleet resume {queue}` ends that.")
 
 
@@ -57,7 +60,10 @@ def pause(fleet: Fleet, queue: str) -> None:
 @pass_fleet
 def resume(fleet: Fleet, queue: str) -> None:
     """Resume delivery from a paused QUEUE."""
-    fleet.broker.resume(fleet.check_queue(queue))
+    fleet.check_queue(queue)
+    with fleet.change("resume", f"queue {queue}") as change:
+        fleet.broker.resume(queue)
+        change.done = 1
     fleet.show({"queue": queue, "paused": False}, f"{queue} goes on.")
 
 
@@ -74,7 +80,11 @@ def purge(fleet: Fleet, queue: str, ready: bool, delayed: bool, yes: bool) -> No
         ready = delayed = True
     if not yes:
         click.confirm(f"Drop the messages of {queue} for good?", abort=True, err=True)
-    purged = fleet.broker.stored_queues.purge(queue, ready=ready, delayed=delayed)
+    stats = fleet.broker.queue_stats(queue)
+    planned = ready * (stats.ready + stats.in_flight) + delayed * stats.delayed
+    with fleet.change("purge", f"queue {queue}", planned) as change:
+        purged = fleet.broker.stored_queues.purge(queue, ready=ready, delayed=delayed)
+        change.done = purged
     fleet.show({"queue": queue, "purged": purged}, f"{purged} messages dropped from {queue}.")
 
 

@@ -7,11 +7,13 @@ removed stays removed, and the same command removes the rest.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
 
+from dramatiq_jetstream.audit import Change
 from dramatiq_jetstream.errors import NotFound
 from dramatiq_jetstream.jetstream import inventory, topology
 from dramatiq_jetstream.jetstream.names import METADATA_SUBSCRIBER, bucket_stream
@@ -80,7 +82,7 @@ def remove_namespace(fleet: Fleet, namespace: str, yes: bool, dry_run: bool) -> 
             parts += _subscriptions(fleet, info["config"]["name"], None)
     if not parts:
         raise click.ClickException(f"there is nothing of a namespace {namespace!r} on the server.")
-    _remove(fleet, f"namespace {namespace}", parts, yes=yes, dry_run=dry_run)
+    _remove(fleet, f"namespace {namespace}", parts, yes=yes, dry_run=dry_run, recorded=False)
 
 
 @remove.command("bucket")
@@ -135,22 +137,37 @@ def remove_consumer(fleet: Fleet, stream: str, consumer: str, yes: bool, dry_run
 COMMANDS.append(remove)
 
 
-def _remove(fleet: Fleet, what: str, parts: list[_Part], *, yes: bool, dry_run: bool) -> None:
-    """Say what goes, ask, and remove it."""
+def _remove(
+    fleet: Fleet, what: str, parts: list[_Part], *, yes: bool, dry_run: bool, recorded: bool = True
+) -> None:
+    """Say what goes, ask, and remove it.
+
+    Parameters:
+      recorded: Whether the audit has it; that of a namespace is removed with it.
+    """
     if not dry_run and not yes:
         for part in parts:
             fleet.note(f"{part}: {part.loses}")
         click.confirm(f"Remove {what} for good?", abort=True, err=True)
-    for part in parts if not dry_run else ():
-        below = f".{part.consumer}" if part.consumer else ""
-        try:
-            fleet.broker.connection.api(f"{'CONSUMER' if below else 'STREAM'}.DELETE.{part.stream}{below}")
-        except NotFound:  # another one was faster
-            continue
+    if not dry_run:
+        unrecorded = nullcontext(Change("", "remove", what, len(parts)))
+        with fleet.change("remove", what, len(parts)) if recorded else unrecorded as change:
+            for part in parts:
+                change.done += _remove_part(fleet, part)
     human = table("", "")
     for part in parts:
         human.add_row(f"{'would be removed' if dry_run else 'removed'}: {part}", part.loses)
     fleet.show({"removed": not dry_run, "parts": [asdict(part) for part in parts]}, human)
+
+
+def _remove_part(fleet: Fleet, part: _Part) -> bool:
+    """Remove one thing; False when another process was faster."""
+    below = f".{part.consumer}" if part.consumer else ""
+    try:
+        fleet.broker.connection.api(f"{'CONSUMER' if below else 'STREAM'}.DELETE.{part.stream}{below}")
+    except NotFound:
+        return False
+    return True
 
 
 def _refuse_if_served(fleet: Fleet, queue: str | None) -> None:

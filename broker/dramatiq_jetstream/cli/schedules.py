@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager
 
 import click
 
 from dramatiq_jetstream import schedules as steering
+from dramatiq_jetstream.audit import Change
 from dramatiq_jetstream.schedules import Schedule, list_schedules, remove_schedule
 
 from .context import Fleet, moment, pass_fleet, table
@@ -49,7 +51,12 @@ def schedules(fleet: Fleet, modules: tuple[str, ...], remove_orphans: bool, yes:
         if orphaned and not yes:
             names = ", ".join(schedule.actor for schedule in orphaned)
             click.confirm(f"Remove the schedules of {names} for good?", abort=True, err=True)
-        removed = [s.actor for s in orphaned if remove_schedule(brokers[0], s.queue, s.actor)]
+        for schedule in orphaned:
+            target = f"schedule of {schedule.actor} on queue {schedule.queue}"
+            with fleet.change("remove-schedule", target, broker=brokers[0]) as change:
+                if remove_schedule(brokers[0], schedule.queue, schedule.actor):
+                    removed.append(schedule.actor)
+                    change.done = 1
         found = [schedule for schedule in found if not schedule.orphan]
     human = table("actor", "queue", "schedule", "last tick", "next tick", "")
     for schedule in found:
@@ -89,6 +96,10 @@ def _find(fleet: Fleet, name: str, queue: str | None) -> Schedule:
     return found[0]
 
 
+def _change(fleet: Fleet, what: str, schedule: Schedule) -> AbstractContextManager[Change]:
+    return fleet.change(what, f"schedule of {schedule.actor} on queue {schedule.queue}")
+
+
 @click.command("run-now")
 @click.argument("schedule")
 @click.option("--queue", type=QUEUE, help="Its queue, if there are several of that name.")
@@ -96,7 +107,9 @@ def _find(fleet: Fleet, name: str, queue: str | None) -> Schedule:
 def run_now(fleet: Fleet, schedule: str, queue: str | None) -> None:
     """Run SCHEDULE, the name of a periodic actor, once now; its next tick stays."""
     found = _find(fleet, schedule, queue)
-    message_id = steering.run_now(fleet.broker, found.queue, found.actor)
+    with _change(fleet, "run-schedule", found) as change:
+        message_id = steering.run_now(fleet.broker, found.queue, found.actor)
+        change.done = int(message_id is not None)
     if message_id is None:
         raise click.ClickException(f"the schedule {schedule!r} was removed just now.")
     fleet.show({"message_id": message_id}, f"{found.actor} runs now, as {message_id}.")
@@ -109,7 +122,9 @@ def run_now(fleet: Fleet, schedule: str, queue: str | None) -> None:
 def pause_schedule(fleet: Fleet, schedule: str, queue: str | None) -> None:
     """Have SCHEDULE, the name of a periodic actor, send nothing until it is resumed."""
     found = _find(fleet, schedule, queue)
-    steering.pause(fleet.broker, found.queue, found.actor)
+    with _change(fleet, "pause-schedule", found) as change:
+        steering.pause(fleet.broker, found.queue, found.actor)
+        change.done = 1
     fleet.show(
         {"actor": found.actor, "queue": found.queue, "paused": True},
         f"{found.actor} is paused; `fleet resume-schedule {found.actor}` ends that.",
@@ -123,7 +138,9 @@ def pause_schedule(fleet: Fleet, schedule: str, queue: str | None) -> None:
 def resume_schedule(fleet: Fleet, schedule: str, queue: str | None) -> None:
     """Go on with a paused SCHEDULE, as the program declares it now."""
     found = _find(fleet, schedule, queue)
-    steering.resume(fleet.broker, found.queue, found.actor)
+    with _change(fleet, "resume-schedule", found) as change:
+        steering.resume(fleet.broker, found.queue, found.actor)
+        change.done = 1
     fleet.show({"actor": found.actor, "queue": found.queue, "paused": False}, f"{found.actor} goes on.")
 
 

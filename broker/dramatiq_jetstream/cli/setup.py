@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import click
 
 from .context import Fleet, pass_fleet, table
@@ -22,7 +24,9 @@ def setup(fleet: Fleet, modules: tuple[str, ...], update: bool) -> None:
     """
     broker = fleet.load(*modules)
     try:
-        outcome = broker.setup(update=update)
+        # Without --update nothing changes that exists, as when a worker starts.
+        with fleet.change("setup", " ".join(modules), broker=broker) if update else nullcontext():
+            outcome = broker.setup(update=update)
     finally:
         broker.close()
     human = table("", "")
