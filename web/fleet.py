@@ -43,5 +43,12 @@ def mount(app: Flask) -> None:
             raise Forbidden("That needs the scope operate.")
         return operator(caller.name)
 
-    dashboard = create_app(broker, access=who, sign_in="/sign-in", streams=_STREAMS, stopping=live.stopping)
+    dashboard = create_app(
+        broker,
+        access=who,
+        sign_in="/sign-in",
+        back=("Order service", "/admin"),
+        streams=_STREAMS,
+        stopping=live.stopping,
+    )
     app.wsgi_app = DispatcherMiddleware(app.wsgi_app, {MOUNT: dashboard})  # type: ignore[method-assign]

@@ -89,11 +89,17 @@ class Dashboard:
     """
 
     def __init__(
-        self, broker: JetStreamBroker, access: Access, sign_in: str | None, streams: Streams
+        self,
+        broker: JetStreamBroker,
+        access: Access,
+        sign_in: str | None,
+        back: tuple[str, str] | None,
+        streams: Streams,
     ) -> None:
         self._reader = Reader(broker)
         self._access = access
         self._sign_in = sign_in
+        self._back = back
         self._streams = streams
         self._templates = _environment()
 
@@ -166,6 +172,7 @@ class Dashboard:
             "may": frozenset() if person is None else person.may,
             "namespace": "" if person is None else self._reader.broker.names.namespace,
             "menu": MENU,
+            "back": self._back,
             "endpoint": endpoint,
             "url": url,
             "asset": lambda name: f"{url('static', name=name)}?v={_assets()[name].digest}",
@@ -204,6 +211,7 @@ def create_app(
     *,
     access: Access | None = None,
     sign_in: str | None = None,
+    back: tuple[str, str] | None = None,
     streams: int = 4,
     stopping: threading.Event | None = None,
 ) -> Dashboard:
@@ -214,6 +222,8 @@ def create_app(
       access: Says who makes a request, from its WSGI environment: a `Person`, or None for a stranger. Without one,
         everyone on this machine may look, and no one may change anything or come from elsewhere.
       sign_in: The address of the host's page to sign in; a stranger is sent there, with the way back as `next`.
+      back: What the program is called that this is a part of, and the address of its page to which each page here
+        leads back.
       streams: How many pages may be kept live by an open connection at once, each of which holds a thread of the
         server; further ones ask every two seconds.
       stopping: Set by the host when its process is to stop, so that open streams end.
@@ -226,10 +236,10 @@ def create_app(
       >>> def access(environ):
       ...     name = environ.get("REMOTE_USER")
       ...     return None if name is None else operator(name) if name == "ann" else viewer(name)
-      >>> application = create_app(broker, access=access, sign_in="/login")
+      >>> application = create_app(broker, access=access, sign_in="/login", back=("My shop", "/"))
     """
     return Dashboard(
-        broker, access or OnThisMachine(), sign_in, Streams(streams, stopping or threading.Event())
+        broker, access or OnThisMachine(), sign_in, back, Streams(streams, stopping or threading.Event())
     )
 
 
