@@ -5,8 +5,8 @@ and, where it changes pieces, on `level.{sku}`: both keys are stored together or
 between any two lines has made the whole change, or nothing of it.
 
 A change has an id, which both keys remember among their newest `MAX_CHANGES`. Made again under its id, after an end
-that was not seen, it changes nothing more; after that many other changes of the product it would. Who made it stands
-beside it.
+that was not seen, it changes nothing more; after that many other changes of the product it would. A change that found
+everything as it is wanted is remembered too, beside those that had an effect. Who made it stands beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import random
 import re
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Final
@@ -51,6 +52,9 @@ MAX_CHANGES: Final = 50
 #: worker costs what it did when it was stored; and how many prices that can be: the oldest of more are forgotten.
 KEPT_MS: Final = 30 * 86_400_000
 MAX_KEPT: Final = 1_000
+
+#: How many products are looked at one by one.
+FEW: Final = 50
 
 #: By how many milliseconds the clocks of two machines may differ: a price that another one has set "now" is no plan.
 SKEW_MS: Final = 2_000
@@ -216,6 +220,20 @@ class Assortment:
         level, level_revision = self._stock.level(sku)
         return Goods(sku, product, level, 0 if entry is None else entry.revision, level_revision)
 
+    def look_at(self, skus: Collection[str]) -> dict[str, Goods]:
+        """Return several products with their stock, as `look`; many of them cost one reading of all that there are."""
+        if len(skus) <= FEW:
+            return {sku: self.look(sku) for sku in skus}
+        entries = {entry.key.removeprefix(PREFIX): entry for entry in self._bucket.items(PREFIX)}
+        levels = self._stock.levels()
+        found = {}
+        for sku in skus:
+            entry = entries.get(sku)
+            product = None if entry is None else StoredProduct.decode(sku, entry.value)
+            level, revision = levels.get(sku) or self._stock.level(sku)
+            found[sku] = Goods(sku, product, level, 0 if entry is None else entry.revision, revision)
+        return found
+
     def now(self) -> int:
         """Return the time of a change that is made now, in milliseconds."""
         return self._now()
@@ -263,8 +281,8 @@ class Goods:
             if any(one.rpartition("#")[0] == name for one in known):
                 raise ChangeIdUsed(f"{name} was the id of another change of {self.sku}.")
         changed, what = altered(self.product, self.sku, wanted, at)
-        if what:
-            changes = (*changed.changes, Change(change_id, at, by, what))[-MAX_CHANGES:]
+        if what or wanted.pieces is None:
+            changes = _remembered((*changed.changes, Change(change_id, at, by, what)))
             changed = replace(changed, changes=changes)
         if (pieces := wanted.pieces) is not None:
             outcome = self.level.adjust(change_id, _count(pieces), at, by, pieces.reason)
@@ -274,6 +292,18 @@ class Goods:
             what = "; ".join(filter(None, (what, _pieces_text(pieces))))
         self.product = changed
         return Changed(changed, self.level.pieces, what)
+
+
+def _remembered(changes: tuple[Change, ...]) -> tuple[Change, ...]:
+    """Return the newest changes that had an effect, and as many that had none, so that these displace no others."""
+    counts: Counter[bool] = Counter()
+    kept = []
+    for change in reversed(changes):
+        had_effect = bool(change.what)
+        counts[had_effect] += 1
+        if counts[had_effect] <= MAX_CHANGES:
+            kept.append(change)
+    return tuple(reversed(kept))
 
 
 def check_sku(sku: str) -> None:
@@ -310,14 +340,14 @@ def altered(product: StoredProduct | None, sku: str, wanted: Wanted, now: int) -
         product.category if wanted.category is None else normalised(wanted.category.strip(), MAX_CATEGORY)
     )
     if name != product.name and not is_new:
-        words.append(f"called {name}")
+        words.append(f"renamed to {name}")
     if category != product.category and not is_new:
-        words.append(f"category {category}")
+        words.append(f"moved to category {category}")
     prices = list(product.prices)
     if wanted.dropped is not None:
         kept = [price for price in prices if price.since != wanted.dropped or price.since <= now]
         if len(kept) < len(prices):
-            words.append(f"the price from {isoformat(wanted.dropped)} on is dropped")
+            words.append(f"price from {isoformat(wanted.dropped)} dropped")
         prices = kept
     if wanted.withdrawn and (product.price_at(now) is not None or product.planned_at(now)):
         prices = [*(price for price in prices if price.since < _beginning(prices, now))]
@@ -331,7 +361,7 @@ def altered(product: StoredProduct | None, sku: str, wanted: Wanted, now: int) -
         if before != wanted.price:
             prices = new
             held = money.to_text(wanted.price, CURRENCY)
-            words.append(held if wanted.since is None else f"{held} from {isoformat(since)} on")
+            words.append(f"price {held}" if wanted.since is None else f"price {held} from {isoformat(since)}")
     past = [price for price in prices if price.since <= now]
     planned = [price for price in prices if price.since > now]
     if len(planned) > MAX_PLANNED:

@@ -23,13 +23,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
+from dramatiq.errors import BrokerError
+
 from . import money
 from .assortment import (
     MAX_CHANGES,
     Assortment,
     Changed,
     ChangeIdUsed,
-    Goods,
     InvalidProduct,
     NoSuchProduct,
     Pieces,
@@ -39,6 +40,7 @@ from .assortment import (
 )
 from .audit import Who
 from .catalogue import CURRENCY
+from .levels import StockBusy
 from .model import Flaw
 from .moments import moment_of
 
@@ -132,11 +134,10 @@ class ProductFile:
           InvalidFile: With everything that is wrong.
         """
         errors, done = list(self._errors), list[RowDone]()
-        copies: dict[str, Goods] = {}
+        copies = assortment.look_at({row.sku for row in self.rows})
 
         def change(row: Row) -> Changed:
-            goods = copies.get(row.sku) or copies.setdefault(row.sku, assortment.look(row.sku))
-            return goods.apply(self._id_of(row), row.wanted, "", assortment.now())
+            return copies[row.sku].apply(self._id_of(row), row.wanted, "", assortment.now())
 
         for one in self._each(change):
             if isinstance(one, RowDone):
@@ -148,12 +149,22 @@ class ProductFile:
         return done
 
     def run(self, assortment: Assortment, who: Who) -> Iterator[RowDone | RowError]:
-        """Import the rows, one after the other, after a `plan` that found nothing wrong.
+        """Import the rows, one after the other, after a `plan` that found nothing wrong; see `make`."""
+        self.plan(assortment)
+        yield from self.make(assortment, who)
+
+    def make(self, assortment: Assortment, who: Who) -> Iterator[RowDone | RowError]:
+        """Import the rows of a file that was planned; yields each when it is done.
 
         A row that has become wrong meanwhile, because others changed its product, is left out and yielded as an error.
+        When the store goes away, an error of the whole file is the last.
         """
-        self.plan(assortment)
-        yield from self._each(lambda row: assortment.change(row.sku, self._id_of(row), row.wanted, who))
+        try:
+            yield from self._each(lambda row: assortment.change(row.sku, self._id_of(row), row.wanted, who))
+        except (BrokerError, StockBusy) as error:
+            yield RowError(
+                0, "file", f"was cut off: {error} Import the same file again; no row counts twice."
+            )
 
     def _each(self, change: Callable[[Row], Changed]) -> Iterator[RowDone | RowError]:
         """Make the changes of all rows; yields what came of each."""

@@ -49,7 +49,7 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change of a product by people: when (milliseconds), by whom, and what, in words."""
+    """A change of a product by people: when (milliseconds), by whom, and what, in words, empty for nothing."""
 
     id: str
     at: int

@@ -78,7 +78,7 @@ def _show(options: argparse.Namespace) -> int:
     for price in product.prices:
         cost = "not sold" if price.amount is None else money.to_text(price.amount, CURRENCY)
         print(f"from {isoformat(price.since)}  {cost}")
-    changes = [(one.at, one.by, one.what, one.id) for one in product.changes]
+    changes = [(one.at, one.by, one.what or "was so already", one.id) for one in product.changes]
     changes += [
         (one.at, one.by, f"{one.pieces:+} pieces ({one.reason})", one.id) for one in goods.level.adjustments
     ]

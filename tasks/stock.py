@@ -206,6 +206,14 @@ class Stock:
             return Level(self._initial.get(sku, 0)), 0
         return Level.decode(entry.value), entry.revision
 
+    def levels(self) -> dict[str, tuple[Level, int]]:
+        """Return the level of each product that has one, with its revision."""
+        self._take_over()
+        entries = self._bucket.items(PREFIX)
+        return {
+            entry.key.removeprefix(PREFIX): (Level.decode(entry.value), entry.revision) for entry in entries
+        }
+
     def adjustments(self, sku: str) -> list[Adjustment]:
         """Return the newest adjustments of a product, oldest first."""
         return self.level(sku)[0].adjustments

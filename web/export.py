@@ -95,6 +95,21 @@ def as_csv() -> Response:
     return _answer(lines, "csv", "text/csv; charset=utf-8; header=present", _written([COLUMNS]))
 
 
+def long_answer(pieces: Iterator[str], content_type: str) -> Response:
+    """Return an answer that is written while it is made. It takes the place of an export.
+
+    Raises:
+      Problem: When all places are taken.
+    """
+    exports: Exports = current_app.extensions["exports"]
+    exports.take()
+    response = Response(stream_with_context(pieces), content_type=content_type)
+    response.call_on_close(exports.release)
+    # A proxy would have to collect all of it.
+    response.headers["X-Accel-Buffering"] = "no"
+    return response
+
+
 def _answer(
     lines: Callable[[Iterable[Order]], str], kind: str, content_type: str, head: str = ""
 ) -> Response:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import quote
 
 from flask import Blueprint, Response, request
+from markupsafe import Markup, escape
 
 from tasks import app, money
 from tasks.assortment import (
@@ -28,19 +29,28 @@ from tasks.assortment import (
     Wanted,
 )
 from tasks.catalogue import CURRENCY
+from tasks.levels import Adjustment
 from tasks.model import Flaw
 from tasks.moments import moment_of
 from tasks.product_files import COLUMNS, InvalidFile, ProductFile, RowDone, RowError
 from web.access import needs
 from web.acts import acting
+from web.export import long_answer
+from web.formats import formats
 from web.problems import Problem
 from web.products import change_id, told
-from web.rendering import page, see_other
+from web.rendering import instant, page, see_other, written_page
 
 blueprint = Blueprint("product_pages", __name__)
 
 #: How many products a page of the list has.
 PER_PAGE: Final = 50
+
+#: How many rows of an import are shown before it is made.
+MAX_SHOWN: Final = 500
+
+#: A time in the words for a change.
+_MOMENT: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z)", re.ASCII)
 
 _SUBMISSION: Final = re.compile(r"[A-Za-z0-9_-]{16,64}", re.ASCII)
 _WHOLE: Final = re.compile(r"-?[0-9]{1,10}", re.ASCII)
@@ -102,29 +112,33 @@ def import_products() -> Response:
     content = upload.read() if upload is not None and upload.filename else b""
     # A browser sends the lines of a form with CR and LF.
     content = content or request.form.get("text", "").replace("\r\n", "\n").encode()
-    rows: list[RowDone] = []
-    errors: list[RowError] = []
-    is_made = "make" in request.form and not (upload is not None and upload.filename)
+    shown: dict[str, Any] = {"text": content.decode("utf-8-sig", "replace"), "columns": COLUMNS}
     try:
         file = ProductFile(content)
-        if is_made:
-            for one in file.run(app.assortment(), acting()):
-                rows += [one] if isinstance(one, RowDone) else []
-                errors += [one] if isinstance(one, RowError) else []
-        else:
-            rows = file.plan(app.assortment())
+        planned = file.plan(app.assortment())
     except InvalidFile as error:
-        errors, is_made = error.errors, False
-    return page(
-        "product_import.html",
-        status=422 if errors and not is_made else 200,
-        text=content.decode("utf-8-sig", "replace"),
-        columns=COLUMNS,
-        rows=rows,
-        wrong=errors,
-        made=is_made,
-        checked=True,
-    )
+        return page("product_import.html", status=422, wrong=error.errors, checked=True, **shown)
+    if "make" not in request.form or (upload is not None and upload.filename):
+        return page(
+            "product_import.html",
+            rows=planned[:MAX_SHOWN],
+            count=len(planned),
+            checked=True,
+            **shown,
+        )
+    left_out: list[RowError] = []
+    rows = _made(file.make(app.assortment(), acting()), left_out)
+    written = written_page("product_import.html", rows=rows, left_out=left_out, made=True, **shown)
+    return long_answer(written, "text/html; charset=utf-8")
+
+
+def _made(rows: Iterable[RowDone | RowError], left_out: list[RowError]) -> Iterator[RowDone]:
+    """Yield the rows that were imported, and note those that were not."""
+    for one in rows:
+        if isinstance(one, RowDone):
+            yield one
+        else:
+            left_out.append(one)
 
 
 def _wanted(form: Mapping[str, str], errors: dict[str, str]) -> Wanted:
@@ -258,9 +272,30 @@ def _show(
 
 def _changes(goods: Goods) -> list[dict[str, Any]]:
     """Return what people changed of a product and its stock, newest first."""
-    changes = [] if goods.product is None else [(one.at, one.by, one.what) for one in goods.product.changes]
-    changes += [(one.at, one.by, f"{one.pieces:+} pieces: {one.reason}") for one in goods.level.adjustments]
-    return [{"at": _at(at), "by": by, "what": what} for at, by, what in sorted(changes, reverse=True)[:50]]
+    made = [] if goods.product is None else [one for one in goods.product.changes if one.what]
+    changes = [(one.at, one.by, one.what) for one in made]
+    changes += [(one.at, one.by, _pieces_said(one)) for one in goods.level.adjustments]
+    return [
+        {"at": _at(at), "by": by, "what": _said(what)} for at, by, what in sorted(changes, reverse=True)[:50]
+    ]
+
+
+def _pieces_said(one: Adjustment) -> str:
+    """Return what was changed of the stock: 20 pieces came in: a delivery."""
+    number, noun = formats().number(abs(one.pieces)), "piece" if abs(one.pieces) == 1 else "pieces"
+    if not one.pieces:
+        return f"Stock counted, as it was: {one.reason}"
+    return f"{number} {noun} {'came in' if one.pieces > 0 else 'went out'}: {one.reason}"
+
+
+def _said(what: str) -> Markup:
+    """Return what was changed as a sentence, with the times in it as the page shows times."""
+    first, *others = _MOMENT.split(what[:1].upper() + what[1:])
+    said = escape(first)
+    for moment, text in zip(others[::2], others[1::2], strict=True):
+        at = moment_of(moment)
+        said += (escape(moment) if at is None else instant(at)) + escape(text)
+    return said
 
 
 def _at(milliseconds: int) -> datetime:

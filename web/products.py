@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, Final, TypeVar
 
-from flask import Blueprint, Response, jsonify, request
+from flask import Blueprint, Response, current_app, jsonify, request
 
 from tasks import app, service
-from tasks.assortment import ChangeIdUsed, InvalidProduct, NoSuchProduct, Pieces, Wanted
+from tasks.assortment import FEW, ChangeIdUsed, InvalidProduct, NoSuchProduct, Pieces, Wanted
 from tasks.model import Flaw
 from tasks.moments import moment_of
-from tasks.product_files import InvalidFile, ProductFile, RowDone, as_flaws
+from tasks.product_files import InvalidFile, ProductFile, RowDone, RowError, as_flaws
 from tasks.stock import StockBusy
 from web.access import needs
 from web.acts import acting
 from web.api import idempotency_key, read_key
+from web.export import long_answer
 from web.problems import Problem, of_flaws, unavailable
 from web.representation import import_json, product_json, stored_product_json
 
 blueprint = Blueprint("products", __name__)
+
+#: How many rows of an import are written at once.
+_ROWS: Final = 50
 
 T = TypeVar("T")
 
@@ -53,11 +58,31 @@ def import_products() -> Response:
     if dry not in ("true", "false"):
         raise of_flaws("malformed-request", [Flaw("dry_run", "must be true or false.")])
     file = told(lambda: ProductFile(request.get_data(), key))
+    planned = told(lambda: file.plan(app.assortment()))
     if dry == "true":
-        return jsonify(import_json(told(lambda: file.plan(app.assortment())), [], dry_run=True))
-    rows = told(lambda: list(file.run(app.assortment(), acting())))
-    done = [row for row in rows if isinstance(row, RowDone)]
-    return jsonify(import_json(done, [row for row in rows if not isinstance(row, RowDone)], dry_run=False))
+        return jsonify(import_json(planned, [], dry_run=True))
+    if len(planned) <= FEW:
+        rows = list(file.make(app.assortment(), acting()))
+        done = [row for row in rows if isinstance(row, RowDone)]
+        errors = [row for row in rows if isinstance(row, RowError)]
+        return jsonify(import_json(done, errors, dry_run=False))
+    rows_done = _written(file.make(app.assortment(), acting()))
+    return long_answer(rows_done, "application/json")
+
+
+def _written(rows: Iterator[RowDone | RowError]) -> Iterator[str]:
+    """Yield what `import_json` returns, while the rows are imported."""
+    errors: list[RowError] = []
+    written = current_app.json.dumps
+    yield '{"dry_run": false, "rows": ['
+    comma = ""
+    while some := list(islice(rows, _ROWS)):
+        done = [one for one in some if isinstance(one, RowDone)]
+        errors += [one for one in some if isinstance(one, RowError)]
+        for row in import_json(done, [], dry_run=False)["rows"]:
+            yield f"{comma}{written(row)}"
+            comma = ", "
+    yield f'], "errors": {written(import_json([], errors, dry_run=False)["errors"])}}}\n'
 
 
 @blueprint.get("/api/products/<path:sku>")

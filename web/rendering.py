@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,6 +16,9 @@ from web.assets import asset_url
 from web.formats import formats
 from web.problems import Problem
 from web.representation import timestamp
+
+# Of how many pieces of a template a part of a page is made that is sent at once.
+_PIECES = 50
 
 # What a person is told instead of a problem's detail, which speaks of requests, fields and scopes.
 _NOT_OURS = "The address or the form that was sent is not one of this site. Begin again from a page of it."
@@ -61,6 +64,14 @@ def install(app: Flask) -> None:
 def page(template: str, *, status: int = 200, **context: Any) -> Response:
     """Return a page."""
     return Response(render_template(template, **context), status, content_type="text/html; charset=utf-8")
+
+
+def written_page(template: str, **context: Any) -> Iterator[str]:
+    """Yield a page piece by piece, while what it shows is made."""
+    current_app.update_template_context(context)
+    stream = current_app.jinja_env.get_template(template).stream(context)
+    stream.enable_buffering(_PIECES)
+    return stream
 
 
 def json_answer(body: Mapping[str, Any]) -> Response:

@@ -173,6 +173,23 @@ def test_a_change_is_made_once(store: Store) -> None:
         store.change("CUP-01", "k", price=700)
 
 
+def test_a_change_without_an_effect_is_remembered(store: Store) -> None:
+    """Its id is that of this change alone, and what had an effect is not forgotten for it."""
+    store.change("MUG-01", "first", price=1_500)
+    assert store.change("MUG-01", "same", price=1_500) == ""
+    with pytest.raises(ChangeIdUsed):
+        store.change("MUG-01", "same", price=1_600)
+    assert store.price("MUG-01") == 1_500
+    store.change("MUG-01", price=1_600)
+    assert store.change("MUG-01", "same", price=1_500) == "", "it was made before"
+    assert store.price("MUG-01") == 1_600
+    for _ in range(2 * MAX_CHANGES):
+        store.change("MUG-01", price=1_600)
+    with pytest.raises(ChangeIdUsed):
+        store.change("MUG-01", "first", price=1_700)
+    assert len(store.bucket.entries[f"{PREFIX}MUG-01"].value) < 20_000
+
+
 def test_what_is_remembered_is_bounded(store: Store) -> None:
     """The record of a product does not grow with the number of its changes, nor does a price that holds get lost."""
     for number in range(120):
@@ -347,7 +364,7 @@ def test_a_file_is_imported_once(store: Store) -> None:
     """A dry run changes nothing; the same file again changes nothing more, and carries on one that was cut."""
     before = dict(store.bucket.entries)
     plan = ProductFile(FILE.encode()).plan(store.assortment)
-    assert plan[0].what == "added, 5.00 EUR; +10 pieces (restock)"
+    assert plan[0].what == "added, price 5.00 EUR; +10 pieces (restock)"
     assert {k: v for k, v in store.bucket.entries.items() if k in before} == before
     assert f"{PREFIX}CUP-01" not in store.bucket.entries
     rows = ProductFile(FILE.encode()).run(store.assortment, ANN)
@@ -451,7 +468,7 @@ def test_what_is_no_file_of_products(store: Store, content: bytes, said: str) ->
 
 def test_a_file_of_a_spreadsheet_is_read(store: Store) -> None:
     """With a byte order mark, CR and LF, and spaces around."""
-    assert imported(store, "\ufeffSKU , Price\r\n MUG-01 , 15.50 \r\n") == ["15.50 EUR"]
+    assert imported(store, "\ufeffSKU , Price\r\n MUG-01 , 15.50 \r\n") == ["price 15.50 EUR"]
     assert store.price("MUG-01") == 1_550
 
 

@@ -185,7 +185,7 @@ def test_a_product_is_looked_after_on_its_page(service: Stack) -> None:
     assert "Beaker" in service.post(address, data={"act": "name", "name": "Beaker", "category": "Cups"}).text
     withdrawn = service.post(address, data={"act": "withdraw"})
     assert "it is not sold" in withdrawn.text
-    for what in ("added", "+6 pieces: restock", "called Beaker", "withdrawn"):
+    for what in ("Added", "6 pieces came in: restock", "Renamed to Beaker", "Withdrawn"):
         assert what in withdrawn.text
     assert "Withdrawn" in service.get(f"/admin/products?q={name}").text
 
