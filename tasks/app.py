@@ -48,6 +48,7 @@ from .credentials import Keys, Operators
 from .deadline import Deadline
 from .erased import ErasedOrders
 from .erasure import Erasure
+from .erasure_jobs import Jobs
 from .events import Happened
 from .figures import Counting, Figures
 from .gateway import HttpGateway
@@ -395,7 +396,7 @@ def erasure() -> Erasure:
     """
     queues = sorted(broker.get_declared_queues())
     return Erasure(
-        erasures_bucket(),
+        erasure_jobs(),
         events_stored(),
         stock_store(),
         stock_bucket(),
@@ -416,10 +417,20 @@ def erasure() -> Erasure:
             **{f"queue {name}": broker.stream(broker.names.queue_stream(name)) for name in queues},
         },
         broker.stream(broker.names.audit_stream),
-        lambda subject, record: broker.publish(subject, record),
+        lambda subject, record, headers: broker.publish(subject, record, headers=headers),
         archive(),
+        counting().reached,
         now,
     )
+
+
+@_once
+def erasure_jobs() -> Jobs:
+    """Return the erasures that were asked for."""
+    bucket = erasures_bucket()
+    if SETTINGS.declare:
+        bucket.declare()  # what reads its stream does not make it
+    return Jobs(bucket, bucket.name, broker.stream(bucket.stream).newest, now)
 
 
 @_once

@@ -11,6 +11,7 @@ import argparse
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 from dramatiq.errors import BrokerError
 
@@ -78,7 +79,8 @@ def _restore(options: argparse.Namespace) -> int:
         "archive.restore", "all orders" if options.all else options.orders[0], at_terminal()
     ) as act:
         back = 0
-        for order_id in app.retention().restore(wanted):
+        recorded = partial(app.audit_log().record, "order.restore", who=at_terminal())
+        for order_id in app.retention().restore(wanted, recorded):
             back += 1
             print(f"{order_id}  restored", flush=True)
         act.detail["orders"] = str(back)

@@ -61,9 +61,23 @@ class Compensation(Refunds):
                 raise NotCancellable(
                     f"Order {order_id} is shipped: return it, and say what becomes of its goods."
                 )
-        request = CancelRequest(self._now(), by, shown(reason, MAX_TEXT), name)
-        request = self._stock.notes.ask_to_cancel(order_id, request)
+        wanted = CancelRequest(self._now(), by, shown(reason, MAX_TEXT), name)
+        request, revision = self._stock.notes.ask_to_cancel(order_id, wanted)
+        if revision is not None:
+            self._check_not_leaving(order_id, revision)
         return self._publish(cancel_requested_event(order_id, request), request.at)
+
+    def _check_not_leaving(self, order_id: str, revision: int) -> None:
+        """Raise NotCancellable when an order leaves for the archive right now, and drop the note on it.
+
+        What closes the claim looks for the note after that, so one of the two sees the other.
+        """
+        claim = self._stock.claims.find(order_id, linearizable=True)
+        if claim is not None and claim.is_archived:
+            self._stock.notes.take_back_cancel(order_id, revision)
+            raise NotCancellable(
+                f"Order {order_id} is leaving for the archive: ask again, and restore it first when it has left."
+            )
 
     def _check_there(self, order_id: str) -> None:
         """Raise NotCancellable when there is no such order, or it is in the archive."""

@@ -21,9 +21,15 @@ def record_key(order_id: str) -> str:
     return f"order.{order_id}"
 
 
-def entries_of(bucket: Bucket, order_id: str) -> Mapping[str, Entry]:
-    """Return the entries of an order by key."""
+def entries_of(bucket: Bucket, order_id: str, since: tuple[str, int] | None = None) -> Mapping[str, Entry]:
+    """Return the entries of an order by key.
+
+    Parameters:
+      since: A key and a revision of it that was written: they are at least as new.
+    """
     keys = [f"{kind}.{order_id}" for kind in KINDS]
+    if since is not None:
+        return bucket.get_many(keys, since=since)
     known = next((found for key in keys[:2] if (found := bucket.get(key)) is not None), None)
     if known is None:
         return {key: found for key in keys if (found := bucket.get(key)) is not None}

@@ -20,7 +20,7 @@ from dramatiq.errors import BrokerError
 from . import app
 from .archive import ArchiveBroken
 from .audit import at_terminal
-from .erasure import Job, NotErasable
+from .erasure_jobs import Job, NotErasable
 from .events import isoformat
 from .folds import RebuildConflict
 from .model import InvalidOrder
@@ -62,7 +62,7 @@ def _customer(options: argparse.Namespace) -> int:
 
 
 def _resume(_: argparse.Namespace) -> int:
-    for job in list(app.erasure().jobs()):
+    for job in list(app.erasure_jobs().all()):
         if not job.is_done:
             _run(job)
     return 0
@@ -76,7 +76,7 @@ def _run(job: Job) -> None:
 
 
 def _certificates(_: argparse.Namespace) -> int:
-    for job in sorted(app.erasure().jobs(), key=lambda job: job.at):
+    for job in sorted(app.erasure_jobs().all(), key=lambda job: job.at):
         if job.is_done:
             print(json.dumps(certificate(job)))
         else:

@@ -1,18 +1,19 @@
 """Which orders are anonymous because their customer was erased, and where the events stood that were removed for that.
 
 `order.{order_id}` in the bucket `erasures` is written before anything of the order is changed, and once more when
-ledger and read model are anonymous; only then its events are removed. Readers of the stream get those from here, in the
-ledger's words and at their places, so totals, lists and rebuilds stay right.
+ledger and read model are anonymous; only then its events are removed. What is made again from the whole stream gets
+those from here, in the ledger's words and at their places, so totals stay right. It sorts them on the disk. Everything
+else goes by the records of the orders, which stay, so no process holds what was erased in memory.
 """
 
 from __future__ import annotations
 
 import json
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
 
 from dramatiq_jetstream.errors import KeyExists, TopologyMissing
@@ -26,8 +27,8 @@ BUCKET: Final = "erasures"
 
 _ORDER: Final = "order."
 
-#: How long a process goes by what it knows of erased orders, in seconds.
-_FRESH_SECONDS: Final = 1.0
+#: Of how many orders what the ledger says is held in memory at once.
+_AT_ONCE: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +68,16 @@ class ErasedOrders:
         self._bucket = bucket
         self._stock = stock
         self._now = now
-        self._facts: list[Happened] = []
-        self._seen = 0
-        self._looked = float("-inf")
-        self._lock = threading.Lock()
 
     def note(self, order: ErasedOrder) -> None:
         """Note that an order becomes anonymous, unless that is noted."""
         with suppress(KeyExists):
             self._bucket.create(f"{_ORDER}{order.order_id}", _encode(order))
+
+    def find(self, order_id: str) -> ErasedOrder | None:
+        """Return an anonymous order, None when it is none, or was brought back from the archive."""
+        entry = self._bucket.get(f"{_ORDER}{order_id}")
+        return None if entry is None else _read(entry)
 
     def done(self, order_id: str) -> None:
         """Note that ledger and read model are anonymous."""
@@ -85,39 +87,35 @@ class ErasedOrders:
 
     def forget(self, order_id: str) -> None:
         """Drop the note of an order that left for the archive."""
-        self._bucket.delete(f"{_ORDER}{order_id}")
+        if self._bucket.get(f"{_ORDER}{order_id}") is not None:
+            self._bucket.delete(f"{_ORDER}{order_id}")
 
     def all(self) -> Iterator[ErasedOrder]:
         """Yield the anonymous orders."""
         return map(_read, self._bucket.items(_ORDER))
 
-    def facts(self) -> Sequence[Happened]:
-        """Return the events that were removed, by their places, as the ledger says them; a second old at most."""
-        with self._lock:
-            if time.monotonic() - self._looked > _FRESH_SECONDS:
-                with suppress(TopologyMissing):  # an earlier version has set the buckets up
-                    if self._bucket.newest_revision() != self._seen:
-                        self._look()
-                self._looked = time.monotonic()
-            return self._facts
+    def facts(self) -> Iterator[Happened]:
+        """Yield the events that were removed, by their places, as the ledger says them.
 
-    def _look(self) -> None:
-        """Add what was noted since."""
-        facts = {one.sequence: one for one in self._facts}
-        for entry in self._bucket.items(after=self._seen):
-            if entry.key.startswith(_ORDER) and (order := _read(entry)).is_done:
-                facts |= {one.sequence: one for one in self._facts_of(order)}
-            self._seen = max(self._seen, entry.revision)
-        self._facts = [facts[place] for place in sorted(facts)]
-
-    def _facts_of(self, order: ErasedOrder) -> Iterator[Happened]:
-        testimony = Testimony(self._stock, order.order_id, self._now)
-        if testimony.claim is None:
-            return
-        for key, (place, at) in order.places.items():
-            said = testimony.said(key)
-            if said is not None:
-                yield Happened(said, place, at)
+        Their number is bounded by the disk for temporary files: some 60 bytes each.
+        """
+        with closing(sqlite3.connect("")) as places:  # a temporary file, gone with the connection
+            places.execute(
+                "CREATE TABLE fact (place INTEGER PRIMARY KEY, at INTEGER, order_id TEXT, key TEXT)"
+            )
+            with suppress(TopologyMissing):  # an earlier version has set the buckets up
+                for order in self.all():
+                    if order.is_done:
+                        facts = (
+                            (place, at, order.order_id, key) for key, (place, at) in order.places.items()
+                        )
+                        places.executemany("INSERT OR REPLACE INTO fact VALUES (?, ?, ?, ?)", facts)
+            # The events of an order stand near each other.
+            ledger = lru_cache(_AT_ONCE)(lambda order_id: Testimony(self._stock, order_id, self._now))
+            for place, at, order_id, key in places.execute("SELECT * FROM fact ORDER BY place"):
+                said = ledger(order_id).said(key) if ledger(order_id).claim is not None else None
+                if said is not None:
+                    yield Happened(said, place, at)
 
 
 def _read(entry: Entry) -> ErasedOrder:

@@ -5,7 +5,7 @@ of the customer's orders are removed from the stream and overwritten on the serv
 and readers get what remains of them there (`tasks.erased`). Orders that are placed after the erasure was asked for are
 a new person's, whatever name they have.
 
-An erasure is a job in the bucket `erasures`, and does one kind of place after the other. In each it notes what it is
+An erasure is a job (`tasks.erasure_jobs`), and does one kind of place after the other. In each it notes what it is
 about to take away, takes it away, and counts it; then it looks again, until there is nothing. So it may be killed at
 any moment and carried on by any process, and its counts are right all the same. When all kinds are done it looks at all
 of them once more. Then the name goes from the job, and what is left of it is the certificate.
@@ -18,11 +18,10 @@ the archive, or a restore, is under way, and none of these begins before the era
 from __future__ import annotations
 
 import json
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
@@ -39,6 +38,7 @@ from .audit import Who
 from .claims import Claim
 from .entries import entries_of
 from .erased import ErasedOrder, ErasedOrders
+from .erasure_jobs import Job, Jobs, NotErasable
 from .events import order_id_of
 from .index import Indexer
 from .ledger import Record
@@ -53,8 +53,6 @@ from .stream import EventStream, read_stored
 from .text import normalised
 from .traces import Traces
 
-_JOB: Final = "job."
-
 #: How many things are noted before they are taken away.
 _AT_ONCE: Final = 2_000
 
@@ -62,48 +60,11 @@ _AT_ONCE: Final = 2_000
 _ROUNDS: Final = 5
 
 
-#: How long consumers of the stream may take to settle what is there, in seconds.
+#: How many orders that are under way are named.
+_NAMED: Final = 10
+
+#: How long readers of the stream may take to settle and count what is there, in seconds.
 _PATIENCE_SECONDS: Final = 60.0
-
-
-class NotErasable(Exception):
-    """The customer cannot be erased now; the message says why and what to do."""
-
-
-@dataclass(slots=True)
-class Job:
-    """An erasure; times in milliseconds. `customer_id` is empty when it is done: then this is the certificate.
-
-    Attributes:
-      by, via: Who asked for it, and from where.
-      counts: How many of each kind were taken away or made anonymous.
-      doomed: What is taken away right now, and `stage` of which kind it is.
-    """
-
-    id: str
-    customer_id: str
-    at: int
-    by: str
-    via: str
-    finished_at: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-    stage: str = ""
-    doomed: list[str] = field(default_factory=list)
-
-    @property
-    def is_done(self) -> bool:
-        return self.finished_at > 0
-
-    def certificate(self) -> dict[str, Any]:
-        """Return what is certified: no word of it is about the customer."""
-        return {
-            "certificate": self.id,
-            "asked_for_at": self.at,
-            "finished_at": self.finished_at,
-            "by": self.by,
-            "via": self.via,
-            "erased": self.counts,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +80,18 @@ class Erasure:
     """Erases customers.
 
     Parameters:
-      bucket: The jobs, and the notes on orders.
+      jobs: The erasures that were asked for.
       buckets: `requests`, `tokens`, `access`, `webhooks` and `deliveries`.
       streams: Streams of messages that may be about an order, by what a certificate calls them.
       fleet_audit, publish: The records of the fleet's dashboard, and what stores one.
       archive: None where there is none.
+      counted: Returns up to which event the figures have counted.
       now: The time in milliseconds.
     """
 
     def __init__(
         self,
-        bucket: Bucket,
+        jobs: Jobs,
         stream: EventStream,
         stock: Stock,
         stock_bucket: Bucket,
@@ -140,11 +102,12 @@ class Erasure:
         buckets: Mapping[str, Bucket],
         streams: Mapping[str, Stream],
         fleet_audit: Stream,
-        publish: Callable[[str, bytes], object],
+        publish: Callable[[str, bytes, Mapping[str, str]], object],
         archive: Archive | None,
+        counted: Callable[[], int],
         now: Callable[[], int],
     ) -> None:
-        self._bucket = bucket
+        self._jobs = jobs
         self._stream = stream
         self._stock = stock
         self._stock_bucket = stock_bucket
@@ -157,9 +120,11 @@ class Erasure:
         self._fleet_audit = fleet_audit
         self._publish = publish
         self._archive = archive
+        self._counted = counted
         self._now = now
-
-    # Jobs
+        # While one is carried out: the orders that it made anonymous, and those of the customer in the archive.
+        self._ours: set[str] = set()
+        self._archived: set[str] | None = None
 
     def begin(self, customer_id: str, who: Who) -> Job:
         """Ask for an erasure; returns its job, the one of before if it is not done.
@@ -167,29 +132,18 @@ class Erasure:
         Raises:
           NotErasable: When an order of the customer is under way, or the archive is elsewhere.
         """
-        for job in self.jobs():
-            if job.customer_id == customer_id:
-                return job
+        self._check(Job("", customer_id, self._now(), "", ""))
+        return self._jobs.begin(customer_id, who)
+
+    def _check(self, job: Job) -> None:
+        """Raise NotErasable when an order of the customer is under way, or the archive is elsewhere."""
         if self._archive is None and find_mark(self._stock_bucket) is not None:
             raise NotErasable("There is an archive: set ARCHIVE_DIR to its directory, where this runs.")
-        job = Job(secrets.token_hex(8), customer_id, self._now(), who.name or who.kind, who.via)
-        if under_way := sorted(self._under_way(job)):
+        if under_way := sorted(islice(self._under_way(job), _NAMED)):
             raise NotErasable(
-                f"Orders are under way: {', '.join(under_way[:10])}. Wait until they are over and settled, or cancel "
-                "them; then ask again."
+                f"Orders are under way: {', '.join(under_way)}. Wait until they are over and settled, or cancel them; "
+                "then ask again."
             )
-        self._bucket.create(f"{_JOB}{job.id}", _encode(job))
-        return job
-
-    def jobs(self) -> Iterator[Job]:
-        """Yield all erasures, done or not."""
-        for entry in self._bucket.items(_JOB):
-            yield Job(**json.loads(entry.value))
-
-    def find(self, certificate: str) -> Job | None:
-        """Return an erasure by the id of its certificate."""
-        entry = self._bucket.get(f"{_JOB}{certificate}")
-        return None if entry is None else Job(**json.loads(entry.value))
 
     def run(self, certificate: str) -> Job:
         """Carry an erasure out, from wherever it is; returns it with its certificate.
@@ -199,12 +153,24 @@ class Erasure:
             coming.
           ArchiveBroken: When the archive cannot be used, or is changed by another process.
         """
-        job = self.find(certificate)
+        job = self._jobs.find(certificate)
         if job is None:
             raise NotErasable(f"There is no erasure {certificate}.")
         if job.is_done:
             return job
-        self._wait_for_consumers()
+        try:
+            self._carry_out(job)
+        except NotErasable as problem:
+            self._jobs.waits(job, str(problem))
+            raise
+        return job
+
+    def _carry_out(self, job: Job) -> None:
+        if not job.is_begun:
+            self._check(job)
+        self._wait_for_readers()
+        self._ours = {one.order_id for one in self._erased.all() if one.certificate == job.id}
+        self._archived = None
         # A run of the archive would write what it read before the erasure into a new file behind it.
         with nullcontext() if self._archive is None else self._archive.alone():
             self._take_all(job)
@@ -212,9 +178,7 @@ class Erasure:
         self._indexer.forget_customer(
             customer_id, lambda order_id: self._is_theirs_now(customer_id, order_id)
         )
-        job.customer_id, job.stage, job.finished_at = "", "", self._now()
-        self._save(job)
-        return job
+        self._jobs.finish(job)
 
     def _take_all(self, job: Job) -> None:
         """Take away what there is of every kind, until there is nothing."""
@@ -229,16 +193,24 @@ class Erasure:
                 return
         raise NotErasable(f"What is about the customer kept coming: run erasure {job.id} again.")
 
-    def _wait_for_consumers(self) -> None:
-        """Wait until what was stored before is settled, so that each consumer has had what is removed."""
-        last = self._stream.range().last
+    def _wait_for_readers(self) -> None:
+        """Wait until what was stored before was settled by each consumer and counted for the figures: they have had
+        what is removed.
+        """
+        last, newest = self._stream.range().last, self._stream.newest_event()
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        while (behind := self._stream.settled_to()) is not None and behind[0] < last:
+        while behind := self._behind(last, newest):
             if time.monotonic() > deadline:
-                raise NotErasable(
-                    f"The consumer {behind[1]} has not settled event {behind[0] + 1}: start its workers, or remove it."
-                )
+                raise NotErasable(f"{behind}: start its workers, or remove it.")
             time.sleep(0.2)
+
+    def _behind(self, last: int, newest: int) -> str:
+        """Return what has not read the stream up to a place; empty when nothing is behind."""
+        behind = self._stream.settled_to()
+        if behind is not None and behind[0] < last:
+            return f"The consumer {behind[1]} has not settled event {behind[0] + 1}"
+        counted = self._counted()
+        return f"The actor index_orders has not counted event {counted + 1}" if counted < newest else ""
 
     def _is_theirs_now(self, customer_id: str, order_id: str) -> bool:
         order = self._orders.get(order_id)
@@ -250,7 +222,7 @@ class Erasure:
         found = stage.find(job)
         while doomed := list(islice(found, _AT_ONCE)):
             job.stage, job.doomed = stage.name, doomed
-            self._save(job)
+            self._jobs.save(job)
             self._take_away(job, stage)
             taken += len(doomed)
         return taken
@@ -260,14 +232,7 @@ class Erasure:
             stage.remove(job, one)
         job.counts[stage.name] = job.counts.get(stage.name, 0) + len(job.doomed)
         job.doomed = []
-        self._save(job)
-
-    def _save(self, job: Job) -> None:
-        key = f"{_JOB}{job.id}"
-        entry = self._bucket.get(key)
-        if entry is None or Job(**json.loads(entry.value)).is_done:
-            raise NotErasable(f"Erasure {job.id} was carried out by another process.")
-        self._bucket.update(key, _encode(job), revision=entry.revision)
+        self._jobs.save(job)
 
     # What is where
 
@@ -351,6 +316,7 @@ class Erasure:
         stored = None if shown is None else shown_in(shown)
         facts = {} if stored is None else stored["events"]
         places = {key: (fact["sequence"], fact["at"]) for key, fact in facts.items()}
+        self._ours.add(order_id)
         self._erased.note(ErasedOrder(order_id, job.id, job.at, places))
         for key in entries_of(self._stock_bucket, order_id):
             _change(self._stock_bucket, key, lambda value, key=key: anonymous.entry(key, value))  # type: ignore[misc]
@@ -363,12 +329,8 @@ class Erasure:
         said = restated(stored, Testimony(self._stock, order_id, self._now))
         return json.dumps(stored if said is None else said, separators=(",", ":")).encode()
 
-    def _ids(self, job: Job) -> set[str]:
-        """Return the orders that this erasure made anonymous."""
-        return {one.order_id for one in self._erased.all() if one.certificate == job.id}
-
     def _their_events(self, job: Job) -> Iterator[str]:
-        ids = self._ids(job)
+        ids = self._ours
         traces = Traces(job.customer_id, ids)
         for stored in self._stream.stored():
             if stored.time >= job.at:
@@ -385,13 +347,13 @@ class Erasure:
         self._stream.erase(int(place))
 
     def _their_requests(self, job: Job) -> Iterator[str]:
-        ids = self._ids(job)
+        ids = self._ours
         for entry in self._buckets["requests"].items():
             if json.loads(entry.value).get("order_id") in ids:
                 yield entry.key
 
     def _their_tokens(self, job: Job) -> Iterator[str]:
-        ids = self._ids(job)
+        ids = self._ours
         return (entry.key for entry in self._buckets["tokens"].items() if entry.key in ids)
 
     def _their_keys(self, job: Job) -> Iterator[str]:
@@ -410,14 +372,14 @@ class Erasure:
                 yield entry.key
 
     def _their_deliveries(self, job: Job) -> Iterator[str]:
-        ids = self._ids(job)
+        ids = self._ours
         for entry in self._buckets["deliveries"].items():
             if json.loads(entry.value).get("order_id") in ids:
                 yield entry.key
 
     def _messages(self, job: Job, stream: Stream) -> Iterator[str]:
         """Yield the places of messages that are about the customer, or whenever they came about one of the orders."""
-        ids = self._ids(job)
+        ids = self._ours
         before, after = Traces(job.customer_id, ids), Traces("", ids)
         with suppress(TopologyMissing):  # no worker ever ran
             for stored in stream.read():
@@ -437,7 +399,8 @@ class Erasure:
         stored = self._fleet_audit.at(int(place))
         if stored is not None:
             said = {**json.loads(stored.data), "target": "(erased)", "error": ""}
-            self._publish(stored.subject, json.dumps(said).encode())
+            headers = {name: text for name, text in stored.headers.items() if name.startswith("Fleet-")}
+            self._publish(stored.subject, json.dumps(said).encode(), headers)
             self._fleet_audit.erase(int(place))
 
     # The archive
@@ -461,7 +424,9 @@ class Erasure:
 
     def _change_of(self, job: Job) -> Callable[[Line], Line]:
         """Return what makes a line of the archive anonymous if it is about the customer."""
-        ids = self._ids(job) | self._archived_ids(job)
+        if self._archived is None:
+            self._archived = self._archived_ids(job)
+        ids = self._ours | self._archived
 
         def change(line: Line) -> Line:
             if "event" in line:
@@ -519,7 +484,3 @@ def _change(bucket: Bucket, key: str, change: Callable[[bytes], bytes]) -> None:
         except RevisionConflict:
             continue
         return
-
-
-def _encode(job: Job) -> bytes:
-    return json.dumps(asdict(job), separators=(",", ":")).encode()

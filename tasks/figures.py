@@ -217,7 +217,7 @@ class Counting:
             kept = position if position.reached else self._keep(position)
             if kept is None:
                 return None
-            return self._advance(kept, math.inf, last, progress)
+            return self._advance(kept, math.inf, last, progress, self._stream.read)
 
         self._fold.rebuild(derive)
 
@@ -245,12 +245,22 @@ class Counting:
         return position
 
     def _advance(
-        self, position: Position, seconds: float, last: int = 0, progress: Progress = unseen
+        self,
+        position: Position,
+        seconds: float,
+        last: int = 0,
+        progress: Progress = unseen,
+        read: Callable[[int], Iterator[Happened]] | None = None,
     ) -> Position | None:
-        """Move a position to the end of the stream; None when time was up, or another process was faster."""
+        """Move a position to the end of the stream; None when time was up, or another process was faster.
+
+        Parameters:
+          read: Yields the events; those that are there by default. No event is erased before it was counted.
+        """
         deadline = time.monotonic() + seconds
         settled = self._now() - SETTLED_MS
-        events = takewhile(lambda one: one.at <= settled, self._stream.read(position.reached + 1))
+        stored = (read or self._stream.present)(position.reached + 1)
+        events = takewhile(lambda one: one.at <= settled, stored)
         while batch := list(islice(events, _EVENTS)):
             moved = None if time.monotonic() > deadline else self._store(position, batch)
             if moved is None:

@@ -29,7 +29,7 @@ from typing import Final
 from dramatiq_jetstream.errors import RevisionConflict, TopologyMissing
 
 from .folds import Fold, Position, Progress, RebuildConflict, read_position, unseen
-from .model import REASONED_STATUSES, Order, Wanted
+from .model import REASONED_STATUSES, STATUSES, Order, Wanted
 from .ports import BatchBucket, Bucket, Entry
 from .postings import LISTS, USED, Lists, Posting, Replaced, drop_empty, newest
 
@@ -284,15 +284,34 @@ class Index:
           Replaced: When the index was made again meanwhile, by the iterator as well: ask again.
         """
         names = _lists_for(wanted)
+        position = None if names is None else self._position()
+        return None if names is None or position is None else self._find(names, position, wanted, before)
+
+    def all(self, before: int) -> Iterator[tuple[int, str]]:
+        """Yield the places and ids of all orders, newest first; none where the index is of no use.
+
+        Raises:
+          Replaced: As `find`.
+        """
+        return self._find_in([f"status.{status}" for status in STATUSES], Wanted(), before)
+
+    def anonymous(self, before: int) -> Iterator[tuple[int, str]]:
+        """Yield the places and ids of the orders that are no customer's, as `all`."""
+        return self._find_in(["customer."], Wanted(customer_id=""), before)
+
+    def _find_in(self, names: list[str], wanted: Wanted, before: int) -> Iterator[tuple[int, str]]:
+        position = self._position()
+        return iter(()) if position is None else self._find(names, position, wanted, before)
+
+    def _position(self) -> Position | None:
+        """Return the position of the index, None where it is of no use."""
         try:
-            position = None if names is None else read_position(self._bucket, USED)
+            position = read_position(self._bucket, USED)
         except TopologyMissing:
             return None  # an earlier version has set the buckets up
-        if names is None or position is None:
+        if position is None or self._records.newest_revision() - position.reached > MAX_RECENT:
             return None
-        if self._records.newest_revision() - position.reached > MAX_RECENT:
-            return None
-        return self._find(names, position, wanted, before)
+        return position
 
     def _find(
         self, names: list[str], position: Position, wanted: Wanted, before: int

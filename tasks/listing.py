@@ -8,11 +8,14 @@ depends on what it shows. A list of all orders is read from the stream. That is 
 a place of it never changes. So it is read in blocks from the newest end, and each place once: a process remembers which
 orders a block names, with the customer and the products. Where there is no index yet, every list is read like that.
 
+Some orders have no event in the stream that creates them: those whose customer was erased, and, from before the stream
+begins, those that came back from the archive or that a late event keeps here. The index has them all.
+
 An order counts at the place that its record names. Other mentions of it are repetitions, or come from other programs,
 and are dropped once that is known. So many repetitions or other events make a list slow at most once.
 
-A place was stored at the time that the order shows, so a list between two times begins and ends at a place. The status
-is in the record alone; a final one is remembered, and what is not wanted is looked up once.
+Places and times grow together, so a list between two times begins and ends at about a place, and the time that an order
+shows decides. The status is in the record alone; a final one is remembered, and what is not wanted is looked up once.
 
 What one page may read is bounded. When that is used up the page ends early, with the cursor from which the next
 one goes on, and counts say that they are not complete. An export has no such bound, and holds a block at a time.
@@ -26,7 +29,8 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from heapq import merge
+from itertools import islice, takewhile
 from typing import Final, Protocol, TypeVar
 
 from orders.v1.events_pb2 import OrderCreated
@@ -43,6 +47,9 @@ _BLOCKS: Final = 16
 
 #: How many orders that turn out not to belong on the page are looked up for it.
 _LOOKED_UP: Final = 500
+
+#: A place behind all others.
+_BEHIND_ALL: Final = 2**63
 
 #: How many orders are counted, the newest of those that are wanted.
 COUNTED: Final = 1_000
@@ -114,15 +121,18 @@ class _State:
     customer_id: str
     skus: frozenset[str]
     reason: str | None
+    placed_at: int
     read_at: float
 
     @classmethod
     def of(cls, order_id: str, order: Order | None) -> _State:
         now = time.monotonic()
         if order is None:
-            return cls(0, order_id, "", "", frozenset(), None, now)
+            return cls(0, order_id, "", "", frozenset(), None, 0, now)
         skus = frozenset(item.sku for item in order.items)
-        return cls(order.place, order_id, order.status, order.customer_id, skus, order.reason, now)
+        placed = next((entry.at for entry in order.history if entry.event == "created"), None)
+        at = 0 if placed is None else round(placed.timestamp() * 1000)
+        return cls(order.place, order_id, order.status, order.customer_id, skus, order.reason, at, now)
 
     def is_good(self, now: float) -> bool:
         """Whether the order still has this status, or had it a moment ago."""
@@ -132,7 +142,7 @@ class _State:
         return now - self.read_at < fresh
 
     def fits(self, wanted: Wanted) -> bool:
-        """Whether the order is wanted, its time aside."""
+        """Whether the order is wanted."""
         if wanted.failure is not None:
             told = self.reason if wanted.causes or self.status != "failed" else None
             if told is None or wanted.failure not in told.casefold():
@@ -141,6 +151,8 @@ class _State:
             wanted.customer_id in (None, self.customer_id)
             and wanted.status in (None, self.status)
             and (wanted.sku is None or wanted.sku in self.skus)
+            and (wanted.since is None or wanted.since <= self.placed_at)
+            and (wanted.until is None or self.placed_at < wanted.until)
             and _names(wanted.text, self.order_id, self.customer_id)
         )
 
@@ -287,22 +299,31 @@ class OrderList:
         if newest < self._newest:
             self._clear()  # the stream was made again
         self._newest = newest
-        end = newest + 1 if before is None else min(newest + 1, before)
-        if end <= 1:
-            return
+        end = _BEHIND_ALL if before is None else before
         if wanted.until is not None:
             end = min(end, self._stream.place_at(wanted.until) or end)
-        oldest = first = max(1, self._stream.oldest())
-        if wanted.since is not None:
-            first = max(first, self._stream.place_at(wanted.since) or end)
+        first = 1 if wanted.since is None else self._stream.place_before(wanted.since) + 1
         found = self._index.find(wanted, end)
-        if found is None:
-            yield from self._scan(oldest, first, end, wanted, whole=whole)
-            return
-        for place, order_id in found:
-            if place < first:
+        candidates: Iterator[tuple[int, str | None]]
+        candidates = self._all(first, end, newest, wanted, whole=whole) if found is None else iter(found)
+        yield from takewhile(lambda one: one[0] >= first, candidates)
+
+    def _all(
+        self, first: int, end: int, newest: int, wanted: Wanted, *, whole: bool
+    ) -> Iterator[tuple[int, str | None]]:
+        """Yield what the stream has, with what is missing in it, as `_candidates`."""
+        oldest = max(1, self._stream.range().first)
+        present = self._scan(oldest, max(first, oldest), min(end, newest + 1), wanted, whole=whole)
+        missing = takewhile(lambda one: one[0] >= oldest, self._index.anonymous(end))
+        last = 0
+        for place, order_id in merge(present, missing, key=lambda one: one[0], reverse=True):
+            # What was not removed yet is in both.
+            if place != last or order_id is None:
+                yield place, order_id
+            if order_id is None:
                 return
-            yield place, order_id
+            last = place
+        yield from self._index.all(min(end, oldest))
 
     def _scan(
         self, oldest: int, first: int, end: int, wanted: Wanted, *, whole: bool

@@ -104,14 +104,18 @@ class Notes:
         )
         return None if entry is None else CancelRequest(*json.loads(entry.value))
 
-    def ask_to_cancel(self, order_id: str, request: CancelRequest) -> CancelRequest:
-        """Note who wants an order cancelled; returns the note, or the one of before when there is one."""
+    def ask_to_cancel(self, order_id: str, request: CancelRequest) -> tuple[CancelRequest, int | None]:
+        """Note who wants an order cancelled; returns the note and its revision, or the one of before and None."""
         value = json.dumps([request.at, request.by, request.reason, request.name]).encode()
         try:
-            self._bucket.create(f"cancel.{order_id}", value)
+            return request, self._bucket.create(f"cancel.{order_id}", value)
         except KeyExists:
-            return self.cancel_request(order_id) or request
-        return request
+            return self.cancel_request(order_id) or request, None
+
+    def take_back_cancel(self, order_id: str, revision: int) -> None:
+        """Drop the note that an order is to be cancelled, unless it is another one by now."""
+        with suppress(RevisionConflict):
+            self._bucket.delete(f"cancel.{order_id}", revision=revision)
 
     def unsettle(self, order_id: str, at: int, looked_at: int) -> int | None:
         """Note that money of an order may have to go back, or its event be published; returns the revision of the note,

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
@@ -41,8 +42,9 @@ from .stream import EventStream, merged, read_stored
 #: The key that says how far the stream is archived, in the bucket of the stock.
 MARK: Final = "mark.archive"
 
-#: How many events a segment has at most, and about how many bytes of them.
+#: How many events a segment has at most, about how many bytes of them, and how many orders without events.
 MAX_EVENTS: Final = 10_000
+MAX_ORDERS: Final = 10_000
 MAX_BYTES: Final = 64 * 1024 * 1024
 
 
@@ -117,13 +119,14 @@ class Retention:
         summary = Summary()
         with self.archive.alone():
             mark = self._begin()
+            due = self._due()
             while True:
                 stretch = self._next(mark.last + 1)
                 summary.held_by = stretch.held_by
                 if not stretch.events:
                     return summary
                 last = stretch.events[-1].sequence
-                orders = list(self._ending(stretch, last))
+                orders = list(self._ending(stretch, last, due))
                 segment = self.archive.write(mark.last + 1, last, self._now(), stretch.events, orders)
                 mark = self._move(mark, last)
                 self._leave(segment)
@@ -235,13 +238,13 @@ class Retention:
         stretch.entries[order_id] = entries
         return ""
 
-    def _ending(self, stretch: _Stretch, last: int) -> Iterator[ArchivedOrder]:
+    def _ending(self, stretch: _Stretch, last: int, due: dict[str, int]) -> Iterator[ArchivedOrder]:
         """Yield the orders that have no event left behind a place, as they were when they were found to be over.
 
         One that was changed since stays: its refund or cancel was accepted a moment ago.
         """
         ending = {key: stretch.entries[key] for key, newest in stretch.newest.items() if newest <= last}
-        for order_id, found in {**dict(self._without_events(last)), **ending}.items():
+        for order_id, found in {**dict(self._without_events(due, last)), **ending}.items():
             record = self._orders_bucket.get(order_id)
             entries = entries_of(self._stock_bucket, order_id)
             if _revisions(entries) == _revisions(found):
@@ -251,35 +254,44 @@ class Retention:
                     None if record is None else record.value.decode(),
                 )
 
-    def _without_events(self, last: int) -> Iterator[tuple[str, Mapping[str, Entry]]]:
-        """Yield the orders that have no event in the stream and whose time is over, with their entries: restored ones,
-        and erased ones.
+    def _due(self) -> dict[str, int]:
+        """Return the orders that have no event in the stream and whose time is over, each with the place of its newest
+        event as far as that is known: restored ones, and erased ones.
         """
         oldest = self._now() - self._keep
         restored = self._stock_bucket.items("restored.")
-        ids = [one.key.partition(".")[2] for one in restored if json.loads(one.value)["at"] < oldest]
-        ids += [one.order_id for one in self._erased.all() if one.newest <= last and one.ended_at < oldest]
-        for order_id in ids:
+        due = {one.key.partition(".")[2]: 0 for one in restored if json.loads(one.value)["at"] < oldest}
+        return due | {one.order_id: one.newest for one in self._erased.all() if one.ended_at < oldest}
+
+    def _without_events(self, due: dict[str, int], last: int) -> Iterator[tuple[str, Mapping[str, Entry]]]:
+        """Yield the orders that are due and have no event behind a place, with their entries; a run looks at each once,
+        unless it has a later event.
+        """
+        looked_at = list(islice((one for one, newest in due.items() if newest <= last), MAX_ORDERS))
+        for order_id in looked_at:
+            del due[order_id]
             # The entries first: what changes while the rest is looked at makes them outdated.
             entries = entries_of(self._stock_bucket, order_id)
             order = self._orders.get(order_id)
             if order is None or _unfinished(order, entries):
                 continue
-            if max(one.sequence for one in order.history) <= last:
+            newest = max(one.sequence for one in order.history)
+            if newest <= last:
                 yield order_id, entries
+            else:
+                due[order_id] = newest
 
     # Leaving
 
     def _leave(self, segment: Segment) -> None:
         """Take away what a segment has."""
-        erased = {one.order_id for one in self._erased.all()}
         closed = []
         for line in self.archive.lines(segment):
             if "order" in line:
                 archived = ArchivedOrder.of(line)
                 if self._close(archived) and (order := archived.order) is not None:
                     closed.append(order)
-                    if order.order_id in erased:
+                    if not order.customer_id:
                         self._erased.forget(order.order_id)
         self._forget(closed)
         self._stream.trim(segment.last + 1)
@@ -312,15 +324,20 @@ class Retention:
         if claim is not None and not was_closed:
             closed = Claim.decode(claim.value).archived.encode()
             revision = bucket.update(claim.key, closed, revision=claim.revision)
+            # A cancel that was noted before the claim was closed is accepted, one that comes later is refused.
+            noted = entries_of(bucket, order_id, (claim.key, revision)).keys() - there.keys()
         else:
             revision = 0 if claim is None else claim.revision
-        if record is not None:
-            try:
+            noted = set()
+        try:
+            if record is not None and not noted:
                 bucket.delete(record.key, revision=record.revision)
-            except RevisionConflict:
-                if claim is not None:
-                    bucket.update(claim.key, archived.entries[claim.key].encode(), revision=revision)
-                return False
+        except RevisionConflict:
+            noted = {record_key(order_id)}
+        if noted:
+            if claim is not None:
+                bucket.update(claim.key, archived.entries[claim.key].encode(), revision=revision)
+            return False
         self._take_rest(order_id)
         return True
 
@@ -337,7 +354,11 @@ class Retention:
 
     # Coming back
 
-    def restore(self, wanted: Iterable[str] | None) -> Iterator[str]:
+    def restore(
+        self,
+        wanted: Iterable[str] | None,
+        recorded: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    ) -> Iterator[str]:
         """Bring orders back from the archive, to be read, refunded and so on; yields the ids of those that are back.
 
         They stay for as long as new ones. Their events stay in the archive. Killed at any moment, it may be repeated.
@@ -345,6 +366,7 @@ class Retention:
 
         Parameters:
           wanted: Which; None is all of them.
+          recorded: Is given each order, and entered before it comes back.
 
         Raises:
           ArchiveBroken: When the archive is not whole, or used by another process; what was yielded before is back.
@@ -355,15 +377,16 @@ class Retention:
             newest = {one.order_id: place for place, one in enumerate(self.archive.orders())}
             for place, archived in enumerate(self.archive.orders()):
                 is_wanted = ids is None or archived.order_id in ids
-                if is_wanted and newest[archived.order_id] == place and self._bring_back(archived):
+                if not is_wanted or newest[archived.order_id] != place:
+                    continue
+                claim = self._stock_bucket.get(claim_key(archived.order_id))
+                if claim is None or Claim.decode(claim.value).is_archived:  # or it is back, or never left
+                    with recorded(archived.order_id):
+                        self._bring_back(archived, claim)
                     yield archived.order_id
 
-    def _bring_back(self, archived: ArchivedOrder) -> bool:
+    def _bring_back(self, archived: ArchivedOrder, claim: Entry | None) -> None:
         order_id = archived.order_id
-        claim = self._stock_bucket.get(claim_key(order_id))
-        closed = claim is not None and Claim.decode(claim.value).is_archived
-        if claim is not None and not closed:
-            return False  # it is back, or never left
         at = json.dumps({"at": self._now()})
         entries = {**archived.entries, f"restored.{order_id}": at}
         opened = entries.pop(claim_key(order_id), None)
@@ -379,7 +402,6 @@ class Retention:
                 self._stock_bucket.create(claim_key(order_id), opened.encode())
             else:
                 self._stock_bucket.update(claim.key, opened.encode(), revision=claim.revision)
-        return True
 
 
 class _Stretch:
@@ -437,8 +459,7 @@ class Chronicle:
         """Return which sequences there are."""
         there = self._stream.range()
         segments = [] if self._archive is None else self._archive.segments()
-        facts = self._stream.erased()[:1]
-        first = min([there.first, *(one.first for one in segments[:1]), *(one.sequence for one in facts)])
+        first = min([there.first, *(one.first for one in segments[:1])])
         return Range(first, max([there.last, *(one.last for one in segments[-1:])]))
 
     def read(self, start: int = 1) -> Iterator[Happened]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from heapq import merge
 from typing import Final
 
@@ -23,11 +23,14 @@ class EventStream:
     Parameters:
       stream: Where they are.
       ensure: Makes the stream if it is missing.
-      erased: Returns the events that were removed when customers were erased, as they remain, by their places.
+      erased: Yields the events that were removed when customers were erased, as they remain, by their places.
     """
 
     def __init__(
-        self, stream: Stream, ensure: Callable[[], None], erased: Callable[[], Sequence[Happened]] = tuple
+        self,
+        stream: Stream,
+        ensure: Callable[[], None],
+        erased: Callable[[], Iterator[Happened]] = lambda: iter(()),
     ) -> None:
         self._stream = stream
         self._ensure = ensure
@@ -38,16 +41,14 @@ class EventStream:
         self._ensure()
         return self._stream.range()
 
-    def oldest(self) -> int:
-        """Return the place of the oldest event, also of one that was erased."""
-        return min(self.range().first, *(one.sequence for one in self.erased()[:1]), 2**63)
-
     def read(self, start: int = 1) -> Iterator[Happened]:
-        """Yield every event that can be attributed to an order, oldest first, and in its place what was erased."""
-        facts = self.erased()
+        """Yield every event that can be attributed to an order, oldest first, and in its place what was erased.
+
+        To find what was erased takes a look at all that was.
+        """
         # What the stream begins behind has left it.
-        first = max(start, self.range().first) if facts else start
-        return merged(self.present(start), (one for one in facts if one.sequence >= first))
+        first = max(start, self.range().first)
+        return merged(self.present(start), (one for one in self.erased() if one.sequence >= first))
 
     def present(self, start: int = 1) -> Iterator[Happened]:
         """Yield the events that the stream has and that can be attributed to an order, oldest first."""
@@ -87,36 +88,43 @@ class EventStream:
         return None if stored is None else read_stored(stored)
 
     def newest_created(self) -> int:
-        """Return the place of the newest event that created an order, 0 when there is none."""
+        """Return the place of the newest event that created an order and is there, 0 when there is none."""
         self._ensure()
         newest = self._stream.last(_CREATED)
-        return max(0 if newest is None else newest.sequence, *(one.sequence for one in self._created()), 0)
+        return 0 if newest is None else newest.sequence
 
-    def _created(self) -> list[Happened]:
-        return [one for one in self.erased() if isinstance(one.event, OrderCreated)]
+    def newest_event(self) -> int:
+        """Return the place of the newest event that can be attributed to an order, 0 when there is none."""
+        self._ensure()
+        events = (one.sequence for one in self._stream.newest(SUBJECTS) if read_stored(one) is not None)
+        return next(events, 0)
 
     def place_at(self, time: int) -> int | None:
-        """Return the place of the first event that created an order at a time (milliseconds) or later, or None."""
-        found = self._stream.since(time, _CREATED)
-        places = [] if found is None else [found.sequence]
-        places += [one.sequence for one in self._created() if one.at >= time]
-        return min(places, default=None)
+        """Return the place of the first event that is there of a time (milliseconds) or later, None when none is.
+
+        Everything behind it is as late, also what was removed.
+        """
+        self._ensure()
+        found = self._stream.since(time, SUBJECTS)
+        return None if found is None else found.sequence
+
+    def place_before(self, time: int) -> int:
+        """Return the place of the last event that is there of before a time (milliseconds), 0 when none is.
+
+        Everything before it is as early, also what was removed.
+        """
+        self._ensure()
+        found = self._stream.newest(SUBJECTS, before=self.place_at(time), page=1)
+        return next((one.sequence for one in found), 0)
 
     def created(self, start: int, end: int) -> Iterator[tuple[int, OrderCreated]]:
         """Yield the events that create orders with their places, from `start` up to and without `end`."""
-        stretch = self._stretch(start, end)
-        facts = (one for one in self._created() if start <= one.sequence < end)
-        for found in merged(stretch, facts):
-            if isinstance(found.event, OrderCreated):
-                yield found.sequence, found.event
-
-    def _stretch(self, start: int, end: int) -> Iterator[Happened]:
         for stored in self._stream.read(_CREATED, start=start, page=max(1, min(end - start, _PAGE))):
             if stored.sequence >= end:
                 return
             found = read_stored(stored)
-            if found is not None:
-                yield found
+            if found is not None and isinstance(found.event, OrderCreated):
+                yield found.sequence, found.event
 
 
 def read_stored(stored: StoredMessage) -> Happened | None:

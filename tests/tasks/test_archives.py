@@ -108,6 +108,14 @@ def test_orders_leave_and_come_back(shop: Stack, tmp_path: Path) -> None:
     eventually(lambda: shop.get(f"/api/orders/{orders[0]}").json() == before[orders[0]], timeout=30)
     assert "0 removed" in command(shop, "-m", "tasks.rebuild")
     assert shop.get(f"/api/orders/{orders[0]}").json() == before[orders[0]]
+    # It is on the lists again, and who brought it back is known.
+    for asked in ({}, {"customer": "c-42"}, {"status": before[orders[0]]["status"]}):
+        listed = shop.get("/api/orders", params=asked).json()["orders"]
+        assert [one["order_id"] for one in listed] == [orders[0]], asked
+    assert orders[0] in shop.get("/api/orders.csv").text
+    acts = shop.get("/api/audit", params={"kind": "order", "target": orders[0]}).json()["acts"]
+    assert [(one["act"], one["via"]) for one in acts] == [("order.restore", "command")]
+    assert "Restored from the archive" in shop.get(f"/orders/{orders[0]}").text
     # It can be cancelled as before; the other is not there.
     assert shop.post(f"/api/orders/{orders[0]}/cancel").status_code == 202
     eventually(lambda: shop.get(f"/api/orders/{orders[0]}").json()["status"] == "cancelled", timeout=30)

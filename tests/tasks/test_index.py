@@ -21,7 +21,8 @@ from orders.v1.events_pb2 import (
     OrderItem,
     OrderRejected,
 )
-from tasks.events import Happened
+from tasks import anonymous
+from tasks.events import Happened, order_id_of
 from tasks.folds import Position, RebuildConflict, read_position
 from tasks.index import Index, Indexer
 from tasks.listing import OrderList
@@ -116,6 +117,8 @@ class Shop:
         self.bucket = FakeBucket(self.world.pause)
         self.events: list[Happened] = []
         self.left: list[Happened] = []
+        self.first = 1
+        self.gone: set[int] = set()
         for number in range(count):
             self.place(f"o-{number}")
 
@@ -158,21 +161,38 @@ class Shop:
         return OrderList(self, orders, Index(self.bucket, self.records, orders.read))  # type: ignore[arg-type]
 
     def newest_created(self) -> int:
-        return max((one.sequence for one in self.events if isinstance(one.event, OrderCreated)), default=0)
+        return max((one.sequence for one in self.there() if isinstance(one.event, OrderCreated)), default=0)
 
     def range(self) -> Range:
-        return Range(1, len(self.events))
-
-    def oldest(self) -> int:
-        return 1
+        return Range(self.first, len(self.events))
 
     def place_at(self, time: int) -> int | None:
-        return next((one.sequence for one in self.events if one.at >= time), None)
+        return next((one.sequence for one in self.there() if one.at >= time), None)
+
+    def place_before(self, time: int) -> int:
+        return max((one.sequence for one in self.there() if one.at < time), default=0)
 
     def created(self, start: int, end: int) -> Iterator[tuple[int, OrderCreated]]:
-        for one in self.events[start - 1 : end - 1]:
-            if isinstance(one.event, OrderCreated):
+        for one in self.there():
+            if isinstance(one.event, OrderCreated) and start <= one.sequence < end:
                 yield one.sequence, one.event
+
+    def there(self) -> list[Happened]:
+        """Return the events that the stream has."""
+        return [one for one in self.events if one.sequence >= self.first and one.sequence not in self.gone]
+
+    def lose(self) -> None:
+        """Let the stream begin later, and erase some customers' orders from it."""
+        self.first = self.chance.randrange(1, len(self.events) + 2)
+        for key, entry in list(self.records.entries.items()):
+            if self.chance.random() < 0.4:
+                value = anonymous.shown_order(entry.value)
+                self.run(
+                    lambda key=key, value=value, entry=entry: self.records.update(
+                        key, value, revision=entry.revision
+                    )
+                )
+                self.gone |= {one.sequence for one in self.events if order_id_of(one.event) == key}
 
     def expected(self, wanted: Wanted) -> list[str]:
         """Return the ids that are wanted, newest first, by looking at all records."""
@@ -258,6 +278,24 @@ def test_a_rebuilt_index_is_the_same(seed: int, wanted: Wanted) -> None:
     assert position is not None
     kept = {key.split(".")[1] for key in shop.bucket.entries if key.split(".")[1].isdigit()}
     assert kept <= {str(position.generation)}
+
+
+@given(st.integers(0, 2**32), st.one_of(st.just(Wanted()), WANTED), st.integers(1, 5), st.booleans())
+@settings(deadline=None, phases=PHASES, max_examples=50)
+def test_orders_are_listed_whose_events_have_left(
+    seed: int, wanted: Wanted, limit: int, indexed: bool
+) -> None:
+    """Their customers were erased, or the stream begins later: each is listed once and in its place."""
+    shop = Shop(seed, 9)
+    while shop.left:
+        shop.project()
+    shop.run(lambda: shop.indexer().advance())
+    shop.lose()
+    if indexed:
+        shop.run(lambda: shop.indexer().advance())
+    expected = shop.expected(wanted)
+    assert shop.walk(shop.list(), wanted, limit) == expected
+    assert [order.order_id for order in shop.list().all(None, wanted)] == expected
 
 
 def test_a_list_is_read_again_when_the_index_is_replaced() -> None:

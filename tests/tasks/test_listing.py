@@ -36,6 +36,11 @@ class NoIndex:
     def find(self, wanted: Wanted, before: int) -> None:
         return None
 
+    def anonymous(self, before: int) -> Iterator[tuple[int, str]]:
+        return iter(())
+
+    all = anonymous
+
 
 class Shop:
     """A stream of events and the records of their orders, in memory; `looks` are the records that were read."""
@@ -52,11 +57,11 @@ class Shop:
     def range(self) -> Range:
         return Range(1, len(self.mentions))
 
-    def oldest(self) -> int:
-        return 1
-
     def place_at(self, time: int) -> int | None:
         return next((place for place in self.mentions if place * 1000 >= time), None)
+
+    def place_before(self, time: int) -> int:
+        return max((place for place in self.mentions if place * 1000 < time), default=0)
 
     def created(self, start: int, end: int) -> Iterator[tuple[int, OrderCreated]]:
         for place in range(start, min(end, len(self.mentions) + 1)):

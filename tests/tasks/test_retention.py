@@ -6,7 +6,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,9 +21,11 @@ from dramatiq_jetstream.streams import Range, StoredMessage
 from tasks.archive import Archive, ArchiveBroken, ArchiveBusy, Segment
 from tasks.audit import Who
 from tasks.claims import Claim
+from tasks.compensation import NotCancellable
 from tasks.entries import KINDS
 from tasks.erased import ErasedOrders
-from tasks.erasure import Erasure, Job, NotErasable
+from tasks.erasure import Erasure
+from tasks.erasure_jobs import Job, Jobs, NotErasable
 from tasks.events import Happened, UnusableEvent, order_id_of, subject_of
 from tasks.figures import Counting
 from tasks.ledger import Chargeback
@@ -46,7 +48,7 @@ class Events:
         self.first = 1
         self.gone: set[int] = set()
         self.behind: tuple[int, str] | None = None
-        self.facts: Callable[[], Sequence[Happened]] = list
+        self.facts: Callable[[], Iterator[Happened]] = lambda: iter(())
 
     def range(self) -> Range:
         return Range(self.first, len(self._service.stream.stored))
@@ -65,8 +67,11 @@ class Events:
 
     present = read
 
-    def erased(self) -> Sequence[Happened]:
+    def erased(self) -> Iterator[Happened]:
         return self.facts()
+
+    def newest_event(self) -> int:
+        return len(self._service.stream.stored)
 
     def settled_to(self) -> tuple[int, str] | None:
         return self.behind
@@ -342,6 +347,40 @@ def accept(service: Service, what: str) -> int | None:
             return service.saga().request_return("o-0", "back")
 
 
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+def test_a_cancel_is_accepted_or_its_order_leaves(seed: int) -> None:
+    """Whichever effect of a run of the archive a cancel comes between: what was accepted is done, or it is refused."""
+    chance = random.Random(seed)
+    with TemporaryDirectory() as directory:
+        shop = Shop(Path(directory), 1)
+        world, answers = shop.service.world, list[str]()
+
+        def cancel() -> None:
+            try:
+                shop.service.saga().request_cancel("o-0", "customer")
+            except NotCancellable as refusal:
+                answers.append(str(refusal))
+            else:
+                answers.append("accepted")
+
+        tasks_ = [world.start("archive", lambda: shop.retention().run()), world.start("cancel", cancel)]
+        steps = [0] * chance.randrange(60) + [1] * chance.randrange(12)
+        for number in steps:
+            if not tasks_[number].done:
+                world.step(tasks_[number])
+        while not all(task.done for task in tasks_):
+            world.step(chance.choice([task for task in tasks_ if not task.done]))
+        if answers == ["accepted"]:
+            assert "order.o-0" in shop.ledger()
+            work(shop)
+            assert shop.service.records()["o-0"].state == "cancelled"
+        else:
+            assert "archive" in answers[0]
+            assert "cancel.o-0" not in shop.ledger()
+            assert shop.retention().run().held_by == ""
+
+
 def test_a_cancel_that_was_accepted_holds_the_rest(tmp_path: Path) -> None:
     """The read model does not show it yet."""
     shop = Shop(tmp_path, 1)
@@ -579,7 +618,7 @@ def erasure_at(shop: Shop, at: int) -> Erasure:
     service = shop.service
     buckets = {name: FakeBucket() for name in ("requests", "tokens", "access", "webhooks", "deliveries")}
     return Erasure(
-        shop.erasures,
+        Jobs(shop.erasures, "erasures", lambda subject, **_: iter(()), lambda: at),
         shop.events,  # type: ignore[arg-type]
         service.stock(),
         service.stock_bucket,
@@ -590,8 +629,9 @@ def erasure_at(shop: Shop, at: int) -> Erasure:
         buckets,
         {},
         NoStream(),  # type: ignore[arg-type]
-        lambda subject, data: None,
+        lambda subject, data, headers: None,
         Archive(shop.directory),
+        lambda: shop.counted,
         lambda: at,
     )
 
@@ -672,13 +712,40 @@ def test_an_erasure_leaves_an_order_alone_that_is_under_way(tmp_path: Path, rese
     for stored in service.stream.stored[service.seen :]:
         service.project(stored)
     ledger, records = shop.ledger(), shop.records()
-    with pytest.raises(NotErasable, match="Order n-0 is under way"):
+    with pytest.raises(NotErasable, match="under way: n-0"):
         erasure.run(job.id)
     assert (shop.ledger(), shop.records(), shop.events.gone) == (ledger, records, set())
     work(shop)
     assert service.records()["n-0"].state == "confirmed"
     assert erasure.run(job.id).counts["orders"] == 2
     assert not [one for one in shop.ledger().values() if b"c-1" in one]
+
+
+def test_no_event_is_erased_before_the_figures_have_counted_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The erasure waits for them, says so when they do not come, and goes on when it is asked again."""
+    monkeypatch.setattr("tasks.erasure._PATIENCE_SECONDS", 0.0)
+    shop = Shop(tmp_path, 1)
+    shop.counted = len(shop.service.stream.stored) - 1
+    with pytest.raises(NotErasable, match="index_orders has not counted event"):
+        erase(shop, "c-1", 10**9)
+    assert shop.events.gone == set()
+    (job,) = list(shop.erasures.items("problem."))
+    assert b"index_orders" in job.value
+    shop.counted = sys.maxsize
+    assert erase(shop, "c-1", 10**9).is_done
+    assert {key.partition(".")[0] for key in shop.erasures.entries} == {"job", "order"}
+
+
+def test_what_was_erased_is_said_in_the_order_of_its_places(tmp_path: Path) -> None:
+    """Orders whose events stand between one another's, erased one after the other; each event once."""
+    shop = Shop(tmp_path, 4)
+    places = dict(enumerate(shop.events.read(), start=1))
+    erase(shop, "c-1", 10**9)
+    said = list(shop.erased().facts())
+    assert [one.sequence for one in said] == [one.sequence for one in places.values()]
+    assert [type(one.event) for one in said] == [type(one.event) for one in places.values()]
 
 
 def test_an_erasure_and_a_run_of_the_archive_wait_for_each_other(
