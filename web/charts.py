@@ -21,6 +21,9 @@ _RIGHT: Final = 352
 _TOP: Final = 12
 _BOTTOM: Final = 124
 
+# The radius of a point that has no neighbours.
+_DOT: Final = 3
+
 Values = Sequence[float | None]
 
 
@@ -74,12 +77,18 @@ def lines(
         ]
         for is_there, group in groupby(points, key=lambda point: point is not None):
             if is_there:
-                run = [f"{point[0]:.1f},{point[1]:.1f}" for point in group if point is not None]
-                # A line of one point has round ends, so it is a dot.
-                parts.append(
-                    f'<polyline class="{one.kind}" points="{" ".join(run * 2 if len(run) == 1 else run)}"/>'
-                )
+                run = [point for point in group if point is not None]
+                parts.append(_dot(one.kind, *run[0]) if len(run) == 1 else _line(one.kind, run))
     return _picture(label, parts, top, ticks, shown)
+
+
+def _line(kind: str, points: Sequence[tuple[float, float]]) -> str:
+    return f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
+
+
+def _dot(kind: str, x: float, y: float) -> str:
+    """Return what a line is that has one point."""
+    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{_DOT}"/>'
 
 
 def share(value: float, highest: float) -> Markup:

@@ -100,7 +100,11 @@ def _charts(spans: list[Span], by_hour: bool) -> list[tuple[str, list[Series], s
     ]
     return [
         ("Orders", placed, charts.bars(f"Orders placed by {unit}", placed, ticks, formats().number)),
-        ("Revenue", revenue, charts.bars(f"Revenue of confirmed orders by {unit}", revenue, ticks, money)),
+        (
+            "Revenue, before refunds",
+            revenue,
+            charts.bars(f"Revenue of confirmed orders, before refunds, by {unit}", revenue, ticks, money),
+        ),
         (
             "Failures",
             failures,

@@ -34,7 +34,7 @@ def test_the_overview_counts_every_order_once(service: Stack) -> None:
         for address in ("/admin", "/admin?by=hour"):
             shown = totals(service.get(address).text)
             assert shown["Orders placed"] == f"{len(exported):,}"
-            assert shown["Revenue"] == revenue
+            assert shown["Revenue, before refunds"] == revenue
 
     eventually(lambda: agrees() or True, timeout=60, interval=0.5)
     text = service.get("/admin").text
@@ -61,3 +61,11 @@ def test_a_chart_is_a_picture_with_words(values: list[float | None], label: str)
             assert 0 <= top <= top + height <= 124.2
         for line in picture.iter("polyline"):
             assert len(line.get("points", "").split()) >= 2
+
+
+def test_a_single_point_is_shown() -> None:
+    """A line without neighbours on either side is a dot where its value is."""
+    drawn = lines("Time", [Series("half", "Half", [None, 3.0, None])], ("a", "b", "c"), str)
+    (dot,) = ElementTree.fromstring(drawn).iter("circle")
+    assert dot.get("class") == "half"
+    assert float(dot.get("r", 0)) > 1
