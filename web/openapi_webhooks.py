@@ -17,6 +17,20 @@ _SECRET = {
 _WEBHOOK_ID = {"name": "webhook_id", "in": "path", "required": True, "schema": {"type": "string"}}
 _DELIVERY_ID = {**_WEBHOOK_ID, "name": "delivery_id"}
 
+_PAGE: list[dict[str, Any]] = [
+    {
+        "name": "limit",
+        "in": "query",
+        "schema": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
+    },
+    {
+        "name": "before",
+        "in": "query",
+        "description": "The next of the page before.",
+        "schema": {"type": "string"},
+    },
+]
+
 _MEMBERS: dict[str, Any] = {
     "url": {
         "type": "string",
@@ -98,7 +112,11 @@ def paths() -> dict[str, Any]:
             "get": _operation(
                 "listWebhooks",
                 "List webhooks",
-                {"200": _json("Those that the caller may see.", _list_of("webhooks", "Webhook"))},
+                {
+                    "200": _json("One page, newest first.", _list_of("webhooks", "Webhook", "next")),
+                    **_problems(400),
+                },
+                *_PAGE,
                 description="A customer's own; an operator's are all. The other operations keep to the same.",
             ),
             "post": _operation(
@@ -166,22 +184,21 @@ def paths() -> dict[str, Any]:
                     **_problems(400, 404),
                 },
                 _WEBHOOK_ID,
+                *_PAGE,
+            )
+        },
+        "/api/webhooks/{webhook_id}/deliveries/send-failed": {
+            "post": _operation(
+                "sendFailedWebhookDeliveries",
+                "Send all deliveries again that have failed",
                 {
-                    "name": "limit",
-                    "in": "query",
-                    "schema": {
-                        "type": "integer",
-                        "minimum": 1,
-                        "maximum": MAX_LIMIT,
-                        "default": DEFAULT_LIMIT,
-                    },
+                    "202": _json(
+                        "They will be sent, each with the same webhook-id.",
+                        {"type": "object", "required": ["run"], "properties": {"run": {"type": "integer"}}},
+                    ),
+                    **_problems(404, 409),
                 },
-                {
-                    "name": "before",
-                    "in": "query",
-                    "description": "The next of the page before.",
-                    "schema": {"type": "string"},
-                },
+                _WEBHOOK_ID,
             )
         },
         "/api/webhooks/{webhook_id}/deliveries/{delivery_id}/send": {

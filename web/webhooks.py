@@ -10,10 +10,12 @@ from typing import Any, Final, NoReturn
 
 from flask import Blueprint, Response, jsonify, request
 
+from tasks import app
 from tasks.events import isoformat
-from tasks.model import Flaw
+from tasks.model import Flaw, InvalidCursor
 from tasks.numbers import whole_number
 from tasks.webhooks import service
+from tasks.webhooks.actors import send_failed_webhooks
 from tasks.webhooks.addresses import MAX_URL
 from tasks.webhooks.deliveries import Attempt, Delivery, is_delivery_id
 from tasks.webhooks.health import Failing
@@ -27,6 +29,9 @@ blueprint = Blueprint("webhooks", __name__)
 DEFAULT_LIMIT: Final = 20
 MAX_LIMIT: Final = 100
 
+_LIMIT_PROBLEM: Final = f"must be a whole number from 1 to {MAX_LIMIT}."
+_CURSOR_PROBLEM: Final = "must be the next cursor of an earlier page, as it was given."
+
 #: What may be said of a webhook, with the kind of each.
 _MEMBERS: Final[dict[str, tuple[type, str]]] = {
     "url": (str, f"must be text of 1 to {MAX_URL} characters."),
@@ -39,8 +44,19 @@ _MEMBERS: Final[dict[str, tuple[type, str]]] = {
 @blueprint.get("/api/webhooks")
 @needs("order", "operate")
 def list_webhooks() -> Response:
-    """Answer the webhooks that the caller may see."""
-    return jsonify({"webhooks": [webhook_json(one) for one in visible()]})
+    """Answer one page of the webhooks that the caller may see, newest first."""
+    limit, flaws = _limit(), list[Flaw]()
+    if limit is None:
+        flaws.append(Flaw("limit", _LIMIT_PROBLEM))
+    found: list[Subscription] = []
+    following = None
+    try:
+        found, following = visible(limit or DEFAULT_LIMIT, request.args.get("before") or None)
+    except InvalidCursor:
+        flaws.append(Flaw("before", _CURSOR_PROBLEM))
+    if flaws:
+        raise of_flaws("malformed-request", flaws)
+    return jsonify({"webhooks": [webhook_json(one) for one in found], "next": following})
 
 
 @blueprint.post("/api/webhooks")
@@ -99,9 +115,9 @@ def list_deliveries(webhook_id: str) -> Response:
     """Answer one page of the log, what changed last first."""
     one = find(webhook_id)
     flaws = []
-    limit = whole_number(request.args.get("limit", str(DEFAULT_LIMIT)), 1, MAX_LIMIT)
+    limit = _limit()
     if limit is None:
-        flaws.append(Flaw("limit", f"must be a whole number from 1 to {MAX_LIMIT}."))
+        flaws.append(Flaw("limit", _LIMIT_PROBLEM))
     before, flaw = read_cursor()
     if flaw is not None:
         flaws.append(flaw)
@@ -110,6 +126,15 @@ def list_deliveries(webhook_id: str) -> Response:
     page, following = service.deliveries().page(one.id, limit, before)
     cursor = None if following is None else str(following)
     return jsonify({"deliveries": [delivery_json(each) for each in page], "next": cursor})
+
+
+@blueprint.post("/api/webhooks/<webhook_id>/deliveries/send-failed")
+@needs("order", "operate")
+def send_failed_deliveries(webhook_id: str) -> Response:
+    """Have all deliveries sent once more that have failed, then answer 202."""
+    response = jsonify({"run": send_failed(webhook_id)})
+    response.status_code = 202
+    return response
 
 
 @blueprint.post("/api/webhooks/<webhook_id>/deliveries/<delivery_id>/send")
@@ -136,10 +161,13 @@ def owner() -> str | None:
     return who.customer_id
 
 
-def visible() -> list[Subscription]:
-    """Return the webhooks that the caller may see: their own, or all for an operator."""
-    mine = owner()
-    return [one for one in service.subscriptions().all() if mine is None or one.customer_id == mine]
+def visible(limit: int, before: str | None) -> tuple[list[Subscription], str | None]:
+    """Return a page of the webhooks that the caller may see, their own, or all for an operator; and the next cursor.
+
+    Raises:
+      InvalidCursor: When `before` is none.
+    """
+    return service.subscriptions().page(limit, before, owner())
 
 
 def find(webhook_id: str) -> Subscription:
@@ -223,12 +251,27 @@ def send_again(webhook_id: str, delivery_id: str) -> Delivery:
     return begun
 
 
+def send_failed(webhook_id: str) -> int:
+    """Have all deliveries of a webhook sent once more that have failed; returns the number of their run."""
+    one = find(webhook_id)
+    if not one.is_active:
+        raise Problem("webhook-disabled", "The webhook is disabled: enable it first.")
+    run = app.now()
+    with recorded("webhook.send_failed", one.id, run=str(run)):
+        send_failed_webhooks.send(one.id, run)
+    return run
+
+
+def _limit() -> int | None:
+    return whole_number(request.args.get("limit", str(DEFAULT_LIMIT)), 1, MAX_LIMIT)
+
+
 def read_cursor() -> tuple[int | None, Flaw | None]:
     """Return the cursor of the query, and what is wrong with it."""
     given = request.args.get("before") or None
     before = None if given is None else whole_number(given, 0, 2**63 - 1)
     if given is not None and before is None:
-        return None, Flaw("before", "must be the next cursor of an earlier page, as it was given.")
+        return None, Flaw("before", _CURSOR_PROBLEM)
     return before, None
 
 

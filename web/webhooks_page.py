@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -10,12 +9,12 @@ from flask import Blueprint, Response, request
 
 from tasks import app
 from tasks.events import TYPES
-from tasks.service import Order
+from tasks.model import InvalidCursor
 from tasks.webhooks import service
 from tasks.webhooks.deliveries import Delivery
 from tasks.webhooks.subscriptions import EVENT_TYPES, MAX_DESCRIPTION, Subscription
 from web import webhooks, words
-from web.access import caller, needs
+from web.access import needs
 from web.problems import Problem
 from web.rendering import page, see_other
 
@@ -95,6 +94,14 @@ def remove_webhook(webhook_id: str) -> Response:
     return see_other("/webhooks")
 
 
+@blueprint.post("/webhooks/<webhook_id>/deliveries/send-failed")
+@needs("order", "operate")
+def send_failed_deliveries(webhook_id: str) -> Response:
+    """Have all deliveries sent once more that have failed."""
+    webhooks.send_failed(webhook_id)
+    return see_other(f"/webhooks/{webhook_id}#deliveries")
+
+
 @blueprint.post("/webhooks/<webhook_id>/deliveries/<delivery_id>/send")
 @needs("order", "operate")
 def send_delivery(webhook_id: str, delivery_id: str) -> Response:
@@ -103,29 +110,7 @@ def send_delivery(webhook_id: str, delivery_id: str) -> Response:
     return see_other(f"/webhooks/{webhook_id}#deliveries")
 
 
-def lines_of(order: Order) -> list[words.HistoryLine]:
-    """Return the deliveries of an order's events that the visitor may see, for the order's timeline."""
-    who = caller()
-    if who.customer_id is None and not who.may("operate"):
-        return []
-    return [_line(one) for one in service.deliveries_of(order, who.customer_id)]
-
-
-def _line(one: Delivery) -> words.HistoryLine:
-    last = one.last
-    detail = f"{EVENT_TEXT.get(one.type, one.type)} · {_outcome(one)}"
-    at = one.at if last is None else last.at
-    return words.HistoryLine(
-        f"webhook-{one.state}",
-        {"pending": "Webhook waits", "delivered": "Webhook delivered", "failed": "Webhook failed"}[one.state],
-        detail,
-        _moment(at),
-        "",
-        link=f"/webhooks/{one.webhook_id}#{one.id}",
-    )
-
-
-def _outcome(one: Delivery) -> str:
+def outcome(one: Delivery) -> str:
     """Return what came of the newest attempt: 200 after 35 ms."""
     if one.reason:
         return f"not sent: {one.reason}"
@@ -155,11 +140,17 @@ def _errors(problem: Problem) -> dict[str, str]:
 def _list(
     asked: dict[str, Any] | None = None, errors: dict[str, str] | None = None, status: int = 200
 ) -> Response:
-    shown = webhooks.visible()
+    before = request.args.get("before") or None
+    try:
+        shown, following = webhooks.visible(PER_PAGE, before)
+    except InvalidCursor:
+        raise Problem("not-found", "That page of the list does not exist: begin with the newest.") from None
     return page(
         "webhooks.html",
         status=status,
         webhooks=shown,
+        first=before is None,
+        following=following,
         failing={one.id: service.health().find(one.id) for one in shown},
         for_all=webhooks.owner() is None,
         asked=asked or {"url": "", "events": [], "description": ""},
@@ -181,7 +172,7 @@ def _show(one: Subscription, *, status: int = 200, secret: str | None = None, **
         deliveries=found,
         first=before is None,
         following=following,
-        outcome=_outcome,
+        outcome=outcome,
         state_text=STATE_TEXT,
         now=app.now(),
         for_all=one.customer_id is None,
@@ -197,7 +188,3 @@ def _constants() -> dict[str, Any]:
         "host": lambda url: urlsplit(url).netloc,
         "max_description": MAX_DESCRIPTION,
     }
-
-
-def _moment(at: int) -> datetime:
-    return datetime.fromtimestamp(at / 1000, UTC)

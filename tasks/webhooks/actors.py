@@ -3,6 +3,7 @@
 queue       actor               called by
 projection  announce_webhooks   ORDER.>
 webhooks    deliver_webhook     announce_webhooks, for each webhook that wants the event, and by `send again`
+webhooks    send_failed_webhooks (no event: a person asks for all that failed)
 webhooks    look_after_webhooks (once an hour: secrets that an older TOKEN_KEY encrypts)
 """
 
@@ -31,6 +32,7 @@ QUEUE: Final = "webhooks"
 AT_ONCE: Final = 2
 
 _HOUR_MS: Final = 3_600_000
+_DAY_MS: Final = 24 * _HOUR_MS
 
 # However long the store is away, no event is given up, and no delivery becomes a dead letter: it has a log of its own.
 _UNTIL_IT_WORKS: Final = {"max_retries": None}
@@ -63,6 +65,13 @@ def deliver_webhook(lane: str, webhook_id: str, delivery_id: str, run: int) -> N
     wait = service.sender().run(webhook_id, delivery_id, run)
     if wait is not None:
         raise Snooze(delay=wait)
+
+
+@dramatiq.actor(**{**app.step_options(QUEUE, FINISH), "time_limit": _HOUR_MS}, max_age=_DAY_MS)
+def send_failed_webhooks(webhook_id: str, run: int) -> None:
+    """Send every delivery of a webhook once more that failed before a run was asked for."""
+    sent = service.send_failed(webhook_id, run)
+    logger.info("Of webhook %s %d deliveries that had failed are sent again.", webhook_id, sent)
 
 
 @dramatiq.actor(

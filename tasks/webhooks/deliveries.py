@@ -15,13 +15,14 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final, Protocol
 
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 from dramatiq_jetstream.streams import StoredMessage
+from tasks.newer import members_of, stored_of
 from tasks.ports import Bucket
 
 BUCKET: Final = "deliveries"
@@ -40,6 +41,12 @@ PENDING: Final = "pending"
 DELIVERED: Final = "delivered"
 FAILED: Final = "failed"
 
+#: How many deliveries of an order are asked for at once.
+_PAGE: Final = 256
+
+#: How many members an attempt has here.
+_MEMBERS: Final = 4
+
 _DIGITS: Final = 20
 _ID: Final = re.compile(rf"msg_[0-9a-f]{{{2 * _DIGITS}}}", re.ASCII)
 
@@ -51,10 +58,14 @@ class DeliveryBusy(Exception):
     """The entry was changed by others for the whole time allowed; trying again is safe."""
 
 
-class Newest(Protocol):
-    """Reads the bucket's stream, newest first."""
+class Stored(Protocol):
+    """The part of the bucket's stream that is read here."""
 
-    def __call__(self, subject: str, *, before: int | None, page: int) -> Iterator[StoredMessage]: ...
+    def newest(
+        self, subject: str = ">", *, before: int | None = None, page: int = 64
+    ) -> Iterator[StoredMessage]: ...
+    def read(self, subject: str = ">", *, start: int = 1, page: int = 256) -> Iterator[StoredMessage]: ...
+    def last(self, subject: str = ">") -> StoredMessage | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +96,7 @@ class Delivery:
       until: When it is given up.
       next_at: When it is tried next, if it is pending.
       tries: How many requests this run has sent.
+      others: What a newer version has stored beside it.
     """
 
     id: str
@@ -100,6 +112,7 @@ class Delivery:
     next_at: int = 0
     tries: int = 0
     attempts: list[Attempt] = field(default_factory=list)
+    others: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def last(self) -> Attempt | None:
@@ -140,13 +153,13 @@ class Deliveries:
     Parameters:
       bucket: Where they are kept.
       name: The bucket's name on the server, for which its subjects begin with `$KV.`.
-      newest: Reads its stream, newest first.
+      stream: Its stream.
     """
 
-    def __init__(self, bucket: Bucket, name: str, newest: Newest) -> None:
+    def __init__(self, bucket: Bucket, name: str, stream: Stored) -> None:
         self._bucket = bucket
         self._subjects = f"$KV.{name}."
-        self._newest = newest
+        self._stream = stream
 
     def create(self, delivery: Delivery) -> Delivery:
         """Store a delivery, and return it, or the one that is there already."""
@@ -190,21 +203,36 @@ class Deliveries:
         # Of a key that was deleted or has expired a mark is left, without a value.
         found = (
             one
-            for one in self._newest(f"{self._subjects}{webhook_id}.>", before=before, page=limit + 1)
+            for one in self._stream.newest(f"{self._subjects}{webhook_id}.>", before=before, page=limit + 1)
             if one.data
         )
         page = list(islice(found, limit + 1))
         more = len(page) > limit
         return [_decoded(one.data) for one in page[:limit]], page[limit - 1].sequence if more else None
 
-    def of_order(self, webhook_ids: Iterable[str], order_id: str) -> list[Delivery]:
-        """Return the deliveries of an order's events to some webhooks."""
-        order = _digest(order_id)
+    def failed(self, webhook_id: str, run: int) -> Iterator[Delivery]:
+        """Yield the deliveries of a webhook that failed in a run before this one, page by page."""
+        for one in self._stream.read(f"{self._subjects}{webhook_id}.>", page=_PAGE):
+            delivery = _decoded(one.data) if one.data else None
+            if delivery is not None and delivery.state == FAILED and delivery.run < run:
+                yield delivery
+
+    def of_order(self, webhook_ids: Container[str], order_id: str) -> list[Delivery]:
+        """Return the deliveries of an order's events to some webhooks, what changed last behind the others."""
+        # Of a key that was deleted or has expired a mark is left, without a value.
         return [
-            _decoded(entry.value)
-            for webhook_id in webhook_ids
-            for entry in self._bucket.items(f"{webhook_id}.{order}.")
+            _decoded(one.data)
+            for one in self._stream.read(self._of(order_id), page=_PAGE)
+            if one.data and one.subject.removeprefix(self._subjects).partition(".")[0] in webhook_ids
         ]
+
+    def newest_place(self, order_id: str) -> int:
+        """Return a number that grows with each change of a delivery of an order's events, 0 when there is none."""
+        newest = self._stream.last(self._of(order_id))
+        return 0 if newest is None else newest.sequence
+
+    def _of(self, order_id: str) -> str:
+        return f"{self._subjects}*.{_digest(order_id)}.>"
 
     def drop(self, webhook_id: str, delivery_id: str) -> None:
         """Drop a delivery, whose webhook is gone."""
@@ -220,12 +248,12 @@ def _digest(text: str) -> str:
 
 
 def _encoded(delivery: Delivery) -> bytes:
-    stored: dict[str, Any] = {name: getattr(delivery, name) for name in Delivery.__slots__}
+    stored = stored_of(delivery)
     stored["attempts"] = [[one.at, one.milliseconds, one.status, one.text] for one in delivery.attempts]
     return json.dumps(stored, separators=(",", ":")).encode()
 
 
 def _decoded(value: bytes) -> Delivery:
     stored = json.loads(value)
-    stored["attempts"] = [Attempt(*one) for one in stored["attempts"]]
-    return Delivery(**stored)
+    stored["attempts"] = [Attempt(*one[:_MEMBERS]) for one in stored["attempts"]]
+    return Delivery(**members_of(Delivery, stored))

@@ -11,11 +11,11 @@ import json
 import random
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Final
 
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
-from tasks.ports import Bucket
+from tasks.ports import Bucket, Entry
 
 _PREFIX: Final = "failing."
 
@@ -60,13 +60,13 @@ class Health:
     def find(self, webhook_id: str) -> Failing | None:
         """Return how a receiver fails, None while it accepts what it is sent."""
         entry = self._bucket.get(_PREFIX + webhook_id)
-        return None if entry is None else Failing(**json.loads(entry.value))
+        return None if entry is None else _read(entry)
 
     def failed(self, webhook_id: str, error: str) -> Failing:
         """Note a failure; returns the note."""
         entry = self._bucket.get(_PREFIX + webhook_id)
         now = self._now()
-        known = Failing(now, 0, 0, "") if entry is None else Failing(**json.loads(entry.value))
+        known = Failing(now, 0, 0, "") if entry is None else _read(entry)
         failures = known.failures + 1
         rest = 0
         if failures >= RESTS_AFTER:
@@ -85,3 +85,8 @@ class Health:
         """Drop the note: the receiver has accepted something, or its webhook is enabled again."""
         if self._bucket.get(_PREFIX + webhook_id) is not None:
             self._bucket.delete(_PREFIX + webhook_id)
+
+
+def _read(entry: Entry) -> Failing:
+    stored = json.loads(entry.value)
+    return Failing(**{one.name: stored[one.name] for one in fields(Failing)})

@@ -22,12 +22,10 @@ __all__ = [
     "deliveries_of",
     "health",
     "send_again",
+    "send_failed",
     "sender",
     "subscriptions",
 ]
-
-#: From how many webhooks an order's deliveries are shown.
-MAX_SHOWN = 20
 
 
 def _bucket() -> Bucket:
@@ -40,10 +38,9 @@ def subscriptions() -> Subscriptions:
     return Subscriptions(_bucket(), app.SETTINGS.token_keys, app.SETTINGS.webhook_networks, app.now)
 
 
-@cache
 def directory() -> Directory:
     """Return the webhooks as this process knows them."""
-    return Directory(_bucket())
+    return subscriptions().directory
 
 
 @cache
@@ -58,7 +55,7 @@ def deliveries() -> Deliveries:
     bucket = app.deliveries_bucket()
     if app.SETTINGS.declare:
         bucket.declare()  # what reads its stream does not make it
-    return Deliveries(bucket, bucket.name, app.broker.stream(bucket.stream).newest)
+    return Deliveries(bucket, bucket.name, app.broker.stream(bucket.stream))
 
 
 @cache
@@ -87,6 +84,18 @@ def send_again(subscription: Subscription, delivery_id: str) -> Delivery | None:
     return announcing.send_again(deliveries(), subscription, delivery_id, _send, app.now())
 
 
+def send_failed(webhook_id: str, run: int) -> int:
+    """Send every delivery of a webhook once more that failed before a run was asked for; returns how many those are.
+
+    Done again for the same run, it sends only what is left.
+    """
+    subscription = subscriptions().find(webhook_id)
+    if subscription is None or not subscription.is_active:
+        return 0
+    failed = deliveries().failed(webhook_id, run)
+    return announcing.send_failed(deliveries(), subscription, failed, _send, run, app.now)
+
+
 def deliveries_of(order: Order, customer_id: str | None) -> list[Delivery]:
     """Return the deliveries of an order's events, as far as someone may see them.
 
@@ -94,8 +103,8 @@ def deliveries_of(order: Order, customer_id: str | None) -> list[Delivery]:
       customer_id: Whose webhooks they may see; None for those of operators and of the order's customer.
     """
     owners = {customer_id} if customer_id is not None else {None, order.customer_id}
-    shown = [one.id for one in directory().refresh() if one.customer_id in owners]
-    return deliveries().of_order(shown[:MAX_SHOWN], order.order_id)
+    shown = {one.id for one in directory().refresh() if one.customer_id in owners}
+    return deliveries().of_order(shown, order.order_id) if shown else []
 
 
 def _send(lane: str, webhook_id: str, delivery_id: str, run: int) -> None:

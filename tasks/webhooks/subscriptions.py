@@ -18,13 +18,17 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from heapq import nlargest
 from typing import Any, Final
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 
 from dramatiq_jetstream.errors import RevisionConflict
 from tasks.events import TYPES
+from tasks.model import InvalidCursor
+from tasks.newer import members_of, stored_of
+from tasks.numbers import whole_number
 from tasks.ports import Bucket, Entry
 
 from .addresses import InvalidAddress, Network, check
@@ -39,6 +43,7 @@ EVENT_TYPES: Final = tuple(f"order.{name}" for name in TYPES)
 MAX_OF_CUSTOMER: Final = 10
 MAX_OF_OPERATORS: Final = 50
 MAX_DESCRIPTION: Final = 100
+MAX_CURSOR: Final = 100
 
 #: For how many milliseconds an old secret signs beside a new one, and how many may do so.
 OVERLAP_MS: Final = 86_400_000
@@ -80,6 +85,7 @@ class Subscription:
       customer_id: Whose orders' events it gets; None: those of all orders, for operators.
       state: `active` or `disabled`.
       reason: Why it was disabled; empty when a person did it.
+      others: What a newer version has stored beside it.
     """
 
     id: str
@@ -93,6 +99,7 @@ class Subscription:
     reason: str = ""
     changed_at: int = 0
     sealed: str = field(default="", repr=False)
+    others: dict[str, Any] = field(default_factory=dict, repr=False, hash=False)
 
     @property
     def is_active(self) -> bool:
@@ -118,6 +125,7 @@ class Subscriptions:
         self, bucket: Bucket, keys: Iterable[str], allowed: Sequence[Network], now: Callable[[], int]
     ) -> None:
         self._bucket = bucket
+        self.directory = Directory(bucket)
         self._ciphers = [Fernet(key) for key in keys]
         self._allowed = allowed
         self._now = now
@@ -150,10 +158,32 @@ class Subscriptions:
         return made, secret
 
     def all(self) -> list[Subscription]:
-        """Return all webhooks, oldest first."""
-        found = {one.id: one for one in map(_decoded, self._bucket.items(_PREFIX))}
-        present = (one for one in found.values() if one.state != _REMOVED)
-        return sorted(present, key=lambda one: (one.created_at, one.id))
+        """Return all webhooks; only what has changed is read."""
+        return self.directory.refresh()
+
+    def page(
+        self, limit: int, before: str | None = None, customer_id: str | None = None
+    ) -> tuple[list[Subscription], str | None]:
+        """Return up to `limit` webhooks, newest first, and the cursor of the next page.
+
+        Parameters:
+          customer_id: Whose; None is everyone's.
+
+        Raises:
+          InvalidCursor: When `before` was not made here.
+        """
+        place = None if before is None else _place(before)
+        found = nlargest(
+            limit + 1,
+            (
+                one
+                for one in self.all()
+                if customer_id in (None, one.customer_id) and (place is None or _key(one) < place)
+            ),
+            key=_key,
+        )
+        page = found[:limit]
+        return page, "-".join(map(str, _key(page[-1]))) if len(found) > limit else None
 
     def find(self, webhook_id: str) -> Subscription | None:
         """Return a webhook."""
@@ -325,14 +355,26 @@ class Directory:
             self._read_all_at = time.monotonic()
 
 
+def _key(one: Subscription) -> tuple[int, str]:
+    return one.created_at, one.id
+
+
+def _place(cursor: str) -> tuple[int, str]:
+    at, _, webhook_id = cursor.partition("-")
+    number = whole_number(at, 0, 2**63 - 1)
+    if number is None or len(cursor) > MAX_CURSOR:
+        raise InvalidCursor("the cursor was not made by this service")
+    return number, webhook_id
+
+
 def _new_secret() -> str:
     return f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
 
 
 def _encoded(subscription: Subscription) -> bytes:
-    return json.dumps(asdict(subscription), separators=(",", ":")).encode()
+    return json.dumps(stored_of(subscription), separators=(",", ":")).encode()
 
 
 def _decoded(entry: Entry) -> Subscription:
     stored = json.loads(entry.value)
-    return Subscription(**{**stored, "events": tuple(stored["events"])})
+    return Subscription(**members_of(Subscription, {**stored, "events": tuple(stored["events"])}))

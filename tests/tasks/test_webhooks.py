@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from cryptography.fernet import Fernet
 from standardwebhooks.webhooks import Webhook
 
+from dramatiq_jetstream.streams import StoredMessage
 from tasks.webhooks.announcing import send_again
 from tasks.webhooks.deliveries import DELIVERED, FAILED, PENDING, TRIED_MS, Deliveries, Delivery, delivery_id
 from tasks.webhooks.health import DISABLED_AFTER_MS, MAX_REST_MS, RESTS_AFTER, Health
@@ -34,6 +35,21 @@ class Killed(BaseException):
     """Stands for what ends a run between any two lines."""
 
 
+class NoStream:
+    """The stream of a log of which no list is read."""
+
+    def newest(
+        self, subject: str = ">", *, before: int | None = None, page: int = 64
+    ) -> Iterator[StoredMessage]:
+        return iter(())
+
+    def read(self, subject: str = ">", *, start: int = 1, page: int = 256) -> Iterator[StoredMessage]:
+        return iter(())
+
+    def last(self, subject: str = ">") -> StoredMessage | None:
+        return None
+
+
 class Fixture:
     """Webhooks in memory, with a clock and a receiver that the test moves."""
 
@@ -44,7 +60,7 @@ class Fixture:
         self.key = Fernet.generate_key().decode()
         self.subscriptions = self.with_keys(self.key)
         self.health = Health(self.bucket, self.now)
-        self.deliveries = Deliveries(self.log, "deliveries", lambda subject, **_: iter(()))
+        self.deliveries = Deliveries(self.log, "deliveries", NoStream())
         self.answers: Callable[[], Answer] = lambda: Answer(200, "thanks")
         self.sent: list[tuple[bytes, dict[str, str]]] = []
         self.outcomes: list[str] = []
