@@ -47,13 +47,14 @@ def rests(order: Order) -> bool:
     return order.is_final or order.status == "failed"
 
 
-def version(order: Order) -> str:
-    """Return what changes whenever the page of an order does."""
-    return f"{order.revision}{'w' if service.waits_for_payment(order) else ''}"
+def follow(
+    order: Order, version: Callable[[Order], str], state: Callable[[Order], dict[str, Any]], duration: int
+) -> Iterator[str]:
+    """Yield the order's state now and after each change, until it rests or `duration` ms have passed.
 
-
-def follow(order: Order, state: Callable[[Order], dict[str, Any]], duration: int) -> Iterator[str]:
-    """Yield the order's state now and after each change, until it rests or `duration` ms have passed."""
+    Parameters:
+      version: Returns what changes whenever the state does.
+    """
     deadline = time.monotonic() + duration / 1000
     yield f"retry: {_RECONNECT_MS}\n\n"
     shown = version(order)
@@ -70,11 +71,13 @@ def follow(order: Order, state: Callable[[Order], dict[str, Any]], duration: int
         if changed is None:
             return
         order = changed
-        if version(order) != shown:
-            shown = version(order)
-            yield _event(order, state(order))
-        else:
-            yield ":\n\n"
+        try:
+            now = version(order)
+            event = _event(order, state(order)) if now != shown else ":\n\n"
+        except BrokerError:
+            return
+        shown = now
+        yield event
 
 
 def _event(order: Order, state: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from tasks.model import MAX_ID_LENGTH, MAX_TEXT, Flaw
 from web.access import caller, needs
 from web.acts import recorded
 from web.api import find_order, idempotency_key, read_key
+from web.pages import order_page
 from web.problems import Problem, of_flaws
 from web.rendering import see_other
 from web.representation import order_json
@@ -93,12 +94,18 @@ def cancel_by_page(order_id: str) -> Response:
 @blueprint.post("/orders/<path:order_id>/refund")
 @needs("operate")
 def refund_by_page(order_id: str) -> Response:
-    """Take the refund form of an order's page; a form that is sent twice refunds once."""
+    """Take the refund form of an order's page; a form that is sent twice refunds once, a wrong one can be corrected."""
     currency = find_order(order_id).currency
-    amount = money.from_text(_field("amount", 20), currency)
+    typed = {"amount": _field("amount", 20), "reason": _field("reason", MAX_TEXT)}
+    amount = money.from_text(typed["amount"], currency)
     if not amount:
-        raise of_flaws("malformed-request", [Flaw("amount", "must be an amount such as 12.90.")])
-    _refund(order_id, idempotency_key(f"form-{_field('submission', 64)}"), amount, _field("reason", MAX_TEXT))
+        return order_page(order_id, 400, {"refund-amount": "Enter an amount such as 12.90."}, typed)
+    try:
+        _refund(order_id, idempotency_key(f"form-{_field('submission', 64)}"), amount, typed["reason"])
+    except Problem as problem:
+        if problem.kind.slug != "not-refundable":
+            raise
+        return order_page(order_id, problem.status, {"refund-amount": problem.detail}, typed)
     return _to_page(order_id)
 
 

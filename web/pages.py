@@ -7,6 +7,7 @@ moves on by itself (without them the order page asks again every two seconds unt
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -15,11 +16,12 @@ from flask import Blueprint, Response, current_app, render_template, request, st
 
 from tasks.service import Order
 from tasks.settings import Settings
-from web import live, openapi, webhooks_page, words
+from web import live, openapi, words
 from web.access import anyone, caller, needs
 from web.api import find_order
 from web.problems import KINDS, Problem
 from web.rendering import json_answer, page
+from web.timeline import timeline_of, version
 
 blueprint = Blueprint("pages", __name__)
 
@@ -28,7 +30,23 @@ blueprint = Blueprint("pages", __name__)
 @needs("order", "read")
 def show_order(order_id: str) -> Response:
     """Show one order."""
-    return page("order.html", **_context(find_order(order_id)))
+    return order_page(order_id)
+
+
+def order_page(
+    order_id: str,
+    status: int = 200,
+    errors: Mapping[str, str] | None = None,
+    typed: Mapping[str, str] | None = None,
+) -> Response:
+    """Return the page of an order.
+
+    Parameters:
+      errors: What is wrong with the form that was sent, by control.
+      typed: What was entered in it.
+    """
+    context = {**_context(find_order(order_id)), "errors": errors or {}, "typed": typed or {}}
+    return page("order.html", status=status, **context)
 
 
 @blueprint.get("/orders/<path:order_id>/state")
@@ -51,7 +69,7 @@ def order_stream(order_id: str) -> Response:
             "Too many pages are followed live here right now: ask for the order's state instead.",
             headers={"Retry-After": "10"},
         )
-    events = live.follow(order, _state, streams.duration)
+    events = live.follow(order, version, _state, streams.duration)
     response = Response(stream_with_context(events), content_type="text/event-stream")
     # A proxy that collects answers before it passes them on would make the page stand still.
     response.headers["X-Accel-Buffering"] = "no"
@@ -69,15 +87,18 @@ def docs() -> Response:
 
 def _context(order: Order) -> dict[str, Any]:
     return {
+        # First: what changes while the rest is looked at is shown with the next version.
+        "version": version(order),
         "order": order,
         "product_name": partial(words.product_name, order),
         "steps": words.steps(order),
-        "history": sorted([*words.history(order), *webhooks_page.lines_of(order)], key=lambda line: line.at),
+        "timeline": timeline_of(order),
         "reason": words.reason(order),
         "cause": words.technical_cause(order) if caller().sees_causes and caller().kind != "open" else None,
         **_acts(order),
         "submission": secrets.token_urlsafe(18),
-        "version": live.version(order),
+        "errors": {},
+        "typed": {},
         "rests": live.rests(order),
         "sentence": words.status_sentence(order),
         "trace_url": _trace_url(order),
@@ -110,12 +131,13 @@ def _trace_url(order: Order) -> str | None:
 
 def _state(order: Order) -> dict[str, Any]:
     """Return what an open order page needs to show the order as it is now."""
+    context = _context(order)
     return {
-        "revision": live.version(order),
+        "revision": context["version"],
         "status": order.status,
         "text": words.STATUS_TEXT[order.status],
         "sentence": words.status_sentence(order),
         "rests": live.rests(order),
         "final": order.is_final,
-        "html": render_template("_order.html", **_context(order)),
+        "html": render_template("_order.html", **context),
     }

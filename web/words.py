@@ -106,7 +106,7 @@ class Step:
 class HistoryLine:
     """One event of an order as the page shows it; `after` is the time since the order was placed.
 
-    `link` leads to more about it, where there is more.
+    `link` leads to more about it, where there is more; `by` says who asked for it, where that is told.
     """
 
     event: str
@@ -115,6 +115,7 @@ class HistoryLine:
     at: datetime
     after: str
     link: str = ""
+    by: str = ""
 
 
 def status_sentence(order: Order) -> str:

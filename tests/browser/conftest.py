@@ -16,6 +16,12 @@ ARTIFACTS = REPOSITORY / ".artifacts" / "browser"
 ARGUMENTS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking"]
 CONFIRMED_WITHIN = 20_000
 
+#: Counts in a page how often a part of it is replaced.
+HELD = """(part) => {
+  window.replaced = 0;
+  new MutationObserver(() => { window.replaced += 1; }).observe(document.querySelector(part), { childList: true });
+}"""
+
 
 @pytest.fixture(scope="package")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:

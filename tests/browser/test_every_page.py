@@ -9,7 +9,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browser.conftest import CONFIRMED_WITHIN, screenshot, watched
+from tests.browser.conftest import CONFIRMED_WITHIN, HELD, screenshot, watched
 from tests.support.polling import eventually
 from tests.support.skips import needs_chromium
 from tests.web.large_shop import SIZE
@@ -118,6 +118,24 @@ def test_what_was_chosen_stays_chosen(large: Stack, page: Page) -> None:
     page.get_by_role("button", name="Place order").click()
     page.wait_for_url(re.compile(r"/orders/[^/]+$"))
     expect(page.get_by_text("Thing no. 150")).to_be_visible()
+
+
+def test_a_press_in_the_catalogue_is_not_lost(large: Stack, page: Page) -> None:
+    """What was searched for comes in while a button is pressed: it is shown when that is released."""
+    page.goto(large.url)
+    page.evaluate(HELD, "#catalogue")
+    page.get_by_role("button", name="One more of Enamel mug").hover()
+    page.mouse.down()
+    with page.expect_response("**/catalogue") as answer:
+        page.evaluate("search.value = 'mug'; search.dispatchEvent(new Event('input', { bubbles: true }))")
+    answer.value.finished()
+    # By the time that another answer is there, the page has dealt with the first.
+    page.evaluate("fetch('/health/live').then((answer) => answer.text())")
+    assert page.evaluate("window.replaced") == 0
+    page.mouse.up()
+    expect(page.locator("#quantity-MUG-01")).to_have_value("1")
+    expect(page.locator("#found")).to_have_text(re.compile("^[0-9] product"))
+    expect(page.locator("#quantity-MUG-01")).to_have_value("1")
 
 
 def test_what_was_chosen_stays_chosen_without_scripts(large: Stack, plain: Page) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import threading
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Response, expect
 
-from tests.browser.conftest import CONFIRMED_WITHIN, screenshot
+from tests.browser.conftest import CONFIRMED_WITHIN, HELD, screenshot
+from tests.browser.test_webhook_pages import Handler, Receiver
 from tests.support.skips import needs_chromium
 from tests.web.stack import Stack
 
@@ -163,6 +165,72 @@ def test_without_a_stream_the_page_polls(service: Stack, page: Page) -> None:
     page.get_by_role("button", name="Place order").click()
     page.wait_for_url(re.compile(r"/orders/[^/]+$"))
     expect(page.locator(".status .pill")).to_have_text("Confirmed", timeout=CONFIRMED_WITHIN)
+
+
+def test_a_press_is_not_lost_to_what_comes_in(service: Stack, page: Page) -> None:
+    """What is under a button that is pressed stays until it is released; then the page catches up."""
+    order_id = service.final(service.order()["order_id"], timeout=60)["order_id"]
+    page.clock.install()
+    page.goto(f"{service.url}/orders/{order_id}")
+    page.locator("#refund summary").hover()
+    page.mouse.down()
+    service.post(f"/api/orders/{order_id}/shipments", json={"carrier": "DHL"})
+    for _ in range(2):  # when the second is asked for, the first was dealt with
+        comes_in(page, "/state", "shipped")
+    expect(page.locator(".status .pill")).to_have_text("Confirmed")
+    page.mouse.up()
+    expect(page.get_by_label("Amount")).to_be_visible()
+    expect(page.locator(".status .pill")).to_have_text("Shipped")
+    expect(page.get_by_label("Amount")).to_be_visible()
+
+
+def test_a_press_on_a_list_is_not_lost(service: Stack, page: Page) -> None:
+    """Neither on the list of orders, nor on the recent orders of the form."""
+    order_id = service.order()["order_id"]
+    page.clock.install()
+    for path, asked, part in (("/orders", "/orders", "#list"), ("/", "/recent-orders", "#recent")):
+        page.goto(service.url + path)
+        link = page.locator(f"{part} a[title='{order_id}']")
+        link.hover()
+        page.evaluate(HELD, part)
+        page.mouse.down()
+        # As on a screen that is touched, where a press gives no focus.
+        page.evaluate("document.activeElement.blur()")
+        newer = service.order()["order_id"]
+        comes_in(page, asked, newer)
+        comes_in(page, asked, newer)
+        assert page.evaluate("window.replaced") == 0
+        page.mouse.up()
+        page.wait_for_url(f"**/orders/{order_id}")
+
+
+def comes_in(page: Page, address: str, text: str) -> None:
+    """Let time pass until the page has asked at an address and was answered with a text."""
+
+    def answered(response: Response) -> bool:
+        return response.url.partition("?")[0].endswith(address) and text in response.text()
+
+    with page.expect_response(answered) as answer:
+        page.clock.run_for(16_000)
+    answer.value.finished()
+
+
+def test_deliveries_of_webhooks_appear_without_a_reload(service: Stack, page: Page) -> None:
+    """On the page of an order that is final already, folded, with their number."""
+    order_id = service.final(service.order()["order_id"], timeout=60)["order_id"]
+    page.goto(f"{service.url}/orders/{order_id}")
+    expect(page.locator("#told")).to_have_count(0)
+    with Receiver(("127.0.0.1", 0), Handler) as receiver:
+        threading.Thread(target=receiver.serve_forever, daemon=True).start()
+        made = service.post("/api/webhooks", json={"url": receiver.url, "events": ["order.shipped"]}).json()
+        service.post(f"/api/orders/{order_id}/shipments", json={})
+        expect(page.locator("#told summary")).to_have_text("Webhooks: 1 delivery", timeout=60_000)
+        page.locator("#told summary").click()
+        expect(page.get_by_text("Webhook delivered")).to_be_visible()
+        expect(page.locator(".timeline").first).to_contain_text("by anyone on this machine through the API")
+        screenshot(page, "order-told")
+        service.session.delete(f"{service.url}/api/webhooks/{made['id']}", timeout=20)
+        receiver.shutdown()
 
 
 def test_the_api_can_be_tried_on_its_page(service: Stack, page: Page) -> None:

@@ -134,7 +134,8 @@ async function show(button) {
     }
     return;
   }
-  // What was typed since then would be lost.
+  await released(catalogue);
+  // What was chosen since then would be lost.
   for (const [name, value] of new FormData(form)) {
     if (name.startsWith("quantity-") && data.get(name) !== value) return show(button);
   }
@@ -202,7 +203,10 @@ async function refreshRecent() {
   try {
     const answer = await fetch("/recent-orders");
     if (!answer.ok) return;
-    recent.innerHTML = await answer.text();
+    const html = await answer.text();
+    await released(recent);
+    if (recent.contains(document.activeElement)) return;
+    recent.innerHTML = html;
     showLocalTimes(recent);
   } catch {
     // The service does not answer; the list stays as it is, and the next time may go well.

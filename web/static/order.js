@@ -6,25 +6,25 @@ const connection = document.getElementById("connection");
 const announce = document.getElementById("announce");
 const address = view.dataset.address;
 const POLL = 2000;
+// An order that rests is asked for ever more seldom, up to this pause.
 const POLL_AT_REST = 15000;
 // After this many successful polls a stream is tried again.
 const POLLS_BEFORE_STREAM = 5;
 
 let revision = view.dataset.revision;
 let rests = view.dataset.rests === "true";
-let final = view.dataset.final === "true";
+let pause = POLL;
+let newest = null;
 let source = null;
 let timer = null;
-// A click is lost when what is under it is replaced between its press and its release.
-let pressed = false;
-let waiting = null;
 
-function show(state) {
+async function show(state) {
   trouble(false);
   rests = state.rests;
-  final = state.final;
-  waiting = pressed ? state : null;
-  if (pressed || state.revision === revision) return;
+  newest = state;
+  await released(view);
+  if (newest !== state || state.revision === revision) return;
+  pause = POLL;
   const changed = state.sentence !== view.dataset.sentence;
   revision = state.revision;
   view.dataset.sentence = state.sentence;
@@ -61,9 +61,10 @@ function trouble(is) {
 
 function follow() {
   stop();
-  if (final || document.hidden) return;
+  if (document.hidden) return;
   if (rests) {
-    timer = setTimeout(() => poll(1), POLL_AT_REST);
+    timer = setTimeout(() => poll(1), pause);
+    pause = Math.min(2 * pause, POLL_AT_REST);
     return;
   }
   source = new EventSource(`${address}/stream`);
@@ -89,7 +90,7 @@ async function poll(left) {
   } catch {
     trouble(true);
   }
-  if (final || rests || left <= 0) follow();
+  if (rests || left <= 0) follow();
   else timer = setTimeout(() => poll(left), POLL);
 }
 
@@ -99,16 +100,12 @@ function stop() {
   source = null;
 }
 
-view.addEventListener("pointerdown", () => { pressed = true; });
-for (const end of ["pointerup", "pointercancel"]) {
-  window.addEventListener(end, () => setTimeout(() => {
-    pressed = false;
-    if (waiting) show(waiting);
-  }));
-}
-
 // A hidden page needs no stream; it catches up when it is shown again.
-document.addEventListener("visibilitychange", () => (document.hidden ? stop() : follow()));
+document.addEventListener("visibilitychange", () => {
+  pause = POLL;
+  if (document.hidden) stop();
+  else follow();
+});
 window.addEventListener("pagehide", stop);
 window.addEventListener("pageshow", (event) => event.persisted && follow());
 follow();

@@ -24,6 +24,7 @@ async function refresh() {
   } catch {
     return; // The service does not answer; the list stays as it is, and the next time may go well.
   }
+  await released(list);
   if (!fresh || list.contains(document.activeElement)) return;
   const known = new Set(orders(list));
   const added = orders(fresh).filter((order) => !known.has(order)).length;
