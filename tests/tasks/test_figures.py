@@ -41,6 +41,8 @@ class Stream(Events):
     def read(self, start: int) -> object:  # type: ignore[override]
         return super().read(max(start, self._first))
 
+    present = read
+
 
 def counting(service: Service, bucket: FakeBucket, first: int = 1) -> Counting:
     orders = Orders(service.orders_bucket)

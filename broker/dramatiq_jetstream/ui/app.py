@@ -172,7 +172,7 @@ class Dashboard:
             "may": frozenset() if person is None else person.may,
             "namespace": "" if person is None else self._reader.broker.names.namespace,
             "menu": MENU,
-            "back": self._back,
+            "program": self._back,
             "endpoint": endpoint,
             "url": url,
             "asset": lambda name: f"{url('static', name=name)}?v={_assets()[name].digest}",
