@@ -61,11 +61,20 @@ class RabbitmqQuorum(DramatiqRabbitmq):
         return rabbit_cluster(store)
 
     def make_broker(self) -> Broker:
-        from dramatiq.brokers.rabbitmq import RabbitmqBroker
+        from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL, RabbitmqBroker
+        from dramatiq.common import xq_name
+
+        kind = {"x-queue-type": "quorum"}
 
         class QuorumBroker(RabbitmqBroker):
+            """All three of a queue's queues are replicated: another kind cannot be declared while its node is away."""
+
             def _build_queue_arguments(self, queue_name: str) -> dict[str, Any]:
-                return {**super()._build_queue_arguments(queue_name), "x-queue-type": "quorum"}
+                return {**super()._build_queue_arguments(queue_name), **kind}
+
+            def _declare_xq_queue(self, queue_name: str) -> Any:
+                arguments = {"x-message-ttl": DEAD_MESSAGE_TTL, **kind}
+                return self.channel.queue_declare(xq_name(queue_name), durable=True, arguments=arguments)
 
         return QuorumBroker(url=os.environ[RabbitServer.variable], confirm_delivery=True)
 
