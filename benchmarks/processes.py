@@ -1,7 +1,8 @@
 """Starts, watches and ends the processes that a benchmark owns.
 
 Every process leads a session of its own, so that what it forks is found again (for its CPU time and memory)
-and ended with it, and nothing else is ever touched. CPU time and peak memory are read from `/proc`; where there
+and ended with it, and nothing else is ever touched. Children that make sessions of their own, as PostgreSQL's do, are
+found by their parents. CPU time and peak memory are read from `/proc`; where there
 is none (macOS) they are reported as unknown.
 """
 
@@ -88,14 +89,14 @@ class Process:
             raise BenchmarkError(f"{' '.join(self.command)}: still running after {timeout:.0f} s") from None
 
     def members(self) -> list[int]:
-        """The pids of this process and of all that belong to its session."""
-        return [pid for pid, stat in _all_stats() if int(stat[3]) == self.pid]
+        """The pids of this process, of all that belong to its session, and of their children."""
+        return [pid for pid, _ in _stats_of({self.pid})]
 
     def usage(self) -> Usage:
         return usage_of([self])
 
     def kill(self) -> None:
-        """SIGKILL to the whole session; used for crashes and for what did not stop by itself."""
+        """SIGKILL to all members; used for crashes and for what did not stop by itself."""
         for pid in self.members() or [self.pid]:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -104,7 +105,7 @@ class Process:
         self._popen.wait(10)
 
     def stop(self, timeout: float = 15.0) -> None:
-        """SIGTERM to the command, SIGKILL to whatever of its session is left after `timeout` seconds."""
+        """SIGTERM to the command, SIGKILL to its members that are left after `timeout` seconds."""
         if self.running:
             self._popen.terminate()
             try:
@@ -115,17 +116,14 @@ class Process:
 
 
 def usage_of(processes: Sequence[Process]) -> Usage:
-    """The sum over all living members of these processes' sessions.
+    """The sum over all living members of these processes.
 
     The time of children that have ended is counted through their parent, as the kernel does.
     """
     if not PROC.is_dir():
         return Usage(None, None, None)
-    sessions = {process.pid for process in processes}
     cpu = rss = peak = 0
-    for pid, stat in _all_stats():
-        if int(stat[3]) not in sessions:
-            continue
+    for pid, stat in _stats_of({process.pid for process in processes}):
         cpu += sum(int(value) for value in stat[11:15])
         try:
             status = (PROC / str(pid) / "status").read_text()
@@ -140,9 +138,19 @@ def usage_of(processes: Sequence[Process]) -> Usage:
 
 
 def members(processes: Sequence[Process]) -> list[int]:
-    """The living members of these processes' sessions, themselves included."""
-    sessions = {process.pid for process in processes}
-    return [pid for pid, stat in _all_stats() if int(stat[3]) in sessions and stat[0] != "Z"]
+    """The living members of these processes, themselves included."""
+    return [pid for pid, stat in _stats_of({process.pid for process in processes}) if stat[0] != "Z"]
+
+
+def _stats_of(sessions: set[int]) -> list[tuple[int, list[str]]]:
+    """The same of the processes in these sessions, and of all that they are parents of."""
+    stats = _all_stats()
+    found = {pid for pid, stat in stats if int(stat[3]) in sessions}
+    more = found
+    while more:
+        more = {pid for pid, stat in stats if int(stat[1]) in more} - found
+        found |= more
+    return [(pid, stat) for pid, stat in stats if pid in found]
 
 
 def _all_stats() -> list[tuple[int, list[str]]]:

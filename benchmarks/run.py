@@ -132,7 +132,7 @@ def _measure(run: Run, measurements: Sequence[Measurement], repeat: int, options
                 say(f"{name}: {error}")
                 continue
             row.add(figures)
-            first = measurement.figures[0]
+            first = next(figure for figure in measurement.figures if figure.key in figures)
             say(f"{name}: {figures[first.key]:,.4g} {first.unit or first.title}")
 
 

@@ -12,7 +12,14 @@ import time
 from benchmarks.contenders.contender import Contender
 from benchmarks.contenders.replicated import JetstreamReplicated, RabbitmqQuorum
 from benchmarks.measurements import drain, enqueue, sustained
-from benchmarks.measurements.measurement import Figure, Measurement, Options
+from benchmarks.measurements.measurement import (
+    CPU,
+    DRIVER,
+    Figure,
+    Measurement,
+    Options,
+    driver_figures,
+)
 from benchmarks.pace import longest_gap
 from benchmarks.trial import Trial
 
@@ -39,6 +46,8 @@ class Cluster(Measurement):
         Figure("settled_per_second", "until all acks are handled, messages/s"),
         Figure("gap_seconds", "nothing began for", "s"),
         Figure("lost", "stored and not run", "messages"),
+        DRIVER[0],
+        *CPU[:2],
     )
 
     def cases(self, options: Options, contender: Contender) -> list[str]:
@@ -49,7 +58,9 @@ class Cluster(Measurement):
         if case == ENQUEUE:
             messages = options.count(enqueue.MESSAGES) // 8 * 8
             with Trial(contender, self.name) as trial:
-                return {"per_second": trial.drive("enqueue", messages=messages, threads=8)["per_second"]}
+                before = trial.server_usage()
+                figures = trial.drive("enqueue", messages=messages, threads=8)
+                return driver_figures(figures, trial.server_usage().cpu_since(before), messages)
         if case == DRAIN:
             messages = options.count(drain.MESSAGES)
             with Trial(contender, self.name) as trial:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 
 from benchmarks.contenders.contender import Contender
-from benchmarks.measurements.measurement import MB, Figure, Measurement, Options
+from benchmarks.measurements.measurement import CPU, DRIVER, MB, Figure, Measurement, Options
 from benchmarks.pace import lateness
 from benchmarks.processes import BenchmarkError
 from benchmarks.statistics import percentile
@@ -25,6 +25,7 @@ MOST_PER_SECOND = 20_000
 PAYLOADS = {"1 kB": 1_000, "64 kB": 64_000}
 #: How long each payload is sent, in seconds.
 PAYLOAD_SECONDS = 20.0
+COSTS = (DRIVER[0], *CPU[:2])
 
 
 class Sustained(Measurement):
@@ -39,6 +40,7 @@ class Sustained(Measurement):
         Figure("backlog", "waiting at the end", "messages"),
         Figure("memory_mb", "server memory grew", "MB"),
         Figure("disk_mb", "disk grew", "MB"),
+        *COSTS,
     )
 
     def run(self, contender: Contender, case: str, options: Options) -> dict[str, float]:
@@ -64,6 +66,7 @@ class Payload(Measurement):
         Figure("backlog", "waiting at the end", "messages"),
         Figure("memory_mb", "server memory grew", "MB"),
         Figure("disk_mb", "disk grew", "MB"),
+        *COSTS,
     )
 
     def cases(self, options: Options, contender: Contender) -> list[str]:
@@ -85,18 +88,26 @@ def warm_up(trial: Trial) -> None:
 
 def sustain(trial: Trial, seconds: float) -> dict[str, float]:
     """Sends as fast as it goes for some seconds, then waits until everything has run."""
-    memory, disk = trial.server_usage().rss_bytes, trial.stored_bytes()
+    server, worker, disk = trial.server_usage(), trial.worker_usage(), trial.stored_bytes()
     before = trial.tally.read().messages
     figures = trial.drive("sustain", seconds=seconds, threads=SENDERS)
-    trial.wait_for(before + int(figures["sent"]) + 1)  # the first message of a driver only connects it
+    sent = int(figures["sent"])
+    trial.wait_for(before + sent + 1)  # the first message of a driver only connects it
     result = {
         "per_second": figures["run"] / figures["seconds"],
-        "backlog": max(0.0, figures["sent"] - figures["run"]),
+        "backlog": max(0.0, sent - figures["run"]),
         "disk_mb": (trial.stored_bytes() - disk) / MB,
+        "driver_cpu_us": figures["driver_cpu"] / sent * 1e6,
     }
-    memory_after = trial.server_usage().rss_bytes
-    if memory is not None and memory_after is not None:
-        result["memory_mb"] = (memory_after - memory) / MB
+    server_after = trial.server_usage()
+    if server.rss_bytes is not None and server_after.rss_bytes is not None:
+        result["memory_mb"] = (server_after.rss_bytes - server.rss_bytes) / MB
+    for name, used in (
+        ("server", server_after.cpu_since(server)),
+        ("worker", trial.worker_usage().cpu_since(worker)),
+    ):
+        if used is not None:
+            result[f"{name}_cpu_us"] = used / sent * 1e6
     return result
 
 

@@ -1,0 +1,29 @@
+"""The processes that a benchmark owns."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from benchmarks.processes import Process, members, wait_until
+
+#: Starts a child with a session of its own, which starts one in that session, and waits.
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
+CHILD = "import subprocess, sys; subprocess.run(['sleep', '600'])"
+
+
+def test_children_with_sessions_of_their_own_are_found_and_ended(tmp_path: Path) -> None:
+    """As PostgreSQL's are: they count for its use of the machine, and end with it."""
+    process = Process([sys.executable, "-c", PARENT, CHILD], tmp_path / "log")
+    wait_until(lambda: len(members([process])) == 3, 60, "parent, child and grandchild run")
+    found = members([process])
+    process.kill()
+    wait_until(lambda: not any(_runs(pid) for pid in found), 30, "all are gone")
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there and more than the entry of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    except (FileNotFoundError, ProcessLookupError):
+        return False
