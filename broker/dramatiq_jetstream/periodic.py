@@ -209,8 +209,6 @@ def _reconcile_queue(
         expression = expression_of(actor)
         if name in left_alone:
             outcome[f"schedule {name}"] = "differs"
-            if changes is Changes.FORWARD:
-                _leave_alone(name)
         elif name in paused:
             outcome[f"schedule {name}"] = "paused"
         elif expression is not None:
@@ -223,26 +221,20 @@ def _reconcile_queue(
     return outcome
 
 
-def _leave_alone(name: str) -> None:
-    logger.warning(
-        "The schedule of %s stays as a newer process declared it, not as this one does. To have it as it was before, "
-        "run `fleet setup --update`.",
-        name,
-    )
+def _moved(broker: JetStreamBroker, queue: str) -> dict[str, str]:
+    """The schedules of a queue whose actors are on another queue now, each with that queue."""
+    now = {
+        name: broker.actors[name].queue_name for name in _scheduled(broker, queue) if name in broker.actors
+    }
+    return {name: other for name, other in now.items() if other != queue}
 
 
-def _remove_moved(
-    broker: JetStreamBroker, queue: str, changes: Changes, barred: set[str], *, to: str | None = None
-) -> dict[str, str]:
-    """Remove the schedules of actors that are on another queue now, or on the queue `to`."""
+def _remove_moved(broker: JetStreamBroker, queue: str, changes: Changes, barred: set[str]) -> dict[str, str]:
+    """Remove a queue's schedules of actors that are on another queue now, other than those in `barred`."""
     outcome: dict[str, str] = {}
-    for name in _scheduled(broker, queue):
-        actor = broker.actors.get(name)
-        if actor is None or name in barred or to not in (None, actor.queue_name):
-            continue
-        if actor.queue_name != queue:
-            removed = changes is not Changes.NONE and remove_schedule(broker, queue, name)
-            outcome[f"schedule {name} of {queue}"] = "removed" if removed else "differs"
+    for name in sorted(_moved(broker, queue).keys() - barred):
+        removed = changes is not Changes.NONE and remove_schedule(broker, queue, name)
+        outcome[f"schedule {name} of {queue}"] = "removed" if removed else "differs"
     return outcome
 
 
@@ -253,11 +245,24 @@ def _declared(actor: Actor[Any, Any]) -> str:
 
 
 def _keep_schedules(broker: JetStreamBroker, queue: str) -> None:
-    """Bring the schedules of a queue's actors in line, at boot or when its stream begins a new life."""
+    """Bring a queue's schedules in line, at boot or when its stream begins a new life.
+
+    Each queue is asked for its own schedules alone, so many queues cost as many requests each as few. An actor that
+    moved to another queue has its schedule there before it has none here.
+    """
     barred: set[str] = set()
     _reconcile_queue(broker, queue, Changes.FORWARD, barred)
-    for other in sorted(broker.queues - {queue}):
-        _remove_moved(broker, other, Changes.FORWARD, barred, to=queue)
+    for name in sorted(barred):
+        logger.warning(
+            "The schedule of %s stays as a newer process declared it, not as this one does. To have it as it was "
+            "before, run `fleet setup --update`.",
+            name,
+        )
+    moved = _moved(broker, queue)
+    for other in sorted(set(moved.values())):
+        _reconcile_queue(broker, other, Changes.FORWARD, barred)
+    for name in sorted(moved.keys() - barred):
+        remove_schedule(broker, queue, name)
 
 
 def _restore_schedules(broker: JetStreamBroker, stream: str) -> None:

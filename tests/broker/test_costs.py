@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 
+import dramatiq
 import pytest
 from dramatiq import Message
 
 from dramatiq_jetstream.dead_letters import DeadLetters
 from dramatiq_jetstream.jetstream.names import METADATA_SUBSCRIBER
+from dramatiq_jetstream.periodic import Periodic, list_schedules
 from dramatiq_jetstream.results import JetStreamBackend
 from dramatiq_jetstream.testing import NatsServer
+from tests.broker.conformance.workers import running
 from tests.support.polling import eventually
 
 
@@ -144,3 +147,24 @@ def test_results_are_announced_to_those_that_wait_for_them(server, make_broker, 
     for thread in threads:
         thread.join(30)
     assert results == {number: number for number in range(5)}
+
+
+def test_schedules_are_looked_at_a_few_times_for_each_queue_at_boot(server, make_broker):
+    """A worker of twelve queues with periodic actors does not look into each queue once for every other one."""
+    broker, looking = make_broker(server.url), make_broker(server.url)
+    broker.add_middleware(Periodic())
+    for number in range(12):
+        options = {"actor_name": f"a{number}", "queue_name": f"q{number}", "every": 3_600_000}
+        dramatiq.actor(lambda: None, broker=broker, **options)
+    asked = []
+
+    def heard(question):
+        if b"subjects_filter" in question.data and b".cron." in question.data:
+            asked.append(question.data)
+
+    looking.connection.subscribe("$JS.API.STREAM.INFO.*", heard)
+    with running(broker):
+        eventually(lambda: broker.keeper.is_idle, timeout=60)
+        eventually(lambda: len(asked) >= 12, timeout=30)
+        assert len(asked) <= 5 * 12
+    assert len(list_schedules(broker)) == 12
