@@ -323,6 +323,14 @@ def test_a_charge_that_was_overtaken_by_a_cancel_is_owed(shop: Shop, answer: Cha
     assert shop.token is None
 
 
+def test_a_charge_that_was_overtaken_is_noted_although_the_cancel_was_cut(shop: Shop) -> None:
+    """It had no time to note that money may have to go back."""
+    saga = shop.until("held")
+    shop.gateway.meanwhile = lambda: shop.stock().cancel(ORDER, 2_000, "")
+    assert saga.pay(RESERVED) == "cancelled"
+    assert shop.unsettled == [Unsettled(ORDER, 2_000, 0)]
+
+
 def test_a_charge_that_another_run_recorded_first_is_owed_to_nobody(shop: Shop) -> None:
     saga = shop.until("held")
     shop.gateway.meanwhile = lambda: shop.saga().pay(RESERVED)
@@ -435,6 +443,7 @@ def test_an_order_that_was_cancelled_after_its_payment_is_not_confirmed(shop: Sh
 def test_release_gives_the_items_back_and_rejects_the_order(shop: Shop) -> None:
     saga = shop.until_declined()
     assert saga.release(DECLINED) == "released"
+    assert shop.bucket.reads == ["plain"], "it remembers the decline, and the stock looks for it"
     assert shop.record.at == {"held": 1_000, "declined": 2_000, "released": 3_000}
     assert shop.published == [shop.said("released", 3_000)]
     assert shop.stock().available() == INITIAL
@@ -511,6 +520,8 @@ def test_a_step_that_was_given_up_is_said_once_with_its_first_error(shop: Shop) 
     assert shop.published == [said, said]
     shop.saga().fail(ORDER, "confirm", "something else", "m-3")
     assert {key_of(event) for event, _ in shop.published} == {"failed.pay", "failed.confirm"}
+    shop.saga().fail("o-2", "pay", "its own", "m-4")
+    assert shop.published[-1] == (failed_event("o-2", "pay", GivenUp(3_000, "its own", "m-4")), 3_000)
 
 
 @pytest.mark.parametrize(
