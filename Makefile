@@ -23,7 +23,7 @@ STAMP := $(VENV)/installed
 ARGS ?=
 MINUTES ?= 2
 SUBJECT ?= orders
-WORKERS ?= 3
+WORKERS ?= 4
 
 .PHONY: help up demo docs mutants pictures test test-fast test-image audit wheels test-wheels lint proto bench chaos clean
 .DEFAULT_GOAL := help

@@ -6,7 +6,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from cryptography.fernet import Fernet
@@ -35,6 +35,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TOKEN_KEY", Fernet.generate_key().decode())
     skips.register(config)
     fast.register(config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Spread the tests by what they need, unless another way was asked for."""
+    from tests.support.distribution import Distribution
+
+    return Distribution(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from dramatiq_jetstream.testing import NatsServer
 from dramatiq_jetstream.ui import create_app, operator
 from dramatiq_jetstream.wire.connection import Publication
 
-#: 300 ms are wanted of a machine that does nothing else; here two other tests run beside.
+#: 300 ms are wanted of a machine that does nothing else; here other tests run beside.
 LIMIT_SECONDS = 0.9
 
 #: The best of this many counts is taken: other programs of the machine take their share of a single one.
