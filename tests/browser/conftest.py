@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from tests.support.processes import REPOSITORY
 from tests.support.skips import CHROMIUM
@@ -14,7 +14,8 @@ from tests.web.stack import Stack
 
 ARTIFACTS = REPOSITORY / ".artifacts" / "browser"
 ARGUMENTS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking"]
-CONFIRMED_WITHIN = 20_000
+CONFIRMED_WITHIN = 60_000
+expect.set_options(timeout=CONFIRMED_WITHIN)
 
 #: Counts in a page how often a part of it is replaced.
 HELD = """(part) => {

@@ -153,7 +153,7 @@ def test_recent_orders_appear_by_themselves(service: Stack, page: Page) -> None:
     """The form's list of recent orders shows an order that another customer placed."""
     page.goto(service.url)
     order = service.order(customer_id="c-somebody-else")
-    expect(page.locator(f"#recent a[title='{order['order_id']}']")).to_be_visible(timeout=15_000)
+    expect(page.locator(f"#recent a[title='{order['order_id']}']")).to_be_visible()
 
 
 def test_without_a_stream_the_page_polls(service: Stack, page: Page) -> None:

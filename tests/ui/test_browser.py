@@ -23,7 +23,7 @@ pytestmark = needs_chromium
 
 ARTIFACTS = REPOSITORY / ".artifacts" / "browser"
 ARGUMENTS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking"]
-WITHIN = 30_000
+WITHIN = 60_000
 expect.set_options(timeout=WITHIN)
 
 PAGES = {
