@@ -120,9 +120,13 @@ def test_what_marks_no_message(follow_ups):
 
 
 def test_a_message_that_was_cut_off_is_marked_and_over(follow_ups):
-    current, error = delivered(), TimeLimitExceeded()
+    """What it held of limits is free, and what waits for success is not done."""
+    current, error, done = delivered(), TimeLimitExceeded(), []
+    current.turns = (("limiter", lambda: done.append("given back")),)
+    current.once_followed_up = (lambda: done.append("success"),)
     follow_ups.cut_off(current, error)
     assert current.follow_up_error is error
+    assert done == ["given back"]
     assert not follow_ups.is_retry(message())
 
 
