@@ -2,6 +2,7 @@
 
     queue      actor            event
     orders     reserve_stock    ORDER.created
+    orders     accept_offer     ORDER.offer_accepted
     payments   capture_payment  ORDER.reserved
     orders     confirm_order    ORDER.paid
     orders     release_stock    ORDER.declined
@@ -41,6 +42,7 @@ from orders.v1.events_pb2 import (
     OrderChargedBack,
     OrderCreated,
     OrderDeclined,
+    OrderOfferAccepted,
     OrderPaid,
     OrderRefundRequested,
     OrderReserved,
@@ -89,10 +91,17 @@ def _pay_again(retries: int, error: BaseException) -> bool:
 
 @_step("ORDER.created", OrderCreated, "orders", BEGIN)
 def reserve_stock(event: OrderCreated) -> None:
-    """Hold the order's items in stock, or reject the order."""
+    """Hold the order's items in stock, offer what there is of them, or reject the order."""
     with observed("reserve", event) as run:
         delivered = current_event()
         run.outcome = app.saga().reserve(event, None if delivered is None else delivered.time or None)
+
+
+@_step("ORDER.offer_accepted", OrderOfferAccepted, "orders", CONTINUE)
+def accept_offer(event: OrderOfferAccepted) -> None:
+    """Have an order go on whose offer was accepted."""
+    with observed("accept", event) as run:
+        run.outcome = app.saga().accept(event)
 
 
 @_step("ORDER.reserved", OrderReserved, "payments", CONTINUE, retry_when=_pay_again)
@@ -257,8 +266,8 @@ def erase_customer(certificate: str) -> None:
     **{**app.step_options("orders", FINISH), "max_retries": 0},
 )
 def look_after_orders() -> None:
-    """Report the orders that do not move, call those again that nothing calls, end those that are too late, and look
-    again at those whose customers may be owed money.
+    """Report the orders that do not move, call those again that nothing calls, end those that are too late, offers too,
+    and look again at those whose customers may be owed money.
     """
     try:
         # A store that was emptied gets back what is known of the products.

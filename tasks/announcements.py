@@ -14,6 +14,7 @@ from typing import Final
 from google.protobuf.message import Message
 
 from orders.v1.events_pb2 import (
+    OfferedItem,
     OrderCancelled,
     OrderCancelRequested,
     OrderChargedBack,
@@ -22,6 +23,8 @@ from orders.v1.events_pb2 import (
     OrderDeclined,
     OrderFailed,
     OrderItem,
+    OrderOfferAccepted,
+    OrderOffered,
     OrderPaid,
     OrderRefunded,
     OrderRefundRequested,
@@ -43,6 +46,8 @@ from .stock import Found, Stock
 
 #: The states of the record that an event can stand for.
 _STATES: Final[dict[str, tuple[str, ...]]] = {
+    "offered": ("offered",),
+    "offer_accepted": ("accepted",),
     "reserved": ("held",),
     "paid": ("paid",),
     "declined": ("declined",),
@@ -76,6 +81,14 @@ class Testimony:
         if self._claim is None:
             self._claim = self._stock.claims.find(self._order_id)
         return self._claim
+
+    @property
+    def accepted(self) -> Record | None:
+        """The record of an order of which its customer accepted what there is; None of any other."""
+        if self._found is None:
+            self._found = self._stock.find(self._order_id)
+        record = None if self._found is None else self._found.record
+        return record if record is not None and "accepted" in record.at else None
 
     @property
     def is_known(self) -> bool:
@@ -168,6 +181,33 @@ def event_of(order_id: str, record: Record, state: str | None = None) -> Message
     state = state or record.state
     at = timestamp(record.at[state])
     match state:
+        case "offered":
+            there = {line.sku: line.quantity for line in record.lines}
+            return OrderOffered(
+                order_id=order_id,
+                items=[
+                    OfferedItem(
+                        sku=item.sku,
+                        name=item.name,
+                        ordered=item.quantity,
+                        quantity=there.get(item.sku, 0),
+                        unit_price_minor=item.unit_price,
+                    )
+                    for item in record.ordered
+                ],
+                total_minor=record.total,
+                currency=record.currency,
+                expires_at=timestamp(record.expires_at),
+                offered_at=at,
+            )
+        case "accepted":
+            return OrderOfferAccepted(
+                order_id=order_id,
+                by=record.accepted_by,
+                total_minor=record.total,
+                currency=record.currency,
+                offer_accepted_at=at,
+            )
         case "held":
             return OrderReserved(
                 order_id=order_id,

@@ -245,7 +245,7 @@ def deliveries_bucket() -> Bucket:
 @_once
 def token_store() -> Tokens:
     """Return the payment tokens."""
-    ttl = SETTINGS.payment_patience + tokens.KEPT_MS
+    ttl = SETTINGS.payment_patience + (SETTINGS.offered_for or 0) + tokens.KEPT_MS
     return Tokens(tokens_bucket(), SETTINGS.token_keys, ttl=ttl)
 
 
@@ -452,7 +452,10 @@ def saga() -> Saga:
         HttpGateway(SETTINGS.payment_url, timeout=SETTINGS.payment_timeout), gateway_outage()
     )
     stock_bucket().watch(PREFIX, stock_store().heard)
-    return Saga(stock_store(), gateway, token_store(), publish, orders_store(), catalogue(), now)
+    return Saga(
+        *(stock_store(), gateway, token_store(), publish, orders_store(), catalogue(), now),
+        offered_for=SETTINGS.offered_for,
+    )
 
 
 @_once
@@ -494,7 +497,13 @@ def standstill() -> Standstill:
 @_once
 def deadline() -> Deadline:
     """Return what ends orders that are not final in time."""
-    return Deadline(unfinished_orders(), saga().request_cancel, after=SETTINGS.order_deadline, now=now)
+    return Deadline(
+        unfinished_orders(),
+        saga().request_cancel,
+        saga().expire_offer,
+        after=SETTINGS.order_deadline,
+        now=now,
+    )
 
 
 def look_after_every() -> int:

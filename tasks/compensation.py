@@ -4,7 +4,7 @@
 
     cancel requested → cancel → cancelled            (stock is given back; a charge is owed, see `tasks.refunds`)
 
-The record decides once. A payment moves it from `held` to `paid`, a cancel from `held` or later to `cancelling`, each
+The record decides once. A payment moves it from `held` to `paid`, a cancel from wherever it is to `cancelling`, each
 by compare-and-set. A cancel that comes first leaves nothing to pay; one that comes later decides the refund in the same
 change. One that comes after the goods have left cancels nothing: it asks for a return (`tasks.shipping`).
 
@@ -28,7 +28,7 @@ from .text import shown
 
 #: The states of the ledger in which an order can be cancelled, or is.
 CANCELLABLE: Final = frozenset(
-    {"held", "paid", "confirmed", "declined", "released", "cancelling", "cancelled"}
+    {"offered", "held", "paid", "confirmed", "declined", "released", "cancelling", "cancelled"}
 )
 
 
@@ -144,5 +144,5 @@ class Compensation(Refunds):
             found = self._stock.cancel(order_id, self._now(), reason)
             if found.record.state == "cancelling":
                 raise RecordBehind(f"the record of order {order_id} cannot be read as it is now.")
-            if found.record.state not in ("held", "paid", "confirmed"):
+            if found.record.state not in ("offered", "held", "paid", "confirmed"):
                 return found

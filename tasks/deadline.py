@@ -1,7 +1,9 @@
-"""Ends orders that are not final in time: each is cancelled as if its customer had asked for it.
+"""Ends orders that are not final in time: each is cancelled as if its customer had asked for it. Ends offers, too, that
+were not accepted in time.
 
 The periodic actor `look_after_orders` comes through here. The request is noted in the ledger under the order, so asking
 again, in this process or in another, asks for the same. A crash between two orders leaves the rest for the next minute.
+So does an order that cannot end now, and it keeps no other from ending.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from collections.abc import Callable
 from typing import Final
 
 from .compensation import NotCancellable
+from .ledger import NewerRecord
+from .stock import RecordBehind
 from .unfinished import UnfinishedOrders
 
 #: How many orders one run ends.
@@ -25,6 +29,7 @@ class Deadline:
     Parameters:
       unfinished: The orders that are not final.
       request_cancel: Asks that an order is cancelled, given its id and who asks.
+      expire_offer: Ends an order whose offer was not accepted in time; False when there is nothing to end.
       after: Milliseconds after it was placed within which an order must be final.
       now: The time in milliseconds.
     """
@@ -33,28 +38,44 @@ class Deadline:
         self,
         unfinished: UnfinishedOrders,
         request_cancel: Callable[[str, str], object],
+        expire_offer: Callable[[str], bool],
         *,
         after: int,
         now: Callable[[], int],
     ) -> None:
         self._unfinished = unfinished
         self._request_cancel = request_cancel
+        self._expire_offer = expire_offer
         self._after = after
         self._now = now
 
     def run(self) -> list[str]:
         """Ask for the end of the orders that are too late; returns their ids."""
-        before = self._now() - self._after
-        late = [one.order_id for one in self._unfinished.all() if one.placed_at < before][:MAX_ENDED]
+        now, unfinished = self._now(), self._unfinished.all()
+        late = [one.order_id for one in unfinished if one.placed_at < now - self._after][:MAX_ENDED]
         for order_id in late:
-            try:
-                self._request_cancel(order_id, "deadline")
-            except NotCancellable as refusal:
-                logger.warning("%s", refusal, extra={"order_id": order_id})
-            else:
-                logger.warning(
-                    "Order %s is cancelled: it was not completed in time.",
-                    order_id,
-                    extra={"order_id": order_id},
-                )
+            self._end(order_id, self._cancel)
+        expired = [one.order_id for one in unfinished if 0 < one.offered_until <= now]
+        for order_id in [one for one in expired if one not in late][:MAX_ENDED]:
+            self._end(order_id, self._expire)
         return late
+
+    def _end(self, order_id: str, end: Callable[[str], None]) -> None:
+        try:
+            end(order_id)
+        except (NotCancellable, NewerRecord, RecordBehind) as refusal:
+            logger.warning("%s", refusal, extra={"order_id": order_id})
+
+    def _cancel(self, order_id: str) -> None:
+        self._request_cancel(order_id, "deadline")
+        logger.warning(
+            "Order %s is cancelled: it was not completed in time.", order_id, extra={"order_id": order_id}
+        )
+
+    def _expire(self, order_id: str) -> None:
+        if self._expire_offer(order_id):
+            logger.info(
+                "Order %s is cancelled: what was offered of it was not accepted in time.",
+                order_id,
+                extra={"order_id": order_id},
+            )

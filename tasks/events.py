@@ -23,6 +23,8 @@ from orders.v1.events_pb2 import (
     OrderCreated,
     OrderDeclined,
     OrderFailed,
+    OrderOfferAccepted,
+    OrderOffered,
     OrderPaid,
     OrderRefunded,
     OrderRefundRequested,
@@ -42,6 +44,8 @@ SUBJECTS: Final = "ORDER.>"
 #: The events by name; the subject of each is ORDER.{name}.
 TYPES: Final[dict[str, type[Message]]] = {
     "created": OrderCreated,
+    "offered": OrderOffered,
+    "offer_accepted": OrderOfferAccepted,
     "reserved": OrderReserved,
     "rejected": OrderRejected,
     "paid": OrderPaid,

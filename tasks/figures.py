@@ -25,6 +25,7 @@ from orders.v1.events_pb2 import (
     OrderConfirmed,
     OrderCreated,
     OrderFailed,
+    OrderOffered,
     OrderRefunded,
     OrderRejected,
 )
@@ -43,6 +44,7 @@ USED: Final = f"{_NAME}.position"
 #: The events that count.
 _COUNTED: Final = (
     OrderCreated,
+    OrderOffered,
     OrderConfirmed,
     OrderRejected,
     OrderFailed,
@@ -68,11 +70,12 @@ MAX_DAYS: Final = 400
 class Numbers:
     """What happened in an hour or a day: orders by what happened to them, money in minor units.
 
-    `placed`, `confirmed`, `rejected`, `failed` and `cancelled` are orders; `times` has how many of those confirmed took
-    how long.
+    `placed`, `offered`, `confirmed`, `rejected`, `failed` and `cancelled` are orders; `times` has how many of those
+    confirmed took how long, without the time that their customers took to accept an offer.
     """
 
     placed: int = 0
+    offered: int = 0
     confirmed: int = 0
     rejected: int = 0
     failed: int = 0
@@ -114,7 +117,7 @@ class Numbers:
         return cls(**{name: stored.get(name, 0) for name in _PLAIN}, times=times)
 
 
-_PLAIN: Final = ("placed", "confirmed", "rejected", "failed", "cancelled", "revenue", "refunded")
+_PLAIN: Final = ("placed", "offered", "confirmed", "rejected", "failed", "cancelled", "revenue", "refunded")
 
 
 def _class_of(milliseconds: int) -> int:
@@ -308,12 +311,14 @@ def _count(day: Day, happened: Happened, entry: HistoryEntry, order: Order) -> N
         case OrderConfirmed():
             hour.confirmed += 1
             hour.revenue += order.total
-            placed = _entry(order, "created")
-            if placed is not None:
-                hour.took(int((entry.at - placed.at).total_seconds() * 1000))
+            began = _entry(order, "offer_accepted") or _entry(order, "created")
+            if began is not None:
+                hour.took(int((entry.at - began.at).total_seconds() * 1000))
             for item in order.items:
                 pieces, amount = day.sold.get(item.sku, (0, 0))
                 day.sold[item.sku] = pieces + item.quantity, amount + item.quantity * (item.unit_price or 0)
+        case OrderOffered():
+            hour.offered += 1
         case OrderRejected():
             hour.rejected += 1
         case OrderCancelled():

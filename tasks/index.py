@@ -64,8 +64,7 @@ class Brief:
 
     @classmethod
     def of(cls, order: Order) -> Brief:
-        skus = frozenset(item.sku for item in order.items)
-        return cls(order.place, order.order_id, order.customer_id, order.status, skus)
+        return cls(order.place, order.order_id, order.customer_id, order.status, order.skus)
 
     @property
     def lists(self) -> list[str]:

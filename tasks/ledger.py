@@ -3,17 +3,19 @@
 ::
 
     (none) ─► held ─► paid ─► confirmed ─► shipped ─► returning ─► returned
-       │        ├───► declined ─► released
-       │        └─ (or from paid, confirmed) ─► cancelling ─┐
-       ├────► rejected                                      │
-       └────► cancelled ◄───────────────────────────────────┘
+       │   ▲    ├───► declined ─► released
+       │   │    └─ (or from offered, paid, confirmed) ─► cancelling ─┐
+       ├─► offered                                                   │
+       ├────► rejected                                               │
+       └────► cancelled ◄────────────────────────────────────────────┘
 
 The record, not the events, is what a step asks before it acts, because events may come twice, late, and in
 any order. Every change is a compare-and-set on the record, so each arrow is taken at most once, and an event
 can be published again at any time with what the record says.
 
 `rejected`, `released`, `cancelled` and `returned` are final; the first two are one status for the customer. A
-`confirmed` order rests until it is shipped or cancelled, a `shipped` one until it is returned.
+`confirmed` order rests until it is shipped or cancelled, a `shipped` one until it is returned, an `offered` one until
+its customer accepts it: the one change that makes it `accepted` makes it `held`.
 
 The refunds of an order are part of its record, each first as decided and then as made, and so are its chargebacks. The
 change that ends a paid order decides its refund as well. No decision makes refunds and chargebacks together larger than
@@ -30,6 +32,8 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Final
 
+from .model import OrderedItem
+
 _TEXTS: Final = (
     "customer_id",
     "total",
@@ -41,8 +45,12 @@ _TEXTS: Final = (
     "carrier",
     "tracking",
     "stock",
+    "expires_at",
+    "accepted_by",
 )
 _FORWARD: Final[dict[str, frozenset[str]]] = {
+    "offered": frozenset({"accepted", "cancelling"}),
+    "accepted": frozenset({"held"}),
     "held": frozenset({"paid", "declined", "cancelling"}),
     "paid": frozenset({"confirmed", "cancelling"}),
     "declined": frozenset({"released"}),
@@ -111,7 +119,8 @@ class Record:
     """The decisions about one order.
 
     Attributes:
-      lines: What is held, or was sold: one line per sku. Empty for an order that was rejected.
+      lines: What is offered or held, or was sold: one line per sku. Empty for an order that was rejected.
+      total: What the lines cost.
       at: When each state was entered, in milliseconds.
       charge_id: The gateway's charge, from `paid` on; also of an order that was charged while it was cancelled.
       code, reason: Why it was declined, rejected, cancelled or returned.
@@ -119,6 +128,9 @@ class Record:
       carrier, tracking: Who carries its goods, and under which number.
       stock: What becomes of the goods that came back, `BACK` or `WRITTEN_OFF`.
       chargebacks: What the customer's bank took back of the charge.
+      ordered: What was ordered, of an order that stock covers in part only.
+      expires_at: Until when what there is was offered, in milliseconds.
+      accepted_by: Who accepted it, `customer` or `operator`.
     """
 
     state: str
@@ -136,6 +148,15 @@ class Record:
     tracking: str = ""
     stock: str = ""
     chargebacks: tuple[Chargeback, ...] = ()
+    ordered: tuple[OrderedItem, ...] = ()
+    expires_at: int = 0
+    accepted_by: str = ""
+
+    @property
+    def taken(self) -> frozenset[str]:
+        """The products of which it has pieces, or had, so that a note which says so stands for no others."""
+        is_open = "offered" in self.at or "held" in self.at
+        return frozenset(line.sku for line in self.lines) if is_open else frozenset()
 
     @property
     def charged_back(self) -> int:
@@ -219,6 +240,31 @@ class Record:
         """Return what is recorded instead of this reservation when it cannot be made."""
         return Record("rejected", {"rejected": self.at["held"]}, code=code, reason=reason)
 
+    def offered(self, pieces: Mapping[str, int], names: Mapping[str, str], expires_at: int) -> Record:
+        """Return what is recorded instead of this reservation when only some of it is there.
+
+        Parameters:
+          pieces: What there is of each sku; a sku of which there is nothing may be left out.
+          names: What the products were called when the order was placed, by sku.
+        """
+        there = tuple(replace(line, quantity=pieces[line.sku]) for line in self.lines if pieces.get(line.sku))
+        return replace(
+            self,
+            state="offered",
+            at={"offered": self.at["held"]},
+            lines=there,
+            total=sum(line.quantity * line.unit_price for line in there),
+            ordered=tuple(
+                OrderedItem(line.sku, line.quantity, line.unit_price, names.get(line.sku, ""))
+                for line in self.lines
+            ),
+            expires_at=expires_at,
+        )
+
+    def accepted(self, by: str, at: int) -> Record:
+        """Return the record of an offer that was accepted: what there is, is held."""
+        return self.forward("accepted", at, accepted_by=by).forward("held", at)
+
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON has it, so that an operator can read it with any NATS tool."""
         stored: dict[str, Any] = {"state": self.state, "at": dict(self.at)}
@@ -232,6 +278,8 @@ class Record:
             stored["refunds"] = [list(astuple(one))[: None if one.cut else -1] for one in self.refunds]
         if self.chargebacks:
             stored["chargebacks"] = [list(astuple(one)) for one in self.chargebacks]
+        if self.ordered:
+            stored["ordered"] = [list(astuple(one)) for one in self.ordered]
         return stored
 
     @classmethod
@@ -247,7 +295,9 @@ class Record:
             lines = tuple(PricedItem(*line) for line in stored.get("lines", ()))
             refunds = tuple(Refund(*one) for one in stored.get("refunds", ()))
             chargebacks = tuple(Chargeback(*one) for one in stored.get("chargebacks", ()))
-            return cls(**{**stored, "lines": lines, "refunds": refunds, "chargebacks": chargebacks})
+            ordered = tuple(OrderedItem(*one) for one in stored.get("ordered", ()))
+            read = {"lines": lines, "refunds": refunds, "chargebacks": chargebacks, "ordered": ordered}
+            return cls(**{**stored, **read})
         except TypeError as error:
             raise NewerRecord(f"an order's record has what this version does not know: {error}") from None
 

@@ -197,20 +197,25 @@ class Shelf:
         self._written: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
 
-    def take(self, order_id: str, quantity: int) -> Note | Short | Found:
+    def take(self, order_id: str, quantity: int, *, in_part: bool = False) -> Note | Short | Found:
         """Take pieces for an order.
 
+        Parameters:
+          in_part: Take what there is if that is less, and more than nothing.
+
         Returns:
-          The note that says so, Short, or the order's record: then it is decided, and nothing was taken.
+          The note that says so, Short, or the order's record: then it is decided, and nothing was taken. The note of
+          an earlier run may be of fewer pieces, whatever this one asks for.
         """
 
         def apply(level: Level, found: Found | None) -> Note | Short | Found:
             if found is not None:
                 return found
-            if level.pieces < quantity:
+            pieces = min(quantity, level.pieces) if in_part else quantity
+            if not 0 < pieces <= level.pieces:
                 return Short(level.pieces)
-            level.pieces -= quantity
-            note = level.notes[order_id] = Note(TAKEN, quantity, self._now())
+            level.pieces -= pieces
+            note = level.notes[order_id] = Note(TAKEN, pieces, self._now())
             return note
 
         note: Note | Short | Found = self._change(order_id, apply, TAKEN)
@@ -392,7 +397,7 @@ class Shelf:
             except NewerRecord:
                 return written  # a process of that version does it
             for order_id in left:
-                _sweep(level, order_id, records.get(order_id))
+                _sweep(level, order_id, records.get(order_id), self.key.removeprefix(PREFIX))
         return written
 
     # Reading
@@ -424,14 +429,14 @@ def _undo(level: Level, order_id: str) -> bool:
     return True
 
 
-def _sweep(level: Level, order_id: str, found: Found | None) -> None:
+def _sweep(level: Level, order_id: str, found: Found | None, sku: str) -> None:
     """Do with a note what its order's record says; a note whose record has yet to be written stays."""
     if found is None:
         return
     if level.notes[order_id].kind == GIVEN_BACK:
         if found.record.state not in GIVES_BACK:
             del level.notes[order_id]
-    elif "held" in found.record.at:
+    elif sku in found.record.taken:
         del level.notes[order_id]
     else:
         _undo(level, order_id)

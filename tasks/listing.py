@@ -129,10 +129,9 @@ class _State:
         now = time.monotonic()
         if order is None:
             return cls(0, order_id, "", "", frozenset(), None, 0, now)
-        skus = frozenset(item.sku for item in order.items)
         placed = next((entry.at for entry in order.history if entry.event == "created"), None)
         at = 0 if placed is None else round(placed.timestamp() * 1000)
-        return cls(order.place, order_id, order.status, order.customer_id, skus, order.reason, at, now)
+        return cls(order.place, order_id, order.status, order.customer_id, order.skus, order.reason, at, now)
 
     def is_good(self, now: float) -> bool:
         """Whether the order still has this status, or had it a moment ago."""

@@ -9,6 +9,7 @@ from datetime import datetime
 #: Every status that an order can have.
 STATUSES = (
     "accepted",
+    "offered",
     "reserved",
     "paid",
     "confirmed",
@@ -22,14 +23,14 @@ STATUSES = (
 
 #: The statuses from which an order does not move on by itself. A failed order moves on when its dead letter is
 #: replayed, or it is cancelled; a confirmed one when it is shipped, cancelled or refunded; a shipped one when it is
-#: returned or refunded.
+#: returned or refunded. (An offered one does: the offer expires.)
 FINAL_STATUSES = frozenset({"confirmed", "shipped", "rejected", "cancelled", "returned", "refunded"})
 
 #: The statuses that an order never leaves.
 OVER_STATUSES = frozenset({"rejected", "cancelled", "returned"})
 
 #: The statuses in which an order can be cancelled.
-CANCELLABLE_STATUSES = frozenset({"accepted", "reserved", "paid", "confirmed", "failed"})
+CANCELLABLE_STATUSES = frozenset({"accepted", "offered", "reserved", "paid", "confirmed", "failed"})
 
 #: The statuses that come with a reason.
 REASONED_STATUSES = frozenset({"rejected", "cancelled", "returned", "failed"})
@@ -79,6 +80,31 @@ class OrderedItem:
 
 
 @dataclass(frozen=True, slots=True)
+class OfferedItem:
+    """One item of an order that stock does not cover: of `ordered` pieces there are `quantity`, 0 or more.
+
+    `unit_price` in minor units.
+    """
+
+    sku: str
+    ordered: int
+    quantity: int
+    unit_price: int
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What there is of an order that stock does not cover: its items, what they cost together in minor units, and until
+    when they are held for the customer.
+    """
+
+    items: list[OfferedItem]
+    total: int
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class HistoryEntry:
     """One event of an order; `event` is its name in `tasks.events.TYPES`, such as created or confirmed.
 
@@ -99,6 +125,8 @@ class Order:
     `status` is one of `STATUSES`; `total` is in minor units;
     `reason` says in one sentence why it was rejected, cancelled or failed. `revision` grows with every change and
     is 0 while only the accepted event is known. `trace_id` is the hexadecimal id of the order's trace, when it has one.
+    `offer` is what there was of an order that stock did not cover, whatever became of that; once it is accepted,
+    `items` and `total` are what was offered.
     """
 
     order_id: str
@@ -111,6 +139,7 @@ class Order:
     reason: str | None = None
     revision: int = 0
     trace_id: str | None = None
+    offer: Offer | None = None
 
     @property
     def is_final(self) -> bool:
@@ -121,6 +150,22 @@ class Order:
     def can_be_cancelled(self) -> bool:
         """Whether a cancel would end it."""
         return self.status in CANCELLABLE_STATUSES and not self.is_being_cancelled
+
+    @property
+    def can_be_accepted(self) -> bool:
+        """Whether its customer has yet to say whether what there is will do."""
+        return self.status == "offered" and not self.is_being_cancelled
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether it is what there was of it: offered now, or accepted before."""
+        return self.offer is not None and (self.status == "offered" or self._has("offer_accepted"))
+
+    @property
+    def skus(self) -> frozenset[str]:
+        """The products that were ordered."""
+        offered = () if self.offer is None else self.offer.items
+        return frozenset(item.sku for item in (*self.items, *offered))
 
     @property
     def is_being_cancelled(self) -> bool:

@@ -1,9 +1,10 @@
-"""Looks after orders: `python -m tasks.operate stuck`, `redrive`, `cancel`, `refund`, `ship`, `return`.
+"""Looks after orders: `python -m tasks.operate stuck`, `redrive`, `cancel`, `accept`, `refund`, `ship`, `return`.
 
     stuck      list the orders that have not moved for longer than they should, and those that may owe a refund
     redrive    have the step that an order waits for done again: replay its dead letters, or publish its event again.
                (What nothing calls any more is called again by the service itself, see `tasks.standstill`.)
     cancel     end an order: its stock and what was charged are given back, its dead letters go
+    accept     accept for their customers what there is of orders that stock does not cover
     refund     give back what was charged, or a part of it
     ship       say that the goods of confirmed orders have left
     return     take back an order that was shipped: its goods are in stock again or written off, its charge goes back
@@ -43,6 +44,8 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     cancel = commands.add_parser("cancel", help="end orders, and give back what they took")
     cancel.add_argument("--reason", default="an operator cancelled the order", help="for people to read")
     cancel.add_argument("orders", nargs="+", metavar="ORDER")
+    accept = commands.add_parser("accept", help="accept for their customers what is offered of orders")
+    accept.add_argument("orders", nargs="+", metavar="ORDER")
     refund = commands.add_parser("refund", help="give back what was charged for an order, or a part of it")
     refund.add_argument("--amount", type=int, metavar="MINOR", help="in minor units (cents); all without it")
     refund.add_argument("--reason", default="an operator refunded it", help="for people to read")
@@ -105,6 +108,8 @@ def _act(operator: Operator, chosen: argparse.Namespace) -> tuple[Callable[[str]
     match chosen.command:
         case "cancel":
             return lambda order_id: operator.cancel(order_id, chosen.reason), {}
+        case "accept":
+            return operator.accept, {}
         case "refund":
             minor = str(chosen.amount or "all that is left")
             return (
@@ -129,7 +134,8 @@ def _recorded(orders: Iterable[str], audit: AuditLog, who: Who) -> Iterator[str]
 
 def _owed(found: Found | None) -> str:
     """Say what is to go back of an order that is not settled."""
-    if found is None or not found.record.charge_id:
+    is_open = found is not None and found.record.state in ("offered", "held")
+    if found is None or not (found.record.charge_id or is_open):
         return "cancelled: the gateway is asked whether it was charged"
     due = sum(refund.payable for refund in found.record.due)
     if not due:

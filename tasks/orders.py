@@ -34,6 +34,8 @@ from orders.v1.events_pb2 import (
     OrderDeclined,
     OrderFailed,
     OrderItem,
+    OrderOfferAccepted,
+    OrderOffered,
     OrderPaid,
     OrderRefunded,
     OrderRefundRequested,
@@ -48,7 +50,7 @@ from orders.v1.events_pb2 import (
 
 from . import money
 from .catalogue import CURRENCY
-from .events import Happened, key_of, order_id_of
+from .events import Happened, isoformat, key_of, order_id_of
 from .model import (
     FINAL_STATUSES,
     MAX_ID_LENGTH,
@@ -56,6 +58,8 @@ from .model import (
     MAX_QUANTITY,
     MAX_TEXT,
     HistoryEntry,
+    Offer,
+    OfferedItem,
     Order,
     OrderedItem,
 )
@@ -73,6 +77,17 @@ REMEMBERED: Final = 5_000
 
 #: The largest amount, in minor units; beyond it a floating point number is not exact.
 _MAX_AMOUNT: Final = 2**53
+
+#: The events that say how far an order is that is under way, the furthest first, and the status that each stands for.
+_UNDER_WAY: Final = (
+    ("paid", "paid"),
+    ("reserved", "reserved"),
+    ("offer_accepted", "reserved"),
+    ("offered", "offered"),
+)
+
+#: The events of which an order has one when its offer was accepted.
+_ACCEPTED: Final = frozenset({"offer_accepted", "reserved", "paid", "declined", "confirmed", "shipped"})
 
 logger = logging.getLogger(__name__)
 
@@ -228,6 +243,8 @@ def with_event(stored: Stored | None, happened: Happened) -> Stored:
             merged.update(_ordered(event))
     elif isinstance(event, OrderReserved):
         merged.update(_ordered(event))
+    elif isinstance(event, OrderOffered):
+        merged["offer"] = _offered(event)
     return merged
 
 
@@ -249,6 +266,15 @@ def _ordered(event: OrderCreated | OrderReserved) -> Stored:
     }
 
 
+def _offered(event: OrderOffered) -> Stored:
+    """Return what there is of what was ordered."""
+    items = [
+        [shown(item.sku, MAX_ID_LENGTH), item.ordered, item.quantity, item.unit_price_minor]
+        for item in event.items[:MAX_ITEMS]
+    ]
+    return {"items": items, "total": event.total_minor, "expires_at": event.expires_at.ToMilliseconds()}
+
+
 def _unit_price(item: OrderItem) -> int | None:
     # The ledger says the prices of every order that keeps the rules.
     return item.unit_price_minor if 0 < item.unit_price_minor < _MAX_AMOUNT else None
@@ -267,6 +293,14 @@ def _detail(event: Message) -> dict[str, str]:
                 "code": code.removeprefix("REJECTION_CODE_").lower(),
                 "reason": shown(event.reason, MAX_TEXT),
             }
+        case OrderOffered():
+            expires_at = isoformat(event.expires_at.ToMilliseconds())
+            return {**_money(event.total_minor, event.currency), "expires_at": expires_at}
+        case OrderOfferAccepted():
+            return {
+                "by": shown(event.by, MAX_ID_LENGTH),
+                **_money(event.total_minor, event.currency),
+            }
         case OrderPaid() | OrderConfirmed():
             return {"charge_id": shown(event.charge_id, MAX_TEXT)}
         case OrderDeclined():
@@ -280,7 +314,7 @@ def _detail(event: Message) -> dict[str, str]:
         case OrderChargedBack():
             return {
                 "chargeback_id": shown(event.chargeback_id, MAX_ID_LENGTH),
-                **_money(event),
+                **_money(event.amount_minor, event.currency),
                 "reason": shown(event.reason, MAX_TEXT),
             }
         case OrderCancelled():
@@ -302,12 +336,15 @@ def _detail(event: Message) -> dict[str, str]:
 
 
 def _refund(event: OrderRefundRequested | OrderRefunded) -> dict[str, str]:
-    return {"refund": shown(event.refund, MAX_ID_LENGTH), **_money(event)}
+    return {
+        "refund": shown(event.refund, MAX_ID_LENGTH),
+        **_money(event.amount_minor, event.currency),
+    }
 
 
-def _money(event: OrderRefundRequested | OrderRefunded | OrderChargedBack) -> dict[str, str]:
+def _money(minor: int, currency: str) -> dict[str, str]:
     # Details are text.
-    return {"amount_minor": str(event.amount_minor), "currency": shown(event.currency, MAX_ID_LENGTH)}
+    return {"amount_minor": str(minor), "currency": shown(currency, MAX_ID_LENGTH)}
 
 
 def stored_in(entry: Entry) -> Stored | None:
@@ -360,20 +397,28 @@ def status_of(events: Mapping[str, Mapping[str, Any]], total: int) -> str:
             return settled
     if _open_failures(events):
         return "failed"
-    for event, status in (("paid", "paid"), ("reserved", "reserved")):
-        if event in events:
-            return status
-    return "accepted"
+    return next((status for event, status in _UNDER_WAY if event in events), "accepted")
+
+
+def _contents(stored: Stored) -> tuple[list[list[Any]], Any]:
+    """Return the items of an order and what they cost: what was ordered, or what was accepted of it."""
+    offer = stored.get("offer")
+    if offer is None or _ACCEPTED.isdisjoint(stored["events"]):
+        return stored.get("items", []), stored.get("total", 0)
+    there = [[sku, quantity, price] for sku, _, quantity, price in offer["items"] if quantity]
+    return there, offer["total"]
 
 
 def _end_of(stored: Stored) -> tuple[str, float] | None:
     """Return the status of a record that is final, and how many seconds its order took; None before that is known."""
     events = stored["events"]
-    status = status_of(events, stored.get("total", 0))
+    status = status_of(events, _contents(stored)[1])
     if status not in FINAL_STATUSES or "created" not in events:
         return None
     ended = max(fact["at"] for key, fact in events.items() if key.partition(".")[0] == status)
-    return status, max(0, ended - events["created"]["at"]) / 1000
+    # For as long as its customer took to accept an offer, nothing was done for it.
+    began = events.get("offer_accepted", events["created"])
+    return status, max(0, ended - began["at"]) / 1000
 
 
 def _open_failures(events: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -392,7 +437,8 @@ def order_of(order_id: str, stored: Stored, revision: int) -> Order:
       Exception: One of those that Python raises for a value of the wrong kind, when it describes none.
     """
     events: dict[str, dict[str, Any]] = stored["events"]
-    total, currency = _whole(stored.get("total", 0)), stored.get("currency", CURRENCY)
+    items, total = _contents(stored)
+    total, currency = _whole(total), stored.get("currency", CURRENCY)
     status = status_of(events, total)
     reason = None
     if status in ("rejected", "cancelled", "returned"):
@@ -400,7 +446,6 @@ def order_of(order_id: str, stored: Stored, revision: int) -> Order:
     elif status == "failed":
         reason = "; ".join(str(fact["reason"]) for fact in _open_failures(events))
     money.to_float(total, currency)  # of a currency that exists
-    items = stored.get("items", [])
     if len(items) > MAX_ITEMS:
         raise ValueError(f"{len(items)} items")
     trace_id = stored.get("trace_id")
@@ -432,6 +477,22 @@ def order_of(order_id: str, stored: Stored, revision: int) -> Order:
         reason=reason,
         revision=revision,
         trace_id=None if trace_id is None else _text(trace_id),
+        offer=_offer(stored["offer"], names) if "offer" in stored else None,
+    )
+
+
+def _offer(stored: Stored, names: Mapping[str, str]) -> Offer:
+    if len(stored["items"]) > MAX_ITEMS:
+        raise ValueError(f"{len(stored['items'])} items")
+    return Offer(
+        [
+            OfferedItem(
+                *(_text(sku), _whole(ordered), _whole(quantity), _whole(price)), _text(names.get(sku, ""))
+            )
+            for sku, ordered, quantity, price in stored["items"]
+        ],
+        _whole(stored["total"]),
+        datetime.fromtimestamp(_whole(stored["expires_at"]) / 1000, UTC),
     )
 
 

@@ -2,13 +2,13 @@
 
 ::
 
-    created  → reserve → reserved | rejected           (after the claim on its id)
+    created  → reserve → reserved | rejected | offered (after the claim on its id)
     reserved → pay     → paid     | declined
     paid     → confirm → confirmed
     declined → release → rejected
 
 What takes an order back is in `tasks.compensation`, what sends and returns goods in `tasks.shipping`, what moves money
-back in `tasks.refunds`.
+back in `tasks.refunds`, what becomes of an order that stock covers in part in `tasks.offers`.
 
 Each step follows one order of things: read the record (`tasks.ledger`), do the effect, record it, publish the
 next event. A crash between any two of them is mended by doing the step again, because the effect is
@@ -38,11 +38,12 @@ from .events import UnusableEvent, name_of, order_id_of
 from .ledger import Record
 from .model import MAX_TEXT
 from .notes import GivenUp
+from .offers import NotOffered, Offers, offer_of
 from .ports import Charge, Gateway, History, Publisher
 from .pricing import claimed, first_record
 from .products import Catalogue
 from .refunds import NotChargedBack, NotRefundable
-from .shipping import NotReturnable, NotShippable, Shipping
+from .shipping import NotReturnable, NotShippable
 from .stock import Found, Stock
 from .text import shown
 from .tokens import TokenMissing, Tokens, is_reference
@@ -52,6 +53,7 @@ __all__ = [
     "STEPS",
     "NotCancellable",
     "NotChargedBack",
+    "NotOffered",
     "NotRefundable",
     "NotReturnable",
     "NotShippable",
@@ -61,6 +63,7 @@ __all__ = [
 #: The step that each actor does.
 STEPS: Final = {
     "reserve_stock": "reserve",
+    "accept_offer": "accept",
     "capture_payment": "pay",
     "confirm_order": "confirm",
     "release_stock": "release",
@@ -75,7 +78,8 @@ STEPS: Final = {
 
 #: The steps, and for each the events that it may publish when it has done its work.
 OUTCOMES: Final[dict[str, frozenset[str]]] = {
-    "reserve": frozenset({"reserved", "rejected"}),
+    "reserve": frozenset({"reserved", "rejected", "offered"}),
+    "accept": frozenset({"reserved"}),
     "pay": frozenset({"paid", "declined"}),
     "confirm": frozenset({"confirmed"}),
     "release": frozenset({"rejected"}),
@@ -87,7 +91,7 @@ OUTCOMES: Final[dict[str, frozenset[str]]] = {
 }
 
 
-class Saga(Shipping):
+class Saga(Offers):
     """The steps, on the stores and the gateway that they work with; those after `confirmed` are inherited.
 
     Parameters:
@@ -98,6 +102,8 @@ class Saga(Shipping):
       history: Knows which events are in the stream.
       catalogue: The products and their prices.
       now: The time in milliseconds.
+      offered_for: For how many milliseconds what there is of an order that stock does not cover is offered; None
+        rejects the order.
     """
 
     def __init__(
@@ -109,12 +115,16 @@ class Saga(Shipping):
         history: History,
         catalogue: Catalogue,
         now: Callable[[], int],
+        *,
+        offered_for: int | None = None,
     ) -> None:
         super().__init__(stock, gateway, tokens, publish, history, now)
         self._catalogue = catalogue
+        self._offered_for = offered_for
 
     def reserve(self, event: OrderCreated, stored_at: int | None = None) -> str:
-        """Hold the order's items in stock, or reject the order; returns the state in which that leaves it.
+        """Hold the order's items in stock, offer what there is of them, or reject the order; returns the state in which
+        that leaves it.
 
         Parameters:
           stored_at: When the event was stored, in milliseconds, None for now; an order that is not claimed costs what
@@ -130,10 +140,14 @@ class Saga(Shipping):
         wanted = first_record(claim, event, self._now())
         if wanted.payment_token:
             wanted = self._with_token(order_id, wanted, event.payment_token)
-        found = self._stock.open(order_id, wanted)
+        offer = None if self._offered_for is None else offer_of(wanted, claim, self._offered_for)
+        found = self._stock.open(order_id, wanted, offer)
+        if "offered" in found.record.at:
+            # It may have been accepted, or cancelled, before it was published.
+            self._announce(order_id, found, "offered")
         if found.record.state in ("held", "rejected"):
             self._announce(order_id, found)
-        if found.record.state != "held" and event.payment_token:
+        if found.record.state not in ("offered", "held") and event.payment_token:
             self._tokens.drop(order_id)
         return found.record.state
 
@@ -141,6 +155,8 @@ class Saga(Shipping):
         """Capture the payment of an order whose items are held; returns the state in which that leaves it."""
         order_id = order_id_of(event)
         found = self._recorded(order_id, event, "held")
+        if found.record.state == "offered":
+            self._expect(found, event, "held")
         if found.record.state == "held":
             found = self._capture(order_id, found)
         for state in ("paid", "declined"):
@@ -168,11 +184,14 @@ class Saga(Shipping):
             return self._captured_elsewhere(order_id)
         outcome = self._gateway.charge(order_id, record.total, record.currency, token)
         if isinstance(outcome, Charge):
-            decided = record.forward("paid", self._now(), charge_id=outcome.charge_id)
+            state, facts = "paid", {"charge_id": outcome.charge_id}
         else:
             code, reason = shown(outcome.code, MAX_TEXT), shown(outcome.reason, MAX_TEXT)
-            decided = record.forward("declined", self._now(), code=code, reason=reason)
-        found = self._stock.forward(order_id, held, decided)
+            state, facts = "declined", {"code": code, "reason": reason}
+        found = held
+        while found.record.state == "held":
+            # What settles an order may change the record and leave its state.
+            found = self._stock.forward(order_id, found, found.record.forward(state, self._now(), **facts))
         if isinstance(outcome, Charge) and "paid" not in found.record.at:
             # Cancelled meanwhile: what was captured goes back.
             self._stock.notes.unsettle(order_id, self._now(), 0)
@@ -221,9 +240,9 @@ class Saga(Shipping):
         # order that was cancelled meanwhile is not charged.
         found = None if state == "held" else self._stock.recall(order_id)
         if found is None or found.record.state != state:
+            earlier = ("offered",) if state == "held" else ("offered", "held")
             found = self._stock.find_newer(
-                order_id,
-                lambda now: now is not None and (now.record.state != "held" or state == "held"),
+                order_id, lambda now: now is not None and now.record.state not in earlier
             )
         if found is None:
             raise UnusableEvent(

@@ -34,6 +34,7 @@ from .model import (
     IdempotencyInProgress,
     InvalidCursor,
     InvalidOrder,
+    Offer,
     Order,
     OrderedItem,
     OrderIdTaken,
@@ -45,6 +46,7 @@ from .model import (
     Wanted,
 )
 from .numbers import whole_number
+from .offers import NotOffered
 from .refunds import NotChargedBack, NotRefundable
 from .shipping import NotReturnable, NotShippable
 
@@ -66,9 +68,11 @@ __all__ = [
     "InvalidOrder",
     "NotCancellable",
     "NotChargedBack",
+    "NotOffered",
     "NotRefundable",
     "NotReturnable",
     "NotShippable",
+    "Offer",
     "Order",
     "OrderIdTaken",
     "OrderRequest",
@@ -78,6 +82,7 @@ __all__ = [
     "Refusal",
     "RequestedItem",
     "Wanted",
+    "accept_offer",
     "accept_order",
     "cancel_order",
     "charge_back",
@@ -190,6 +195,18 @@ def cancel_order(order_id: str, by: str, name: str, reason: str = "") -> None:
       NotCancellable: When there is no such order, or it is over.
     """
     app.project_at(app.saga().request_cancel(order_id, by, reason, name))
+
+
+def accept_offer(order_id: str, by: str) -> None:
+    """Accept what there is of an order that stock does not cover; the order shows it when this returns.
+
+    Parameters:
+      by: `customer` or `operator`.
+
+    Raises:
+      NotOffered: When nothing is offered of the order, or not any more.
+    """
+    app.project_at(app.saga().accept_offer(order_id, by))
 
 
 def refund_order(order_id: str, key: str, amount: int | None, reason: str) -> None:

@@ -75,6 +75,9 @@ class Settings:
       retry_min_backoff, retry_max_backoff: RETRY_MIN_BACKOFF and RETRY_MAX_BACKOFF, the wait before a retry:
         it doubles from the one to the other, and up to half of it is random.
       order_deadline: ORDER_DEADLINE, how long after it was placed an order must be final, or it is cancelled.
+      short_stock: SHORT_STOCK, what becomes of an order that stock does not cover: `reject` it, or `offer` its customer
+        what there is.
+      offer_deadline: OFFER_DEADLINE, how long its customer may accept that; then the order is cancelled.
       retention_days: RETENTION_DAYS, after which orders leave the stream and the buckets for the archive; 0 keeps them.
       archive_dir: ARCHIVE_DIR, the directory of the archive.
       stuck_after: STUCK_AFTER, how long an order may stand still before it is reported and its step is called again.
@@ -126,6 +129,8 @@ class Settings:
     retry_min_backoff: int = 500
     retry_max_backoff: int = 60_000
     order_deadline: int = 7 * 86_400_000
+    short_stock: str = "reject"
+    offer_deadline: int = 86_400_000
     retention_days: int = 0
     archive_dir: str | None = None
     stuck_after: int = 900_000
@@ -189,6 +194,8 @@ class Settings:
                 "RETRY_MAX_BACKOFF", max(cls.retry_max_backoff, min_backoff), min_backoff, 7 * 86_400_000
             ),
             order_deadline=read.whole("ORDER_DEADLINE", cls.order_deadline, 1_000, 365 * 86_400_000),
+            short_stock=read.choice("SHORT_STOCK", cls.short_stock, ("reject", "offer")),
+            offer_deadline=read.whole("OFFER_DEADLINE", cls.offer_deadline, 1_000, 365 * 86_400_000),
             retention_days=read.whole("RETENTION_DAYS", cls.retention_days, 0, 36_500),
             archive_dir=read.text("ARCHIVE_DIR"),
             stuck_after=read.whole("STUCK_AFTER", cls.stuck_after, 1_000, 7 * 86_400_000),
@@ -199,6 +206,11 @@ class Settings:
         if chosen.retention_days and chosen.archive_dir is None:
             raise InvalidSetting("RETENTION_DAYS needs ARCHIVE_DIR, the directory to which orders go.")
         return chosen
+
+    @property
+    def offered_for(self) -> int | None:
+        """For how many milliseconds what there is of an order is offered; None where such an order is rejected."""
+        return self.offer_deadline if self.short_stock == "offer" else None
 
     @property
     def listens_on_loopback(self) -> bool:

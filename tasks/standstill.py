@@ -4,7 +4,7 @@ The periodic actor `look_after_orders` comes through here once a minute, and `py
 same of all orders. An order may stand still for a reason: its step was given up and waits for an operator, the payment
 gateway is away, or others wait before it in the queue. Such an order is reported and left alone. An order without such
 a reason has lost its event or its message, because an operator purged a queue or a dead letter expired; its event is
-published again.
+published again. An order that is offered waits for its customer, and is none of these.
 
 An order is called again once in STUCK_AFTER: a key with that time to live notes it, before the event is published.
 A crash between the two costs the order one more STUCK_AFTER.
@@ -82,7 +82,7 @@ class Standstill:
     def standing(self) -> list[Standing]:
         """Return the orders that have not moved for too long, longest first."""
         before = self._now() - self._after
-        late = [one for one in self._unfinished.all() if one.moved_at < before]
+        late = [one for one in self._unfinished.all() if one.moved_at < before and not one.offered_until]
         reasons = {queue: self._reason(queue) for queue in {_queue_of(one) for one in late}}
         return [Standing(one, FAILED if one.status == "failed" else reasons[_queue_of(one)]) for one in late]
 

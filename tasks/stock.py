@@ -8,6 +8,7 @@ The record decides. An order takes from its products one after the other, by the
 
     take from every product → create the record as held     → drop the notes
     take … one runs short   → create the record as rejected → give back what was taken, note by note
+    take what there is      → create the record as offered  → drop the notes   (where offers are made)
 
 The record is created once, so of several runs of a step, and of a cancel, one wins, and the others do what its
 record says. A process that is killed in between leaves notes: the next run of the step finds them, takes the rest, and
@@ -35,7 +36,19 @@ from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 
 from .claims import Claims
 from .ledger import PricedItem, Record
-from .levels import GIVEN_BACK, GIVES_BACK, PREFIX, TAKEN, Adjustment, Found, Level, Shelf, Short, StockBusy
+from .levels import (
+    GIVEN_BACK,
+    GIVES_BACK,
+    PREFIX,
+    TAKEN,
+    Adjustment,
+    Found,
+    Level,
+    Note,
+    Shelf,
+    Short,
+    StockBusy,
+)
 from .notes import Notes
 from .ports import Bucket, Entry
 from .takeover import take_over
@@ -138,34 +151,47 @@ class Stock:
 
     # Changing
 
-    def open(self, order_id: str, wanted: Record) -> Found:
+    def open(
+        self, order_id: str, wanted: Record, offer: Callable[[Mapping[str, int]], Record] | None = None
+    ) -> Found:
         """Store the first record of an order and take what it holds; returns what is recorded then.
 
-        That is the record of before when the order has one already, and a rejection when stock is short.
+        That is the record of before when the order has one already; when stock is short an offer, or a rejection.
+
+        Parameters:
+          offer: Makes the record that offers the pieces which there are, by sku; without it nothing is offered.
         """
         self._take_over()
-        decided, taken = wanted, []
+        shortage = ""
+        taken: dict[str, int] = {}
         for line in _in_order(wanted.lines):
-            match self._shelf(line.sku).take(order_id, line.quantity):
+            match self._shelf(line.sku).take(order_id, line.quantity, in_part=offer is not None):
                 case Found() as found:
                     return self._opened(order_id, wanted.lines, found)
-                case Short(available):
-                    decided = wanted.rejected(
-                        "OUT_OF_STOCK", f"{line.quantity} × {line.sku} ordered, {available} in stock"
-                    )
+                case Short(there):
+                    pass
+                case Note(quantity=there):
+                    # A run that makes offers may have taken less.
+                    taken[line.sku] = there
+            if there < line.quantity:
+                shortage = shortage or f"{line.quantity} × {line.sku} ordered, {there} in stock"
+                if offer is None:
                     break
-            taken.append(line)
+        decided = wanted
+        if shortage:
+            rejected = wanted.rejected("OUT_OF_STOCK", shortage)
+            decided = rejected if offer is None or not taken else offer(taken)
         found = self._create(order_id, decided)
         # Another run may have taken more, before it left its record or was killed.
-        return self._opened(order_id, taken if found.fresh else wanted.lines, found)
+        lines = [line for line in wanted.lines if line.sku in taken] if found.fresh else wanted.lines
+        return self._opened(order_id, lines, found)
 
     def _opened(self, order_id: str, lines: Iterable[PricedItem], found: Found) -> Found:
         """Do with the notes of an order what its record says."""
-        if "held" in found.record.at:
-            for line in lines:
-                self._shelf(line.sku).written(order_id, TAKEN)
-        else:
-            self._undo(order_id, lines)
+        taken = found.record.taken
+        for sku in taken:
+            self._shelf(sku).written(order_id, TAKEN)
+        self._undo(order_id, [line for line in lines if line.sku not in taken])
         return found
 
     def _undo(self, order_id: str, lines: Iterable[PricedItem]) -> None:
@@ -225,9 +251,10 @@ class Stock:
           RecordBehind: When the record says nothing of the payment that was declined.
         """
         found = self.find_newer(
-            order_id, lambda now: now is not None and now.record.state not in ("held", "cancelling")
+            order_id,
+            lambda now: now is not None and now.record.state not in ("offered", "held", "cancelling"),
         )
-        if found is None or found.record.state == "held":
+        if found is None or found.record.state in ("offered", "held"):
             raise RecordBehind(f"the record of order {order_id} cannot be read as it is now.")
         return self._give_back(order_id, found, at) if found.record.state == "declined" else found
 
@@ -244,10 +271,10 @@ class Stock:
         found = self.find(order_id)
         if found is None:
             found = self._create(order_id, Record("cancelled", {"cancelled": at}, reason=reason))
-        if "held" not in found.record.at:
+        if not found.record.taken:
             claim = self.claims.find(order_id)
             self._undo(order_id, () if claim is None else claim.lines)
-        if found.record.state == "held":
+        if found.record.state in ("offered", "held"):
             # A faster process may have moved it on, and from there it does not come back.
             found = self.forward(order_id, found, found.record.forward("cancelling", at, reason=reason))
         return self._give_back(order_id, found, at) if found.record.state == "cancelling" else found

@@ -80,7 +80,9 @@ class Operator:
         found: dict[str, Stuck] = {}
         for entry in self._orders_bucket.items():
             order = self._orders.read(entry)
-            if order is not None and not order.is_final and _moved_at(order) < before:
+            if order is None or order.is_final or order.status == "offered":
+                continue  # one that is offered waits for its customer
+            if _moved_at(order) < before:
                 found[entry.key] = Stuck(entry.key, order.status, _moved_at(order))
         for entry in self._stock_bucket.items("order."):
             record = Record.decode(entry.value)
@@ -140,6 +142,15 @@ class Operator:
         """
         self._saga.request_refund(order_id, key, amount, reason)
         return "refund requested"
+
+    def accept(self, order_id: str) -> str:
+        """Accept for its customer what there is of an order; returns what was done.
+
+        Raises:
+          NotOffered: When nothing is offered of the order, or not any more.
+        """
+        self._saga.accept_offer(order_id, "operator")
+        return "accepted"
 
     def ship(self, order_id: str, carrier: str, tracking: str) -> str:
         """Record that an order was shipped; returns what was done.

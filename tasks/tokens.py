@@ -28,7 +28,8 @@ from .ports import Bucket
 
 BUCKET: Final = "tokens"
 
-#: For how long beyond PAYMENT_PATIENCE a token is kept whose payment was never decided, in milliseconds.
+#: For how long a token is kept whose payment was never decided, in milliseconds: beyond PAYMENT_PATIENCE and, where
+#: offers are made, OFFER_DEADLINE.
 KEPT_MS: Final = 7 * 86_400_000
 
 _REFERENCE = re.compile(r"sealed_[0-9a-f]{40}", re.ASCII)

@@ -29,13 +29,17 @@ MAX_ORDERS: Final = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """An order that is not final; times in milliseconds. `revision` is that of its record."""
+    """An order that is not final; times in milliseconds. `revision` is that of its record.
+
+    `offered_until` is when its offer ends, 0 for one that does not wait for its customer.
+    """
 
     order_id: str
     status: str
     placed_at: int
     moved_at: int
     revision: int
+    offered_until: int = 0
 
 
 class UnfinishedOrders:
@@ -98,4 +102,6 @@ class UnfinishedOrders:
 
 def _unfinished(order: Order) -> Unfinished:
     times = [int(entry.at.timestamp() * 1000) for entry in order.history] or [0]
-    return Unfinished(order.order_id, order.status, min(times), max(times), order.revision)
+    offer = order.offer if order.status == "offered" else None
+    until = 0 if offer is None else int(offer.expires_at.timestamp() * 1000)
+    return Unfinished(order.order_id, order.status, min(times), max(times), order.revision, until)

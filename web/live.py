@@ -43,8 +43,8 @@ class Streams:
 
 
 def rests(order: Order) -> bool:
-    """Tell whether the order stays as it is unless an operator acts; then it need not be watched closely."""
-    return order.is_final or order.status == "failed"
+    """Tell whether the order stays as it is unless a person acts; then it need not be watched closely."""
+    return order.is_final or order.status == "failed" or order.can_be_accepted
 
 
 def follow(

@@ -21,8 +21,8 @@ from tasks import app, service
 
 _gauges = Gauges(app.broker, connect=True)
 
-#: The statuses from which orders still move, or wait for an operator.
-STATUSES = ("accepted", "reserved", "paid", "failed")
+#: The statuses from which orders still move, or wait for their customer or an operator.
+STATUSES = ("accepted", "offered", "reserved", "paid", "failed")
 
 
 class _Orders(Collector):
@@ -38,7 +38,8 @@ class _Orders(Collector):
             return
         now = app.now()
         counts = Counter(one.status for one in unfinished)
-        stuck = Counter(one.status for one in unfinished if one.moved_at < now - app.SETTINGS.stuck_after)
+        late = (one for one in unfinished if one.moved_at < now - app.SETTINGS.stuck_after)
+        stuck = Counter(one.status for one in late if not one.offered_until)
         oldest: dict[str, int] = {}
         for one in unfinished:
             oldest[one.status] = min(oldest.get(one.status, now), one.placed_at)

@@ -48,6 +48,7 @@ def document(*, is_open: bool = False) -> dict[str, Any]:
             "/api/orders.csv": {"get": _export_orders("Csv", "text/csv")},
             "/api/orders/{order_id}": {"get": _show_order()},
             "/api/orders/{order_id}/cancel": {"post": _cancel_order()},
+            "/api/orders/{order_id}/accept": {"post": _accept_offer()},
             "/api/orders/{order_id}/refunds": {"post": _refund_order()},
             "/api/orders/{order_id}/shipments": {"post": _ship_order()},
             "/api/orders/{order_id}/returns": {"post": _return_order()},
@@ -267,6 +268,21 @@ def _cancel_order() -> dict[str, Any]:
         "parameters": [_ORDER_ID],
         "requestBody": _optional({"reason": _REASON}, {"reason": "ordered by mistake"}),
         "responses": {**_order_accepted(), **_problems(400, 401, 403, 404, 409, 429, 503)},
+    }
+
+
+def _accept_offer() -> dict[str, Any]:
+    return {
+        "operationId": "acceptOffer",
+        "summary": "Accept what is in stock of an order",
+        "description": (
+            "Of an order that is offered: stock does not cover it, and what there is, is held for it until its offer "
+            "expires. That is the order from now on, and what it costs is charged. Asking again changes nothing. "
+            "Cancel the order to decline."
+        ),
+        "tags": ["orders"],
+        "parameters": [_ORDER_ID],
+        "responses": {**_order_accepted(), **_problems(401, 403, 404, 409, 429, 503)},
     }
 
 
@@ -697,6 +713,33 @@ _SCHEMAS: dict[str, Any] = {
             "total_amount": _AMOUNT,
             "total_minor": _MINOR,
             "currency": _CURRENCY,
+            "offer": {
+                "type": "object",
+                "description": (
+                    "What there was of an order that stock did not cover. Once it is accepted, items and total are "
+                    "what was offered."
+                ),
+                "required": ["items", "total_amount", "total_minor", "expires_at"],
+                "properties": {
+                    "items": {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "required": ["sku", "ordered", "quantity", "unit_price"],
+                            "properties": {
+                                "sku": {"type": "string"},
+                                "name": {"type": "string"},
+                                "ordered": {"type": "integer", "description": "How many were ordered."},
+                                "quantity": {"type": "integer", "description": "How many there are."},
+                                "unit_price": _AMOUNT,
+                            },
+                        },
+                    },
+                    "total_amount": _AMOUNT,
+                    "total_minor": _MINOR,
+                    "expires_at": {**_TIME, "description": "Until when it can be accepted."},
+                },
+            },
             "reason": {
                 "type": "string",
                 "description": "Why it was rejected, cancelled, returned or failed.",

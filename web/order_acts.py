@@ -1,4 +1,4 @@
-"""Cancels, refunds, ships and returns orders: the API and the buttons on an order's page.
+"""Cancels, refunds, ships and returns orders, and accepts offers: the API and the buttons on an order's page.
 
 Each is recorded or requested, and the order shows it, before the answer; a worker carries out the rest.
 """
@@ -26,6 +26,7 @@ blueprint = Blueprint("order_acts", __name__)
 
 _SLUGS: Final[dict[type[service.Refusal], str]] = {
     service.NotCancellable: "not-cancellable",
+    service.NotOffered: "not-offered",
     service.NotRefundable: "not-refundable",
     service.NotShippable: "not-shippable",
     service.NotReturnable: "not-returnable",
@@ -39,6 +40,15 @@ def cancel_order(order_id: str) -> Response:
     """Request that an order is cancelled, then answer 202."""
     find_order(order_id)
     _cancel(order_id, _text(_body(), "reason", MAX_TEXT))
+    return _accepted(order_id)
+
+
+@blueprint.post("/api/orders/<path:order_id>/accept")
+@needs("order")
+def accept_offer(order_id: str) -> Response:
+    """Accept what there is of an order that stock does not cover, then answer 202."""
+    find_order(order_id)
+    _accept(order_id)
     return _accepted(order_id)
 
 
@@ -91,6 +101,15 @@ def cancel_by_page(order_id: str) -> Response:
     return _to_page(order_id)
 
 
+@blueprint.post("/orders/<path:order_id>/accept")
+@needs("order")
+def accept_by_page(order_id: str) -> Response:
+    """Take the button of an order's page."""
+    find_order(order_id)
+    _accept(order_id)
+    return _to_page(order_id)
+
+
 @blueprint.post("/orders/<path:order_id>/refund")
 @needs("operate")
 def refund_by_page(order_id: str) -> Response:
@@ -130,9 +149,16 @@ def return_by_page(order_id: str) -> Response:
 
 
 def _cancel(order_id: str, reason: str) -> None:
+    _do("order.cancel", order_id, lambda: service.cancel_order(order_id, _by(), caller().name, reason))
+
+
+def _accept(order_id: str) -> None:
+    _do("order.accept", order_id, lambda: service.accept_offer(order_id, _by()))
+
+
+def _by() -> str:
     who = caller()
-    by = "customer" if who.customer_id is not None or not who.may("operate") else "operator"
-    _do("order.cancel", order_id, lambda: service.cancel_order(order_id, by, who.name, reason))
+    return "customer" if who.customer_id is not None or not who.may("operate") else "operator"
 
 
 def _refund(order_id: str, key: str, amount: int | None, reason: str) -> None:

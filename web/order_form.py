@@ -145,7 +145,7 @@ def place_order() -> Response:
             control, text = _for_people(flaw, items)
             form.errors.setdefault(control, text)
     # One who sends an order again is shown that order, although it took the last pieces.
-    if (wrong := _short(form, products) | _repriced(form, products)) and not service.was_placed(
+    if (wrong := _missing(form, products) | _repriced(form, products)) and not service.was_placed(
         idempotency_key(key)
     ):
         form.errors |= {control: text for control, text in wrong.items() if control not in form.errors}
@@ -229,6 +229,13 @@ def _is_wanted(form: Form, product: Product) -> bool:
     return form.category in ("", product.category) and all(
         word in name for word in form.search.casefold().split()
     )
+
+
+def _missing(form: Form, products: list[Product]) -> dict[str, str]:
+    """Return what `_short` does, unless what there is would be offered."""
+    settings: Settings = current_app.extensions["settings"]
+    some = any(product.stock for product in products if form.quantity(product.sku))
+    return {} if some and settings.offered_for is not None else _short(form, products)
 
 
 def _short(form: Form, products: list[Product]) -> dict[str, str]:

@@ -112,6 +112,7 @@ def _acts(order: Order) -> dict[str, bool]:
     # A customer asks for a return as for a cancel; an operator decides about it.
     asks = order.status == "shipped" and not order.waits_for_return and not order.is_being_returned
     return {
+        "can_accept": who.may("order") and order.can_be_accepted,
         "can_cancel": who.may("order") and (order.can_be_cancelled or (asks and not operates)),
         "can_refund": operates and order.status in ("paid", "confirmed", "shipped"),
         "can_ship": operates and order.status == "confirmed" and not order.is_being_cancelled,

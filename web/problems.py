@@ -66,6 +66,12 @@ KINDS: dict[str, Kind] = {
             "Read the order: it is over, or it was shipped and an operator can return it.",
         ),
         Kind(
+            "not-offered",
+            409,
+            "Nothing is offered of the order",
+            "Read the order: stock covers it, or its offer was too old, or it was cancelled.",
+        ),
+        Kind(
             "not-refundable",
             409,
             "That cannot be refunded",

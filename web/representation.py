@@ -11,7 +11,7 @@ from tasks.events import isoformat
 from tasks.money import to_float
 from tasks.product_files import RowDone, RowError
 from tasks.products import StoredProduct
-from tasks.service import HistoryEntry, Order, Page, Product, waits_for_payment
+from tasks.service import HistoryEntry, Offer, Order, Page, Product, waits_for_payment
 from web import words
 
 
@@ -44,11 +44,31 @@ def order_json(order: Order, *, causes: bool = True) -> dict[str, Any]:
         "currency": order.currency,
         "history": [_history_json(entry, causes) for entry in order.history],
     }
+    if order.offer is not None:
+        body["offer"] = _offer_json(order.offer, order.currency)
     if order.reason is not None:
         body["reason"] = order.reason if causes or order.status != "failed" else words.reason(order)
     if waits_for_payment(order):
         body["waiting_for"] = "payment provider"
     return body
+
+
+def _offer_json(offer: Offer, currency: str) -> dict[str, Any]:
+    return {
+        "items": [
+            {
+                "sku": item.sku,
+                **({"name": item.name} if item.name else {}),
+                "ordered": item.ordered,
+                "quantity": item.quantity,
+                "unit_price": to_float(item.unit_price, currency),
+            }
+            for item in offer.items
+        ],
+        "total_amount": to_float(offer.total, currency),
+        "total_minor": offer.total,
+        "expires_at": timestamp(offer.expires_at),
+    }
 
 
 def _history_json(entry: HistoryEntry, causes: bool) -> dict[str, Any]:

@@ -31,12 +31,14 @@ _UNDER_WAY_MS: Final = 60_000
 #: What an operator asks for, and the event that says it.
 _ASKS_FOR: Final = {
     "order.cancel": "cancel_requested",
+    "order.accept": "offer_accepted",
     "order.refund": "refund_requested",
     "order.ship": "shipped",
     "order.return": "return_requested",
 }
 _NOUN: Final = {
     "order.cancel": "Cancellation",
+    "order.accept": "Acceptance of the offer",
     "order.refund": "Refund",
     "order.ship": "Shipment",
     "order.return": "Return",

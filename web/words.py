@@ -19,6 +19,7 @@ from web.formats import formats
 
 STATUS_TEXT: Final = {
     "accepted": "Accepted",
+    "offered": "Partly in stock",
     "reserved": "Stock reserved",
     "paid": "Paid",
     "confirmed": "Confirmed",
@@ -32,7 +33,8 @@ STATUS_TEXT: Final = {
 # What the page says about a status in one sentence; a rejected or failed order says its own reason as well.
 _SENTENCE: Final = {
     "accepted": "Your order is stored. Its stock is being reserved.",
-    "reserved": "Everything you ordered is set aside. The payment is next.",
+    "offered": "Not everything you ordered is in stock. What is there is set aside for you: accept it, or cancel.",
+    "reserved": "The payment is next.",
     "paid": "The payment went through. The order is about to be confirmed.",
     "confirmed": "The order is paid and complete.",
     "shipped": "The order is on its way to you.",
@@ -45,11 +47,14 @@ _SENTENCE: Final = {
 _CANCELLING: Final = "The order is being cancelled."
 _RETURNING: Final = "The order is being returned."
 _RETURN_WANTED: Final = "The order was sent before it could be cancelled. Its return is wanted."
-_WAITING: Final = "Everything you ordered is set aside. It is waiting for the payment provider."
+_SET_ASIDE: Final = "Everything you ordered is set aside."
+_PARTLY_SET_ASIDE: Final = "What you accepted is set aside."
+_WAITING: Final = "It is waiting for the payment provider."
 # What the page says of a step that was given up.
 _FAILED: Final = defaultdict(
     lambda: "The order could not be completed yet.",
     reserve="Its items could not be reserved yet.",
+    accept="What there is of it is set aside, and its payment could not be asked for yet.",
     pay="Its payment could not be completed yet.",
     confirm="It is paid, and could not be confirmed yet.",
     release="Its payment was declined, and its items could not be given back yet.",
@@ -67,6 +72,8 @@ _STEPS: Final = (
 )
 EVENT_TEXT: Final = {
     "created": "Order stored",
+    "offered": "Offered what is in stock",
+    "offer_accepted": "Offer accepted",
     "reserved": "Stock reserved",
     "paid": "Payment captured",
     "declined": "Payment declined",
@@ -82,7 +89,7 @@ EVENT_TEXT: Final = {
     "charged_back": "Charged back by the bank",
     "failed": "Order failed",
 }
-# Who asked for the end of an order.
+# Who asked for the end of an order, or accepted what there is of it.
 _BY: Final = {
     "customer": "By the customer",
     "operator": "By an operator",
@@ -126,7 +133,10 @@ def status_sentence(order: Order) -> str:
         return _RETURNING
     if order.waits_for_return:
         return _RETURN_WANTED
-    return _WAITING if waits_for_payment(order) else _SENTENCE[order.status]
+    sentence = _WAITING if waits_for_payment(order) else _SENTENCE[order.status]
+    if order.status == "reserved":
+        return f"{_PARTLY_SET_ASIDE if order.is_partial else _SET_ASIDE} {sentence}"
+    return sentence
 
 
 def product_name(order: Order, sku: str) -> str:
@@ -148,6 +158,8 @@ def too_many(name: str, quantity: int, stock: int) -> str:
 def steps(order: Order) -> list[Step]:
     """Return how far the order has come, for the bar at the top of its page."""
     seen = {entry.event for entry in order.history}
+    if "offer_accepted" in seen:
+        seen.add("reserved")
     # What was not sent is complete all the same.
     path = _STEPS if "shipped" in seen else _STEPS[:-1]
     done = 1 + max((n for n, (event, _) in enumerate(path) if event in seen), default=0)
@@ -201,6 +213,10 @@ def _detail(order: Order, entry: HistoryEntry) -> str:
     """Return what an event adds to what the page says anyway."""
     if entry.event == "paid":
         return entry.detail.get("charge_id", "")
+    if entry.event == "offered":
+        return _amount(order, entry)
+    if entry.event == "offer_accepted":
+        return f"{_BY.get(entry.detail.get('by', ''), '')}: {_amount(order, entry)}"
     if entry.event == "shipped":
         return " ".join(filter(None, (entry.detail.get("carrier"), entry.detail.get("tracking"))))
     if entry.event in ("return_requested", "returned"):
@@ -208,8 +224,7 @@ def _detail(order: Order, entry: HistoryEntry) -> str:
             filter(None, (_STOCK.get(entry.detail.get("stock", "")), entry.detail.get("reason")))
         )
     if entry.event in ("refund_requested", "refunded", "charged_back"):
-        amount = formats().money(int(entry.detail["amount_minor"]), order.currency)
-        return ": ".join(part for part in (amount, entry.detail.get("reason", "")) if part)
+        return ": ".join(part for part in (_amount(order, entry), entry.detail.get("reason", "")) if part)
     if entry.event == "cancel_requested":
         why = _why(order, entry)
         return f"{_BY.get(entry.detail.get('by', ''), '')}{f': {why}' if why else ''}"
@@ -218,6 +233,10 @@ def _detail(order: Order, entry: HistoryEntry) -> str:
     else:
         text = _why(order, entry) if "reason" in entry.detail else ""
     return "" if text == reason(order) else text
+
+
+def _amount(order: Order, entry: HistoryEntry) -> str:
+    return formats().money(int(entry.detail["amount_minor"]), order.currency)
 
 
 def _why(order: Order, entry: HistoryEntry) -> str:

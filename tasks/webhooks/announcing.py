@@ -9,10 +9,11 @@ from typing import Any, Final, Protocol
 
 from google.protobuf.message import Message
 
-from orders.v1.events_pb2 import OrderCreated
+from orders.v1.events_pb2 import OrderCreated, OrderOffered
 from tasks.announcements import Testimony
 from tasks.claims import Claim, customer_of
 from tasks.events import Happened, isoformat, key_of, name_of, order_id_of
+from tasks.ledger import Record
 from tasks.model import Order
 from tasks.orders import with_event
 from tasks.products import Catalogue
@@ -76,11 +77,14 @@ class Announcer:
             return 0
         customer_id = self._customer(order_id, testimony.claim, confirmed.event)
         at = _time_of(confirmed)
+        # What the order is, at the time of the event: what was ordered of it, or was accepted.
+        is_open = isinstance(confirmed.event, OrderCreated | OrderOffered)
+        contents = testimony.claim if is_open else testimony.accepted or testimony.claim
         told = 0
         for one in wanting:
             if one.customer_id not in (None, customer_id) or at < one.created_at - _CLOCKS_MS:
                 continue
-            made = self._deliveries.create(self._delivery(one, confirmed, customer_id, testimony.claim, at))
+            made = self._deliveries.create(self._delivery(one, confirmed, customer_id, contents, at))
             # One that was tried has its message; of one that was not, that is not known.
             if made.state == PENDING and not made.attempts and made.next_at == 0:
                 self._send(lane_of(one), one.id, made.id, made.run)
@@ -97,7 +101,12 @@ class Announcer:
         return None if order is None else order.customer_id or None
 
     def _delivery(
-        self, one: Subscription, confirmed: Happened, customer_id: str | None, claim: Claim | None, at: int
+        self,
+        one: Subscription,
+        confirmed: Happened,
+        customer_id: str | None,
+        contents: Claim | Record | None,
+        at: int,
     ) -> Delivery:
         event = confirmed.event
         order_id, key = order_id_of(event), key_of(event)
@@ -106,12 +115,23 @@ class Announcer:
         if one.customer_id is not None and name_of(event) == "failed":
             detail.pop("reason", None)  # of what a step failed technically is for operators
         data: dict[str, Any] = {"order_id": order_id, "customer_id": customer_id, "detail": detail}
-        if claim is not None and claim.lines:
+        if contents is not None and contents.lines:
             data["items"] = [
                 {"sku": line.sku, "quantity": line.quantity, "unit_price_minor": line.unit_price}
-                for line in claim.lines
+                for line in contents.lines
             ]
-            data |= {"total_minor": claim.total, "currency": claim.currency}
+            data |= {"total_minor": contents.total, "currency": contents.currency}
+        if isinstance(event, OrderOffered):
+            data["offer"] = [
+                {
+                    "sku": item.sku,
+                    "name": item.name,
+                    "ordered": item.ordered,
+                    "quantity": item.quantity,
+                    "unit_price_minor": item.unit_price_minor,
+                }
+                for item in event.items
+            ]
         event_type = f"order.{name_of(event)}"
         body = {"type": event_type, "timestamp": isoformat(at), "data": data}
         return Delivery(

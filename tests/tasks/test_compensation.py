@@ -1,5 +1,5 @@
-"""Cancelled, refunded, shipped, returned, charged back, restocked or late, whenever, and killed anywhere:
-stock and money balance, and each order has one end.
+"""Offered, accepted, cancelled, refunded, shipped, returned, charged back, restocked or late, whenever, and killed
+anywhere: stock and money balance, and each order has one end.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from orders.v1.events_pb2 import OrderShipped
 from tasks.events import UnusableEvent, name_of
 from tasks.ledger import BACK, WRITTEN_OFF
 from tasks.model import Refusal
+from tasks.offers import EXPIRED
 from tasks.orders import Orders
 from tasks.refunds import LATE_MS, NotChargedBack
 from tasks.stock import RecordBehind
@@ -27,6 +28,9 @@ from tests.tasks.test_saga_properties import Service, created, no_waiting
 __all__ = ["no_waiting"]
 
 MUG = "MUG-01"
+
+#: For how long something is offered, in milliseconds.
+OFFERED_FOR = 1_000_000
 
 #: The statuses that each final state of the ledger may show as.
 SHOWN = {
@@ -45,6 +49,11 @@ class Reversing(Service):
     skipped = 0
     effects = 0
     cut = -1
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        #: The orders whose acceptance was answered.
+        self.accepted: set[str] = set()
 
     def now(self) -> int:
         return super().now() + self.skipped
@@ -65,6 +74,12 @@ class Reversing(Service):
                     saga.request_cancel(order_id, what)
                 case "operator":
                     saga.cancel(order_id, "asked for")
+                case "accept":
+                    saga.accept_offer(order_id, "customer")
+                    self.accepted.add(order_id)
+                case "expire":
+                    self.skipped = max(self.skipped, OFFERED_FOR)
+                    saga.expire_offer(order_id)
                 case "ship":
                     saga.request_shipment(order_id, "by hand", "1")
                 case "sent":  # another service says so
@@ -102,9 +117,11 @@ class Reversing(Service):
             self.go_on(0, crash=self.effects == self.cut)
 
     def come_to_rest(self) -> None:
-        """Do what time does: tell again what was not taken, settle what is not known to be settled, twice."""
+        """Do what time does, twice: tell again what was not taken, settle what may not be settled, end offers."""
         for late in (0, LATE_MS):
-            self.skipped = late
+            self.skipped += late
+            for order_id in self.records():
+                self.saga().expire_offer(order_id)
             for charge_id, _ in list(self.gateway.chargebacks.values()):
                 order_id = charge_id.removeprefix("ch_")
                 with contextlib.suppress(NotChargedBack):
@@ -133,6 +150,26 @@ class Reversing(Service):
             else:
                 assert owed == 0, f"{order_id} is {record.state}, and {owed} of its charge are left"
             self._check_shown(order_id)
+            self._check_offer(order_id)
+
+    def _check_offer(self, order_id: str) -> None:
+        """Hold an order against what was offered of it: an acceptance that was answered is kept."""
+        record, order = self.records()[order_id], Orders(self.orders_bucket).get(order_id)
+        assert order is not None
+        assert order_id not in self.accepted or "accepted" in record.at
+        assert ("offered" in record.at) == (order.offer is not None)
+        history = [entry.event for entry in order.history]
+        assert ("offer_accepted" in history) == ("accepted" in record.at)
+        if order.offer is None:
+            return
+        assert "accepted" not in record.at or record.reason != EXPIRED
+        there = {item.sku: item.quantity for item in order.offer.items if item.quantity}
+        assert there == {line.sku: line.quantity for line in record.lines}
+        assert order.offer.total == record.total == sum(one.quantity * one.unit_price for one in record.lines)
+        assert any(item.quantity < item.ordered for item in order.offer.items)
+        if "accepted" in record.at:
+            assert {item.sku: item.quantity for item in order.items} == there
+            assert order.total == record.total
 
     def _check_shown(self, order_id: str) -> None:
         record, order = self.records()[order_id], Orders(self.orders_bucket).get(order_id)
@@ -159,10 +196,12 @@ class Reversing(Service):
 STORIES = (
     *(("ship", "back"), ("sent", "written_off"), ("r-1", "bank", "ship", "customer", "back")),
     *(("customer",), ("bank", "operator"), ("r-1", "sent", "bank", "written_off"), ()),
+    *(("accept", "accept", "ship", "back"), ("accept", "accept", "r-1"), ("accept", "expire", "customer")),
 )
 KINDS = (
     *("customer", "operator", "deadline", "r-1", "r-1", "r-2"),
     *("ship", "ship", "sent", "sent", "back", "written_off", "bank", "bank", "restock"),
+    *("accept", "accept", "accept", "expire"),
 )
 
 
@@ -178,19 +217,8 @@ def told(order_ids: list[str], chance: random.Random) -> list[tuple[str, str]]:
     return asks
 
 
-@given(seed=st.integers(0, 2**32))
-@settings(max_examples=150, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-def test_what_was_captured_and_not_given_back_is_what_is_owed(seed: int) -> None:
-    """All that can be asked, amid the steps, at once, repeated, killed: one end, stock and money balance."""
-    note(f"seed {seed}")
-    chance = random.Random(seed)
-    service = Reversing(window=chance.random() < 0.5, sweep_after=chance.choice([0, 20]))
-    order_ids = [f"o-{number}" for number in range(3)]
-    for order_id in order_ids:
-        token = chance.choice(["tok_ok", "tok_ok", "tok_declined"])
-        service.stream.append(created(order_id, [(MUG, chance.choice([1, 1, 2]))], token))
-    service.deliver_new()
-    asks = told(order_ids, chance)
+def act(service: Reversing, asks: list[tuple[str, str]], chance: random.Random) -> None:
+    """Ask for things amid the steps, which run at once and are killed, until all have come to their end."""
     while service.running or service.pending or asks:
         if asks and (chance.random() < 0.03 or not (service.running or service.pending)):
             service.start(("ask", asks.pop(0)))
@@ -202,6 +230,30 @@ def test_what_was_captured_and_not_given_back_is_what_is_owed(seed: int) -> None
             # One who asked and got no answer asks again, or does not.
             if len(service.pending) > waiting and service.pending[-1][0] == "ask" and chance.random() < 0.5:
                 service.pending.pop()
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=150, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+def test_what_was_captured_and_not_given_back_is_what_is_owed(seed: int) -> None:
+    """All that can be asked, amid the steps, at once, repeated, killed: one end, stock and money balance."""
+    note(f"seed {seed}")
+    chance = random.Random(seed)
+    service = Reversing(
+        window=chance.random() < 0.5,
+        sweep_after=chance.choice([0, 20]),
+        offered_for=chance.choice([None, OFFERED_FOR]),
+    )
+    order_ids = [f"o-{number}" for number in range(3)]
+    for order_id in order_ids:
+        token = chance.choice(["tok_ok", "tok_ok", "tok_declined"])
+        pieces = chance.choice([1, 1, 2] if service.offered_for is None else [1, 2, 3])
+        tees = [("TEE-01", 1)] if service.offered_for and chance.random() < 0.5 else []
+        service.stream.append(created(order_id, [(MUG, pieces), *tees], token))
+    service.deliver_new()
+    act(service, told(order_ids, chance), chance)
+    # Most customers accept what they are offered.
+    offers = [order_id for order_id, record in service.records().items() if record.state == "offered"]
+    act(service, [("accept", order_id) for order_id in offers if chance.random() < 0.7], chance)
     service.come_to_rest()
     service.check()
 
@@ -220,7 +272,7 @@ def test_cut_at_every_effect(asks: tuple[str, ...]) -> None:
     """Each thing that is asked, killed at each of its effects and asked again, ends as if it had not been killed."""
 
     def play(cut: int) -> Reversing:
-        service = Reversing(window=False)
+        service = Reversing(window=False, offered_for=OFFERED_FOR)
         service.cut = cut
         service.stream.append(created("o-0", [(MUG, 1)]))
         service.deliver_new()

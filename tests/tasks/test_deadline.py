@@ -53,7 +53,9 @@ class Late:
 
         unfinished = UnfinishedOrders(self.service.orders_bucket, FakeBucket(), read)
         saga = self.service.saga()
-        deadline = Deadline(unfinished, saga.request_cancel, after=AFTER, now=lambda: self.time)
+        deadline = Deadline(
+            unfinished, saga.request_cancel, saga.expire_offer, after=AFTER, now=lambda: self.time
+        )
         return deadline.run()
 
 

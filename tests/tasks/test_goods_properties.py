@@ -29,7 +29,7 @@ from tasks.projection import Projection
 from tasks.stock import InvalidAdjustment
 from tests.tasks.fakes import FakeStored
 from tests.tasks.test_products import ANN, unrecorded
-from tests.tasks.test_saga_properties import HOLDING, INITIAL, SKUS, STEPS, Service
+from tests.tasks.test_saga_properties import HOLDING, INITIAL, SKUS, STEPS, Service, took
 
 #: What is added by one restock, in pieces.
 ADDED = {"a delivery": 2, "a return": 1}
@@ -146,7 +146,7 @@ class Shop(Service):
                 if record.state in HOLDING and not gave_back:
                     taken += sum(line.quantity for line in record.lines if line.sku == sku)
             for order_id, note in level.notes.items():
-                holds = order_id in records and "held" in records[order_id].at
+                holds = took(records.get(order_id), sku)
                 taken += note.quantity if note.kind == TAKEN and not holds else 0
             ids = [one.id for one in level.adjustments]
             assert len(ids) == len(set(ids)), "a change counted twice"

@@ -25,6 +25,7 @@ PAID = Record("paid", {"held": 1, "paid": 2}, total=100, charge_id="ch_1")
         {"refunds": [["r-1", 1, 2, "", "", 0, 0, "further"]]},
         {"chargebacks": [["cb-1", 1, 2, "", "further"]]},
         {"lines": [["MUG-01", 1, 2, "further"]]},
+        {"ordered": [["MUG-01", 1, 2, "Enamel mug", "further"]]},
     ],
     ids=lambda newer: next(iter(newer)),
 )

@@ -186,7 +186,7 @@ def an_order_that_does_not_move_on(shell: Shell, block: Block) -> None:
     """While the gateway fails, so that what is called again fails again."""
     (order_id,) = shell.fail(letters=shell.dead() + 1)
     shell.shop.knobs(failure_rate=1.0)
-    stuck, redrive, redrive_all, cancel, refund, ship, take_back = block.commands
+    stuck, redrive, redrive_all, cancel, accept, refund, ship, take_back = block.commands
     eventually(lambda: order_id in shell(stuck), timeout=60)
     assert "1 dead letters replayed" in shell(redrive, ORDER_ID=order_id)
     shell(redrive_all)
@@ -195,6 +195,7 @@ def an_order_that_does_not_move_on(shell: Shell, block: Block) -> None:
     shell.recover()
     charged = shell.order()
     assert "refund requested" in shell(refund, ORDER_ID=charged)
+    assert "Nothing is offered of order" in shell(accept, code=1, ORDER_ID=charged)
     shell(ship, ORDER_ID=charged)
     eventually(lambda: shell.producer.status(charged) == "shipped", timeout=60)
     shell(take_back, ORDER_ID=charged)

@@ -1,4 +1,7 @@
-"""Property tests of the stock: whatever is repeated, reordered, outdated or killed, no piece is sold twice or lost."""
+"""Property tests of the stock: whatever is repeated, reordered, outdated or killed, no piece is sold twice or lost.
+
+Of the processes some offer what there is of an order, and some reject it, as while the setting is being changed.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import itertools
 import random
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Final
@@ -22,9 +26,10 @@ from tasks.levels import GIVEN_BACK, PREFIX, TAKEN, Level
 from tasks.stock import RecordBehind, Stock
 from tasks.takeover import take_over
 from tests.tasks.fakes import FakeBucket, Task, World
+from tests.tasks.test_saga_properties import took
 
 INITIAL = {"A": 3, "B": 2, "C": 1}
-HOLDING = ("held", "cancelling", "declined")
+HOLDING = ("offered", "held", "cancelling", "declined")
 #: The most writes that a server which answers a read is behind.
 BEHIND: Final = 40
 
@@ -62,18 +67,27 @@ class Shop:
     def wanted(lines: dict[str, int]) -> Record:
         return Record("held", {"held": 1}, lines=tuple(PricedItem(sku, n, 100) for sku, n in lines.items()))
 
+    @staticmethod
+    def offer(wanted: Record) -> Callable[[Mapping[str, int]], Record]:
+        return lambda pieces: wanted.offered(pieces, {}, 1_000_000)
+
     def work(self, kind: str, number: int) -> None:
         """Do a step of an order; one that has to be tried again is left to a repetition."""
         order_id, stock = f"o-{number}", self.stock()
         try:
             match kind:
-                case "open":
-                    stock.open(order_id, self.wanted(self.orders[number]))
+                case "open" | "offer":
+                    wanted = self.wanted(self.orders[number])
+                    stock.open(order_id, wanted, self.offer(wanted) if kind == "offer" else None)
+                case "accept":
+                    found = stock.find(order_id, linearizable=True)
+                    if found is not None and found.record.state == "offered":
+                        stock.forward(order_id, found, found.record.accepted("customer", 2))
                 case "release":
                     found = stock.find(order_id, linearizable=True)
                     if found is not None and found.record.state == "held":
                         stock.forward(order_id, found, found.record.forward("declined", 2))
-                    if found is not None and found.record.state != "rejected":
+                    if found is not None and found.record.state not in ("rejected", "offered"):
                         stock.release(order_id, 3)
                 case "restock":
                     sku = min(self.orders[number])
@@ -109,7 +123,7 @@ class Shop:
                 if record.state in HOLDING and not gave_back:
                     taken += sum(line.quantity for line in record.lines if line.sku == sku)
             for order_id, note in level.notes.items():
-                holds = order_id in records and "held" in records[order_id].at
+                holds = took(records.get(order_id), sku)
                 taken += note.quantity if note.kind == TAKEN and not holds else 0
             assert level.pieces >= 0
             ids = [one.id for one in level.adjustments]
@@ -117,10 +131,10 @@ class Shop:
             assert level.pieces + taken == INITIAL[sku] + len(ids), f"{sku} is not conserved"
 
     def check_end(self) -> None:
-        """At the end: what is not available is held by an order, all of its products or none."""
+        """At the end: what is not available is held by an order, or for its customer to accept."""
         held: Counter[str] = Counter()
         for record in self.records().values():
-            assert record.state in ("held", "declined", "rejected", "released", "cancelled")
+            assert record.state in ("offered", "held", "declined", "rejected", "released", "cancelled")
             if record.state in HOLDING:
                 held.update({line.sku: line.quantity for line in record.lines})
         for sku, level in self.levels().items():
@@ -136,7 +150,10 @@ orders_strategy = st.lists(
 
 @given(
     orders=orders_strategy,
-    kinds=st.lists(st.sampled_from(["open", "open", "release", "cancel", "restock"]), max_size=10),
+    kinds=st.lists(
+        st.sampled_from(["open", "offer", "offer", "accept", "release", "cancel", "restock"]), max_size=10
+    ),
+    offering=st.booleans(),
     chance=st.randoms(use_true_random=False),
     crashes=st.integers(0, 8),
     at_once=st.integers(1, 6),
@@ -152,6 +169,7 @@ orders_strategy = st.lists(
 def test_stock_is_conserved_under_any_schedule(
     orders: list[dict[str, int]],
     kinds: list[str],
+    offering: bool,
     chance: random.Random,
     crashes: int,
     at_once: int,
@@ -159,7 +177,8 @@ def test_stock_is_conserved_under_any_schedule(
 ) -> None:
     """Steps interleaved, repeated and killed at any effect, on servers that are behind: no piece twice, none lost."""
     shop = Shop(orders, chance, behind)
-    pending: list[tuple[str, int]] = [("open", number) for number in range(len(orders))]
+    opening = "offer" if offering else "open"
+    pending: list[tuple[str, int]] = [(opening, number) for number in range(len(orders))]
     pending += [(kind, chance.randrange(len(orders))) for kind in kinds]
     every = list(pending)
     running: list[tuple[Task, tuple[str, int]]] = []

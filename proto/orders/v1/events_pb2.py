@@ -25,47 +25,53 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16orders/v1/events.proto\x12\torders.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"R\n\tOrderItem\x12\x0b\n\x03sku\x18\x01 \x01(\t\x12\x10\n\x08quantity\x18\x02 \x01(\x05\x12\x18\n\x10unit_price_minor\x18\x03 \x01(\x03\x12\x0c\n\x04name\x18\x04 \x01(\t\"\xde\x01\n\x0cOrderCreated\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63ustomer_id\x18\x02 \x01(\t\x12#\n\x05items\x18\x03 \x03(\x0b\x32\x14.orders.v1.OrderItem\x12\x14\n\x0ctotal_amount\x18\x04 \x01(\x01\x12\x13\n\x0btotal_minor\x18\x05 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x06 \x01(\t\x12.\n\ncreated_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rpayment_token\x18\x08 \x01(\t\"\xb3\x01\n\rOrderReserved\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63ustomer_id\x18\x02 \x01(\t\x12#\n\x05items\x18\x03 \x03(\x0b\x32\x14.orders.v1.OrderItem\x12\x13\n\x0btotal_minor\x18\x04 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x05 \x01(\t\x12/\n\x0breserved_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8a\x01\n\rOrderRejected\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12&\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x18.orders.v1.RejectionCode\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12/\n\x0brejected_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x85\x01\n\tOrderPaid\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x11\n\tcharge_id\x18\x02 \x01(\t\x12\x14\n\x0c\x61mount_minor\x18\x03 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x04 \x01(\t\x12+\n\x07paid_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"p\n\rOrderDeclined\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12/\n\x0b\x64\x65\x63lined_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8e\x01\n\x0eOrderConfirmed\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x11\n\tcharge_id\x18\x02 \x01(\t\x12\x13\n\x0btotal_minor\x18\x03 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x04 \x01(\t\x12\x30\n\x0c\x63onfirmed_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"s\n\x0cOrderShipped\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63\x61rrier\x18\x02 \x01(\t\x12\x10\n\x08tracking\x18\x03 \x01(\t\x12.\n\nshipped_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x9a\x01\n\x14OrderReturnRequested\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\'\n\x05stock\x18\x02 \x01(\x0e\x32\x18.orders.v1.ReturnedStock\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x37\n\x13return_requested_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8b\x01\n\rOrderReturned\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\'\n\x05stock\x18\x02 \x01(\x0e\x32\x18.orders.v1.ReturnedStock\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12/\n\x0breturned_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"}\n\x14OrderCancelRequested\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\n\n\x02\x62y\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x37\n\x13\x63\x61ncel_requested_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"d\n\x0eOrderCancelled\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x30\n\x0c\x63\x61ncelled_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa9\x01\n\x14OrderRefundRequested\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0e\n\x06refund\x18\x02 \x01(\t\x12\x14\n\x0c\x61mount_minor\x18\x03 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x37\n\x13refund_requested_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x9d\x01\n\rOrderRefunded\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0e\n\x06refund\x18\x02 \x01(\t\x12\x11\n\trefund_id\x18\x03 \x01(\t\x12\x14\n\x0c\x61mount_minor\x18\x04 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x05 \x01(\t\x12/\n\x0brefunded_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa8\x01\n\x10OrderChargedBack\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x15\n\rchargeback_id\x18\x02 \x01(\t\x12\x14\n\x0c\x61mount_minor\x18\x03 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x33\n\x0f\x63harged_back_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x7f\n\x0bOrderFailed\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x12\n\nmessage_id\x18\x04 \x01(\t\x12-\n\tfailed_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\xd4\x01\n\rRejectionCode\x12\x1e\n\x1aREJECTION_CODE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REJECTION_CODE_INVALID\x10\x01\x12\x1e\n\x1aREJECTION_CODE_UNKNOWN_SKU\x10\x02\x12!\n\x1dREJECTION_CODE_TOTAL_MISMATCH\x10\x03\x12\x1f\n\x1bREJECTION_CODE_OUT_OF_STOCK\x10\x04\x12#\n\x1fREJECTION_CODE_PAYMENT_DECLINED\x10\x05*h\n\rReturnedStock\x12\x1e\n\x1aRETURNED_STOCK_UNSPECIFIED\x10\x00\x12\x17\n\x13RETURNED_STOCK_BACK\x10\x01\x12\x1e\n\x1aRETURNED_STOCK_WRITTEN_OFF\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16orders/v1/events.proto\x12\torders.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"R\n\tOrderItem\x12\x0b\n\x03sku\x18\x01 \x01(\t\x12\x10\n\x08quantity\x18\x02 \x01(\x05\x12\x18\n\x10unit_price_minor\x18\x03 \x01(\x03\x12\x0c\n\x04name\x18\x04 \x01(\t\"\xde\x01\n\x0cOrderCreated\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63ustomer_id\x18\x02 \x01(\t\x12#\n\x05items\x18\x03 \x03(\x0b\x32\x14.orders.v1.OrderItem\x12\x14\n\x0ctotal_amount\x18\x04 \x01(\x01\x12\x13\n\x0btotal_minor\x18\x05 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x06 \x01(\t\x12.\n\ncreated_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rpayment_token\x18\x08 \x01(\t\"e\n\x0bOfferedItem\x12\x0b\n\x03sku\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07ordered\x18\x03 \x01(\x05\x12\x10\n\x08quantity\x18\x04 \x01(\x05\x12\x18\n\x10unit_price_minor\x18\x05 \x01(\x03\"\xce\x01\n\x0cOrderOffered\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12%\n\x05items\x18\x02 \x03(\x0b\x32\x16.orders.v1.OfferedItem\x12\x13\n\x0btotal_minor\x18\x03 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x04 \x01(\t\x12.\n\nexpires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\noffered_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x90\x01\n\x12OrderOfferAccepted\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\n\n\x02\x62y\x18\x02 \x01(\t\x12\x13\n\x0btotal_minor\x18\x03 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x04 \x01(\t\x12\x35\n\x11offer_accepted_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb3\x01\n\rOrderReserved\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63ustomer_id\x18\x02 \x01(\t\x12#\n\x05items\x18\x03 \x03(\x0b\x32\x14.orders.v1.OrderItem\x12\x13\n\x0btotal_minor\x18\x04 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x05 \x01(\t\x12/\n\x0breserved_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8a\x01\n\rOrderRejected\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12&\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x18.orders.v1.RejectionCode\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12/\n\x0brejected_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x85\x01\n\tOrderPaid\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x11\n\tcharge_id\x18\x02 \x01(\t\x12\x14\n\x0c\x61mount_minor\x18\x03 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x04 \x01(\t\x12+\n\x07paid_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"p\n\rOrderDeclined\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12/\n\x0b\x64\x65\x63lined_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8e\x01\n\x0eOrderConfirmed\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x11\n\tcharge_id\x18\x02 \x01(\t\x12\x13\n\x0btotal_minor\x18\x03 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x04 \x01(\t\x12\x30\n\x0c\x63onfirmed_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"s\n\x0cOrderShipped\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63\x61rrier\x18\x02 \x01(\t\x12\x10\n\x08tracking\x18\x03 \x01(\t\x12.\n\nshipped_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x9a\x01\n\x14OrderReturnRequested\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\'\n\x05stock\x18\x02 \x01(\x0e\x32\x18.orders.v1.ReturnedStock\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x37\n\x13return_requested_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8b\x01\n\rOrderReturned\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\'\n\x05stock\x18\x02 \x01(\x0e\x32\x18.orders.v1.ReturnedStock\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12/\n\x0breturned_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"}\n\x14OrderCancelRequested\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\n\n\x02\x62y\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x37\n\x13\x63\x61ncel_requested_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"d\n\x0eOrderCancelled\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x30\n\x0c\x63\x61ncelled_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa9\x01\n\x14OrderRefundRequested\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0e\n\x06refund\x18\x02 \x01(\t\x12\x14\n\x0c\x61mount_minor\x18\x03 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x37\n\x13refund_requested_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x9d\x01\n\rOrderRefunded\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0e\n\x06refund\x18\x02 \x01(\t\x12\x11\n\trefund_id\x18\x03 \x01(\t\x12\x14\n\x0c\x61mount_minor\x18\x04 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x05 \x01(\t\x12/\n\x0brefunded_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa8\x01\n\x10OrderChargedBack\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x15\n\rchargeback_id\x18\x02 \x01(\t\x12\x14\n\x0c\x61mount_minor\x18\x03 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x33\n\x0f\x63harged_back_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x7f\n\x0bOrderFailed\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x12\n\nmessage_id\x18\x04 \x01(\t\x12-\n\tfailed_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\xd4\x01\n\rRejectionCode\x12\x1e\n\x1aREJECTION_CODE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REJECTION_CODE_INVALID\x10\x01\x12\x1e\n\x1aREJECTION_CODE_UNKNOWN_SKU\x10\x02\x12!\n\x1dREJECTION_CODE_TOTAL_MISMATCH\x10\x03\x12\x1f\n\x1bREJECTION_CODE_OUT_OF_STOCK\x10\x04\x12#\n\x1fREJECTION_CODE_PAYMENT_DECLINED\x10\x05*h\n\rReturnedStock\x12\x1e\n\x1aRETURNED_STOCK_UNSPECIFIED\x10\x00\x12\x17\n\x13RETURNED_STOCK_BACK\x10\x01\x12\x1e\n\x1aRETURNED_STOCK_WRITTEN_OFF\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'orders.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REJECTIONCODE']._serialized_start=2375
-  _globals['_REJECTIONCODE']._serialized_end=2587
-  _globals['_RETURNEDSTOCK']._serialized_start=2589
-  _globals['_RETURNEDSTOCK']._serialized_end=2693
+  _globals['_REJECTIONCODE']._serialized_start=2834
+  _globals['_REJECTIONCODE']._serialized_end=3046
+  _globals['_RETURNEDSTOCK']._serialized_start=3048
+  _globals['_RETURNEDSTOCK']._serialized_end=3152
   _globals['_ORDERITEM']._serialized_start=70
   _globals['_ORDERITEM']._serialized_end=152
   _globals['_ORDERCREATED']._serialized_start=155
   _globals['_ORDERCREATED']._serialized_end=377
-  _globals['_ORDERRESERVED']._serialized_start=380
-  _globals['_ORDERRESERVED']._serialized_end=559
-  _globals['_ORDERREJECTED']._serialized_start=562
-  _globals['_ORDERREJECTED']._serialized_end=700
-  _globals['_ORDERPAID']._serialized_start=703
-  _globals['_ORDERPAID']._serialized_end=836
-  _globals['_ORDERDECLINED']._serialized_start=838
-  _globals['_ORDERDECLINED']._serialized_end=950
-  _globals['_ORDERCONFIRMED']._serialized_start=953
-  _globals['_ORDERCONFIRMED']._serialized_end=1095
-  _globals['_ORDERSHIPPED']._serialized_start=1097
-  _globals['_ORDERSHIPPED']._serialized_end=1212
-  _globals['_ORDERRETURNREQUESTED']._serialized_start=1215
-  _globals['_ORDERRETURNREQUESTED']._serialized_end=1369
-  _globals['_ORDERRETURNED']._serialized_start=1372
-  _globals['_ORDERRETURNED']._serialized_end=1511
-  _globals['_ORDERCANCELREQUESTED']._serialized_start=1513
-  _globals['_ORDERCANCELREQUESTED']._serialized_end=1638
-  _globals['_ORDERCANCELLED']._serialized_start=1640
-  _globals['_ORDERCANCELLED']._serialized_end=1740
-  _globals['_ORDERREFUNDREQUESTED']._serialized_start=1743
-  _globals['_ORDERREFUNDREQUESTED']._serialized_end=1912
-  _globals['_ORDERREFUNDED']._serialized_start=1915
-  _globals['_ORDERREFUNDED']._serialized_end=2072
-  _globals['_ORDERCHARGEDBACK']._serialized_start=2075
-  _globals['_ORDERCHARGEDBACK']._serialized_end=2243
-  _globals['_ORDERFAILED']._serialized_start=2245
-  _globals['_ORDERFAILED']._serialized_end=2372
+  _globals['_OFFEREDITEM']._serialized_start=379
+  _globals['_OFFEREDITEM']._serialized_end=480
+  _globals['_ORDEROFFERED']._serialized_start=483
+  _globals['_ORDEROFFERED']._serialized_end=689
+  _globals['_ORDEROFFERACCEPTED']._serialized_start=692
+  _globals['_ORDEROFFERACCEPTED']._serialized_end=836
+  _globals['_ORDERRESERVED']._serialized_start=839
+  _globals['_ORDERRESERVED']._serialized_end=1018
+  _globals['_ORDERREJECTED']._serialized_start=1021
+  _globals['_ORDERREJECTED']._serialized_end=1159
+  _globals['_ORDERPAID']._serialized_start=1162
+  _globals['_ORDERPAID']._serialized_end=1295
+  _globals['_ORDERDECLINED']._serialized_start=1297
+  _globals['_ORDERDECLINED']._serialized_end=1409
+  _globals['_ORDERCONFIRMED']._serialized_start=1412
+  _globals['_ORDERCONFIRMED']._serialized_end=1554
+  _globals['_ORDERSHIPPED']._serialized_start=1556
+  _globals['_ORDERSHIPPED']._serialized_end=1671
+  _globals['_ORDERRETURNREQUESTED']._serialized_start=1674
+  _globals['_ORDERRETURNREQUESTED']._serialized_end=1828
+  _globals['_ORDERRETURNED']._serialized_start=1831
+  _globals['_ORDERRETURNED']._serialized_end=1970
+  _globals['_ORDERCANCELREQUESTED']._serialized_start=1972
+  _globals['_ORDERCANCELREQUESTED']._serialized_end=2097
+  _globals['_ORDERCANCELLED']._serialized_start=2099
+  _globals['_ORDERCANCELLED']._serialized_end=2199
+  _globals['_ORDERREFUNDREQUESTED']._serialized_start=2202
+  _globals['_ORDERREFUNDREQUESTED']._serialized_end=2371
+  _globals['_ORDERREFUNDED']._serialized_start=2374
+  _globals['_ORDERREFUNDED']._serialized_end=2531
+  _globals['_ORDERCHARGEDBACK']._serialized_start=2534
+  _globals['_ORDERCHARGEDBACK']._serialized_end=2702
+  _globals['_ORDERFAILED']._serialized_start=2704
+  _globals['_ORDERFAILED']._serialized_end=2831
 # @@protoc_insertion_point(module_scope)

@@ -66,6 +66,50 @@ class OrderCreated(_message.Message):
     payment_token: str
     def __init__(self, order_id: _Optional[str] = ..., customer_id: _Optional[str] = ..., items: _Optional[_Iterable[_Union[OrderItem, _Mapping]]] = ..., total_amount: _Optional[float] = ..., total_minor: _Optional[int] = ..., currency: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., payment_token: _Optional[str] = ...) -> None: ...
 
+class OfferedItem(_message.Message):
+    __slots__ = ("sku", "name", "ordered", "quantity", "unit_price_minor")
+    SKU_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ORDERED_FIELD_NUMBER: _ClassVar[int]
+    QUANTITY_FIELD_NUMBER: _ClassVar[int]
+    UNIT_PRICE_MINOR_FIELD_NUMBER: _ClassVar[int]
+    sku: str
+    name: str
+    ordered: int
+    quantity: int
+    unit_price_minor: int
+    def __init__(self, sku: _Optional[str] = ..., name: _Optional[str] = ..., ordered: _Optional[int] = ..., quantity: _Optional[int] = ..., unit_price_minor: _Optional[int] = ...) -> None: ...
+
+class OrderOffered(_message.Message):
+    __slots__ = ("order_id", "items", "total_minor", "currency", "expires_at", "offered_at")
+    ORDER_ID_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_MINOR_FIELD_NUMBER: _ClassVar[int]
+    CURRENCY_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    OFFERED_AT_FIELD_NUMBER: _ClassVar[int]
+    order_id: str
+    items: _containers.RepeatedCompositeFieldContainer[OfferedItem]
+    total_minor: int
+    currency: str
+    expires_at: _timestamp_pb2.Timestamp
+    offered_at: _timestamp_pb2.Timestamp
+    def __init__(self, order_id: _Optional[str] = ..., items: _Optional[_Iterable[_Union[OfferedItem, _Mapping]]] = ..., total_minor: _Optional[int] = ..., currency: _Optional[str] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., offered_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class OrderOfferAccepted(_message.Message):
+    __slots__ = ("order_id", "by", "total_minor", "currency", "offer_accepted_at")
+    ORDER_ID_FIELD_NUMBER: _ClassVar[int]
+    BY_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_MINOR_FIELD_NUMBER: _ClassVar[int]
+    CURRENCY_FIELD_NUMBER: _ClassVar[int]
+    OFFER_ACCEPTED_AT_FIELD_NUMBER: _ClassVar[int]
+    order_id: str
+    by: str
+    total_minor: int
+    currency: str
+    offer_accepted_at: _timestamp_pb2.Timestamp
+    def __init__(self, order_id: _Optional[str] = ..., by: _Optional[str] = ..., total_minor: _Optional[int] = ..., currency: _Optional[str] = ..., offer_accepted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
 class OrderReserved(_message.Message):
     __slots__ = ("order_id", "customer_id", "items", "total_minor", "currency", "reserved_at")
     ORDER_ID_FIELD_NUMBER: _ClassVar[int]
