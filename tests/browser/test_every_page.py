@@ -55,6 +55,7 @@ def test_every_page_is_accessible(
         "products": f"{service.url}/admin/products",
         "product": f"{service.url}/admin/products/LAMP-01",
         "product-import": f"{service.url}/admin/product-import",
+        "fleet": f"{service.url}/admin/fleet/",
         "error": f"{service.url}/nothing-here",
     }
     context = browser.new_context(
