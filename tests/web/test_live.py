@@ -19,7 +19,7 @@ from tests.web.stack import Stack
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A service without workers, where an order stays accepted, with few threads and short streams."""
-    environment = {"WEB_THREADS": "6", "STREAM_DURATION": "3000"}
+    environment = {"WEB_THREADS": "6", "STREAM_DURATION": "6000"}
     with Stack(tmp_path_factory.mktemp("quiet"), workers=False, env=environment) as stack:
         yield stack
 
@@ -57,7 +57,7 @@ def test_a_stream_ends_after_a_while(quiet: Stack) -> None:
     with quiet.get(f"/orders/{order['order_id']}/stream", stream=True) as answer:
         seen = list(states(answer))
     assert [state["status"] for state in seen] == ["accepted"]
-    assert 2 < time.monotonic() - start < 6
+    assert 5 < time.monotonic() - start < 20  # by default it would be 30 s
 
 
 def test_open_pages_leave_threads_for_orders(quiet: Stack) -> None:
@@ -74,7 +74,7 @@ def test_open_pages_leave_threads_for_orders(quiet: Stack) -> None:
         assert quiet.get(f"/orders/{order_id}/state").json()["status"] == "accepted"
         start = time.monotonic()
         assert quiet.order()["status"] == "accepted"
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 5  # what waits for a stream to end waits 6 s
     finally:
         for stream in streams:
             stream.close()

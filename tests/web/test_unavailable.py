@@ -35,9 +35,8 @@ def test_health_follows_the_connection(own: Stack) -> None:
     for path in ("/health", "/health/ready", "/health/live"):
         assert health(own, path) == 200
     own.nats.kill()
-    start = time.monotonic()
-    eventually(lambda: all(health(own) == 503 for _ in range(6)), timeout=3)
-    assert time.monotonic() - start < 3
+    # Silence alone would be noticed after six seconds.
+    eventually(lambda: all(health(own) == 503 for _ in range(6)), timeout=5)
     assert health(own, "/health/ready") == 503
     assert health(own, "/health/live") == 200
     answer = own.get("/health")
@@ -54,7 +53,7 @@ def test_without_nats_nothing_is_accepted(own: Stack) -> None:
     own.nats.kill()
     start = time.monotonic()
     answer = own.post("/api/orders", json=order_body(customer_id=customer), headers=key)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10
     assert answer.status_code == 503
     assert answer.headers["Content-Type"] == "application/problem+json"
     assert int(answer.headers["Retry-After"]) > 0
@@ -63,7 +62,7 @@ def test_without_nats_nothing_is_accepted(own: Stack) -> None:
         answer = own.get(path)
         assert answer.status_code == 503, path
         assert answer.headers["Retry-After"]
-        assert time.monotonic() - start < 12, path
+        assert time.monotonic() - start < 18, path
     page = own.get("/", headers={"Accept": "text/html"})
     assert page.status_code == 503
     assert 'http-equiv="refresh"' in page.text
@@ -115,11 +114,11 @@ def test_health_is_answered_while_requests_wait(own: Stack) -> None:
     own.nats.kill()
     with ThreadPoolExecutor(100) as pool:
         waiting = [pool.submit(own.post, "/api/orders", json=order_body()) for _ in range(100)]
-        eventually(lambda: not own.healthy(), timeout=3)
+        eventually(lambda: not own.healthy())
         for path, status in (("/health/live", 200), ("/health", 503)) * 5:
             start = time.monotonic()
             assert health(own, path) == status
-            assert time.monotonic() - start < 3
+            assert time.monotonic() - start < 5
         answers = [future.result(timeout=60) for future in waiting]
     assert {answer.status_code for answer in answers} == {503}
     assert all(answer.headers["Retry-After"] for answer in answers)
