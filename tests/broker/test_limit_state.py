@@ -202,8 +202,19 @@ def test_a_message_may_wait_a_little_for_its_start():
     assert waiting.reserve(rate, NOW, 0) == NOW + 997
 
 
+def test_a_message_is_given_a_moment_among_those_that_wait_and_are_late():
+    """All of them are later by the same lag, so its moment is earlier by that than its start can be."""
+    state = LimitState(starts=[(NOW, 1)], last=NOW - 45, lag=50)
+    moment = state.reserve(Rate(1, 1_000), NOW, 0)
+    assert (moment, state.due(Rate(1, 1_000), moment, NOW)) == (NOW + 960, NOW + 1_010)
+    assert LimitState(last=NOW).reserve(Rate(1, 1_000), NOW, 0) is None
+
+
 def test_a_message_whose_moment_is_over_starts_now():
+    """However late those are that wait."""
     rate, state = Rate(1, 1_000), LimitState(begun=NOW)
+    late = LimitState(begun=NOW, lag=100)
+    assert [late.due(rate, NOW + later, NOW) for later in (-1, 0, 1)] == [NOW, NOW, NOW + 101]
     assert state.due(rate, NOW, NOW + 5) == NOW + 5
     assert state.due(rate, NOW + 0.5, NOW - 5) == NOW + 1
     state.starts = [(NOW, 1)]

@@ -163,10 +163,8 @@ class LimitState:
         latest = max(latest, earliest + SLACK_MS, last)
         step = _step(rate)
         if step and last // step == latest // step:
-            self.starts[-1] = (
-                latest,
-                count + 1,
-            )  # as of the latest of them, so that none is forgotten too early
+            # As of the latest of them, so that none is forgotten too early.
+            self.starts[-1] = latest, count + 1
         else:
             self.starts.append((latest, 1))
         return Start(now, earliest, latest)
