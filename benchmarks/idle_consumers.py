@@ -8,6 +8,7 @@ are 6 x 20 x 9 = 1,080.
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import tempfile
 import time
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--queues", type=int, default=20)
     parser.add_argument("--priorities", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=30.0, help="how long messages are counted")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args(arguments)
     with ExitStack() as stack:
         store = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -48,7 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stack.callback(worker.stop)
         consumers = options.processes * options.queues * options.priorities
         wait_for(server, brokers[0], options.queues, consumers)
-        measure(server, consumers, options.processes, options.seconds)
+        figures = measure(server, options.processes, options.seconds)
+    if options.json:
+        print(json.dumps(figures))
+        return
+    print(
+        f"{consumers} idle consumers of {options.processes} processes: {figures['messages_per_second']:.2f} messages a "
+        f"second for each process; CPU {figures['server_cpu']:.1%} of the server, "
+        f"{figures['process_cpu']:.1%} of each process."
+    )
 
 
 def wait_for(server: NatsServer, broker: JetStreamBroker, queues: int, consumers: int) -> None:
@@ -67,19 +77,20 @@ def wait_for(server: NatsServer, broker: JetStreamBroker, queues: int, consumers
         time.sleep(0.5)
 
 
-def measure(server: NatsServer, consumers: int, processes: int, seconds: float) -> None:
-    """Count messages and CPU for a while, and print them."""
+def measure(server: NatsServer, processes: int, seconds: float) -> dict[str, float]:
+    """Count messages and CPU for a while; returns those of each process, and the server's share of a core."""
     time.sleep(5.0)  # what starting leaves behind
     before, cpu, own = messages(server), server_cpu(server), resource.getrusage(resource.RUSAGE_SELF)
+    began = time.monotonic()
     time.sleep(seconds)
-    count, cpu = messages(server) - before, server_cpu(server) - cpu
+    count, cpu, passed = messages(server) - before, server_cpu(server) - cpu, time.monotonic() - began
     now = resource.getrusage(resource.RUSAGE_SELF)
     used = now.ru_utime + now.ru_stime - own.ru_utime - own.ru_stime
-    print(
-        f"{consumers} idle consumers of {processes} processes: {count / seconds:.2f} messages a second, "
-        f"{count / seconds / processes:.2f} for each process; CPU {cpu / seconds:.1%} of the server, "
-        f"{used / seconds / processes:.1%} of each process."
-    )
+    return {
+        "messages_per_second": count / passed / processes,
+        "server_cpu": cpu / passed,
+        "process_cpu": used / passed / processes,
+    }
 
 
 def messages(server: NatsServer) -> int:
