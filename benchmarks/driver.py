@@ -160,7 +160,7 @@ def post(app: App, options: argparse.Namespace) -> Figures:
 
 
 def confirmed(app: App, options: argparse.Namespace) -> Figures:
-    times = orders_client.wait_confirmed(app.nats_url, options.messages, 300)  # type: ignore[attr-defined]
+    times = app.wait_confirmed(options.messages, 300)  # type: ignore[attr-defined]
     (tally_directory() / "orders").write_text(json.dumps(sorted(times)))
     return {}
 

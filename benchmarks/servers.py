@@ -6,8 +6,11 @@ store, which the recovery measurement uses.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -260,6 +263,99 @@ class RabbitServer(Server):
         for line in _output(["dpkg-query", "-W", "-f", "${Version}\n", "rabbitmq-server"]).splitlines():
             return line.split("-")[0]
         return "unknown"
+
+
+class PostgresServer(Server):
+    """A PostgreSQL with a database cluster of its own, as it is: fsync and synchronous_commit are on.
+
+    It refuses to run as root; then it runs as the user that Debian makes for it.
+    """
+
+    name = "postgres"
+    variable = "DATABASE_URL"
+    user = "postgres"
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://{self.user}@127.0.0.1:{self.port}/postgres"
+
+    @classmethod
+    def program(cls) -> str:
+        """The path of its program: Debian has a folder for each version, out of the PATH."""
+        installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), reverse=True)
+        program = find("postgres", *installed)
+        if os.getuid() == 0:
+            try:
+                pwd.getpwnam(cls.user)
+            except KeyError:
+                raise BenchmarkError(
+                    f"postgres does not run as root, and there is no user {cls.user}"
+                ) from None
+        return program
+
+    def command(self) -> list[str]:
+        settings = {
+            "port": str(self.port),
+            "listen_addresses": "127.0.0.1",
+            "unix_socket_directories": str(self.store / "socket"),
+            "max_connections": "100",
+            "shared_buffers": "256MB",
+        }
+        options = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
+        return [*self._as_user(), self.program(), "-D", str(self.store / "data"), *options]
+
+    def start(self) -> None:
+        if not (self.store / "data").exists():
+            (self.store / "socket").mkdir(parents=True)
+            if os.getuid() == 0:
+                owner = pwd.getpwnam(self.user)
+                # Its user has to reach the store through the trial's folder.
+                self.store.parent.chmod(0o711)
+                for folder in (self.store, self.store / "socket"):
+                    os.chown(folder, owner.pw_uid, owner.pw_gid)
+            initdb = Path(self.program()).resolve().parent / "initdb"
+            made = subprocess.run(
+                [
+                    *self._as_user(),
+                    str(initdb),
+                    "-D",
+                    str(self.store / "data"),
+                    "-U",
+                    self.user,
+                    "-A",
+                    "trust",
+                ],
+                capture_output=True,
+                text=True,
+                timeout=START_TIMEOUT,
+                cwd=self.store,
+            )
+            if made.returncode != 0:
+                raise BenchmarkError(f"initdb failed: {made.stderr.strip()[-300:]}")
+        super().start()
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.running:
+            # SIGTERM would wait for its clients.
+            os.kill(self.process.pid, signal.SIGINT)
+            with contextlib.suppress(BenchmarkError):
+                self.process.wait(15)
+        super().stop()
+
+    def answers(self) -> bool:
+        """Whether it lets a client in, which it does once it is done with its start."""
+        hello = b"\x00\x03\x00\x00user\x00%s\x00database\x00postgres\x00\x00" % self.user.encode()
+        return self._exchange(
+            (len(hello) + 4).to_bytes(4, "big") + hello, b"R\x00\x00\x00\x08\x00\x00\x00\x00"
+        )
+
+    def _as_user(self) -> list[str]:
+        change = ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", "--init-groups"]
+        return change if os.getuid() == 0 else []
+
+    @classmethod
+    def version(cls) -> str:
+        return _output([cls.program(), "--version"]).split()[-1]
 
 
 def _output(command: list[str]) -> str:

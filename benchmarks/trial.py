@@ -134,6 +134,12 @@ class Trial:
     def server_usage(self) -> Usage:
         return usage_of([server.process for server in self.servers if server.process is not None])
 
+    def usage_of_servers(self) -> dict[str, Usage]:
+        """The use of each server by its name."""
+        return {
+            server.name: usage_of([server.process]) for server in self.servers if server.process is not None
+        }
+
     def stored_bytes(self) -> int:
         """What the servers' stores take on the disk, as far as it is allocated."""
         total = 0

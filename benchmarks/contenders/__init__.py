@@ -6,6 +6,7 @@ from benchmarks.contenders.celery import CeleryRabbitmq, CeleryRedis
 from benchmarks.contenders.contender import Contender
 from benchmarks.contenders.dramatiq_rabbitmq import DramatiqRabbitmq
 from benchmarks.contenders.dramatiq_redis import DramatiqRedis
+from benchmarks.contenders.flask_celery_postgres import FlaskCeleryPostgres
 from benchmarks.contenders.jetstream import Jetstream
 from benchmarks.contenders.nats_bare import NatsBare
 from benchmarks.contenders.nats_socket import NatsSocket
@@ -32,6 +33,7 @@ CONTENDERS: tuple[Contender, ...] = (
     RedisWait("everysec"),
     RedisWait("always"),
     OrderService(),
+    FlaskCeleryPostgres(),
     FlaskPublishing(),
     FlaskEmpty(),
 )

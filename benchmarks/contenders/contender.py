@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +26,15 @@ THREADS = 8
 HOLD_SECONDS = 300.0
 RETRY_SECONDS = 60.0
 WAIT_SECONDS = 30.0  # the longest that a driver waits for one result
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What one stream was given so far: how many messages, each an fsync, and how many bytes of them it has."""
+
+    stream: str
+    writes: int
+    size: int
 
 
 class Contender(ABC):
@@ -78,6 +88,10 @@ class Contender(ABC):
     def wait_until_settled(self, urls: list[str], timeout: int) -> bool:
         """Waits up to `timeout` ms until the broker has handled all acks; False where it cannot be asked."""
         return False
+
+    def stored(self, servers: list[Server]) -> list[Stored]:
+        """What its store has written so far; nothing where it cannot be asked."""
+        return []
 
     @abstractmethod
     def app(self) -> App:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from cryptography.fernet import Fernet
-
-from benchmarks.contenders.contender import App, Contender
+from benchmarks import orders_client
+from benchmarks.contenders.contender import App, Contender, Stored
 from benchmarks.servers import REPOSITORY, NatsServer, Server
 
-# The front end and the workers share a key.
-os.environ.setdefault("TOKEN_KEY", Fernet.generate_key().decode())
+# The front end and the workers share a key for Fernet.
+os.environ.setdefault("TOKEN_KEY", base64.urlsafe_b64encode(os.urandom(32)).decode())
 
 WEB_PROCESSES = 2
 WEB_THREADS = 8
@@ -107,6 +107,20 @@ class OrderService(Contender):
         scale = ["--processes", str(processes), "--threads", str(threads)]
         return [[python, "-m", "dramatiq", "tasks", *scale]]
 
+    def stored(self, servers: list[Server]) -> list[Stored]:
+        from dramatiq_jetstream import JetStreamBroker
+
+        broker = JetStreamBroker(servers[0].url, declare=False, middleware=[])
+        try:
+            streams = broker.connection.api("STREAM.LIST")["streams"]
+        finally:
+            broker.close()
+        return [
+            Stored(stream["config"]["name"], stream["state"]["last_seq"], stream["state"]["bytes"])
+            for stream in streams
+            if stream["config"]["storage"] == "file"
+        ]
+
     def app(self) -> App:
         return Client()
 
@@ -150,10 +164,13 @@ class FlaskPublishing(FlaskEmpty):
 
 
 class Client(App):
-    """Knows where the front end is; `benchmarks.orders_client` does the rest."""
+    """Knows where the front end is, and where it is told what became of orders; `benchmarks.orders_client` asks."""
 
     broker = None
 
     def __init__(self) -> None:
         self.web_url = os.environ[Gunicorn.variable]
-        self.nats_url = os.environ.get("NATS_URL", "")
+
+    def wait_confirmed(self, orders: int, timeout: float) -> list[tuple[int, int]]:
+        """Waits until all orders are confirmed; returns when each was created and confirmed (server's nanoseconds)."""
+        return orders_client.wait_confirmed(os.environ["NATS_URL"], orders, timeout)
