@@ -12,6 +12,9 @@ OURS = "jetstream"
 #: Beside peers that may lose the last second on power loss, too.
 OURS_1S = "jetstream-1s"
 
+#: On three servers, and what it is compared with there.
+OURS_R3, QUORUM = "jetstream-r3", "dramatiq-rabbitmq-quorum"
+
 
 @dataclass(frozen=True)
 class Value:
@@ -79,6 +82,14 @@ def _enqueue(contender: str, case: str) -> Value:
 
 def _telemetry(contender: str, case: str) -> Value:
     return Value("telemetry", contender, "per_second", case)
+
+
+def _sustained(contender: str, figure: str = "per_second") -> Value:
+    return Value("sustained", contender, figure)
+
+
+def _cluster(contender: str, case: str) -> Value:
+    return Value("cluster", contender, "per_second", case)
 
 
 FLOORS = (
@@ -177,7 +188,64 @@ FLOORS = (
         Value("orders", "flask-empty", "accepted_per_second", "accept"),
     ),
     Floor(
-        "orders end to end", 150, Value("orders", "order-service", "confirmed_per_second", "burst"), unit="/s"
+        "orders end to end", 250, Value("orders", "order-service", "confirmed_per_second", "burst"), unit="/s"
+    ),
+    Floor(
+        "orders end to end beside Flask + Celery + RabbitMQ + PostgreSQL",
+        2,
+        Value("orders", "order-service", "confirmed_per_second", "burst"),
+        Value("orders", "flask-celery-postgres", "confirmed_per_second", "burst"),
+    ),
+    Floor(
+        "send and run at once beside Dramatiq / RabbitMQ",
+        2,
+        _sustained(OURS),
+        _sustained("dramatiq-rabbitmq"),
+    ),
+    Floor(
+        "send and run at once beside Dramatiq / Redis, both on every write",
+        1.5,
+        _sustained(OURS),
+        _sustained("dramatiq-redis-always"),
+    ),
+    Floor(
+        "send and run at once beside Dramatiq / Redis, both every second",
+        1.5,
+        _sustained(OURS_1S),
+        _sustained("dramatiq-redis-everysec"),
+    ),
+    Floor(
+        "p99 at half load beside Dramatiq / RabbitMQ",
+        1,
+        _sustained(OURS, "half_p99_ms"),
+        _sustained("dramatiq-rabbitmq", "half_p99_ms"),
+        at_most=True,
+    ),
+    Floor(
+        "p99 at half load beside Dramatiq / Redis, both on every write",
+        1,
+        _sustained(OURS, "half_p99_ms"),
+        _sustained("dramatiq-redis-always", "half_p99_ms"),
+        at_most=True,
+    ),
+    Floor(
+        "three servers: drain beside quorum queues",
+        2,
+        _cluster(OURS_R3, "drain"),
+        _cluster(QUORUM, "drain"),
+    ),
+    Floor(
+        "three servers: send and run at once beside quorum queues",
+        2,
+        _cluster(OURS_R3, "sustained"),
+        _cluster(QUORUM, "sustained"),
+    ),
+    Floor(
+        "messages of an idle process with 20 queues of 9 priorities",
+        1,
+        Value("idle", OURS, "messages_per_second", "20 queues"),
+        at_most=True,
+        unit="/s",
     ),
 )
 
