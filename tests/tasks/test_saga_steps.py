@@ -86,10 +86,13 @@ class Shop:
     def stock(self) -> Stock:
         return Stock(self.bucket, INITIAL, self.now)
 
-    def saga(self) -> Saga:
+    def saga(self, offered_for: int | None = None) -> Saga:
         """The steps in a process that remembers nothing."""
-        catalogue = Catalogue(self.bucket).load()
-        return Saga(self.stock(), self.gateway, self.tokens, self.publish, self, catalogue, self.now)
+        return Saga(
+            *(self.stock(), self.gateway, self.tokens, self.publish, self),
+            *(Catalogue(self.bucket).load(), self.now),
+            offered_for=offered_for,
+        )
 
     def until(self, state: str) -> Saga:
         """Bring the order to a state, one second for each step; returns the process that did so."""
@@ -248,6 +251,88 @@ def test_a_token_that_the_front_end_keeps_is_named_by_its_reference(shop: Shop) 
     assert other.stock().available() == INITIAL
 
 
+# Offer
+
+MANY = created(ORDER, [("MUG-01", 4), ("TEE-01", 1)])
+OFFERED = Record(
+    "held", {"held": 1_000}, "c-1", (PricedItem("MUG-01", 4, 1_290), LINES[1]), 0, "EUR", SEALED
+).offered({"MUG-01": 3, "TEE-01": 1}, {"MUG-01": "Enamel mug", "TEE-01": "T-shirt, organic cotton"}, 61_000)
+
+
+def test_what_there_is_of_an_order_is_offered_where_offers_are_made(shop: Shop) -> None:
+    """Its token is kept for the acceptance. Repeated, the event is published again unless the read model has it."""
+    assert shop.saga(60_000).reserve(MANY) == "offered"
+    assert shop.record == OFFERED
+    assert shop.published == [shop.said("offered", 1_000)]
+    assert shop.token == "tok_ok"
+    for again in (None, 60_000):
+        assert shop.saga(again).reserve(MANY) == "offered"
+    assert shop.published == [shop.said("offered", 1_000)] * 3
+    shop.known = {(ORDER, "offered")}
+    assert shop.saga(60_000).reserve(MANY) == "offered"
+    assert len(shop.published) == 3
+    assert (shop.record, shop.token) == (OFFERED, "tok_ok")
+
+
+def test_an_offer_of_nothing_is_made_at_once(shop: Shop) -> None:
+    """Zero is a time as well: what there is, is offered, and has expired."""
+    assert shop.saga(0).reserve(MANY) == "offered"
+    assert shop.record == replace(OFFERED, expires_at=1_000)
+
+
+def test_an_offer_that_was_accepted_or_cancelled_is_said_all_the_same(shop: Shop) -> None:
+    """It may not have been published; of one that was cancelled no token is kept."""
+    shop.saga(60_000).reserve(MANY)
+    shop.saga().accept_offer(ORDER, "customer")
+    shop.published.clear()
+    assert shop.saga(60_000).reserve(MANY) == "held"
+    assert shop.published == [shop.said("offered", 1_000), shop.said("held", 1_000)]
+    assert shop.token == "tok_ok"
+    shop.saga().cancel(ORDER, "changed my mind")
+    shop.published.clear()
+    assert shop.saga(60_000).reserve(MANY) == "cancelled"
+    assert shop.published == [shop.said("offered", 1_000)]
+    assert shop.token is None
+
+
+def test_an_offer_is_not_charged(shop: Shop) -> None:
+    """Whatever an event says; the record is read again before."""
+    shop.saga(60_000).reserve(MANY)
+    shop.published.clear()
+    shop.bucket.reads.clear()
+    for step, event, word in (
+        ("pay", RESERVED, "reserved"),
+        ("confirm", PAID, "paid"),
+        ("release", DECLINED, "declined"),
+    ):
+        said = rf"^the event says that the order is {word}, but it is offered\.$"
+        with pytest.raises(UnusableEvent, match=said):
+            getattr(shop.saga(), step)(event)
+    assert shop.bucket.reads == ["plain", "linearizable"] * 3
+    assert (shop.gateway.asked, shop.published, shop.token) == ([], [], "tok_ok")
+
+
+@pytest.mark.parametrize("step", ["pay", "confirm"])
+def test_a_record_that_seems_to_be_an_offer_still_is_read_again(shop: Shop, step: str) -> None:
+    """It was accepted, or paid, and the server that answers first is behind."""
+    shop.saga(60_000).reserve(MANY)
+    offered = shop.bucket.newest_revision()
+    shop.saga().accept_offer(ORDER, "customer")
+    if step == "confirm":
+        shop.saga().pay(RESERVED)
+    behind = [shop.bucket.newest_revision() - offered]
+    saga = shop.saga()
+    get = shop.bucket.get
+
+    def outdated(key: str, *, linearizable: bool = False) -> FakeEntry | None:
+        shop.bucket.behind = lambda: behind.pop() if behind and key == f"order.{ORDER}" else 0
+        return get(key, linearizable=linearizable)
+
+    shop.bucket.get = outdated  # type: ignore[method-assign]
+    assert getattr(saga, step)(RESERVED if step == "pay" else PAID) in ("paid", "confirmed")
+    assert shop.record.total == 3 * 1_290 + 2_450
+
+
 # Pay
 
 
@@ -337,6 +422,27 @@ def test_a_charge_that_another_run_recorded_first_is_owed_to_nobody(shop: Shop) 
     assert saga.pay(RESERVED) == "paid"
     assert shop.unsettled == []
     assert shop.events == ["paid", "paid"]
+
+
+@pytest.mark.parametrize("answer", [Charge("ch_o-1"), Decline("card_declined", "no")])
+def test_a_payment_is_recorded_although_the_record_is_written_again_meanwhile(
+    shop: Shop, answer: Charge | Decline
+) -> None:
+    """It stays as it is, and was held all the time."""
+
+    def touch() -> None:
+        stock = shop.stock()
+        found = stock.find(ORDER)
+        assert found is not None
+        stock.forward(ORDER, found, replace(found.record, tracking="touched"))
+
+    saga = shop.until("held")
+    shop.gateway.answer, shop.gateway.meanwhile = answer, touch
+    state = "paid" if isinstance(answer, Charge) else "declined"
+    assert saga.pay(RESERVED) == state
+    assert (shop.record.state, shop.record.at[state], shop.record.tracking) == (state, 2_000, "touched")
+    assert shop.unsettled == []
+    assert len(shop.gateway.asked) == 1
 
 
 def test_a_cancel_after_the_payment_leaves_its_event_to_be_published(shop: Shop) -> None:

@@ -190,6 +190,108 @@ def test_another_run_may_have_taken_more_before_it_left_its_record(
     assert stock.available() == INITIAL
 
 
+# Offers
+
+
+class Offering:
+    """Makes the offer of an order, and notes what of."""
+
+    def __init__(self, of: Record) -> None:
+        self.of = of
+        self.asked: list[Mapping[str, int]] = []
+
+    def __call__(self, pieces: Mapping[str, int]) -> Record:
+        self.asked.append(dict(pieces))
+        return self.of.offered(pieces, {}, NOW + 60_000)
+
+
+def test_what_there_is_is_offered_and_held(bucket: Bucket, stock: Stock, other: Stock) -> None:
+    """Of every product, also behind the one that ran short; opened again, nothing more."""
+    order = wanted(A=5, B=1, C=2)
+    offering = Offering(order)
+    found = stock.open(ORDER, order, offering)
+    assert offering.asked == [{"A": 3, "B": 1, "C": 1}]
+    assert found == Found(offering({"A": 3, "B": 1, "C": 1}), bucket.record.revision, fresh=True)
+    assert stock.available() == {"A": 0, "B": 1, "C": 0}
+    assert [bucket.level(sku).notes[ORDER].quantity for sku in "ABC"] == [3, 1, 1]
+    for again in (offering, None):
+        assert other.open(ORDER, order, again) == replace(found, fresh=False)
+    stock.restock("A", 0, "r", by="ann", reason="")
+    assert bucket.level("A").notes == {}
+    assert other.open(ORDER, order) == replace(found, fresh=False)
+    assert stock.available() == {"A": 0, "B": 1, "C": 0}
+
+
+def test_a_product_of_which_there_is_nothing_is_not_held(bucket: Bucket, stock: Stock) -> None:
+    """If there is nothing of any, the order is rejected for the first."""
+    stock.open("o-2", wanted(B=2))
+    order = wanted(A=1, B=2)
+    offering = Offering(order)
+    assert stock.open(ORDER, order, offering).record == order.offered({"A": 1}, {}, NOW + 60_000)
+    assert offering.asked == [{"A": 1}]
+    assert "o-1" not in bucket.level("B").notes
+    stock.open("o-4", wanted(C=1))
+    order = wanted(B=1, C=2)
+    offering = Offering(order)
+    found = stock.open("o-3", order, offering)
+    assert (found.record.state, found.record.reason) == ("rejected", "1 × B ordered, 0 in stock")
+    assert (offering.asked, found.fresh) == ([], True)
+
+
+def test_all_of_an_order_is_no_offer(bucket: Bucket, stock: Stock) -> None:
+    """Where offers are made, too."""
+    offering = Offering(wanted(A=3, B=2))
+    assert stock.open(ORDER, wanted(A=3, B=2), offering).record == wanted(A=3, B=2)
+    assert offering.asked == []
+
+
+def test_what_a_run_took_that_makes_offers_is_given_back_by_one_that_makes_none(
+    bucket: Bucket, stock: Stock, other: Stock
+) -> None:
+    """It finds less than was ordered, and rejects the order."""
+    other._shelf("A").take(ORDER, 5, in_part=True)
+    found = stock.open(ORDER, wanted(A=5, B=1))
+    assert (found.record.state, found.record.reason) == ("rejected", "5 × A ordered, 3 in stock")
+    assert stock.available() == INITIAL
+
+
+def test_what_another_run_took_beyond_its_offer_is_given_back(
+    bucket: Bucket, stock: Stock, other: Stock
+) -> None:
+    """The record says what is offered; what it does not name is sold to others."""
+    order = wanted(A=5, B=1)
+    bucket.before[KEY] = lambda: other._create(ORDER, order.offered({"A": 3}, {}, NOW))
+    found = stock.open(ORDER, order, Offering(order))
+    assert (found.record.state, found.fresh) == ("offered", False)
+    assert stock.available() == {"A": 0, "B": 2, "C": 1}
+
+
+def test_an_offer_that_is_cancelled_gives_back_what_it_held(bucket: Bucket, stock: Stock) -> None:
+    """Once, although its claim says what was ordered; it is never released."""
+    order = wanted(A=5, B=1)
+    stock.claims.claim(ORDER, Claim(1, "digest", "c-1", order.lines, 600, "EUR"))
+    stock.open(ORDER, order, Offering(order))
+    offered = bucket.record
+    with pytest.raises(RecordBehind, match=UNREADABLE):
+        stock.release(ORDER, 7)
+    found = stock.cancel(ORDER, 7, "no")
+    assert found.record.at == {"offered": NOW, "cancelling": 7, "cancelled": 7}
+    assert stock.available() == INITIAL
+    bucket.answers[KEY] = [offered]
+    assert stock.release(ORDER, 8) == replace(found, fresh=False)
+
+
+def test_the_levels_are_those_of_the_store(bucket: Bucket, clock: Clock) -> None:
+    """With their revisions; without what it has no key of."""
+    newer = process(bucket, clock, {**INITIAL, "E": 4})
+    newer.restock("A", 2, "r-1", by="ann", reason="")
+    levels = newer.levels()
+    assert {sku: level.pieces for sku, (level, _) in levels.items()} == {"A": 5, "B": 2, "C": 1}
+    assert {sku: revision for sku, (_, revision) in levels.items()} == {
+        sku: bucket.entries[f"level.{sku}"].revision for sku in INITIAL
+    }
+
+
 # Records
 
 
