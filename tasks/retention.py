@@ -111,17 +111,19 @@ class Retention:
         self._now = now
 
     def run(self) -> Summary:
-        """Archive what may leave; returns what was done.
+        """Archive what may leave at this moment; returns what was done.
+
+        What becomes old enough meanwhile is for the next run: however busy the service is, this one comes to its end.
 
         Raises:
           ArchiveBroken: When the archive is not whole, not this store's, or used by another process.
         """
-        summary = Summary()
+        summary, oldest = Summary(), self._now() - self._keep
         with self.archive.alone():
             mark = self._begin()
-            due = self._due()
+            due = self._due(oldest)
             while True:
-                stretch = self._next(mark.last + 1)
+                stretch = self._next(mark.last + 1, oldest)
                 summary.held_by = stretch.held_by
                 if not stretch.events:
                     return summary
@@ -193,10 +195,9 @@ class Retention:
 
     # What may leave
 
-    def _next(self, first: int) -> _Stretch:
-        """Return the next events that may leave."""
+    def _next(self, first: int, oldest: int) -> _Stretch:
+        """Return the next events that may leave, of those that were stored before `oldest` (milliseconds)."""
         stretch = _Stretch()
-        oldest = self._now() - self._keep
         behind, counted = self._stream.settled_to(), self._counted()
         size = 0
         for stored in self._stream.stored(first):
@@ -254,11 +255,10 @@ class Retention:
                     None if record is None else record.value.decode(),
                 )
 
-    def _due(self) -> dict[str, int]:
+    def _due(self, oldest: int) -> dict[str, int]:
         """Return the orders that have no event in the stream and whose time is over, each with the place of its newest
         event as far as that is known: restored ones, and erased ones.
         """
-        oldest = self._now() - self._keep
         restored = self._stock_bucket.items("restored.")
         due = {one.key.partition(".")[2]: 0 for one in restored if json.loads(one.value)["at"] < oldest}
         return due | {one.order_id: one.newest for one in self._erased.all() if one.ended_at < oldest}

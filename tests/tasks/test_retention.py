@@ -315,8 +315,8 @@ def test_what_was_just_accepted_is_done(
     looker, name = (later._orders, "get") if restored else (later, "_next")
     look, accepted = getattr(looker, name), []
 
-    def looked(argument: Any) -> Any:
-        found = look(argument)
+    def looked(*arguments: Any) -> Any:
+        found = look(*arguments)
         if not accepted:
             accepted.append(accept(service, what))
         return found
@@ -434,6 +434,14 @@ def test_young_events_stay(tmp_path: Path) -> None:
     assert shop.retention(until=3).run().events == 0
     assert shop.events.first == 4
     assert find_mark(shop.service.stock_bucket).last == 3  # type: ignore[union-attr]
+
+
+def test_a_run_comes_to_its_end_while_events_grow_old(tmp_path: Path) -> None:
+    """One more is old enough whenever the time is asked for; those that were when it began are archived."""
+    shop = Shop(tmp_path, 2)
+    retention = shop.retention(until=3)
+    retention._now = iter(range(DAY + 1_001 + 3, sys.maxsize)).__next__
+    assert (retention.run().segments, shop.archived()) == (1, [1, 2, 3])
 
 
 def test_an_archived_order_is_not_begun_again(tmp_path: Path) -> None:
@@ -643,6 +651,22 @@ class NoStream:
         return iter(())
 
 
+def test_an_erased_order_that_came_back_is_made_again(tmp_path: Path) -> None:
+    """Its events are nowhere, and no note says where they stood: what the ledger confirms of it stays in a rebuild."""
+    shop = Shop(tmp_path, 1)
+    event = created("o-1", [("TEE-01", 1)])
+    event.customer_id = "another"
+    shop.service.stream.append(event)
+    shop.service.deliver_new()
+    shop.service.finish()
+    assert erase(shop, "c-1", 10**9).is_done
+    shop.retention().run()
+    list(shop.retention().restore(["o-0"]))
+    there = shop.records()
+    shop.rebuild()
+    assert (shop.records(), there.keys()) == (there, {"o-0"})
+
+
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 def test_an_erasure_leaves_the_books_as_they_are(seed: int) -> None:
@@ -756,8 +780,8 @@ def test_an_erasure_and_a_run_of_the_archive_wait_for_each_other(
     retention = shop.retention()
     following, erase_event, refused = retention._next, shop.events.erase, []
 
-    def reading(first: int) -> Any:
-        stretch = following(first)
+    def reading(first: int, oldest: int) -> Any:
+        stretch = following(first, oldest)
         with pytest.raises(ArchiveBusy):
             erase(shop, "c-1", 10**9)
         refused.append("erasure")
