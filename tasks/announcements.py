@@ -95,6 +95,11 @@ class Testimony:
         """Whether the ledger knows the order at all."""
         return self.claim is not None or self._stock.find_newer(self._order_id, bool) is not None
 
+    @property
+    def is_anonymous(self) -> bool:
+        """Whether the order's customer was erased."""
+        return self.claim is not None and self.claim.digest == ERASED
+
     def attested(self, happened: Happened, catalogue: Catalogue) -> Happened | None:
         """Return what the ledger confirms of an event, in the ledger's words; None when that is nothing.
 

@@ -158,14 +158,18 @@ class Rebuild:
         return True
 
     def _remove_strangers(self) -> None:
-        """Remove the records of orders that the ledger does not know, or that have no event in the stream."""
+        """Remove the records of orders that the ledger does not know, or that have no event in the stream.
+
+        The events of an order whose customer was erased were removed. If it came back from the archive, no note says
+        where they stood, so what the ledger confirms stays.
+        """
         for entry in self._bucket.items():
             if self._placed.get(entry.key):
                 continue
             stored = stored_in(entry)
             testimony = Testimony(self._stock, entry.key, self._now)
             known = None if stored is None else restated(stored, testimony)
-            if known is not None and self._has_beyond(known):
+            if known is not None and (testimony.is_anonymous or self._has_beyond(known)):
                 continue
             try:
                 self._bucket.delete(entry.key, revision=entry.revision)
