@@ -208,6 +208,29 @@ def test_a_file_is_checked_and_imported_on_its_page(service: Stack) -> None:
     assert service.get(f"/api/products/{name}").json()["stock"] == 3
 
 
+def test_an_import_of_many_rows_is_written_while_it_is_made(service: Stack) -> None:
+    """Its answer has the form of a short one; sent again it counts nothing twice; the page says when all is done."""
+    names = [sku() for _ in range(120)]
+    rows = "".join(f"{name},Thing,5.00,3\n" for name in names)
+    content = f"sku,name,price,add\n{rows}"
+    headers = {"Content-Type": "text/csv"}
+    for repeated in (False, True):
+        with service.post("/api/products", data=content, headers=headers, stream=True) as answer:
+            assert answer.status_code == 200
+            assert "Content-Length" not in answer.headers, "it was not made before it was begun"
+            body = answer.json()
+        assert (body["dry_run"], body["errors"]) == (False, [])
+        assert [row["sku"] for row in body["rows"]] == names
+        assert {row["repeated"] for row in body["rows"]} == {repeated}
+    assert service.get(f"/api/products/{names[-1]}").json()["stock"] == 3
+    more = content.replace(",3\n", ",4\n")
+    made = service.post("/admin/product-import", data={"text": more, "make": "1"})
+    assert made.text.count("+4 pieces") == len(names)
+    assert "All rows are imported." in made.text
+    wrong = service.post("/api/products", data=content + "X Y,,,\n", headers=headers)
+    assert wrong.status_code == 422
+
+
 def test_the_form_says_what_has_changed_since_it_was_opened(service: Stack, cup: str) -> None:
     """Another price is shown before it is paid, and what was withdrawn is named."""
     form = {
