@@ -1,4 +1,4 @@
-"""Describes the API of webhooks; a part of the description in `web.openapi`."""
+"""Describes the API of webhooks; a part of the description."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 from tasks.webhooks.addresses import MAX_URL
 from tasks.webhooks.subscriptions import EVENT_TYPES, MAX_DESCRIPTION
+from web.openapi.parts import TIME, answer, problems, ref
 from web.webhooks import DEFAULT_LIMIT, MAX_LIMIT
 
-_TIME = {"type": "string", "format": "date-time"}
 _SECRET = {
     "type": "string",
     "description": "Shown this once: it verifies what is sent.",
@@ -58,14 +58,14 @@ SCHEMAS: dict[str, Any] = {
                 "description": "Whose orders' events are sent; null: those of all orders.",
             },
             "enabled": {"type": "boolean"},
-            "created_at": _TIME,
+            "created_at": TIME,
             "disabled_because": {"type": "string", "description": "Present when this service disabled it."},
             "failing": {
                 "type": "object",
                 "description": "Present while the newest attempts have failed.",
                 "required": ["since", "failures", "error"],
                 "properties": {
-                    "since": _TIME,
+                    "since": TIME,
                     "failures": {"type": "integer"},
                     "error": {"type": "string"},
                 },
@@ -79,10 +79,10 @@ SCHEMAS: dict[str, Any] = {
             "id": {"type": "string", "description": "The webhook-id that the receiver gets."},
             "order_id": {"type": "string"},
             "type": {"type": "string", "examples": ["order.confirmed"]},
-            "at": {**_TIME, "description": "When the event happened."},
+            "at": {**TIME, "description": "When the event happened."},
             "state": {"enum": ["pending", "delivered", "failed"]},
             "reason": {"type": "string", "description": "Why no request was sent, when it failed so."},
-            "next_at": {**_TIME, "description": "When it is tried next, while it is pending."},
+            "next_at": {**TIME, "description": "When it is tried next, while it is pending."},
             "attempts": {
                 "type": "array",
                 "description": "The newest attempts, oldest first.",
@@ -90,7 +90,7 @@ SCHEMAS: dict[str, Any] = {
                     "type": "object",
                     "required": ["at", "milliseconds", "status", "answer"],
                     "properties": {
-                        "at": _TIME,
+                        "at": TIME,
                         "milliseconds": {"type": "integer"},
                         "status": {"type": ["integer", "null"], "description": "Null without an answer."},
                         "answer": {
@@ -113,8 +113,8 @@ def paths() -> dict[str, Any]:
                 "listWebhooks",
                 "List webhooks",
                 {
-                    "200": _json("One page, newest first.", _list_of("webhooks", "Webhook", "next")),
-                    **_problems(400),
+                    "200": answer("One page, newest first.", _list_of("webhooks", "Webhook", "next")),
+                    **problems(400),
                 },
                 *_PAGE,
                 description="A customer's own; an operator's are all. The other operations keep to the same.",
@@ -124,10 +124,10 @@ def paths() -> dict[str, Any]:
                 "Make a webhook",
                 {
                     "201": {
-                        **_json("The webhook, with its secret.", _with_secret()),
+                        **answer("The webhook, with its secret.", _with_secret()),
                         "headers": {"Location": {"$ref": "#/components/headers/Location"}},
                     },
-                    **_problems(400, 409, 422),
+                    **problems(400, 409, 422),
                 },
                 description=(
                     "A customer's webhook gets the events of that customer's orders, an operator's those of all "
@@ -140,13 +140,13 @@ def paths() -> dict[str, Any]:
             "get": _operation(
                 "showWebhook",
                 "Show one webhook",
-                {"200": _json("The webhook as it is now.", _ref("Webhook")), **_problems(404)},
+                {"200": answer("The webhook as it is now.", ref("Webhook")), **problems(404)},
                 _WEBHOOK_ID,
             ),
             "patch": _operation(
                 "changeWebhook",
                 "Change a webhook",
-                {"200": _json("The webhook as it is now.", _ref("Webhook")), **_problems(400, 404, 422)},
+                {"200": answer("The webhook as it is now.", ref("Webhook")), **problems(400, 404, 422)},
                 _WEBHOOK_ID,
                 description="What is left out stays. Events that happen while it is disabled are not sent later.",
                 body=_body({**_MEMBERS, "enabled": {"type": "boolean"}}, {"enabled": True}),
@@ -154,7 +154,7 @@ def paths() -> dict[str, Any]:
             "delete": _operation(
                 "removeWebhook",
                 "Remove a webhook",
-                {"204": {"description": "It is removed."}, **_problems(404)},
+                {"204": {"description": "It is removed."}, **problems(404)},
                 _WEBHOOK_ID,
             ),
         },
@@ -163,11 +163,11 @@ def paths() -> dict[str, Any]:
                 "rotateWebhookSecret",
                 "Make a new secret",
                 {
-                    "200": _json(
+                    "200": answer(
                         "The new secret.",
                         {"type": "object", "required": ["secret"], "properties": {"secret": _SECRET}},
                     ),
-                    **_problems(404),
+                    **problems(404),
                 },
                 _WEBHOOK_ID,
                 description="The old one signs beside it for a day.",
@@ -178,10 +178,10 @@ def paths() -> dict[str, Any]:
                 "listWebhookDeliveries",
                 "List the deliveries of a webhook",
                 {
-                    "200": _json(
+                    "200": answer(
                         "One page, what changed last first.", _list_of("deliveries", "Delivery", "next")
                     ),
-                    **_problems(400, 404),
+                    **problems(400, 404),
                 },
                 _WEBHOOK_ID,
                 *_PAGE,
@@ -192,11 +192,11 @@ def paths() -> dict[str, Any]:
                 "sendFailedWebhookDeliveries",
                 "Send all deliveries again that have failed",
                 {
-                    "202": _json(
+                    "202": answer(
                         "They will be sent, each with the same webhook-id.",
                         {"type": "object", "required": ["run"], "properties": {"run": {"type": "integer"}}},
                     ),
-                    **_problems(404, 409),
+                    **problems(404, 409),
                 },
                 _WEBHOOK_ID,
             )
@@ -206,8 +206,8 @@ def paths() -> dict[str, Any]:
                 "sendWebhookDelivery",
                 "Send a delivery again",
                 {
-                    "202": _json("It will be sent, with the same webhook-id.", _ref("Delivery")),
-                    **_problems(404, 409),
+                    "202": answer("It will be sent, with the same webhook-id.", ref("Delivery")),
+                    **problems(404, 409),
                 },
                 _WEBHOOK_ID,
                 _DELIVERY_ID,
@@ -231,7 +231,7 @@ def _operation(
         operation["parameters"] = list(parameters)
     if body is not None:
         operation["requestBody"] = body
-    return {**operation, "responses": {**responses, **_problems(401, 403, 429, 503)}}
+    return {**operation, "responses": {**responses, **problems(401, 403, 429, 503)}}
 
 
 def _body(properties: dict[str, Any], example: dict[str, Any], *required: str) -> dict[str, Any]:
@@ -243,22 +243,10 @@ def _body(properties: dict[str, Any], example: dict[str, Any], *required: str) -
 
 def _with_secret() -> dict[str, Any]:
     secret = {"type": "object", "required": ["secret"], "properties": {"secret": _SECRET}}
-    return {"allOf": [_ref("Webhook"), secret]}
+    return {"allOf": [ref("Webhook"), secret]}
 
 
 def _list_of(name: str, schema: str, *more: str) -> dict[str, Any]:
-    properties: dict[str, Any] = {name: {"type": "array", "items": _ref(schema)}}
+    properties: dict[str, Any] = {name: {"type": "array", "items": ref(schema)}}
     properties |= {each: {"type": ["string", "null"]} for each in more}
     return {"type": "object", "required": list(properties), "properties": properties}
-
-
-def _json(description: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": schema}}}
-
-
-def _ref(schema: str) -> dict[str, Any]:
-    return {"$ref": f"#/components/schemas/{schema}"}
-
-
-def _problems(*statuses: int) -> dict[str, Any]:
-    return {str(status): {"$ref": f"#/components/responses/Problem{status}"} for status in statuses}
