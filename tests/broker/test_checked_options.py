@@ -35,6 +35,8 @@ def check(given, known=(), *, delayed=False, highest=None):
         ("soft_time_limit", "give time_limit=..., in milliseconds"),
         ("link", "give on_success=..., or build a pipeline with |"),
         ("link_error", "give on_failure=..., the name of an actor"),
+        ("ignore_result", "results are stored of actors with store_results=True"),
+        ("serializer", "give all programs the same encoder: dramatiq.set_encoder(...)"),
         ("task_id", "a message has its id already, in message_id"),
         ("retry_policy", "give max_retries=..., min_backoff=... and max_backoff=..."),
     ],

@@ -20,6 +20,7 @@ from dramatiq_abort import Abortable
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.abort import JetStreamBackend as AbortBackend
 from dramatiq_jetstream.cli import main
+from dramatiq_jetstream.cli.context import Fleet as Options
 from dramatiq_jetstream.events import Events, subscription
 from dramatiq_jetstream.periodic import Periodic
 from dramatiq_jetstream.progress import Progress, progress
@@ -75,6 +76,14 @@ def worker(broker: JetStreamBroker, work: dramatiq.Actor[..., Any]) -> Iterator[
     running.start()
     yield running
     running.stop()
+
+
+def test_an_empty_namespace_says_how_another_is_named(fleet: Fleet, namespace: str) -> None:
+    """A newcomer has named none, and looks into one that no program of theirs uses."""
+    for command, empty in (("workers", "No worker is alive"), ("queues", "There are no queues")):
+        assert fleet(command).strip() == f"{empty} in namespace {namespace!r}."
+    assert Options().where == "namespace 'dramatiq' (--namespace or FLEET_NAMESPACE names another)"
+    assert Options(program="shop").where == "namespace 'dramatiq'"
 
 
 def test_queues_shows_every_count(fleet: Fleet, work: dramatiq.Actor[..., Any]) -> None:

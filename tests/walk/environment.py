@@ -20,9 +20,31 @@ from release.stage import DISTRIBUTIONS, stage
 #: Commands of other packages that the documents use.
 _COMMANDS = {
     "celery": "from celery.__main__ import main",
+    "curl": "from tests_curl import main",
     "dramatiq": "from dramatiq.__main__ import main",
+    "flask": "from flask.cli import main",
     "opentelemetry-instrument": "from opentelemetry.instrumentation.auto_instrumentation import run as main",
+    "uvicorn": "from uvicorn.main import main",
 }
+
+#: Enough of curl for the documents, so that a machine needs none. It waits until the port is open.
+_CURL = """
+import sys, time, urllib.request
+from urllib.error import URLError
+
+def main():
+    url, method = sys.argv[-1], sys.argv[sys.argv.index("-X") + 1]
+    for left in range(300, -1, -1):
+        try:
+            answer = urllib.request.urlopen(urllib.request.Request(f"http://{url}", method=method))
+        except URLError as error:
+            if not isinstance(error.reason, ConnectionRefusedError) or not left:
+                raise
+            time.sleep(0.2)
+        else:
+            print(answer.read().decode())
+            return
+"""
 
 
 class Environment:
@@ -44,7 +66,9 @@ class Environment:
         self.bin = directory / "venv" / "bin"
         _pip("--python", self.python, "install", "--no-deps", "--no-index", *wheels.glob("*.whl"))
         packages = directory.glob("venv/lib/python*/site-packages")
-        (next(packages) / "of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        site = next(packages)
+        (site / "of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        (site / "tests_curl.py").write_text(_CURL)
         for name, imported in _COMMANDS.items():
             script = self.bin / name
             script.write_text(f"#!{self.python}\nimport sys\n{imported}\nsys.exit(main())\n")

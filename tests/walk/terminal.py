@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.support.polling import eventually
+from tests.support.ports import free_port
 
 #: Generous: a worker of a loaded machine needs seconds to boot.
 _SECONDS = 90
@@ -53,6 +54,7 @@ class Terminal:
         self._directory = directory
         self._variables = dict(variables)
         self._jobs: list[tuple[str, subprocess.Popen[bytes]]] = []
+        self._port = free_port()  # where documents have 8000
 
     def __enter__(self) -> Terminal:
         return self
@@ -71,7 +73,7 @@ class Terminal:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(step.text)
             return
-        line = step.line.partition("   #")[0].strip()
+        line = re.sub(r"\b8000\b", str(self._port), step.line.partition("   #")[0].strip())
         if line.startswith("pip install "):
             return  # the environment has it
         if line.startswith("export "):

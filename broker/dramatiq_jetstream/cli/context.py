@@ -59,6 +59,13 @@ class Fleet:
         return "dramatiq" if self.given_namespace is None else self.given_namespace
 
     @property
+    def where(self) -> str:
+        """The namespace to people, and how another one is named where none was."""
+        named = self.given_namespace is not None or self.program is not None
+        hint = "" if named else " (--namespace or FLEET_NAMESPACE names another)"
+        return f"namespace {self.namespace!r}{hint}"
+
+    @property
     def console(self) -> Console:
         if sys.stdout.isatty():
             return Console(file=sys.stdout)

@@ -159,7 +159,8 @@ def history(
         _follow(fleet, page.records, search)
     shown = _attempts(page.records)
     fleet.show(
-        [record.as_dict() for record in page.records], shown if page.records else "Nothing is recorded."
+        [record.as_dict() for record in page.records],
+        shown if page.records else f"Nothing is recorded in {fleet.where}.",
     )
     if page.cursor is not None:
         reached = "" if page.reached is None else f" back to {moment(page.reached)}"

@@ -39,7 +39,7 @@ def _table(stats: list[dict[str, Any]]) -> Table:
 @pass_fleet
 def queues(fleet: Fleet, watch: bool) -> None:
     """Show what is in every queue."""
-    empty = f"There are no queues in namespace {fleet.namespace!r}."
+    empty = f"There are no queues in {fleet.where}."
     show_rows(fleet, lambda: _snapshot(fleet), _table, empty, watch=watch)
 
 

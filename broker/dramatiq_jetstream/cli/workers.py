@@ -39,7 +39,7 @@ def workers(fleet: Fleet, watch: bool) -> None:
     def read() -> Rows:
         return [dataclasses.asdict(worker) for worker in fleet.workers()]
 
-    show_rows(fleet, read, human, f"No worker of namespace {fleet.namespace!r} is alive.", watch=watch)
+    show_rows(fleet, read, human, f"No worker is alive in {fleet.where}.", watch=watch)
 
 
 @click.command()
