@@ -30,9 +30,9 @@ from dramatiq_jetstream.errors import StoreTimeout
 from . import rules
 from .announcements import placed_event
 from .claims import Claim, Claims, digest_of
-from .events import Happened
 from .idempotency import Requests
 from .model import AcceptedOrder, InvalidOrder, Order, OrderIdTaken, OrderRequest
+from .orders import Recorded
 from .ports import Publisher
 from .pricing import claim_of
 from .products import Catalogue, Offered
@@ -71,7 +71,8 @@ class Acceptance:
       orders: The read model.
       tokens: Keeps payment tokens.
       publish: Stores an event and returns its place in the stream.
-      project: Adds the event at a place to the read model, as far as the ledger confirms it.
+      project: Adds the event at a place to the read model, as far as the ledger confirms it; is given the claim, and
+        returns the record.
       timeout: Milliseconds within which an order is stored or refused.
       now: The time in milliseconds.
     """
@@ -84,7 +85,7 @@ class Acceptance:
         orders: Orders,
         tokens: Tokens,
         publish: Publisher,
-        project: Callable[[int], Happened | None],
+        project: Callable[[int, Claim], Recorded | None],
         *,
         timeout: int,
         now: Callable[[], int],
@@ -166,8 +167,8 @@ class Acceptance:
         event = placed_event(order_id, claim, reference(request.customer_id, token))
         place = self._publish(event, claim.at, timeout=self._left(deadline))
         self._left(deadline)
-        confirmed = self._project(place)
-        order = None if confirmed is None else self._orders.get(order_id)
+        recorded = self._project(place, claim)
+        order = None if recorded is None else recorded.order
         if order is None:
             raise StoreTimeout(f"order {order_id} is stored and cannot be read as it is now.")
         return AcceptedOrder(_as_accepted(order))

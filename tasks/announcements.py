@@ -66,13 +66,16 @@ class Testimony:
     Parameters:
       stock: The ledger.
       now: The time in milliseconds.
+      claim: What the order's id was claimed with, if that is known already.
     """
 
-    def __init__(self, stock: Stock, order_id: str, now: Callable[[], int]) -> None:
+    def __init__(
+        self, stock: Stock, order_id: str, now: Callable[[], int], claim: Claim | None = None
+    ) -> None:
         self._stock = stock
         self._order_id = order_id
         self._now = now
-        self._claim: Claim | None = None
+        self._claim = claim
         self._found: Found | None = None
 
     @property

@@ -44,18 +44,18 @@ from .archive import Archive, ArchiveBroken
 from .assortment import Assortment
 from .audit import AuditLog
 from .catalogue import CATALOGUE
+from .claims import Claim
 from .credentials import Keys, Operators
 from .deadline import Deadline
 from .erased import ErasedOrders
 from .erasure import Erasure
 from .erasure_jobs import Jobs
-from .events import Happened
 from .figures import Counting, Figures
 from .gateway import HttpGateway
 from .index import BUCKET as INDEX_BUCKET
 from .index import Index, Indexer
 from .levels import PREFIX
-from .orders import Orders
+from .orders import Orders, Recorded
 from .outage import GuardedGateway, OneLine, Outage
 from .products import Catalogue
 from .projection import Projection
@@ -439,10 +439,10 @@ def projection() -> Projection:
     return Projection(stock_store(), orders_store(), catalogue(), now)
 
 
-def project_at(sequence: int) -> Happened | None:
-    """Add the event at a place of the stream to the read model; return what the ledger confirms of it."""
+def project_at(sequence: int, claim: Claim | None = None) -> Recorded | None:
+    """Add the event at a place of the stream to the read model; see `Projection.project`."""
     happened = events_stored().happened_at(sequence)
-    return None if happened is None else projection().project(happened)
+    return None if happened is None else projection().project(happened, claim)
 
 
 @_once

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -50,7 +50,7 @@ from orders.v1.events_pb2 import (
 
 from . import money
 from .catalogue import CURRENCY
-from .events import Happened, isoformat, key_of, order_id_of
+from .events import Happened, isoformat, key_of, name_of, order_id_of
 from .model import (
     FINAL_STATUSES,
     MAX_ID_LENGTH,
@@ -98,12 +98,31 @@ class OrderBusy(Exception):
     """The record was changed by others for the whole time allowed; trying again is safe."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Cached:
-    """A record and its revision, 0 and None when there is none."""
+#: Which event comes right before another, as a rule.
+_BEFORE: Final = {"reserved": "created", "paid": "reserved", "declined": "reserved", "confirmed": "paid"}
 
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The record of an order and its revision, None and 0 when there is none.
+
+    `is_read` when it was just read, and not remembered or guessed.
+    """
+
+    order_id: str
     stored: Stored | None
     revision: int
+    is_read: bool = False
+
+    @property
+    def order(self) -> Order | None:
+        """The order, None when there is none in the record."""
+        return None if self.stored is None else order_of(self.order_id, self.stored, self.revision)
+
+    def has(self, happened: Happened) -> bool:
+        """Whether an event would change nothing."""
+        known = None if self.stored is None else self.stored["events"].get(key_of(happened.event))
+        return known is not None and bool(known["sequence"] <= happened.sequence)
 
 
 class Orders:
@@ -117,7 +136,7 @@ class Orders:
     def __init__(self, bucket: Bucket, finished: Callable[[str, float], None] | None = None) -> None:
         self._bucket = bucket
         self._finished = finished
-        self._recent: OrderedDict[str, _Cached] = OrderedDict()
+        self._recent: OrderedDict[str, Recorded] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, order_id: str) -> Order | None:
@@ -153,8 +172,22 @@ class Orders:
         stored = None if entry is None else stored_in(entry)
         return stored is not None and event in stored["events"]
 
-    def project(self, happened: Happened) -> None:
-        """Add an event to its order's record, if it is not there yet.
+    def recorded(self, happened: Happened) -> Recorded:
+        """Return the record of an event's order: as this process remembers it, if it seems to lack only this event."""
+        order_id = order_id_of(happened.event)
+        with self._lock:
+            known = self._recent.get(order_id)
+        events = {} if known is None or known.stored is None else known.stored["events"]
+        # Where the event before this one is missing, another process may have added both by now.
+        if known is not None and not known.has(happened) and _BEFORE.get(name_of(happened.event)) in events:
+            return known
+        return self._look(order_id)
+
+    def project(self, happened: Happened, known: Recorded | None = None) -> Recorded:
+        """Add an event to its order's record, if it is not there yet; returns the record as it is then.
+
+        Parameters:
+          known: The record, as `recorded` returned it. One that is outdated is found out by the compare-and-set.
 
         Raises:
           UnusableEvent: When it names no order.
@@ -162,26 +195,23 @@ class Orders:
         """
         order_id = order_id_of(happened.event)
         deadline = time.monotonic() + TIMEOUT_MS / 1000
-        while True:
-            # A guess saves the look in many cases, and a wrong one is only found out by the compare-and-set.
-            known = self._guess(order_id)
-            stored = merge(known.stored, happened)
-            if stored is None:
-                known = self._look(order_id)
-                stored = merge(known.stored, happened)
-                if stored is None:
-                    return
+        known = known or self.recorded(happened)
+        while not known.has(happened):
+            stored = with_event(known.stored, happened)
             try:
-                self._remember(order_id, self._write(order_id, stored, known.revision))
-                self._tell_if_finished(known.stored, stored)
-                return
+                written = self._write(known, stored)
             except (KeyExists, RevisionConflict):
-                self._remember(order_id, self._look(order_id))
                 if time.monotonic() > deadline:
                     raise OrderBusy(
                         f"the record of order {order_id} kept changing for {TIMEOUT_MS} ms."
                     ) from None
-                time.sleep(random.uniform(0, 0.01))
+                if known.is_read:
+                    time.sleep(random.uniform(0, 0.01))
+                known = self._look(order_id)
+                continue
+            self._tell_if_finished(known.stored, stored)
+            return written
+        return known
 
     def _tell_if_finished(self, before: Stored | None, after: Stored) -> None:
         """Tell of an order with the write that added the last fact about its end or its beginning."""
@@ -191,39 +221,35 @@ class Orders:
         if end is not None:
             self._finished(*end)
 
-    def _guess(self, order_id: str) -> _Cached:
-        """Return the record as this process last saw it."""
-        with self._lock:
-            known = self._recent.get(order_id)
-        if known is not None:
-            return known
-        return self._look(order_id)
-
-    def _look(self, order_id: str) -> _Cached:
+    def _look(self, order_id: str) -> Recorded:
         entry = self._bucket.get(order_id)
-        return _Cached(None, 0) if entry is None else _Cached(stored_in(entry), entry.revision)
+        if entry is None:
+            return Recorded(order_id, None, 0, is_read=True)
+        found = Recorded(order_id, stored_in(entry), entry.revision, is_read=True)
+        self._remember(found)
+        return found
 
-    def _write(self, order_id: str, stored: Stored, revision: int) -> _Cached:
+    def _write(self, known: Recorded, stored: Stored) -> Recorded:
         value = json.dumps(stored, separators=(",", ":")).encode()
-        if revision == 0:
-            return _Cached(stored, self._bucket.create(order_id, value))
-        return _Cached(stored, self._bucket.update(order_id, value, revision=revision))
+        if known.revision == 0:
+            revision = self._bucket.create(known.order_id, value)
+        else:
+            revision = self._bucket.update(known.order_id, value, revision=known.revision)
+        return self._remember(Recorded(known.order_id, stored, revision))
 
-    def _remember(self, order_id: str, known: _Cached) -> None:
+    def _remember(self, known: Recorded) -> Recorded:
         with self._lock:
-            self._recent[order_id] = known
-            self._recent.move_to_end(order_id)
+            self._recent[known.order_id] = replace(known, is_read=False)
+            self._recent.move_to_end(known.order_id)
             if len(self._recent) > REMEMBERED:
                 self._recent.popitem(last=False)
+        return known
 
 
 def merge(stored: Stored | None, happened: Happened) -> Stored | None:
     """Return the record with a confirmed event in it, or None when that changes nothing."""
-    key = key_of(happened.event)
-    known = None if stored is None else stored["events"].get(key)
-    if known is not None and known["sequence"] <= happened.sequence:
-        return None
-    return with_event(stored, happened)
+    known = Recorded(order_id_of(happened.event), stored, 0)
+    return None if known.has(happened) else with_event(stored, happened)
 
 
 def with_event(stored: Stored | None, happened: Happened) -> Stored:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .announcements import Testimony
+from .claims import Claim
 from .events import Happened, order_id_of
-from .orders import Orders, Stored, with_event
+from .orders import Orders, Recorded, Stored, with_event
 from .products import Catalogue
 from .stock import Stock
 
@@ -30,18 +31,25 @@ class Projection:
         self._catalogue = catalogue
         self._now = now
 
-    def project(self, happened: Happened) -> Happened | None:
-        """Add an event to its order's record; returns what the ledger confirms of it, None when that is nothing.
+    def project(self, happened: Happened, claim: Claim | None = None) -> Recorded | None:
+        """Add an event to its order's record; returns the record as it is then, None when the ledger confirms nothing.
+
+        The record is asked first. One that has the event had it confirmed, so the ledger need not be asked again.
+
+        Parameters:
+          claim: What the order's id was claimed with, of an event that was just published: its record is hardly there.
 
         Raises:
           UnusableEvent: When it names no order.
           OrderBusy: When others kept changing the record.
         """
-        testimony = Testimony(self._stock, order_id_of(happened.event), self._now)
+        order_id = order_id_of(happened.event)
+        known = self._orders.recorded(happened) if claim is None else Recorded(order_id, None, 0)
+        if known.has(happened):
+            return known
+        testimony = Testimony(self._stock, order_id, self._now, claim)
         confirmed = testimony.attested(happened, self._catalogue)
-        if confirmed is not None:
-            self._orders.project(confirmed)
-        return confirmed
+        return None if confirmed is None else self._orders.project(confirmed, known)
 
 
 def restated(existing: Stored | None, testimony: Testimony) -> Stored | None:

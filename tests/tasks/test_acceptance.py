@@ -12,8 +12,7 @@ from google.protobuf.message import Message
 from dramatiq_jetstream.errors import StoreTimeout
 from tasks import accept
 from tasks.accept import new_order_id
-from tasks.claims import digest_of
-from tasks.events import Happened
+from tasks.claims import Claim, digest_of
 from tasks.model import (
     IdempotencyConflict,
     InvalidOrder,
@@ -22,6 +21,7 @@ from tasks.model import (
     OrderRequest,
     RequestedItem,
 )
+from tasks.orders import Recorded
 from tasks.products import PREFIX, Price, StoredProduct
 from tasks.tokens import reference
 from tests.tasks.test_accepting import FakeStream, Front, InMemory, fail
@@ -176,7 +176,7 @@ def test_an_order_that_the_ledger_does_not_confirm_is_not_accepted(front: Front,
     """Even if the read model has it, or had it a moment ago."""
     places: list[int] = []
 
-    def refuse(place: int) -> Happened | None:
+    def refuse(place: int, claim: Claim) -> Recorded | None:
         places.append(place)
         return None
 

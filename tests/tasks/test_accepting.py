@@ -19,6 +19,7 @@ from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.errors import StoreTimeout
 from orders.v1.events_pb2 import OrderCreated
 from tasks.accept import Acceptance, new_order_id
+from tasks.claims import Claim
 from tasks.events import Happened, event_id, usable_order_id
 from tasks.idempotency import Requests
 from tasks.model import (
@@ -29,7 +30,7 @@ from tasks.model import (
     OrderRequest,
     RequestedItem,
 )
-from tasks.orders import Orders
+from tasks.orders import Orders, Recorded
 from tasks.products import Catalogue
 from tasks.projection import Projection
 from tasks.stock import Stock
@@ -83,8 +84,8 @@ class Front:
         self.catalogue = catalogue = Catalogue(broker.bucket("stock")).load()
         projection = Projection(stock, self.orders, catalogue, clock)
 
-        def project(place: int) -> Happened | None:
-            return projection.project(Happened(stream.published[place - 1], place, 1_000))
+        def project(place: int, claim: Claim) -> Recorded | None:
+            return projection.project(Happened(stream.published[place - 1], place, 1_000), claim)
 
         self.tokens = Tokens(broker.bucket("tokens"), [Fernet.generate_key().decode()], ttl=60_000)
         self.acceptance = Acceptance(
@@ -381,7 +382,7 @@ def test_what_is_told_of_a_taken_id_and_of_an_unreadable_order(
     front.accept(None, order_id="o-1")
     with pytest.raises(OrderIdTaken, match=r"^another order has the id o-1$"):
         front.accept(None, 2, order_id="o-1")
-    front.acceptance._project = lambda place: None
+    front.acceptance._project = lambda *_: None
     with pytest.raises(StoreTimeout, match=r"^order o-2 is stored and cannot be read as it is now\.$"):
         front.accept(None, order_id="o-2")
 

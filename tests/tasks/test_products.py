@@ -326,7 +326,7 @@ def test_an_order_tells_nothing_of_the_one_whose_id_it_names(store: Store) -> No
     requests = Requests(FakeBucket(), lease=1_000, now=store.now)
     acceptance = Acceptance(
         *(requests, claims, store.catalogue, Orders(FakeBucket()), fake_tokens()),
-        *(lambda *_, **__: 0, lambda _: None),
+        *(lambda *_, **__: 0, lambda *_: None),
         timeout=1_000,
         now=store.now,
     )
