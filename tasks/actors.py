@@ -15,7 +15,7 @@
     orders     return_order     ORDER.return_requested
     payments   settle_order     (no event: a refund that may have been forgotten)
     orders     announce_failure (a dead letter, of whatever cause)
-    projection project_event    ORDER.>
+    projection project_event    ORDER.>    (the read model, and the deliveries to webhooks)
     projection index_orders     (every few seconds: what lists and figures are made of)
     orders     look_after_orders (once a minute: orders that do not move)
     orders     erase_customer   (no event: an administrator asks for it)
@@ -60,6 +60,7 @@ from .orders import OrderBusy
 from .outage import is_outage
 from .saga import STEPS
 from .steps import left_to_newer, observed
+from .webhooks import service as webhooks
 
 logger = logging.getLogger(__name__)
 
@@ -226,13 +227,18 @@ def read_event(event: Event) -> Happened | None:
     return happened(decoded, event.sequence, event.time, event.headers)
 
 
-@dramatiq.actor(subscribe=subscription(SUBJECTS, read_event), **app.step_options("projection", FINISH))
+# However long the store is away, no event is given up: it would be missing from its order, and no webhook would get it.
+@dramatiq.actor(
+    subscribe=subscription(SUBJECTS, read_event),
+    **{**app.step_options("projection", FINISH), "max_retries": None},
+)
 def project_event(what: Happened | None) -> None:
-    """Add an event to its order's record, as far as the ledger confirms it."""
+    """Add an event to its order's record, as far as the ledger confirms it, and make its deliveries to webhooks."""
     if what is not None:
         logs.bind(order_id=order_id_of(what.event))
         with left_to_newer():
             app.projection().project(what)
+            webhooks.announcer().announce(what)
 
 
 @dramatiq.actor(

@@ -2,7 +2,7 @@
 
 ::
 
-    ORDER.> → announce_webhooks → one delivery for each webhook that wants the event → deliver_webhook → its receiver
+    ORDER.> → project_event → one delivery for each webhook that wants the event → deliver_webhook → its receiver
 
 A *webhook* is an address with the events that it wants (`subscriptions`). A customer's gets the events of that
 customer's orders, an operator's those of all orders. Only what the ledger confirms is sent, in the ledger's words, so

@@ -1,10 +1,9 @@
 """The actors of webhooks.
 
-queue       actor               called by
-projection  announce_webhooks   ORDER.>
-webhooks    deliver_webhook     announce_webhooks, for each webhook that wants the event, and by `send again`
-webhooks    send_failed_webhooks (no event: a person asks for all that failed)
-webhooks    look_after_webhooks (once an hour: secrets that an older TOKEN_KEY encrypts)
+queue     actor                called by
+webhooks  deliver_webhook      project_event, for each webhook that wants the event, and by `send again`
+webhooks  send_failed_webhooks (no event: a person asks for all that failed)
+webhooks  look_after_webhooks  (once an hour: secrets that an older TOKEN_KEY encrypts)
 """
 
 from __future__ import annotations
@@ -16,10 +15,8 @@ import dramatiq
 from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream import Snooze
-from dramatiq_jetstream.events import subscription
-from tasks import app, logs
-from tasks.actors import FINISH, read_event
-from tasks.events import SUBJECTS, Happened, order_id_of
+from tasks import app
+from tasks.actors import FINISH
 
 from . import service
 from .subscriptions import SecretUnreadable
@@ -34,25 +31,12 @@ AT_ONCE: Final = 2
 _HOUR_MS: Final = 3_600_000
 _DAY_MS: Final = 24 * _HOUR_MS
 
-# However long the store is away, no event is given up, and no delivery becomes a dead letter: it has a log of its own.
-_UNTIL_IT_WORKS: Final = {"max_retries": None}
-
-
-@dramatiq.actor(
-    subscribe=subscription(SUBJECTS, read_event),
-    **{**app.step_options("projection", FINISH), **_UNTIL_IT_WORKS},
-)
-def announce_webhooks(what: Happened | None) -> None:
-    """Make the deliveries of an event, one for each webhook that wants it."""
-    if what is not None:
-        logs.bind(order_id=order_id_of(what.event))
-        service.announcer().announce(what)
-
 
 @dramatiq.actor(
     **{
         **app.step_options(QUEUE, FINISH),
-        **_UNTIL_IT_WORKS,
+        # However long the store is away, no delivery becomes a dead letter: it has a log of its own.
+        "max_retries": None,
         # The request has a limit of its own; the rest is for the store.
         "time_limit": app.SETTINGS.webhook_timeout + 60_000,
     },

@@ -120,13 +120,9 @@ def test_an_order_with_a_failed_payment_is_one_trace(service: Stack, receiver: O
                       PRODUCER send ORDER.paid
                         CONSUMER process orders confirm_order 1 done
                           PRODUCER send ORDER.confirmed
-                            CONSUMER process projection announce_webhooks 1 done
                             CONSUMER process projection project_event 1 done
-                        CONSUMER process projection announce_webhooks 1 done
                         CONSUMER process projection project_event 1 done
-                CONSUMER process projection announce_webhooks 1 done
                 CONSUMER process projection project_event 1 done
-            CONSUMER process projection announce_webhooks 1 done
             CONSUMER process projection project_event 1 done
         """
     )
@@ -169,7 +165,6 @@ def test_an_order_that_was_given_up_and_replayed_is_one_trace(service: Stack, re
                     CLIENT dead_letter payments capture_payment retries exhausted
                     CONSUMER process orders announce_failure 1 done
                       PRODUCER send ORDER.failed
-                        CONSUMER process projection announce_webhooks 1 done
                         CONSUMER process projection project_event 1 done
                     CONSUMER process payments capture_payment 2 failed
                       CLIENT POST 500
@@ -179,13 +174,9 @@ def test_an_order_that_was_given_up_and_replayed_is_one_trace(service: Stack, re
                         PRODUCER send ORDER.paid
                           CONSUMER process orders confirm_order 1 done
                             PRODUCER send ORDER.confirmed
-                              CONSUMER process projection announce_webhooks 1 done
                               CONSUMER process projection project_event 1 done
-                          CONSUMER process projection announce_webhooks 1 done
                           CONSUMER process projection project_event 1 done
-                CONSUMER process projection announce_webhooks 1 done
                 CONSUMER process projection project_event 1 done
-            CONSUMER process projection announce_webhooks 1 done
             CONSUMER process projection project_event 1 done
         """
     )

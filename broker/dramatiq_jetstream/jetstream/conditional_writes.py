@@ -99,8 +99,6 @@ class ConditionalWrites:
 
     def newest(self, subject: str) -> StoredMessage | None:
         """The newest message on a subject, which may have wildcards."""
-        if subject.endswith(">"):
-            return last_message(self._connection, self._stream, subject)
         return self.last(subject)
 
     def _stored_as(self, subject: str, write: str) -> int | None:

@@ -7,6 +7,7 @@ They come from the stream's leader (`STREAM.MSG.GET`). Where the stream is known
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -109,9 +110,12 @@ def last_message_direct(
     """As `last_message`, for a stream on one server, where no other can lag behind."""
     if len(subject) + len(stream) > _MAX_DIRECT:
         return last_message(connection, stream, subject, timeout=timeout, must_exist=must_exist)
+    verb, payload = f"DIRECT.GET.{stream}.{subject}", b""
+    if subject.endswith(">") or "*" in subject:  # no subject that a message can have
+        verb, payload = f"DIRECT.GET.{stream}", json.dumps({"last_by_subj": subject}).encode()
     # The leader knows at once whether a stream that does not answer exists.
     reply = connection.request(
-        connection.api_subject(f"DIRECT.GET.{stream}.{subject}"), timeout=timeout, resend=True, patient=False
+        connection.api_subject(verb), payload, timeout=timeout, resend=True, patient=False
     )
     headers = reply.headers
     if headers.get("Status") == "404":
