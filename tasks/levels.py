@@ -22,7 +22,6 @@ import json
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -31,11 +30,9 @@ from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 
 from .ledger import NewerRecord, Record
 from .ports import Bucket, Entry
+from .together import Together
 
 PREFIX: Final = "level."
-
-#: How many changes are made at once, which bounds the size of a value.
-MAX_BATCH: Final = 100
 
 #: How many adjustments of a product are remembered.
 MAX_ADJUSTMENTS: Final = 50
@@ -148,7 +145,7 @@ Apply = Callable[[Level, Found | None], Any]
 class _Change:
     """A change that waits to be made with others."""
 
-    __slots__ = ("apply", "done", "error", "order_id", "record", "recorded", "result", "seen_at")
+    __slots__ = ("apply", "order_id", "record", "recorded", "result", "seen_at")
 
     def __init__(self, order_id: str, apply: Apply, recorded: int) -> None:
         self.recorded = recorded
@@ -157,8 +154,6 @@ class _Change:
         self.record: Found | None = None
         self.seen_at = -1  # the record was looked for when the key was known at this revision
         self.result: Any = None
-        self.error: BaseException | None = None
-        self.done = False
 
 
 class Shelf:
@@ -191,8 +186,7 @@ class Shelf:
         self._sweep_after = sweep_after
         self._known: tuple[Level, int] | None = None
         self._heard: Entry | None = None
-        self._waiting: deque[_Change] = deque()
-        self._turn = threading.Lock()
+        self._together = Together(self._make, lambda error: StockBusy(f"the batch failed: {error!r}"))
         # Notes of ours whose records are written: the next change drops them.
         self._written: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
@@ -221,7 +215,7 @@ class Shelf:
         note: Note | Short | Found = self._change(order_id, apply, TAKEN)
         if isinstance(note, Short):
             # What is known of the key may be older than a restock.
-            with self._turn:
+            with self.turn:
                 self._heard, self._known = None, self._read()
             note = self._change(order_id, apply, TAKEN)
         return note
@@ -230,7 +224,7 @@ class Shelf:
         """Give back what was taken for an order whose record says that it holds nothing, and never will."""
         if not self._change(order_id, lambda level, _: _undo(level, order_id)):
             # What is known of the key may be older than the note.
-            with self._turn:
+            with self.turn:
                 self._heard, self._known = None, self._read(linearizable=True)
             self._change(order_id, lambda level, _: _undo(level, order_id))
 
@@ -299,28 +293,17 @@ class Shelf:
             return note if kind and note is not None and note.kind == kind else apply(level, found)
 
         change = _Change(order_id if kind else "", once, recorded)
-        self._waiting.append(change)
-        with self._turn:
-            # The thread whose turn it is changes the level for all that wait meanwhile, perhaps for us.
-            while not change.done:
-                # An interrupt may have lost what a thread took from the line, ours too.
-                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
-                batch = batch or [change]
-                try:
-                    self._make(batch)
-                except BaseException as error:
-                    self._forget()
-                    # The others are told in words of their own: an interrupt is meant for this thread only.
-                    for other in batch:
-                        other.error = error if other is change else StockBusy(f"the batch failed: {error!r}")
-                        other.done = True
-                    if change not in batch or not isinstance(error, Exception):
-                        raise
-        if change.error is not None:
-            raise change.error
+        self._together(change)
         return change.result
 
     def _make(self, batch: list[_Change]) -> None:
+        try:
+            self._make_all(batch)
+        except BaseException:
+            self.forget()
+            raise
+
+    def _make_all(self, batch: list[_Change]) -> None:
         deadline = time.monotonic() + self._timeout / 1000
         attempts = 0
         while not self._try(batch):
@@ -331,16 +314,16 @@ class Shelf:
                 )
             # Random, so that two processes do not keep meeting.
             time.sleep(random.uniform(0, min(0.001 * 2**attempts, 0.05)))
-            self._forget()
+            self.forget()
 
     def _try(self, batch: list[_Change]) -> bool:
         """Make every change to the level that is known; False when that is outdated."""
-        known, revision = self._know()
+        known, revision = self.know()
         self._look(batch, known, revision)
         level = known.copy()
         results = [(change, change.apply(level, change.record)) for change in batch]
         if level != known:
-            written = self._drop(level, known, revision)
+            written = self.drop(level, known, revision)
             try:
                 if revision:
                     revision = self._bucket.update(self.key, level.encode(), revision=revision)
@@ -348,12 +331,9 @@ class Shelf:
                     revision = self._bucket.create(self.key, level.encode())
             except (KeyExists, RevisionConflict):
                 return False
-            self._known = level, revision
-            with self._lock:
-                self._written -= written
+            self.changed(level, revision, written)
         for change, result in results:
             change.result = result
-            change.done = True
         return True
 
     def _look(self, batch: Iterable[_Change], known: Level, revision: int) -> None:
@@ -378,8 +358,38 @@ class Shelf:
             found = {key: entry for key in keys if (entry := self._bucket.get(key)) is not None}
         return {keys[key]: Found(Record.decode(one.value), one.revision) for key, one in found.items()}
 
-    def _drop(self, level: Level, known: Level, revision: int) -> set[tuple[str, str]]:
-        """Drop the notes whose records are written: ours, and a few that were left behind; returns ours."""
+    # For what changes several shelves at once, in the turns of all of them
+
+    @property
+    def turn(self) -> threading.Lock:
+        """Held while the key is changed by this process."""
+        return self._together.turn
+
+    def know(self) -> tuple[Level, int]:
+        """Return the level and its revision as this process knows them; they are read if they are not known."""
+        heard, known = self._heard, self._known
+        if heard is not None and (known is None or heard.revision > known[1]):
+            known = self._known = Level.decode(heard.value), heard.revision
+        elif known is None:
+            known = self._known = self._read()
+        return known
+
+    def forget(self) -> None:
+        """Have the level read again. What was heard may be of another life of the store, so it goes as well."""
+        self._known = self._heard = None
+
+    def changed(self, level: Level, revision: int, written: set[tuple[str, str]]) -> None:
+        """Take note of a change that was stored, without the notes that `drop` has returned."""
+        self._known = level, revision
+        with self._lock:
+            self._written -= written
+
+    def drop(self, level: Level, known: Level, revision: int) -> set[tuple[str, str]]:
+        """Drop the notes whose records are written: ours, and a few that were left behind; returns ours.
+
+        Parameters:
+          level: Is about to be stored in place of the one that is `known` at a `revision`.
+        """
         with self._lock:
             written = set(self._written)
         for order_id, kind in written:
@@ -402,21 +412,9 @@ class Shelf:
 
     # Reading
 
-    def _know(self) -> tuple[Level, int]:
-        heard, known = self._heard, self._known
-        if heard is not None and (known is None or heard.revision > known[1]):
-            known = self._known = Level.decode(heard.value), heard.revision
-        elif known is None:
-            known = self._known = self._read()
-        return known
-
     def _read(self, *, linearizable: bool = False) -> tuple[Level, int]:
         entry = self._bucket.get(self.key, linearizable=linearizable)
         return (Level(self._initial), 0) if entry is None else (Level.decode(entry.value), entry.revision)
-
-    def _forget(self) -> None:
-        """Have the level read again. What was heard may be of another life of the store, so it goes as well."""
-        self._known = self._heard = None
 
 
 def _undo(level: Level, order_id: str) -> bool:

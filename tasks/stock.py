@@ -10,6 +10,8 @@ The record decides. An order takes from its products one after the other, by the
     take … one runs short   → create the record as rejected → give back what was taken, note by note
     take what there is      → create the record as offered  → drop the notes   (where offers are made)
 
+Where nothing stands against it, all of that is one atomic batch (`tasks.openings`).
+
 The record is created once, so of several runs of a step, and of a cancel, one wins, and the others do what its
 record says. A process that is killed in between leaves notes: the next run of the step finds them, takes the rest, and
 carries on; if it finds a record that holds nothing, it gives the notes' pieces back. Until then they are not sold to
@@ -50,7 +52,8 @@ from .levels import (
     StockBusy,
 )
 from .notes import Notes
-from .ports import Bucket, Entry
+from .openings import Openings
+from .ports import BatchBucket, Entry
 from .takeover import take_over
 
 __all__ = ["BUCKET", "Found", "InvalidAdjustment", "RecordBehind", "Stock", "StockBusy"]
@@ -83,7 +86,7 @@ class Stock:
 
     def __init__(
         self,
-        bucket: Bucket,
+        bucket: BatchBucket,
         initial: Mapping[str, int],
         now: Callable[[], int],
         *,
@@ -100,6 +103,7 @@ class Stock:
         self._sweep_after = sweep_after
         self._taken_over = False
         self._shelves: dict[str, Shelf] = {}
+        self._openings = Openings(bucket, self._shelf, now)
         self._lock = threading.Lock()
         # Records as this process last wrote them, oldest first; others may have gone on from there.
         self._recent: OrderedDict[str, tuple[Found, float]] = OrderedDict()
@@ -162,6 +166,8 @@ class Stock:
           offer: Makes the record that offers the pieces which there are, by sku; without it nothing is offered.
         """
         self._take_over()
+        if wanted.lines and (opened := self._openings.open(order_id, wanted)) is not None:
+            return self._opened(order_id, wanted.lines, self._remember(order_id, opened))
         shortage = ""
         taken: dict[str, int] = {}
         for line in _in_order(wanted.lines):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from cryptography.fernet import Fernet
 from google.protobuf.message import Message
 from greenlet import getcurrent, greenlet
 
-from dramatiq_jetstream.errors import KeyExists, RevisionConflict
+from dramatiq_jetstream.errors import ApiError, KeyExists, RevisionConflict
 from tasks.events import event_id, name_of
 from tasks.gateway import UnusableAnswer
 from tasks.ledger import Chargeback
@@ -46,11 +47,17 @@ class FakeBucket:
 
     Parameters:
       behind: Says for each read how many writes the server that answers it is behind.
+
+    Attributes:
+      torn: Says of a batch with these keys how many are stored when its process is killed before its answer.
+      refuses_batch: Says whether a batch with these keys is refused for no fault of its own.
     """
 
     def __init__(self, pause: Pause = no_pause, behind: Callable[[], int] = up_to_date) -> None:
         self.pause = pause
         self.behind = behind
+        self.torn: Callable[[Sequence[str]], int] = lambda keys: 0
+        self.refuses_batch: Callable[[Sequence[str]], bool] = lambda keys: False
         self.entries: dict[str, FakeEntry] = {}
         self._log: list[FakeEntry] = []
         self._revision = 0
@@ -90,19 +97,30 @@ class FakeBucket:
         return stored
 
     def update_all(self, updates: Mapping[str, tuple[bytes, int]]) -> dict[str, int]:
-        self.pause(f"before update of {', '.join(updates)}")
+        try:
+            self.pause(f"before update of {', '.join(updates)}")
+        except BaseException:
+            # The server died with the process, in the middle of the batch.
+            with suppress(RevisionConflict):
+                self._store(updates, self.torn(list(updates)))
+            raise
+        if self.refuses_batch(list(updates)):
+            raise ApiError(400, 10_000, "no batches now")
+        stored = self._store(updates, len(updates))
+        self.pause(f"after update of {', '.join(updates)}")
+        return stored
+
+    def _store(self, updates: Mapping[str, tuple[bytes, int]], count: int) -> dict[str, int]:
         with self._lock:
             for key, (_, revision) in updates.items():
                 existing = self.entries.get(key)
                 if (existing.revision if existing else 0) != revision:
                     raise RevisionConflict(key)
-            for key, (value, _) in updates.items():
+            for key, (value, _) in list(updates.items())[:count]:
                 self._revision += 1
                 self.entries[key] = FakeEntry(key, value, self._revision)
                 self._log.append(self.entries[key])
-            stored = {key: self.entries[key].revision for key in updates}
-        self.pause(f"after update of {', '.join(updates)}")
-        return stored
+            return {key: self.entries[key].revision for key in updates if key in self.entries}
 
     def clear(self, prefix: str) -> None:
         for key in [key for key in self.entries if key.startswith(prefix)]:
@@ -120,6 +138,11 @@ class FakeBucket:
     def items(self, prefix: str = "", *, after: int = 0) -> Iterator[FakeEntry]:
         entries = sorted(self.entries.values(), key=lambda entry: entry.revision)
         return iter([e for e in entries if e.key.startswith(prefix) and e.revision > after])
+
+
+def opens(keys: Sequence[str]) -> bool:
+    """Whether a batch with these keys opens orders."""
+    return any(key.startswith("order.") for key in keys)
 
 
 def fake_tokens() -> Tokens:

@@ -53,6 +53,7 @@ from tests.tasks.fakes import (
     Task,
     World,
     fake_tokens,
+    opens,
     up_to_date,
 )
 
@@ -103,6 +104,10 @@ class Service:
         self.world = World()
         self.stock_bucket = FakeBucket(self.world.pause, behind)
         take_over(self.stock_bucket, INITIAL)
+        # What is killed while it opens orders leaves any part of the batch; every other one is refused.
+        counts = itertools.count()
+        self.stock_bucket.torn = lambda keys: next(counts) % (len(keys) + 1) if opens(keys) else 0
+        self.stock_bucket.refuses_batch = lambda keys: opens(keys) and next(counts) % 2 == 1
         self.orders_bucket = FakeBucket(self.world.pause)
         self.gateway = FakeGateway(self.world.pause)
         self.tokens = fake_tokens()

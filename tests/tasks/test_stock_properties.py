@@ -42,6 +42,8 @@ class Shop:
         self.bucket = FakeBucket(self.world.pause)
         take_over(self.bucket, INITIAL)
         self.bucket.behind = lambda: chance.randint(0, behind) if chance.random() < 0.5 else 0
+        self.bucket.torn = lambda keys: chance.randint(0, len(keys))
+        self.bucket.refuses_batch = lambda keys: chance.random() < 0.5
         self.orders = orders
         self.clock = itertools.count(1_000)
         self.chance = chance
