@@ -45,6 +45,7 @@ STORE, REMOVE = 1, 1
 SIZES = ((1, 1), (1, 30), (3, 1), (3, 30))
 
 CPU = ("driver_cpu_us", "server_cpu_us", "worker_cpu_us")
+COSTS = frozenset(CPU)
 Figures = dict[str, float]
 Key = tuple[str, str, str]
 
@@ -232,19 +233,21 @@ class Capacity:
 def capacities(machine: Machine) -> list[Capacity]:
     """What nodes like the measured machine carry that run nothing but nats-server, with `sync_interval: always`."""
     found = []
-    alone, replicated = machine.figures("sustained", ALWAYS), machine.figures("cluster", CLUSTER, "sustained")
-    for nodes, streams in SIZES:
-        row = alone if nodes == 1 else replicated
-        if {"server_cpu_us", "worker_cpu_us", "driver_cpu_us"} <= row.keys():
-            cores = machine.cores * nodes
-            fsyncs = machine.fsyncs(STORE + REMOVE, streams) if nodes == 1 else _replicated(row, streams)
-            found.append(
-                Capacity(
-                    f"messages: {_size(nodes, streams)}",
-                    (*fsyncs, *machine.processors(row["server_cpu_us"], cores)),
-                    row["worker_cpu_us"] + row["driver_cpu_us"],
-                )
-            )
+    alone, replicated = _costs(machine), machine.figures("cluster", CLUSTER, "sustained")
+    for nodes, streams in SIZES if alone else ():
+        row, what = alone, f"messages: {_size(nodes, streams)}"
+        if nodes == 1:
+            bounds = machine.fsyncs(STORE + REMOVE, streams)
+        elif replicated.keys() >= COSTS:
+            row = replicated
+            bounds = (Bound(f"{streams} × one stream as measured", streams * row["per_second"]),)
+        elif streams == 1:
+            continue
+        else:
+            row = {**alone, "server_cpu_us": nodes * alone["server_cpu_us"]}
+            bounds, what = (), f"{what} (estimate: each does what one does)"
+        processors = machine.processors(row["server_cpu_us"], machine.cores * nodes)
+        found.append(Capacity(what, (*bounds, *processors), row["worker_cpu_us"] + row["driver_cpu_us"]))
     order = machine.figures("orders", SERVICE, orders.BURST)
     if {"nats-server_cpu_us", "gunicorn_cpu_us", "worker_cpu_us"} <= order.keys():
         found.append(
@@ -260,10 +263,14 @@ def capacities(machine: Machine) -> list[Capacity]:
     return found
 
 
-def _replicated(row: Figures, streams: int) -> tuple[Bound, ...]:
-    """A replicated stream does at least what was measured of one."""
-    measured = row["per_second"]
-    return (Bound(f"{streams} × one stream as measured", streams * measured),)
+def _costs(machine: Machine) -> Figures:
+    """The CPU of a message that is sent and run: of the sustained load, else of an enqueue and of a drain together."""
+    row = machine.figures("sustained", ALWAYS)
+    if row.keys() >= COSTS:
+        return row
+    sent, run = machine.figures("enqueue", ALWAYS, "8 threads"), machine.figures("drain", ALWAYS)
+    parts = {name: sent.get(name, 0) + run.get(name, 0) for name in COSTS}
+    return parts if all(parts.values()) else {}
 
 
 def _size(nodes: int, streams: int) -> str:

@@ -72,8 +72,9 @@ def test_thirty_streams_meet_the_processors_first(read) -> None:
     """What waits for its own fsync does not wait for another stream's; the processors are everybody's."""
     cpu = {"driver_cpu_us": 100.0, "server_cpu_us": 200.0, "worker_cpu_us": 50.0}
     (machine,) = read(_results({**ENQUEUE, ("sustained", "jetstream", ""): {"per_second": 1_500.0, **cpu}}))
-    one, thirty = model.capacities(machine)
+    one, thirty, estimate = model.capacities(machine)
     assert (one.bound.per_second, thirty.bound.per_second) == pytest.approx((2_000, 10_000))
+    assert estimate.bound.per_second == thirty.bound.per_second
     assert thirty.cores_elsewhere == pytest.approx(1.5)
 
 
