@@ -159,6 +159,29 @@ def test_without_the_setting_it_is_a_rejection() -> None:
     assert service.records()["o-0"].reason == f"5 × {MUG} ordered, 3 in stock"
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_that_took_more_than_was_offered_gives_it_back(killed: bool) -> None:
+    """Of two runs one finds a product that came in after the other had not: by itself, or when it was killed."""
+    service = Reversing(window=False, offered_for=OFFERED_FOR, sweep_after=0)
+    service.stream.append(created("o-1", [(TEE, 2)]))  # all there are
+    go_on(service)
+    event = created("o-0", [(MUG, 5), (TEE, 1)])
+    first = stop_at(service, lambda: service.saga().reserve(event), "before update of order.o-0")
+    service.stock().restock(TEE, 1, "came in", by="test", reason="")
+    saga = service.saga()
+    second = stop_at(service, lambda: saga.reserve(event), f"after update of level.{TEE}")
+    while not first.done:
+        service.world.step(first)
+    assert [line.sku for line in service.records()["o-0"].lines] == [MUG]
+    service.check_stock()
+    while not second.done:
+        service.world.step(second, crash=killed)
+    for number in (1, 2):  # with its next changes a process drops notes
+        saga._stock.restock(TEE, 1, f"came in, too: {number}", by="test", reason="")
+    service.check_stock()
+    assert service.pieces()[TEE] == 3
+
+
 def test_the_first_decision_counts() -> None:
     """Accepted, it is not ended by its deadline; ended, it is not accepted; said twice, it is said once."""
     service = offered()
@@ -184,6 +207,38 @@ def test_the_first_decision_counts() -> None:
     assert not service.saga().expire_offer("o-0")
     assert service.gateway.captured == []
     assert service.pieces()[MUG] == 3
+
+
+@pytest.mark.parametrize("first", ["accept", "expire", "customer"])
+@pytest.mark.parametrize("second", ["accept", "expire", "customer"])
+def test_one_decision_wherever_two_meet(first: str, second: str) -> None:
+    """One comes to each of its effects, the other runs to its end meanwhile, by another clock: one counts, once."""
+    stopped = 0
+    while True:
+        service = offered()
+        # What ends the offer has a clock that is ahead of what accepts it.
+        clocks = {"expire": OFFERED_FOR}
+        running, asked = service.world.start("first", lambda s=service: s.ask(first, "o-0")), 0
+        while not running.done and asked <= stopped:
+            service.skipped = clocks.get(first, 0)
+            service.world.step(running)
+            asked += 1
+        was_done = running.done
+        service.skipped = clocks.get(second, 0)
+        service.ask(second, "o-0")
+        while not running.done:
+            service.skipped = clocks.get(first, 0)
+            service.world.step(running)
+        service.skipped = 0
+        go_on(service)
+        service.come_to_rest()
+        service.check()
+        record = service.records()["o-0"]
+        if {first, second} == {"accept", "expire"}:
+            assert record.state == ("confirmed" if "o-0" in service.accepted else "cancelled")
+        if was_done:
+            return
+        stopped += 1
 
 
 def test_what_was_never_offered() -> None:
