@@ -282,7 +282,7 @@ def test_the_probes_tell_a_stuck_worker_from_a_busy_one(make_fleet):
 
     def status(path):
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
                 return answer.status
         except urllib.error.HTTPError as error:
             return error.code
@@ -293,10 +293,10 @@ def test_the_probes_tell_a_stuck_worker_from_a_busy_one(make_fleet):
     eventually(lambda: runner(fleet, "a"))
     assert status("/health/live") == 200
     head = urllib.request.Request(f"http://127.0.0.1:{port}/health/live", method="HEAD")
-    with urllib.request.urlopen(head, timeout=5) as answer:
+    with urllib.request.urlopen(head, timeout=30) as answer:
         assert (answer.status, answer.read()) == (200, b"")
     fleet.send("mark", "m")  # waits for the thread
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
         metrics = answer.read().decode()
     assert re.search(r"^fleet_running 1$", metrics, re.MULTILINE)
     assert re.search(r"^fleet_workers 1$", metrics, re.MULTILINE)
@@ -311,7 +311,7 @@ def test_the_probes_tell_a_stuck_worker_from_a_busy_one(make_fleet):
     fleet.wait_for("ran m")
 
     def parsed():
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
             families = text_string_to_metric_families(answer.read().decode())
             return {(s.name, *sorted(s.labels.values())): s.value for f in families for s in f.samples}
 

@@ -309,7 +309,7 @@ def test_an_order_that_failed_in_an_outage_is_found(books: Books) -> None:
     }
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("modules", "web", "promise"),
     [
@@ -326,7 +326,7 @@ def test_real_builds_that_believe_strangers_are_found(
         [BY_NAME["gateway-slow"]],
         directory=tmp_path,
         seed=1,
-        rate=40.0,
+        rate=15.0,
         settle=15.0,
         say=print,
         modules=modules,
@@ -336,7 +336,7 @@ def test_real_builds_that_believe_strangers_are_found(
     assert promise in broken, "\n".join(verdict.line() for verdict in result.verdicts)
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(400)
 def test_a_real_build_that_charges_twice_is_found(tmp_path: Path) -> None:
     """The service itself, broken in one line, with a gateway that fails after it has charged."""
     result = run(
@@ -355,7 +355,7 @@ def test_a_real_build_that_charges_twice_is_found(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_a_real_build_that_gives_back_wrongly_is_found(tmp_path: Path) -> None:
     """The service itself, broken in each place that takes orders back, with a gateway that loses its answers."""
     result = run(

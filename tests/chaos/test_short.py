@@ -33,7 +33,7 @@ def _run(topology: Topology, names: list[str], directory: Path, cut: Network | N
     return result
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_one_server_keeps_every_promise(tmp_path: Path) -> None:
     """Workers, the front end and the server killed, and a gateway that fails after it has charged."""
     faults = ["worker-killed", "web-killed", "nats-killed", "gateway-after-charge", "store-full"]
@@ -42,7 +42,7 @@ def test_one_server_keeps_every_promise(tmp_path: Path) -> None:
 
 
 @needs_root
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_a_cluster_keeps_every_promise(tmp_path: Path) -> None:
     """The leader killed, and the service cut off from all nodes, in network namespaces."""
     cut = Network().open()

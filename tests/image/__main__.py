@@ -152,7 +152,7 @@ def confirm_an_order(image: Image, port: int, gateway: int) -> None:
         def answers() -> bool:
             try:
                 return requests.get(f"{url}/health", timeout=10).status_code == 200
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.Timeout):
                 return False
 
         eventually(answers, timeout=PATIENCE, message="the front end did not get ready")

@@ -246,7 +246,7 @@ def test_front_of_the_compose_file(tmp_path: Path) -> None:
                     return (
                         requests.post(f"{url}/api/orders", json=order_body(), timeout=10).status_code == 202
                     )
-                except requests.ConnectionError:
+                except (requests.ConnectionError, requests.Timeout):
                     return False
 
             eventually(placed)

@@ -41,7 +41,7 @@ class Bank:
     def up(self) -> bool:
         try:
             return requests.get(f"{self.url}/health", timeout=2).status_code == 200
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             return False
 
     def knobs(self, **changes: Any) -> None:

@@ -130,7 +130,7 @@ class Stack:
         """Whether the front end says that it can take orders."""
         try:
             return requests.get(f"{self.url}/health", timeout=5).status_code == 200
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             return False
 
     def get(self, path: str, **options: Any) -> requests.Response:

@@ -22,7 +22,7 @@ FAULTS = (
 )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_the_library_keeps_every_promise(tmp_path: Path) -> None:
     """A worker and the server killed, a half-open link, a rotated key, and a server that comes back empty."""
     print(f"seed {SEED}")
