@@ -30,7 +30,7 @@ WAIT_SECONDS = 30.0  # the longest that a driver waits for one result
 
 @dataclass(frozen=True)
 class Stored:
-    """What one stream was given so far: how many messages, each an fsync, and how many bytes of them it has."""
+    """What one stream was given so far: how many messages, and how many bytes of them it has."""
 
     stream: str
     writes: int
