@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import subprocess
@@ -25,12 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def _documents() -> list[Path]:
     """Every document that is ours: nothing below a hidden directory, and nothing that was installed or built."""
-    foreign = {"node_modules", "build", "dist"}
-    return sorted(
-        path
-        for path in ROOT.rglob("*.md")
-        if not any(part.startswith(".") or part in foreign for part in path.relative_to(ROOT).parts)
-    )
+    found: list[Path] = []
+    for directory, below, files in os.walk(ROOT):
+        below[:] = [
+            name for name in below if name not in ("node_modules", "build", "dist") and name[0] != "."
+        ]
+        found += [Path(directory, name) for name in files if name.endswith(".md") and name[0] != "."]
+    return sorted(found)
 
 
 DOCUMENTS = _documents()
