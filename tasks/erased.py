@@ -86,9 +86,11 @@ class ErasedOrders:
             self._bucket.update(entry.key, _encode(replace(order, is_done=True)), revision=entry.revision)
 
     def forget(self, order_id: str) -> None:
-        """Drop the note of an order that left for the archive."""
-        if self._bucket.get(f"{_ORDER}{order_id}") is not None:
-            self._bucket.delete(f"{_ORDER}{order_id}")
+        """Drop the note of an order that left for the archive, unless its erasure is under way and knows it by that."""
+        entry = self._bucket.get(f"{_ORDER}{order_id}")
+        job = None if entry is None else self._bucket.get(f"job.{_read(entry).certificate}")
+        if entry is not None and (job is None or json.loads(job.value)["finished_at"]):
+            self._bucket.delete(entry.key)
 
     def all(self) -> Iterator[ErasedOrder]:
         """Yield the anonymous orders."""

@@ -179,6 +179,9 @@ class Erasure:
             customer_id, lambda order_id: self._is_theirs_now(customer_id, order_id)
         )
         self._jobs.finish(job)
+        for order_id in self._ours:
+            if (claim := self._stock.claims.find(order_id)) is not None and claim.is_archived:
+                self._erased.forget(order_id)
 
     def _take_all(self, job: Job) -> None:
         """Take away what there is of every kind, until there is nothing."""
@@ -330,7 +333,7 @@ class Erasure:
         return json.dumps(stored if said is None else said, separators=(",", ":")).encode()
 
     def _their_events(self, job: Job) -> Iterator[str]:
-        ids = self._ours
+        ids = self._theirs(job)
         traces = Traces(job.customer_id, ids)
         for stored in self._stream.stored():
             if stored.time >= job.at:
@@ -347,13 +350,13 @@ class Erasure:
         self._stream.erase(int(place))
 
     def _their_requests(self, job: Job) -> Iterator[str]:
-        ids = self._ours
+        ids = self._theirs(job)
         for entry in self._buckets["requests"].items():
             if json.loads(entry.value).get("order_id") in ids:
                 yield entry.key
 
     def _their_tokens(self, job: Job) -> Iterator[str]:
-        ids = self._ours
+        ids = self._theirs(job)
         return (entry.key for entry in self._buckets["tokens"].items() if entry.key in ids)
 
     def _their_keys(self, job: Job) -> Iterator[str]:
@@ -372,14 +375,14 @@ class Erasure:
                 yield entry.key
 
     def _their_deliveries(self, job: Job) -> Iterator[str]:
-        ids = self._ours
+        ids = self._theirs(job)
         for entry in self._buckets["deliveries"].items():
             if json.loads(entry.value).get("order_id") in ids:
                 yield entry.key
 
     def _messages(self, job: Job, stream: Stream) -> Iterator[str]:
         """Yield the places of messages that are about the customer, or whenever they came about one of the orders."""
-        ids = self._ours
+        ids = self._theirs(job)
         before, after = Traces(job.customer_id, ids), Traces("", ids)
         with suppress(TopologyMissing):  # no worker ever ran
             for stored in stream.read():
@@ -424,9 +427,7 @@ class Erasure:
 
     def _change_of(self, job: Job) -> Callable[[Line], Line]:
         """Return what makes a line of the archive anonymous if it is about the customer."""
-        if self._archived is None:
-            self._archived = self._archived_ids(job)
-        ids = self._ours | self._archived
+        ids = self._theirs(job)
 
         def change(line: Line) -> Line:
             if "event" in line:
@@ -449,6 +450,12 @@ class Erasure:
             return line
 
         return change
+
+    def _theirs(self, job: Job) -> set[str]:
+        """Return the orders of the customer: those that this erasure made anonymous, and those in the archive."""
+        if self._archived is None:
+            self._archived = self._archived_ids(job)
+        return self._ours | self._archived
 
     def _archived_ids(self, job: Job) -> set[str]:
         """Return the orders of the customer that are in the archive."""

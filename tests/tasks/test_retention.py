@@ -622,9 +622,10 @@ def erase(shop: Shop, customer_id: str, at: int) -> Job:
     return erasure.run(erasure.begin(customer_id, Who("ann", "operator", "command")).id)
 
 
-def erasure_at(shop: Shop, at: int) -> Erasure:
+def erasure_at(shop: Shop, at: int, deliveries: FakeBucket | None = None) -> Erasure:
     service = shop.service
-    buckets = {name: FakeBucket() for name in ("requests", "tokens", "access", "webhooks", "deliveries")}
+    buckets = {name: FakeBucket() for name in ("requests", "tokens", "access", "webhooks")}
+    buckets["deliveries"] = deliveries or FakeBucket()
     return Erasure(
         Jobs(shop.erasures, "erasures", lambda subject, **_: iter(()), lambda: at),
         shop.events,  # type: ignore[arg-type]
@@ -665,6 +666,30 @@ def test_an_erased_order_that_came_back_is_made_again(tmp_path: Path) -> None:
     there = shop.records()
     shop.rebuild()
     assert (shop.records(), there.keys()) == (there, {"o-0"})
+
+
+@pytest.mark.parametrize("archived", ["before", "meanwhile"])
+def test_what_was_sent_about_an_archived_order_is_erased(tmp_path: Path, archived: str) -> None:
+    """The order left before the erasure was asked for, or when it was killed with the order anonymous."""
+    shop = Shop(tmp_path, 1)
+    event = created("o-1", [("TEE-01", 1)])
+    event.customer_id = "another"
+    shop.service.stream.append(event)
+    shop.service.deliver_new()
+    shop.service.finish()
+    deliveries = FakeBucket()
+    for order_id in ("o-0", "o-1"):
+        deliveries.create(f"wh.{order_id}", json.dumps({"order_id": order_id}).encode())
+    if archived == "before":
+        shop.retention().run()
+    dying = erasure_at(shop, 10**9, deliveries)
+    job = dying._jobs.begin("c-1", Who("ann", "operator", "command"))
+    if archived == "meanwhile":
+        dying._clear(job, dying._stages()[0])
+        shop.retention().run()
+    assert erasure_at(shop, 10**9, deliveries).run(job.id).is_done
+    assert deliveries.entries.keys() == {"wh.o-1"}
+    assert not [entry.key for entry in shop.erasures.items("order.")]
 
 
 @given(seed=st.integers(0, 2**32))
