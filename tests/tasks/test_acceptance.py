@@ -347,9 +347,9 @@ def test_an_order_id_is_its_time_and_ten_random_bytes(monkeypatch: pytest.Monkey
 
     def token_bytes(number: int) -> bytes:
         given.append(number)
-        return bytes.fromhex("f023e456789abcdef012")[:number]
+        return bytes.fromhex("f223e456789abcdef012")[:number]
 
     monkeypatch.setattr(accept.secrets, "token_bytes", token_bytes)
-    assert new_order_id(0x0123456789AB) == "01234567-89ab-7023-a456-789abcdef012"
-    assert new_order_id(2**48 + 1) == "00000000-0001-7023-a456-789abcdef012"
+    assert new_order_id(0x0123456789AB) == "01234567-89ab-7223-a456-789abcdef012"
+    assert new_order_id(2**48 + 1) == "00000000-0001-7223-a456-789abcdef012"
     assert given == [10, 10]
