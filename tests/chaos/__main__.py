@@ -25,7 +25,7 @@ from tests.chaos.network import Network
 from tests.chaos.trial import Result, run
 from tests.chaos.workers import __main__ as workers
 
-#: Builds that are broken in one place: modules that the workers import, and the front end.
+#: Builds that are broken in one place: modules that workers and operators' commands import, and the front end.
 BREAKS: dict[str, tuple[list[str], str]] = {
     "belief": (["tests.chaos.broken_belief"], "web"),
     "claims": ([], "tests.chaos.broken_claims"),
@@ -39,6 +39,10 @@ BREAKS: dict[str, tuple[list[str], str]] = {
     "shipping": (["tests.chaos.broken_shipping"], "web"),
     "restock": (["tests.chaos.broken_restock"], "web"),
     "chargebacks": ([], "tests.chaos.broken_chargebacks"),
+    **{
+        name: ([f"tests.chaos.broken_{name}"], "web")
+        for name in ("prices", "archive", "restore", "erasure", "filter", "deliveries", "figures")
+    },
 }
 
 

@@ -87,8 +87,12 @@ class Acts:
             thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Begin nothing more; what was begun comes to its end."""
         self._stop.set()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
         for thread in self._threads:
             thread.join(3 * PATIENCE_SECONDS)
             assert not thread.is_alive(), "what was asked did not come to an end"
@@ -119,7 +123,7 @@ class Acts:
 
     def _act_on_order(self, choice: random.Random, key: str) -> None:
         # Not the newest: most of what can be asked is refused before an order is confirmed.
-        known = list(self._log.accepted)[-60:-5]
+        known = [one for one in list(self._log.accepted)[-60:-5] if one not in self._log.apart]
         if not known:
             return
         # What was asked less often comes first.
@@ -201,7 +205,7 @@ class Acts:
         while time.monotonic() < deadline:
             try:
                 answer = ask()
-            except (requests.RequestException, NatsError, OSError, TimeoutError, subprocess.TimeoutExpired):
+            except (requests.RequestException, NatsError, OSError, TimeoutError):
                 answer = 0
             if answer in _DECISIVE:
                 break

@@ -1,27 +1,22 @@
-"""Reads what there is: the client's log, the stream, the buckets, the dead letters, the queues, the charges.
+"""Reads what there is: the client's log, stream, archive, buckets, dead letters, queues, charges, webhooks.
 
 With plain nats-py and HTTP, and without the code that is under test: only the names on the wire, the protobuf
-contract and the catalogue are shared with it.
+contract and the catalogue are shared with it. Events are those of the tape, because they leave the stream meanwhile; of
+an order that left for the archive, what the archive has of it counts.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nats
-import requests
-from nats.errors import TimeoutError as NatsTimeout
-from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.client import JetStreamContext
-from nats.js.errors import NotFoundError, ServiceUnavailableError
 
 from orders.v1.events_pb2 import (
     RETURNED_STOCK_BACK,
@@ -42,6 +37,8 @@ from orders.v1.events_pb2 import (
     OrderShipped,
 )
 from tasks.catalogue import CATALOGUE
+from tests.chaos import files
+from tests.chaos.reading import Stored, read_gateway, read_stream, run
 
 EVENTS = {
     "created": OrderCreated,
@@ -66,10 +63,8 @@ FINAL = frozenset({"confirmed", "rejected", "cancelled"})
 FORGED = b"forged"
 LEVEL = "$KV.dramatiq-stock.level."
 ORDER = "$KV.dramatiq-stock.order."
+PRODUCT = "$KV.dramatiq-stock.product."
 QUEUES = ("orders", "payments", "projection", "webhooks")
-
-# One look may take this long altogether, in seconds.
-_PATIENCE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +89,52 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """What the ledger says that an order is: its customer, what it took at which price (minor units), and its total."""
+
+    customer_id: str
+    lines: tuple[tuple[str, int, int], ...]
+    total: int
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Where events and orders are in the end.
+
+    Attributes:
+      published: The bytes of each event as the tape has them, by its place.
+      stream, archive: The bytes of each event that is there.
+      damage: What is wrong with the archive's files.
+      orders: How many orders are in the archive.
+      left_at: When each order left for it, in seconds.
+      otherwise: What came back from the archive, or was made again from it, other than it was.
+    """
+
+    published: Mapping[int, bytes] = field(default_factory=dict)
+    stream: Mapping[int, bytes] = field(default_factory=dict)
+    archive: Mapping[int, bytes] = field(default_factory=dict)
+    damage: tuple[str, ...] = ()
+    orders: int = 0
+    left_at: Mapping[str, float] = field(default_factory=dict)
+    otherwise: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Webhooks:
+    """What was asked for, what came, and what the service says of it.
+
+    Attributes:
+      hooks: One mapping each: path, id, secret, events, customer_id, at (seconds).
+      received: The requests, as the receiver wrote them down.
+      log: The deliveries in their bucket.
+    """
+
+    hooks: Sequence[Mapping[str, Any]] = ()
+    received: Sequence[Mapping[str, Any]] = ()
+    log: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
 class Books:
     """Everything that the checker looks at.
 
@@ -112,6 +153,12 @@ class Books:
       believed: Orders of whose records in the read model something comes from a stranger.
       visits: What probes and prying visitors were answered.
       patient: Whether orders wait for a gateway that is away for longer than a trial lasts.
+      placed: What each order is, by the ledger.
+      prices: The prices of each product: the time (milliseconds) from which each holds, and None for not sold.
+      figures: What the figures say of all orders together, and `shown` what the read model does.
+      erased: The people who were erased: customer_id, orders, certificate.
+      jobs: The erasures, as they are stored.
+      traces: Where something of people who were erased was found.
     """
 
     log: list[dict[str, Any]]
@@ -131,196 +178,162 @@ class Books:
     decided: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     acts: list[dict[str, Any]] = field(default_factory=list)
     adjustments: list[tuple[str, str, int]] = field(default_factory=list)
+    placed: dict[str, Placed] = field(default_factory=dict)
+    prices: dict[str, list[tuple[int, int | None]]] = field(default_factory=dict)
+    whereabouts: Whereabouts = field(default_factory=Whereabouts)
+    webhooks: Webhooks = field(default_factory=Webhooks)
+    figures: dict[str, int] = field(default_factory=dict)
+    shown: dict[str, int] = field(default_factory=dict)
+    erased: list[dict[str, Any]] = field(default_factory=list)
+    jobs: list[dict[str, Any]] = field(default_factory=list)
+    traces: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Stored:
-    sequence: int
-    subject: str
-    data: bytes
-    headers: Mapping[str, str]
-    at: float
+class Sources:
+    """Where everything is read from.
+
+    Attributes:
+      directory: The harness's own logs.
+      patient: Whether orders wait for a gateway that is away.
+    """
+
+    nats_url: str
+    gateway_url: str
+    directory: Path
+    archive: Path
+    stock_before: dict[str, int]
+    patient: bool
+
+    def log(self, name: str) -> list[dict[str, Any]]:
+        """Return the lines of a log, none when it was not begun."""
+        path = self.directory / f"{name}.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def read_books(
-    nats_url: str,
-    gateway_url: str,
-    log: Path,
-    visits: Path,
-    stock_before: dict[str, int],
-    *,
-    patient: bool,
-    acts: Path,
-) -> Books:
-    """Read everything."""
+def read_books(sources: Sources, tape: Sequence[Stored]) -> Books:
+    """Read everything; the events are those of the tape."""
 
     async def read(js: JetStreamContext) -> Books:
         # First: when nothing waits, nothing of what is read afterwards changes any more.
         queues = await _waiting(js)
-        events = [event for stored in await _stream(js, "ORDERS") for event in _event(stored)]
-        records = {
-            stored.subject.removeprefix("$KV.dramatiq-orders."): stored.data
-            for stored in await _stream(js, "KV_dramatiq-orders")
-        }
+        stream = await read_stream(js, "ORDERS")
+        held = Held.of(
+            await read_stream(js, "KV_dramatiq-orders"), await read_stream(js, "KV_dramatiq-stock")
+        )
+        index = await read_stream(js, "KV_dramatiq-orders-index")
+        jobs = await read_stream(js, "KV_dramatiq-erasures")
+        archived = files.read(sources.archive)
+        # What is in the bucket is newer: an order that is in both came back.
+        records = {**_records(archived), **held.records}
         # An order of a stranger is one all the same, and none of the client's.
-        records = {order_id: data for order_id, data in records.items() if not order_id.startswith("forged")}
-        stock = await _stream(js, "KV_dramatiq-stock")
-        orders = {
-            stored.subject.removeprefix(ORDER): json.loads(stored.data)
-            for stored in stock
-            if stored.subject.startswith(ORDER) and stored.data
-        }
-        ledger = {order_id: frozenset(record["at"]) for order_id, record in orders.items()}
+        shown = {order_id: one for order_id, one in records.items() if not order_id.startswith("forged")}
+        ledger = {**_ledger(archived), **held.ledger}
         return Books(
-            log=read_log(log),
-            events=events,
-            stock_before=stock_before,
-            stock_after=_pieces(stock),
+            log=sources.log("client"),
+            events=[event for stored in tape for event in parse(stored)],
+            stock_before=sources.stock_before,
+            stock_after=_pieces(held.stock),
             model={
                 order_id: frozenset(name.partition(".")[0] for name in json.loads(data)["events"])
-                for order_id, data in records.items()
+                for order_id, data in shown.items()
             },
-            charges=read_gateway(gateway_url, "charges"),
-            refunds=read_gateway(gateway_url, "refunds"),
-            chargebacks=read_gateway(gateway_url, "chargebacks"),
-            decided={order_id: _decided(record) for order_id, record in orders.items()},
-            acts=read_log(acts),
-            adjustments=_adjustments(stock),
+            charges=read_gateway(sources.gateway_url, "charges"),
+            refunds=read_gateway(sources.gateway_url, "refunds"),
+            chargebacks=read_gateway(sources.gateway_url, "chargebacks"),
+            decided={order_id: _decided(record) for order_id, record in ledger.items()},
+            acts=sources.log("acts"),
+            adjustments=_adjustments(held.stock),
             dead=[
                 {
                     "actor": stored.headers.get("Dramatiq-Dead-Actor", ""),
                     "reason": stored.headers.get("Dramatiq-Dead-Reason", ""),
                     "error": stored.headers.get("Dramatiq-Dead-Error", "")[:200],
                 }
-                for stored in await _stream(js, "dramatiq_dead")
+                for stored in await read_stream(js, "dramatiq_dead")
                 if not is_forged(stored.data)
             ],
             queues=queues,
-            ledger=ledger,
-            visits=read_log(visits),
-            patient=patient,
-            believed=frozenset(order_id for order_id, data in records.items() if FORGED in data),
+            ledger={order_id: frozenset(record["at"]) for order_id, record in ledger.items()},
+            visits=sources.log("visits"),
+            patient=sources.patient,
+            believed=frozenset(order_id for order_id, data in shown.items() if FORGED in data),
+            placed={order_id: _placed(record) for order_id, record in ledger.items()},
+            prices={
+                stored.subject.removeprefix(PRODUCT): [
+                    tuple(one) for one in json.loads(stored.data)["prices"]
+                ]
+                for stored in held.stock
+                if stored.subject.startswith(PRODUCT)
+            },
+            whereabouts=Whereabouts(
+                {stored.sequence: stored.data for stored in tape if parse(stored)},
+                {stored.sequence: stored.data for stored in stream},
+                archived.events,
+                tuple(archived.damage),
+                len(archived.orders),
+                archived.left_at,
+            ),
+            webhooks=Webhooks(
+                sources.log("hooks"),
+                sources.log("received"),
+                [
+                    json.loads(stored.data)
+                    for stored in await read_stream(js, "KV_dramatiq-deliveries")
+                    if stored.data
+                ],
+            ),
+            figures=_counted(index),
+            shown=_summed(records.values()),
+            erased=sources.log("erased"),
+            jobs=[json.loads(stored.data) for stored in jobs if ".job." in stored.subject and stored.data],
         )
 
-    return _run(nats_url, read)
+    found: Books = run(sources.nats_url, read)
+    return found
 
 
-def read_events(nats_url: str, start: int = 1) -> list[Event]:
-    """Read the events from a sequence on."""
+@dataclass(frozen=True)
+class Held:
+    """What the service holds of orders in its buckets: records of the read model as bytes, and the ledger."""
 
-    async def read(js: JetStreamContext) -> list[Event]:
-        return [event for stored in await _stream(js, "ORDERS", start) for event in _event(stored)]
+    records: dict[str, bytes]
+    ledger: dict[str, dict[str, Any]]
+    stock: list[Stored]
 
-    return _run(nats_url, read)
+    @classmethod
+    def of(cls, orders: list[Stored], stock: list[Stored]) -> Held:
+        """Return what is in the messages of the two buckets."""
+        return cls(
+            {one.subject.removeprefix("$KV.dramatiq-orders."): one.data for one in orders if one.data},
+            {
+                one.subject.removeprefix(ORDER): json.loads(one.data)
+                for one in stock
+                if one.subject.startswith(ORDER) and one.data
+            },
+            stock,
+        )
+
+
+def read_held(nats_url: str) -> Held:
+    """Read what the service holds of orders."""
+
+    async def read(js: JetStreamContext) -> Held:
+        return Held.of(
+            await read_stream(js, "KV_dramatiq-orders"), await read_stream(js, "KV_dramatiq-stock")
+        )
+
+    found: Held = run(nats_url, read)
+    return found
 
 
 def read_stock(nats_url: str) -> dict[str, int]:
     """Read the pieces of every sku."""
-    return _run(nats_url, _stock)
-
-
-def read_waiting(nats_url: str) -> dict[str, int]:
-    """Read what waits in the queues and at the consumers of events."""
-    return _run(nats_url, _waiting)
-
-
-def count_dead(nats_url: str) -> int:
-    """Count the dead letters."""
-
-    async def read(js: JetStreamContext) -> int:
-        return len(await _stream(js, "dramatiq_dead"))
-
-    return _run(nats_url, read)
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def read_gateway(gateway_url: str, what: str) -> list[dict[str, Any]]:
-    """Read all charges, refunds or chargebacks from the gateway, page by page."""
-    found: list[dict[str, Any]] = []
-    after: int | None = 0
-    while after is not None:
-        answer = requests.get(f"{gateway_url}/{what}", params={"after": after, "limit": 5_000}, timeout=20)
-        page = answer.json()
-        found += page[what]
-        after = page["next"]
+    found: dict[str, int] = run(nats_url, _stock)
     return found
 
 
-def _run(url: str, read: Any) -> Any:
-    async def run() -> Any:
-        async def ignore(_error: Exception) -> None:
-            pass
-
-        client = await nats.connect(url.split(","), connect_timeout=5, allow_reconnect=False, error_cb=ignore)
-        try:
-            async with asyncio.timeout(_PATIENCE_SECONDS):
-                while True:
-                    try:
-                        return await read(client.jetstream(timeout=10))
-                    except ServiceUnavailableError:
-                        # In a cluster a consumer may have been made on a node that the node which is asked
-                        # has not heard yet. Nothing is taken by reading, so it is read again from the start.
-                        await asyncio.sleep(0.1)
-        finally:
-            await client.close()
-
-    return asyncio.run(run())
-
-
-async def _stream(js: JetStreamContext, name: str, start: int = 1) -> list[Stored]:
-    """Read a stream that reading takes nothing from."""
-    try:
-        state = (await js.stream_info(name)).state
-    except NotFoundError:
-        return []
-    last = state.last_seq
-    if state.messages == 0 or last < start:
-        return []
-    subscription = await js.pull_subscribe(
-        ">",
-        stream=name,
-        config=ConsumerConfig(
-            deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
-            opt_start_seq=max(start, state.first_seq, 1),
-            ack_policy=AckPolicy.NONE,
-            num_replicas=1,
-            mem_storage=True,
-            inactive_threshold=10.0,
-        ),
-    )
-    consumer = (await subscription.consumer_info()).name
-    found: list[Stored] = []
-    try:
-        pending = True
-        while pending:
-            try:
-                batch = await subscription.fetch(500, timeout=5)
-            except NatsTimeout:
-                raise TimeoutError(f"{name} could be read up to {len(found)} messages only") from None
-            for message in batch:
-                meta = message.metadata
-                found.append(
-                    Stored(
-                        meta.sequence.stream,
-                        message.subject,
-                        message.data,
-                        message.headers or {},
-                        meta.timestamp.timestamp(),
-                    )
-                )
-                pending = meta.num_pending > 0 and meta.sequence.stream < last
-    finally:
-        await subscription.unsubscribe()
-        # One for each look would soon be hundreds, and a cluster is busy with them after a leader's death.
-        with contextlib.suppress(NotFoundError):
-            await js.delete_consumer(name, consumer)
-    return found
-
-
-def _event(stored: Stored) -> list[Event]:
+def parse(stored: Stored) -> list[Event]:
     """Return the event of a message, nothing for what is none, or what a stranger made up."""
     name = stored.subject.removeprefix("ORDER.")
     if name not in EVENTS or FORGED in stored.data:
@@ -360,6 +373,53 @@ def _about(event: Any) -> str:
     return str(getattr(event, "refund", "") or getattr(event, "chargeback_id", ""))
 
 
+def _records(archived: files.Files) -> dict[str, bytes]:
+    return {order_id: one["record"].encode() for order_id, one in archived.orders.items() if one["record"]}
+
+
+def _ledger(archived: files.Files) -> dict[str, dict[str, Any]]:
+    return {
+        order_id: json.loads(one["entries"][f"order.{order_id}"])
+        for order_id, one in archived.orders.items()
+        if f"order.{order_id}" in one["entries"]
+    }
+
+
+def _placed(record: dict[str, Any]) -> Placed:
+    lines = tuple((sku, quantity, price) for sku, quantity, price in record.get("lines", ()))
+    return Placed(record.get("customer_id", ""), lines, record.get("total", 0))
+
+
+def _counted(index: list[Stored]) -> dict[str, int]:
+    """Return the sums of the figures that are in use."""
+    stored = {one.subject.rpartition("$KV.dramatiq-orders-index.")[2]: one.data for one in index if one.data}
+    sums: Counter[str] = Counter()
+    if "figures.position" in stored:
+        generation = json.loads(stored["figures.position"])["generation"]
+        for key, data in stored.items():
+            if key.startswith(f"figures.{generation}.day."):
+                for hour in json.loads(data)["hours"].values():
+                    sums.update({name: number for name, number in hour.items() if name != "times"})
+    return dict(sums)
+
+
+def _summed(records: Iterable[bytes]) -> dict[str, int]:
+    """Return what the figures should say of these records."""
+    sums: Counter[str] = Counter()
+    for data in records:
+        record = json.loads(data)
+        names = Counter(key.partition(".")[0] for key in record["events"])
+        for name in ("confirmed", "rejected", "cancelled"):
+            sums[name] += names[name]
+        sums["placed"] += names["created"]
+        sums["failed"] += min(1, names["failed"])
+        sums["revenue"] += record.get("total", 0) if names["confirmed"] else 0
+        for key, fact in record["events"].items():
+            if key.partition(".")[0] in ("refunded", "charged_back"):
+                sums["refunded"] += int(fact.get("amount_minor", 0))
+    return {name: number for name, number in sums.items() if number}
+
+
 def _decided(record: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Return what goes back of an order: of a refund what is not cut."""
     refunds = {one[0]: one[1] - (one[6] if len(one) > 6 else 0) for one in record.get("refunds", ())}
@@ -370,7 +430,7 @@ def _decided(record: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 
 async def _stock(js: JetStreamContext) -> dict[str, int]:
-    return _pieces(await _stream(js, "KV_dramatiq-stock"))
+    return _pieces(await read_stream(js, "KV_dramatiq-stock"))
 
 
 def _pieces(stock: list[Stored]) -> dict[str, int]:

@@ -7,28 +7,17 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from tests.chaos.books import FINAL, Books, Event
+from tests.chaos.checks.archive import comes_back, in_stream_or_archive
+from tests.chaos.checks.erasure import erased_is_gone
+from tests.chaos.checks.figures import figures_agree
+from tests.chaos.checks.prices import charged_as_placed
+from tests.chaos.checks.webhooks import signed_and_asked_for, told_or_listed
+from tests.chaos.verdict import Verdict
+from tests.chaos.verdict import verdict as _verdict
 from tests.chaos.visitors import PRYING
-
-#: How many culprits a verdict names.
-_NAMED = 5
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a promise was kept, and the numbers."""
-
-    promise: str
-    kept: bool
-    numbers: str
-    culprits: tuple[str, ...] = ()
-
-    def line(self) -> str:
-        named = f" [{', '.join(self.culprits[:_NAMED])}]" if self.culprits else ""
-        return f"{'ok    ' if self.kept else 'BROKEN'}  {self.promise}: {self.numbers}{named}"
 
 
 def check(books: Books) -> list[Verdict]:
@@ -50,6 +39,13 @@ def check(books: Books) -> list[Verdict]:
         seen_by_its_own(books),
         probes_are_answered(books),
         outages_fail_nothing(books),
+        charged_as_placed(books),
+        in_stream_or_archive(books),
+        comes_back(books),
+        erased_is_gone(books),
+        told_or_listed(books),
+        signed_and_asked_for(books),
+        figures_agree(books),
     ]
 
 
@@ -113,13 +109,15 @@ _EITHER = (
 def one_order_each(books: Books) -> Verdict:
     """What the client asked for once is one order, however often it asked."""
     asked: defaultdict[str, set[str]] = defaultdict(set)
+    requests: defaultdict[str, set[str]] = defaultdict(set)
     for event in books.events:
         if event.name == "created":
             asked[event.customer_id].add(event.order_id)
     for entry in books.log:
+        requests[entry["customer_id"]].add(entry["key"])
         if entry["accepted"]:
             asked[entry["customer_id"]].add(entry["order_id"])
-    twice = {customer for customer, orders in asked.items() if len(orders) > 1}
+    twice = {customer for customer, orders in asked.items() if len(orders) > max(1, len(requests[customer]))}
     repeats = len(books.log) - len({entry["key"] for entry in books.log})
     return _verdict(
         "a request that is repeated is one order",
@@ -227,17 +225,41 @@ def carried_out(books: Books) -> Verdict:
     )
     undone |= {f"refunds of {order_id}" for order_id in asked if requested[order_id] < asked[order_id]}
     times = Counter((sku, key, pieces) for sku, key, pieces in books.adjustments)
+    delivered = Counter((sku, pieces) for sku, _, pieces in books.adjustments)
     undone |= {
         f"restocking {act['key']}"
         for act in accepted
         if act["kind"] == "restock" and times[act["sku"], act["key"], act["pieces"]] != 1
     }
+    # A new product has one delivery; through the API it has a name that is not the caller's.
+    undone |= {
+        f"goods {act['key']}"
+        for act in accepted
+        if act["kind"] == "goods" and delivered[act["sku"], act["pieces"]] != 1
+    }
+    undone |= {f"{act['kind']} {act['key']}" for act in accepted if _is_unpriced(books, act)}
     kinds = Counter(act["kind"] for act in accepted)
     return _verdict(
         "what was asked and accepted is carried out",
         undone,
         f"{', '.join(f'{count} x {kind}' for kind, count in sorted(kinds.items())) or 'nothing'} accepted, "
         f"{len(undone)} not carried out",
+    )
+
+
+#: By how much clocks and the moments of a change may differ, in milliseconds.
+_SLACK_MS = 3_000
+
+
+def _is_unpriced(books: Books, act: Mapping[str, Any]) -> bool:
+    """Whether an act set a price, or withdrew a product, and the product does not know of it."""
+    if act["kind"] not in ("price", "withdraw"):
+        return False
+    first, last = act["asked"] * 1000 - _SLACK_MS, act["at"] * 1000 + _SLACK_MS
+    planned = act.get("since")
+    return not any(
+        amount == act.get("price") and (since == planned if planned else first <= since <= last)
+        for since, amount in books.prices.get(act["sku"], ())
     )
 
 
@@ -253,13 +275,17 @@ def stock_conserved(books: Books) -> Verdict:
     added: Counter[str] = Counter()
     for sku, _, pieces in books.adjustments:
         added[sku] += pieces
+    # Of a product that came later there was nothing.
+    before = {
+        sku: books.stock_before.get(sku, 0) for sku in books.stock_before.keys() | books.stock_after.keys()
+    }
     wrong = {
-        f"{sku}: {before} at the start, {added[sku]} added, {sold[sku]} sold, {books.stock_after.get(sku)} left"
-        for sku, before in books.stock_before.items()
-        if books.stock_after.get(sku) != before + added[sku] - sold[sku]
+        f"{sku}: {pieces} at the start, {added[sku]} added, {sold[sku]} sold, {books.stock_after.get(sku)} left"
+        for sku, pieces in before.items()
+        if books.stock_after.get(sku) != pieces + added[sku] - sold[sku]
     }
     negative = {f"{sku}: {left}" for sku, left in books.stock_after.items() if left < 0}
-    if not sum(books.stock_before.values()) or not sold.keys() <= books.stock_before.keys():
+    if not sum(books.stock_before.values()) or not sold.keys() <= before.keys():
         wrong.add("the stock at the start is not known")
     return _verdict(
         "stock at the start = stock at the end + confirmed",
@@ -363,13 +389,22 @@ def seen_by_its_own(books: Books) -> Verdict:
     hidden = {
         look["path"]
         for look in looks
-        if look["signed_in"] and look["own"] and look["answer"] in (401, 403, 404)
+        if look["signed_in"]
+        and look["own"]
+        and look["answer"] in (401, 403, 404)
+        # What has left for the archive is not shown.
+        and not _had_left(books, look)
     }
     return _verdict(
         "a customer sees their own orders, and no others",
         leaks | hidden,
         f"{len(looks)} looks, {len(leaks)} at what was not theirs, {len(hidden)} of their own were hidden",
     )
+
+
+def _had_left(books: Books, look: Mapping[str, Any]) -> bool:
+    left_at = books.whereabouts.left_at.get(look["path"].rpartition("/")[2])
+    return left_at is not None and left_at <= look["at"]
 
 
 def _is_list(look: Mapping[str, Any]) -> bool:
@@ -430,7 +465,3 @@ def _taken(events: Iterable[Event]) -> dict[str, dict[str, int]]:
         if event.name == "created":
             taken.setdefault(event.order_id, dict(event.quantities))
     return taken
-
-
-def _verdict(promise: str, culprits: set[str], numbers: str) -> Verdict:
-    return Verdict(promise, not culprits, numbers, tuple(sorted(culprits)))

@@ -21,11 +21,14 @@ import requests
 from nats.errors import Error as NatsError
 
 from orders.v1.events_pb2 import OrderCreated, OrderItem
+from tests.chaos.merchant import Shelf
 
 #: How long an order is tried before it is given up, in seconds.
 PATIENCE_SECONDS = 90.0
 
-_PRICES = {"MUG-01": 1_290, "TEE-01": 2_450, "NOTE-01": 895, "BAG-01": 1_999, "PRINT-01": 24_000}
+#: Answers after which an order is not tried again: it breaks a rule, or it is in the archive already.
+_REFUSED = frozenset({409, 410, 422})
+
 _BAD_TOKENS = ("tok_declined", "tok_insufficient", "tok_expired")
 
 
@@ -41,6 +44,8 @@ class Log:
         self.claimed: list[str] = []
         #: Order ids that clients are going to choose.
         self.chosen: list[str] = []
+        #: Orders of which nothing is asked but by those who placed them.
+        self.apart: set[str] = set()
 
     def write(self, **entry: Any) -> None:
         """Append an answer."""
@@ -73,16 +78,27 @@ class Load:
       url: The front end.
       key: An API key that may place orders.
       nats_url: Where the bare events go.
+      shelf: What is sold.
       rate: Orders a second through the API; a fifth of that comes as bare events.
     """
 
     def __init__(
-        self, url: str, key: str, nats_url: str, log: Log, *, rate: float, seed: int, threads: int = 4
+        self,
+        url: str,
+        key: str,
+        nats_url: str,
+        log: Log,
+        shelf: Shelf,
+        *,
+        rate: float,
+        seed: int,
+        threads: int = 4,
     ) -> None:
         self._url = url
         self._key = key
         self._nats_url = nats_url
         self._log = log
+        self._shelf = shelf
         self._pause = threads / rate
         self._event_pause = 5 / rate
         self._run = f"{seed:x}-{int(time.time())}"
@@ -127,7 +143,7 @@ class Load:
             customer = f"{self._run}-{number}-{count}"
             body: dict[str, Any] = {
                 "customer_id": customer,
-                "items": [{"sku": sku, "quantity": quantity} for sku, quantity in _items(choice)],
+                "items": [{"sku": sku, "quantity": quantity} for sku, quantity in self._items(choice)],
             }
             if choice.random() < 0.1:
                 body["payment_token"] = choice.choice(_BAD_TOKENS)
@@ -158,6 +174,8 @@ class Load:
                     self._log.write(**entry, answer=202)
                     return
                 self._log.write(**entry, answer=answer.status_code, text=answer.text[:300])
+                if answer.status_code in _REFUSED and "request-in-progress" not in answer.text:
+                    return
             time.sleep(pause)
             pause = min(1.0, pause * 1.5)
 
@@ -172,7 +190,7 @@ class Load:
         rivals = []
         for number in (1, 2):
             customer = f"{order_id}-rival-{number}"
-            items = [OrderItem(sku=sku, quantity=quantity) for sku, quantity in _items(choice)]
+            items = [OrderItem(sku=sku, quantity=quantity) for sku, quantity in self._items(choice)]
             rivals.append(OrderCreated(order_id=order_id, customer_id=customer, items=items))
         with ThreadPoolExecutor(2) as pool:
             for placing in [pool.submit(self._place_rival, session, rival) for rival in rivals]:
@@ -203,7 +221,7 @@ class Load:
             else:
                 accepted = answer.status_code == 202
                 self._log.write(**entry, accepted=accepted, answer=answer.status_code)
-                if accepted or "order-id-taken" in answer.text:
+                if accepted or "order-id-taken" in answer.text or answer.status_code == 422:
                     return
             time.sleep(0.5)
 
@@ -217,12 +235,12 @@ class Load:
             while not self._stop.is_set():
                 await asyncio.sleep(choice.uniform(0.5, 1.5) * self._event_pause)
                 count += 1
-                items = _items(choice)
+                items = self._items(choice)
                 event = OrderCreated(
                     order_id=f"{self._run}-e{count}",
                     customer_id=f"{self._run}-e{count}",
                     items=[OrderItem(sku=sku, quantity=quantity) for sku, quantity in items],
-                    total_amount=sum(_PRICES[sku] * quantity for sku, quantity in items) / 100,
+                    total_amount=sum(self._shelf.price(sku) * quantity for sku, quantity in items) / 100,
                 )
                 deadline = time.monotonic() + PATIENCE_SECONDS
                 while time.monotonic() < deadline:
@@ -244,11 +262,10 @@ class Load:
         finally:
             await client.close()
 
+    def _items(self, choice: random.Random) -> list[tuple[str, int]]:
+        skus = choice.sample(self._shelf.skus(), choice.choice((1, 1, 1, 2, 3)))
+        return [(sku, 1 if sku == "PRINT-01" else choice.randint(1, 4)) for sku in skus]
+
 
 async def _ignore(_error: Exception) -> None:
     """The answers tell; what nats-py says besides is of no use."""
-
-
-def _items(choice: random.Random) -> list[tuple[str, int]]:
-    skus = choice.sample(sorted(_PRICES), choice.choice((1, 1, 1, 2, 3)))
-    return [(sku, 1 if sku == "PRINT-01" else choice.randint(1, 4)) for sku in skus]

@@ -20,7 +20,8 @@ from cryptography.fernet import Fernet
 
 from dramatiq_jetstream.testing import NatsCluster, NatsServer
 from tests.chaos.network import CLIENTS, NODES, IsolatedCluster, Network
-from tests.chaos.visitors import PRYING
+from tests.chaos.visitors import PRYING, UNHEARD
+from tests.support.commands import Commands
 from tests.support.polling import eventually
 from tests.support.ports import free_port
 from tests.support.processes import REPOSITORY, WORKER_READY, Process, children
@@ -40,6 +41,9 @@ SETTINGS = {
     "RETRY_LIMIT": "5",
     "RETRY_MIN_BACKOFF": "100",
     "RETRY_MAX_BACKOFF": "1000",
+    "WEBHOOK_TIMEOUT": "1000",
+    # Orders leave after seconds all the same, see `tests.chaos.operating`.
+    "RETENTION_DAYS": "1",
     # So often does the service look whether an order that was cancelled was charged after all.
     "STUCK_AFTER": "10000",
     "OTEL_SDK_DISABLED": "true",
@@ -86,8 +90,11 @@ class Fleet:
         else:
             self.nats = NatsCluster(store_dir=directory / "nats")
         self.host = "127.0.0.1" if network is None else network.service_address
-        self._ports = (8001, 8000) if network is not None else (free_port(), free_port())
+        self._ports = (8001, 8000, 8002) if network is not None else (free_port(), free_port(), free_port())
         self.gateway_url = f"http://{self.host}:{self._ports[0]}"
+        self.receiver_url = f"http://{self.host}:{self._ports[2]}"
+        self.archive = directory / "archive"
+        self.archive.mkdir()
         self.url = f"http://{self.host}:{self._ports[1]}"
         self._modules = list(modules)
         self._app = f"{web}:create_app()"
@@ -115,23 +122,32 @@ class Fleet:
             "NATS_URL": self.nats_url,
             "REPLICAS": "1" if self.topology == "single" else "3",
             "PAYMENT_URL": self.gateway_url,
+            "ARCHIVE_DIR": str(self.archive),
+            "WEBHOOK_NETWORKS": f"{self.host}/32",
             "CHAOS_JOURNAL": str(self.journal),
         }
 
     def __enter__(self) -> Fleet:
         with ExitStack() as starting:
             starting.enter_context(self.nats)
+            within = self._isolated([])
+            self._commands = {
+                whose: starting.enter_context(Commands(self.environment, within=within))
+                for whose in ("people", "archive", "stock")
+            }
             self._setup()
-            self.key = self._key("chaos")
-            self.prying_key = self._key("prying", "--customer", PRYING)
-            self.operator_key = self._key("operator", scope="operate")
+            self.key = self._first_key("chaos")
+            self.prying_key = self._first_key("prying", "--customer", PRYING)
+            self.unheard_key = self._first_key("unheard", "--customer", UNHEARD)
+            self.operator_key = self._first_key("operator", scope="operate")
             self.gateway = starting.enter_context(self._gateway())
+            self.receiver = starting.enter_context(self._receiver())
             self.web = starting.enter_context(self._web())
             self.workers = [starting.enter_context(self._workers(number)) for number in (1, 2)]
             for workers in self.workers:
                 workers.wait_for_output(WORKER_READY, count=self._processes, timeout=60)
             eventually(self.healthy, timeout=60, interval=0.2, message="the front end did not get ready")
-            self._supervisor = Supervisor([self.web, *self.workers])
+            self._supervisor = Supervisor([self.web, *self.workers, self.receiver])
             starting.callback(self._supervisor.close)
             self._exit = starting.pop_all()
         return self
@@ -142,7 +158,7 @@ class Fleet:
             self.network.heal()
         if self._supervisor is not None:
             self._supervisor.close()
-        for process in (self.web, *self.workers, self.gateway):
+        for process in (self.web, *self.workers, self.gateway, self.receiver):
             process.kill()
         self._exit.close()
 
@@ -155,25 +171,26 @@ class Fleet:
         code = setup.start().wait(timeout=60)
         assert code == 0, f"`fleet setup tasks` ended with {code}:\n{setup.output[-2000:]}"
 
-    def _key(self, name: str, *more: str, scope: str = "order") -> str:
-        """Make an API key, as an operator does."""
-        made = self._run("tasks.keys", "add", name, "--scope", scope, *more)
+    def _first_key(self, name: str, *more: str, scope: str = "order") -> str:
+        made = self._commands["people"].run("tasks.keys", "add", name, "--scope", scope, *more)
         assert made.returncode == 0, made.stderr
         return made.stdout.strip()
 
+    def key_of(self, customer_id: str) -> str | None:
+        """Make an API key for a customer, as an operator does; returns None when that does not work now."""
+        words = ("add", "person", "--scope", "order", "--customer", customer_id)
+        made = self._commands["people"].run("tasks.keys", *words)
+        return made.stdout.strip() if made.returncode == 0 else None
+
+    def operate(self, *words: str, dies: str | None = None) -> subprocess.CompletedProcess[str]:
+        """Run an operator's command of the same build, in haste; see `tests.chaos.operating`."""
+        options = ["--modules", ",".join(self._modules), "--dies", dies or ""]
+        whose = "people" if words[0] == "erase" else "archive"
+        return self._commands[whose].run("tests.chaos.operating", *options, *words)
+
     def restock(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run the operator's command that changes the stock."""
-        return self._run("tasks.restock", *arguments)
-
-    def _run(self, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self._isolated([sys.executable, "-m", module, *arguments]),
-            cwd=REPOSITORY,
-            env={**os.environ, **self.environment},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        return self._commands["stock"].run("tasks.restock", *arguments)
 
     def _gateway(self) -> Process:
         command = [
@@ -188,6 +205,13 @@ class Fleet:
                 "PAYMENTS_WEBHOOK_SECRET": WEBHOOK_SECRET,
             },
         )
+
+    def _receiver(self) -> Process:
+        command = [
+            *(sys.executable, "-m", "tests.chaos.receiver", "--host", self.host),
+            *("--port", str(self._ports[2]), "--log", str(self.directory / "received.jsonl")),
+        ]
+        return Process(self._isolated(command), log=self.directory / "receiver.log")
 
     def _web(self) -> Process:
         command = [sys.executable, "-m", "gunicorn", "-c", "web/gunicorn.conf.py", self._app]
@@ -214,6 +238,7 @@ class Fleet:
                 "work",
                 "tasks",
                 "tests.chaos.journal",
+                "tests.chaos.haste",
                 *self._modules,
             ),
             *("--processes", str(self._processes), "--threads", str(self._threads)),

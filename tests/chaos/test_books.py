@@ -6,7 +6,7 @@ import pytest
 from nats.js.client import JetStreamContext
 from nats.js.errors import ServiceUnavailableError
 
-from tests.chaos import books
+from tests.chaos import reading
 
 
 def test_a_read_that_comes_too_early_is_repeated(nats_url: str) -> None:
@@ -20,16 +20,16 @@ def test_a_read_that_comes_too_early_is_repeated(nats_url: str) -> None:
             raise ServiceUnavailableError
         return (await js.account_info()).streams
 
-    assert books._run(nats_url, read) >= 0
+    assert reading.run(nats_url, read) >= 0
     assert reads == 2
 
 
 def test_a_read_that_never_comes_through_ends(nats_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A consumer whose node is gone stays unavailable: the look ends, and says that it took too long."""
-    monkeypatch.setattr(books, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(reading, "_PATIENCE_SECONDS", 0.5)
 
     async def read(_js: JetStreamContext) -> None:
         raise ServiceUnavailableError
 
     with pytest.raises(TimeoutError):
-        books._run(nats_url, read)
+        reading.run(nats_url, read)

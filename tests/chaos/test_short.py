@@ -30,6 +30,7 @@ def _run(topology: Topology, names: list[str], directory: Path, cut: Network | N
     )
     assert result.kept, "\n".join(verdict.line() for verdict in result.verdicts)
     assert result.accepted > 20
+    assert all(result.beside.values()), result.beside
     return result
 
 

@@ -17,14 +17,23 @@ from nats.errors import Error as NatsError
 
 from dramatiq_jetstream import JetStreamBroker
 from tests.chaos.acts import Acts
-from tests.chaos.books import FINAL, Books, Event, is_forged, read_books, read_events, read_stock
-from tests.chaos.checker import Verdict, accepted_orders, back_in_all_books, check, given_back
+from tests.chaos.afterwards import look_back
+from tests.chaos.books import FINAL, Books, Sources, is_forged, read_books, read_stock
+from tests.chaos.checker import accepted_orders, back_in_all_books, check, given_back
+from tests.chaos.checks.figures import figures_agree
+from tests.chaos.checks.webhooks import DELIVERED_OR_FAILED
 from tests.chaos.client import Load, Log
 from tests.chaos.faults import Fault
 from tests.chaos.fleet import Fleet, Topology
+from tests.chaos.hooks import Hooks
+from tests.chaos.keeper import Keeper
+from tests.chaos.merchant import Merchant, Shelf
 from tests.chaos.network import Network
+from tests.chaos.people import People
 from tests.chaos.stranger import Stranger
-from tests.chaos.visitors import Visitors
+from tests.chaos.tape import Tape
+from tests.chaos.verdict import Verdict
+from tests.chaos.visitors import UNHEARD, Visitors
 
 #: An operator looks at a dead letter before replaying it; so much later, in milliseconds.
 _LOOKED_AT = 1_500
@@ -64,6 +73,7 @@ class Result:
     repeats_by_actor: dict[str, int] = field(default_factory=dict)
     answers: dict[str, int] = field(default_factory=dict)
     network: bool = False
+    beside: dict[str, int] = field(default_factory=dict)
 
     @property
     def kept(self) -> bool:
@@ -76,12 +86,13 @@ class Result:
 class Trial:
     """One topology under load."""
 
-    def __init__(self, fleet: Fleet, log: Log, *, settle: float, say: Say) -> None:
+    def __init__(self, fleet: Fleet, log: Log, tape: Tape, *, settle: float, say: Say) -> None:
         self._fleet = fleet
         self._log = log
+        self._tape = tape
         self._settle = settle
         self._say = say
-        self._events: list[Event] = []
+        self._seen = 0
         self._final: dict[str, float] = {}
         self._broker = JetStreamBroker(url=fleet.nats_url, declare=False)
         self.replayed = 0
@@ -111,11 +122,16 @@ class Trial:
         measured.restarts = self._fleet.restarts - restarts
         return measured
 
-    def settle(self, books: Callable[[], Books]) -> Books:
-        """Wait until nothing is on its way any more, or the time allowed is over; returns the books then."""
+    def settle(self, books: Callable[[], Books], meanwhile: Callable[[], object]) -> Books:
+        """Wait until nothing is on its way any more, or the time allowed is over; returns the books then.
+
+        Parameters:
+          meanwhile: What an operator does again and again.
+        """
         found: list[Books] = []
 
         def settled() -> bool:
+            meanwhile()
             found[:] = [books()]
             now = found[0]
             finished = {event.order_id for event in now.events if event.name in FINAL}
@@ -129,6 +145,8 @@ class Trial:
                 # A charge that came after its order was cancelled is found later.
                 and given_back(now).kept
                 and back_in_all_books(now).kept
+                and all(one["state"] in DELIVERED_OR_FAILED for one in now.webhooks.log)
+                and figures_agree(now).kept
             )
 
         self.wait(settled)
@@ -151,9 +169,8 @@ class Trial:
 
     def _look(self) -> None:
         """Read the new events, and replay dead letters as an operator would."""
-        start = self._events[-1].sequence + 1 if self._events else 1
-        for event in read_events(self._fleet.nats_url, start):
-            self._events.append(event)
+        for event in self._tape.events(self._seen):
+            self._seen += 1
             if event.name in FINAL:
                 self._final.setdefault(event.order_id, event.at)
         letters = self._broker.dead_letters
@@ -189,9 +206,8 @@ def run(
     waits = topology == "cluster" if patient is None else patient
     choice = random.Random(seed)
     result = Result(topology, seed, network=network is not None)
-    log_file, visits, acts = (directory / f"{name}.jsonl" for name in ("client", "visits", "acts"))
-    acts.touch()
-    log = Log(log_file)
+    visits, acts = directory / "visits.jsonl", directory / "acts.jsonl"
+    log, shelf = Log(directory / "client.jsonl"), Shelf()
     started = time.monotonic()
     with Fleet(
         directory,
@@ -203,23 +219,42 @@ def run(
         patient=waits,
     ) as fleet:
         say(f"  {topology}: the service is up after {time.monotonic() - started:.0f} s")
-        stock_before = read_stock(fleet.nats_url)
-        trial = Trial(fleet, log, settle=settle, say=say)
-        try:
+        sources = Sources(
+            *(fleet.nats_url, fleet.gateway_url, directory, fleet.archive, read_stock(fleet.nats_url)), waits
+        )
+        hooks = Hooks(fleet.url, fleet.receiver_url, directory / "hooks.jsonl")
+        with ExitStack() as around:
+            tape = around.enter_context(Tape(fleet.nats_url))
+            trial = Trial(fleet, log, tape, settle=settle, say=say)
+            around.callback(trial.close)
             with (
-                Load(fleet.url, fleet.key, fleet.nats_url, log, rate=rate, seed=seed),
+                Load(fleet.url, fleet.key, fleet.nats_url, log, shelf, rate=rate, seed=seed),
                 Stranger(fleet.nats_url, log, seed=seed),
                 ExitStack() as beside,
             ):
                 trial.warm_up()
+                _subscribe(hooks, fleet)
                 beside.enter_context(Visitors(fleet.url, fleet.prying_key, log, visits, seed=seed))
-                acting = beside.enter_context(
-                    Acts(
-                        *(fleet.url, fleet.operator_key, fleet.nats_url, fleet.gateway_url),
-                        *(log, acts, fleet.restock),
-                        seed=seed,
+                keeper = Keeper(fleet.operate, fleet.gateway_url, tape, seed=seed)
+                acting = [
+                    beside.enter_context(one)
+                    for one in (
+                        Acts(
+                            *(fleet.url, fleet.operator_key, fleet.nats_url, fleet.gateway_url),
+                            *(log, acts, fleet.restock),
+                            seed=seed,
+                        ),
+                        Merchant(fleet.url, fleet.operator_key, shelf, acts, seed=seed),
+                        People(
+                            *(fleet.url, fleet.key_of, fleet.unheard_key, hooks, fleet.operate),
+                            *(log, directory / "erased.jsonl"),
+                            seed=seed,
+                        ),
+                        keeper,
                     )
-                )
+                ]
+                # All at once, not one after the other.
+                beside.callback(lambda: [one.stop() for one in acting])
                 for fault in schedule:
                     measured = trial.measure(fault, random.Random(choice.randrange(2**32)))
                     result.measured.append(measured)
@@ -228,20 +263,27 @@ def run(
                         f"{_seconds(measured.accepted_again)}, recovered in {_seconds(measured.recovered)}, "
                         f"{measured.dead_letters} dead letters replayed"
                     )
-                trial.wait(acting.all_done)
-            books = trial.settle(
-                lambda: read_books(
-                    *(fleet.nats_url, fleet.gateway_url, log_file, visits, stock_before),
-                    patient=waits,
-                    acts=acts,
-                )
-            )
-        finally:
-            trial.close()
+                trial.wait(lambda: all(one.all_done() for one in acting))
+            books = trial.settle(lambda: read_books(sources, tape.stored()), keeper.bring_back)
+            books = look_back(fleet, books)
         result.verdicts = check(books)
+        result.beside = {
+            "erased": sum(1 for person in books.erased if person["certificate"]),
+            "archived": books.whereabouts.orders,
+            "told": len({one["headers"].get("webhook-id") for one in books.webhooks.received}),
+            "prices": sum(act["kind"] == "price" and act["accepted"] for act in books.acts),
+        }
         _attribute(result, books, fleet.journal)
     log.close()
     return result
+
+
+def _subscribe(hooks: Hooks, fleet: Fleet) -> None:
+    """Ask for webhooks: an operator for what is rarer and for what is frequent, and one whose receiver is not there."""
+    rarer = ("rejected", "cancelled", "refunded", "charged_back", "shipped", "returned")
+    assert hooks.make("rarer", fleet.operator_key, [f"order.{name}" for name in rarer])
+    assert hooks.make("confirmed", fleet.operator_key, ["order.confirmed"])
+    assert hooks.make("unheard", fleet.unheard_key, (), UNHEARD)
 
 
 def _attribute(result: Result, books: Books, journal: Path) -> None:

@@ -19,11 +19,17 @@ import requests
 from tests.chaos.client import Log
 from tests.web.slow_clients import SlowClients
 
-#: A customer who has an order of their own, and looks at others'.
+#: A customer who has orders of their own, and looks at others'.
 PRYING = "c-prying"
+
+#: A customer whose webhook accepts nothing.
+UNHEARD = "c-unheard"
 
 #: Connections that send a byte every four seconds: more than the front end has threads.
 _SLOW = 40
+
+#: After how many seconds PRYING orders again: the order before leaves for the archive.
+_ORDERS_AGAIN_SECONDS = 8.0
 
 #: For how long an answer is waited for, in seconds. A process that a fault has killed is back sooner.
 PROBE_SECONDS = 20.0
@@ -49,7 +55,8 @@ class Visitors:
         self._key = key
         self._log = log
         self._choice = random.Random(f"{seed}.visitors")
-        self._own: str | None = None
+        self._own: list[str] = []
+        self._ordered_at = 0.0
         self._visits = visits.open("a", buffering=1)
         self._stop = threading.Event()
         self._slow = SlowClients((address.hostname, address.port), _SLOW)
@@ -82,10 +89,11 @@ class Visitors:
         self._note(kind="probe", answer=_status(answer), seconds=time.monotonic() - began)
 
     def _pry(self) -> None:
-        if self._own is None:
-            self._own = self._place()
+        if time.monotonic() > self._ordered_at + _ORDERS_AGAIN_SECONDS and (own := self._place()):
+            self._own.append(own)
+            self._ordered_at = time.monotonic()
         known = list(self._log.accepted)[-50:]
-        order_id = self._choice.choice([*known, self._own or "none", "none"])
+        order_id = self._choice.choice([*known, *self._own[-3:], "none"])
         path = self._choice.choice([f"/api/orders/{order_id}", f"/orders/{order_id}", "/api/orders"])
         key = self._choice.choice([self._key, None])
         answer = self._ask("GET", path, key)
@@ -93,27 +101,31 @@ class Visitors:
             kind="look",
             path=path,
             signed_in=key is not None,
-            own=order_id == self._own,
+            own=order_id in self._own,
             answer=_status(answer),
             customers=sorted(_customers(answer)),
         )
 
     def _place(self) -> str | None:
-        """Place the one order of PRYING, which is one like any other; returns its id once it is accepted."""
+        """Place an order of PRYING, which is one like any other; returns its id once it is accepted."""
         body = {"customer_id": PRYING, "items": [{"sku": "NOTE-01", "quantity": 1}]}
-        answer = self._ask("POST", "/api/orders", self._key, body)
+        key = f"{PRYING}-{len(self._own)}"
+        answer = self._ask("POST", "/api/orders", self._key, body, key)
+        facts = {"kind": "api", "key": key, "customer_id": PRYING, "quantities": {"NOTE-01": 1}}
         if _status(answer) != 202 or isinstance(answer, str):
+            self._log.write(**facts, order_id=None, accepted=False, answer=_status(answer))
             return None
         order_id = str(answer.json()["order_id"])
-        facts = {"kind": "api", "key": PRYING, "customer_id": PRYING, "quantities": {"NOTE-01": 1}}
         self._log.write(**facts, order_id=order_id, accepted=True, answer=202)
         return order_id
 
     def _note(self, **facts: Any) -> None:
         self._visits.write(json.dumps({**facts, "at": time.time()}) + "\n")
 
-    def _ask(self, method: str, path: str, key: str | None, body: Any = None) -> requests.Response | str:
-        headers = {"Accept": "application/json", "Idempotency-Key": PRYING}
+    def _ask(
+        self, method: str, path: str, key: str | None, body: Any = None, request_key: str = PRYING
+    ) -> requests.Response | str:
+        headers = {"Accept": "application/json", "Idempotency-Key": request_key}
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
         try:

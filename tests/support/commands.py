@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -28,10 +28,12 @@ class Commands:
 
     Parameters:
       environment: What is added to the environment of the commands.
+      within: What comes before the process behind them, such as a command that enters a network namespace.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], *, within: Sequence[str] = ()) -> None:
         self._environment = {**os.environ, **environment}
+        self._within = list(within)
         self._lock = threading.Lock()
         self._forks: subprocess.Popen[str] | None = None
 
@@ -52,7 +54,7 @@ class Commands:
 
     def _start(self) -> subprocess.Popen[str]:
         self._forks = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.commands"],
+            [*self._within, sys.executable, "-m", "tests.support.commands"],
             cwd=REPOSITORY,
             env=self._environment,
             stdin=subprocess.PIPE,

@@ -1,0 +1,1 @@
+"""The promises about prices, the archive, erasures, webhooks and figures."""
