@@ -192,6 +192,21 @@ def test_another_run_may_have_taken_more_before_it_left_its_record(
     assert stock.available() == INITIAL
 
 
+def test_the_short_way_ends_as_the_long_one(bucket: Bucket, stock: Stock) -> None:
+    """One batch, remembered as what this process wrote. An order that takes nothing needs none."""
+    bucket.refuses_batch = lambda keys: False
+    found = stock.open(ORDER, wanted(C=1, A=2))
+    assert (found, bucket.writes) == (Found(wanted(C=1, A=2), bucket.record.revision, fresh=True), [])
+    assert stock.recall(ORDER) == replace(found, fresh=False)
+    assert stock.available() == {"A": 1, "B": 2, "C": 0}
+    stock.restock("A", 0, "r", by="ann", reason="")
+    assert bucket.level("A").notes == {}
+    bucket.writes.clear()
+    rejected = wanted(A=1).rejected("INVALID", "")
+    assert stock.open("o-2", rejected).record == rejected
+    assert bucket.writes == ["order.o-2"]
+
+
 # Offers
 
 
