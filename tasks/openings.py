@@ -9,15 +9,14 @@ The short way is for the ordinary case. If a product runs short, if an order has
 processes keep changing the levels, it opens nothing, and the order takes the long way. Orders that the threads of a
 process open at the same time share a batch.
 
-If the process dies, the batch is stored or not. An interrupt leaves it stored or not as well, and a level that this
-process knows wrongly is found out by the next compare-and-set.
+If the process dies, the batch is stored or not. An interrupt leaves it stored or not as well, and no turn held; a level
+that this process knows wrongly is found out by the next compare-and-set.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Final
 
 from dramatiq_jetstream.errors import ApiError, RevisionConflict
@@ -32,8 +31,8 @@ logger = logging.getLogger(__name__)
 #: How often a batch is tried while other processes change the levels.
 _TRIES: Final = 3
 
-#: How many keys a batch changes at most; the server takes 1,000.
-_KEYS: Final = 900
+#: Of how many products a batch changes the levels at most; with the records it is far from the server's 1,000 keys.
+_PRODUCTS: Final = 200
 
 
 class _Missed(Exception):
@@ -76,26 +75,27 @@ class Openings:
         return opening.found
 
     def _open_all(self, openings: list[_Opening]) -> None:
+        shelves: dict[str, Shelf] = {}
+        taken_on: list[_Opening] = []
         # Of two runs of one step, one takes the long way, and finds what the other has stored.
-        left = list({one.order_id: one for one in openings}.values())
-        skus = sorted({line.sku for one in left for line in one.record.lines})
-        shelves = {sku: self._shelf(sku) for sku in skus}
-        with ExitStack() as turns:
-            for shelf in shelves.values():
-                turns.enter_context(shelf.turn)
-            for _ in range(_TRIES):
-                if self._try(left, shelves):
-                    return
-                left = self._read_again(left, list(shelves.values()))
+        for one in {one.order_id: one for one in openings}.values():
+            more = {line.sku for line in one.record.lines} - shelves.keys()
+            if len(shelves) + len(more) <= _PRODUCTS:
+                shelves |= {sku: self._shelf(sku) for sku in more}
+                taken_on.append(one)
+        _in_turns([shelves[sku] for sku in sorted(shelves)], lambda: self._open_in_turn(taken_on, shelves))
+
+    def _open_in_turn(self, left: list[_Opening], shelves: Mapping[str, Shelf]) -> None:
+        for _ in range(_TRIES):
+            if self._try(left, shelves):
+                return
+            left = self._read_again(left, list(shelves.values()))
 
     def _try(self, openings: Sequence[_Opening], shelves: Mapping[str, Shelf]) -> bool:
         """Open what can be opened from the levels that are known; False when those are outdated."""
         known = {sku: shelf.know() for sku, shelf in shelves.items()}
         levels = {sku: level.copy() for sku, (level, _) in known.items()}
-        opened: list[_Opening] = []
-        for one in openings:
-            if len(levels) + len(opened) < _KEYS and self._take(one, levels):
-                opened.append(one)
+        opened = [one for one in openings if self._take(one, levels)]
         if not opened:
             return True
         changed = {line.sku for one in opened for line in one.record.lines}
@@ -142,3 +142,15 @@ class Openings:
             if shelf.key in found:
                 shelf.heard(found[shelf.key])
         return [one for key, one in records.items() if key not in found]
+
+
+def _in_turns(shelves: Sequence[Shelf], do: Callable[[], None]) -> None:
+    """Do something in the turns of several shelves.
+
+    Each has a `with` of its own. An interrupt may strike between any two lines of an ExitStack, too, and keep a turn.
+    """
+    if not shelves:
+        do()
+        return
+    with shelves[0].turn:
+        _in_turns(shelves[1:], do)

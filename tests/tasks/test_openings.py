@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from dramatiq.middleware import Interrupt, raise_thread_exception
 
 from dramatiq_jetstream import JetStreamBroker
 from tasks.ledger import PricedItem, Record
@@ -103,3 +104,32 @@ def test_an_interrupt_is_meant_for_one_thread() -> None:
     assert errors == {Interrupted, ValueError}
     together(7)
     assert done == [7]
+
+
+@pytest.mark.parametrize("awaited", ["LAMP-01", "MUG-01", "TEE-01"])
+def test_an_interrupt_keeps_no_turn(awaited: str) -> None:
+    """An interrupt that strikes a thread while it waits for the turn of a product leaves the turns of all free."""
+    stock = opened(FakeBucket())
+    shelves = {sku: stock._shelf(sku) for sku in INITIAL}
+    lines = [(sku, 1) for sku in INITIAL]
+    errors: list[BaseException] = []
+
+    def open_it() -> None:
+        try:
+            stock.open("o-1", wanted(*lines))
+        except Interrupt as error:
+            errors.append(error)
+
+    struck = threading.Thread(target=open_it)
+    with shelves[awaited].turn:
+        struck.start()
+        before = [shelf.turn for sku, shelf in shelves.items() if sku < awaited]
+        together = stock._openings._together
+        eventually(lambda: together.turn.locked() and all(turn.locked() for turn in before), timeout=30)
+        assert struck.ident is not None
+        raise_thread_exception(struck.ident, Interrupt)
+    struck.join(30)
+    assert errors
+    assert not together.turn.locked()
+    assert [sku for sku, shelf in shelves.items() if shelf.turn.locked()] == []
+    assert stock.open("o-1", wanted(*lines)).record.state == "held"
