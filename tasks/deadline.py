@@ -3,19 +3,20 @@ were not accepted in time.
 
 The periodic actor `look_after_orders` comes through here. The request is noted in the ledger under the order, so asking
 again, in this process or in another, asks for the same. A crash between two orders leaves the rest for the next minute.
-So does an order that cannot end now, and it keeps no other from ending.
+So does an order that cannot end now, and it keeps no other from ending. One that moves on meanwhile, paid at the last
+moment, is left alone.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from .compensation import NotCancellable
 from .ledger import NewerRecord
 from .stock import RecordBehind
-from .unfinished import UnfinishedOrders
+from .unfinished import Unfinished, UnfinishedOrders
 
 #: How many orders one run ends.
 MAX_ENDED: Final = 500
@@ -52,19 +53,28 @@ class Deadline:
     def run(self) -> list[str]:
         """Ask for the end of the orders that are too late; returns their ids."""
         now, unfinished = self._now(), self._unfinished.all()
-        late = [one.order_id for one in unfinished if one.placed_at < now - self._after][:MAX_ENDED]
-        for order_id in late:
-            self._end(order_id, self._cancel)
-        expired = [one.order_id for one in unfinished if 0 < one.offered_until <= now]
-        for order_id in [one for one in expired if one not in late][:MAX_ENDED]:
-            self._end(order_id, self._expire)
-        return late
+        before = now - self._after
+        late = [one for one in unfinished if one.placed_at < before]
+        expired = [one for one in unfinished if one.placed_at >= before and 0 < one.offered_until <= now]
+        ended = self._end(late, self._cancel)
+        self._end(expired, self._expire)
+        return ended
 
-    def _end(self, order_id: str, end: Callable[[str], None]) -> None:
-        try:
-            end(order_id)
-        except (NotCancellable, NewerRecord, RecordBehind) as refusal:
-            logger.warning("%s", refusal, extra={"order_id": order_id})
+    def _end(self, orders: Iterable[Unfinished], end: Callable[[str], None]) -> list[str]:
+        """End orders, up to MAX_ENDED; returns their ids, without those that cannot end now."""
+        ended: list[str] = []
+        for one in orders:
+            if len(ended) == MAX_ENDED:
+                break
+            if not self._unfinished.still_stands(one):
+                continue  # it has moved on since: the next run looks at it
+            try:
+                end(one.order_id)
+            except (NotCancellable, NewerRecord, RecordBehind) as refusal:
+                logger.warning("%s", refusal, extra={"order_id": one.order_id})
+            else:
+                ended.append(one.order_id)
+        return ended
 
     def _cancel(self, order_id: str) -> None:
         self._request_cancel(order_id, "deadline")
