@@ -205,6 +205,11 @@ class Settings:
         chosen._check_provider()
         if chosen.retention_days and chosen.archive_dir is None:
             raise InvalidSetting("RETENTION_DAYS needs ARCHIVE_DIR, the directory to which orders go.")
+        if (chosen.offered_for or 0) > chosen.order_deadline:
+            raise InvalidSetting(
+                "OFFER_DEADLINE is longer than ORDER_DEADLINE, which would end an order while it is still offered: "
+                "make it shorter."
+            )
         return chosen
 
     @property

@@ -72,3 +72,11 @@ def test_backoff_grows_with_its_lower_bound() -> None:
     """A lower bound above the default upper bound lifts the upper one instead of contradicting it."""
     chosen = Settings.from_environment({"RETRY_MIN_BACKOFF": "90000"})
     assert (chosen.retry_min_backoff, chosen.retry_max_backoff) == (90_000, 90_000)
+
+
+def test_an_offer_ends_before_its_order() -> None:
+    """What is set aside for a customer until a time is not taken away before it."""
+    environment = {"OFFER_DEADLINE": "3600001", "ORDER_DEADLINE": "3600000"}
+    Settings.from_environment(environment)
+    with pytest.raises(InvalidSetting, match="OFFER_DEADLINE is longer than ORDER_DEADLINE"):
+        Settings.from_environment({**environment, "SHORT_STOCK": "offer"})
