@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter, defaultdict
 
 import dramatiq
 import pytest
+from dramatiq.errors import BrokerConnectionError
 from dramatiq.middleware import Middleware, Retries
 
 from dramatiq_jetstream import Snooze
@@ -274,6 +276,69 @@ def test_no_turn_goes_to_a_message_that_has_run(make_broker):
         eventually(lambda: len(done) == 300, timeout=90)
 
 
+@pytest.fixture
+def threads_as_processes(monkeypatch):
+    """Threads of one process change a limit as those of several do: none waits for another."""
+    monkeypatch.setattr(limits._Place, "turn", lambda self, sequence: contextlib.nullcontext())
+
+
+def test_a_turn_goes_to_a_message_that_comes_into_its_line_as_it_is_given_back(
+    make_broker, monkeypatch, threads_as_processes
+):
+    """The one that ends looked at the line before the other was there, and stores its end after that is noted."""
+    shop = Shop(make_broker(), concurrency=1)
+    waits, looked, stands = (threading.Event() for _ in range(3))
+    stand, store = limits.Limits._stand_in_line, limits.Limits._store
+
+    def stand_late(self, *arguments):
+        waits.set()
+        assert looked.wait(60)
+        stand(self, *arguments)
+        stands.set()
+
+    def store_late(self, bucket, name, state, *arguments):
+        if not state.turns and not looked.is_set():
+            looked.set()
+            assert stands.wait(60)
+        return store(self, bucket, name, state, *arguments)
+
+    monkeypatch.setattr(limits.Limits, "_stand_in_line", stand_late)
+    monkeypatch.setattr(limits.Limits, "_store", store_late)
+    with running(shop.broker, threads=2):
+        shop.send("slow", [0])
+        eventually(lambda: shop.seen.count == 1, timeout=60)
+        shop.send("slow", [1])
+        assert waits.wait(60)
+        shop.seen.gates["slow"].set()
+        eventually(lambda: shop.seen.order["slow"] == [0, 1], timeout=60)
+        eventually(lambda: shop.turns() == 0, timeout=60)
+
+
+def test_no_message_in_line_is_passed_over(make_broker, monkeypatch, threads_as_processes):
+    """One that is stored and not noted yet is called before the one behind it, which is."""
+    shop = Shop(make_broker(), concurrency=1)
+    noted = threading.Event()
+    note = limits.Limits._note_in_line
+
+    def note_late(self, message, *arguments):
+        if message.args[1] == 1:
+            assert noted.wait(60)
+        note(self, message, *arguments)
+
+    monkeypatch.setattr(limits.Limits, "_note_in_line", note_late)
+    with running(shop.broker, threads=4):
+        shop.send("slow", [0])
+        eventually(lambda: shop.seen.count == 1, timeout=60)
+        shop.send_into_the_line("slow", [1])
+        shop.send_into_the_line("slow", [2])
+        eventually(lambda: shop.broker.queue_stats("default").in_flight == 2, timeout=60)
+        shop.seen.gates["slow"].set()
+        eventually(lambda: shop.seen.order["slow"] == [0, 1, 2], timeout=60)
+        noted.set()
+        eventually(lambda: shop.broker.queue_stats("default").in_flight == 0, timeout=60)
+        eventually(lambda: shop.turns() == 0, timeout=60)
+
+
 @pytest.mark.parametrize(
     "error", [ValueError("failed"), Snooze(1), SystemExit()], ids=["failed", "snoozed", "exited"]
 )
@@ -405,6 +470,54 @@ def test_a_turn_that_was_not_handed_on_is_by_the_next_that_comes(make_broker, mo
         assert shop.seen.order["slow"] == [0]
         shop.send("slow", [2])
         eventually(lambda: shop.seen.order["slow"] == [0, 1, 2], timeout=60)
+
+
+def test_a_turn_that_was_not_handed_on_is_when_the_message_comes_again_that_ended(make_broker, monkeypatch):
+    """Also where another turn is free: its process died before the first in line was on its queue."""
+    shop = Shop(make_broker(), concurrency=2)
+    died = threading.Event()
+
+    def die(self, stored):
+        died.set()
+        raise SystemExit
+
+    with running(shop.broker, threads=3):
+        shop.send("slow one", [0])
+        shop.send("slow two", [0])
+        eventually(lambda: shop.seen.count == 2, timeout=60)
+        shop.send_into_the_line("quick", [1])
+        with monkeypatch.context() as context:
+            context.setattr(limits.Limits, "_call", die)
+            shop.seen.gates["slow one"].set()
+            assert died.wait(60)
+        shop.seen.gates["slow two"].set()
+        eventually(lambda: shop.seen.order["quick"] == [1], timeout=60)
+        eventually(lambda: shop.turns() == 0, timeout=60)
+        eventually(lambda: shop.broker.queue_stats("default").delayed == 0, timeout=60)
+
+
+def test_a_message_whose_place_in_line_was_not_noted_notes_it_when_it_comes_again(make_broker, monkeypatch):
+    """Its process died when it stood in line already; it runs once, and its turn came free before."""
+    shop = Shop(make_broker(), concurrency=1)
+    died = threading.Event()
+
+    def die(self, *arguments):
+        died.set()
+        raise BrokerConnectionError("gone")
+
+    with running(shop.broker, threads=2):
+        shop.send("slow", [0])
+        eventually(lambda: shop.seen.count == 1, timeout=60)
+        with monkeypatch.context() as context:
+            context.setattr(limits.Limits, "_note_in_line", die)
+            shop.send("quick", [1])
+            assert died.wait(60)
+            shop.seen.gates["slow"].set()
+            eventually(lambda: shop.turns() == 0, timeout=60)
+        eventually(lambda: shop.seen.order["quick"] == [1], timeout=60)
+        stats = shop.broker.queue_stats
+        eventually(lambda: stats("default").delayed + stats("default").in_flight == 0, timeout=60)
+    assert shop.seen.order["quick"] == [1]
 
 
 def test_a_turn_whose_message_is_gone_is_found(make_broker, monkeypatch):

@@ -7,7 +7,7 @@ receiver that rests, and to an order that was cancelled before anything was know
 from __future__ import annotations
 
 from tasks import refunds
-from tasks.webhooks import actors, announcing, deliveries, health, sending
+from tasks.webhooks import announcing, deliveries, health, sending
 
 #: For how long a delivery is tried.
 TRIED_MS = 15_000
@@ -20,6 +20,3 @@ for module in (announcing, deliveries, sending):
 sending.PAUSES_SECONDS = (0.2, 0.5, 1)  # type: ignore[misc, assignment]
 health.REST_MS = 500  # type: ignore[misc]
 health.MAX_REST_MS = 2_000  # type: ignore[misc]
-
-# Whether turns are handed on is for the library's own tests. A turn that was lost would hold up a message for an hour.
-actors.deliver_webhook.options["concurrency"] = 64

@@ -69,7 +69,7 @@ class LimitState:
 
     Attributes:
       turns: The turns that are taken.
-      line: No message that waits for a turn was stored before this sequence; 0 when none waits.
+      line: None of those that are noted as waiting for a turn was stored before this sequence; 0 when none waits.
       starts: When messages were started at the latest, and how many, the earliest first.
       last: The last moment that was given away.
       begun: The latest moment whose message has started.

@@ -235,12 +235,12 @@ class Limits:
 
     def _enter(self, message: JetStreamMessage, limit: Limit, name: str) -> bool:
         delivery = message._delivery
+        if limit.concurrency is not None and delivery.deliveries > 1 and self._resume(message, limit, name):
+            return False
         for state, store in self._states(name):
             now = self._clock.now()
             before = state.encode()
             if limit.concurrency is not None and not self._take_turn(state, limit, name, delivery, now):
-                if state.line == 0 or state.line > delivery.sequence:
-                    state.line = delivery.sequence
                 if state.encode() != before and not store(limit):
                     continue
                 self._stand_in_line(message, limit, name)
@@ -385,19 +385,40 @@ class Limits:
                 if stored.headers.get(HEADER_ORIGIN) in called:
                     self._call(stored)
 
-    def _stand_in_line(self, message: JetStreamMessage, limit: Limit, name: str) -> None:
-        """Store a message in the line, and look whether a turn has come free meanwhile."""
-        sequence = self._rerouter.stand_in_line(message, LINE_MS, _line_token(name), _moment_of(message))
+    def _resume(self, message: JetStreamMessage, limit: Limit, name: str) -> bool:
+        """End what was begun by a process that had a message and died; returns whether it stands in line."""
+        queue = message._delivery.source.queue
+        sequence = self._rerouter.place_in_line(message, _line_token(name))
+        state, _ = next(self._states(name))
+        for stored in self._line(queue, name, 1):
+            if stored.sequence > state.called:
+                break
+            self._call(stored)
         if sequence is None:
-            return
+            return False
+        self._note_in_line(message, limit, name, sequence)
+        return True
+
+    def _stand_in_line(self, message: JetStreamMessage, limit: Limit, name: str) -> None:
+        """Store a message in the line, and have those that end know of it."""
+        sequence = self._rerouter.stand_in_line(message, LINE_MS, _line_token(name), _moment_of(message))
+        if sequence is not None:
+            self._note_in_line(message, limit, name, sequence)
+
+    def _note_in_line(self, message: JetStreamMessage, limit: Limit, name: str, sequence: int) -> None:
+        """Note that a message stands in line, give away the turns that have come free meanwhile, and ack it.
+
+        The state is stored whether or not it is another one. A message that ends may have looked for the first in line
+        before this one was there: it fails to store what it made of that, and looks again.
+        """
         for state, store in self._states(name):
-            before = state.encode()
             if state.line == 0 or state.line > sequence:
                 state.line = sequence
             called = self._next(state, limit, name, message._delivery.source.queue)
-            if state.encode() == before or store(limit):
+            if store(limit):
                 for stored in called:
                     self._call(stored)
+                self._rerouter.leave_in_line(message)
                 return
 
     def _try_to_leave(self, name: str, limit: Limit, message: JetStreamMessage, until: float) -> None:
@@ -430,7 +451,8 @@ class Limits:
             return called
         # The line begins with those that were called before, until they are here: their caller may have died.
         is_awaited = any(turn.sequence == 0 for turn in state.turns)
-        for stored in self._line(queue, name, max(state.line, state.called + 1)):
+        # Not from the one that was noted first: another may be stored before it, and not be noted yet.
+        for stored in self._line(queue, name, state.called + 1):
             state.called = stored.sequence
             if not called and not is_awaited:
                 state.line = stored.sequence

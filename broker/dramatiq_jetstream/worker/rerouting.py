@@ -283,12 +283,12 @@ class Rerouter:
     def stand_in_line(
         self, message: JetStreamMessage, delay: int, line: str, moment: float | None
     ) -> int | None:
-        """Store a message in a line, where it waits at most `delay` milliseconds, and ack it; returns its sequence.
+        """Store a message in a line, where it waits at most `delay` milliseconds; returns its sequence.
 
-        None when it is requeued with a delay, because it cannot be stored now.
+        It is to be acked with `leave_in_line`, when that is noted. None is returned when it is requeued with a delay,
+        because it cannot be stored now.
         """
         delivery = message._delivery
-        names, queue = self._config.names, delivery.source.queue
         headers = {
             **_own_headers(delivery),
             HEADER_ORIGIN: delivery.origin,
@@ -298,9 +298,7 @@ class Rerouter:
         }
         if moment is not None:
             headers[HEADER_MOMENT] = repr(moment)
-        # The same message may be enqueued several times. Each of them has an origin of its own.
-        for token in (message.message_id, delivery.origin):
-            subject = names.delayed(queue, token, line)
+        for subject in self._places_in_line(message, line):
             try:
                 sequence: int | None = self._connection.publish(subject, delivery.data, headers).seq
             except ApiError as error:
@@ -308,19 +306,38 @@ class Rerouter:
                     raise
                 sequence = self._stood_in_line(subject, delivery)
             if sequence is not None:
-                self._in_flight.settle(delivery, ACK)
                 return sequence
         self.requeue_later(delivery, BrokerConnectionError("it cannot be stored in its line now"))
         return None
 
+    def leave_in_line(self, message: JetStreamMessage) -> None:
+        """Ack a message that stands in a line."""
+        self._in_flight.settle(message._delivery, ACK)
+
+    def place_in_line(self, message: JetStreamMessage, line: str) -> int | None:
+        """The sequence with which a message that came before stands in a line; None when it does not."""
+        for subject in self._places_in_line(message, line):
+            if (sequence := self._stood_in_line(subject, message._delivery)) is not None:
+                return sequence
+        return None
+
+    def _places_in_line(self, message: JetStreamMessage, line: str) -> list[str]:
+        """Where a message may stand: the same one may be enqueued several times, each with an origin of its own."""
+        delivery = message._delivery
+        tokens = message.message_id, delivery.origin
+        return [self._config.names.delayed(delivery.source.queue, token, line) for token in tokens]
+
     def _stood_in_line(self, subject: str, delivery: Delivery) -> int | None:
-        """The sequence of a message that stands in a line already; None when that is another one."""
+        """The sequence of a message that stands in a line already; None when that is another one.
+
+        One that was stored before this delivery is where it was called from, and about to be removed.
+        """
         stored = last_message(
             self._connection, self._config.names.queue_stream(delivery.source.queue), subject
         )
         if stored is None or stored.headers.get(HEADER_ORIGIN) != delivery.origin:
             return None
-        return stored.sequence
+        return stored.sequence if stored.sequence > delivery.sequence else None
 
     def make_message(self, message: JetStreamMessage) -> None:
         """Store an event as a message of its actor's queue, and ack it."""
