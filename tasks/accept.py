@@ -11,6 +11,9 @@ is found.
 A request that dies between two of these steps, or whose answer gets lost, has told its client nothing. The same
 request, sent again, does every step again: the claim is there with the same content, the event has the same id and
 bytes, and the read model has the event once.
+
+The claim of an archived order no longer says for what it stands, so that an erasure need not look for it. Every request
+under that id is told that its order was placed and archived, and places none.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from . import rules
 from .announcements import placed_event
 from .claims import Claim, Claims, digest_of
 from .idempotency import Requests
-from .model import AcceptedOrder, InvalidOrder, Order, OrderIdTaken, OrderRequest
+from .model import AcceptedOrder, InvalidOrder, Order, OrderArchived, OrderIdTaken, OrderRequest
 from .orders import Recorded
 from .ports import Publisher
 from .pricing import claim_of
@@ -155,8 +158,10 @@ class Acceptance:
 
     def _place(self, order_id: str, wanted: Claim, request: OrderRequest, deadline: float) -> AcceptedOrder:
         claim, fresh = self._claims.claim(order_id, wanted)
+        if claim.is_archived:
+            raise OrderArchived(order_id)
         if claim.digest != wanted.digest:
-            raise OrderIdTaken(f"another order has the id {order_id}")
+            raise OrderIdTaken(f"another order has the id {order_id}", order_id)
         if not fresh:
             existing = self._orders.get(order_id)
             if existing is not None and existing.place:
@@ -182,7 +187,10 @@ class Acceptance:
 
     def _is_placed(self, order_id: str) -> bool:
         order = self._orders.get(order_id)
-        return order is not None and order.place > 0
+        if order is not None and order.place > 0:
+            return True
+        claim = self._claims.find(order_id)
+        return claim is not None and claim.is_archived
 
 
 def new_order_id(at: int) -> str:

@@ -293,6 +293,18 @@ class IdempotencyConflict(Exception):
 class OrderIdTaken(Exception):
     """Another order has this id."""
 
+    def __init__(self, message: str, order_id: str) -> None:
+        super().__init__(message)
+        self.order_id = order_id
+
+
+class OrderArchived(Exception):
+    """The order with this id was placed, and is in the archive alone; nothing is placed under its id."""
+
+    def __init__(self, order_id: str) -> None:
+        super().__init__(f"order {order_id} was placed and has left for the archive")
+        self.order_id = order_id
+
 
 class IdempotencyInProgress(Exception):
     """A request with the same idempotency key is still running; `retry_after` is in seconds."""

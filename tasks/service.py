@@ -36,6 +36,7 @@ from .model import (
     InvalidOrder,
     Offer,
     Order,
+    OrderArchived,
     OrderedItem,
     OrderIdTaken,
     OrderRequest,
@@ -74,6 +75,7 @@ __all__ = [
     "NotShippable",
     "Offer",
     "Order",
+    "OrderArchived",
     "OrderIdTaken",
     "OrderRequest",
     "OrderedItem",
@@ -173,6 +175,7 @@ def accept_order(request: OrderRequest, idempotency_key: str | None = None) -> A
       InvalidOrder: A sku that the catalogue does not have.
       IdempotencyConflict, IdempotencyInProgress: What the key was used for before.
       OrderIdTaken: Another order has the id that was chosen.
+      OrderArchived: The order was placed before, and has left for the archive.
       BrokerConnectionError: It could not be stored within ACCEPT_TIMEOUT; trying again with the same key is
         safe.
     """

@@ -96,10 +96,12 @@ def accept(order_request: OrderRequest, key: str | None) -> AcceptedOrder:
     except service.IdempotencyConflict as error:
         text = str(error)
         raise Problem("idempotency-key-reused", f"{text[:1].upper()}{text[1:]}.") from None
-    except service.OrderIdTaken:
+    except service.OrderArchived as error:
         raise Problem(
-            "order-id-taken", f"There is another order with the id {order_request.order_id}."
+            "order-archived", f"Order {error.order_id} was placed before and is archived."
         ) from None
+    except service.OrderIdTaken as error:
+        raise Problem("order-id-taken", f"There is another order with the id {error.order_id}.") from None
     except service.IdempotencyInProgress as error:
         raise Problem(
             "request-in-progress",

@@ -60,6 +60,12 @@ KINDS: dict[str, Kind] = {
             "Choose another order id, or leave it out.",
         ),
         Kind(
+            "order-archived",
+            409,
+            "The order with this id is in the archive",
+            "Do not send it again: it was placed. Ask an operator to bring the order back if you need it.",
+        ),
+        Kind(
             "not-cancellable",
             409,
             "The order cannot be cancelled",

@@ -221,7 +221,8 @@ class Load:
             else:
                 accepted = answer.status_code == 202
                 self._log.write(**entry, accepted=accepted, answer=answer.status_code)
-                if accepted or "order-id-taken" in answer.text or answer.status_code == 422:
+                refused = "order-id-taken" in answer.text or "order-archived" in answer.text
+                if accepted or refused or answer.status_code == 422:
                     return
             time.sleep(0.5)
 

@@ -26,6 +26,7 @@ from tasks.model import (
     IdempotencyConflict,
     IdempotencyInProgress,
     InvalidOrder,
+    OrderArchived,
     OrderIdTaken,
     OrderRequest,
     RequestedItem,
@@ -162,6 +163,31 @@ def test_chosen_order_id_is_a_key_of_its_own(
     with pytest.raises(OrderIdTaken):
         front.accept(None, 5, order_id="o-1")
     assert front.accept("order:o-1")[0] != "o-1"
+
+
+@pytest.mark.parametrize(("key", "chosen"), [("k", None), ("k", "o-1"), (None, "o-1")])
+def test_a_repetition_of_an_archived_order_is_told_so(key: str | None, chosen: str | None) -> None:
+    """Also in another process, while the first one's lease lasts; nothing is published, and the id is the order's."""
+    broker, stream = InMemory(), FakeStream()
+    members = {} if chosen is None else {"order_id": chosen}
+    order_id, _ = Front(broker, stream).accept(key, **members)
+    claim = broker.bucket("stock").get(f"claim.{order_id}")
+    assert claim is not None
+    closed = Claim.decode(claim.value).archived.encode()
+    broker.bucket("stock").update(claim.key, closed, revision=claim.revision)
+    broker.bucket("orders").delete(order_id)
+    again = Front(broker, stream)
+    for _ in range(2):
+        with pytest.raises(
+            OrderArchived, match=f"^order {order_id} was placed and has left for the archive$"
+        ):
+            again.accept(key, **members)
+    assert key is None or again.acceptance.was_placed(key)
+    if chosen is not None:
+        with pytest.raises(OrderArchived):
+            again.accept("other", 5, **members)
+    assert len(stream.published) == 1
+    assert order_id not in broker.bucket("orders").entries
 
 
 @pytest.mark.parametrize("keys", [(None, None), ("a", "b"), (None, "b"), ("a", None)])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import datetime
 
 import pytest
 
+from dramatiq_jetstream import JetStreamBroker
 from orders.v1.events_pb2 import OrderCreated, OrderItem
+from tasks.claims import Claim
 from tests.web.stack import Stack, order_body
 
 
@@ -134,6 +137,20 @@ class TestIdempotency:
         answer = service.post("/api/orders", json=order_body(("MUG-01", 2)), headers=key)
         assert answer.status_code == 422
         assert answer.json()["type"] == "/docs#idempotency-key-reused"
+
+    def test_an_archived_order_is_named(self, service: Stack) -> None:
+        """The repetition of a request is told the id of its order, which the request does not have."""
+        key = {"Idempotency-Key": str(uuid.uuid4())}
+        order_id = service.post("/api/orders", json=order_body(), headers=key).json()["order_id"]
+        service.final(order_id)
+        with closing(JetStreamBroker(service.nats.url)) as broker:
+            claims = broker.bucket("stock")
+            claim = claims.get(f"claim.{order_id}", linearizable=True)
+            assert claim is not None
+            claims.update(claim.key, Claim.decode(claim.value).archived.encode(), revision=claim.revision)
+        answer = service.post("/api/orders", json=order_body(), headers=key)
+        assert (answer.status_code, answer.json()["type"]) == (409, "/docs#order-archived")
+        assert answer.json()["detail"] == f"Order {order_id} was placed before and is archived."
 
     def test_twenty_at_once_place_one_order(self, service: Stack) -> None:
         """Twenty simultaneous requests with one key: one order, and nothing but 202 and 409."""
