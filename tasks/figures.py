@@ -168,6 +168,22 @@ class Records(Protocol):
     def several(self, order_ids: Sequence[str]) -> Mapping[str, Order]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The days that a rebuild takes over: up to `until`, as they were when the events up to `reached` were counted."""
+
+    until: date
+    reached: int
+    days: Mapping[date, bytes]
+
+    def has(self, entry: HistoryEntry) -> bool:
+        """Whether an event is counted in these days."""
+        return entry.at.date() <= self.until and entry.sequence <= self.reached
+
+
+_NOTHING: Final = _Kept(date.min, 0, {})
+
+
 class Counting:
     """Counts. Any number of processes may try to at once.
 
@@ -209,39 +225,48 @@ class Counting:
         return 0 if position is None else position.reached
 
     def rebuild(self, progress: Progress = unseen) -> None:
-        """Count all again. The hours before the stream begins keep the numbers that they have.
+        """Count all again, but for the days up to the one on which the stream begins.
+
+        Those keep what was counted of them: a part of it has left the stream, and a day does not say which.
 
         Raises:
           RebuildConflict: When another process does the same.
         """
         last = self._stream.range().last
+        kept = self._kept()
 
         def derive(position: Position) -> Position | None:
-            kept = position if position.reached else self._keep(position)
-            if kept is None:
+            moved = position if position.reached else self._keep(position, kept)
+            if moved is None:
                 return None
-            return self._advance(kept, math.inf, last, progress, self._stream.read)
+            return self._advance(moved, math.inf, last, progress, self._stream.read, kept)
 
         self._fold.rebuild(derive)
 
-    def _keep(self, position: Position) -> Position | None:
-        """Take over what cannot be counted again, because its events have left the stream."""
-        first = self._stream.range().first
-        oldest = self._stream.stored_at(first) if first > 1 else None
+    def _kept(self) -> _Kept:
+        """Return what cannot be counted again, because events of it have left the stream."""
+        there = self._stream.range()
+        oldest = self._stream.stored_at(there.first) if there.first > 1 else None
         used = read_position(self._bucket, USED)
         if oldest is None or used is None:
-            return position
-        moment = datetime.fromtimestamp(oldest.time / 1000, UTC)
-        for entry in self._bucket.items(f"{_NAME}.{used.generation}.day."):
-            day = Day.decode(entry.value)
-            number = date.fromisoformat(entry.key.rpartition(".")[2])
-            if number > moment.date():
-                continue
-            if number == moment.date():
-                # What was sold on the day on which the stream begins cannot be told apart by hours.
-                day = Day({hour: one for hour, one in day.hours.items() if hour < moment.hour})
-            updates = {_day_key(position.generation, number): (day.encode(), 0)}
-            moved = self._fold.move(position, 0, updates)
+            return _NOTHING
+        until = datetime.fromtimestamp(oldest.time / 1000, UTC).date()
+        while True:
+            entries = self._bucket.items(f"{_NAME}.{used.generation}.day.")
+            days = {date.fromisoformat(one.key.rpartition(".")[2]): one.value for one in entries}
+            before, used = used, read_position(self._bucket, USED)
+            if used is None:
+                return _NOTHING
+            if used == before:  # nothing was counted while the days were read
+                break
+        # Of a stream that was made again nothing was counted yet.
+        reached = used.reached if used.reached <= there.last else 0
+        return _Kept(until, reached, {day: value for day, value in days.items() if day <= until})
+
+    def _keep(self, position: Position, kept: _Kept) -> Position | None:
+        """Take over what cannot be counted again."""
+        for number, value in kept.days.items():
+            moved = self._fold.move(position, 0, {_day_key(position.generation, number): (value, 0)})
             if moved is None:
                 return None
             position = moved
@@ -254,27 +279,30 @@ class Counting:
         last: int = 0,
         progress: Progress = unseen,
         read: Callable[[int], Iterator[Happened]] | None = None,
+        kept: _Kept | None = None,
     ) -> Position | None:
         """Move a position to the end of the stream; None when time was up, or another process was faster.
 
         Parameters:
           read: Yields the events; those that are there by default. No event is erased before it was counted.
+          kept: What was taken over.
         """
         deadline = time.monotonic() + seconds
         settled = self._now() - SETTLED_MS
         stored = (read or self._stream.present)(position.reached + 1)
         events = takewhile(lambda one: one.at <= settled, stored)
         while batch := list(islice(events, _EVENTS)):
-            moved = None if time.monotonic() > deadline else self._store(position, batch)
+            moved = None if time.monotonic() > deadline else self._store(position, batch, kept or _NOTHING)
             if moved is None:
                 return None
             position = moved
             progress(min(position.reached, last), last)
         return position
 
-    def _store(self, position: Position, batch: list[Happened]) -> Position | None:
+    def _store(self, position: Position, batch: list[Happened], kept: _Kept) -> Position | None:
         """Count a batch and move the position behind it."""
-        counted = list(self._found([one for one in batch if isinstance(one.event, _COUNTED)]))
+        found = self._found([one for one in batch if isinstance(one.event, _COUNTED)])
+        counted = [one for one in found if not kept.has(one[1])]
         days = sorted({entry.at.date() for _, entry, _ in counted})
         known = read_days(self._bucket, position, days)
         for happened, entry, order in counted:
