@@ -21,6 +21,8 @@ from typing import Final, TypeVar
 from circuitbreaker import CircuitBreaker
 from dramatiq.errors import BrokerError
 
+from dramatiq_jetstream.errors import RevisionConflict
+
 from . import metrics
 from .gateway import GatewayUnavailable, UnusableAnswer
 from .ledger import Chargeback
@@ -54,6 +56,7 @@ class Outage:
         self._ttl = ttl
         self._now = now
         self._noted = self._looked = self._removed = float("-inf")
+        self._answered = 0
         self._removing = False
         self._since: int | None = None
         self._lock = threading.Lock()
@@ -84,8 +87,9 @@ class Outage:
             self._noted = now
         try:
             entry = self._bucket.get(_KEY)
-            since = self._now() if entry is None else json.loads(entry.value)["since"]
-            value = json.dumps({"since": since, "error": error[:_MAX_TEXT]}).encode()
+            noted = self._now()
+            since = noted if entry is None else json.loads(entry.value)["since"]
+            value = json.dumps({"since": since, "noted": noted, "error": error[:_MAX_TEXT]}).encode()
             if entry is None:
                 self._bucket.create(_KEY, value, ttl=self._ttl)
             else:
@@ -97,8 +101,16 @@ class Outage:
         """Say that the gateway has answered: the note goes, if there is one, at once or within a second.
 
         It does not wait for the store. One look a second is enough, and what is answered meanwhile waits for the next
-        one, so that no note outlives the last answer.
+        one, so that no note outlives the last answer. One that was made after the last answer stays.
         """
+        with self._lock:
+            self._answered = self._now()
+            # What fails from now on is noted, once a second at most.
+            soon = time.monotonic() - _NOTED_EVERY_SECONDS + _LOOKED_EVERY_SECONDS
+            self._noted = min(self._noted, soon)
+        self._look_soon()
+
+    def _look_soon(self) -> None:
         with self._lock:
             if self._removing:
                 return
@@ -113,13 +125,18 @@ class Outage:
             self._removed = time.monotonic()
             self._removing = False
         try:
-            if self._bucket.get(_KEY) is not None:
-                self._bucket.delete(_KEY)
+            entry = self._bucket.get(_KEY)
+            if entry is not None:
+                if json.loads(entry.value).get("noted", 0) > self._answered:
+                    return
+                self._bucket.delete(_KEY, revision=entry.revision)
+        except RevisionConflict:
+            return  # it was just noted again
         except BrokerError:
-            self.over()  # in a second, when the store may answer
+            self._look_soon()
             return
         with self._lock:
-            self._since, self._noted = None, float("-inf")
+            self._since = None
 
 
 class GuardedGateway:

@@ -43,7 +43,7 @@ def test_every_supported_python_is_checked() -> None:
 
 def test_ci_runs_what_a_developer_runs() -> None:
     """`.ci/run` calls `make test`."""
-    assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text()
+    assert "\nmake test ARGS=--durations=40\n" in (ROOT / ".ci" / "run").read_text()
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_two_delays_of_the_same_message_both_arrive(broker):
     ran = []
     dramatiq.actor(lambda: ran.append(time.time()), actor_name="work")
     message = broker.get_actor("work").message()
-    for delay in (100, 300, 300):
+    for delay in (5_000, 6_000, 6_000):
         broker.enqueue(message, delay=delay)
     assert broker.queue_stats("default").delayed == 3
     with running(broker):

@@ -97,9 +97,10 @@ def life(service: Stack, page: Page, receiver: Receiver, name: str) -> list[str]
         details.evaluate("element => { element.open = true; }")
     wrong += flaws(page, f"webhook-log-{name}")
     page.goto(f"{service.url}/orders/{order_id}")
-    expect(page.locator(".timeline")).to_contain_text("Webhook delivered")
+    page.locator("#told summary").click()
+    expect(page.locator("#told .timeline")).to_contain_text("Webhook delivered")
     wrong += flaws(page, f"webhook-order-{name}")
-    page.locator(".timeline a").click()
+    page.locator("#told a").click()
     expect(page).to_have_url(f"{address}#{page.locator('.deliveries li').first.get_attribute('id')}")
 
     receiver.status = 500

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from waitress.server import create_server
 
 from dramatiq_jetstream.errors import BrokerConnectionError
+from dramatiq_jetstream.streams import Range
 from orders.v1.events_pb2 import OrderCreated, OrderItem
 from tasks import app
 from tasks import service as order_service
@@ -99,8 +100,8 @@ class Many:
     def newest_created(self) -> int:
         return self.count
 
-    def oldest(self) -> int:
-        return 1
+    def range(self) -> Range:
+        return Range(1, self.count)
 
     def created(self, start: int, end: int) -> Iterator[tuple[int, OrderCreated]]:
         for place in range(max(1, start), min(end, self.count + 1)):
@@ -109,6 +110,11 @@ class Many:
 
     def find(self, wanted: Wanted, before: int) -> None:
         return None
+
+    def anonymous(self, before: int) -> Iterator[tuple[int, str]]:
+        return iter(())
+
+    all = anonymous
 
     def get(self, order_id: str) -> Order:
         place = int(order_id[2:])

@@ -161,9 +161,10 @@ def test_orders_that_are_not_final_are_seen(watched: Watched) -> None:
     """By status, with the age of the oldest; a step that was given up leaves a failed one."""
     watched.shop.knobs(failure_rate=1.0)
     order_id = watched.shop.order()["order_id"]
+    # First, because it is taken to be away for a while only when it is not asked again.
+    eventually(lambda: watched.value("payment_gateway_away") == 1, timeout=60)
     eventually(lambda: watched.value("orders_unfinished", status="failed") == 1, timeout=60)
     eventually(lambda: watched.value("orders_oldest_unfinished_seconds", status="failed") > 0, timeout=30)
-    eventually(lambda: watched.value("payment_gateway_away") == 1, timeout=30)
     refused = lines(watched.workers, logger="tasks.steps", order_id=order_id, outcome="error")
     assert [one["event"] for one in refused] == ["reserved"] * len(refused)
     watched.shop.knobs(failure_rate=0.0)

@@ -133,7 +133,7 @@ def test_a_delayed_message_outlives_the_worker(rig, broker, actor, queue):
         done.append(1)
 
     with running(broker) as worker:
-        note.send_with_options(delay=400)
+        note.send_with_options(delay=6_000)
         eventually(lambda: all(consuming(worker, name) for name in worker.consumers))
     eventually(lambda: rig.delayed(queue) == 1)
     assert not done
