@@ -10,7 +10,7 @@ give out new moments: all that wait are later by the same `lag`, in the order th
 
 What keeps the rate exact is the list of the last starts: with `count` of them within the period, nothing starts. A
 start is noted before it is made, so when it is made is not known, but bounded: it is noted as of the latest moment at
-which it may be made, and a thread that comes later makes it anew (see `limits`). The period of a start runs from that
+which it may be made, and a thread that comes later notes another (see `limits`). The period of a start runs from that
 moment, so that no start of the next period comes before it is over, whenever the first was made.
 """
 
