@@ -91,33 +91,35 @@ def test_deliveries_come_with_the_state(closed: Closed, receiver: Receiver) -> N
 
     eventually(lambda: len(told()) == 1, timeout=60)
     assert "by operator through the API" in told()[0]
-    assert closed.ask("operator", "DELETE", f"/api/webhooks/{webhook_id}").status_code == 204
 
 
 def test_all_that_failed_is_sent_again(closed: Closed, receiver: Receiver) -> None:
     """Each delivery that failed, once, and none of the others."""
-    webhook_id, secret = webhook(closed, "operator", receiver, events=["order.confirmed", "order.created"])
+    webhook_id, secret = webhook(closed, "operator", receiver, events=["order.confirmed"])
     delivered = confirmed(closed)
     log = f"/api/webhooks/{webhook_id}/deliveries"
-    eventually(lambda: receiver.types(secret, delivered) == {"order.confirmed", "order.created"}, timeout=60)
-    receiver.status = 410
-    failed = confirmed(closed)
+    eventually(lambda: receiver.types(secret, delivered) == {"order.confirmed"}, timeout=60)
 
-    def states() -> list[tuple[str, str]]:
+    def states() -> dict[str, str]:
         found = closed.get("operator", f"{log}?limit=100").json()["deliveries"]
-        return [(one["order_id"], one["state"]) for one in found]
+        return {one["order_id"]: one["state"] for one in found}
 
-    eventually(lambda: [one for one in states() if one == (failed, "pending")] == [], timeout=60)
+    receiver.open.clear()
+    refused = {confirmed(closed) for _ in range(3)}
+    # The page is read from the newest back, so it can lack one that is just changing: the number is asked for as well.
+    waiting = {delivered: "delivered", **dict.fromkeys(refused, "pending")}
+    eventually(lambda: states() == waiting, timeout=60)
+    receiver.status = 410
+    receiver.open.set()
+    eventually(lambda: states() == {delivered: "delivered", **dict.fromkeys(refused, "failed")}, timeout=60)
     assert closed.ask("operator", "POST", f"{log}/send-failed").status_code == 409, "410 disables a webhook"
     closed.ask("operator", "PATCH", f"/api/webhooks/{webhook_id}", json={"enabled": True})
     receiver.status = 200
     sent = len(receiver.requests)
-    wrong = [one for one in states() if one[1] == "failed"]
-    assert {order_id for order_id, _ in wrong} == {failed}
     assert closed.ask("operator", "POST", f"{log}/send-failed").status_code == 202
-    eventually(lambda: {one for _, one in states()} == {"delivered"}, timeout=60)
-    assert len(receiver.requests) == sent + len(wrong)
-    assert closed.ask("operator", "DELETE", f"/api/webhooks/{webhook_id}").status_code == 204
+    eventually(lambda: states() == dict.fromkeys({delivered, *refused}, "delivered"), timeout=60)
+    again = [event["data"]["order_id"] for _, event in receiver.events(secret)[sent:]]
+    assert sorted(again) == sorted(refused)
 
 
 def test_webhooks_are_listed_by_pages(closed: Closed, receiver: Receiver) -> None:
@@ -137,8 +139,6 @@ def test_webhooks_are_listed_by_pages(closed: Closed, receiver: Receiver) -> Non
     for wrong in ("before=x", "limit=0", "before=9-", "before=-1-x"):
         expected = 400 if wrong != "before=9-" else 200
         assert closed.get("operator", f"/api/webhooks?{wrong}").status_code == expected, wrong
-    for webhook_id in [*made, theirs]:
-        assert closed.ask("operator", "DELETE", f"/api/webhooks/{webhook_id}").status_code == 204
 
 
 def test_a_refund_that_is_too_high_can_be_corrected(closed: Closed) -> None:
