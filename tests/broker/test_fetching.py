@@ -10,7 +10,7 @@ import pytest
 
 from dramatiq_jetstream.jetstream import ensuring, topology
 from dramatiq_jetstream.testing import NatsServer
-from dramatiq_jetstream.worker import fetching, heartbeats
+from dramatiq_jetstream.worker import durables, fetching, heartbeats
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually, holds
 
@@ -167,6 +167,52 @@ def test_requests_are_bounded_in_bytes(make_broker, monkeypatch):
         eventually(lambda: len(ran) == 12)
     assert {request["max_bytes"] for request in asked} == {fetching.MAX_BYTES}
     assert len(asked) >= 12 / 2
+
+
+def test_messages_that_come_after_the_end_of_their_request_are_waited_for(
+    nats_cluster, make_broker, monkeypatch
+):
+    """In a cluster the word that a request is filled overtakes its messages; that is no reason to doubt anything."""
+    doubted, overtaken = [], []
+    doubt, answered = durables.Durables.doubt, fetching.Fetcher._answered
+
+    def note_doubt(self, durable):
+        doubted.append(durable)
+        doubt(self, durable)
+
+    def note_answer(self, slot, pull, headers):
+        left, before = pull.left, len(doubted)
+        answered(self, slot, pull, headers)
+        if headers.get("Description") == "Batch Completed":
+            overtaken.append((left, pull.left, slot.pull is pull, len(doubted) - before))
+
+    monkeypatch.setattr(durables.Durables, "doubt", note_doubt)
+    monkeypatch.setattr(fetching.Fetcher, "_answered", note_answer)
+    broker = make_broker(nats_cluster.urls, replicas=3)
+    work, ran = noting(broker)
+    broker.enqueue_many([work.message(number) for number in range(400)])
+    with running(broker):
+        eventually(lambda: sorted(ran) == list(range(400)), timeout=60)
+        eventually(lambda: all(not pull.ended for pull in fetchers_of(broker)[0].pulls))
+    assert overtaken, "the server does not do this any more"
+    assert [one for one in overtaken if one[:2] != (one[0], one[0]) or one[2:] != (True, 0)] == []
+
+
+def test_a_request_that_ended_without_its_messages_is_given_up(make_broker, monkeypatch):
+    """They were lost between two nodes, say; others are asked for."""
+    monkeypatch.setattr(fetching, "SILENCE_SECONDS", 0.5)
+    broker = make_broker()
+    work, ran = noting(broker)
+    with running(broker):
+        fetcher = fetchers_of(broker)[0]
+        slot = eventually(lambda: next((slot for slot in fetcher._slots if slot.pull is not None), None))
+        pull = slot.pull
+        ended = {"Status": "409", "Description": "Batch Completed", "Nats-Pending-Messages": "0"}
+        broker.connection.post(lambda: fetcher._answered(slot, pull, ended))
+        eventually(lambda: pull.ended and pull not in fetcher.pulls)
+        eventually(lambda: any(not each.ended for each in fetcher.pulls))
+        work.send(1)
+        eventually(lambda: ran == [1])
 
 
 def test_a_leader_that_freezes_and_dies_stops_a_worker_for_seconds(nats_cluster, make_broker, namespace):

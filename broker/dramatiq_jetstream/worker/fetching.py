@@ -3,7 +3,9 @@
 A request stands for a while, so that an arriving message is delivered at once; `heartbeats` says for how long, and
 which of them the server confirms. The server serves the standing requests of a consumer in turn, and a delivery does
 not say which request it is for. So each request has a subscription of its own while it stands, one of a few *slots*,
-and the number of messages still to come is known exactly.
+and the number of messages still to come is known exactly. In a cluster a message is delivered when its consumer's
+replicas know of it, and the word that a request has ended may come first. It says how many messages never come for it,
+and the request is kept for the others.
 
 Requests are bounded in messages and in bytes, so that large messages over a narrow link do not pile up before
 everything else that the server has to say. A consumer, its server or its account may allow less than we ask for: a
@@ -65,6 +67,7 @@ class Pull:
       expires: When it ends at the latest, by `time.monotonic`.
       node: The node at which it stands.
       beats: Whether the server confirms it with heartbeats.
+      ended: Whether the server has said that it ended, and what is left is on its way.
     """
 
     number: int
@@ -74,6 +77,7 @@ class Pull:
     expires: float
     node: object
     beats: bool
+    ended: bool = False
 
 
 @dataclass(eq=False)
@@ -159,7 +163,7 @@ class Fetcher:
     @property
     def is_empty(self) -> bool:
         """Whether the source has nothing: it was drained, and the request that stands since is unfilled."""
-        return any(not pull.probe for pull in self.pulls)
+        return any(not pull.probe and not pull.ended for pull in self.pulls)
 
     def ask(self, batch: int, *, probe: bool) -> int:
         """Ask for up to `batch` messages; returns how many were asked for."""
@@ -188,7 +192,12 @@ class Fetcher:
     def _end(self, slot: _Slot) -> None:
         """Note that a request has ended."""
         pull, slot.pull = slot.pull, None
-        if pull is not None and pull.beats:
+        if pull is not None:
+            self._stop_beats(pull)
+
+    def _stop_beats(self, pull: Pull) -> None:
+        if pull.beats:
+            pull.beats = False
             self._heartbeats.end(pull.node, pull)
 
     def _request(self, pull: Pull, expires: float) -> Mapping[str, object]:
@@ -258,11 +267,18 @@ class Fetcher:
         status, description = headers["Status"], headers.get("Description", "")
         if status == "100":  # a heartbeat
             return
-        self._end(slot)
+        if (coming := pull.left - _never_coming(headers, pull)) > 0:
+            # It is given up like a lost request if they do not come.
+            pull.left, pull.ended, pull.expires = coming, True, time.monotonic()
+            self._stop_beats(pull)
+        else:
+            self._end(slot)
         if status in ("404", "408"):  # a probe that got everything, or a request that expired
             self.drained = True
+        elif description == "Batch Completed":
+            pass
         elif description.startswith("Message Size Exceeds MaxBytes"):
-            if pull.left == pull.batch:
+            if coming == 0 and pull.left == pull.batch:
                 self._allow_more_bytes()
         elif (limit := _LIMIT.match(description)) is not None:
             self._keep_to(limit[1], limit[2])
@@ -323,3 +339,9 @@ class Fetcher:
         if what not in self._said:
             self._said.add(what)
             logger.log(level, "%s", what)
+
+
+def _never_coming(headers: Mapping[str, str], pull: Pull) -> int:
+    """Return how many of a request's messages the server has not sent and will not send."""
+    pending = headers.get("Nats-Pending-Messages", "")
+    return int(pending) if pending.isdecimal() else pull.left
