@@ -96,6 +96,7 @@ class Fetcher:
 
     Attributes:
       drained: True when a request was answered with "no messages", until the next one.
+      pulls: The requests that stand. It is looked at several times for each message, so it is kept, not collected.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Fetcher:
     ) -> None:
         self.source = source
         self.drained = False
+        self.pulls: list[Pull] = []
         self._connection = connection
         self._durables = durables
         self._receive = receive
@@ -147,10 +149,6 @@ class Fetcher:
         self._heartbeats.leave(self)
 
     @property
-    def pulls(self) -> list[Pull]:
-        return [slot.pull for slot in self._slots if slot.pull is not None]
-
-    @property
     def outstanding(self) -> int:
         """How many messages were asked for and have not come."""
         return sum(pull.left for pull in self.pulls)
@@ -180,6 +178,7 @@ class Fetcher:
         beats = not probe and not self._heartbeats.covers(durable.node)
         pull = Pull(next(self._numbers), batch, batch, probe, now + expires, durable.node, beats)
         slot.pull = pull
+        self.pulls.append(pull)
         if beats:
             self._heartbeats.begin(pull.node, pull)
         self._connection.write(
@@ -193,6 +192,7 @@ class Fetcher:
         """Note that a request has ended."""
         pull, slot.pull = slot.pull, None
         if pull is not None:
+            self.pulls.remove(pull)
             self._stop_beats(pull)
 
     def _stop_beats(self, pull: Pull) -> None:
