@@ -9,8 +9,8 @@ takes longer with `always` than with `1s`, CPU is each row's own, and the fsyncs
 The first table divides each measured rate by the lowest of its bounds: near 1 the bound is met, far above 1 the model
 is wrong, far below 1 something else is waited for. The second one applies the costs to other sizes.
 
-Files are results of `python -m benchmarks`, from `benchmarks/results` when none is given. Those of one kind of
-processor are taken together. What they do not have is left out.
+Files are results of `python -m benchmarks`, all in `benchmarks/results` when none is given. Those of one kind of
+processor and one day are taken together. What they do not have is left out.
 """
 
 from __future__ import annotations
@@ -80,10 +80,11 @@ class Prediction:
 
 @dataclass
 class Machine:
-    """The rows that were measured on one kind of processor."""
+    """The rows that were measured on one kind of processor on one day."""
 
     processor: str
     cores: int
+    day: str
     rows: dict[Key, dict[str, list[float]]] = field(default_factory=dict)
 
     def add(self, results: dict[str, Any]) -> None:
@@ -126,11 +127,11 @@ class Machine:
 
 
 def load(files: Sequence[Path]) -> list[Machine]:
-    """Read results, by the kind of processor that they were measured on."""
-    machines: dict[tuple[str, int], Machine] = {}
+    """Read results, by the kind of processor that they were measured on, and the day."""
+    machines: dict[tuple[str, int, str], Machine] = {}
     for file in files:
         results = json.loads(file.read_text())
-        kind = (results["machine"]["processor"], results["machine"]["cores"])
+        kind = (results["machine"]["processor"], results["machine"]["cores"], results["at"][:10])
         machines.setdefault(kind, Machine(*kind)).add(results)
     return list(machines.values())
 
@@ -290,7 +291,7 @@ def show(console: Console, machine: Machine) -> None:
     """Print both tables."""
     seconds = machine.fsync_seconds
     fsync = f"an fsync takes {seconds * 1e3:.3g} ms" if seconds else "the time of an fsync was not measured"
-    console.print(f"\n[bold]{machine.processor}, {machine.cores} cores; {fsync}[/bold]")
+    console.print(f"\n[bold]{machine.day}, {machine.processor}, {machine.cores} cores; {fsync}[/bold]")
     table = Table("row", "lowest bound", "of", "measured", "share", title="Measured", title_justify="left")
     for prediction in predictions(machine):
         bound = prediction.bound
@@ -317,7 +318,7 @@ def show(console: Console, machine: Machine) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__)
     parser.add_argument("files", nargs="*", type=Path, help="results; by default those in benchmarks/results")
-    files = parser.parse_args(arguments).files or sorted(RESULTS.glob("*.json"))
+    files = parser.parse_args(arguments).files or sorted(RESULTS.rglob("results.json"))
     console = Console(width=None if sys.stdout.isatty() else 120)
     for machine in load(files):
         show(console, machine)

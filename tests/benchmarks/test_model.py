@@ -11,9 +11,12 @@ import pytest
 from benchmarks import model
 
 
-def _results(rows: dict[tuple[str, str, str], dict[str, float]], processor: str = "any") -> dict[str, Any]:
+def _results(
+    rows: dict[tuple[str, str, str], dict[str, float]], processor: str = "any", day: str = "2026-11-29"
+) -> dict[str, Any]:
     """What a run writes, with two cores and one repetition."""
     return {
+        "at": f"{day}T12:00:00+00:00",
         "machine": {"processor": processor, "cores": 2},
         "measurements": [
             {
@@ -79,8 +82,11 @@ def test_thirty_streams_meet_the_processors_first(read) -> None:
 
 
 def test_what_was_not_measured_is_left_out(read) -> None:
-    """A row without its figures is no prediction, and machines are not mixed."""
-    first, second = read(_results(ENQUEUE), _results({}, processor="other"))
+    """A row without its figures is no prediction, and neither machines nor days are mixed."""
+    first, second, third = read(
+        _results(ENQUEUE), _results({}, processor="other"), _results({}, day="2026-11-30")
+    )
+    assert third.fsync_seconds is None
     assert model.predictions(first) == model.predictions(second) == []
     assert model.capacities(first) == []
     assert second.fsync_seconds is None
