@@ -368,7 +368,7 @@ def test_a_real_build_that_believes_strangers_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(400)
 def test_a_real_build_that_charges_and_gives_back_wrongly_is_found(tmp_path: Path) -> None:
-    """The service itself, broken where it charges and where it takes orders back, with a gateway that loses its answers."""
+    """The service itself, broken where it charges and takes orders back, with a gateway that loses its answers."""
     result = run(
         "single",
         [BY_NAME["gateway-after-charge"]],
