@@ -29,8 +29,9 @@ workers (`worker_payments` in the Procfile), so a hanging gateway holds no threa
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import dramatiq
 from dramatiq.errors import BrokerError
@@ -215,7 +216,14 @@ def announce_failure(event: Event) -> None:
         app.saga().fail(failure.order_id, failure.step, failure.error, failure.message_id)
 
 
-def read_event(event: Event) -> Happened | None:
+class Received(NamedTuple):
+    """An event that was stored, and when this process had it, by `time.monotonic`."""
+
+    what: Happened
+    at: float
+
+
+def read_event(event: Event) -> Received | None:
     """Return what happened, None for an event that is no order's: other services may use ORDER.* too."""
     decoded = decode(event.subject, event.data)
     if decoded is None:
@@ -224,7 +232,7 @@ def read_event(event: Event) -> Happened | None:
         order_id_of(decoded)
     except UnusableEvent:
         return None  # the step that acts on it makes it a dead letter; one is enough
-    return happened(decoded, event.sequence, event.time, event.headers)
+    return Received(happened(decoded, event.sequence, event.time, event.headers), time.monotonic())
 
 
 # However long the store is away, no event is given up: it would be missing from its order, and no webhook would get it.
@@ -232,13 +240,13 @@ def read_event(event: Event) -> Happened | None:
     subscribe=subscription(SUBJECTS, read_event),
     **{**app.step_options("projection", FINISH), "max_retries": None},
 )
-def project_event(what: Happened | None) -> None:
+def project_event(received: Received | None) -> None:
     """Add an event to its order's record, as far as the ledger confirms it, and make its deliveries to webhooks."""
-    if what is not None:
-        logs.bind(order_id=order_id_of(what.event))
+    if received is not None:
+        logs.bind(order_id=order_id_of(received.what.event))
         with left_to_newer():
-            app.projection().project(what)
-            webhooks.announcer().announce(what)
+            app.projection().project(received.what)
+            webhooks.announcer().announce(*received)
 
 
 @dramatiq.actor(

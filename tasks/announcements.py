@@ -37,7 +37,7 @@ from orders.v1.events_pb2 import (
 
 from . import money
 from .claims import ERASED, Claim, digest_of_event
-from .events import Happened, key_of, name_of, timestamp
+from .events import Happened, key_of, name_of, order_id_of, timestamp
 from .ledger import Chargeback, PricedItem, Record, Refund
 from .notes import CancelRequest, GivenUp
 from .pricing import claimed
@@ -142,17 +142,29 @@ class Testimony:
             return asked if asked is not None and is_meant(asked) else None
 
         def meant(found: Found | None) -> Message | None:
-            if name in ("refund_requested", "refunded", "charged_back"):
-                event = None if found is None else money_event(self._order_id, found.record, name, step)
-                return event if event is not None and is_meant(event) else None
-            states = [] if found is None else [s for s in _STATES.get(name, ()) if s in found.record.at]
-            events = (event_of(self._order_id, found.record, state) for state in states if found is not None)
-            return next(filter(is_meant, events), None)
+            return None if found is None else _said_by(self._order_id, found.record, key, is_meant)
 
         # A step's event comes after its record was written; a server that is behind may not have that yet.
         if meant(self._found) is None:
             self._found = self._stock.find_newer(self._order_id, lambda found: meant(found) is not None)
         return meant(self._found)
+
+
+def confirmed_by(record: Record, happened: Happened) -> Happened | None:
+    """Return what a record confirms of an event, in the record's words; None when the ledger has to be asked."""
+    event = happened.event
+    said = _said_by(order_id_of(event), record, key_of(event), lambda said: _same_time(event, said))
+    return None if said is None else replace(happened, event=said)
+
+
+def _said_by(order_id: str, record: Record, key: str, is_meant: Callable[[Message], bool]) -> Message | None:
+    """Return the event with a key of the read model, as a record has it; None when it does not know it."""
+    name, _, which = key.partition(".")
+    if name in ("refund_requested", "refunded", "charged_back"):
+        event = money_event(order_id, record, name, which)
+        return event if event is not None and is_meant(event) else None
+    events = (event_of(order_id, record, state) for state in _STATES.get(name, ()) if state in record.at)
+    return next(filter(is_meant, events), None)
 
 
 def _is_what_remains(order_id: str, claim: Claim, event: OrderCreated) -> bool:

@@ -197,21 +197,25 @@ class Orders:
         deadline = time.monotonic() + TIMEOUT_MS / 1000
         known = known or self.recorded(happened)
         while not known.has(happened):
-            stored = with_event(known.stored, happened)
-            try:
-                written = self._write(known, stored)
-            except (KeyExists, RevisionConflict):
-                if time.monotonic() > deadline:
-                    raise OrderBusy(
-                        f"the record of order {order_id} kept changing for {TIMEOUT_MS} ms."
-                    ) from None
-                if known.is_read:
-                    time.sleep(random.uniform(0, 0.01))
-                known = self._look(order_id)
-                continue
-            self._tell_if_finished(known.stored, stored)
-            return written
+            written = self.add(happened, known)
+            if written is not None:
+                return written
+            if time.monotonic() > deadline:
+                raise OrderBusy(f"the record of order {order_id} kept changing for {TIMEOUT_MS} ms.")
+            if known.is_read:
+                time.sleep(random.uniform(0, 0.01))
+            known = self._look(order_id)
         return known
+
+    def add(self, happened: Happened, known: Recorded) -> Recorded | None:
+        """Add an event to a record that lacks it; returns the record, None when it is not as it is `known` any more."""
+        stored = with_event(known.stored, happened)
+        try:
+            written = self._write(known, stored)
+        except (KeyExists, RevisionConflict):
+            return None
+        self._tell_if_finished(known.stored, stored)
+        return written
 
     def _tell_if_finished(self, before: Stored | None, after: Stored) -> None:
         """Tell of an order with the write that added the last fact about its end or its beginning."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .announcements import Testimony
+from .announcements import Testimony, confirmed_by
 from .claims import Claim
 from .events import Happened, order_id_of
 from .orders import Orders, Recorded, Stored, with_event
@@ -47,9 +47,23 @@ class Projection:
         known = self._orders.recorded(happened) if claim is None else Recorded(order_id, None, 0)
         if known.has(happened):
             return known
+        # Of an order without a record, nothing tells whether it was archived meanwhile.
+        written = None if known.stored is None else self._recall(happened, known)
+        if written is not None:
+            return written
         testimony = Testimony(self._stock, order_id, self._now, claim)
         confirmed = testimony.attested(happened, self._catalogue)
         return None if confirmed is None else self._orders.project(confirmed, known)
+
+    def _recall(self, happened: Happened, known: Recorded) -> Recorded | None:
+        """Add an event that this process itself wrote into the ledger; returns None when the ledger has to be asked.
+
+        A record of the ledger only moves forward, so what it confirmed once it confirms for good, until its order is
+        erased or archived. Both change the record of the read model as well, and then nothing is added here.
+        """
+        found = self._stock.recall(known.order_id)
+        confirmed = None if found is None else confirmed_by(found.record, happened)
+        return None if confirmed is None else self._orders.add(confirmed, known)
 
 
 def restated(existing: Stored | None, testimony: Testimony) -> Stored | None:

@@ -63,11 +63,17 @@ class Announcer:
         self._send = send
         self._now = now
 
-    def announce(self, happened: Happened) -> int:
-        """Make the deliveries of an event and have them sent; returns how many were made or found unsent."""
+    def announce(self, happened: Happened, received_at: float | None = None) -> int:
+        """Make the deliveries of an event and have them sent; returns how many were made or found unsent.
+
+        A webhook that was there before the event gets it, because the webhooks were read after the event was stored.
+
+        Parameters:
+          received_at: A moment at which this process had the event, by `time.monotonic`; None for now.
+        """
         event_type = f"order.{name_of(happened.event)}"
-        # Read after the event was stored, so that a webhook that was there before the event is among them.
-        wanting = [one for one in self._directory.refresh() if one.is_active and one.wants(event_type)]
+        webhooks = self._directory.refresh(received_at)
+        wanting = [one for one in webhooks if one.is_active and one.wants(event_type)]
         if not wanting:
             return 0
         order_id = order_id_of(happened.event)

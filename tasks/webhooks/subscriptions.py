@@ -323,24 +323,31 @@ class Directory:
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
         self._lock = threading.Lock()
-        self._begun = 0
         self._revision = 0
-        self._read_all_at = float("-inf")
+        self._as_of = self._read_all_at = float("-inf")
         self._known: dict[str, Subscription] = {}
 
-    def refresh(self) -> list[Subscription]:
-        """Return the webhooks as they are at a moment after this call began."""
-        before = self._begun
-        with self._lock:
-            # One that began while this thread waited has read what it wants.
-            if self._begun <= before:
-                self._begun += 1
-                self._read()
-            return list(self._known.values())
+    def refresh(self, since: float | None = None) -> list[Subscription]:
+        """Return the webhooks as they are at a moment after `since`.
+
+        A thread whose moment comes before a read that another one began gets what that one has read. So the more
+        threads ask, and the longer their moments are past, the fewer reads there are for each.
+
+        Parameters:
+          since: By `time.monotonic`, in seconds; None for the moment of this call.
+        """
+        moment = time.monotonic() if since is None else since
+        if self._as_of < moment:
+            with self._lock:
+                # Another thread may have begun to read while this one waited.
+                if self._as_of < moment:
+                    self._read()
+        return list(self._known.values())
 
     def _read(self) -> None:
+        begun = time.monotonic()
         # A bucket that was made again counts from the beginning, so all of it is read from time to time.
-        whole = time.monotonic() - self._read_all_at > _WHOLE_SECONDS
+        whole = begun - self._read_all_at > _WHOLE_SECONDS
         known = {} if whole else dict(self._known)
         revision = 0 if whole else self._revision
         for entry in self._bucket.items(_PREFIX, after=revision):
@@ -352,7 +359,9 @@ class Directory:
                 known[one.id] = one
         self._known, self._revision = known, revision
         if whole:
-            self._read_all_at = time.monotonic()
+            self._read_all_at = begun
+        # Last: what was not read to its end is of no moment.
+        self._as_of = begun
 
 
 def _key(one: Subscription) -> tuple[int, str]:

@@ -364,7 +364,7 @@ class Everything:
     def __init__(self) -> None:
         self.bodies: dict[str, dict[str, Any]] = {}
 
-    def refresh(self) -> list[Subscription]:
+    def refresh(self, since: float | None) -> list[Subscription]:
         return [Subscription("wh-1", "https://receiver.example", (), "", None, "ann", 0)]
 
     def create(self, delivery: Delivery) -> Delivery:

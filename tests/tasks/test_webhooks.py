@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -25,7 +28,7 @@ from tasks.webhooks.subscriptions import (
     Subscriptions,
     TooManyWebhooks,
 )
-from tests.tasks.fakes import FakeBucket
+from tests.tasks.fakes import FakeBucket, FakeEntry
 
 URL = "https://receiver.example/hook"
 DAY_MS = 86_400_000
@@ -239,6 +242,77 @@ def test_a_directory_reads_what_has_changed(it: Fixture) -> None:
     it.subscriptions.remove(webhook_id)
     assert directory.refresh() == []
     assert it.subscriptions.find(webhook_id) is None
+
+
+class Looks:
+    """What a directory reads of a bucket: counts how often, and does something at the end of each look."""
+
+    def __init__(self, bucket: FakeBucket) -> None:
+        self.bucket = bucket
+        self.count = 0
+        self.at_the_end: Callable[[], object] = lambda: None
+
+    def items(self, prefix: str = "", *, after: int = 0) -> Iterator[FakeEntry]:
+        self.count += 1
+        yield from list(self.bucket.items(prefix, after=after))
+        self.at_the_end()
+
+
+def watched(it: Fixture) -> tuple[Looks, Callable[..., list[str]]]:
+    """Return the looks of a directory, and what returns the ids that it knows."""
+    looks: Any = Looks(it.bucket)
+    directory = Directory(looks)
+    return looks, lambda since=None: [one.id for one in directory.refresh(since)]
+
+
+def test_one_look_serves_all_whose_moment_came_before_it(it: Fixture) -> None:
+    """What was read after an event had arrived has each webhook that was there before the event."""
+    looks, ids = watched(it)
+    first, _ = it.webhook()
+    moment = time.monotonic()
+    assert [ids(moment), ids(moment), ids(moment)] == [[first]] * 3
+    assert looks.count == 1
+    second, _ = it.webhook()
+    assert ids(time.monotonic()) == [first, second]
+
+
+def test_a_look_serves_no_moment_after_its_beginning(it: Fixture) -> None:
+    """A webhook that is made while the webhooks are read is seen by threads whose events come after it, in one look."""
+    looks, ids = watched(it)
+    read, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        read.set()
+        assert go_on.wait(30)
+
+    looks.at_the_end = hold
+    with ThreadPoolExecutor(4) as pool:
+        early = pool.submit(ids)
+        assert read.wait(30)
+        webhook_id, _ = it.webhook()
+        moment = time.monotonic()
+        late = [pool.submit(ids, moment) for _ in range(3)]
+        go_on.set()
+        assert early.result(30) == []
+        assert [one.result(30) for one in late] == [[webhook_id]] * 3
+    assert looks.count == 2
+
+
+def test_a_look_that_was_cut_off_serves_no_moment(it: Fixture) -> None:
+    """The next thread that asks reads the webhooks, however long its moment is past."""
+    looks, ids = watched(it)
+    moment = time.monotonic()
+    webhook_id, _ = it.webhook()
+
+    def cut_off() -> None:
+        raise Killed
+
+    looks.at_the_end = cut_off
+    with pytest.raises(Killed):
+        ids(moment)
+    looks.at_the_end = lambda: None
+    assert ids(moment) == [webhook_id]
+    assert looks.count == 2
 
 
 # Deliveries
