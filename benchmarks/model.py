@@ -2,7 +2,7 @@
 
 Three things bound a rate. A stream has one leader, which writes with an fsync for each message, one after the other
 (`sync_interval: always`). The processors are used by clients, servers and workers, so many microseconds a message. And
-one client process runs one thread at a time. Messages of an atomic batch share an fsync, so what is counted of an
+one client process runs one thread at a time. Messages of an atomic batch share four fsyncs, so what is counted of an
 order is the most. Costs come from results: the time of an fsync is what an awaited enqueue
 takes longer with `always` than with `1s`, CPU is each row's own, and the fsyncs of a message or an order are counted.
 

@@ -47,8 +47,7 @@ class Projection:
         known = self._orders.recorded(happened) if claim is None else Recorded(order_id, None, 0)
         if known.has(happened):
             return known
-        # Of an order without a record, nothing tells whether it was archived meanwhile.
-        written = None if known.stored is None else self._recall(happened, known)
+        written = self._recall(happened, known)
         if written is not None:
             return written
         testimony = Testimony(self._stock, order_id, self._now, claim)
@@ -59,10 +58,14 @@ class Projection:
         """Add an event that this process itself wrote into the ledger; returns None when the ledger has to be asked.
 
         A record of the ledger only moves forward, so what it confirmed once it confirms for good, until its order is
-        erased or archived. Both change the record of the read model as well, and then nothing is added here.
+        erased or archived. Both change the record of the read model as well, and then nothing is added here; of an order
+        without a record nothing tells whether it was archived.
         """
         found = self._stock.recall(known.order_id)
-        confirmed = None if found is None else confirmed_by(found.record, happened)
+        # A record that was read just now may be that of an erased order already.
+        if found is None or known.stored is None or found.record.customer_id != known.stored.get("customer_id"):
+            return None
+        confirmed = confirmed_by(found.record, happened)
         return None if confirmed is None else self._orders.add(confirmed, known)
 
 

@@ -86,10 +86,13 @@ def test_what_it_wrote_confirms_only_what_it_says() -> None:
     assert process.shown == before
 
 
-def test_an_order_that_was_erased_meanwhile_is_not_named_again() -> None:
+@pytest.mark.parametrize("remembered", [True, False])
+def test_an_order_that_was_erased_meanwhile_is_not_named_again(*, remembered: bool) -> None:
     """What this process remembers of the customer gives way to what the ledger says now."""
     process = Process()
     process.place()
+    if not remembered:
+        process.orders._recent.clear()
     reserved = process.event("reserved")
     Process(process).projection.project(reserved)
     for bucket, key, change in (
