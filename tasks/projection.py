@@ -58,12 +58,16 @@ class Projection:
         """Add an event that this process itself wrote into the ledger; returns None when the ledger has to be asked.
 
         A record of the ledger only moves forward, so what it confirmed once it confirms for good, until its order is
-        erased or archived. Both change the record of the read model as well, and then nothing is added here; of an order
-        without a record nothing tells whether it was archived.
+        erased or archived. Both change the record of the read model as well, and then nothing is added here. Of an
+        order without a record nothing tells whether it was archived.
         """
         found = self._stock.recall(known.order_id)
         # A record that was read just now may be that of an erased order already.
-        if found is None or known.stored is None or found.record.customer_id != known.stored.get("customer_id"):
+        if (
+            found is None
+            or known.stored is None
+            or found.record.customer_id != known.stored.get("customer_id")
+        ):
             return None
         confirmed = confirmed_by(found.record, happened)
         return None if confirmed is None else self._orders.add(confirmed, known)
