@@ -29,6 +29,7 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,9 @@ from .stream import read_stored
 _NAME: Final = re.compile(r"orders-(\d{20})-(\d{20})\.ndjson\.gz", re.ASCII)
 
 _VERSION: Final = 1
+
+#: How long to wait between two looks whether another process still changes the archive, in seconds.
+_LOOK_SECONDS: Final = 0.1
 
 Line = dict[str, Any]
 
@@ -120,11 +124,14 @@ class Archive:
             raise ArchiveBroken(f"The archive in {self.directory} cannot be used: {error}") from None
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self, patience: float = 0.0) -> Iterator[None]:
         """Keep other processes of this machine from changing the archive meanwhile.
 
+        Parameters:
+          patience: For how many seconds to wait for one that does so now.
+
         Raises:
-          ArchiveBusy: When one does so now.
+          ArchiveBusy: When one still does so then.
           ArchiveBroken: When the directory cannot be used.
         """
         try:
@@ -135,12 +142,13 @@ class Archive:
                 "exists and can be written to."
             ) from None
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ArchiveBusy(
-                    f"Another process is changing the archive in {self.directory}: try again when it is done."
-                ) from None
+            deadline = time.monotonic() + patience
+            while not _locked(lock):
+                if time.monotonic() >= deadline:
+                    raise ArchiveBusy(
+                        f"Another process is changing the archive in {self.directory}: try again when it is done."
+                    )
+                time.sleep(_LOOK_SECONDS)
             for left_over in self.directory.glob(".*.part"):
                 left_over.unlink(missing_ok=True)
             yield
@@ -296,6 +304,15 @@ def stored_in(line: Line) -> StoredMessage:
         headers=event["headers"],
         time=event["at"],
     )
+
+
+def _locked(lock: int) -> bool:
+    """Take a lock, unless another process has it; returns whether it was taken."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _event_line(stored: StoredMessage) -> Line:

@@ -63,7 +63,8 @@ _ROUNDS: Final = 5
 #: How many orders that are under way are named.
 _NAMED: Final = 10
 
-#: How long readers of the stream may take to settle and count what is there, in seconds.
+#: How long readers of the stream may take to settle and count what is there, and another process to change the archive,
+#: in seconds.
 _PATIENCE_SECONDS: Final = 60.0
 
 
@@ -151,7 +152,7 @@ class Erasure:
         Raises:
           NotErasable: When there is none, an order of the customer is under way, or what is about the customer keeps
             coming.
-          ArchiveBroken: When the archive cannot be used, or is changed by another process.
+          ArchiveBroken: When the archive cannot be used, or another process changes it for more than a minute.
         """
         job = self._jobs.find(certificate)
         if job is None:
@@ -172,7 +173,7 @@ class Erasure:
         self._ours = {one.order_id for one in self._erased.all() if one.certificate == job.id}
         self._archived = None
         # A run of the archive would write what it read before the erasure into a new file behind it.
-        with nullcontext() if self._archive is None else self._archive.alone():
+        with nullcontext() if self._archive is None else self._archive.alone(_PATIENCE_SECONDS):
             self._take_all(job)
         customer_id = job.customer_id
         self._indexer.forget_customer(

@@ -6,6 +6,8 @@ import json
 import os
 import random
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +18,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import tasks.archive
+import tasks.erasure
 import tasks.retention
 from dramatiq_jetstream.streams import Range, StoredMessage
 from tasks.archive import Archive, ArchiveBroken, ArchiveBusy, Segment
@@ -797,6 +800,25 @@ def test_what_was_erased_is_said_in_the_order_of_its_places(tmp_path: Path) -> N
     assert [type(one.event) for one in said] == [type(one.event) for one in places.values()]
 
 
+def test_a_process_that_may_wait_has_the_archive_when_another_is_done(tmp_path: Path) -> None:
+    """An erasure is not refused because the archive runs every few minutes."""
+    waiting, had = threading.Event(), []
+
+    def wait() -> None:
+        waiting.set()
+        with Archive(tmp_path).alone(patience=60):
+            had.append("waiting")
+
+    with Archive(tmp_path).alone():
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert waiting.wait(60)
+        time.sleep(0.3)
+        had.append("first")
+    thread.join(60)
+    assert had == ["first", "waiting"]
+
+
 def test_an_erasure_and_a_run_of_the_archive_wait_for_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -819,6 +841,7 @@ def test_an_erasure_and_a_run_of_the_archive_wait_for_each_other(
         refused.append("run")
         return erase_event(sequence)
 
+    monkeypatch.setattr(tasks.erasure, "_PATIENCE_SECONDS", 0.2)
     monkeypatch.setattr(retention, "_next", reading)
     monkeypatch.setattr(shop.events, "erase", erasing)
     retention._now = lambda: DAY + 1_003
