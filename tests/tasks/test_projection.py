@@ -44,11 +44,14 @@ class Process:
         stored = next(one for one in self.stream.stored if name_of(one.event) == name)
         return Happened(stored.event, stored.sequence, 1_000 + stored.sequence)
 
-    def place(self) -> None:
+    def place(self, *, remembered: bool = True) -> None:
+        """Project an order as created, and reserve it; perhaps forget what the read model has of it."""
         event = created(ORDER_ID, [("MUG-01", 1)])
         self.stream.append(event)
         self.projection.project(self.event("created"))
         self.saga.reserve(event)
+        if not remembered:
+            self.orders._recent.clear()
 
     def watched(self) -> list[str]:
         """Note from now on what the stores are asked."""
@@ -90,9 +93,7 @@ def test_what_it_wrote_confirms_only_what_it_says() -> None:
 def test_an_order_that_was_erased_meanwhile_is_not_named_again(*, remembered: bool) -> None:
     """What this process remembers of the customer gives way to what the ledger says now."""
     process = Process()
-    process.place()
-    if not remembered:
-        process.orders._recent.clear()
+    process.place(remembered=remembered)
     reserved = process.event("reserved")
     Process(process).projection.project(reserved)
     for bucket, key, change in (
@@ -113,9 +114,7 @@ def test_an_order_that_was_erased_meanwhile_is_not_named_again(*, remembered: bo
 def test_an_order_that_was_archived_meanwhile_is_not_shown_again(*, remembered: bool) -> None:
     """Its record is gone from ledger and read model, and stays so, whatever this process remembers."""
     process = Process()
-    process.place()
-    if not remembered:
-        process.orders._recent.clear()
+    process.place(remembered=remembered)
     process.ledger.delete(f"order.{ORDER_ID}")
     process.model.delete(ORDER_ID)
     assert process.projection.project(process.event("reserved")) is None

@@ -96,7 +96,8 @@ class Fetcher:
 
     Attributes:
       drained: True when a request was answered with "no messages", until the next one.
-      pulls: The requests that stand. It is looked at several times for each message, so it is kept, not collected.
+      pulls: The requests whose messages have not all come. It is looked at several times for each message, so it is
+        kept, not collected.
     """
 
     def __init__(

@@ -98,7 +98,8 @@ class Puller:
 
     def requests(self, durable: Durable) -> int:
         """How many requests of this process stand at a durable."""
-        return sum(len(each.pulls) for each in self._fetchers if each.source.durable is durable)
+        fetchers = (each for each in self._fetchers if each.source.durable is durable)
+        return sum(not pull.ended for each in fetchers for pull in each.pulls)
 
     def _include(self, fetcher: Fetcher) -> None:
         self._fetchers = [*self._fetchers, fetcher]
