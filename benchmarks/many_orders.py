@@ -26,8 +26,8 @@ import requests
 from cryptography.fernet import Fernet
 
 from benchmarks.processes import Process, wait_until
-from benchmarks.servers import REPOSITORY, free_port
-from dramatiq_jetstream.testing import NatsServer
+from benchmarks.servers import REPOSITORY
+from dramatiq_jetstream.testing import NatsServer, free_port
 from dramatiq_jetstream.wire.connection import Publication
 
 #: How many orders are written at once.

@@ -19,15 +19,10 @@ import time
 from pathlib import Path
 
 from benchmarks.processes import BenchmarkError, Process, wait_until
+from dramatiq_jetstream.testing import free_port
 
 REPOSITORY = Path(__file__).parent.parent
 START_TIMEOUT = 180.0  # a cluster of RabbitMQ on a busy machine
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Server:

@@ -230,7 +230,7 @@ class TestUnknownActors:
 
     @pytest.fixture(autouse=True)
     def _soon(self, monkeypatch):
-        monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.UNKNOWN_ACTOR_DELAY_MS", 200)
+        monkeypatch.setattr("dramatiq_jetstream.worker.rerouting.OTHERS_DELAY_MS", 200)
 
     def test_messages_and_ticks_reach_the_worker_that_knows_their_actor(self, make_broker):
         """An old worker gives them back until they are taken; nothing becomes a dead letter."""

@@ -231,7 +231,7 @@ class JetStreamConsumer(Consumer):
                 delivery.source,
                 delivery.subject,
             )
-        self.rerouter.requeue_later(delivery)
+        self.rerouter.leave_to_others(delivery)
 
     def _decode(self, delivery: Delivery) -> JetStreamMessage | None:
         source = delivery.source

@@ -62,10 +62,11 @@ logger = logging.getLogger(__name__)
 FIRST_DELAY_MS = 2_000
 LONGEST_DELAY_MS = 60_000
 
-#: A message with an unknown actor comes again, here or at another worker, after half the time that it has been waiting
-#: for its actor, but no sooner and no later than these.
-UNKNOWN_ACTOR_DELAY_MS = 300
-LONGEST_UNKNOWN_ACTOR_DELAY_MS = 5_000
+#: What is for another version of the program comes again soon, since who gets it is a matter of whose request is next.
+#: An event comes again after the first of these times, which is doubled each time up to the second; a message with an
+#: unknown actor after half the time that it has been waiting for its actor, but no sooner and no later.
+OTHERS_DELAY_MS = 300
+LONGEST_OTHERS_DELAY_MS = 5_000
 
 #: For how many messages this process remembers the reason of a dead letter that could not be stored.
 MOST_UNSTORED = 10_000
@@ -246,13 +247,20 @@ class Rerouter:
         else:
             self._in_flight.settle(delivery, ACK)
 
-    def requeue_later(self, delivery: Delivery, because: BaseException | None = None) -> None:
+    def leave_to_others(self, delivery: Delivery) -> None:
+        """Have an event delivered again that another version of the program is to take."""
+        self.requeue_later(delivery, delay=_grown(OTHERS_DELAY_MS, LONGEST_OTHERS_DELAY_MS, delivery))
+
+    def requeue_later(
+        self, delivery: Delivery, because: BaseException | None = None, delay: int | None = None
+    ) -> None:
         """Have a message delivered again after a delay, longer each time: its follow-up could not be stored now.
 
         The server counts a message that waits like this as in flight. On a queue with `max_in_flight`, the message is
         therefore stored again with a delay if possible, so that others get its place.
         """
-        delay = min(FIRST_DELAY_MS << min(delivery.deliveries - 1, 10), LONGEST_DELAY_MS)
+        if delay is None:
+            delay = _grown(FIRST_DELAY_MS, LONGEST_DELAY_MS, delivery)
         marks = {HEADER_ORIGIN: delivery.origin}
         store = delivery.source.queue in self._config.max_in_flight
         if _passes(because) and self._suspects.excuse(delivery):
@@ -379,7 +387,7 @@ class Rerouter:
                 return False
             self._in_flight.settle(delivery, ACK)
             return True
-        delay = max(UNKNOWN_ACTOR_DELAY_MS, min((now - first) // 2, LONGEST_UNKNOWN_ACTOR_DELAY_MS))
+        delay = max(OTHERS_DELAY_MS, min((now - first) // 2, LONGEST_OTHERS_DELAY_MS))
         mark = {HEADER_UNKNOWN_SINCE: str(first)}
         is_stored = delivery.source.actor is None and self._store_later(delivery, delay, mark)
         self._in_flight.settle(delivery, ACK if is_stored else nak_after(delay))
@@ -444,6 +452,11 @@ def _own_headers(delivery: Delivery) -> dict[str, str]:
         for name, value in delivery.headers.items()
         if not name.startswith("Nats-") and name not in REQUEUE_HEADERS
     }
+
+
+def _grown(first: int, longest: int, delivery: Delivery) -> int:
+    """The delay in milliseconds that is `first` after the first delivery, and doubled by each, up to `longest`."""
+    return min(first << min(delivery.deliveries - 1, 10), longest)
 
 
 def _passes(error: BaseException | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import pika
 import pika.exceptions
 import redis
 
+from tests.support.ports import free_port
 from tests.support.skips import find_program
 
 HOST = "127.0.0.1"
@@ -35,22 +35,10 @@ def find_rabbitmq() -> str | None:
     return str(_RABBITMQ_OF_DEBIAN) if _RABBITMQ_OF_DEBIAN.exists() else find_program("rabbitmq-server")
 
 
-def free_ports(count: int) -> list[int]:
-    """Return ports that are free now; all are held until the last is found, so that they differ."""
-    holders = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(count)]
-    try:
-        for holder in holders:
-            holder.bind((HOST, 0))
-        return [holder.getsockname()[1] for holder in holders]
-    finally:
-        for holder in holders:
-            holder.close()
-
-
 @contextmanager
 def redis_server(program: str, directory: Path) -> Iterator[str]:
     """Run a Redis that keeps nothing on disk and yield its URL."""
-    (port,) = free_ports(1)
+    port = free_port()
     log = directory / "redis.log"
     arguments = [
         "--port",
@@ -76,7 +64,7 @@ def redis_server(program: str, directory: Path) -> Iterator[str]:
 @contextmanager
 def rabbitmq_server(program: str, directory: Path) -> Iterator[str]:
     """Run a RabbitMQ node with its own epmd, cookie and database and yield its URL."""
-    port, distribution_port, epmd_port = free_ports(3)
+    port, distribution_port, epmd_port = free_port(), free_port(), free_port()
     cookie = directory / ".erlang.cookie"
     cookie.write_text("conformance")
     cookie.chmod(0o400)  # Erlang refuses a cookie that others may read
