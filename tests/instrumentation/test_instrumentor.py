@@ -16,7 +16,7 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.brokers.stub import StubBroker
 from opentelemetry import context, trace
 from opentelemetry.instrumentation.dramatiq import DramatiqInstrumentor
-from opentelemetry.instrumentation.dramatiq.attempts import TelemetryMiddleware
+from opentelemetry.instrumentation.dramatiq.middleware import TelemetryMiddleware
 
 from tests.broker.conformance.workers import running
 from tests.instrumentation.conftest import Recorded, stub_broker

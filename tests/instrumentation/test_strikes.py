@@ -15,10 +15,12 @@ from opentelemetry.instrumentation.dramatiq import (
     attempts,
     carrier,
     errors,
+    middleware,
     sending,
     unsampled,
 )
-from opentelemetry.instrumentation.dramatiq.attempts import TelemetryMiddleware, attempt_of
+from opentelemetry.instrumentation.dramatiq.attempts import attempt_of
+from opentelemetry.instrumentation.dramatiq.middleware import TelemetryMiddleware
 
 from tests.instrumentation.conftest import Recorded, stub_broker
 
@@ -32,7 +34,7 @@ class Struck(BaseException):
 class Strike:
     """Raises at the n-th line of the instrumentation, once."""
 
-    FILES = tuple(module.__file__ for module in (attempts, carrier, errors, sending, unsampled))
+    FILES = tuple(module.__file__ for module in (attempts, carrier, errors, middleware, sending, unsampled))
 
     def __init__(self, line: int) -> None:
         self.left = line
@@ -57,20 +59,20 @@ def process(
     broker: StubBroker, strike: Strike | None = None, *, flags: str = "01", send: bool = False
 ) -> MessageProxy:
     """Do with the middleware what Dramatiq's worker thread does for one message, whose actor may send another."""
-    middleware = middleware_of(broker)
+    telemetry = middleware_of(broker)
     proxy = MessageProxy(Message("q", "act", (), {}, {CARRIER_OPTION: {"traceparent": f"{SENDER}-{flags}"}}))
     try:
         sys.settrace(strike)
         try:
-            middleware.before_process_message(broker, proxy)
+            telemetry.before_process_message(broker, proxy)
             if send:
                 broker.enqueue(Message("q", "act", (), {}, {}))
-            middleware.after_process_message(broker, proxy, result=None)
+            telemetry.after_process_message(broker, proxy, result=None)
         finally:
             sys.settrace(None)
     except Struck as error:
-        middleware.after_process_message(broker, proxy, exception=error)
-    middleware.after_ack(broker, proxy)
+        telemetry.after_process_message(broker, proxy, exception=error)
+    telemetry.after_ack(broker, proxy)
     return proxy
 
 

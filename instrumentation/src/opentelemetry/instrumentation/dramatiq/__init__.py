@@ -20,11 +20,11 @@ from opentelemetry.metrics import MeterProvider
 from opentelemetry.trace import TracerProvider
 
 from . import conventions
-from .attempts import TelemetryMiddleware
 from .brokers import Brokers
 from .carrier import CARRIER_OPTION
 from .instruments import Instruments
 from .methods import SendingMethod
+from .middleware import TelemetryMiddleware
 from .package import _instruments
 from .sending import Sender
 from .version import __version__
