@@ -31,7 +31,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import dramatiq
 from dramatiq.errors import BrokerError
@@ -57,6 +57,7 @@ from .audit import Who
 from .events import SUBJECTS, Happened, UnusableEvent, decode, happened, order_id_of
 from .failures import failure_of
 from .gateway import GatewayUnavailable
+from .options import BEGIN, CONTINUE, FINISH, INDEX_EVERY_MS, LOOK_EVERY_MS, step_options
 from .orders import OrderBusy
 from .outage import is_outage
 from .saga import STEPS
@@ -67,19 +68,13 @@ logger = logging.getLogger(__name__)
 
 _Refunding = OrderRefundRequested | OrderCancelled | OrderReturned | OrderChargedBack
 
-#: What a worker does first: orders that are under way are finished before others are begun, so that little
-#: stock is held at a time and an order's time does not grow with the number of those that wait.
-FINISH: Final = 0
-CONTINUE: Final = 10
-BEGIN: Final = 20
-
 
 def _step(
     subject: str, event_type: type, queue: str, priority: int, **options: Any
 ) -> Callable[[Callable[[Any], None]], Any]:
     return dramatiq.actor(
         subscribe=subscription(subject, event_type),
-        **app.step_options(queue, priority),
+        **step_options(queue, priority),
         **options,
     )
 
@@ -187,7 +182,7 @@ def return_order(event: OrderReturnRequested) -> None:
         run.outcome = app.saga().bring_back(event)
 
 
-@dramatiq.actor(**{**app.step_options("payments", CONTINUE), "max_retries": 0}, max_age=600_000)
+@dramatiq.actor(**{**step_options("payments", CONTINUE), "max_retries": 0}, max_age=600_000)
 def settle_order(order_id: str) -> None:
     """Look once more whether money of an order has to go back."""
     logs.bind(order_id=order_id)
@@ -205,7 +200,7 @@ def _itself(event: Event) -> Event:
 # However long publishing fails, the failure is not given up: no one else would learn of it.
 @dramatiq.actor(
     subscribe=subscription(app.broker.names.all_dead, _itself),
-    **{**app.step_options("orders", FINISH), "max_retries": None},
+    **{**step_options("orders", FINISH), "max_retries": None},
 )
 def announce_failure(event: Event) -> None:
     """Publish that a step of an order was given up; its message is a dead letter."""
@@ -238,7 +233,7 @@ def read_event(event: Event) -> Received | None:
 # However long the store is away, no event is given up: it would be missing from its order, and no webhook would get it.
 @dramatiq.actor(
     subscribe=subscription(SUBJECTS, read_event),
-    **{**app.step_options("projection", FINISH), "max_retries": None},
+    **{**step_options("projection", FINISH), "max_retries": None},
 )
 def project_event(received: Received | None) -> None:
     """Add an event to its order's record, as far as the ledger confirms it, and make its deliveries to webhooks."""
@@ -250,10 +245,10 @@ def project_event(received: Received | None) -> None:
 
 
 @dramatiq.actor(
-    every=app.INDEX_EVERY,
+    every=INDEX_EVERY_MS,
     # A tick that waits behind events is still of use; those that gather meanwhile find nothing left to do.
-    max_age=20 * app.INDEX_EVERY,
-    **{**app.step_options("projection", FINISH), "max_retries": 0},
+    max_age=20 * INDEX_EVERY_MS,
+    **{**step_options("projection", FINISH), "max_retries": 0},
 )
 def index_orders() -> None:
     """Bring the index and the figures up to date."""
@@ -264,7 +259,7 @@ def index_orders() -> None:
         logger.warning("The index is not brought up to date now: %s", error)
 
 
-@dramatiq.actor(**{**app.step_options("orders", FINISH), "time_limit": 4 * 3_600_000}, max_age=7 * 86_400_000)
+@dramatiq.actor(**{**step_options("orders", FINISH), "time_limit": 4 * 3_600_000}, max_age=7 * 86_400_000)
 def erase_customer(certificate: str) -> None:
     """Carry an erasure out that an administrator asked for."""
     who = Who("", "service", "worker")
@@ -274,10 +269,10 @@ def erase_customer(certificate: str) -> None:
 
 
 @dramatiq.actor(
-    every=app.look_after_every(),
+    every=LOOK_EVERY_MS,
     # A tick that comes late is of no use: the next one is there.
-    max_age=app.look_after_every(),
-    **{**app.step_options("orders", FINISH), "max_retries": 0},
+    max_age=LOOK_EVERY_MS,
+    **{**step_options("orders", FINISH), "max_retries": 0},
 )
 def look_after_orders() -> None:
     """Report the orders that do not move, call those again that nothing calls, end those that are too late, offers too,

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TypeVar
 
 import dramatiq
 from dramatiq.middleware import Middleware
@@ -504,30 +504,3 @@ def deadline() -> Deadline:
         after=SETTINGS.order_deadline,
         now=now,
     )
-
-
-def look_after_every() -> int:
-    """Return how often orders that do not move are looked after, in milliseconds."""
-    return min(SETTINGS.stuck_after, 60_000)
-
-
-#: How often the index and the figures are brought up to date, in milliseconds.
-INDEX_EVERY: Final = 3_000
-
-
-def step_options(queue: str, priority: int) -> dict[str, Any]:
-    """Return what every actor of the saga is declared with.
-
-    Parameters:
-      priority: Dramatiq's: of what a worker has at hand it does the lowest first.
-    """
-    return {
-        "queue_name": queue,
-        "priority": priority,
-        "max_retries": SETTINGS.retry_limit,
-        "min_backoff": SETTINGS.retry_min_backoff,
-        "max_backoff": SETTINGS.retry_max_backoff,
-        "throws": events.UnusableEvent,
-        # A step waits for the gateway twice at most (connecting and reading), each again on a fresh connection.
-        "time_limit": 4 * SETTINGS.payment_timeout + 60_000,
-    }

@@ -16,9 +16,9 @@ from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream import Snooze
 from tasks import app
-from tasks.actors import FINISH
+from tasks.options import FINISH, step_options
 
-from . import service
+from . import announcing, stores
 from .subscriptions import SecretUnreadable
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _DAY_MS: Final = 24 * _HOUR_MS
 
 @dramatiq.actor(
     **{
-        **app.step_options(QUEUE, FINISH),
+        **step_options(QUEUE, FINISH),
         # However long the store is away, no delivery becomes a dead letter: it has a log of its own.
         "max_retries": None,
         # The request has a limit of its own; the rest is for the store.
@@ -46,27 +46,35 @@ _DAY_MS: Final = 24 * _HOUR_MS
 def deliver_webhook(lane: str, webhook_id: str, delivery_id: str, run: int) -> None:
     """Send a delivery to its receiver, again and again until it is accepted or given up."""
     del lane  # what the limit is for
-    wait = service.sender().run(webhook_id, delivery_id, run)
+    wait = stores.sender().run(webhook_id, delivery_id, run)
     if wait is not None:
         raise Snooze(delay=wait)
 
 
-@dramatiq.actor(**{**app.step_options(QUEUE, FINISH), "time_limit": _HOUR_MS}, max_age=_DAY_MS)
+@dramatiq.actor(**{**step_options(QUEUE, FINISH), "time_limit": _HOUR_MS}, max_age=_DAY_MS)
 def send_failed_webhooks(webhook_id: str, run: int) -> None:
-    """Send every delivery of a webhook once more that failed before a run was asked for."""
-    sent = service.send_failed(webhook_id, run)
+    """Send every delivery of a webhook once more that failed before a run was asked for.
+
+    Done again for the same run, it sends only what is left.
+    """
+    subscription = stores.subscriptions().find(webhook_id)
+    if subscription is None or not subscription.is_active:
+        return
+    deliveries = stores.deliveries()
+    failed = deliveries.failed(webhook_id, run)
+    sent = announcing.send_failed(deliveries, subscription, failed, deliver_webhook.send, run, app.now)
     logger.info("Of webhook %s %d deliveries that had failed are sent again.", webhook_id, sent)
 
 
 @dramatiq.actor(
     every=_HOUR_MS,
     max_age=_HOUR_MS,
-    **{**app.step_options(QUEUE, FINISH), "max_retries": 0},
+    **{**step_options(QUEUE, FINISH), "max_retries": 0},
 )
 def look_after_webhooks() -> None:
     """Encrypt with the first key of TOKEN_KEY the secrets that an older one has encrypted."""
     try:
-        done = service.subscriptions().reseal()
+        done = stores.subscriptions().reseal()
     except (BrokerError, SecretUnreadable) as error:
         logger.warning("The secrets of webhooks are not encrypted with the newest key: %s", error)
         return

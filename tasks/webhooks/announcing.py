@@ -29,7 +29,7 @@ _CLOCKS_MS: Final = 60_000
 class Send(Protocol):
     """Has a delivery sent by a worker. Of those with the same `lane`, a few run at a time."""
 
-    def __call__(self, lane: str, webhook_id: str, delivery_id: str, run: int) -> None: ...
+    def __call__(self, lane: str, webhook_id: str, delivery_id: str, run: int) -> object: ...
 
 
 class Announcer:
