@@ -1,8 +1,7 @@
 """Runs the whole service on one machine: `python -m tasks.dev up`, which is what `make up` calls.
 
-honcho runs the processes of Procfile.dev and shows their output. Beyond that, this module reports in one line, before
-anything starts, what prevents a start. It starts nats first and stops it last, so that no process is left without it.
-And it tells only the head of each process tree to stop, because workers and gunicorn stop their own children.
+honcho runs the processes of Procfile.dev and shows their output (see `dev_processes`). Beyond that, this module says in
+one line, before anything starts, what prevents a start.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import base64
 import os
 import secrets
 import shutil
-import signal
 import socket
 import sys
 import threading
@@ -20,7 +18,6 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 from cryptography.fernet import Fernet
 from dramatiq.errors import BrokerError
@@ -31,10 +28,6 @@ from .numbers import whole_number
 from .settings import InvalidSetting, Settings, is_loopback, settings
 
 ROOT = Path(__file__).resolve().parent.parent
-
-#: How long nats may take to start, and everything to stop, in seconds.
-_START_SECONDS = 30.0
-_STOP_SECONDS = 60.0
 
 
 class InTheWay(Exception):
@@ -153,122 +146,32 @@ def _check_ports(processes: dict[str, str], environment: dict[str, str]) -> None
 
 
 def _run(processes: dict[str, str], environment: dict[str, str], chosen: Settings) -> int:
-    import honcho.manager
-    from honcho.manager import Manager
-    from honcho.printer import Printer
+    from .dev_processes import Processes
 
-    honcho.manager.KILL_WAIT = int(_STOP_SECONDS)
-    url = f"http://{environment['HOST']}:{environment['PORT']}"
-    workers = threading.Semaphore(0)
-
-    class Output(Printer):  # type: ignore[misc]  # honcho has no types
-        """Shows the output, and notices when a worker process is ready."""
-
-        def write(self, message: Any) -> None:
-            text = message.data.decode(errors="replace") if isinstance(message.data, bytes) else message.data
-            if message.name in (
-                "worker",
-                "worker_payments",
-                "worker_webhooks",
-            ) and "Worker process is ready" in str(text):
-                workers.release()
-            super().write(message)
-
-    class Fleet(Manager):  # type: ignore[misc]
-        """Starts nats first and stops it last."""
-
-        _processes: dict[str, Any]
-        _terminating: bool
-
-        def __init__(self) -> None:
-            super().__init__(Output(sys.stdout))
-            self._procmgr = _Heads()
-
-        def _start(self) -> None:
-            everything = self._processes
-            first = {name: process for name, process in everything.items() if name == "nats"}
-            rest = {name: process for name, process in everything.items() if name != "nats"}
-            try:
-                self._processes = first
-                super()._start()
-                if first:
-                    _wait_for_nats(_port("NATS_PORT", 4222))
-                self._processes = rest
-                super()._start()
-            finally:
-                self._processes = everything
-
-        def terminate(self) -> None:
-            if not self._terminating:
-                self._terminating = True
-                threading.Thread(target=self._stop, daemon=True).start()
-
-        def _stop(self) -> None:
-            nats = [process for name, process in self._processes.items() if name == "nats"]
-            others = [process for name, process in self._processes.items() if name != "nats"]
-            for group in (others, nats):
-                told: list[Any] = []
-                deadline = time.monotonic() + _STOP_SECONDS / 2
-                while time.monotonic() < deadline and any("returncode" not in one for one in group):
-                    for one in group:
-                        if "pid" in one and "returncode" not in one and one not in told:
-                            self._procmgr.terminate(one["pid"])
-                            told.append(one)
-                    time.sleep(0.05)
-
-    manager = Fleet()
+    manager = Processes(nats_port=_port("NATS_PORT", 4222))
     for name, command in processes.items():
         manager.add_process(name, command, env=environment, cwd=str(ROOT))
-
-    def announce() -> None:
-        for _ in range(_workers_of(chosen)):
-            workers.acquire()
-        while not _healthy(url):
-            time.sleep(0.2)
-        line = f"The order service is ready: {url}   (Ctrl-C stops it)"
-        print(f"\n{'─' * len(line)}\n{line}\n{'─' * len(line)}\n", flush=True)
-
-    threading.Thread(target=announce, daemon=True).start()
+    url = f"http://{environment['HOST']}:{environment['PORT']}"
+    arguments = url, manager.workers, _workers_of(chosen)
+    threading.Thread(target=_announce, args=arguments, daemon=True).start()
     manager.loop()
     # Ctrl-C is how it is meant to end.
     return 0 if manager.returncode in (0, 130, 143) else int(manager.returncode or 1)
 
 
+def _announce(url: str, ready: threading.Semaphore, workers: int) -> None:
+    """Print the address once all workers are ready and the front end answers."""
+    for _ in range(workers):
+        ready.acquire()
+    while not _healthy(url):
+        time.sleep(0.2)
+    line = f"The order service is ready: {url}   (Ctrl-C stops it)"
+    print(f"\n{'─' * len(line)}\n{line}\n{'─' * len(line)}\n", flush=True)
+
+
 def _workers_of(chosen: Settings) -> int:
     """Return how many worker processes there are."""
     return chosen.worker_processes + chosen.payment_worker_processes + chosen.webhook_worker_processes
-
-
-class _Heads:
-    """Tells processes to stop: to stop in good order the head of each alone, to die all of each."""
-
-    def terminate(self, pid: int) -> None:
-        self._signal(os.kill, pid, signal.SIGTERM)
-
-    def kill(self, pid: int) -> None:
-        self._signal(os.killpg, pid, signal.SIGKILL)
-
-    @staticmethod
-    def _signal(send: Any, pid: int, number: int) -> None:
-        try:
-            send(pid, number)
-        except ProcessLookupError:
-            pass  # it has ended by itself
-
-
-def _wait_for_nats(port: int) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            with socket.create_connection(("127.0.0.1", port), timeout=1) as probe:
-                if probe.recv(4) == b"INFO":
-                    return
-        except OSError:
-            pass
-        time.sleep(0.05)
-    print(
-        f"nats-server does not answer on port {port}; its log is .data/nats/nats-server.log", file=sys.stderr
-    )
 
 
 def _healthy(url: str) -> bool:
