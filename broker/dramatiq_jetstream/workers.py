@@ -27,7 +27,7 @@ def list_workers(broker: JetStreamBroker) -> list[WorkerInfo]:
 
     Examples:
       >>> from dramatiq_jetstream.workers import list_workers
-      >>> [len(worker.running) for worker in list_workers(broker)]
-      [0]
+      >>> [worker.pid == os.getpid() for worker in list_workers(broker)]
+      [True]
     """
     return read_workers(broker.declarations.memory_bucket(WORKERS))
