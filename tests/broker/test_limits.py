@@ -16,7 +16,7 @@ from dramatiq_jetstream import Snooze
 from dramatiq_jetstream.errors import InvalidOption
 from dramatiq_jetstream.events import subscription
 from dramatiq_jetstream.sending import delays
-from dramatiq_jetstream.worker import limits
+from dramatiq_jetstream.worker import limits, places, server_clock
 from dramatiq_jetstream.worker.limit_state import LimitState
 from tests.broker.conformance.workers import Recorder, running
 from tests.support.polling import eventually
@@ -198,11 +198,11 @@ def test_a_message_whose_start_cannot_be_noted_again_comes_later(make_broker, pr
 
 def test_the_servers_clock_is_known_to_within_what_is_said(make_broker, monkeypatch):
     """Which is this machine's clock; each reading is of another moment, and takes another time."""
-    monkeypatch.setattr(limits, "CLOCK_SECONDS", 0.001)
+    monkeypatch.setattr(server_clock, "CLOCK_SECONDS", 0.001)
     broker = make_broker()
     bucket = broker.bucket("limits")
     bucket.put("key", b"")
-    clock = limits._ServerClock(broker.connection, lambda: bucket)
+    clock = server_clock.ServerClock(broker.connection, lambda: bucket)
     for _ in range(200):
         assert clock.now() <= time.time() * 1000
         now = time.time() * 1000
@@ -279,7 +279,7 @@ def test_no_turn_goes_to_a_message_that_has_run(make_broker):
 @pytest.fixture
 def threads_as_processes(monkeypatch):
     """Threads of one process change a limit as those of several do: none waits for another."""
-    monkeypatch.setattr(limits._Place, "turn", lambda self, sequence: contextlib.nullcontext())
+    monkeypatch.setattr(places.Place, "turn", lambda self, sequence: contextlib.nullcontext())
 
 
 def test_a_turn_goes_to_a_message_that_comes_into_its_line_as_it_is_given_back(

@@ -8,9 +8,9 @@ Not all modules of the library's `worker`, `sending` and `wire` are below. The o
 and a socket: what they do is seen in tests that start a server or wait for another thread, seconds for each change.
 
 - worker: threads of a worker or beside it (activity, attempts, consumer, consumers, current, giving_back, hard_limits,
-  heartbeats, in_flight, interrupts, later, presence, recorder, room, roster, shutdown_notices, vitals,
+  heartbeats, in_flight, interrupts, later, places, presence, recorder, room, roster, shutdown_notices, vitals,
   work_queue, workplace); what a server holds (attachment, durables, fetching, limits, message, pulling, rerouting,
-  sources);
+  server_clock, sources);
 - sending: what a server holds (batches, composition, many, publications, sender);
 - wire: sockets, their threads and the loop (asking, calls, client, connection, core_connection, handshake, intake,
   lanes, link, listeners, login, loop, opening, outbox, thread_queue, tls, waiting); numbers (error_numbers); what runs

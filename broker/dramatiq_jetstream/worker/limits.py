@@ -35,14 +35,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import heapq
 import itertools
 import logging
-import math
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -50,13 +46,8 @@ from dramatiq.errors import ActorNotFound, BrokerConnectionError, BrokerError
 
 from dramatiq_jetstream.config import BrokerConfig
 from dramatiq_jetstream.errors import RevisionConflict
-from dramatiq_jetstream.jetstream.names import (
-    HEADER_MOMENT,
-    HEADER_ORIGIN,
-    encode,
-    short_key,
-)
-from dramatiq_jetstream.jetstream.reading import StoredMessage, first_message, message_at, parse_time
+from dramatiq_jetstream.jetstream.names import HEADER_MOMENT, HEADER_ORIGIN, encode, short_key
+from dramatiq_jetstream.jetstream.reading import StoredMessage, first_message, message_at
 from dramatiq_jetstream.kv import Bucket
 from dramatiq_jetstream.limits import Limit, Rate, Snooze, limit_of
 from dramatiq_jetstream.sending import delays
@@ -66,48 +57,48 @@ from .delivery import Delivery
 from .later import Later
 from .limit_state import LimitState, Start, Turn
 from .message import JetStreamMessage
+from .places import Place
 from .rerouting import Rerouter
+from .server_clock import ServerClock
 
 __all__ = ["BUCKET", "Limits", "MissedStart"]
 
 #: The bucket of the limits' states.
 BUCKET = "limits"
 
-#: A worker thread waits itself for a moment that is as near as this, in milliseconds; the process for one that is as
-#: near as that.
+#: The worker thread itself waits for a moment that is at most SOON_MS away. Until one that is at most HOLD_MS away the
+#: message waits in the process, and in no thread; until a later one it waits on the server. Milliseconds.
 SOON_MS = 20
 HOLD_MS = 500
 
-#: How long a message waits in line at most before it looks by itself, in milliseconds.
+#: After this long in line, in milliseconds, a message comes by itself and looks.
 LINE_MS = 3_600_000
 
-#: After this long, in milliseconds, it is looked whether the message of a turn is still there, no more often than that.
+#: A process checks at most once in this time, in milliseconds, whether the messages that have a limit's turns still
+#: exist. It does not doubt a younger turn.
 DOUBT_MS = 30_000
 
-#: How long a message that was given a turn may take to come, in milliseconds; and after how long it is called again.
+#: A message that was given a turn is called again when it has not come after CALL_AGAIN_MS, and loses the turn after
+#: ON_ITS_WAY_MS. Milliseconds.
 ON_ITS_WAY_MS = 300_000
 CALL_AGAIN_MS = 2_000
 
-#: Seconds between two tries to give back a turn, and how long it is tried.
+#: The pause before a turn is given back again that could not be given back, and how long that is tried, in seconds.
 RETRY_SECONDS = 1.0
 GIVE_UP_SECONDS = 3_600.0
 
-#: How long a start may take at first, in milliseconds, from its note to the actor; and how often that is doubled for
-#: one that takes longer again and again.
+#: How long a thread gets at first, in milliseconds, from noting a start to its actor. While it is too late, each
+#: further start of the message gets twice as long, up to MOST_DOUBLED times.
 AHEAD_MS = 5
 MOST_DOUBLED = 7
 
-#: After how long a message comes again whose start cannot be noted now, in milliseconds.
+#: The delay, in milliseconds, of a message whose start cannot be noted now.
 UNKNOWN_MS = 1_000
 
-#: How often the server's clock is read, in seconds, and of how many readings the best is taken.
-CLOCK_SECONDS = 20.0
-READINGS = 5
-
-#: The longest pause, in seconds, after another process was first.
+#: The longest pause, in seconds, before a change is tried again that another process was faster with.
 LONGEST_PAUSE_SECONDS = 0.05
 
-#: How many limits may be changed at once in one process.
+#: How many limits the threads of one process may change at the same time.
 PLACES = 64
 
 logger = logging.getLogger(__name__)
@@ -144,13 +135,13 @@ class Limits:
         self._put_back = put_back
         rerouter.given_up = self._give_up
         self._later = Later()
-        self._clock = _ServerClock(connection, bucket)
+        self._clock = ServerClock(connection, bucket)
         self.reset()
 
     def reset(self) -> None:
         """Start with nothing: at creation, and in the child of a fork."""
         self._later.reset()
-        self._places = [_Place() for _ in range(PLACES)]
+        self._places = [Place() for _ in range(PLACES)]
         self._limits: dict[str, Limit | None] = {}
         self._ahead_ms = AHEAD_MS
         self._doubted: dict[str, float] = {}
@@ -208,7 +199,7 @@ class Limits:
             if message is not None:
                 self._rerouter.requeue(message._delivery)
 
-    def _place(self, name: str) -> _Place:
+    def _place(self, name: str) -> Place:
         return self._places[hash(name) % PLACES]
 
     def _states(self, name: str) -> Iterator[tuple[LimitState, Callable[[Limit], bool]]]:
@@ -484,69 +475,6 @@ class Limits:
                 logger.warning("A message that waits for its turn is not called: %s", error)
                 return
             self._later.call(RETRY_SECONDS, partial(self._call, stored, until))
-
-
-class _Place:
-    """Threads that wait to change a limit; the message that was stored first is served first."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._waiting: list[tuple[int, int]] = []
-        self._order = itertools.count()
-        self._is_taken = False
-
-    @contextmanager
-    def turn(self, sequence: int) -> Iterator[None]:
-        own = sequence, next(self._order)
-        with self._changed:
-            heapq.heappush(self._waiting, own)
-            while self._is_taken or self._waiting[0] != own:
-                self._changed.wait()
-            heapq.heappop(self._waiting)
-            self._is_taken = True
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._is_taken = False
-                self._changed.notify_all()
-
-
-class _ServerClock:
-    """The time by the server's clock, which fires the delays; the clocks of workers need not agree, and may be set.
-
-    How late it is, is known to within the time that the server's answer took which told it.
-    """
-
-    def __init__(self, connection: Connection, bucket: Callable[[], Bucket]) -> None:
-        self._connection = connection
-        self._bucket = bucket
-        self._read = 0.0, 0.0
-        self._until = 0.0
-
-    def now(self) -> int:
-        """Milliseconds since 1970, at least."""
-        _, ahead = self._reading()
-        return int(time.monotonic() * 1000 + ahead)
-
-    def latest(self) -> int:
-        """Milliseconds since 1970, at most."""
-        took, ahead = self._reading()
-        return math.ceil(time.monotonic() * 1000 + ahead + took)
-
-    def _reading(self) -> tuple[float, float]:
-        """The last reading."""
-        if time.monotonic() >= self._until:
-            self._read = min(self._ask() for _ in range(READINGS))
-            self._until = time.monotonic() + CLOCK_SECONDS
-        return self._read
-
-    def _ask(self) -> tuple[float, float]:
-        """How long the server took to tell the time, and how far it is ahead of this process's at least, in ms."""
-        began = time.monotonic()
-        told = self._connection.api(f"STREAM.INFO.{self._bucket().stream}")["ts"]
-        ended = time.monotonic()
-        return (ended - began) * 1000 + 1, parse_time(told) - ended * 1000  # it is told to the millisecond
 
 
 def _share() -> float:
