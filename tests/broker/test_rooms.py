@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 import dramatiq_jetstream
+from tests.support.imports import imports_of, modules_of
 
 PACKAGE = "dramatiq_jetstream"
 ROOT = Path(dramatiq_jetstream.__file__).parent
+REPOSITORY = ROOT.parents[1]
 
 #: What the modules of a folder may import, beside each other. Modules at the root may import from every folder
 #: that stands here, and each other as long as there is no circle.
@@ -26,52 +28,34 @@ ROOMS = {
 #: Folders that stand on top: nothing below imports them.
 ON_TOP = {"cli", "fleet", "testing", "ui"}
 
+_FILES = modules_of(ROOT.parent, PACKAGE)
 
-def _module(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
-
-
-MODULES = {_module(path): path for path in ROOT.rglob("*.py")}
+#: The library's modules, by their names below the package.
+MODULES = {name.removeprefix(f"{PACKAGE}."): path for name, path in _FILES.items()}
 
 
 def _imports(module: str) -> set[str]:
-    """The modules of the library that a module imports anywhere, also for type checkers or in a function."""
-    path = MODULES[module]
-    package = [PACKAGE, *module.split(".")[:-1]]
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            origin = ".".join([*base, *([node.module] if node.module else [])])
-            names = [f"{origin}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        found |= {target for name in names if (target := _target(name)) is not None}
-    return found - {module}
-
-
-def _target(name: str) -> str | None:
-    """The module that an imported name is, or is taken from."""
-    if not name.startswith(f"{PACKAGE}."):
-        return None
-    parts = name.split(".")[1:]
-    for end in range(len(parts), 0, -1):
-        module = ".".join(parts[:end])
-        for candidate in (module, f"{module}.__init__"):
-            if candidate in MODULES:
-                return candidate
-    return None
+    """The modules of the library that a module imports."""
+    return {name.removeprefix(f"{PACKAGE}.") for name in imports_of(f"{PACKAGE}.{module}", _FILES)}
 
 
 def _room(module: str) -> str:
     return module.split(".", 1)[0]
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
+@pytest.mark.parametrize(
+    "files",
+    [
+        _FILES,
+        modules_of(REPOSITORY, "tasks") | modules_of(REPOSITORY, "web"),
+        modules_of(REPOSITORY / "instrumentation" / "src", "opentelemetry"),
+        modules_of(REPOSITORY, "benchmarks"),
+    ],
+    ids=["library", "service", "instrumentation", "benchmarks"],
+)
+def test_no_modules_import_each_other_in_a_circle(files: dict[str, Path]) -> None:
     """There is an order in which all modules can be read, imports for type checkers included."""
-    TopologicalSorter({module: _imports(module) for module in MODULES}).prepare()
+    TopologicalSorter({module: imports_of(module, files) for module in files}).prepare()
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS))
@@ -93,6 +77,15 @@ def test_nothing_below_imports_what_stands_on_top() -> None:
 def test_every_folder_has_its_place() -> None:
     """A new folder is entered above, where a reader finds what it may import."""
     assert {_room(module) for module in MODULES if "." in module} == set(ROOMS) | ON_TOP
+
+
+def test_the_architecture_says_what_each_module_is_for() -> None:
+    """Every module at the root and in a room below the top is named in the table of rooms."""
+    text = (REPOSITORY / "docs" / "architecture.md").read_text()
+    table = text[text.index("| Room |") : text.index("### How a message gets into a stream")]
+    named = set(re.findall(r"`(\w+)/?`", table))
+    wanted = {module.rpartition(".")[2] for module in MODULES if _room(module) not in ON_TOP}
+    assert wanted - {"__init__"} <= named, sorted(wanted - named)
 
 
 def test_the_library_imports_no_other_package_of_this_repository() -> None:
@@ -135,21 +128,40 @@ def test_a_public_module_says_what_it_publishes(module: str) -> None:
 PUBLIC_FOLDERS = {"testing", "ui"}
 
 
-@pytest.mark.parametrize("package", ["tasks", "web"])
+def _assert_public(statement: ast.stmt, where: object) -> None:
+    """Check that an import takes what the library publishes: from a module at the root, and from its `__all__`."""
+    if isinstance(statement, ast.Import):
+        assert not any(alias.name.startswith(f"{PACKAGE}.") for alias in statement.names), where
+    if not isinstance(statement, ast.ImportFrom) or (statement.module or "").partition(".")[0] != PACKAGE:
+        return
+    _, _, module = (statement.module or "").partition(".")
+    private = {_room(name) for name in MODULES if "." in name} - PUBLIC_FOLDERS
+    assert "." not in module, f"{where} imports {statement.module}"
+    assert module not in private, where
+    published = set(__import__(statement.module or PACKAGE, fromlist=["__all__"]).__all__)
+    published |= set() if module else {name for name in MODULES if "." not in name}
+    assert {alias.name for alias in statement.names} <= published, where
+
+
+@pytest.mark.parametrize("package", ["tasks", "web", "examples"])
 def test_the_service_uses_only_what_is_public(package: str) -> None:
-    """The library's first user does what every user can: it imports from modules at the root, and their `__all__`."""
-    repository = ROOT.parents[1]
-    for path in (repository / package).rglob("*.py"):
+    """The library's first user does what every user can, and so do the examples."""
+    for path in (REPOSITORY / package).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                assert not any(alias.name.startswith(f"{PACKAGE}.") for alias in node.names), path
-            if not isinstance(node, ast.ImportFrom) or (node.module or "").partition(".")[0] != PACKAGE:
-                continue
-            _, _, module = (node.module or "").partition(".")
-            assert "." not in module, f"{path} imports {node.module}"
-            assert module not in {_room(name) for name in MODULES if "." in name} - PUBLIC_FOLDERS, path
-            published = __import__(node.module or PACKAGE, fromlist=["__all__"]).__all__
-            assert {alias.name for alias in node.names} <= set(published), path
+            if isinstance(node, ast.stmt):
+                _assert_public(node, path)
+
+
+def test_the_documents_use_only_what_is_public() -> None:
+    """What a reader copies from a page works, and goes on working."""
+    pages = [*(REPOSITORY / "docs").rglob("*.md"), *REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/README.md")]
+    imports = re.compile(
+        rf"^ *(?:>>> )?((?:from|import) {PACKAGE}\b[\w.]*(?: import [\w, ]+)?)$", re.MULTILINE
+    )
+    found = [(page, line) for page in pages for line in imports.findall(page.read_text())]
+    assert found
+    for page, line in found:
+        _assert_public(ast.parse(line).body[0], page)
 
 
 def test_the_broker_is_a_facade():

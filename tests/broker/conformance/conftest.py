@@ -38,9 +38,6 @@ TABLES: dict[str, list[Any]] = {
     "aborts_kind": ABORTS,
 }
 
-#: Stands for "only implementations that do not exist yet"; such a test is taken out again after collection.
-NOBODY = "nobody-yet"
-
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
@@ -55,22 +52,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             fitting = [kind for kind in table if _fits(kind, wanted)]
             if not fitting:
                 raise pytest.UsageError(f"No implementation fits {metafunc.definition.nodeid}: {wanted}")
-            present = [kind for kind in fitting if kind.available]
-            metafunc.parametrize(
-                argument,
-                present or [NOBODY],
-                ids=[kind.name for kind in present] or [NOBODY],
-                scope="session",
-            )
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    early = [
-        item for item in items if NOBODY in getattr(getattr(item, "callspec", None), "params", {}).values()
-    ]
-    if early:
-        config.hook.pytest_deselected(items=early)
-        items[:] = [item for item in items if item not in set(early)]
+            metafunc.parametrize(argument, fitting, ids=[kind.name for kind in fitting], scope="session")
 
 
 def _fits(kind: Kind, wanted: Iterable[dict[str, Any]]) -> bool:

@@ -21,9 +21,6 @@ from dramatiq_abort import backends as abort_backends
 
 from tests.broker.conformance.rigs import RabbitmqRig, RedisRig, Rig, StubRig
 
-#: Implementations in the tables below whose modules do not exist yet. Tests are not made for them.
-NOT_YET: set[str] = set()
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -33,10 +30,6 @@ class Kind:
     name: str
     #: The fixture that gives the address of its server.
     server: Literal["redis_url", "rabbitmq_url", "nats_url"] | None
-
-    @property
-    def available(self) -> bool:
-        return f"{self.suite}/{self.name}" not in NOT_YET
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from dramatiq.results import ResultBackend
 from dramatiq_abort import EventBackend
 
 from dramatiq_jetstream import JetStreamBroker
-from tests.broker.conformance.implementations import NOT_YET
 from tests.broker.conformance.rigs import Rig, nowhere
 
 
@@ -41,15 +40,11 @@ class JetStreamRig(Rig):
         self.broker.connection.publish(self.broker.names.task(queue), body)
 
     def results(self) -> ResultBackend:
-        if "results/jetstream" in NOT_YET:
-            return super().results()
         from dramatiq_jetstream.results import JetStreamBackend
 
         return JetStreamBackend(self.broker)
 
     def limits(self) -> RateLimiterBackend:
-        if "limits/jetstream" in NOT_YET:
-            return super().limits()
         from dramatiq_jetstream.rate_limits import JetStreamBackend
 
         return JetStreamBackend(self.broker)

@@ -1,0 +1,43 @@
+"""Which modules import which, as their source says: for type checkers and in functions too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def modules_of(directory: Path, package: str) -> dict[str, Path]:
+    """Return the files of a package that stands in a directory, by the full names of its modules."""
+    folder = directory.joinpath(*package.split("."))
+    return {
+        ".".join(path.relative_to(directory).with_suffix("").parts): path for path in folder.rglob("*.py")
+    }
+
+
+def imports_of(module: str, modules: Mapping[str, Path]) -> set[str]:
+    """Return those of the modules that one of them imports."""
+    package = module.split(".")[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(modules[module].read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{origin}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {target for name in names if (target := _target(name, modules)) is not None}
+    return found - {module}
+
+
+def _target(name: str, modules: Mapping[str, Path]) -> str | None:
+    """Return the module that an imported name is, or is taken from."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        module = ".".join(parts[:end])
+        for candidate in (module, f"{module}.__init__"):
+            if candidate in modules:
+                return candidate
+    return None
