@@ -47,7 +47,7 @@ _NAME: Final = re.compile(r"orders-(\d{20})-(\d{20})\.ndjson\.gz", re.ASCII)
 
 _VERSION: Final = 1
 
-#: How long to wait between two looks whether another process still changes the archive, in seconds.
+#: The pause between two checks whether another process still changes the archive, in seconds.
 _LOOK_SECONDS: Final = 0.1
 
 Line = dict[str, Any]

@@ -59,7 +59,7 @@ FEW: Final = 50
 #: By how many milliseconds the clocks of two machines may differ: a price that another one has set "now" is no plan.
 SKEW_MS: Final = 2_000
 
-#: How long a change competes with others for its keys, in milliseconds.
+#: How long a change is retried while other processes change its keys, in milliseconds.
 TIMEOUT_MS: Final = 10_000
 
 DEFAULT_CATEGORY: Final = "More"

@@ -27,7 +27,7 @@ BUCKET: Final = "erasures"
 
 _ORDER: Final = "order."
 
-#: Of how many orders what the ledger says is held in memory at once.
+#: How many orders are read from the ledger at once.
 _AT_ONCE: Final = 1_000
 
 

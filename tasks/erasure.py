@@ -56,15 +56,15 @@ from .traces import Traces
 #: How many things are noted before they are taken away.
 _AT_ONCE: Final = 2_000
 
-#: How often everything is looked at again before an erasure says that it does not come to an end.
+#: The most passes over everything; an erasure that still finds something after them says so.
 _ROUNDS: Final = 5
 
 
 #: How many orders that are under way are named.
 _NAMED: Final = 10
 
-#: How long readers of the stream may take to settle and count what is there, and another process to change the archive,
-#: in seconds.
+#: How long to wait, in seconds, for readers of the stream to settle and count what is there, and for another process
+#: that changes the archive.
 _PATIENCE_SECONDS: Final = 60.0
 
 

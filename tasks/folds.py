@@ -17,7 +17,7 @@ from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 
 from .ports import BatchBucket, Bucket
 
-#: Is told how far a rebuild is, and of how much.
+#: Called with how much of a rebuild is done, and how much there is.
 Progress = Callable[[int, int], None]
 
 

@@ -42,7 +42,7 @@ _LISTS: Final = 200
 #: A place behind all others.
 _NEWEST: Final = 2**63
 
-#: How often orders are taken out of lists that others change at the same time.
+#: How many times a change of lists is tried while other processes change them too.
 _TRIES: Final = 50
 
 #: The statuses in which most orders end, so that other lists are shorter.

@@ -12,7 +12,7 @@ Some orders have no event in the stream that creates them: those whose customer 
 begins, those that came back from the archive or that a late event keeps here. The index has them all.
 
 An order counts at the place that its record names. Other mentions of it are repetitions, or come from other programs,
-and are dropped once that is known. So many repetitions or other events make a list slow at most once.
+and are dropped once that is known. A flood of repetitions or other events makes a list slow at most once.
 
 Places and times grow together, so a list between two times begins and ends at about a place, and the time that an order
 shows decides. The status is in the record alone; a final one is remembered, and what is not wanted is looked up once.
@@ -57,10 +57,10 @@ COUNTED: Final = 1_000
 #: How many orders are looked up at once to be counted, or for an export.
 _AT_ONCE: Final = 200
 
-#: How often a list is begun again when the index is made again meanwhile.
+#: How many times a list starts over because the index was rebuilt while it was read.
 _TRIES: Final = 5
 
-#: How long a status that is not final is good enough to count it, in seconds.
+#: How old a status that is not final may be when it is counted, in seconds.
 _FRESH_SECONDS: Final = 2.0
 # The same for a confirmed order, which few leave: it may be cancelled or refunded.
 _SETTLED_SECONDS = 30.0
@@ -68,8 +68,8 @@ _SETTLED_SECONDS = 30.0
 #: How many characters of an id are remembered; a longer id is not a customer's, and not a product's.
 _CUT: Final = MAX_ID_LENGTH + 1
 
-#: How many mentions of orders a process remembers, each of their products counted as one more; and of how many orders
-#: the status.
+#: The most orders whose status a process remembers, and the most mentions of orders; each product of an order counts as
+#: another mention.
 _REMEMBERED: Final = 100_000
 
 ANY: Final = Wanted()

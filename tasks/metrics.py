@@ -13,7 +13,7 @@ from typing import Final
 
 from prometheus_client import Gauge, Histogram
 
-#: Upper bounds in seconds. 5 is what orders are to be confirmed within.
+#: Upper bounds in seconds; orders should be confirmed within 5.
 STEP_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 ORDER_SECONDS: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3_600)
 

@@ -20,7 +20,7 @@ from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 
 from .ports import Bucket, Entry
 
-#: How long a note competes with others, in milliseconds.
+#: How long a note is retried while other processes change it, in milliseconds.
 TIMEOUT_MS: Final = 10_000
 
 

@@ -28,10 +28,10 @@ from .together import Together
 
 logger = logging.getLogger(__name__)
 
-#: How often a batch is tried while other processes change the levels.
+#: How many times a batch is tried while other processes change the levels.
 _TRIES: Final = 3
 
-#: Of how many products a batch changes the levels at most; with the records it is far from the server's 1,000 keys.
+#: The most products whose levels one batch changes; with its records it stays far below the server's 1,000 keys.
 _PRODUCTS: Final = 200
 
 

@@ -69,7 +69,7 @@ from .text import normalised, shown
 
 BUCKET: Final = "orders"
 
-#: How long a projection competes with others for one record, in milliseconds.
+#: How long a change of one record is retried while other processes change it, in milliseconds.
 TIMEOUT_MS: Final = 10_000
 
 #: How many records a process remembers, in order not to look at each before it adds to it.
@@ -86,7 +86,7 @@ _UNDER_WAY: Final = (
     ("offered", "offered"),
 )
 
-#: The events of which an order has one when its offer was accepted.
+#: An order that was offered and has one of these events is one whose offer was accepted.
 _ACCEPTED: Final = frozenset({"offer_accepted", "reserved", "paid", "declined", "confirmed", "shipped"})
 
 logger = logging.getLogger(__name__)

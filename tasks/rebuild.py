@@ -38,7 +38,7 @@ from .stock import Stock
 #: How many events are held in memory before the records of their orders are written.
 _CHUNK = 5_000
 
-#: How long one record is competed for with the workers, in seconds.
+#: How long a change of one record is retried while workers change it, in seconds.
 _PATIENCE_SECONDS = 30.0
 
 

@@ -32,7 +32,7 @@ LEVELS: Final = "levels.all"
 #: What a closed key has in place of notes. An earlier version reads the state of each before it writes, and fails here.
 CLOSED: Final = {"closed: the stock is in level.{sku}": None}
 
-#: How long closing the key competes with earlier workers, in seconds.
+#: How long closing the key is retried while earlier workers change it, in seconds.
 PATIENCE_SECONDS: Final = 30.0
 
 

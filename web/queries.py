@@ -18,7 +18,7 @@ from tasks.parsing import check_customer_id
 from tasks.service import ANY, InvalidOrder, Wanted, is_cursor
 from tasks.text import flaw_of
 
-#: Years that the calendars and clocks of all who are involved can tell.
+#: The years that every calendar and clock involved can represent.
 _DAY: Final = r"(?:19[7-9]\d|2\d{3})-\d\d-\d\d"
 _MOMENT: Final = re.compile(
     rf"(?P<day>{_DAY})(?P<time>[Tt ]\d\d:\d\d(?::\d\d(?:\.\d{{1,6}}\d*)?)?(?:[Zz]|[+-]\d\d:\d\d))?", re.ASCII

@@ -61,8 +61,8 @@ MAX_LIMIT: Final = 1_000
 _FIRST_WINDOW = 200
 _WINDOW_FACTOR = 4
 
-#: Times of attempts are by the worker's clock, times of storing by the server's. A search in time allows for a worker
-#: whose clock is so much ahead, and for a record that was stored so much later, after an outage; milliseconds.
+#: An attempt has the time of its worker's clock, its record the time at which the server stored it. A search in time
+#: allows for a clock that is ahead by up to _SKEW_MS, and for a record stored up to _STORED_WITHIN_MS later.
 _SKEW_MS = 60_000
 _STORED_WITHIN_MS = 600_000
 

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 #: A pause ends by itself after this long, because JetStream requires an end.
 PAUSE = timedelta(days=3650)
 
-#: Seconds for which it is taken as known which subscriptions feed a queue, where all streams have to be asked.
+#: How long the list of the subscriptions that feed a queue is reused, in seconds: making it asks every stream.
 PLACES_SECONDS = 5.0
 
 #: How long the request stands that wakes a consumer, in nanoseconds.

@@ -50,7 +50,7 @@ _MEMBERS: Final = 4
 _DIGITS: Final = 20
 _ID: Final = re.compile(rf"msg_[0-9a-f]{{{2 * _DIGITS}}}", re.ASCII)
 
-#: How long a change competes with others, in seconds.
+#: How long a change is retried while other processes change the delivery, in seconds.
 _TIMEOUT_SECONDS: Final = 10.0
 
 

@@ -38,7 +38,7 @@ async function show(state) {
   }
 }
 
-// What somebody is typing stays when the page is drawn again; returns what puts it back.
+// Keeps what a visitor is typing while the page is drawn again; returns what puts it back.
 function typed() {
   const opened = [...view.querySelectorAll("details[open]")].map(({ id }) => id);
   const values = [...view.querySelectorAll("input:not([type=hidden]), select")].map(({ id, value }) => [id, value]);

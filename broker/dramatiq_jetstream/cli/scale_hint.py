@@ -20,7 +20,7 @@ COMMANDS: list[click.Command] = []
 #: How often the fleet is looked at while it is sampled; workers say what they do once a second.
 LOOK_SECONDS = 1.0
 
-#: Of how many recorded attempts the mean duration is taken when no worker could be watched.
+#: How many recorded attempts give the mean duration when no worker could be watched.
 RECORDS = 200
 
 #: Threads of a process, where none runs to be asked: the default of `fleet work`.

@@ -56,10 +56,10 @@ EXIT_PROGRAM = 2
 #: On this signal a worker writes the stacks of its threads for the supervisor, whatever they are stuck in.
 STACKS_SIGNAL = signal.SIGRTMIN
 
-#: Seconds between two looks at the threads.
+#: Seconds between two checks of the threads.
 LOOK_INTERVAL_SECONDS = 0.5
 
-#: Seconds between two looks at whether messages can be taken, and for how long that is waited for.
+#: Seconds between two checks whether the consumers are open, and how long to wait for them.
 STARTING_INTERVAL_SECONDS = 0.02
 CONSUMING_SECONDS = 5.0
 

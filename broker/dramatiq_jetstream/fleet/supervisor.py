@@ -46,7 +46,7 @@ __all__ = ["Supervisor"]
 #: Processes that die before they are ready, in a row, after which the fleet gives up.
 CRASH_LOOP = 5
 
-#: Seconds between two looks at limits and pauses; everything else wakes the parent at once.
+#: Seconds between two checks of limits and pauses; everything else wakes the parent at once.
 LOOK_INTERVAL_SECONDS = 0.25
 
 #: Exit statuses, beside `EXIT_PROGRAM`.

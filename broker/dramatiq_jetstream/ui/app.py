@@ -224,7 +224,7 @@ def create_app(
       sign_in: The address of the host's page to sign in; a stranger is sent there, with the way back as `next`.
       back: What the program is called that this is a part of, and the address of its page to which each page here
         leads back.
-      streams: How many pages may be kept live by an open connection at once, each of which holds a thread of the
+      streams: How many pages may be kept live by an open connection at once; each holds a thread of the
         server; further ones ask every two seconds.
       stopping: Set by the host when its process is to stop, so that open streams end.
 

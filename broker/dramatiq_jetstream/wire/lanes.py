@@ -72,7 +72,7 @@ LONGEST_PAUSE_SECONDS: Final = 300.0
 #: Seconds after which an unused lane is closed.
 IDLE_SECONDS: Final = 20.0
 
-#: Seconds between two looks whether the server has room for one more.
+#: Seconds between two checks whether the server has room for one more.
 LOOK_SECONDS: Final = 10.0
 
 #: Seconds without one lane, for others that want in; longer than they pause between two attempts.

@@ -31,7 +31,7 @@ from .durables import Durable, Durables
 
 __all__ = ["GivingBack"]
 
-#: How often the server is asked for each queue, at first and at least, in seconds.
+#: Seconds between two questions to the server about a queue, at first and at most.
 ASK_SECONDS = 1.0
 LONGEST_ASK_SECONDS = 16.0
 

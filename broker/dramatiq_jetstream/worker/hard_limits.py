@@ -47,10 +47,10 @@ HARD_TIME_LIMIT: Final = "hard_time_limit"
 #: The longest limit that a message may ask for, in milliseconds: a year.
 LONGEST_MS: Final = 365 * 86_400_000
 
-#: For how long a source that cannot be read is waited for, in seconds.
+#: How long to wait for a source that cannot be read, in seconds.
 SOURCE_SECONDS: Final = 30.0
 
-#: Seconds in which the loop thread notes a delivery.
+#: How long the loop thread may take to note a delivery, in seconds.
 NOTE_SECONDS: Final = 5.0
 
 logger = logging.getLogger(__name__)

@@ -23,12 +23,13 @@ from typing import Any
 
 __all__ = ["Heartbeats"]
 
-#: How long a request stands at least and at most, and how much longer for each that the process has, in seconds.
+#: A request stands for SPACING_SECONDS for each request that the process has, but no shorter than EXPIRES_SECONDS and
+#: no longer than LONGEST_SECONDS.
 EXPIRES_SECONDS = 20.0
 SPACING_SECONDS = 12.0
 LONGEST_SECONDS = 3_600.0
 
-#: How often a consumer of a node is looked at while no request there has heartbeats, in seconds.
+#: Seconds between two checks of a node where no request has heartbeats.
 LOOK_SECONDS = 2.0
 
 

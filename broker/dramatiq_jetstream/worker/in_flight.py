@@ -25,7 +25,7 @@ from .settlements import ACK, NAK, WPI, Key, Settlements
 
 __all__ = ["InFlight"]
 
-#: After this time it is seen again whether the socket takes answers, in seconds.
+#: Seconds until a socket that took no more is checked again.
 WRITABLE_SECONDS = 0.1
 
 

@@ -38,7 +38,7 @@ __all__ = ["Gate", "interrupt", "uninterrupted"]
 
 Result = TypeVar("Result")
 
-#: The pause between two looks whether another thread is just raising something in this one.
+#: The pause between two checks whether another thread is raising something in this one, in seconds.
 LOOK_AGAIN_SECONDS: Final = 0.0001
 
 

@@ -24,18 +24,18 @@ from dramatiq_jetstream.limits import Rate
 
 __all__ = ["LimitState", "Start", "Turn"]
 
-#: How much later than its moment a message may start before all that wait are later too, in milliseconds: the server
-#: is up to 250 ms late.
+#: A message that starts later than this after its moment, in milliseconds, moves the moments of all that wait. The
+#: server itself is up to 250 ms late.
 LATE_MS = 400
 
-#: How much longer than the period starts are kept, in milliseconds: a thread that has looked at the clock for the last
-#: time calls its actor within that, and the clocks of two processes differ by less meanwhile.
+#: How much longer than the period a start is kept, in milliseconds. It covers the time from a thread's last look at the
+#: clock to its actor, and the drift between the clocks of two processes.
 GUARD_MS = 10
 
-#: How long a thread has at least, in milliseconds, from the first moment at which it may start.
+#: The least time that a thread has, in milliseconds, from the first moment at which it may start.
 SLACK_MS = 5
 
-#: The most starts that are kept one by one; of a higher rate, starts that are close together are kept as one.
+#: The most starts that are kept one by one. At a higher rate, starts close to each other are kept as one.
 MOST_STARTS = 64
 
 

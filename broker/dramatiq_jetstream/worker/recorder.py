@@ -45,12 +45,12 @@ from .tracebacks import text_of, traceback_of
 
 __all__ = ["Recorder"]
 
-#: Records that wait to be sent at most, and how many are sent at once.
+#: The most records that wait to be sent, and how many are sent at once.
 BUFFER = 5_000
 BATCH = 1_000
 
-#: How long records are gathered, how long the server gets to store them, and the pause before they are sent again; how
-#: long the thread waits for another record before it ends.
+#: Records are gathered for GATHER_SECONDS and sent. What the server has not stored in STORE_SECONDS is sent again after
+#: RETRY_SECONDS. Without another record for IDLE_SECONDS the thread ends.
 GATHER_SECONDS = 0.2
 IDLE_SECONDS = 10.0
 STORE_SECONDS = 5.0

@@ -62,13 +62,13 @@ logger = logging.getLogger(__name__)
 FIRST_DELAY_MS = 2_000
 LONGEST_DELAY_MS = 60_000
 
-#: What is for another version of the program comes again soon, since who gets it is a matter of whose request is next.
-#: An event comes again after the first of these times, which is doubled each time up to the second; a message with an
-#: unknown actor after half the time that it has been waiting for its actor, but no sooner and no later.
+#: Messages for another version of the program come again soon, because any worker may get them next. An event comes
+#: again after the first of these times, doubled each time up to the second. A message with an unknown actor comes again
+#: after half the time that it has waited, within the same bounds.
 OTHERS_DELAY_MS = 300
 LONGEST_OTHERS_DELAY_MS = 5_000
 
-#: For how many messages this process remembers the reason of a dead letter that could not be stored.
+#: The most messages whose reason for a dead letter this process remembers because the letter could not be stored.
 MOST_UNSTORED = 10_000
 
 #: How long storing a message with a delay may take; after that it is requeued instead.

@@ -37,12 +37,11 @@ ACK = b"+ACK"
 NAK = b"-NAK"
 WPI = b"+WPI"
 
-#: How long a proven ack is remembered, unless there are more than REMEMBER_MOST: longer than it takes to notice that a
-#: leader is gone.
+#: How long a proven ack is remembered, up to REMEMBER_MOST of them: longer than it takes to notice a lost leader.
 REMEMBER_SECONDS = 8.0
 REMEMBER_MOST = 20_000
 
-#: How long it is remembered when a doubt came after it.
+#: How long an ack is remembered when its stream was in doubt after it.
 REMEMBER_OVER_DOUBT_SECONDS = 120.0
 
 #: How often the server is asked how far it has come with the acks. Without a reply within PROBE_TIMEOUT_SECONDS, the

@@ -41,10 +41,10 @@ BUCKET = "starts"
 #: How long a suspect keeps the other suspects of its process from starting.
 ALONE_SECONDS = 10.0
 
-#: How long they are kept after the last one, in milliseconds: a week.
+#: How long the starts of a suspect are kept after its last one, in milliseconds: a week.
 KEPT_MS = 7 * 86_400_000
 
-#: For how many messages a process remembers that some of their starts were not to blame.
+#: The most messages of which a process remembers that some of their starts were not to blame.
 MOST_EXCUSED = 10_000
 
 logger = logging.getLogger(__name__)
