@@ -95,4 +95,6 @@ def event(subject: str, data: bytes) -> bytes:
     for name in TEXTS:
         if name in known.DESCRIPTOR.fields_by_name:
             known.ClearField(name)
+    # Another program may say more than this one knows of.
+    known.DiscardUnknownFields()
     return known.SerializeToString(deterministic=True)

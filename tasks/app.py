@@ -430,7 +430,8 @@ def erasure_jobs() -> Jobs:
     bucket = erasures_bucket()
     if SETTINGS.declare:
         bucket.declare()  # what reads its stream does not make it
-    return Jobs(bucket, bucket.name, broker.stream(bucket.stream).newest, now)
+    newest = broker.stream(bucket.stream).newest
+    return Jobs(bucket, bucket.name, newest, lambda: events_stored().range().last, now)
 
 
 @_once

@@ -72,8 +72,8 @@ class Claim:
 
     @property
     def anonymous(self) -> Claim:
-        """The claim without what tells who ordered."""
-        return replace(self, digest=ERASED, customer_id="")
+        """The claim without who ordered, and without the words in which it broke a rule."""
+        return replace(self, digest=ERASED, customer_id="", reason="")
 
     def encode(self) -> bytes:
         """Return the claim as it is stored."""
@@ -87,7 +87,7 @@ class Claim:
                 "currency": self.currency,
                 "names": dict(self.names),
             }
-        elif self.reason:
+        elif self.code:
             stored |= {"code": self.code, "reason": self.reason}
         return json.dumps(stored, separators=(",", ":")).encode()
 

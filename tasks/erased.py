@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Final
 
 from dramatiq_jetstream.errors import KeyExists, TopologyMissing
+from orders.v1.events_pb2 import OrderCreated
 
 from .announcements import Testimony
 from .events import Happened
@@ -69,10 +70,12 @@ class ErasedOrders:
         self._stock = stock
         self._now = now
 
-    def note(self, order: ErasedOrder) -> None:
-        """Note that an order becomes anonymous, unless that is noted."""
+    def note(self, order: ErasedOrder) -> ErasedOrder:
+        """Note that an order becomes anonymous; returns what is noted, which may have been before."""
         with suppress(KeyExists):
             self._bucket.create(f"{_ORDER}{order.order_id}", _encode(order))
+            return order
+        return self.find(order.order_id) or order
 
     def find(self, order_id: str) -> ErasedOrder | None:
         """Return an anonymous order, None when it is none, or was brought back from the archive."""
@@ -116,6 +119,10 @@ class ErasedOrders:
             ledger = lru_cache(_AT_ONCE)(lambda order_id: Testimony(self._stock, order_id, self._now))
             for place, at, order_id, key in places.execute("SELECT * FROM fact ORDER BY place"):
                 said = ledger(order_id).said(key) if ledger(order_id).claim is not None else None
+                if said is None and key == "created" and ledger(order_id).is_anonymous:
+                    said = OrderCreated(
+                        order_id=order_id
+                    )  # of one that broke the rules the ledger has no more
                 if said is not None:
                     yield Happened(said, place, at)
 

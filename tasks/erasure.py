@@ -3,7 +3,8 @@
 What was bought, for how much and when stays, without who it was, so totals stay right (`tasks.anonymous`). The events
 of the customer's orders are removed from the stream and overwritten on the server's disk; their places are noted first,
 and readers get what remains of them there (`tasks.erased`). Orders that are placed after the erasure was asked for are
-a new person's, whatever name they have.
+a new person's, whatever name they have. An order that was claimed before and ends later is the customer's, with all
+that happened to it until it was made anonymous.
 
 An erasure is a job (`tasks.erasure_jobs`), and does one kind of place after the other. In each it notes what it is
 about to take away, takes it away, and counts it; then it looks again, until there is nothing. So it may be killed at
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -28,7 +29,7 @@ from typing import Any, Final
 from google.protobuf.message import Message
 
 from dramatiq_jetstream.errors import RevisionConflict, TopologyMissing
-from dramatiq_jetstream.streams import Stream
+from dramatiq_jetstream.streams import StoredMessage, Stream
 from orders.v1.events_pb2 import OrderCreated, OrderReserved
 
 from . import anonymous
@@ -39,10 +40,10 @@ from .claims import Claim
 from .entries import entries_of
 from .erased import ErasedOrder, ErasedOrders
 from .erasure_jobs import Job, Jobs, NotErasable
-from .events import order_id_of
+from .events import key_of, order_id_of
 from .index import Indexer
 from .ledger import Record
-from .model import MAX_ID_LENGTH
+from .model import MAX_ID_LENGTH, Order
 from .orders import Orders
 from .orders import stored_in as shown_in
 from .ports import Bucket
@@ -123,8 +124,9 @@ class Erasure:
         self._archive = archive
         self._counted = counted
         self._now = now
-        # While one is carried out: the orders that it made anonymous, and those of the customer in the archive.
-        self._ours: set[str] = set()
+        # While one is carried out: the orders that it made anonymous, each with the keys of its events, and those of
+        # the customer in the archive.
+        self._ours: dict[str, Collection[str]] = {}
         self._archived: set[str] | None = None
 
     def begin(self, customer_id: str, who: Who) -> Job:
@@ -170,7 +172,9 @@ class Erasure:
         if not job.is_begun:
             self._check(job)
         self._wait_for_readers()
-        self._ours = {one.order_id for one in self._erased.all() if one.certificate == job.id}
+        self._ours = {
+            one.order_id: one.places.keys() for one in self._erased.all() if one.certificate == job.id
+        }
         self._archived = None
         # A run of the archive would write what it read before the erasure into a new file behind it.
         with nullcontext() if self._archive is None else self._archive.alone(_PATIENCE_SECONDS):
@@ -313,15 +317,14 @@ class Erasure:
     def _is_new(self, job: Job, order_id: str) -> bool:
         """Whether an order was placed after the erasure was asked for, by the person who has the name now."""
         claim = self._stock.claims.find(order_id)
-        return claim is not None and claim.at >= job.at
+        return claim is not None and _is_later(job, claim, lambda: self._orders.get(order_id))
 
     def _make_anonymous(self, job: Job, order_id: str) -> None:
         shown = self._orders_bucket.get(order_id)
         stored = None if shown is None else shown_in(shown)
         facts = {} if stored is None else stored["events"]
         places = {key: (fact["sequence"], fact["at"]) for key, fact in facts.items()}
-        self._ours.add(order_id)
-        self._erased.note(ErasedOrder(order_id, job.id, job.at, places))
+        self._ours[order_id] = self._erased.note(ErasedOrder(order_id, job.id, job.at, places)).places.keys()
         for key in entries_of(self._stock_bucket, order_id):
             _change(self._stock_bucket, key, lambda value, key=key: anonymous.entry(key, value))  # type: ignore[misc]
         _change(self._orders_bucket, order_id, lambda value: self._restated(order_id, value))
@@ -334,16 +337,20 @@ class Erasure:
         return json.dumps(stored if said is None else said, separators=(",", ":")).encode()
 
     def _their_events(self, job: Job) -> Iterator[str]:
+        """Yield the places of events that are about the customer: all that were noted, and all of before the erasure.
+
+        What happens to an order when it is anonymous is noted nowhere else, and says nothing of the customer.
+        """
         ids = self._theirs(job)
         traces = Traces(job.customer_id, ids)
         for stored in self._stream.stored():
-            if stored.time >= job.at:
-                return
             found = read_stored(stored)
             if found is None:
-                theirs = traces.are_in(stored)
+                theirs = _is_before(job, stored) and traces.are_in(stored)
+            elif (order_id := order_id_of(found.event)) in self._ours:
+                theirs = _is_before(job, stored) or key_of(found.event) in self._ours[order_id]
             else:
-                theirs = order_id_of(found.event) in ids or _is_of(job, found.event)
+                theirs = order_id in ids or (_is_before(job, stored) and _is_of(job, found.event))
             if theirs:
                 yield str(stored.sequence)
 
@@ -435,10 +442,11 @@ class Erasure:
                 stored = stored_in(line)
                 found = read_stored(stored)
                 if found is None:
-                    theirs = Traces(job.customer_id, ids).are_in(stored)
+                    theirs = _is_before(job, stored) and Traces(job.customer_id, ids).are_in(stored)
                 else:
-                    theirs = order_id_of(found.event) in ids or _is_of(job, found.event)
-                if theirs and stored.time < job.at:
+                    named = _is_before(job, stored) and _is_of(job, found.event)
+                    theirs = named or order_id_of(found.event) in ids
+                if theirs:
                     return event_line(line, anonymous.event(stored.subject, stored.data), {})
             elif "order" in line and line["order"]["order_id"] in ids:
                 order = line["order"]
@@ -456,7 +464,7 @@ class Erasure:
         """Return the orders of the customer: those that this erasure made anonymous, and those in the archive."""
         if self._archived is None:
             self._archived = self._archived_ids(job)
-        return self._ours | self._archived
+        return self._ours.keys() | self._archived
 
     def _archived_ids(self, job: Job) -> set[str]:
         """Return the orders of the customer that are in the archive."""
@@ -465,7 +473,7 @@ class Erasure:
             claim = archived.entries.get(f"claim.{archived.order_id}")
             record = archived.entries.get(f"order.{archived.order_id}")
             of_claim = None if claim is None else Claim.decode(claim.encode())
-            if of_claim is not None and of_claim.at >= job.at:
+            if of_claim is not None and _is_later(job, of_claim, lambda: archived.order):  # noqa: B023
                 continue
             names = {of_claim.customer_id} if of_claim is not None else set[str]()
             if record is not None:
@@ -473,6 +481,22 @@ class Erasure:
             if job.customer_id in names:
                 found.add(archived.order_id)
         return found
+
+
+def _is_later(job: Job, claim: Claim, find: Callable[[], Order | None]) -> bool:
+    """Whether an order was placed after an erasure was asked for.
+
+    The clock of the process that claimed its id may be ahead. The place of its event says what came first.
+    """
+    if claim.at < job.at:
+        return False
+    order = find()
+    return order is None or not 0 < order.place <= job.last
+
+
+def _is_before(job: Job, stored: StoredMessage) -> bool:
+    """Whether an event was stored before an erasure was asked for."""
+    return stored.sequence <= job.last if job.last else stored.time < job.at
 
 
 def _is_of(job: Job, event: Message) -> bool:

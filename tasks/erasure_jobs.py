@@ -38,6 +38,7 @@ class Job:
 
     Attributes:
       by, via: Who asked for it, and from where.
+      last: The place of the newest event when it was asked for, 0 in one of an earlier version.
       counts: How many of each kind were taken away or made anonymous.
       doomed: What is taken away right now, and `stage` of which kind it is.
       others: What a newer version has stored beside it.
@@ -52,6 +53,7 @@ class Job:
     counts: dict[str, int] = field(default_factory=dict)
     stage: str = ""
     doomed: list[str] = field(default_factory=list)
+    last: int = 0
     others: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -88,13 +90,17 @@ class Jobs:
       bucket: Where they are kept.
       name: The bucket's name on the server, for which its subjects begin with `$KV.`.
       newest: Reads its stream, newest first.
+      last_event: Returns the place of the newest event.
       now: The time in milliseconds.
     """
 
-    def __init__(self, bucket: Bucket, name: str, newest: Newest, now: Callable[[], int]) -> None:
+    def __init__(
+        self, bucket: Bucket, name: str, newest: Newest, last_event: Callable[[], int], now: Callable[[], int]
+    ) -> None:
         self._bucket = bucket
         self._subjects = f"$KV.{name}.{_JOB}>"
         self._newest = newest
+        self._last_event = last_event
         self._now = now
 
     def begin(self, customer_id: str, who: Who) -> Job:
@@ -113,7 +119,8 @@ class Jobs:
                     certificate = opened.value.decode()
                 else:
                     self._bucket.update(key, certificate.encode(), revision=opened.revision)
-                job = Job(certificate, customer_id, self._now(), who.name or who.kind, who.via)
+                by = who.name or who.kind
+                job = Job(certificate, customer_id, self._now(), by, who.via, last=self._last_event())
                 self._bucket.create(f"{_JOB}{certificate}", _encode(job))
                 return job
 

@@ -228,7 +228,7 @@ class Retention:
         claim = entries.get(claim_key(order_id))
         if claim is None and record_key(order_id) not in entries:
             return ""  # no order of this service
-        if claim is not None and Claim.decode(claim.value).is_archived:
+        if _is_closed(claim):
             return ""  # one that left before
         order = self._orders.get(order_id)
         if order is None:
@@ -273,8 +273,8 @@ class Retention:
             # The entries first: what changes while the rest is looked at makes them outdated.
             entries = entries_of(self._stock_bucket, order_id)
             order = self._orders.get(order_id)
-            if order is None or _unfinished(order, entries):
-                continue
+            if order is None or _is_closed(entries.get(claim_key(order_id))) or _unfinished(order, entries):
+                continue  # with its claim closed it is only half back: its restore was killed, and is to be repeated
             newest = max(one.sequence for one in order.history)
             if newest <= last:
                 yield order_id, entries
@@ -305,7 +305,7 @@ class Retention:
         bucket, order_id = self._stock_bucket, archived.order_id
         there = entries_of(bucket, order_id)
         claim = there.get(claim_key(order_id))
-        was_closed = claim is not None and Claim.decode(claim.value).is_archived
+        was_closed = _is_closed(claim)
         record = there.get(record_key(order_id))
         if was_closed and record is None and record_key(order_id) in archived.entries:
             # A run was killed when it had deleted the record.
@@ -380,7 +380,7 @@ class Retention:
                 if not is_wanted or newest[archived.order_id] != place:
                     continue
                 claim = self._stock_bucket.get(claim_key(archived.order_id))
-                if claim is None or Claim.decode(claim.value).is_archived:  # or it is back, or never left
+                if claim is None or _is_closed(claim):  # or it is back, or never left
                     with recorded(archived.order_id):
                         self._bring_back(archived, claim)
                     yield archived.order_id
@@ -421,12 +421,17 @@ def _unfinished(order: Order, entries: Mapping[str, Entry]) -> str:
     order_id = order.order_id
     if not order.is_final:
         return f"order {order_id} is {order.status}"
-    if f"refund.{order_id}" in entries:
-        return f"money of order {order_id} may have to go back"
     record = entries.get(record_key(order_id))
     if f"cancel.{order_id}" in entries and record and Record.decode(record.value).state == "confirmed":
         return f"order {order_id} is to be cancelled"
+    if f"refund.{order_id}" in entries:
+        return f"money of order {order_id} may have to go back"
     return ""
+
+
+def _is_closed(claim: Entry | None) -> bool:
+    """Whether a claim says that its order is in the archive alone."""
+    return claim is not None and Claim.decode(claim.value).is_archived
 
 
 def _revisions(entries: Mapping[str, Entry]) -> Mapping[str, int]:

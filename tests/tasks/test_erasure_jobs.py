@@ -25,7 +25,7 @@ def unread(subject: str, *, before: int | None, page: int) -> Iterator[StoredMes
 
 
 def jobs(bucket: FakeBucket) -> Jobs:
-    return Jobs(bucket, "erasures", unread, lambda: 1_000)
+    return Jobs(bucket, "erasures", unread, lambda: 7, lambda: 1_000)
 
 
 def test_a_customer_has_one_job_at_a_time() -> None:
@@ -74,7 +74,7 @@ def test_pages(broker: JetStreamBroker) -> None:
     """What changed last comes first, each once."""
     bucket = broker.bucket("erasures")
     bucket.declare()
-    real = Jobs(bucket, bucket.name, broker.stream(bucket.stream).newest, lambda: 1_000)
+    real = Jobs(bucket, bucket.name, broker.stream(bucket.stream).newest, lambda: 0, lambda: 1_000)
     begun = [real.begin(f"c-{number}", ANN) for number in range(5)]
     real.finish(begun[0])
     expected = [begun[0].id, *(job.id for job in reversed(begun[1:]))]

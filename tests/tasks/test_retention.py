@@ -21,6 +21,7 @@ import tasks.archive
 import tasks.erasure
 import tasks.retention
 from dramatiq_jetstream.streams import Range, StoredMessage
+from orders.v1.events_pb2 import OrderReserved
 from tasks.archive import Archive, ArchiveBroken, ArchiveBusy, Segment
 from tasks.audit import Who
 from tasks.claims import Claim
@@ -30,13 +31,14 @@ from tasks.erased import ErasedOrders
 from tasks.erasure import Erasure
 from tasks.erasure_jobs import Job, Jobs, NotErasable
 from tasks.events import Happened, UnusableEvent, order_id_of, subject_of
-from tasks.figures import Counting
+from tasks.figures import Counting, Figures, Numbers
 from tasks.ledger import Chargeback
 from tasks.notes import GivenUp
 from tasks.orders import Orders
+from tasks.projection import Projection
 from tasks.rebuild import Rebuild
 from tasks.retention import MARK, Chronicle, Retention, find_mark
-from tasks.stream import read_stored
+from tasks.stream import merged, read_stored
 from tests.tasks.fakes import FakeBucket
 from tests.tasks.test_saga_properties import Service, created
 
@@ -44,7 +46,11 @@ DAY = 86_400_000
 
 
 class Events:
-    """The stream of a `Service` as `tasks.stream` offers it; an event was stored at 1,000 + its sequence."""
+    """The stream of a `Service` as `tasks.stream` offers it; an event was stored at 1,000 + its sequence.
+
+    Attributes:
+      clock: Returns when the event with a sequence was stored.
+    """
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -52,6 +58,7 @@ class Events:
         self.gone: set[int] = set()
         self.behind: tuple[int, str] | None = None
         self.facts: Callable[[], Iterator[Happened]] = lambda: iter(())
+        self.clock: Callable[[int], int] = lambda sequence: 1_000 + sequence
 
     def range(self) -> Range:
         return Range(self.first, len(self._service.stream.stored))
@@ -62,7 +69,7 @@ class Events:
                 data = one.event.SerializeToString(deterministic=True)
                 headers = {"Request-Id": f"r-{one.sequence}"}
                 yield StoredMessage(
-                    "ORDERS", one.sequence, subject_of(one.event), data, headers, 1_000 + one.sequence
+                    "ORDERS", one.sequence, subject_of(one.event), data, headers, self.clock(one.sequence)
                 )
 
     def read(self, start: int = 1) -> Iterator[Happened]:
@@ -447,6 +454,37 @@ def test_a_run_comes_to_its_end_while_events_grow_old(tmp_path: Path) -> None:
     assert (retention.run().segments, shop.archived()) == (1, [1, 2, 3])
 
 
+def test_an_order_whose_restore_was_killed_stays_until_it_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half back, it would leave with a closed claim, and its content would be lost."""
+    shop = Shop(tmp_path, 1)
+    ledger = shop.ledger()
+    shop.retention().run()
+
+    update = shop.service.stock_bucket.update
+
+    def killed(key: str, *arguments: Any, **options: Any) -> int:
+        if key == "claim.o-0":
+            raise KeyboardInterrupt
+        return update(key, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shop.service.stock_bucket, "update", killed)
+        with pytest.raises(KeyboardInterrupt):
+            list(shop.retention().restore(["o-0"]))
+    shop.place("o-9")
+    shop.service.finish()
+    retention = shop.retention()
+    now = retention._now
+    retention._now = lambda: now() + 10 * DAY
+    assert retention.run().orders == 1
+    assert list(shop.retention().restore(["o-0"])) == ["o-0"]
+    back = {key: value for key, value in shop.ledger().items() if key.endswith(".o-0")}
+    assert back.pop("restored.o-0")
+    assert back == ledger
+
+
 def test_an_archived_order_is_not_begun_again(tmp_path: Path) -> None:
     """Its events come again, its id is asked for again, it is to be cancelled: nothing happens to it."""
     shop = Shop(tmp_path, 3)
@@ -630,7 +668,13 @@ def erasure_at(shop: Shop, at: int, deliveries: FakeBucket | None = None) -> Era
     buckets = {name: FakeBucket() for name in ("requests", "tokens", "access", "webhooks")}
     buckets["deliveries"] = deliveries or FakeBucket()
     return Erasure(
-        Jobs(shop.erasures, "erasures", lambda subject, **_: iter(()), lambda: at),
+        Jobs(
+            shop.erasures,
+            "erasures",
+            lambda subject, **_: iter(()),
+            lambda: len(service.stream.stored),
+            lambda: at,
+        ),
         shop.events,  # type: ignore[arg-type]
         service.stock(),
         service.stock_bucket,
@@ -771,6 +815,98 @@ def test_an_erasure_leaves_an_order_alone_that_is_under_way(tmp_path: Path, rese
     assert service.records()["n-0"].state == "confirmed"
     assert erasure.run(job.id).counts["orders"] == 2
     assert not [one for one in shop.ledger().values() if b"c-1" in one]
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_what_came_of_an_order_since_an_erasure_was_asked_for_is_erased(
+    tmp_path: Path, archived: bool
+) -> None:
+    """It was claimed before, placed after, cancelled with a reason, and perhaps archived before the erasure goes on."""
+    shop = Shop(tmp_path, 1)
+    service, placed = shop.service, len(shop.service.stream.stored)
+    event = created("n-0", [("MUG-01", 1)])
+    service.claim(event)
+    at = service.now()
+    job = erasure_at(shop, at)._jobs.begin("c-1", Who("ann", "operator", "page"))
+    shop.events.clock = lambda sequence: sequence if sequence <= placed else at + sequence
+    service.stream.append(event)
+    work(shop)
+    service.saga().request_cancel("n-0", "operator", "she moved to Rome")
+    work(shop)
+    assert service.records()["n-0"].state == "cancelled"
+    if archived:
+        retention = shop.retention()
+        retention._now = lambda: 10 * DAY
+        assert retention.run().orders == 2
+    assert erasure_at(shop, at).run(job.id).is_done
+    assert not [one for one in shop.events.stored() if b"\x03c-1" in one.data or b"Rome" in one.data]
+    archive = Archive(tmp_path)
+    lines = [line for segment in archive.segments() for line in archive.lines(segment)]
+    assert bool(lines) == archived
+    for line in lines:
+        data = tasks.archive.stored_in(line).data if "event" in line else json.dumps(line).encode()
+        assert b"c-1" not in data
+        assert b"Rome" not in data
+    if not archived:
+        there = shop.records()
+        shop.rebuild()
+        assert shop.records() == there
+
+
+def test_an_erasure_does_not_depend_on_the_clocks(tmp_path: Path) -> None:
+    """Where it is asked for the clock is behind all others; what was there is erased, what is placed since is not."""
+    shop = Shop(tmp_path, 2)
+    # Of no order of this service.
+    shop.service.stream.append(OrderReserved(order_id="x-0", customer_id="c-1"))
+    work(shop)
+    erasure = erasure_at(shop, 500)
+    job = erasure.begin("c-1", Who("ann", "operator", "command"))
+    shop.place("n-0")
+    shop.service.finish()
+    assert erasure.run(job.id).counts["orders"] == 2
+    left = {order_id_of(one.event) for one in shop.events.read()}
+    assert left == {"n-0"}
+    assert {key for key, one in shop.records().items() if one["customer_id"] == "c-1"} == {"n-0"}
+
+
+def test_an_order_that_broke_a_rule_counts_after_its_erasure(tmp_path: Path) -> None:
+    """The ledger has nothing of what it asked for; that it was placed, and rejected, stays."""
+    shop = Shop(tmp_path, 1)
+    broken = created("b-0", [("MUG-01", 1)])
+    broken.items[0].sku = "ann's own"
+    shop.service.stream.append(broken)
+    shop.service.deliver_new()
+    shop.service.finish()
+    projection = Projection(
+        shop.service.stock(),
+        Orders(shop.service.orders_bucket),
+        shop.service.catalogue,
+        shop.service.now,
+    )
+    bucket = FakeBucket()
+
+    def counting() -> Counting:
+        orders = Orders(shop.service.orders_bucket)
+        return Counting(bucket, shop.events, orders, projection.project, lambda: 10_000_000)  # type: ignore[arg-type]
+
+    def counted() -> Numbers:
+        (span,), _ = Figures(bucket, lambda: 10_000).days(1)
+        return span.numbers
+
+    counting().advance()
+    before = counted()
+    assert (before.placed, before.rejected) == (2, 1)
+    assert erase(shop, "c-1", 10**9).is_done
+    assert not [one.key for one in shop.service.stock_bucket.items("claim.") if b"ann" in one.value]
+    shop.events.read = lambda start=1: merged(shop.events.present(start), shop.erased().facts())  # type: ignore[method-assign]
+    counting().rebuild()
+    assert counted() == before
+    there = shop.records()
+    # Another program says it once more.
+    shop.service.stream.append(broken)
+    work(shop)
+    shop.rebuild()
+    assert shop.records() == there
 
 
 def test_no_event_is_erased_before_the_figures_have_counted_it(
