@@ -44,6 +44,9 @@ FAILED: Final = "failed"
 #: How many deliveries of an order are asked for at once.
 _PAGE: Final = 256
 
+#: How often it is looked whether something has changed while a page was read.
+_LOOKS: Final = 5
+
 #: How many members an attempt has here.
 _MEMBERS: Final = 4
 
@@ -199,16 +202,29 @@ class Deliveries:
     def page(
         self, webhook_id: str, limit: int, before: int | None = None
     ) -> tuple[list[Delivery], int | None]:
-        """Return the deliveries of a webhook that changed last, and the cursor of the next page."""
+        """Return the deliveries of a webhook that changed last, and the cursor of the next page.
+
+        The first page has those, too, that change while it is read.
+        """
+        subject = f"{self._subjects}{webhook_id}.>"
+        newest = self._stream.last(subject) if before is None else None
         # Of a key that was deleted or has expired a mark is left, without a value.
-        found = (
-            one
-            for one in self._stream.newest(f"{self._subjects}{webhook_id}.>", before=before, page=limit + 1)
-            if one.data
-        )
-        page = list(islice(found, limit + 1))
-        more = len(page) > limit
-        return [_decoded(one.data) for one in page[:limit]], page[limit - 1].sequence if more else None
+        found = (one for one in self._stream.newest(subject, before=before, page=limit + 1) if one.data)
+        page = {one.subject: one for one in islice(found, limit + 1)}
+        if newest is not None:
+            page |= {one.subject: one for one in self._changed_since(subject, newest.sequence)}
+        newest_first = sorted((one for one in page.values() if one.data), key=lambda one: -one.sequence)
+        following = newest_first[limit - 1].sequence if len(newest_first) > limit else None
+        return [_decoded(one.data) for one in newest_first[:limit]], following
+
+    def _changed_since(self, subject: str, place: int) -> Iterator[StoredMessage]:
+        """Yield what was stored behind a place, until that is all: what changes is stored again at the end."""
+        for _ in range(_LOOKS):
+            changed = list(self._stream.read(subject, start=place + 1, page=_PAGE))
+            if not changed:
+                return
+            yield from changed
+            place = changed[-1].sequence
 
     def failed(self, webhook_id: str, run: int) -> Iterator[Delivery]:
         """Yield the deliveries of a webhook that failed in a run before this one, page by page."""

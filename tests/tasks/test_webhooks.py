@@ -53,6 +53,48 @@ class NoStream:
         return None
 
 
+class Moving(NoStream):
+    """The stream of a log in which deliveries change while it is read: each change stores one again at the end."""
+
+    def __init__(self, entries: list[tuple[str, bytes]], changes: list[str]) -> None:
+        self._stored = {
+            subject: self._message(place, subject, data)
+            for place, (subject, data) in enumerate(entries, start=1)
+        }
+        self._changes = changes
+
+    @staticmethod
+    def _message(place: int, subject: str, data: bytes) -> StoredMessage:
+        return StoredMessage("KV_deliveries", place, subject, data, {}, 0)
+
+    def _change(self) -> None:
+        if self._changes:
+            subject = self._changes.pop(0)
+            place = self._last().sequence + 1
+            self._stored[subject] = self._message(place, subject, self._stored[subject].data)
+
+    def _last(self) -> StoredMessage:
+        return max(self._stored.values(), key=lambda one: one.sequence)
+
+    def last(self, subject: str = ">") -> StoredMessage | None:
+        return self._last()
+
+    def newest(
+        self, subject: str = ">", *, before: int | None = None, page: int = 64
+    ) -> Iterator[StoredMessage]:
+        place = before or self._last().sequence + 1
+        while found := [one for one in self._stored.values() if one.sequence < place]:
+            newest = max(found, key=lambda one: one.sequence)
+            place = newest.sequence
+            yield newest
+            self._change()
+
+    def read(self, subject: str = ">", *, start: int = 1, page: int = 256) -> Iterator[StoredMessage]:
+        found = [one for one in self._stored.values() if one.sequence >= start]
+        self._change()
+        return iter(sorted(found, key=lambda one: one.sequence))
+
+
 class Fixture:
     """Webhooks in memory, with a clock and a receiver that the test moves."""
 
@@ -131,6 +173,25 @@ class Fixture:
         found = self.deliveries.find(webhook_id, named)
         assert found is not None
         return found
+
+
+@pytest.mark.parametrize("limit", [3, 10])
+@pytest.mark.parametrize("changes", [[0], [1, 0], [2, 0, 1], [0, 0, 2]])
+def test_a_page_of_the_log_has_what_changes_while_it_is_read(
+    it: Fixture, changes: list[int], limit: int
+) -> None:
+    """What is about to be read is stored again at the end: it is on the page, once; the next page goes on behind."""
+    webhook_id, _ = it.webhook()
+    named = [it.delivery(webhook_id, event) for event in ("created", "reserved", "paid", "confirmed")]
+    entries = [(f"$KV.deliveries.{entry.key}", entry.value) for entry in it.log.items()]
+    stream = Moving(list(entries), [entries[number][0] for number in changes])
+    deliveries = Deliveries(it.log, "deliveries", stream)
+    found, following = deliveries.page(webhook_id, limit)
+    if following is not None:
+        rest, following = deliveries.page(webhook_id, limit, following)
+        found += rest
+    assert following is None
+    assert sorted(one.id for one in found) == sorted(named)
 
 
 @pytest.fixture
