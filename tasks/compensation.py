@@ -8,7 +8,9 @@ The record decides once. A payment moves it from `held` to `paid`, a cancel from
 by compare-and-set. A cancel that comes first leaves nothing to pay; one that comes later decides the refund in the same
 change. One that comes after the goods have left cancels nothing: it asks for a return (`tasks.shipping`).
 
-A request is noted in the ledger before its event is published, so an event without that note is a stranger's.
+A request is noted in the ledger before its event is published, so an event without that note is a stranger's. The note
+of `tasks.refunds` stands from before that until the order has ended. So a request whose process died before it
+published the event, or whose message someone purged, is carried out with the next look at what is not settled.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ from .text import shown
 CANCELLABLE: Final = frozenset(
     {"offered", "held", "paid", "confirmed", "declined", "released", "cancelling", "cancelled"}
 )
+
+#: Those from which a cancel has something to do.
+_NOT_ENDED: Final = CANCELLABLE - {"released", "cancelled"}
 
 
 class NotCancellable(Refusal):
@@ -61,20 +66,32 @@ class Compensation(Refunds):
                 raise NotCancellable(
                     f"Order {order_id} is shipped: return it, and say what becomes of its goods."
                 )
+        notes, noted = self._stock.notes, None
+        has_to_end = found is None or found.record.state in _NOT_ENDED
+        if has_to_end and not notes.was_asked(order_id):
+            noted = notes.unsettle(order_id, self._now(), self._now())
         wanted = CancelRequest(self._now(), by, shown(reason, MAX_TEXT), name)
-        request, revision = self._stock.notes.ask_to_cancel(order_id, wanted)
+        request, revision = notes.ask_to_cancel(order_id, wanted)
         if revision is not None:
-            self._check_not_leaving(order_id, revision)
+            self._check_not_leaving(order_id, revision, noted)
+            if has_to_end:
+                # A process that settled the order before the request was there may have dropped the note.
+                notes.unsettle(order_id, self._now(), self._now())
         return self._publish(cancel_requested_event(order_id, request), request.at)
 
-    def _check_not_leaving(self, order_id: str, revision: int) -> None:
-        """Raise NotCancellable when an order leaves for the archive right now, and drop the note on it.
+    def _check_not_leaving(self, order_id: str, revision: int, noted: int | None) -> None:
+        """Raise NotCancellable when an order leaves for the archive right now, and drop the notes on it.
 
-        What closes the claim looks for the note after that, so one of the two sees the other.
+        What closes the claim looks for the notes after that, so one of the two sees the other.
+
+        Parameters:
+          revision: Of the note of who wants it cancelled.
+          noted: Of the note that the order is not settled, None when it was noted before.
         """
         claim = self._stock.claims.find(order_id, linearizable=True)
         if claim is not None and claim.is_archived:
             self._stock.notes.take_back_cancel(order_id, revision)
+            self._stock.notes.settled(order_id, noted)
             raise NotCancellable(
                 f"Order {order_id} is leaving for the archive: ask again, and restore it first when it has left."
             )
@@ -86,6 +103,20 @@ class Compensation(Refunds):
             raise NotCancellable(f"There is no order {order_id}.")
         if claim.is_archived:
             raise NotCancellable(f"Order {order_id} is in the archive.")
+
+    def _end_if_asked(self, order_id: str, found: Found | None) -> Found | None:
+        """Cancel an order whose cancel was requested, if nothing has yet: its event, or its message, may be lost."""
+        if found is not None and found.record.state not in _NOT_ENDED:
+            return found
+        request = self._stock.notes.cancel_request(order_id)
+        if request is None:
+            return found
+        try:
+            self._check_there(order_id)
+            self._say(cancel_requested_event(order_id, request), request.at)
+            return self._cancel(order_id, request)
+        except NotCancellable:
+            return self._stock.find(order_id)
 
     def undo(self, event: OrderCancelRequested) -> str:
         """Cancel an order whose cancel was requested; returns the state in which that leaves it."""
@@ -120,10 +151,13 @@ class Compensation(Refunds):
             found = self._stock.release(order_id, self._now())
         if found.record.state not in ("cancelled", "released"):
             raise NotCancellable(f"Order {order_id} is {found.record.state} already.")
-        if found.record.state == "cancelled" and "held" in found.record.at:
+        may_be_charged = found.record.state == "cancelled" and "held" in found.record.at
+        if may_be_charged:
             at = found.record.at["cancelled"]
             self._stock.notes.unsettle(order_id, at, self._now())
         self._announce(order_id, found)
+        if not may_be_charged:
+            self._stock.notes.settled(order_id, self._stock.notes.find_unsettled(order_id))
         self._tokens.drop(order_id)
         return found
 

