@@ -174,6 +174,37 @@ def test_an_interrupt_that_comes_before_the_actor_waits_for_it() -> None:
     assert ran == []
 
 
+def test_what_strikes_as_the_actor_ends_leaves_the_gate_closed() -> None:
+    """It was on its way when the actor ended, and strikes at once; what must be whole afterwards waits for nothing."""
+    gates: list[interrupts.Gate] = []
+    seen: list[str] = []
+    coming = threading.Event()
+
+    def run() -> None:
+        gate = interrupts.Gate()
+        gate.expect()
+        gates.append(gate)
+        try:
+            gate.call(coming.wait, (30,), {})
+        except Interrupt:
+            seen.append("struck")
+        seen.append(interrupts.uninterrupted(lambda: "whole"))
+
+    def is_due() -> bool:
+        coming.set()
+        eventually(lambda: not gates[0]._expected)  # the actor has ended, and its thread waits for this one
+        return True
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    eventually(lambda: gates and gates[0]._is_open)
+    assert thread.ident is not None
+    interrupts.interrupt(thread.ident, Interrupt, is_due)
+    thread.join(30)
+    interrupts._gates.pop(thread.ident, None)
+    assert seen == ["struck", "whole"]
+
+
 def test_a_thread_that_is_struck_without_end_is_struck_in_its_actor_only() -> None:
     """Two others interrupt it as often as they can."""
     outcome: list[str] = []

@@ -72,9 +72,9 @@ class Gate:
                 self._raise_wanted()
             return function(*args, **kwargs)
         finally:
-            self._expected = False
+            # Before the lock is taken: what was set while this thread waited for it strikes when it has it.
+            self._expected = self._is_open = False
             self._lock.acquire()
-            self._is_open = False
 
     def keep_out(self, function: Callable[[], Result]) -> Result:
         """Call `function` in an actor; what is to interrupt it meanwhile does so afterwards."""
