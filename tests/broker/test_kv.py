@@ -32,6 +32,7 @@ from dramatiq_jetstream.wire.connection import Connection, ConnectOptions, Publi
 from dramatiq_jetstream.wire.error_numbers import WRONG_LAST_SEQUENCE
 from tests.broker.cables import DeafCable
 from tests.support.polling import eventually, holds
+from tests.support.proxy import Proxy
 
 MakeBucket = Callable[..., Bucket]
 
@@ -549,6 +550,34 @@ def test_a_watch_sees_a_bucket_that_came_back_older(
     bucket.put("k", b"after")
     eventually(lambda: seen.values[2:] == [("k", b"after")])
     watch.close()
+
+
+def test_a_watch_sees_what_an_older_bucket_got_before_it_was_back(
+    make_bucket: MakeBucket, own_nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """Others were connected first: they have written beyond what the watch had seen, in the places of that."""
+    writer, store = make_bucket(own_nats_server.url), tmp_path / "nats"
+    writer.put("k", b"0")
+    own_nats_server.stop()
+    shutil.copytree(store, tmp_path / "copy")
+    own_nats_server.start()
+    for number in range(1, 10):
+        writer.put("k", b"%d" % number)
+    with Proxy(own_nats_server.url) as proxy:
+        seen = Seen()
+        watch = make_bucket(proxy.url).watch("", seen)
+        eventually(lambda: seen.values == [("k", b"9")])
+        proxy.lose()
+        own_nats_server.kill()
+        shutil.rmtree(store)
+        (tmp_path / "copy").rename(store)
+        own_nats_server.start()
+        writer.put("early", b"x")
+        for number in range(20):
+            writer.put("k", b"new %d" % number)
+        proxy.restore()
+        eventually(lambda: ("early", b"x") in seen.values and seen.values[-1] == ("k", b"new 19"))
+        watch.close()
 
 
 def test_reading_a_bucket_that_was_deleted_makes_it_again_at_once(

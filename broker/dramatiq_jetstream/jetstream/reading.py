@@ -28,6 +28,7 @@ __all__ = [
     "message_at",
     "messages",
     "parse_time",
+    "time_text",
 ]
 
 
@@ -64,6 +65,12 @@ def parse_time(text: str) -> int:
     """Milliseconds since 1970 of the server's RFC 3339 time, which has up to nine decimals."""
     text = re.sub(r"(\.\d{1,6})\d*", lambda m: m[1].ljust(7, "0"), text).replace("Z", "+00:00")
     return (datetime.fromisoformat(text) - _EPOCH) // _MILLISECOND
+
+
+def time_text(nanoseconds: int) -> str:
+    """A time in nanoseconds since 1970 as the server reads it."""
+    seconds, fraction = divmod(nanoseconds, 1_000_000_000)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction:09d}Z"
 
 
 def _get(

@@ -5,7 +5,8 @@ reconnect or silence (the server sends heartbeats) ends the consumer and starts 
 sequence, so no entry is missed and none comes twice. The server forgets a consumer whose reader died.
 
 Sequences belong to one life of the stream. After each consumer was made, the server is asked when its stream was
-made and how far it goes: a stream that was deleted and made again, or came back with less, is read from its start.
+made, how far it goes, and what it stored first after the last entry that was seen: a stream that was deleted and made
+again, or came back with less, is read from its start, also when it has grown beyond that entry since.
 
 Everything here runs on the connection's loop thread, except `KeyWatcher`'s constructor and `close`.
 """
@@ -22,7 +23,7 @@ from typing import Any
 from dramatiq_jetstream.wire.ack_subjects import ack_tokens, is_ack_subject
 from dramatiq_jetstream.wire.connection import Connection, Msg
 
-from .reading import StoredMessage
+from .reading import StoredMessage, time_text
 
 __all__ = ["KeyWatcher"]
 
@@ -55,7 +56,9 @@ class KeyWatcher:
         self._stream = stream
         self._callback = callback
         self._sequence = 0
+        self._stored = 0  # when the last seen entry was stored, in nanoseconds since 1970
         self._behind = 0  # what had been seen when the consumer was asked for
+        self._behind_stored = 0
         self._created = ""
         self._complaint = ""  # why the last consumer could not be made, as logged
         self._name = ""
@@ -69,6 +72,7 @@ class KeyWatcher:
             connection.subscribe(self._inbox, self._receive, confirmed=True),
             connection.subscribe(f"{self._inbox}.made.*", self._receive_made),
             connection.subscribe(f"{self._inbox}.life.*", self._receive_life),
+            connection.subscribe(f"{self._inbox}.later.*", self._receive_later),
         )
         connection.on_reconnect(self._restart)
         connection.post(self._restart)
@@ -100,7 +104,7 @@ class KeyWatcher:
         self._stop()
         self._generation += 1
         self._delivered = 0
-        self._behind = self._sequence
+        self._behind, self._behind_stored = self._sequence, self._stored
         self._name = f"watch-{secrets.token_hex(8)}"
         config: dict[str, Any] = {
             "name": self._name,
@@ -148,7 +152,7 @@ class KeyWatcher:
             self._restart()
             return
         self._delivered = delivered
-        self._sequence = sequence
+        self._sequence, self._stored = sequence, max(self._stored, timestamp)
         try:
             self._callback(
                 StoredMessage(
@@ -194,8 +198,25 @@ class KeyWatcher:
         another = self._created not in ("", info["created"])
         self._created = info["created"]
         if another or info["state"]["last_seq"] < self._behind:
-            self._sequence = 0
-            self._restart()
+            self._start_over()
+        elif self._behind:
+            self._connection.write(
+                self._connection.api_subject(f"STREAM.MSG.GET.{self._stream}"),
+                json.dumps({"start_time": time_text(self._behind_stored + 1)}).encode(),
+                f"{self._inbox}.later.{self._generation}",
+            )
+
+    def _receive_later(self, message: Msg) -> None:
+        """Start over when something that is newer than the seen entries has the place of one of them."""
+        if self._closed or message.subject != f"{self._inbox}.later.{self._generation}":
+            return
+        later = json.loads(message.data or b"{}").get("message")
+        if later is not None and later["seq"] <= self._behind:
+            self._start_over()
+
+    def _start_over(self) -> None:
+        self._sequence = self._stored = 0
+        self._restart()
 
     def _handle_status(self, message: Msg) -> None:
         headers = dict(message.headers or {})

@@ -29,13 +29,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.errors import BrokerConnectionError, NotFound, PermissionDenied
 from dramatiq_jetstream.jetstream.names import METADATA_ACK_WAIT
+from dramatiq_jetstream.jetstream.reading import time_text
 from dramatiq_jetstream.wire.connection import Connection, CoreSubscription, Msg
 from dramatiq_jetstream.wire.replies import translate
 
@@ -291,7 +291,7 @@ class Durables:
         if state["last_seq"] < sequence:
             return False
         try:
-            later = await self._api(f"STREAM.MSG.GET.{durable.stream}", {"start_time": _rfc3339(stored + 1)})
+            later = await self._api(f"STREAM.MSG.GET.{durable.stream}", {"start_time": time_text(stored + 1)})
         except NotFound:
             return True
         return bool(later["message"]["seq"] > sequence)
@@ -408,8 +408,3 @@ def _ack_wait(info: Mapping[str, Any]) -> int:
     config = info["config"]
     present = int(config["ack_wait"]) // _NANOSECONDS_PER_MS
     return min(present, int((config.get("metadata") or {}).get(METADATA_ACK_WAIT, present)))
-
-
-def _rfc3339(nanoseconds: int) -> str:
-    seconds, fraction = divmod(nanoseconds, 1_000_000_000)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction:09d}Z"
