@@ -95,7 +95,7 @@ def test_a_stream_tells_its_queue(namespace, queue):
 
 #: Namespaces, queues, buckets and actors that are made of separators, so that two pairs could easily be confused.
 parts = st.lists(
-    st.sampled_from(["shop", "q", "_", "-", "__", "_-", "_q", "_q_", "dead", "_dead", "eu"]),
+    st.sampled_from(["shop", "q", "_", "-", "__", "_-", "_q", "_q_", "dead", "_dead", "eu", "KV_"]),
     min_size=1,
     max_size=5,
 ).map("".join)
@@ -109,7 +109,13 @@ pairs = st.lists(
 
 def stream_names(namespace, name):
     names = Names(namespace)
-    return {names.queue_stream(name), names.dead_stream}
+    return {
+        names.queue_stream(name),
+        names.dead_stream,
+        names.history_stream,
+        names.activity_stream,
+        names.audit_stream,
+    }
 
 
 def bucket_name(namespace, name):
@@ -125,6 +131,8 @@ def bucket_name(namespace, name):
 @example([("shop", "eu-results"), ("shop-eu", "results")])
 @example([("shop_-eu", "results"), ("shop-eu", "results")])
 @example([("a", "_-b"), ("a_", "b")])
+@example([("KV_shop-eu", "mail"), ("shop", "eu_q_mail")])
+@example([("KV_shop-eu", "mail"), ("shop", "eu_dead")])
 def test_no_two_pairs_give_one_name(pairs):
     """Different namespaces share no stream, bucket or consumer, and neither do two names in one namespace."""
     (one, name), (other, other_name) = pairs
@@ -139,6 +147,8 @@ def test_no_two_pairs_give_one_name(pairs):
         assert Names(other).queue_of_stream(Names(one).queue_stream(name)) is None
     buckets = bucket_name(one, name), bucket_name(other, other_name)
     assert buckets == (None, None) or buckets[0] != buckets[1]
+    streams = stream_names(one, name) | stream_names(other, other_name)
+    assert streams.isdisjoint(bucket_stream(bucket) for bucket in buckets if bucket is not None)
     if one != other and buckets[0] is not None:
         assert Names(other).bucket_of_stream(bucket_stream(buckets[0])) is None
         assert Names(one).bucket_of_stream(bucket_stream(buckets[0])) == name

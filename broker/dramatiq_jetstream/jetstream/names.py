@@ -135,9 +135,10 @@ def decode(token: str) -> str:
 def _before_queue(namespace: str) -> str:
     """A namespace as it stands before `_q_` and `_dead`: the first `_q_` of the whole name is the separator.
 
-    `shop_q` becomes `shop=5Fq`; all others stay as they are.
+    `shop_q` becomes `shop=5Fq`, and `KV_shop`, with which a bucket's stream could begin, `KV=5Fshop`; all others stay
+    as they are.
     """
-    return re.sub(r"_(?=q(_|$))", "=5F", namespace)
+    return re.sub(r"(?<=\AKV)_|_(?=q(_|$))", "=5F", namespace)
 
 
 def _before_dash(namespace: str) -> str:
