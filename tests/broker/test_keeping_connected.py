@@ -89,6 +89,21 @@ def refuses(client: socket.socket) -> None:
     client.sendall(b"-ERR 'Maximum Connections Exceeded'\r\n")
 
 
+def says_a_size_that_is_none(client: socket.socket) -> None:
+    """Lets us in, and then nothing fits."""
+    client.sendall(GREETING.replace(b"1048576", b'"much"') + b"PONG\r\n")
+    words = b""
+    while b"$JS.API.INFO" not in words:
+        more = client.recv(4096)
+        if not more:
+            return
+        words += more
+    inbox = words.partition(b"SUB ")[2].split()[0]
+    client.sendall(b"MSG %s 0 2\r\n{}\r\n" % inbox)
+    while client.recv(4096):
+        pass
+
+
 OBSTACLES: list[Callable[[socket.socket], None]] = [
     closes,
     greets_and_resets,
@@ -99,6 +114,7 @@ OBSTACLES: list[Callable[[socket.socket], None]] = [
     never_ends_its_line,
     sends_binary,
     refuses,
+    says_a_size_that_is_none,
 ]
 
 
@@ -227,7 +243,8 @@ def test_credentials_that_are_not_whole_are_named(tmp_path, broken):
     """A file that has the JWT alone, the seed alone, or neither."""
     seed, _ = make_nkey()
     parts = {
-        "jwt": "-----BEGIN NATS USER JWT-----\neyJ0.eyJq.c2ln\n------END NATS USER JWT------\n",
+        # As long as real ones: longer than the name of a file may be.
+        "jwt": f"-----BEGIN NATS USER JWT-----\neyJ0.{'eyJq' * 200}.c2ln\n------END NATS USER JWT------\n",
         "seed": f"-----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n",
     }
     path = tmp_path / "user.creds"
@@ -240,6 +257,25 @@ def test_credentials_that_are_not_whole_are_named(tmp_path, broken):
         login = read_login(ConnectOptions(credentials=credentials), Address("host"))
         assert login.credentials == whole
         assert seed not in repr(login)
+
+
+@pytest.mark.parametrize("setting", ["credentials", "nkey"])
+@pytest.mark.parametrize("spoil", [str.lower, "{}\n".format, lambda seed: f"{seed[:20]} {seed[20:]}"])
+def test_an_error_about_credentials_shows_no_secret(setting, spoil):
+    """What is not the content of a file is taken for its path, and may be a seed that was pasted in a wrong way."""
+    seed, _ = make_nkey()
+    spoiled = spoil(seed.replace("SU", "SV"))
+    with pytest.raises(LoginUnreadable) as caught:
+        read_login(ConnectOptions(**{setting: spoiled}), Address("host"))
+    assert spoiled[20:].strip() not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", ["credentials", "nkey"])
+def test_a_file_with_credentials_that_is_missing_is_named(setting):
+    with pytest.raises(
+        LoginUnreadable, match=f"{setting}.* name the file 'user.creds', which does not exist"
+    ):
+        read_login(ConnectOptions(**{setting: "user.creds"}), Address("host"))
 
 
 def test_a_name_with_a_dead_address_connects_to_the_next(own_nats_server, monkeypatch):

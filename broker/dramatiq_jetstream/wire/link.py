@@ -343,6 +343,13 @@ class Link:
         while True:
             try:
                 client = await open_client(self.options, self._servers)
+                opened = time.monotonic()
+                self._begin_to_use(client)
+                await asyncio.wait({client.lost})
+                if time.monotonic() - opened >= LASTING_SECONDS:
+                    pause = FIRST_PAUSE_SECONDS
+                    self._complaints.clear()
+                self._note_lost(client)
             except BrokerError as error:
                 self._note_failure(error)
             except Exception as error:
@@ -350,16 +357,17 @@ class Link:
                 self._note_failure(
                     NotSent(f"Could not connect to NATS at {self.options.display}: {error!r}.")
                 )
-            else:
-                opened = time.monotonic()
-                self._note_open(client)
-                await asyncio.wait({client.lost})
-                if time.monotonic() - opened >= LASTING_SECONDS:
-                    pause = FIRST_PAUSE_SECONDS
-                    self._complaints.clear()
-                self._note_lost(client)
             await asyncio.sleep(pause * random.uniform(0.67, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _begin_to_use(self, client: Client) -> None:
+        """Send and receive over a new connection from now on; one that cannot be used is a failed attempt."""
+        try:
+            self._note_open(client)
+        except Exception as error:
+            client.abort(f"it could not be used: {error!r}")
+            self._note_lost(client)
+            raise
 
     def _note_open(self, client: Client) -> None:
         self._client = client

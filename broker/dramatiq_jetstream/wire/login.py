@@ -25,6 +25,9 @@ _JWT: Final = re.compile(r"-+BEGIN NATS USER JWT-+\s+([\w.=-]+)\s+-+END NATS USE
 _SEED: Final = re.compile(r"-+BEGIN USER NKEY SEED-+\s+(SU[A-Z2-7]{56})\s+-+END USER NKEY SEED-+")
 _BARE_SEED: Final = re.compile(r"\bSU[A-Z2-7]{56}\b")
 
+#: A text without a slash that is as long as this may be a seed, or a part of one, and is shown in no error.
+SHORTEST_SECRET: Final = 30
+
 
 class LoginUnreadable(ConnectionFailed):
     """The credentials cannot be read now."""
@@ -104,16 +107,29 @@ def connect_command(options: ConnectOptions, who: Mapping[str, str], *, tls: boo
 
 def _read(setting: str, value: str, content_has: str) -> str:
     """The content of a setting that is a path or the content itself."""
-    if content_has in value and "/" not in value.partition(content_has)[0] and not Path(value).is_file():
+    if content_has in value and "/" not in value.partition(content_has)[0] and not _is_file(value):
         return value
     try:
         return Path(value).read_text()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a text that cannot be decoded is a ValueError, too
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise LoginUnreadable(
-            f"{setting} name the file {value!r}, which does not exist or cannot be read ({reason}): "
+            f"{setting} name {_shown(value)}, which does not exist or cannot be read ({reason}): "
             "give the path or the content of the file."
         ) from None
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return Path(value).is_file()
+    except (OSError, ValueError):  # content is longer than any path
+        return False
+
+
+def _shown(value: str) -> str:
+    """What an error says of a path; what may be a secret is not shown."""
+    may_be_secret = "\n" in value or (len(value) >= SHORTEST_SECRET and "/" not in value)
+    return "a file" if may_be_secret else f"the file {value!r}"
 
 
 def _check_seed(seed: str) -> None:
