@@ -199,17 +199,26 @@ def test_messages_that_come_after_the_end_of_their_request_are_waited_for(
 
 
 def test_a_request_that_ended_without_its_messages_is_given_up(make_broker, monkeypatch):
-    """They were lost between two nodes, say; others are asked for."""
+    """They were lost between two nodes, say; others are asked for. It does not count as one that stands meanwhile."""
     monkeypatch.setattr(fetching, "SILENCE_SECONDS", 0.5)
     broker = make_broker()
     work, ran = noting(broker)
+    counts = []
     with running(broker):
         fetcher = fetchers_of(broker)[0]
+        (opened,) = broker._workplace.consumers._open
+
+        def end():
+            before = opened.requests(fetcher.source.durable)
+            fetcher._answered(slot, pull, ended)
+            counts.append(before - opened.requests(fetcher.source.durable))
+
         slot = eventually(lambda: next((slot for slot in fetcher._slots if slot.pull is not None), None))
         pull = slot.pull
         ended = {"Status": "409", "Description": "Batch Completed", "Nats-Pending-Messages": "0"}
-        broker.connection.post(lambda: fetcher._answered(slot, pull, ended))
+        broker.connection.post(end)
         eventually(lambda: pull.ended and pull not in fetcher.pulls)
+        assert counts == [1]
         eventually(lambda: any(not each.ended for each in fetcher.pulls))
         work.send(1)
         eventually(lambda: ran == [1])
