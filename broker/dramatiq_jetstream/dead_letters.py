@@ -475,7 +475,8 @@ class DeadLetters:
 
 
 def _number(letter_id: str) -> int:
-    if not letter_id.isdigit():
+    # A sequence of the server has 64 bits.
+    if not letter_id.isdecimal() or len(letter_id) > 19:
         raise InvalidOption(f"dead letter id {letter_id!r} cannot be used: `list` shows the ids, numbers.")
     return int(letter_id)
 
@@ -547,10 +548,7 @@ def _read(stored: StoredMessage) -> DeadLetter:
 
 def history_of(message: Any) -> Sequence[Mapping[str, Any]]:
     """The earlier failures that a replayed message carries with it, oldest first."""
-    history = message.options.get(HISTORY_OPTION)
-    return (
-        [dict(entry) for entry in history if isinstance(entry, Mapping)] if isinstance(history, list) else []
-    )
+    return _failures(message.options.get(HISTORY_OPTION))
 
 
 def history_in(delivery: Delivery) -> Sequence[Mapping[str, Any]]:
@@ -563,4 +561,25 @@ def _history(headers: Mapping[str, str]) -> Sequence[Mapping[str, Any]]:
         history = json.loads(headers.get(wire_names.HEADER_DEAD_HISTORY, "[]"))
     except ValueError:
         return []  # not ours: any program may publish
-    return [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    return _failures(history)
+
+
+#: What a replay notes of a failure, with what is shown where another program noted something else.
+_NOTED = {"reason": "", "error": "", "deliveries": 0, "time": 0, "worker": ""}
+
+#: The end of the year 9999, in milliseconds since 1970.
+_LATEST = 253_402_300_799_999
+
+
+def _failures(history: Any) -> list[dict[str, Any]]:
+    """Earlier failures as they can be shown, out of what a message says of them."""
+    found = []
+    for entry in history if isinstance(history, list) else ():
+        if isinstance(entry, Mapping):
+            noted: dict[str, Any] = {
+                name: entry[name] if type(entry.get(name)) is type(usual) else usual
+                for name, usual in _NOTED.items()
+            }
+            noted["time"] = noted["time"] if 0 <= noted["time"] <= _LATEST else 0
+            found.append({**entry, **noted})
+    return found

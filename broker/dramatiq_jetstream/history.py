@@ -248,7 +248,7 @@ class History:
         wanted = _outcomes(outcome)
         if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_LIMIT:
             raise InvalidOption(f"limit={limit!r} cannot be used: give a whole number from 1 to {MAX_LIMIT}.")
-        if cursor is not None and not cursor.isdecimal():
+        if cursor is not None and not (cursor.isdecimal() and len(cursor) < 20):
             raise InvalidOption(f"cursor={cursor!r} cannot be used: give the one of the page before.")
         subject = self._names.history_of(queue, actor)
         bounds = self._bounds(subject, since, until, cursor)

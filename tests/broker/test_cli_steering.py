@@ -184,6 +184,11 @@ def test_a_typo_in_a_filter_is_an_error(fleet: Run, program: str) -> None:
         ("dead", "replay", "--all", "--actor", "pots"),
         ("dead", "list", "--reason", "none"),
         ("delayed", "list", "--queue", "mial"),
+        ("history", "--cursor", "9" * 30),
+        ("dead", "list", "--after", "9" * 30),
+        ("dead", "show", "²"),
+        ("dead", "drop", "9" * 30),
+        ("dead", "replay", "-x"),
     ):
         said = fleet(*wrong)
         assert said.status in (1, 2), wrong
@@ -212,6 +217,27 @@ def test_lists_that_are_cut_say_so_and_go_on(fleet: Run, program: str) -> None:
     for name in ("a", "b"):
         broker.enqueue(post.message(name), delay=3_600_000)
     assert "more than 1 on mail" in fleet("delayed", "list", "--limit", "1").err
+
+
+def test_any_text_of_an_error_is_shown_as_it_is(fleet: Run, program: str) -> None:
+    """No error, log line or argument is taken for markup, and none steers the terminal."""
+    broker = broker_of(program)
+    address = "[/b] [red]x[/red] [mail] :bug: \x1b[2J\x07 \u202e"
+    shown = "[/b] [red]x[/red] [mail] :bug: \\x1b[2J\\x07 \\u202e"
+    with running(broker, queues={"mail"}):
+        sent = broker.enqueue(broker.get_actor("post").message(address))
+        eventually(lambda: broker.status(sent.message_id).letter, timeout=WAIT)
+    letter = broker.status(sent.message_id).letter or ""
+    for command in (
+        ("history",),
+        ("status", sent.message_id),
+        ("dead", "list"),
+        ("dead", "show", letter),
+    ):
+        said = fleet(*command)
+        assert (said.status, said.err) == (0, ""), (command, said.err)
+        assert shown in said.out, (command, said.out)
+        assert "\x1b" not in said.out, command
 
 
 def test_schedules_are_run_paused_and_resumed(fleet: Run, program: str) -> None:

@@ -91,6 +91,9 @@ def test_a_restart_of_the_server_and_a_killed_worker_are_seen(tmp_path: Path) ->
         with dashboard, workers:
             dashboard.wait_for_output("is at", timeout=60)
             workers.wait_for_output(WORKER_READY, count=2, timeout=60)
+            # It is for this machine: what a proxy on it passes on is for others.
+            proxied = requests.get(shop.url, headers={"X-Forwarded-For": "192.0.2.7"}, timeout=60)
+            assert (proxied.status_code, "In flight" in proxied.text) == (403, False)
             message = shop.send("video", "transcode", "film.mov", preset="1080p")
             delayed = shop.send("mail", "send_receipt", 1, "later@example.com", delay=3_600_000)
 

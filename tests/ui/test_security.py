@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import re
 from typing import Any
 
@@ -13,7 +14,9 @@ from dramatiq import Message
 from werkzeug.test import Client, TestResponse
 
 from dramatiq_jetstream import JetStreamBroker, audit
+from dramatiq_jetstream.cli import main
 from dramatiq_jetstream.errors import InvalidOption
+from dramatiq_jetstream.sending.envelope import HISTORY_OPTION
 from dramatiq_jetstream.ui import (
     PERMISSIONS,
     Passwords,
@@ -122,6 +125,7 @@ def test_without_access_this_machine_may_look_and_no_one_else(shown):
         {"base_url": "http://rebound.example:8080"},
         {"headers": {"X-Forwarded-For": "192.0.2.7"}},
         {"headers": {"Forwarded": "for=192.0.2.7"}},
+        {"headers": {"X-Real-IP": "192.0.2.7"}},
         {"environ_base": {"REMOTE_ADDR": ""}},
     ]
     for odd in elsewhere:
@@ -284,6 +288,17 @@ def test_nothing_is_changed_by_a_get_or_by_another_method(shown):
     assert audit.changes(shown) == []
 
 
+@pytest.mark.parametrize("number", ["9" * 19, "9" * 20, "9" * 5_000, "18446744073709551616", "²", "-1"])
+def test_a_number_that_no_server_has_is_not_found(shown, number):
+    """As an id, a place in a list or a bound it is what does not exist, and NATS is not said to be away."""
+    ann = client(shown, operator("ann"))
+    for path in ("/dead/{}", "/dead?before={}", "/change/drop?all=1&upto={}"):
+        assert ann.get(path.format(number)).status_code in (200, 404), path
+    assert ann.get(f"/messages?cursor={number}").status_code in (200, 404)
+    assert ann.get(f"/change/drop?id={number}").status_code == 200
+    assert ann.get(f"/workers?page={number}").status_code == 200
+
+
 def test_every_answer_refuses_frames_and_foreign_content(shown):
     """Pages, errors, assets and live streams all have the headers; nothing is inline."""
     ann = client(shown, operator("ann"))
@@ -315,6 +330,39 @@ def test_what_strangers_wrote_is_shown_as_text(shown):
         page = ann.get(path)
         assert page.status_code == 200
         assert mark not in page.text, path
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"event": {"a": 1}},
+        {"event": {"subject": {}, "stream": [], "sequence": "x"}},
+        {"event": [1]},
+        {"group_info": {"group_id": {"a": [1]}}},
+        {"group_info": "x"},
+        {"pipe_target": {"actor_name": 5, "message_id": {"a": 1}}},
+        {"pipe_target": [1]},
+        {HISTORY_OPTION: "x"},
+        {HISTORY_OPTION: [{}]},
+        {HISTORY_OPTION: [{"time": 1e300, "reason": 5, "error": [1]}, {"time": -(10**30)}, 7]},
+        {HISTORY_OPTION: {"a": 1}},
+        [],
+        "x",
+    ],
+)
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_letter_of_any_message_is_shown(shown, nats_url, capsys, options, apart):
+    """Whatever another program put into its message, its pages, the list and the command show the letter."""
+    fields = {"queue_name": "work", "actor_name": "act", "args": 7, "kwargs": [1], "options": options}
+    body = json.dumps({**fields, "message_id": "m-9", "message_timestamp": 1}).encode()
+    history = options.get(HISTORY_OPTION, ()) if isinstance(options, dict) else ()
+    said = {"actor": None, "message_id": None} if apart else {"message_id": "m-9", "history": history}
+    bury(shown, 9, data=body, **said)
+    vic = client(shown, viewer("vic"))
+    for path in ("/dead", "/dead/3", "/messages/m-9"):
+        assert vic.get(path).status_code == 200, path
+    main(["--url", nats_url, "--namespace", shown.names.namespace, "dead", "show", "3"])
+    assert "act" in capsys.readouterr().out
 
 
 def test_a_viewer_runs_no_code_of_what_is_looked_at(shown, tmp_path):

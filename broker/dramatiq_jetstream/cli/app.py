@@ -29,6 +29,7 @@ from . import (
     workers,
 )
 from .context import Fleet
+from .screen import visible
 
 __all__ = ["fleet", "main"]
 
@@ -129,13 +130,13 @@ def main(arguments: list[str] | None = None) -> None:
     except click.Abort:
         sys.exit(130)
     except click.ClickException as error:
-        click.echo(f"fleet: {error.format_message()}", err=True)
+        click.echo(f"fleet: {visible(error.format_message())}", err=True)
         sys.exit(2 if isinstance(error, click.UsageError) else 1)
     except (InvalidName, InvalidOption) as error:
-        click.echo(f"fleet: {error}", err=True)
+        click.echo(f"fleet: {visible(str(error))}", err=True)
         sys.exit(2)
     except (DramatiqError, ServerError) as error:
-        click.echo(f"fleet: {error}", err=True)
+        click.echo(f"fleet: {visible(str(error))}", err=True)
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(0)

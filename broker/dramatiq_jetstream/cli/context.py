@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.live import Live
 from rich.measure import Measurement
 from rich.table import Table
@@ -29,6 +28,8 @@ from dramatiq_jetstream.errors import TopologyMissing
 from dramatiq_jetstream.fleet.program import ProgramError, load_broker, put_on_path
 from dramatiq_jetstream.jetstream.inventory import queue_names
 from dramatiq_jetstream.workers import WorkerInfo, list_workers
+
+from .screen import Screen, visible
 
 __all__ = ["Fleet", "Rows", "age", "ago", "moment", "pass_fleet", "show_rows", "table"]
 
@@ -66,10 +67,10 @@ class Fleet:
         return f"namespace {self.namespace!r}{hint}"
 
     @property
-    def console(self) -> Console:
+    def console(self) -> Screen:
         if sys.stdout.isatty():
-            return Console(file=sys.stdout)
-        return Console(file=sys.stdout, soft_wrap=True, width=1_000)
+            return Screen(file=sys.stdout)
+        return Screen(file=sys.stdout, soft_wrap=True, width=1_000)
 
     @property
     def broker(self) -> JetStreamBroker:
@@ -190,13 +191,13 @@ class Fleet:
         if isinstance(human, Table):
             # What cannot be folded is left to the terminal, which breaks lines and lets them be copied.
             needed = Measurement.get(console, console.options.update(width=1_000), human).minimum
-            console.print(human, highlight=False, width=max(console.width, needed), crop=False)
+            console.print(human, width=max(console.width, needed), crop=False)
         else:
-            console.print(human, highlight=False)
+            console.print(human)
 
     def note(self, text: str) -> None:
         """Say something beside the output, on standard error."""
-        click.echo(text, err=True)
+        click.echo(visible(text), err=True)
 
     def close(self) -> None:
         if self._broker is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from dramatiq.common import current_millis
 from dramatiq.errors import DramatiqError
+from rich.text import Text
 
 from dramatiq_jetstream.config import Storage
 from dramatiq_jetstream.jetstream import drift, ensuring, inventory, topology
@@ -19,11 +20,12 @@ from dramatiq_jetstream.queues import QueueStats
 
 from .context import Fleet, pass_fleet, table
 from .orphans import find_orphans
+from .screen import styled, visible
 
 COMMANDS: list[click.Command] = []
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
-_MARKS = {OK: "[green]✓[/green]", WARNING: "[yellow]![/yellow]", FAILURE: "[red]✗[/red]"}
+_MARKS = {OK: styled("✓", "green"), WARNING: styled("!", "yellow"), FAILURE: styled("✗", "red")}
 
 #: A clock that differs by more than this from the server's makes delays visibly late; milliseconds.
 MAX_SKEW_MS = 1_000
@@ -61,7 +63,9 @@ def doctor(fleet: Fleet, strict: bool) -> None:
                 break
     human = table("", "", "")
     for finding in findings:
-        detail = finding.detail + (f"\n[dim]→ {finding.advice}[/dim]" if finding.advice else "")
+        detail = Text(visible(finding.detail))
+        if finding.advice:
+            detail.append_text(styled(f"\n→ {finding.advice}", "dim"))
         human.add_row(_MARKS[finding.status], finding.check, detail)
     fleet.show([asdict(finding) for finding in findings], human)
     if any(finding.status == FAILURE for finding in findings):

@@ -10,12 +10,14 @@ from typing import Any
 
 import click
 from rich.table import Table
+from rich.text import Text
 
 from dramatiq_jetstream.history import OUTCOMES, Page, Record
 from dramatiq_jetstream.status import MessageStatus
 
 from .context import WATCH_SECONDS, Fleet, age, ago, moment, pass_fleet, table
 from .names import ACTOR, QUEUE
+from .screen import styled, visible
 
 COMMANDS: list[click.Command] = []
 
@@ -99,19 +101,21 @@ def _described(found: MessageStatus, attempts: list[Record]) -> Table:
         error = f" {record.error_type}: {record.error}" if record.error_type else ""
         human.add_row(
             f"attempt {record.attempt}",
-            f"{moment(record.began)} {_coloured(record.outcome)} after {age(record.duration)} "
-            f"at {record.worker}{error}",
+            Text.assemble(
+                f"{moment(record.began)} ",
+                _coloured(record.outcome),
+                visible(f" after {age(record.duration)} at {record.worker}{error}"),
+            ),
         )
         for line in record.logs:
-            human.add_row("", f"[dim]{line}[/dim]")
+            human.add_row("", styled(line, "dim"))
     if attempts and attempts[-1].traceback:
         human.add_row("traceback", attempts[-1].traceback.rstrip())
     return human
 
 
-def _coloured(state: str) -> str:
-    colour = _COLOURS.get(state)
-    return state if colour is None else f"[{colour}]{state}[/{colour}]"
+def _coloured(state: str) -> Text:
+    return styled(state, _COLOURS.get(state, ""))
 
 
 @click.command()

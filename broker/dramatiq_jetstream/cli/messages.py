@@ -68,7 +68,13 @@ def _arguments(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
 @click.command()
 @click.argument("message_id")
 @click.option("--cancel", is_flag=True, help="Leave it alone if it is running already.")
-@click.option("--timeout", default=0, show_default=True, help="Milliseconds that it gets to end by itself.")
+@click.option(
+    "--timeout",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Milliseconds that it gets to end by itself.",
+)
 @pass_fleet
 def abort(fleet: Fleet, message_id: str, cancel: bool, timeout: int) -> None:
     """Abort a message that waits, is delayed or runs, in a fleet whose broker has Abortable."""

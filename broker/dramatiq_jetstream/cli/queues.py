@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .context import Fleet, age, pass_fleet, show_rows, table
 from .names import QUEUE
+from .screen import styled
 
 COMMANDS: list[click.Command] = []
 
@@ -27,9 +28,9 @@ def _table(stats: list[dict[str, Any]]) -> Table:
             str(queue["ready"]),
             str(queue["in_flight"]),
             str(queue["delayed"]),
-            f"[red]{queue['dead']}[/red]" if queue["dead"] else "0",
+            styled(str(queue["dead"]), "red" if queue["dead"] else ""),
             age(queue["oldest_ready_age"]),
-            "[yellow]paused[/yellow]" if queue["paused"] else "",
+            styled("paused" if queue["paused"] else "", "yellow"),
         )
     return human
 

@@ -13,6 +13,7 @@ from dramatiq_jetstream.schedules import Schedule, list_schedules, remove_schedu
 
 from .context import Fleet, moment, pass_fleet, table
 from .names import QUEUE
+from .screen import styled
 
 COMMANDS: list[click.Command] = []
 
@@ -60,14 +61,14 @@ def schedules(fleet: Fleet, modules: tuple[str, ...], remove_orphans: bool, yes:
         found = [schedule for schedule in found if not schedule.orphan]
     human = table("actor", "queue", "schedule", "last tick", "next tick", "")
     for schedule in found:
-        orphan = "[yellow]orphan[/yellow]" if modules and schedule.orphan else ""
+        orphan = "orphan" if modules and schedule.orphan else ""
         human.add_row(
             schedule.actor,
             schedule.queue,
             schedule.schedule + (f" ({schedule.timezone})" if schedule.timezone else ""),
             moment(schedule.last_tick),
             moment(schedule.next_tick),
-            "[yellow]paused[/yellow]" if schedule.paused else orphan,
+            styled("paused" if schedule.paused else orphan, "yellow"),
         )
     data = [dataclasses.asdict(schedule) for schedule in found]
     if not modules:

@@ -16,9 +16,19 @@ COMMANDS: list[click.Command] = []
 
 @click.command()
 @click.option("--store-dir", default=".data/nats", show_default=True, help="Where messages are kept.")
-@click.option("--port", default=4222, show_default=True, help="The port to listen on; 0 picks a free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65_535),
+    default=4222,
+    show_default=True,
+    help="The port to listen on; 0 picks a free one.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--max-payload", type=int, help="The largest message, in bytes. [1 MiB]")
+@click.option(
+    "--max-payload",
+    type=click.IntRange(1_024, 64 * 1024 * 1024),
+    help="The largest message, in bytes. [1 MiB]",
+)
 @pass_fleet
 def server(fleet: Fleet, store_dir: str, port: int, host: str, max_payload: int | None) -> None:
     """Run a nats-server with JetStream that keeps what it acknowledged through a power cut.

@@ -92,7 +92,15 @@ def ui(
     app = create_app(fleet.broker, access=access, streams=THREADS // 2, stopping=stopping)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     try:
-        server: Any = waitress.create_server(app, host=host, port=port, threads=THREADS, ident=None)
+        server: Any = waitress.create_server(
+            app,
+            host=host,
+            port=port,
+            threads=THREADS,
+            ident=None,
+            # By them the dashboard knows that a proxy stands before it; it believes none that it was not told to.
+            clear_untrusted_proxy_headers=False,
+        )
     except OSError as error:
         raise click.ClickException(f"{host}:{port} cannot be listened on: {error.strerror}.") from None
     shown = f"http://{f'[{host}]' if ':' in host else host}:{server.effective_port}"

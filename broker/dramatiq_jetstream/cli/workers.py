@@ -8,6 +8,7 @@ import click
 from rich.table import Table
 
 from .context import Fleet, Rows, age, ago, pass_fleet, show_rows, table
+from .screen import styled
 
 COMMANDS: list[click.Command] = []
 
@@ -30,7 +31,7 @@ def workers(fleet: Fleet, watch: bool) -> None:
                 str(worker["threads"]),
                 str(len(worker["running"])),
                 str(worker["done"]),
-                f"[red]{worker['failed']}[/red]" if worker["failed"] else "0",
+                styled(str(worker["failed"]), "red" if worker["failed"] else ""),
                 f"{worker['rss'] / 1e6:.0f} MB",
                 age(ago(worker["since"])),
             )
@@ -65,7 +66,7 @@ def running(fleet: Fleet, watch: bool) -> None:
                 message["actor"],
                 message["queue"],
                 str(message["attempt"]),
-                f"[yellow]{message['deliveries']}[/yellow]" if message["deliveries"] > 1 else "1",
+                styled(str(message["deliveries"]), "yellow" if message["deliveries"] > 1 else ""),
                 age(ago(message["since"])),
                 _progress(message["progress"]),
                 f"{message['host']}:{message['pid']}",

@@ -99,6 +99,9 @@ def operator(name: str) -> Person:
     return Person(name, PERMISSIONS)
 
 
+# How the headers begin with which a proxy says for whom it asks.
+_FORWARDED: Final = ("HTTP_FORWARDED", "HTTP_X_FORWARDED", "HTTP_X_REAL_IP")
+
 #: Returns who makes a request, None for a stranger.
 Access = Callable[["WSGIEnvironment"], Person | None]
 
@@ -118,7 +121,7 @@ class OnThisMachine:
     """
 
     def __call__(self, environ: WSGIEnvironment) -> Person | None:
-        if any(name.startswith(("HTTP_FORWARDED", "HTTP_X_FORWARDED")) for name in environ):
+        if any(name.startswith(_FORWARDED) for name in environ):
             return None
         local = is_loopback(environ.get("REMOTE_ADDR", "")) and is_loopback(_host(environ))
         return viewer("anyone on this machine") if local else None

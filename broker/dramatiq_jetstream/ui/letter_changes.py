@@ -52,7 +52,7 @@ class _Letters:
 
 def _chosen(reader: Reader, ids: list[str]) -> _Letters:
     letters = reader.broker.dead_letters
-    known = [letter for each in ids if each.isdecimal() and (letter := letters.get(each)) is not None]
+    known = [letter for each in ids if _can_be(each) and (letter := letters.get(each)) is not None]
     called = f"dead letters {', '.join(letter.id for letter in known)}"
     return _Letters(len(known), list(map(_shown, known[:SHOWN])), called, lambda: [each.id for each in known])
 
@@ -61,7 +61,7 @@ def _all_that_match(reader: Reader, fields: Fields) -> _Letters:
     queue, matches = letter_filter(fields)
     # Letters that come after the dry run are not part of it.
     newest = first(fields, "upto") or next((each.id for each in reader.broker.dead_letters.newest()), "0")
-    if not newest.isdecimal():
+    if not _can_be(newest):
         raise NotFound(f"{newest!r} is no dead letter.")
     before = str(int(newest) + 1)
     count, shown = 0, list[str]()
@@ -78,6 +78,11 @@ def _all_that_match(reader: Reader, fields: Fields) -> _Letters:
         lambda: (each.id for each in reader.all_dead(matches, queue=queue, before=before)),
         {"upto": [newest]},
     )
+
+
+def _can_be(letter_id: str) -> bool:
+    """Whether a letter can have an id, and one before it."""
+    return letter_id.isdecimal() and len(letter_id) < 19
 
 
 def _shown(letter: DeadLetter) -> str:

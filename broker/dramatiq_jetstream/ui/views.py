@@ -43,6 +43,9 @@ WITHIN: Final[Mapping[str, int]] = {
     "week": 604_800_000,
 }
 
+#: What tells where an event that a message carries stands.
+_PLACE: Final = frozenset({"subject", "stream", "sequence"})
+
 T = TypeVar("T")
 View = Callable[..., Mapping[str, Any] | Response]
 
@@ -230,7 +233,7 @@ def _said(fields: Mapping[str, Any] | None, headers: Mapping[str, str]) -> dict[
         "said": fields,
         "group": group.get("group_id") if isinstance(group, dict) else None,
         "then": then if isinstance(then, dict) else None,
-        "event": event if isinstance(event, dict) else None,
+        "event": event if isinstance(event, dict) and event.keys() >= _PLACE else None,
         "traceparent": headers.get("traceparent", ""),
     }
 
