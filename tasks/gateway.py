@@ -17,8 +17,9 @@ import threading
 from typing import Any
 
 import requests
-from urllib3.exceptions import ProtocolError
+from urllib3.exceptions import ProtocolError, ReadTimeoutError
 
+from .answers import timed, within
 from .ledger import Chargeback
 from .ports import Charge, Decline
 
@@ -44,7 +45,7 @@ class HttpGateway:
 
     Parameters:
       url: Its base address.
-      timeout: Milliseconds for connecting, and between any two parts of the answer.
+      timeout: Milliseconds for connecting, and for the whole of an answer: one that comes byte by byte is none.
     """
 
     def __init__(self, url: str, *, timeout: int) -> None:
@@ -144,7 +145,7 @@ class HttpGateway:
         session.proxies.update(requests.utils.get_environ_proxies(self._url))
         session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         session.trust_env = False
-        return session
+        return timed(session)
 
     def _send(self, request: requests.PreparedRequest) -> requests.Response:
         # One session, so one kept-open connection, for each thread: sessions are not safe to share.
@@ -153,20 +154,25 @@ class HttpGateway:
         if session is None:
             session = self._local.session = self._new_session()
         try:
-            return session.send(request, timeout=self._timeout, allow_redirects=False)
+            with within(self._timeout):
+                return session.send(request, timeout=self._timeout, allow_redirects=False)
         except requests.ConnectionError as error:
+            reason = error.args[0] if error.args else None
+            if isinstance(reason, ReadTimeoutError):
+                raise self._too_late() from None
             # A gateway may close a connection that was kept open; that says nothing about its health.
-            if kept_open and error.args and isinstance(error.args[0], ProtocolError):
+            if kept_open and isinstance(reason, ProtocolError):
                 session.close()
                 del self._local.session
                 return self._send(request)
             raise GatewayUnavailable(f"the payment gateway cannot be reached: {_cause(error)}") from None
         except requests.Timeout:
-            raise GatewayUnavailable(
-                f"the payment gateway did not answer within {self._timeout * 1000:.0f} ms"
-            ) from None
+            raise self._too_late() from None
         except requests.RequestException as error:
             raise GatewayUnavailable(f"the payment gateway's answer could not be read: {error}") from None
+
+    def _too_late(self) -> GatewayUnavailable:
+        return GatewayUnavailable(f"the payment gateway did not answer within {self._timeout * 1000:.0f} ms")
 
 
 def _filled(prepared: requests.PreparedRequest, body: dict[str, Any], key: str) -> requests.PreparedRequest:

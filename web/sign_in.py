@@ -14,11 +14,13 @@ from urllib.parse import urlencode, urlsplit
 
 import requests
 from authlib.integrations.base_client import OAuthError
-from authlib.integrations.flask_client import OAuth
+from authlib.integrations.flask_client import FlaskOAuth2App, OAuth
+from authlib.integrations.requests_client import OAuth2Session
 from flask import Blueprint, Flask, Response, current_app, render_template, request, session
 from joserfc.errors import JoseError
 
 from tasks import app
+from tasks.answers import timed, within
 from tasks.settings import Settings
 from web.access import anyone
 from web.identity import caller_of_claims, kept_claims
@@ -32,6 +34,8 @@ blueprint = Blueprint("sign_in", __name__)
 
 #: Milliseconds are for settings; requests to the provider are in seconds.
 PROVIDER_TIMEOUT_SECONDS = 5
+#: The answers to all requests of one sign-in have this long, altogether.
+PROVIDER_SECONDS = 10.0
 _MAX_FIELD = 256
 
 
@@ -56,10 +60,23 @@ def configure(flask_app: Flask, settings: Settings) -> None:
     )
 
 
+class _ProviderSession(OAuth2Session):  # type: ignore[misc]  # Authlib has no types
+    """Requests to the provider, whose answers have a time as a whole."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        timed(self)
+
+
+class _ProviderApp(FlaskOAuth2App):  # type: ignore[misc]
+    client_cls = _ProviderSession
+
+
 def _client(flask_app: Flask, settings: Settings) -> Any:
     provider: Provider = flask_app.extensions["provider"]
     return OAuth(flask_app).register(
         "provider",
+        client_cls=_ProviderApp,
         client_id=settings.oidc_client_id,
         client_secret=settings.oidc_client_secret,
         server_metadata_url=provider.metadata_url,
@@ -85,14 +102,14 @@ def with_password() -> Response:
     _can_sign_in()
     way_back = _local(request.form.get("next"))
     rates: Rates = current_app.extensions["rates"]
-    rates.check_failures(request.remote_addr or "")
+    rates.try_password(request.remote_addr or "")
     name = request.form.get("name", "")[:_MAX_FIELD].strip()
     operator = app.operators().check(name, request.form.get("password", ""))
     if operator is None:
-        rates.failed(request.remote_addr or "")
         # Not the name: a customer may have tried.
         logger.warning("Sign-in with a password refused from %s", request.remote_addr)
         return _form(way_back, name=name, wrong=True)
+    rates.was_right(request.remote_addr or "")
     logger.info("%s signed in with a password", operator.name)
     return _signed_in({"operator": operator.name, "changed_at": operator.changed_at}, way_back)
 
@@ -106,7 +123,8 @@ def with_provider() -> Response:
     session.clear()
     session["next"] = _local(request.args.get("next"))
     try:
-        answer: Response = client.authorize_redirect(f"{settings.public_url}/sign-in/callback")
+        with within(PROVIDER_SECONDS):
+            answer: Response = client.authorize_redirect(f"{settings.public_url}/sign-in/callback")
     except (requests.RequestException, ValueError, RuntimeError) as error:
         raise _no_provider(error) from None
     return answer
@@ -120,9 +138,10 @@ def callback() -> Response:
     client = _provider_client()
     way_back = _local(session.get("next"))
     try:
-        token = client.authorize_access_token(
-            claims_options={"iss": {"essential": True, "values": [settings.oidc_issuer]}}
-        )
+        with within(PROVIDER_SECONDS):
+            token = client.authorize_access_token(
+                claims_options={"iss": {"essential": True, "values": [settings.oidc_issuer]}}
+            )
     except (OAuthError, JoseError) as error:
         logger.warning(
             "Sign-in at the provider failed: %s", getattr(error, "error", "") or type(error).__name__

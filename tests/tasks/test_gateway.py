@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +117,45 @@ def test_answer_that_never_comes(bank: Bank, order_id: str) -> None:
     answer = HttpGateway(bank.url, timeout=30_000).charge(order_id, 100, "EUR", "tok")
     (charge,) = bank.charges(order_id)
     assert answer == Charge(charge["id"])
+
+
+@pytest.mark.parametrize("part", ["head", "body", "chunks"])
+@pytest.mark.parametrize("kept_open", [False, True])
+def test_an_answer_that_comes_byte_by_byte(part: str, kept_open: bool) -> None:
+    """It has the time of one that never comes: no byte gives it more."""
+    body = b'{"id": "ch_1", "status": "captured", "amount": 100, "currency": "EUR"}'
+    head = b"HTTP/1.1 201 Created\r\nContent-Length: %d\r\n\r\n" % len(body)
+    chunked = b"HTTP/1.1 201 Created\r\nTransfer-Encoding: chunked\r\n\r\n"
+    at_once, bytewise = {
+        "head": (b"", head + body),
+        "body": (head, body),
+        "chunks": (chunked, b"".join(b"1\r\n%c\r\n" % one for one in body) + b"0\r\n\r\n"),
+    }[part]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                if kept_open:
+                    connection.recv(65_536)
+                    connection.sendall(head + body)
+                connection.recv(65_536)
+                connection.sendall(at_once)
+                for one in bytewise:
+                    try:
+                        connection.sendall(b"%c" % one)
+                    except OSError:
+                        return
+                    time.sleep(0.1)
+
+        dripping = threading.Thread(target=serve, daemon=True)
+        dripping.start()
+        gateway = HttpGateway(f"http://127.0.0.1:{server.getsockname()[1]}", timeout=1_000)
+        if kept_open:
+            assert gateway.charge("o-1", 100, "EUR", "tok") == Charge("ch_1")
+        with pytest.raises(GatewayUnavailable, match="did not answer within 1000 ms"):
+            gateway.charge("o-2", 100, "EUR", "tok")
+        dripping.join(timeout=60)
 
 
 @pytest.mark.parametrize("knob", ["failure_rate", "failure_after_charge_rate"])
