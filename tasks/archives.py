@@ -15,7 +15,7 @@ from functools import partial
 
 from dramatiq.errors import BrokerError
 
-from . import app
+from . import app, command
 from .archive import ArchiveBroken, ArchiveBusy
 from .audit import at_terminal
 from .events import usable_order_id
@@ -96,17 +96,12 @@ def _order_id(text: str) -> str:
     return text
 
 
-def _minutes(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:6]) <= 10_080):
-        raise argparse.ArgumentTypeError("minutes are a whole number from 1 to 10080")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tasks.archives", description="The archive of orders.")
     commands = parser.add_subparsers(required=True, metavar="command")
     run = commands.add_parser("run", help="move what is older than RETENTION_DAYS into ARCHIVE_DIR")
-    run.add_argument("--every", type=_minutes, metavar="MINUTES", help="again and again, until it is stopped")
+    minutes = command.whole("minutes", 1, 10_080)
+    run.add_argument("--every", type=minutes, metavar="MINUTES", help="again and again, until it is stopped")
     run.set_defaults(run=_run)
     verify = commands.add_parser("verify", help="read the whole archive and check its sums")
     verify.set_defaults(run=_verify)

@@ -36,6 +36,7 @@ from dramatiq_jetstream.audit import Change
 from dramatiq_jetstream.streams import StoredMessage
 
 from .accept import new_order_id
+from .numbers import whole_number
 from .text import harmless, shown
 
 STREAM: Final = "AUDIT"
@@ -355,9 +356,10 @@ def _read_cursor(cursor: str | None) -> tuple[int, int]:
     if cursor is None:
         return _NEWEST, _NEWEST
     place, _, at = cursor.partition("-")
-    if not (place.isascii() and place.isdigit() and at.isascii() and at.isdigit() and len(cursor) <= 40):
+    read = whole_number(place, 0, _NEWEST), whole_number(at, 0, _NEWEST)
+    if read[0] is None or read[1] is None:
         raise InvalidCursor("the cursor was not made by this service")
-    return int(place), int(at)
+    return read[0], read[1]
 
 
 def _of_fleet(change: Change) -> Act:

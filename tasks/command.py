@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dramatiq.errors import BrokerError
 
 from .credentials import InvalidCredential
 from .numbers import whole_number
 from .text import flaw_of
-
-_MOST_PIECES = 10**9
 
 
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, what: str) -> int:
@@ -31,12 +29,23 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, what: 
     return 1
 
 
-def pieces(text: str) -> int:
-    """Return a number of pieces, as the type of an argument."""
-    number = whole_number(text, 0, _MOST_PIECES)
-    if number is None:
-        raise argparse.ArgumentTypeError(f"pieces are a whole number from 0 to {_MOST_PIECES}")
-    return number
+def whole(what: str, least: int, most: int) -> Callable[[str], int]:
+    """Return what reads a whole number, as the type of an argument.
+
+    Parameters:
+      what: What is counted, such as "days".
+    """
+
+    def read(text: str) -> int:
+        number = whole_number(text, least, most)
+        if number is None:
+            raise argparse.ArgumentTypeError(f"{what} are a whole number from {least} to {most}")
+        return number
+
+    return read
+
+
+pieces = whole("pieces", 0, 10**9)
 
 
 def text(given: str) -> str:

@@ -49,6 +49,9 @@ REMEMBERED: Final = 4_096
 #: How often the last use of a key is noted, in milliseconds.
 NOTED_EVERY_MS: Final = 60_000
 
+#: For how many days a key that expires is valid at most.
+MAX_DAYS: Final = 3_650
+
 MIN_PASSWORD: Final = 12
 MAX_PASSWORD: Final = 256
 

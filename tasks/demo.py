@@ -26,6 +26,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .command import whole
+
 FINAL = frozenset({"confirmed", "rejected", "cancelled", "failed"})
 SCARCE = "PRINT-01"
 ORDINARY = ("MUG-01", "TEE-01", "NOTE-01", "BAG-01", "LAMP-01", "KETTLE-01", "CHAIR-01")
@@ -216,17 +218,26 @@ def table(tally: Tally) -> Table:
     return result
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command's arguments."""
     parser = argparse.ArgumentParser(description="Place orders against the running service.")
-    parser.add_argument("--orders", type=int, default=3_000, help="how many (3000)")
-    parser.add_argument("--concurrency", type=int, default=16, help="how many clients at once (16)")
-    parser.add_argument("--seed", type=int, default=random.randrange(10_000), help="repeats a mix")
+    parser.add_argument("--orders", type=whole("orders", 1, 1_000_000), default=3_000, help="how many (3000)")
+    parser.add_argument(
+        "--concurrency", type=whole("clients", 1, 1_000), default=16, help="how many clients at once (16)"
+    )
+    parser.add_argument(
+        "--seed", type=whole("seeds", 0, 2**53 - 1), default=random.randrange(10_000), help="repeats a mix"
+    )
     default_url = os.environ.get("URL") or f"http://127.0.0.1:{os.environ.get('PORT') or 8000}"
     parser.add_argument("--url", default=default_url, help="where the service is (URL, else this machine)")
     parser.add_argument(
         "--key", help="an API key that may order and read, for a service that requires sign-in"
     )
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    options = parser().parse_args()
     shop = Shop(options.url.rstrip("/"), options.key)
     problem = shop.healthy()
     if problem is not None:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 
 from . import app, command
 from .audit import at_terminal
-from .credentials import SCOPES, ApiKey
+from .credentials import MAX_DAYS, SCOPES, ApiKey
 from .events import isoformat
 
 _DAY_MS = 86_400_000
@@ -89,12 +89,6 @@ def _minute(at: int | None) -> str:
     return "never" if at is None else time.strftime("%Y-%m-%d %H:%M", time.gmtime(at / 1000))
 
 
-def _days(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:6]) <= 3_650):
-        raise argparse.ArgumentTypeError("days are a whole number from 1 to 3650")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tasks.keys", description="API keys of the order service."
@@ -106,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         "--scope", action="append", required=True, choices=SCOPES, help="may be given several times"
     )
     add.add_argument("--customer", help="the one customer for whom it acts; otherwise it acts for all")
-    add.add_argument("--days", type=_days, help="days until it expires; for ever without")
+    days = command.whole("days", 1, MAX_DAYS)
+    add.add_argument("--days", type=days, help="days until it expires; for ever without")
     add.set_defaults(run=_add)
     lists = commands.add_parser("list", help="show all keys and when each was last used")
     lists.add_argument("--json", action="store_true", help="one JSON object a line")

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dramatiq.errors import BrokerError
 
 from .audit import AuditLog, Who, at_terminal
+from .command import whole
 from .events import usable_order_id
 from .ledger import BACK, WRITTEN_OFF
 from .model import Refusal
@@ -36,7 +37,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     for command in (stuck, redrive):
         command.add_argument(
             "--minutes",
-            type=int,
+            type=whole("minutes", 0, 10_080),
             help="without a move for longer than this (STUCK_AFTER, which is 15 minutes by default)",
         )
     redrive.add_argument("--all", action="store_true", help="every order that `stuck` lists")
@@ -47,7 +48,12 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     accept = commands.add_parser("accept", help="accept for their customers what is offered of orders")
     accept.add_argument("orders", nargs="+", metavar="ORDER")
     refund = commands.add_parser("refund", help="give back what was charged for an order, or a part of it")
-    refund.add_argument("--amount", type=int, metavar="MINOR", help="in minor units (cents); all without it")
+    refund.add_argument(
+        "--amount",
+        type=whole("minor units", 1, 2**53 - 1),
+        metavar="MINOR",
+        help="in minor units (cents); all without it",
+    )
     refund.add_argument("--reason", default="an operator refunded it", help="for people to read")
     refund.add_argument(
         "--key", required=True, help="names this refund: the same command again refunds nothing more"

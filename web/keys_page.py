@@ -8,7 +8,7 @@ from typing import Final
 from flask import Blueprint, Response, render_template, request
 
 from tasks import app
-from tasks.credentials import SCOPES, InvalidCredential
+from tasks.credentials import MAX_DAYS, SCOPES, InvalidCredential
 from tasks.numbers import whole_number
 from web.access import caller, needs
 from web.acts import recorded
@@ -42,7 +42,10 @@ def list_keys() -> Response:
 @needs("admin")
 def make_key() -> Response:
     """Make a key and show it, this once."""
-    days = whole_number(request.form.get("days", "0"), 0, 3_650) or 0
+    days = whole_number(request.form.get("days", "0"), 0, MAX_DAYS)
+    if days is None:
+        # Not a key that is valid for ever.
+        return _page(problem="Choose from the list for how long the key is valid.", status=422)
     expires_at = app.now() + days * _DAY_MS if days else None
     name = request.form.get("name", "").strip()
     try:

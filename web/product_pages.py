@@ -32,6 +32,7 @@ from tasks.catalogue import CURRENCY
 from tasks.levels import Adjustment
 from tasks.model import Flaw
 from tasks.moments import moment_of
+from tasks.numbers import whole_number
 from tasks.product_files import COLUMNS, InvalidFile, ProductFile, RowDone, RowError
 from web.access import needs
 from web.acts import acting
@@ -43,8 +44,9 @@ from web.rendering import instant, page, see_other, written_page
 
 blueprint = Blueprint("product_pages", __name__)
 
-#: How many products a page of the list has.
+#: How many products a page of the list has, and the last page that can be asked for.
 PER_PAGE: Final = 50
+MAX_PAGE: Final = 10_000
 
 #: How many rows of an import are shown before it is made.
 MAX_SHOWN: Final = 500
@@ -217,10 +219,7 @@ def _list(*, errors: dict[str, str] | None = None, typed: Mapping[str, str] | No
         if all(word in f"{product.name} {product.sku}".casefold() for word in words.casefold().split())
     ]
     pages = max(1, -(-len(found) // PER_PAGE))
-    asked = request.args.get("page", "1")
-    number = (
-        min(int(asked), pages) if asked.isascii() and asked.isdigit() and len(asked) < 6 and int(asked) else 1
-    )
+    number = min(whole_number(request.args.get("page", "1"), 1, MAX_PAGE) or 1, pages)
     shown = found[(number - 1) * PER_PAGE : number * PER_PAGE]
     return page(
         "products.html",

@@ -86,7 +86,9 @@ def test_pages_of_a_search(service: Stack) -> None:
     assert len({one["id"] for one in found}) == len(found) >= 4
     assert [one["target"] for one in acts(service, text="PAGED-")] == ["paged-2", "paged-1", "paged-0"]
     assert acts(service, since="2999-01-01") == []
-    assert service.get("/api/audit", params={"before": "x"}).status_code == 400
+    for cursor in ("x", "1", "1-", f"{'9' * 30}-1", f"1-{'9' * 30}", f"{2**63}-1", "٣-٣", "-1--1"):
+        assert service.get("/api/audit", params={"before": cursor}).status_code == 400, cursor
+        assert service.get("/admin/audit", params={"before": cursor}).status_code == 400, cursor
     assert service.get("/api/audit", params={"kind": "x", "since": "soon"}).status_code == 400
 
 
