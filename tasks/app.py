@@ -47,6 +47,7 @@ from .catalogue import CATALOGUE
 from .claims import Claim
 from .credentials import Keys, Operators
 from .deadline import Deadline
+from .described import described
 from .erased import ErasedOrders
 from .erasure import Erasure
 from .erasure_jobs import Jobs
@@ -151,6 +152,7 @@ audit_stream = AuditStream(
 for middleware in (event_stream, dead_letter_events, audit_stream, Periodic(), Buckets(), Boot()):
     broker.add_middleware(middleware)
 broker.add_middleware(logs.LogContext(), before=type(broker.middleware[0]))
+broker.describe_arguments = described
 dramatiq.set_broker(broker)
 
 
