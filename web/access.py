@@ -25,14 +25,20 @@ logger = logging.getLogger(__name__)
 View = TypeVar("View", bound=Callable[..., Any])
 
 _DECLARED = "needed_scopes"
+_OF_ALL = "is_of_all_customers"
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
-def needs(*scopes: str) -> Callable[[View], View]:
-    """Declare that a view needs a caller with one of the scopes."""
+def needs(*scopes: str, of_all: bool = False) -> Callable[[View], View]:
+    """Declare that a view needs a caller with one of the scopes.
+
+    Parameters:
+      of_all: Whether it tells of all customers at once, so that one who acts for a single one is refused.
+    """
 
     def declare(view: View) -> View:
         setattr(view, _DECLARED, frozenset(scopes))
+        setattr(view, _OF_ALL, of_all)
         return view
 
     return declare
@@ -65,10 +71,10 @@ def enforce(app: Flask) -> None:
             refuse_cross_site()
         scopes = declared[request.endpoint]
         if scopes:
-            _admit(scopes)
+            _admit(scopes, of_all=getattr(app.view_functions[request.endpoint], _OF_ALL))
 
 
-def _admit(scopes: frozenset[str]) -> None:
+def _admit(scopes: frozenset[str], *, of_all: bool) -> None:
     g.caller = found = identify()
     if found is None:
         raise unauthenticated(
@@ -78,6 +84,8 @@ def _admit(scopes: frozenset[str]) -> None:
     rates.check(found)
     if not found.may(*scopes):
         raise Problem("forbidden", f"That needs the scope {' or '.join(sorted(scopes))}.")
+    if of_all and found.customer_id is not None:
+        raise Problem("forbidden", "That is for those who act for all customers.")
 
 
 def caller() -> Caller:

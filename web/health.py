@@ -37,7 +37,7 @@ def health() -> Response:
 
 
 @blueprint.get("/metrics")
-@needs("read")
+@needs("read", of_all=True)
 def metrics() -> Response:
     """Answer what is counted and what the store says, for Prometheus."""
     return Response(web_metrics.text(), content_type=PROMETHEUS_CONTENT_TYPE)

@@ -31,6 +31,9 @@ from web.tokens import InvalidToken, Provider, ProviderUnavailable
 
 _CHALLENGE = "Bearer"
 
+# How a proxy's headers begin.
+_FORWARDED = ("HTTP_FORWARDED", "HTTP_X_FORWARDED", "HTTP_X_REAL_IP")
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -183,10 +186,14 @@ def _by_session(signed_in: Mapping[str, Any]) -> Caller | None:
 
 
 def _on_this_machine() -> Caller | None:
-    """Return the open caller if the request comes from this machine, for a name of this machine.
+    """Return the open caller if the request comes from this machine, for a name of this machine, and from no proxy.
 
-    A page of another site could have its own name point here; its requests come with that name.
+    A page of another site could have its own name point here; its requests come with that name. A proxy on this machine
+    that is not among PROXIES passes on what others send, as if it came from here.
     """
+    settings: Settings = current_app.extensions["settings"]
+    if not settings.proxies and any(name.startswith(_FORWARDED) for name in request.environ):
+        return None
     host = request.host.rpartition(":")[0] if request.host.rpartition(":")[2].isdigit() else request.host
     return OPEN if is_loopback(host) and is_loopback(request.remote_addr or "") else None
 

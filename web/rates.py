@@ -6,6 +6,7 @@ processes would cost each request two round trips to the store. The memory is bo
 caller that was quiet longest is forgotten, and starts with all rights again.
 
 Passwords are the one thing that can be guessed, so an address is also limited in how often it may be wrong about them.
+A try counts as wrong until it is known to be right: to look at a password takes a while, and many may be tried at once.
 """
 
 from __future__ import annotations
@@ -39,24 +40,25 @@ class Rate:
         self._full: OrderedDict[str, float] = OrderedDict()
         self._lock = threading.Lock()
 
-    def wait(self, key: str, *, take: bool = True) -> float:
-        """Return 0 for a request that may go on, or the seconds until it may.
-
-        Parameters:
-          take: Whether it uses a right up; otherwise this only looks.
-        """
+    def wait(self, key: str) -> float:
+        """Return 0 for a request that may go on, and uses a right up, or the seconds until it may."""
         now = self._now()
         with self._lock:
             full = max(now, self._full.get(key, 0.0)) + self._interval
             excess = full - now - _MINUTE_SECONDS
             if excess > 1e-6:
                 return excess
-            if take:
-                self._full[key] = full
-                self._full.move_to_end(key)
-                if len(self._full) > REMEMBERED:
-                    self._full.popitem(last=False)
+            self._full[key] = full
+            self._full.move_to_end(key)
+            if len(self._full) > REMEMBERED:
+                self._full.popitem(last=False)
         return 0.0
+
+    def give_back(self, key: str) -> None:
+        """Have a request that went on count as never made."""
+        with self._lock:
+            if key in self._full:
+                self._full[key] -= self._interval
 
 
 class Rates:
@@ -74,13 +76,13 @@ class Rates:
         program = caller.kind == "machine" and caller.customer_id is None
         _refuse((self._programs if program else self._people).wait(caller.space))
 
-    def check_failures(self, address: str) -> None:
-        """Raise the problem of an address that has failed too often."""
-        _refuse(self._failures.wait(_network(address), take=False))
+    def try_password(self, address: str) -> None:
+        """Count a try as a failure, or raise the problem of an address that has failed too often."""
+        _refuse(self._failures.wait(_network(address)))
 
-    def failed(self, address: str) -> None:
-        """Count a failure."""
-        self._failures.wait(_network(address))
+    def was_right(self, address: str) -> None:
+        """Say that a try was no failure."""
+        self._failures.give_back(_network(address))
 
 
 def _refuse(seconds: float) -> None:

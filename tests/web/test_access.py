@@ -154,6 +154,21 @@ def test_scopes_are_what_a_key_may(closed: Closed) -> None:
             assert closed.get(who, path).json().keys() == known
 
 
+def test_one_who_acts_for_a_customer_sees_nothing_of_all_customers(closed: Closed) -> None:
+    """Whatever a customer's key may, it opens no route that is not for those who order."""
+    key = closed.key("all-that-a-customer-may", "--scope", "order", "--scope", "read", "--customer", "alice")
+    assert closed.get(key, "/api/orders").status_code == 200
+    app = create_app(LOOPBACK)
+    for rule in app.url_map.iter_rules():
+        scopes = app.view_functions[rule.endpoint].needed_scopes  # type: ignore[attr-defined]
+        if not scopes or "order" in scopes:
+            continue
+        path = re.sub("<[^>]*>", "some-order", rule.rule)
+        for method in (rule.methods or set()) - {"OPTIONS"}:
+            assert closed.ask(key, method, path).status_code == 403, (method, path)
+    assert closed.get("reader", "/metrics").status_code == 200
+
+
 def test_idempotency_keys_belong_to_the_caller(closed: Closed) -> None:
     """Two callers with one key place two orders, and neither learns of the other's."""
     key = {"Idempotency-Key": "the same for all"}
@@ -452,6 +467,11 @@ def test_an_open_service_is_open_to_this_machine_alone(service: Stack) -> None:
         assert service.get("/api/orders", headers={"Host": host}).status_code == 401
     for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
         assert service.get("/api/orders", headers={"Host": host}).status_code == 200
+    # What a proxy on this machine passes on, for whom no one said that there is one.
+    for header in ("X-Forwarded-For", "X-Forwarded-Proto", "Forwarded", "X-Real-IP"):
+        proxied = {header: "192.0.2.7"}
+        assert service.get("/api/orders", headers=proxied).status_code == 401, header
+        assert service.get("/admin/fleet/", headers=proxied, allow_redirects=False).status_code == 303
 
 
 def test_a_caller_who_asks_too_often_waits(tmp_path: Path) -> None:
@@ -511,6 +531,10 @@ def test_administrators_manage_keys_on_a_page(closed: Closed) -> None:
     assert "from-the-page" in listed
     wrong = browser.post(url, data={"name": "a b", "scope": ["order"]}, headers=SAME_SITE, timeout=20)
     assert (wrong.status_code, "A name has" in wrong.text) == (422, True)
+    for days in ("99999", "-1", "000099999", "soon", "1.5"):
+        lasting = {"name": "lasting", "scope": ["order"], "days": days}
+        assert browser.post(url, data=lasting, headers=SAME_SITE, timeout=20).status_code == 422, days
+    assert "lasting" not in browser.get(url, timeout=20).text
     key_id = text.split("_")[1]
     foreign = browser.post(f"{url}/{key_id}/revoke", headers={"Origin": "https://evil.example"}, timeout=20)
     assert foreign.status_code == 403

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from web.rates import REMEMBERED, Rate, _network
+from tasks.settings import Settings
+from web.problems import Problem
+from web.rates import FAILURES, REMEMBERED, Rate, Rates, _network
 
 
 class Clock:
@@ -44,6 +46,23 @@ def test_what_is_remembered_is_bounded() -> None:
     assert all(rate.wait(f"caller {number}") == 0.0 for number in range(REMEMBERED + 100))
     assert len(rate._full) == REMEMBERED
     assert rate.wait(f"caller {REMEMBERED + 99}") > 0
+
+
+def test_passwords_that_are_tried_at_once_count_before_they_are_known_to_be_wrong() -> None:
+    """To look at one takes long, so that hundreds may be under way; only a right one is given back."""
+    rates = Rates(Settings())
+    for _ in range(3 * FAILURES):
+        rates.try_password("10.1.2.3")
+        rates.was_right("10.1.2.3")
+    for _ in range(FAILURES):
+        rates.try_password("10.1.2.3")
+    with pytest.raises(Problem) as refused:
+        rates.try_password("10.1.2.3")
+    assert refused.value.status == 429
+    rates.try_password("10.1.2.4")
+    rates.was_right("10.1.2.5")  # which tried nothing
+    rates.was_right("10.1.2.3")
+    rates.try_password("10.1.2.3")
 
 
 @pytest.mark.parametrize(
