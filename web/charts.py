@@ -6,6 +6,7 @@ A chart is a picture with a sentence about it. The numbers themselves are in a t
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -134,7 +135,7 @@ def _y(value: float, top: float) -> float:
 
 def _round_up(value: float) -> float:
     """Return the next number that is easy to read, and whose half is too."""
-    if value <= 0:
+    if value < sys.float_info.min:  # zero, or so little that its power of ten is not exact
         return 1.0
     unit: float = 10.0 ** math.floor(math.log10(value))
     return next(unit * step for step in (1, 2, 4, 6, 8, 10) if unit * step >= value)

@@ -7,7 +7,7 @@ import json
 import re
 from xml.etree import ElementTree
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.support.polling import eventually
@@ -47,6 +47,7 @@ VALUES = st.lists(st.none() | st.floats(0, 1e12), min_size=1, max_size=40)
 
 
 @given(VALUES, st.text(max_size=10))
+@example([1e-323], "")
 def test_a_chart_is_a_picture_with_words(values: list[float | None], label: str) -> None:
     """Whatever the values, the SVG can be read, says what it shows, and draws nothing outside of itself."""
     label = "".join(character for character in label if character.isprintable())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
@@ -95,7 +96,7 @@ def _bars(kind: str, values: Values, top: float) -> str:
 
 def _round_up(value: float) -> float:
     """The next number that is easy to read, and whose half is too."""
-    if value <= 0:
+    if value < sys.float_info.min:  # zero, or so little that its power of ten is not exact
         return 1.0
     unit: float = 10.0 ** math.floor(math.log10(value))
     return next(unit * step for step in (1, 2, 4, 6, 10) if unit * step >= value)
