@@ -57,11 +57,13 @@ from .audit import Who
 from .events import SUBJECTS, Happened, UnusableEvent, decode, happened, order_id_of
 from .failures import failure_of
 from .gateway import GatewayUnavailable
+from .notes import NoteBusy
 from .options import BEGIN, CONTINUE, FINISH, INDEX_EVERY_MS, LOOK_EVERY_MS, step_options
 from .orders import OrderBusy
 from .outage import is_outage
 from .saga import STEPS
 from .steps import left_to_newer, observed
+from .stock import RecordBehind, StockBusy
 from .webhooks import service as webhooks
 
 logger = logging.getLogger(__name__)
@@ -189,7 +191,8 @@ def settle_order(order_id: str) -> None:
     try:
         with left_to_newer():
             app.saga().settle_order(order_id)
-    except GatewayUnavailable as error:
+    except (GatewayUnavailable, NoteBusy, RecordBehind, StockBusy) as error:
+        # The next look comes by itself.
         logger.warning("A refund of order %s waits: %s", order_id, error)
 
 

@@ -53,6 +53,9 @@ from .stock import Stock
 from .stream import EventStream, read_stored
 from .text import normalised
 from .traces import Traces
+from .webhooks.health import Health
+from .webhooks.subscriptions import PREFIX as ENDPOINT
+from .webhooks.subscriptions import Subscriptions
 
 #: How many things are noted before they are taken away.
 _AT_ONCE: Final = 2_000
@@ -245,19 +248,19 @@ class Erasure:
     # What is where
 
     def _stages(self) -> list[_Stage]:
+        def entries(name: str, key: str, find: Callable[[Job], Iterator[str]]) -> _Stage:
+            bucket = self._buckets[key]
+            return _Stage(name, find, lambda _, one: bucket.delete(one))
+
         stages = [
             _Stage("orders", self._orders_over, self._make_anonymous),
             _Stage("events", self._their_events, lambda _, place: self._erase_event(place)),
+            entries("idempotency keys", "requests", self._their_requests),
+            entries("payment tokens", "tokens", self._their_tokens),
+            entries("API keys", "access", self._their_keys),
+            _Stage("webhooks", self._their_webhooks, self._remove_webhook),
+            entries("deliveries of webhooks", "deliveries", self._their_deliveries),
         ]
-        for name, key, find in (
-            ("idempotency keys", "requests", self._their_requests),
-            ("payment tokens", "tokens", self._their_tokens),
-            ("API keys", "access", self._their_keys),
-            ("webhooks", "webhooks", self._their_webhooks),
-            ("deliveries of webhooks", "deliveries", self._their_deliveries),
-        ):
-            bucket = self._buckets[key]
-            stages.append(_Stage(name, find, lambda _, key, bucket=bucket: bucket.delete(key)))  # type: ignore[misc]
         for name, stream in self._streams.items():
             stages.append(
                 _Stage(
@@ -377,10 +380,16 @@ class Erasure:
                     yield f"used.{key['id']}"
 
     def _their_webhooks(self, job: Job) -> Iterator[str]:
-        for entry in self._buckets["webhooks"].items("endpoint."):
+        for entry in self._buckets["webhooks"].items(ENDPOINT):
             webhook = json.loads(entry.value)
             if webhook.get("customer_id") == job.customer_id and webhook["created_at"] < job.at:
                 yield entry.key
+
+    def _remove_webhook(self, _: Job, key: str) -> None:
+        """Remove a webhook as its owner does: every process that has it in memory learns of it with its next look."""
+        bucket, webhook_id = self._buckets["webhooks"], key.removeprefix(ENDPOINT)
+        Subscriptions(bucket, (), (), self._now).remove(webhook_id)
+        Health(bucket, self._now).recovered(webhook_id)
 
     def _their_deliveries(self, job: Job) -> Iterator[str]:
         ids = self._theirs(job)

@@ -34,7 +34,7 @@ from tasks.ports import Bucket, Entry
 from .addresses import InvalidAddress, Network, check
 
 BUCKET: Final = "webhooks"
-_PREFIX: Final = "endpoint."
+PREFIX: Final = "endpoint."
 
 #: The types of events that a webhook can choose from.
 EVENT_TYPES: Final = tuple(f"order.{name}" for name in TYPES)
@@ -154,7 +154,7 @@ class Subscriptions:
             changed_at=now,
             sealed=self._sealed(webhook_id, [(secret, None)]),
         )
-        self._bucket.create(_PREFIX + webhook_id, _encoded(made))
+        self._bucket.create(PREFIX + webhook_id, _encoded(made))
         return made, secret
 
     def all(self) -> list[Subscription]:
@@ -187,7 +187,7 @@ class Subscriptions:
 
     def find(self, webhook_id: str) -> Subscription | None:
         """Return a webhook."""
-        entry = self._bucket.get(_PREFIX + webhook_id)
+        entry = self._bucket.get(PREFIX + webhook_id)
         found = None if entry is None else _decoded(entry)
         return None if found is None or found.state == _REMOVED else found
 
@@ -299,7 +299,7 @@ class Subscriptions:
         self, webhook_id: str, changed: Callable[[Subscription], Subscription], *, ttl: int | None = None
     ) -> Subscription | None:
         while True:
-            entry = self._bucket.get(_PREFIX + webhook_id)
+            entry = self._bucket.get(PREFIX + webhook_id)
             if entry is None or (known := _decoded(entry)).state == _REMOVED:
                 return None
             wanted = changed(known)
@@ -350,7 +350,7 @@ class Directory:
         whole = begun - self._read_all_at > _WHOLE_SECONDS
         known = {} if whole else dict(self._known)
         revision = 0 if whole else self._revision
-        for entry in self._bucket.items(_PREFIX, after=revision):
+        for entry in self._bucket.items(PREFIX, after=revision):
             one = _decoded(entry)
             revision = max(revision, entry.revision)
             if one.state == _REMOVED:

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from cryptography.fernet import Fernet
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -39,6 +40,8 @@ from tasks.projection import Projection
 from tasks.rebuild import Rebuild
 from tasks.retention import MARK, Chronicle, Retention, find_mark
 from tasks.stream import merged, read_stored
+from tasks.webhooks.health import Health
+from tasks.webhooks.subscriptions import Directory, Subscriptions
 from tests.tasks.fakes import FakeBucket
 from tests.tasks.test_saga_properties import Service, created
 
@@ -663,10 +666,13 @@ def erase(shop: Shop, customer_id: str, at: int) -> Job:
     return erasure.run(erasure.begin(customer_id, Who("ann", "operator", "command")).id)
 
 
-def erasure_at(shop: Shop, at: int, deliveries: FakeBucket | None = None) -> Erasure:
+def erasure_at(
+    shop: Shop, at: int, deliveries: FakeBucket | None = None, webhooks: FakeBucket | None = None
+) -> Erasure:
     service = shop.service
-    buckets = {name: FakeBucket() for name in ("requests", "tokens", "access", "webhooks")}
+    buckets = {name: FakeBucket() for name in ("requests", "tokens", "access")}
     buckets["deliveries"] = deliveries or FakeBucket()
+    buckets["webhooks"] = webhooks or FakeBucket()
     return Erasure(
         Jobs(
             shop.erasures,
@@ -867,6 +873,22 @@ def test_an_erasure_does_not_depend_on_the_clocks(tmp_path: Path) -> None:
     left = {order_id_of(one.event) for one in shop.events.read()}
     assert left == {"n-0"}
     assert {key for key, one in shop.records().items() if one["customer_id"] == "c-1"} == {"n-0"}
+
+
+def test_a_process_that_has_a_webhook_in_memory_learns_that_it_is_erased(tmp_path: Path) -> None:
+    """It is on no list, and gets no deliveries, when the erasure is done."""
+    shop, webhooks = Shop(tmp_path, 1), FakeBucket()
+    subscriptions = Subscriptions(webhooks, [Fernet.generate_key().decode()], (), lambda: 1_000)
+    made, _ = subscriptions.add("https://ann.example/hook", [], "Ann's shop", "c-1", "ann")
+    others, _ = subscriptions.add("https://bob.example/hook", [], "", "c-2", "bob")
+    Health(webhooks, lambda: 1_000).failed(made.id, "Ann is not here")
+    directory = Directory(webhooks)
+    assert len(directory.refresh()) == 2
+    erasure = erasure_at(shop, 10**9, webhooks=webhooks)
+    job = erasure.run(erasure.begin("c-1", Who("ann", "operator", "command")).id)
+    assert job.counts["webhooks"] == 1
+    assert directory.refresh() == [others]
+    assert not [one.key for one in webhooks.items() if b"Ann" in one.value or b"c-1" in one.value]
 
 
 def test_an_order_that_broke_a_rule_counts_after_its_erasure(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import pytest
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.queues import QueueStats
-from tasks import standstill
+from tasks import actors, app, standstill
 from tasks.orders import Orders
 from tasks.standstill import Standstill
+from tasks.stock import RecordBehind
 from tasks.unfinished import UnfinishedOrders
 from tests.support.polling import eventually
 from tests.tasks.fakes import FakeBucket
@@ -146,6 +147,21 @@ def test_a_new_process_begins_at_the_mark() -> None:
     world.record("open", "created", "confirmed")
     assert index.all() == []
     assert world.index.all() == []
+
+
+def test_a_look_that_comes_too_early_makes_no_dead_letter(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The order is read again, or has moved on, when what is not settled is looked at the next time."""
+
+    class Behind:
+        def settle_order(self, order_id: str) -> str:
+            raise RecordBehind(f"the record of order {order_id} cannot be read as it is now.")
+
+    monkeypatch.setattr(app, "saga", Behind)
+    with caplog.at_level(logging.WARNING):
+        actors.settle_order.fn("o-1")
+    assert "A refund of order o-1 waits" in caplog.text
 
 
 def test_a_lost_retry(tmp_path: Path) -> None:
