@@ -54,9 +54,11 @@ def test_any_other_option_is_left_alone():
     check({"colour": "red", "max_retries": 3, "eta": None, "broker_priority": 0})
 
 
-@pytest.mark.parametrize("eta", [NOW_MS + 1, NOW_MS + 0.5, True, "tomorrow", []])
+@pytest.mark.parametrize(
+    "eta", [NOW_MS + 1, NOW_MS + 0.5, True, "tomorrow", [], 1, NOW_MS / 1000 + 60, 99_999_999_999]
+)
 def test_a_time_in_the_future_needs_a_delay(eta):
-    """With a delay, `eta` is what the broker itself noted."""
+    """One in seconds is meant to be in the future too. With a delay, `eta` is what the broker itself noted."""
     with pytest.raises(InvalidOption) as refusal:
         check({"eta": eta})
     said = f"the option eta={eta!r} means nothing here: give delay=..., in milliseconds from now."
@@ -64,7 +66,7 @@ def test_a_time_in_the_future_needs_a_delay(eta):
     check({"eta": eta}, delayed=True)
 
 
-@pytest.mark.parametrize("eta", [NOW_MS, NOW_MS - 0.5, 0])
+@pytest.mark.parametrize("eta", [NOW_MS, NOW_MS - 0.5, 100_000_000_000, 0])
 def test_a_time_that_is_over_does_no_harm(eta):
     """A message that was delayed and is sent again still has it."""
     check({"eta": eta})

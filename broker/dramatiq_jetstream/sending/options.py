@@ -14,6 +14,9 @@ from dramatiq_jetstream.errors import InvalidOption
 
 __all__ = ["check_options"]
 
+#: Times before this, in the year 1973, are a mistake in units: a number of seconds, or a delay.
+_EARLIEST_MS = 100_000_000_000
+
 _QUEUE = "give the actor its queue (queue_name=...), or send a copy: message.copy(queue_name=...)"
 _INSTEAD: Mapping[str, str] = {
     "countdown": "give delay=..., in milliseconds",
@@ -51,7 +54,7 @@ def check_options(
     eta = options.get("eta")
     if eta is not None and not delayed:
         is_time = isinstance(eta, (int, float)) and not isinstance(eta, bool)
-        if not is_time or eta > time.time() * 1000:
+        if not is_time or eta > time.time() * 1000 or 0 < eta < _EARLIEST_MS:
             raise InvalidOption(
                 f"the option eta={eta!r} means nothing here: give delay=..., in milliseconds from now."
             )
