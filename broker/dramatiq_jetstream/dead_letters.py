@@ -36,6 +36,7 @@ from .sending.fitting import ADDED, fit, unfolded
 from .sending.references import References
 from .wire.connection import Connection
 from .wire.error_numbers import NO_MESSAGE_TO_DELETE
+from .wire.headers import sendable
 
 if TYPE_CHECKING:
     from .worker.delivery import Delivery
@@ -229,7 +230,7 @@ class DeadLetters:
         self._ensure(False)
         kept = {
             name: value
-            for name, value in headers.items()
+            for name, value in sendable(headers).items()
             if not name.startswith(("Nats-", "Dramatiq-Dead-")) and name not in wire_names.REQUEUE_HEADERS
         }
         letter = {

@@ -20,11 +20,13 @@ from dramatiq_jetstream.errors import (
     ServerUnsupported,
     StoreFull,
 )
+from dramatiq_jetstream.limits import Snooze
 from dramatiq_jetstream.testing import NatsServer, find_executable
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually
 from tests.support.ports import free_port
 from tests.support.processes import Process
+from tests.support.wire import publish_wire
 
 
 def message(*args, queue="default", **options):
@@ -109,7 +111,7 @@ def test_messages_of_any_id_work(broker, message_id):
     """Ids come from anywhere; a delay can be cancelled by each of them, and a retry is stored."""
     tries = []
 
-    @dramatiq.actor(max_retries=1, min_backoff=1, max_backoff=2)
+    @dramatiq.actor(max_retries=0)
     def work():
         tries.append(1)
         raise RuntimeError
@@ -263,3 +265,45 @@ def test_an_event_subject_that_nats_cannot_carry_is_refused(broker, subject):
     """What would break the protocol never reaches it."""
     with pytest.raises(InvalidName):
         broker.publish(subject, b"event")
+
+
+#: Headers of another program, with names that no client of ours could send.
+ODD_HEADERS = b"NATS/1.0\r\nx y: 1\r\n\xc3\xa9: 2\r\n(z): 3\r\nkept: yes\r\n\r\n"
+
+
+@pytest.mark.parametrize("become", ["retries exhausted", "undecodable", "unknown actor"])
+def test_headers_that_cannot_be_sent_again_keep_no_message(make_broker, nats_url, become):
+    """A message is left to others and made a dead letter without them; it stays with no worker for ever."""
+    broker = make_broker(unknown_actor_grace=400)
+    dramatiq.actor(lambda: 1 / 0, broker=broker, actor_name="work", max_retries=0)
+    broker.setup()
+    known = "nobody" if become == "unknown actor" else "work"
+    body = b"?" if become == "undecodable" else Message("default", known, (), {}, {}).encode()
+    publish_wire(nats_url, broker.names.task("default"), ODD_HEADERS, body)
+    with running(broker):
+        (letter,) = eventually(broker.dead_letters.list)
+        broker.join("default", timeout=30_000)
+    assert letter.reason == become
+    assert letter.data == body
+    assert not {"x y", "\u00e9", "(z)"} & letter.headers.keys()
+
+
+def test_a_message_whose_headers_cannot_be_sent_again_is_put_off_and_run_at_once(make_broker, nats_url):
+    """Where a queue has a limit in flight it is stored again, to leave its place to others."""
+    broker = make_broker(max_in_flight={"default": 1})
+    ran = []
+
+    @dramatiq.actor(broker=broker, max_retries=0)
+    def work() -> None:
+        ran.append(1)
+        if len(ran) == 1:
+            raise Snooze(600)
+
+    broker.setup()
+    publish_wire(
+        nats_url, broker.names.task("default"), ODD_HEADERS, Message("default", "work", (), {}, {}).encode()
+    )
+    with running(broker):
+        eventually(lambda: len(ran) == 2)
+        broker.join("default", timeout=30_000)
+    assert broker.dead_letters.list() == []

@@ -13,6 +13,7 @@ from orders.v1.events_pb2 import OrderCreated
 from tests.broker.conformance.workers import running
 from tests.broker.services import order, publish_raw, subscribe
 from tests.support.polling import eventually
+from tests.support.wire import publish_wire
 
 
 def test_an_event_without_any_header_reaches_its_actor(service, topic):
@@ -232,25 +233,6 @@ def test_odd_headers_of_other_programs_do_no_harm(service, topic, nats_url):
         service.join("default", timeout=30_000)
     assert sorted(map(int, seen)) == list(range(len(raw)))
     assert service.connection.state.reconnects == 0
-
-
-def publish_wire(url, subject, headers, body):
-    """Write the protocol's own bytes."""
-    import socket
-
-    host, _, port = url.removeprefix("nats://").partition(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(
-            b'CONNECT {"verbose":false,"headers":true}\r\n'
-            + f"HPUB {subject} {len(headers)} {len(headers) + len(body)}\r\n".encode()
-            + headers
-            + body
-            + b"\r\nPING\r\n"
-        )
-        answer = b""
-        while b"PONG" not in answer:
-            answer += connection.recv(4096)
-        assert b"-ERR" not in answer
 
 
 def test_a_subscription_that_cannot_work_is_refused_at_its_declaration(make_broker, topic):

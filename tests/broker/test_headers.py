@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dramatiq_jetstream.wire.headers import BadHeader, Msg, encode_headers, parse_headers
+from dramatiq_jetstream.wire.headers import BadHeader, Msg, encode_headers, parse_headers, sendable
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,7 @@ def test_whether_headers_mention_a_text_is_seen_without_reading_them():
     message = Msg("subject", "", b"Other", b"NATS/1.0\r\nDramatiq-Actor: a\r\n\r\n")
     assert message.mentions(b"Dramatiq-") is True
     assert message.mentions(b"Other") is False
+
+
+def test_headers_whose_names_cannot_be_written_are_not_sent_again():
+    assert sendable({"A": "1", "a b": "2", "é": "3", "": "4", "B-c": "5"}) == {"A": "1", "B-c": "5"}

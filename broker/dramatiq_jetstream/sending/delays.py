@@ -32,6 +32,7 @@ from dramatiq_jetstream.jetstream.names import (
 from dramatiq_jetstream.jetstream.reading import StoredMessage, last_message, parse_time
 from dramatiq_jetstream.wire.connection import Connection
 from dramatiq_jetstream.wire.error_numbers import CONFLICT
+from dramatiq_jetstream.wire.headers import sendable
 from dramatiq_jetstream.wire.ids import new_id
 
 from .fitting import fields_of
@@ -176,7 +177,7 @@ def run_now(connection: Connection, names: Names, queue: str, message_id: str) -
     for stored in list(listing.read(names.delayed_message(queue, message_id), page=100)):
         headers = {
             name: value
-            for name, value in stored.headers.items()
+            for name, value in sendable(stored.headers).items()
             if not name.startswith("Nats-") or name.startswith("Nats-Schedule")
         } | {
             HEADER_SCHEDULE: at(now()),
@@ -199,7 +200,8 @@ def end_now(connection: Connection, stored: StoredMessage) -> None:
     It is stored on its queue if it still waits, and removed afterwards. If the process dies in between, the next call
     finds that it is stored already, within JetStream's duplicate window.
     """
-    headers = {name: value for name, value in stored.headers.items() if not name.startswith("Nats-")} | {
+    own = {name: value for name, value in sendable(stored.headers).items() if not name.startswith("Nats-")}
+    headers = own | {
         HEADER_MSG_ID: f"now:{stored.stream}:{stored.sequence}",
         HEADER_EXPECTED_LAST_SUBJECT_SEQUENCE: str(stored.sequence),
         HEADER_EXPECTED_SUBJECT: stored.subject,

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Mapping
 
-__all__ = ["BadHeader", "Headers", "Msg", "encode_headers", "parse_headers"]
+__all__ = ["BadHeader", "Headers", "Msg", "encode_headers", "parse_headers", "sendable"]
 
 Headers = Mapping[str, str]
 
@@ -61,6 +61,11 @@ def parse_headers(raw: bytes) -> dict[str, str]:
         if separator:
             headers[name.strip()] = value.strip()
     return headers
+
+
+def sendable(headers: Headers) -> dict[str, str]:
+    """The headers that can be sent again: those of another program may have names that are no tokens."""
+    return {name: value for name, value in headers.items() if _KEY.fullmatch(name)}
 
 
 @functools.lru_cache(maxsize=1_000)

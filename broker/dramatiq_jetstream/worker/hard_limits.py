@@ -25,7 +25,7 @@ from dramatiq_jetstream.errors import HardTimeLimitExceeded, InvalidOption
 from dramatiq_jetstream.jetstream.reading import message_at
 from dramatiq_jetstream.wire.ack_subjects import ack_tokens
 from dramatiq_jetstream.wire.connection import Connection, Msg
-from dramatiq_jetstream.wire.headers import encode_headers
+from dramatiq_jetstream.wire.headers import encode_headers, sendable
 
 from .consumer import JetStreamConsumer
 from .delivery import Delivery, Source
@@ -125,7 +125,7 @@ class KilledAttempts:
         stored = message_at(self._connection, source.stream, int(ack_tokens(ack_subject)[3]))
         if stored is None:
             return None
-        headers = encode_headers(stored.headers) if stored.headers else None
+        headers = encode_headers(sendable(stored.headers)) if stored.headers else None
         delivery = Delivery(Msg(stored.subject, ack_subject, stored.data, headers), source, _Owner())
         message, arguments = source.decode(delivery)
         return JetStreamMessage(message, delivery, arguments) if self._hold(delivery) else None

@@ -46,6 +46,7 @@ from dramatiq_jetstream.sending.fitting import fit, unfolded
 from dramatiq_jetstream.sending.references import References
 from dramatiq_jetstream.wire.connection import Connection
 from dramatiq_jetstream.wire.error_numbers import CONFLICT
+from dramatiq_jetstream.wire.headers import sendable
 
 from .delivery import Delivery, Source, event_in
 from .in_flight import InFlight
@@ -241,7 +242,7 @@ class Rerouter:
             if not self._connection.is_connected:
                 raise BrokerConnectionError("there is no connection over which to requeue it")
             self._store_again(delivery)
-        except BrokerError as error:  # there are others to requeue, and no caller to handle it
+        except Exception as error:  # noqa: BLE001 - there are others to requeue, and no caller to handle it
             logger.warning("%s will be delivered again after its ack_wait: %s", delivery, error)
             self._in_flight.abandon(delivery)
         else:
@@ -415,7 +416,7 @@ class Rerouter:
         subject = self._config.names.delayed(source.queue, message_id or delivery.origin, token)
         try:
             self._store_as_message(subject, delivery, headers, timeout=STORE_LATER_TIMEOUT_MS)
-        except BrokerError as error:
+        except Exception as error:  # noqa: BLE001 - a message that is neither stored nor requeued would stay here
             logger.warning("%s cannot be stored with a delay, and is requeued instead: %s", delivery, error)
             return False
         return True
@@ -449,7 +450,7 @@ def _own_headers(delivery: Delivery) -> dict[str, str]:
         return {}
     return {
         name: value
-        for name, value in delivery.headers.items()
+        for name, value in sendable(delivery.headers).items()
         if not name.startswith("Nats-") and name not in REQUEUE_HEADERS
     }
 
