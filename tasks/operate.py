@@ -23,7 +23,7 @@ from dramatiq.errors import BrokerError
 from .audit import AuditLog, Who, at_terminal
 from .command import whole
 from .events import usable_order_id
-from .ledger import BACK, WRITTEN_OFF
+from .ledger import BACK, WRITTEN_OFF, NewerRecord
 from .model import Refusal
 from .stock import Found, Stock
 from .stuck import Operator
@@ -90,7 +90,10 @@ def _run(
             for stuck in operator.stuck(before):
                 yield str(stuck), True
             for one in stock.notes.unsettled():
-                yield f"{one.order_id}  {_owed(stock.find(one.order_id))}", True
+                try:
+                    yield f"{one.order_id}  {_owed(stock.find(one.order_id))}", True
+                except NewerRecord as error:
+                    yield f"{one.order_id}  {error}", True
         case "redrive":
             orders: Iterable[str] = chosen.orders
             if chosen.all:
@@ -103,7 +106,7 @@ def _run(
                 try:
                     with audit.record(f"order.{chosen.command}", order_id, who, **detail):
                         done = act(order_id)
-                except Refusal as refusal:
+                except (Refusal, NewerRecord) as refusal:
                     yield str(refusal), False
                 else:
                     yield f"{order_id}  {done}", True

@@ -18,7 +18,7 @@ from dramatiq_jetstream.dead_letters import DeadLetter, DeadLetters
 
 from .announcements import event_of
 from .failures import failure_of
-from .ledger import Record
+from .ledger import NewerRecord, Record
 from .model import Order
 from .orders import Orders
 from .ports import Bucket
@@ -85,8 +85,12 @@ class Operator:
             if _moved_at(order) < before:
                 found[entry.key] = Stuck(entry.key, order.status, _moved_at(order))
         for entry in self._stock_bucket.items("order."):
-            record = Record.decode(entry.value)
-            order_id, since = entry.key.removeprefix("order."), max(record.at.values())
+            order_id = entry.key.removeprefix("order.")
+            try:
+                record = Record.decode(entry.value)
+            except NewerRecord:
+                continue  # what it means, a command of that version knows
+            since = max(record.at.values())
             if record.state in _UNDER_WAY and since < before:
                 found.setdefault(order_id, Stuck(order_id, record.state, since))
         for order_id, letters in self._letters().items():
@@ -98,7 +102,10 @@ class Operator:
         """Have the steps that orders wait for done again; yields what was done about each."""
         letters = self._letters()
         for order_id in orders:
-            yield order_id, self._redrive(order_id, letters.get(order_id, []))
+            try:
+                yield order_id, self._redrive(order_id, letters.get(order_id, []))
+            except NewerRecord as error:
+                yield order_id, f"left alone: {error}"
 
     def _redrive(self, order_id: str, letters: list[DeadLetter]) -> str:
         replayed = sum(map(self._dead_letters.replay, letters))

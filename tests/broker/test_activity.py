@@ -6,8 +6,11 @@ import time
 
 import dramatiq
 import pytest
+from dramatiq.middleware import Middleware, SkipMessage
+from dramatiq_abort import Abort
 
 from dramatiq_jetstream.activity import Minute, percentile, read_activity
+from dramatiq_jetstream.jetstream.names import HEADER_TICK
 from dramatiq_jetstream.worker import activity, presence
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually
@@ -50,6 +53,33 @@ def test_attempts_and_failures_are_counted_by_queue(broker, make_broker, quick):
     assert abs(found[0].at - time.time() * 1000) < 600_000
     assert read_activity(broker, minute=found[0].at) != []
     assert read_activity(broker, minute=0) == []
+
+
+def test_what_is_aborted_or_comes_too_late_is_no_failure(broker, quick):
+    """Both end an attempt, and no one has to look into them."""
+
+    class Late(Middleware):
+        def before_process_message(self, broker, message):
+            message.fail()
+            raise SkipMessage("too late")
+
+    class Aborted(Middleware):
+        def before_process_message(self, broker, message):
+            if message.args == ("aborted",):
+                raise Abort
+
+    broker.add_middleware(Aborted())
+    work = dramatiq.actor(lambda what: None, actor_name="work", max_retries=0)
+    with running(broker):
+        work.send("aborted")
+        eventually(lambda: totals(broker) == {"default": (1, 0)})
+    broker.middleware.pop()
+    broker.add_middleware(Late())
+    body = work.message("late").encode()
+    for headers in ({}, {HEADER_TICK: "work"}, {HEADER_TICK: "work"}):
+        broker.connection.publish(broker.names.task("default"), body, headers)
+    with running(broker):
+        eventually(lambda: totals(broker) == {"default": (4, 1)})
 
 
 def test_a_worker_that_stops_has_counted_all(broker):

@@ -148,6 +148,12 @@ def test_an_order_before_its_first_step(tmp_path: Path) -> None:
         order_id = shop.order(("MUG-01", 3))["order_id"]
         assert f"{order_id}  accepted" in operate(producer, "stuck", "--minutes", "0")
         assert operate(producer, "stuck", "--minutes", "10") == ""
+        # What a newer version has written keeps no other order from being listed, and is left alone.
+        broker.bucket("stock").create("order.newer", b'{"state":"lost","at":{"lost":1}}')
+        assert f"{order_id}  accepted" in operate(producer, "stuck", "--minutes", "0")
+        assert "newer  left alone: " in operate(producer, "redrive", "newer")
+        assert "does not know" in operate(producer, "cancel", "newer", code=1)
+        broker.bucket("stock").delete("order.newer")
         assert "OrderCreated published again" in operate(producer, "redrive", order_id)
         assert [one["order_id"] for one in shop.get("/api/orders").json()["orders"]] == [order_id]
         assert "cancelled; 0" in operate(producer, "cancel", order_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from dramatiq_jetstream import audit, schedules
+from dramatiq_jetstream.ui.charts import chart
 from dramatiq_jetstream.ui.live import BEAT_SECONDS
+from dramatiq_jetstream.ui.text import duration, number
 from tests.support.polling import eventually
 from tests.support.ports import free_port
 from tests.support.processes import REPOSITORY
@@ -117,6 +120,21 @@ def test_every_page_is_accessible_and_fits(
         found = axe.run(page, options=rules)
         assert found.violations_count == 0, f"{name}:\n{found.generate_report()}"
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+
+
+def test_no_value_beside_a_chart_is_cut(browser: Browser) -> None:
+    """Of minutes, hours and days, and of a million."""
+    style = files("dramatiq_jetstream.ui").joinpath("static/style.css").read_text()
+    page = browser.new_page()
+    for shown, values in ((duration, (99_000.0, 380_000.0, 5.9e7, 9.9e8)), (number, (999_000.0,))):
+        for value in values:
+            drawn = chart("a chart", [("p50", [None, value])], shown)
+            page.set_content(f"<style>{style}</style>{drawn}")
+            cut = page.eval_on_selector_all(
+                ".chart text", "all => all.filter((one) => one.getBBox().x < 0).map((one) => one.textContent)"
+            )
+            assert cut == [], value
+    page.close()
 
 
 def test_without_scripts_every_page_is_complete(shop: Shop, visit: Open) -> None:

@@ -11,9 +11,9 @@ from markupsafe import Markup, escape
 
 __all__ = ["chart", "sparkline"]
 
-# The whole picture, and the plot in it.
+# The whole picture, and the plot in it: at its left is room for a value of nine characters, such as `16 h 40 m`.
 _WIDTH, _HEIGHT = 360, 132
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 354, 10, 108
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 354, 10, 108
 
 Values = Sequence[float | None]
 

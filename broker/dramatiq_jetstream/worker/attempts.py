@@ -90,7 +90,7 @@ class Attempts:
         finally:
             current_message.set(None)
             self.running = None
-            failed = message._exception is not None
+            failed = message._exception is not None and not message.is_unwanted
             self._tally.note(message.queue_name, began, message._delivery.timestamp, failed)
             self._thread.work_queue.task_done()
             if message.to_record is not None:

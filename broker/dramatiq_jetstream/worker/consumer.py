@@ -27,17 +27,14 @@ from types import NoneType
 from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.common import current_millis
 from dramatiq.errors import ActorNotFound, BrokerError, DecodeError
-from dramatiq.middleware import SkipMessage
 from dramatiq.worker import ConsumerThread
 
 from dramatiq_jetstream import dead_letters
 from dramatiq_jetstream.errors import ApiError, MessageTooLarge
-from dramatiq_jetstream.jetstream.names import HEADER_TICK
 from dramatiq_jetstream.wire import error_numbers
 from dramatiq_jetstream.wire.connection import Connection
 from dramatiq_jetstream.wire.thread_queue import ThreadQueue
 
-from .current import is_abort
 from .delivery import Delivery, Source
 from .durables import Durable
 from .in_flight import InFlight
@@ -347,7 +344,7 @@ class JetStreamConsumer(Consumer):
         elif message.put_off is not None and not failed:
             self.rerouter.put_off(message, message.put_off)
             return
-        if not failed or (error is None and _is_unwanted(message)):
+        if not failed or (error is None and message.is_unwanted):
             self.in_flight.settle(delivery, ACK)
             return
         try:
@@ -396,12 +393,6 @@ class JetStreamConsumer(Consumer):
                 return
             for delivery in arrived:
                 self.rerouter.requeue(delivery)
-
-
-def _is_unwanted(message: JetStreamMessage) -> bool:
-    """Whether a failed message needs no dead letter: it was aborted, or is a tick that came too late."""
-    error = message._exception
-    return is_abort(error) or (isinstance(error, SkipMessage) and HEADER_TICK in message._delivery.headers)
 
 
 def _is_permanent(error: BaseException) -> bool:

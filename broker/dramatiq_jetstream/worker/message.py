@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 from dramatiq.broker import MessageProxy
 from dramatiq.message import Message
+from dramatiq.middleware import SkipMessage
 
 from dramatiq_jetstream.errors import HardTimeLimitExceeded
+from dramatiq_jetstream.jetstream.names import HEADER_TICK
 
+from .current import is_abort
 from .delivery import Delivery
 from .limit_state import Start
 
@@ -73,6 +76,12 @@ class JetStreamMessage(MessageProxy):
     def headers(self) -> Mapping[str, str]:
         """The NATS headers that it was delivered with, in which another program may have put a trace context."""
         return self._delivery.headers
+
+    @property
+    def is_unwanted(self) -> bool:
+        """Whether what ended it is no failure: it was aborted, or is a tick that came too late."""
+        error = self._exception
+        return is_abort(error) or (isinstance(error, SkipMessage) and HEADER_TICK in self._delivery.headers)
 
     @property
     def delivery_count(self) -> int:

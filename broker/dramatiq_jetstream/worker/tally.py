@@ -19,7 +19,7 @@ class Ended:
 
     Attributes:
       ran, waited: How many ran, and how many had waited, by the bits of their milliseconds.
-      failed: How many raised.
+      failed: How many raised, without what was aborted and ticks that came too late.
     """
 
     __slots__ = ("failed", "ran", "waited")
