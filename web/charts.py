@@ -22,6 +22,9 @@ _RIGHT: Final = 352
 _TOP: Final = 12
 _BOTTOM: Final = 124
 
+# How wide a character beside the plot can be: the style sheet has 11 px.
+_CHARACTER: Final = 7.2
+
 # The radius of a point that has no neighbours.
 _DOT: Final = 3
 
@@ -105,24 +108,25 @@ def _picture(
     label: str, parts: Sequence[str], top: float, ticks: Sequence[str], shown: Callable[[float], str]
 ) -> Markup:
     grid = []
-    for value in (0.0, top / 2, top):
+    values = [(value, shown(value)) for value in (0.0, top / 2, top)]
+    # What is longer than the room at the left of the plot widens the picture.
+    wider = max(0.0, _CHARACTER * max(len(text) for _, text in values) - (_LEFT - 6))
+    for value, text in values:
         y = _y(value, top)
         grid.append(
             Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(_LEFT, _RIGHT, y, y)
         )
         grid.append(
-            Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
-                _LEFT - 6, y + 3.5, shown(value)
-            )
+            Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(_LEFT - 6, y + 3.5, text)
         )
     places = zip(ticks, (_LEFT, (_LEFT + _RIGHT) / 2, _RIGHT), ("start", "middle", "end"), strict=True)
     for text, x, anchor in places:
         grid.append(
             Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(x, _HEIGHT - 8, anchor, text)
         )
-    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg>').format(
-        _WIDTH, _HEIGHT, label, Markup("").join(grid), Markup("".join(parts))
-    )
+    return Markup(
+        '<svg class="chart" viewBox="{:.0f} 0 {:.0f} {}" role="img" aria-label="{}">{}{}</svg>'
+    ).format(-wider, _WIDTH + wider, _HEIGHT, label, Markup("").join(grid), Markup("".join(parts)))
 
 
 def _x(place: int, count: int) -> float:

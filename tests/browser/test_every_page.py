@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -11,9 +12,12 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.browser.conftest import CONFIRMED_WITHIN, HELD, screenshot, watched
 from tests.support.polling import eventually
+from tests.support.processes import REPOSITORY
 from tests.support.skips import needs_chromium
 from tests.web.large_shop import SIZE
 from tests.web.stack import Stack
+from web.charts import Series, bars
+from web.formats import Formats
 
 pytestmark = needs_chromium
 
@@ -200,3 +204,26 @@ def test_times_say_their_zone(service: Stack, browser: Browser) -> None:
             page.goto(f"{service.url}/orders/{order_id}")
             time = page.locator(".timeline time").first
             eventually(lambda: (time.text_content() or "").endswith(zone), timeout=30)  # noqa: B023
+
+
+def test_no_value_beside_a_chart_is_cut(browser: Browser) -> None:
+    """However much was sold, and in whatever locale."""
+    style = (REPOSITORY / "web" / "static" / "style.css").read_text()
+    page = browser.new_page()
+    for locale in ("en_GB", "de_CH"):
+        for revenue in (99_900, 10_000_000, 99_999_999_900):
+            series = [Series("revenue", "Revenue", [0.0, float(revenue)])]
+            shown = partial(_money, Formats(locale))
+            drawn = bars("Revenue", series, ("a", "b", "c"), shown)
+            page.set_content(f"<style>{style}</style>{drawn}")
+            cut = page.eval_on_selector_all(
+                ".chart text",
+                "all => all.filter((one) => one.getBBox().x < one.ownerSVGElement.viewBox.baseVal.x)"
+                ".map((one) => one.textContent)",
+            )
+            assert cut == [], (locale, revenue)
+    page.close()
+
+
+def _money(formats: Formats, minor: float) -> str:
+    return formats.money(round(minor), "EUR")

@@ -11,9 +11,12 @@ from markupsafe import Markup, escape
 
 __all__ = ["chart", "sparkline"]
 
-# The whole picture, and the plot in it: at its left is room for a value of nine characters, such as `16 h 40 m`.
+# The whole picture, and the plot in it.
 _WIDTH, _HEIGHT = 360, 132
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 354, 10, 108
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 354, 10, 108
+
+# How wide a character beside the plot can be: the style sheet has 10 px.
+_CHARACTER = 6.6
 
 Values = Sequence[float | None]
 
@@ -32,8 +35,11 @@ def chart(
     highest = max((value for _, values in lines for value in values if value is not None), default=0.0)
     top = _round_up(highest)
     parts = []
-    for value in (0.0, top / 2, top) if highest else (0.0,):
-        y, label_text = _y(value, top), escape(shown(value))
+    beside = [(value, shown(value)) for value in ((0.0, top / 2, top) if highest else (0.0,))]
+    # What is longer than the room at the left of the plot widens the picture.
+    wider = max(0.0, _CHARACTER * max(len(text) for _, text in beside) - (_LEFT - 6))
+    for value, text in beside:
+        y, label_text = _y(value, top), escape(text)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label_text}</text>')
     for text, x, anchor in (
@@ -44,9 +50,9 @@ def chart(
         parts.append(f'<text x="{x}" y="{_HEIGHT - 8}" text-anchor="{anchor}">{text}</text>')
     for kind, values in lines:
         parts.append(_bars(kind, values, top) if bars else _line(kind, values, top))
-    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        _WIDTH, _HEIGHT, label, Markup("".join(parts))
-    )
+    return Markup(
+        '<svg class="chart" viewBox="{:.0f} 0 {:.0f} {}" role="img" aria-label="{}">{}</svg>'
+    ).format(-wider, _WIDTH + wider, _HEIGHT, label, Markup("".join(parts)))
 
 
 def sparkline(label: str, values: Values) -> Markup:
