@@ -30,7 +30,7 @@ S = TypeVar("S", bound=Session)
 
 
 class Deadline:
-    """The moment at which something has to be over."""
+    """The moment at which a request has to be over."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds

@@ -11,11 +11,12 @@ import http.client
 import io
 import socket
 import ssl
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
+
+from tasks.answers import Deadline
 
 from .addresses import InvalidAddress, Network, NoAddress, Target, parse, resolve
 
@@ -50,7 +51,7 @@ def post(
     Raises:
       NotAnswered: When no answer came in time, or it was none.
     """
-    deadline = _Deadline(seconds)
+    deadline = Deadline(seconds)
     try:
         target = parse(url)
         connection = _Connection(target, allowed, deadline)
@@ -86,28 +87,10 @@ def _beginning(response: http.client.HTTPResponse) -> str:
     return read.decode("utf-8", "replace")
 
 
-class _Deadline:
-    """The moment at which a request has to be over."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    def left(self) -> float:
-        """Return the seconds that are left.
-
-        Raises:
-          TimeoutError: When there are none.
-        """
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return left
-
-
 class _Reading(io.RawIOBase):
     """The bytes that come from a socket, until the deadline."""
 
-    def __init__(self, sock: socket.socket, deadline: _Deadline) -> None:
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
         self._sock = sock
         self._deadline = deadline
 
@@ -122,7 +105,7 @@ class _Reading(io.RawIOBase):
 class _Channel:
     """The part of a socket that `http.client` uses."""
 
-    def __init__(self, sock: socket.socket, deadline: _Deadline) -> None:
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
         self._sock = sock
         self._deadline = deadline
 
@@ -140,7 +123,7 @@ class _Channel:
 class _Connection(http.client.HTTPConnection):
     """A connection to an address that was checked, with the name that the URL has."""
 
-    def __init__(self, target: Target, allowed: Sequence[Network], deadline: _Deadline) -> None:
+    def __init__(self, target: Target, allowed: Sequence[Network], deadline: Deadline) -> None:
         super().__init__(target.host, target.port)
         self._target = target
         self._allowed = allowed
