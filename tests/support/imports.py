@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 
@@ -17,19 +18,23 @@ def modules_of(directory: Path, package: str) -> dict[str, Path]:
 
 def imports_of(module: str, modules: Mapping[str, Path]) -> set[str]:
     """Return those of the modules that one of them imports."""
+    names = _imported(module, modules[module])
+    return {target for name in names if (target := _target(name, modules)) is not None} - {module}
+
+
+@cache
+def _imported(module: str, path: Path) -> frozenset[str]:
+    """Return the full names that a module imports."""
     package = module.split(".")[:-1]
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(modules[module].read_text())):
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
-            names = [f"{origin}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        found |= {target for name in names if (target := _target(name, modules)) is not None}
-    return found - {module}
+            names |= {f"{origin}.{alias.name}" for alias in node.names}
+    return frozenset(names)
 
 
 def _target(name: str, modules: Mapping[str, Path]) -> str | None:
