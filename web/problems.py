@@ -41,7 +41,7 @@ KINDS: dict[str, Kind] = {
         Kind(
             "forbidden",
             403,
-            "This is not yours to do",
+            "You may not do this",
             "Ask an operator for a key with the scope that detail names.",
         ),
         Kind("cross-site-request", 403, "The form was sent from another site", "Use this site's own form."),
@@ -98,14 +98,14 @@ KINDS: dict[str, Kind] = {
         Kind(
             "not-charged-back",
             409,
-            "The chargeback is of nothing that is known here",
-            "Tell it again later: the charge may not be known yet, or less of it is left.",
+            "The charge of this chargeback is not known",
+            "Send it again later: the charge may not be known yet, or less of it may be left.",
         ),
         Kind(
             "too-many-webhooks",
             409,
-            "There are as many webhooks as can be",
-            "Remove one, or change one that is there.",
+            "No more webhooks are possible",
+            "Remove a webhook, or change one.",
         ),
         Kind(
             "webhook-disabled",

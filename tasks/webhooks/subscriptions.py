@@ -69,7 +69,7 @@ class InvalidWebhook(ValueError):
 
 
 class TooManyWebhooks(Exception):
-    """Their owner has as many webhooks as can be."""
+    """Their owner has as many webhooks as an owner may have."""
 
 
 class SecretUnreadable(Exception):
