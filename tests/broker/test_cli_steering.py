@@ -188,11 +188,14 @@ def test_a_typo_in_a_filter_is_an_error(fleet: Run, program: str) -> None:
         ("dead", "list", "--after", "9" * 30),
         ("dead", "show", "²"),
         ("dead", "drop", "9" * 30),
+        ("dead", "show", "0"),
+        ("send", "", "[]", "--queue", "mail"),
         ("dead", "replay", "-x"),
     ):
         said = fleet(*wrong)
         assert said.status in (1, 2), wrong
         assert said.err.startswith("fleet: "), wrong
+        assert "JetStream refused" not in said.err, wrong
 
 
 def test_lists_that_are_cut_say_so_and_go_on(fleet: Run, program: str) -> None:

@@ -288,7 +288,7 @@ def test_nothing_is_changed_by_a_get_or_by_another_method(shown):
     assert audit.changes(shown) == []
 
 
-@pytest.mark.parametrize("number", ["9" * 19, "9" * 20, "9" * 5_000, "18446744073709551616", "²", "-1"])
+@pytest.mark.parametrize("number", ["9" * 19, "9" * 20, "9" * 5_000, "18446744073709551616", "²", "-1", "0"])
 def test_a_number_that_no_server_has_is_not_found(shown, number):
     """As an id, a place in a list or a bound it is what does not exist, and NATS is not said to be away."""
     ann = client(shown, operator("ann"))

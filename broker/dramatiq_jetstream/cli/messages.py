@@ -31,6 +31,8 @@ def send(fleet: Fleet, actor: str, arguments: str, queue: str | None, delay: int
     --broker MODULE names the program that has the actor; without it, --queue says where the message goes.
     """
     args, kwargs = _arguments(arguments)
+    if not actor:
+        raise click.UsageError("ACTOR is empty.")
     broker = fleet.broker
     options: dict[str, Any] = {}
     declared = broker.actors.get(actor)

@@ -141,6 +141,8 @@ def last_message_direct(
 
 def message_at(connection: Connection, stream: str, sequence: int) -> StoredMessage | None:
     """The message with a sequence, or None."""
+    if not 0 < sequence < 2**64:  # which the server calls a bad request
+        return None
     return _get(connection, stream, {"seq": sequence})
 
 
