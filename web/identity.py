@@ -71,6 +71,11 @@ class Caller:
         return self.may("read") if self.customer_id is None else order.customer_id == self.customer_id
 
     @property
+    def must_say_why(self) -> bool:
+        """Whether the caller cancels others' orders, so that there is no cancel without a reason."""
+        return self.kind != "open" and self.customer_id is None and self.may("operate")
+
+    @property
     def sees_causes(self) -> bool:
         """Whether the caller is told of what a step failed technically; a customer is told what that means for them."""
         return self.customer_id is None

@@ -39,7 +39,10 @@ _STOCKS: Final = (service.BACK, service.WRITTEN_OFF)
 def cancel_order(order_id: str) -> Response:
     """Request that an order is cancelled, then answer 202."""
     find_order(order_id)
-    _cancel(order_id, _text(_body(), "reason", MAX_TEXT))
+    reason = _text(_body(), "reason", MAX_TEXT)
+    if caller().must_say_why and not reason.strip():
+        raise of_flaws("malformed-request", [Flaw("reason", "must say why you cancel another's order.")])
+    _cancel(order_id, reason)
     return _accepted(order_id)
 
 
@@ -97,7 +100,10 @@ def return_order(order_id: str) -> Response:
 def cancel_by_page(order_id: str) -> Response:
     """Take the button of an order's page."""
     find_order(order_id)
-    _cancel(order_id, _field("reason", MAX_TEXT))
+    reason = _field("reason", MAX_TEXT)
+    if caller().must_say_why and not reason.strip():
+        return order_page(order_id, 400, {"cancel-reason": "Say why you cancel another's order."})
+    _cancel(order_id, reason)
     return _to_page(order_id)
 
 

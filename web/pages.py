@@ -96,6 +96,7 @@ def _context(order: Order) -> dict[str, Any]:
         "reason": words.reason(order),
         "cause": words.technical_cause(order) if caller().sees_causes and caller().kind != "open" else None,
         **_acts(order),
+        "must_say_why": caller().must_say_why,
         "submission": secrets.token_urlsafe(18),
         "errors": {},
         "typed": {},

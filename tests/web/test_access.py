@@ -154,6 +154,26 @@ def test_scopes_are_what_a_key_may(closed: Closed) -> None:
             assert closed.get(who, path).json().keys() == known
 
 
+def test_an_operator_says_why_an_order_is_cancelled(closed: Closed) -> None:
+    """Its customer need not."""
+    mine, theirs = (closed.order("alice", "alice").json()["order_id"] for _ in range(2))
+    address = f"/api/orders/{theirs}/cancel"
+    assert (
+        'name="reason" maxlength="200" autocomplete="off" required'
+        in closed.get("operator", f"/orders/{theirs}").text
+    )
+    for refused in (
+        closed.ask("operator", "POST", address),
+        closed.ask("operator", "POST", address, json={"reason": " "}),
+        closed.ask("operator", "POST", f"/orders/{theirs}/cancel", data={"reason": ""}),
+    ):
+        assert (refused.status_code, "ay why you cancel another" in refused.text) == (400, True)
+    history = closed.get("alice", f"/api/orders/{theirs}").json()["history"]
+    assert "cancel_requested" not in [entry["event"] for entry in history]
+    assert closed.ask("operator", "POST", address, json={"reason": "sold twice"}).status_code == 202
+    assert closed.ask("alice", "POST", f"/api/orders/{mine}/cancel").status_code == 202
+
+
 def test_one_who_acts_for_a_customer_sees_nothing_of_all_customers(closed: Closed) -> None:
     """Whatever a customer's key may, it opens no route that is not for those who order."""
     key = closed.key("all-that-a-customer-may", "--scope", "order", "--scope", "read", "--customer", "alice")

@@ -306,7 +306,8 @@ def _cancel_order() -> dict[str, Any]:
         "description": (
             "The answer comes after the request is stored. The order then ends as cancelled: its stock is given back, "
             "and so is what was charged for it. Asking again asks for the same. Of an order that was shipped a "
-            "customer asks for its return like this, and an operator decides about it."
+            "customer asks for its return like this, and an operator decides about it. "
+            "An operator has to give a reason."
         ),
         "tags": ["orders"],
         "parameters": [_ORDER_ID],
