@@ -146,6 +146,25 @@ def test_what_was_not_acknowledged_in_a_batch_is_not_known(own_nats_server, make
     assert took < 14, "each part had the whole time"
 
 
+def test_a_group_with_several_delays_has_one_time_in_an_outage(own_nats_server, make_broker):
+    """Members that start at different times are stored apart, and do not wait for the server one after the other."""
+    broker = make_broker(own_nats_server.url, enqueue_timeout=3_000)
+    broker.declare_queue("default")
+    broker.setup()
+    own_nats_server.suspend()
+    began = time.monotonic()
+    try:
+        with pytest.raises(StoreTimeout):
+            group(
+                [pipeline(messages(1, delay=60_000 * number), broker=broker) for number in range(1, 7)],
+                broker=broker,
+            ).run()
+        took = time.monotonic() - began
+    finally:
+        own_nats_server.resume()
+    assert took < 14, "each delay had the whole time"
+
+
 @pytest.mark.parametrize("count", [2, 40])
 @pytest.mark.parametrize("way", ["each", "atomic", "group"])
 def test_a_stream_that_is_gone_is_made_again(broker, way, count):

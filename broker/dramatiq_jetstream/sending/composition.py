@@ -11,9 +11,12 @@ from dramatiq.composition import group as dramatiq_group
 from dramatiq.composition import pipeline
 from dramatiq.message import Message
 
-from dramatiq_jetstream.errors import InvalidOption
+from dramatiq_jetstream.errors import ConnectionClosed, ConnectionFailed, InvalidOption, StoreTimeout
 
 __all__ = ["group"]
+
+#: What says that the server cannot be reached, after the whole time for it.
+_OUTAGES = (ConnectionClosed, ConnectionFailed, StoreTimeout)
 
 
 class _Collector:
@@ -98,6 +101,9 @@ class group(dramatiq_group):  # noqa: N801 - the name that Dramatiq gives it
         for wanted in {delay for _, delay in collector.collected}:
             try:
                 broker.enqueue_many([m for m, delay in collector.collected if delay == wanted], delay=wanted)
+            except _OUTAGES as error:  # the members with other delays would wait for the server as long
+                failures.append(error)
+                break
             except Exception as error:  # noqa: BLE001 - the other members are enqueued first
                 failures.append(error)
         if failures:
