@@ -111,7 +111,7 @@ def test_messages_of_any_id_work(broker, message_id):
     """Ids come from anywhere; a delay can be cancelled by each of them, and a retry is stored."""
     tries = []
 
-    @dramatiq.actor(max_retries=0)
+    @dramatiq.actor(max_retries=1, min_backoff=1, max_backoff=2)
     def work():
         tries.append(1)
         raise RuntimeError

@@ -10,7 +10,7 @@ import pytest
 from dramatiq import Message
 
 from dramatiq_jetstream import JetStreamBroker
-from dramatiq_jetstream.errors import BrokerConnectionError, StoreTimeout
+from dramatiq_jetstream.errors import BrokerConnectionError, StoreTimeout, StreamLost
 from dramatiq_jetstream.events import Events
 from tests.support.polling import eventually, holds
 
@@ -72,6 +72,33 @@ def test_an_acknowledgement_that_got_lost_does_not_store_twice(outage, aside, wa
     proxy.restore()
     enqueueing.result(60)
     assert stored(witness) == count
+
+
+@pytest.mark.parametrize("declare", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_repetition_that_finds_no_stream_tells_nothing_of_the_first_time(
+    make_broker, proxy, aside, way, declare
+):
+    """It was stored, its acknowledgement was lost, and its stream was deleted: it is stored again, or in doubt."""
+    witness = make_broker()
+    witness.declare_queue("default")
+    witness.setup()
+    broker = make_broker(proxy.url, enqueue_timeout=8_000, declare=declare)
+    broker.enqueue(message())
+    proxy.deaf = True
+    sent = aside(way, broker)
+    eventually(lambda: stored(witness) > 1)
+    witness.connection.api(f"STREAM.DELETE.{witness.names.queue_stream('default')}")
+    proxy.cut()
+    proxy.deaf = False
+    if declare:
+        sent.result(30)
+        assert stored(witness) == (1 if way in (enqueue_one, enqueue_delayed) else 50)
+        return
+    with pytest.raises(StreamLost, match="not known") as caught:
+        sent.result(30)
+    if way is enqueue_many:
+        assert len(caught.value.__cause__.unknown) == 50
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -27,6 +27,9 @@ from dramatiq_jetstream.errors import (
     BrokerConnectionError,
     BrokerError,
     InvalidOption,
+    NotSent,
+    StoreFull,
+    StreamLost,
     TopologyMissing,
 )
 from dramatiq_jetstream.jetstream.names import HEADER_BATCH_COMMIT, HEADER_BATCH_ID, HEADER_BATCH_SEQUENCE
@@ -34,6 +37,7 @@ from dramatiq_jetstream.wire.asking import NO_RESPONDERS_GRACE_MS
 from dramatiq_jetstream.wire.connection import Connection, PubAck, Publication
 from dramatiq_jetstream.wire.error_numbers import BATCH_ALREADY_STORED, BATCH_PARTS_MISSING
 from dramatiq_jetstream.wire.ids import new_id
+from dramatiq_jetstream.wire.replies import in_doubt
 
 __all__ = ["check_atomic", "store", "store_atomically"]
 
@@ -114,7 +118,9 @@ def _store_again(
     else:
         found = _store_chunk(connection, [chunk[number] for number in lost], deadline)
     for number, outcome in zip(lost, found, strict=True):
-        outcomes[number] = outcome
+        # A message that may have been stored before still may, whatever is refused now.
+        if not (isinstance(outcomes[number], StreamLost) and isinstance(outcome, Exception)):
+            outcomes[number] = outcome
     return outcomes
 
 
@@ -169,6 +175,7 @@ def store_atomically(
       make_again: Makes the stream if it is gone; False when that is not allowed.
     """
     attempts = 0
+    doubt: BrokerConnectionError | None = None
     while True:
         if attempts:
             time.sleep(0.1)
@@ -187,17 +194,19 @@ def store_atomically(
         try:
             connection.publish_batch(numbered, timeout=min(_left(deadline), COMMIT_WAIT << attempts - 1))
             return
-        except TopologyMissing:
+        except TopologyMissing as error:
             if time.monotonic() >= deadline or not make_again():
-                raise
+                raise error if doubt is None else in_doubt(error) from None
         except ApiError as error:
             if error.err_code == BATCH_ALREADY_STORED and attempts > 1:
                 return
             if error.err_code not in BATCH_PARTS_MISSING or time.monotonic() >= deadline:
                 raise
-        except BrokerConnectionError:
+        except BrokerConnectionError as error:
+            if not isinstance(error, (NotSent, StoreFull)):
+                doubt = error
             if time.monotonic() >= deadline:
-                raise
+                raise doubt or error from None
 
 
 def _left(deadline: float) -> int:

@@ -16,7 +16,7 @@ from dramatiq.common import q_name
 from dramatiq.message import Message
 
 from dramatiq_jetstream.config import BrokerConfig
-from dramatiq_jetstream.errors import TopologyMissing
+from dramatiq_jetstream.errors import BrokerError, StoreTimeout, StreamLost, TopologyMissing
 from dramatiq_jetstream.jetstream.declaring import Declarations
 from dramatiq_jetstream.jetstream.names import HEADER_MSG_ID, check_subject
 from dramatiq_jetstream.kv import Bucket
@@ -184,15 +184,23 @@ class Sender:
     def _store(self, queue_name: str, publication: Publication) -> PubAck:
         """Publish to a queue, which is made again if it disappeared."""
         deadline = time.monotonic() + self._config.enqueue_timeout / 1000
+        doubt: StoreTimeout | None = None
         while True:
             left = max(1, int((deadline - time.monotonic()) * 1000))
             try:
-                return self._connection.publish(
-                    publication.subject, publication.payload, publication.headers, timeout=left
-                )
-            except TopologyMissing:
-                if time.monotonic() >= deadline or not self._make_again(queue_name):
+                try:
+                    return self._connection.publish(
+                        publication.subject, publication.payload, publication.headers, timeout=left
+                    )
+                except TopologyMissing as error:
+                    if isinstance(error, StreamLost):
+                        doubt = error
+                    if time.monotonic() >= deadline or not self._make_again(queue_name):
+                        raise
+            except BrokerError as error:
+                if doubt is None or error is doubt:
                     raise
+                raise doubt from error
 
     def _make_again(self, queue_name: str) -> bool:
         """Make a queue whose stream is gone; False when that is not allowed."""

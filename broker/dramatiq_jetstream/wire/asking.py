@@ -15,7 +15,7 @@ from dramatiq.errors import BrokerError
 from .calls import Call
 from .headers import Headers, Msg
 from .link import Link
-from .replies import PubAck, Publication, is_no_responders, read_puback
+from .replies import PubAck, Publication, in_doubt, is_no_responders, read_puback
 from .waiting import Signal
 
 __all__ = ["ask", "publish_window"]
@@ -46,6 +46,8 @@ def publish_window(
             outcome = read_puback(items[position].subject, reply, patient=time.monotonic() < grace)
             if outcome is None:
                 return True
+            if isinstance(outcome, BrokerError) and calls[position].is_in_doubt:
+                outcome = in_doubt(outcome)
             outcomes[position] = outcome
             remaining -= 1
             if remaining == 0:

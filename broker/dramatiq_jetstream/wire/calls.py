@@ -55,6 +55,7 @@ class Call:
       parts: What has to be written before it, on the same connection: the other messages of an atomic batch.
       maybe_sent: Whether it was sent another way before.
       sent: When it was last sent, by `time.monotonic`; None if it was not.
+      unanswered: How often it was sent without a reply to that.
     """
 
     __slots__ = (
@@ -73,6 +74,7 @@ class Call:
         "started",
         "subject",
         "times",
+        "unanswered",
         "wait",
     )
 
@@ -99,6 +101,7 @@ class Call:
         self.started = time.monotonic()
         self.sent: float | None = None
         self.times = 0  # how often it was sent
+        self.unanswered = 0
         self.begun = False  # whether a part of it was sent
         self.queued = False  # whether it waits in the outbox
         self.wait = RESEND_SECONDS
@@ -109,6 +112,11 @@ class Call:
     def known_unsent(self) -> bool:
         """Whether nothing of it has left this process. Final once the deadline is over."""
         return self.sent is None and not self.maybe_sent
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether a reply leaves open what became of the message: it was sent before, and no reply to that came."""
+        return self.maybe_sent or self.unanswered > 1
 
     @property
     def target(self) -> str:
@@ -128,6 +136,7 @@ class Call:
             self.client, self.offset = client, offset
             self.sent = now
             self.times += 1
+            self.unanswered += 1
         return True
 
     def stuck(self) -> bool:
@@ -186,6 +195,7 @@ class Calls:
         if call is None:
             return  # a second reply, or one that came too late
         if call.on_reply(message):
+            call.unanswered -= 1
             call.wait = NOT_NOW_SECONDS
         else:
             del self._waiting[token]

@@ -15,7 +15,13 @@ from typing import Any, Final, cast
 from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.config import ConnectOptions
-from dramatiq_jetstream.errors import NotSent, ServerUnsupported, StoreTimeout, TopologyMissing
+from dramatiq_jetstream.errors import (
+    NotSent,
+    ServerUnsupported,
+    StoreTimeout,
+    StreamLost,
+    TopologyMissing,
+)
 
 from .asking import ask, publish_window
 from .core_connection import CoreConnection
@@ -63,6 +69,7 @@ class Connection(CoreConnection):
         Raises:
           NotSent: No connection in time, so nothing was stored.
           StoreTimeout, ConnectionClosed: No acknowledgement in time; it may be stored.
+          StreamLost: No stream takes it now; it may have been stored before.
           StoreFull, MessageTooLarge, TopologyMissing, PermissionDenied, ApiError: JetStream's refusal.
         """
         link = self._link
@@ -82,6 +89,10 @@ class Connection(CoreConnection):
         if isinstance(outcome, PubAck):
             return outcome
         if isinstance(outcome, TopologyMissing) and self._has_stream(subject, deadline):
+            if isinstance(outcome, StreamLost):
+                raise StoreTimeout(
+                    f"The stream of {subject} has no leader now; whether it stored the message before is not known."
+                )
             raise NotSent(f"The stream of {subject} has no leader now; nothing was stored.")
         raise outcome
 

@@ -18,6 +18,8 @@ from dramatiq_jetstream.errors import (
     NotFound,
     PermissionDenied,
     StoreFull,
+    StoreTimeout,
+    StreamLost,
     TopologyMissing,
 )
 
@@ -135,6 +137,15 @@ def read_puback(subject: str, reply: Msg | BaseException, *, patient: bool) -> P
     if error.get("err_code") in error_numbers.TRANSIENT:
         return None
     return translate(error)
+
+
+def in_doubt(refusal: BrokerError) -> BrokerError:
+    """What a refused repetition says of a message: what has no place now may have been stored before."""
+    if isinstance(refusal, TopologyMissing):
+        return StreamLost(f"{refusal} Whether one stored the message before is not known.")
+    if isinstance(refusal, StoreFull):
+        return StoreTimeout(f"{refusal} Whether there was room for the message before is not known.")
+    return refusal
 
 
 def translate(error: Mapping[str, Any]) -> BrokerError:
