@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import islice
 
 from .broker import JetStreamBroker
-from .errors import BrokerError, TopologyMissing
+from .errors import BrokerError, StreamLost, TopologyMissing
 from .jetstream.reading import StoredMessage
 from .streams import Stream
 from .wire.ids import new_id
@@ -129,7 +129,7 @@ def record(
     subject = broker.names.audit(change.id)
     try:
         _store(broker, subject, change)
-    except TopologyMissing:
+    except (TopologyMissing, StreamLost):
         if not broker.config.declare:
             raise
         declare(broker)

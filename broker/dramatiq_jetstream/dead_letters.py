@@ -26,7 +26,7 @@ from dramatiq.encoder import PickleEncoder
 from dramatiq.errors import DecodeError
 from dramatiq.message import Message, get_encoder
 
-from .errors import ApiError, InvalidOption, MessageTooLarge, NotFound, TopologyMissing
+from .errors import ApiError, InvalidOption, MessageTooLarge, NotFound, StreamLost, TopologyMissing
 from .jetstream import names as wire_names
 from .jetstream.listing import Listing
 from .jetstream.names import BODY_SUFFIX, Names
@@ -258,7 +258,7 @@ class DeadLetters:
             letter[wire_names.HEADER_DEAD_HISTORY] = _bounded(history)
         try:
             self._put(queue, origin, data, letter, kept)
-        except TopologyMissing:
+        except (TopologyMissing, StreamLost):
             self._ensure(True)
             self._put(queue, origin, data, letter, kept)
 

@@ -8,7 +8,7 @@
     │   ├── ConnectionClosed            the connection was closed, or lost for too long
     │   │   └── NotSent                 nothing was sent in time, and nothing will be (also a ConnectionFailed)
     │   ├── StoreTimeout                no acknowledgement in time; it may yet be stored
-    │   │   └── StreamLost              there is no stream now, but may have been (also a TopologyMissing)
+    │   │   └── StreamLost              there is no stream now, but may have been
     │   └── StoreFull                   the server has no room
     ├── QueueNotFound
     │   └── TopologyMissing             a stream or consumer is not there: run `fleet setup`
@@ -101,6 +101,21 @@ class StoreTimeout(BrokerConnectionError):
     """
 
 
+class StreamLost(StoreTimeout):
+    """No stream takes the message now; one may have stored it before, and been deleted since or lost its leader.
+
+    A send that gets no answer is sent again. This is the answer to such a repetition.
+
+    Examples:
+      ```python
+      try:
+          charge.send("c-42", 20)
+      except StreamLost:
+          charge.send("c-42", 20)  # it may run twice: `charge` is idempotent
+      ```
+    """
+
+
 class StoreFull(BrokerConnectionError):
     """The stream or the server has reached its storage limit; nothing was stored.
 
@@ -124,21 +139,6 @@ class TopologyMissing(QueueNotFound):
       ... except TopologyMissing:
       ...     print("run `fleet setup` first")
       run `fleet setup` first
-    """
-
-
-class StreamLost(TopologyMissing, StoreTimeout):
-    """No stream takes the message now; one may have stored it before, and been deleted since or lost its leader.
-
-    A send that gets no answer is sent again. This is the answer to such a repetition.
-
-    Examples:
-      ```python
-      try:
-          charge.send("c-42", 20)
-      except StreamLost:
-          charge.send("c-42", 20)  # it may run twice: `charge` is idempotent
-      ```
     """
 
 

@@ -20,7 +20,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .errors import ApiError, InvalidOption, KeyExists, NotFound, RevisionConflict, TopologyMissing
+from .errors import (
+    ApiError,
+    InvalidOption,
+    KeyExists,
+    NotFound,
+    RevisionConflict,
+    StreamLost,
+    TopologyMissing,
+)
 from .jetstream.conditional_writes import (
     HEADER_ROLLUP,
     ConditionalWrites,
@@ -557,7 +565,7 @@ class Bucket:
         self._ensure()
         try:
             return self.connection.publish(subject, value, headers)
-        except TopologyMissing:
+        except (TopologyMissing, StreamLost):
             if not self._declare:
                 raise
             self.declare()  # it was deleted on the server

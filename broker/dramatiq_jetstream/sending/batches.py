@@ -53,6 +53,9 @@ WORTH_A_BATCH = 16
 #: Initial commit timeout in milliseconds, which doubles on each retry; longer than a stream may take to start.
 COMMIT_WAIT = NO_RESPONDERS_GRACE_MS + 1_000
 
+#: What says that there is no stream.
+NO_STREAM = (TopologyMissing, StreamLost)
+
 #: What became of a publication; None says that it was stored in a batch, which has no acknowledgement for each.
 Outcome = PubAck | Exception | None
 
@@ -92,7 +95,7 @@ def store(
     for queue, positions in _chunks(by_queue):
         chunk = [by_queue[position][1] for position in positions]
         stored = _store_chunk(connection, chunk, deadline)
-        if any(isinstance(outcome, TopologyMissing) for outcome in stored):
+        if any(isinstance(outcome, NO_STREAM) for outcome in stored):
             stored = _store_again(connection, chunk, stored, deadline, partial(make_again, queue))
         for position, outcome in zip(positions, stored, strict=True):
             outcomes[position] = outcome
@@ -109,7 +112,7 @@ def _store_again(
     make_again: Callable[[], bool],
 ) -> list[Outcome]:
     """Store the messages that found no stream, once there is one again."""
-    lost = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, TopologyMissing)]
+    lost = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, NO_STREAM)]
     try:
         if time.monotonic() >= deadline or not make_again():
             return outcomes

@@ -192,7 +192,7 @@ class Sender:
                     return self._connection.publish(
                         publication.subject, publication.payload, publication.headers, timeout=left
                     )
-                except TopologyMissing as error:
+                except (TopologyMissing, StreamLost) as error:
                     if isinstance(error, StreamLost):
                         doubt = error
                     if time.monotonic() >= deadline or not self._make_again(queue_name):

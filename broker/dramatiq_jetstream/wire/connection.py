@@ -88,7 +88,7 @@ class Connection(CoreConnection):
         (outcome,) = publish_window(self._link, [item], deadline, maybe_sent=maybe_sent)
         if isinstance(outcome, PubAck):
             return outcome
-        if isinstance(outcome, TopologyMissing) and self._has_stream(subject, deadline):
+        if isinstance(outcome, (TopologyMissing, StreamLost)) and self._has_stream(subject, deadline):
             if isinstance(outcome, StreamLost):
                 raise StoreTimeout(
                     f"The stream of {subject} has no leader now; whether it stored the message before is not known."
