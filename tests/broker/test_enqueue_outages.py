@@ -83,7 +83,7 @@ def test_a_repetition_that_finds_no_stream_tells_nothing_of_the_first_time(
     witness = make_broker()
     witness.declare_queue("default")
     witness.setup()
-    broker = make_broker(proxy.url, enqueue_timeout=8_000, declare=declare)
+    broker = make_broker(proxy.url, enqueue_timeout=40_000, declare=declare)
     broker.enqueue(message())
     proxy.deaf = True
     sent = aside(way, broker)
@@ -92,11 +92,11 @@ def test_a_repetition_that_finds_no_stream_tells_nothing_of_the_first_time(
     proxy.cut()
     proxy.deaf = False
     if declare:
-        sent.result(30)
+        sent.result(90)
         assert stored(witness) == (1 if way in (enqueue_one, enqueue_delayed) else 50)
         return
     with pytest.raises(StreamLost, match="not known") as caught:
-        sent.result(30)
+        sent.result(90)
     if way is enqueue_many:
         assert len(caught.value.__cause__.unknown) == 50
 
