@@ -1,4 +1,4 @@
-"""How text comes on a terminal: as it is, whoever wrote it.
+"""Shows text on a terminal as it is.
 
 Errors, arguments and log lines are the program's, or those of people who use it. So no text is taken for rich's markup
 or for the name of an emoji, and what would steer the terminal is shown as an escape.

@@ -198,13 +198,19 @@ def store_atomically(
             connection.publish_batch(numbered, timeout=min(_left(deadline), COMMIT_WAIT << attempts - 1))
             return
         except TopologyMissing as error:
-            if time.monotonic() >= deadline or not make_again():
+            try:
+                again = time.monotonic() < deadline and make_again()
+            except BrokerError as failure:
+                raise doubt or failure from None
+            if not again:
                 raise error if doubt is None else in_doubt(error) from None
         except ApiError as error:
             if error.err_code == BATCH_ALREADY_STORED and attempts > 1:
                 return
-            if error.err_code not in BATCH_PARTS_MISSING or time.monotonic() >= deadline:
+            if error.err_code not in BATCH_PARTS_MISSING:
                 raise
+            if time.monotonic() >= deadline:
+                raise doubt or error from None
         except BrokerConnectionError as error:
             if not isinstance(error, (NotSent, StoreFull)):
                 doubt = error

@@ -77,6 +77,8 @@ class group(dramatiq_group):  # noqa: N801 - the name that Dramatiq gives it
 
         Raises:
           As `JetStreamBroker.enqueue_many`; InvalidOption when the group has callbacks and two members share an id.
+            Members with different delays are stored apart: an outage ends the run, and the error then names only
+            those that it met.
         """
         broker = self.broker
         if self.completion_callbacks:

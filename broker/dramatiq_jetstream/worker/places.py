@@ -1,4 +1,8 @@
-"""The order in which the threads of a process change a limit (see `limits`)."""
+"""The order in which the threads of a process change a limit (see `limits`).
+
+Threads wait for their turn outside of actors, where no interrupt strikes (see `interrupts`), and the one whose turn it
+is waits for the server no longer than its calls do. Nothing here outlives the process.
+"""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ ALONE_SECONDS = 10.0
 #: How long the starts of a suspect are kept after its last one, in milliseconds: a week.
 KEPT_MS = 7 * 86_400_000
 
-#: The most messages of which a process remembers that some of their starts were not to blame.
+#: For how many messages a process remembers that some of their starts were not to blame.
 MOST_EXCUSED = 10_000
 
 logger = logging.getLogger(__name__)
