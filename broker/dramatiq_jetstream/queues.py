@@ -170,9 +170,9 @@ class Queues:
             except NotFound:
                 yield QueueStats(queue, dead=self._dead_letters.count(queue)), []
 
-    def _count(self, queue: str, feeding: Iterable[dict[str, Any]]) -> QueueStats:
+    def _count(self, queue: str, feeding: Sequence[dict[str, Any]]) -> QueueStats:
         stream = self._names.queue_stream(queue)
-        ready = in_flight = redelivered = own = 0
+        ready = in_flight = redelivered = 0
         paused = False
         oldest: int | None = None
         for info in feeding:
@@ -180,20 +180,20 @@ class Queues:
             in_flight += info["num_ack_pending"]
             redelivered += info.get("num_redelivered", 0)
             paused = paused or bool(info.get("paused"))
-            if info["stream_name"] == stream:
-                own += info["num_pending"] + info["num_ack_pending"]
             if info["num_pending"]:
                 start = info["delivered"]["stream_seq"] + 1
                 subject = info["config"]["filter_subject"]
                 waiting = first_message(self._connection, info["stream_name"], subject, start)
                 if waiting is not None:
                     oldest = min(oldest or waiting.time, waiting.time)
-        total, periodic = delays.counts(self._connection, stream, self._names.all_periodic(queue))
+        total, delayed = delays.counts(self._connection, stream, self._names.all_delayed(queue))
+        if not any(info["stream_name"] == stream for info in feeding):
+            ready += self._without_consumer(queue, total - delayed)
         return QueueStats(
             queue,
             ready=ready,
             in_flight=in_flight,
-            delayed=max(0, total - own - periodic),
+            delayed=delayed,
             dead=self._dead_letters.count(queue),
             oldest_ready_age=None if oldest is None else max(0, current_millis() - oldest),
             paused=paused,
@@ -241,7 +241,7 @@ class Queues:
         if ready:
             subjects += [self._names.task(queue), self._names.tasks(queue)]
         stream = self._names.queue_stream(queue)
-        purged = 0
+        purged, done = 0, self._done(stream) if ready else 0
         for subject in subjects:
             with contextlib.suppress(NotFound):
                 reply = self._connection.api(f"STREAM.PURGE.{stream}", {"filter": subject})
@@ -251,7 +251,20 @@ class Queues:
                 self._declarations.bucket("unique").clear(unique.prefix(queue))
             except BrokerError as error:
                 logger.warning("Unique keys of %r stay taken until their windows end: %s", queue, error)
-        return purged
+        return max(0, purged - done)
+
+    def _done(self, stream: str) -> int:
+        """How many messages of a queue's stream are done and not removed yet (see `worker.removals`)."""
+        with contextlib.suppress(NotFound):
+            feeding = list(consumers(self._connection, stream))
+            subjects = [info["config"]["filter_subject"] for info in feeding]
+            return max(0, sum(self._stored(stream, subject) for subject in subjects) - _undone(feeding))
+        return 0
+
+    def _stored(self, stream: str, subject: str) -> int:
+        """How many messages a stream has on one subject."""
+        state = self._connection.api(f"STREAM.INFO.{stream}", {"subjects_filter": subject})["state"]
+        return int((state.get("subjects") or {}).get(subject, 0))
 
     def join(self, queue: str, sources: Sequence[Source], *, interval: int, timeout: int | None) -> None:
         """Wait until nothing of a queue is unfinished; see `JetStreamBroker.join`."""
@@ -265,27 +278,46 @@ class Queues:
         """How many messages a queue has that are not done: ready, running or delayed, and its actors' events."""
         stream = self._names.queue_stream(queue)
         try:
-            # An event becomes a message by its retry, and a message may publish an event: between two looks work
-            # can move from one to the other, and is seen by the look after.
-            return (
-                self._messages(queue, stream)
-                or self._events(stream, sources)
-                or (self._messages(queue, stream) if len(sources) > 1 else 0)
-            )
+            before = self._feeding(stream, sources)
+            if undone := _undone(before):
+                return undone
+            total, delayed = delays.counts(self._connection, stream, self._names.all_delayed(queue))
+            if delayed:
+                return delayed
+            if not any(info["stream_name"] == stream for info in before):
+                return self._without_consumer(queue, total)
+            # A delay that ends is ready, one that runs may be delayed again, an event becomes a message by its retry:
+            # nothing has moved if nothing was delivered between two looks.
+            after = self._feeding(stream, sources)
+            return _undone(after) or int([*map(_delivered, after)] != [*map(_delivered, before)])
         except NotFound:
             return 0
 
-    def _messages(self, queue: str, stream: str) -> int:
-        total, periodic = delays.counts(self._connection, stream, self._names.all_periodic(queue))
-        return total - periodic
+    def _feeding(self, stream: str, sources: Sequence[Source]) -> list[dict[str, Any]]:
+        """What the server knows of the consumers of a queue's stream and of other sources."""
+        return [
+            *consumers(self._connection, stream),
+            *(
+                self._connection.api(f"CONSUMER.INFO.{source.stream}.{source.durable.name}")
+                for source in sources
+                if source.stream != stream
+            ),
+        ]
 
-    def _events(self, stream: str, sources: Sequence[Source]) -> int:
-        count = 0
-        for source in sources:
-            if source.stream != stream:
-                info = self._connection.api(f"CONSUMER.INFO.{source.stream}.{source.durable.name}")
-                count += info["num_pending"] + info["num_ack_pending"]
-        return count
+    def _without_consumer(self, queue: str, messages: int) -> int:
+        """How many of a queue's messages that are not delayed wait, while there was no consumer for any of them."""
+        stream = self._names.queue_stream(queue)
+        return messages - delays.counts(self._connection, stream, self._names.all_periodic(queue))[1]
+
+
+def _undone(feeding: Iterable[dict[str, Any]]) -> int:
+    """How many messages wait at consumers, or are in flight."""
+    return sum(info["num_pending"] + info["num_ack_pending"] for info in feeding)
+
+
+def _delivered(info: dict[str, Any]) -> int:
+    """How many deliveries a consumer has made."""
+    return int(info["delivered"]["consumer_seq"])
 
 
 class QueueOperations:

@@ -31,8 +31,9 @@ from dramatiq.middleware import Middleware
 from dramatiq.results import ResultFailure, ResultMissing, Results
 
 from .dead_letters import DeadLetter, DeadLetters
-from .errors import InvalidOption
+from .errors import InvalidOption, NotFound
 from .history import ABORTED, DONE, FAILED, SKIPPED, History, Record
+from .jetstream.inventory import consumers
 from .jetstream.listing import Listing
 from .jetstream.names import HEADER_TICK, Names
 from .jetstream.reading import StoredMessage, first_message_since, last_message
@@ -264,21 +265,34 @@ class StatusReader:
     def _ready(self, queue: str, message: str | Message[Any]) -> Iterator[StoredMessage]:
         """Messages of a queue that wait for a worker, or were taken by one: those that may be the one wanted."""
         stream = self._names.queue_stream(queue)
-        for subject in (self._names.task(queue), self._names.tasks(queue)):
+        for subject, floor in self._floors(queue, stream):
             if isinstance(message, Message):
                 since = int(message.options.get("eta") or message.message_timestamp) - _SKEW_MS
                 moment = datetime.fromtimestamp(since / 1000, UTC)
                 first = first_message_since(self._connection, stream, subject, moment)
                 if first is not None:
-                    yield from self._look(stream, subject, first.sequence, LOOKED_AT)
+                    yield from self._look(stream, subject, max(first.sequence, floor + 1), LOOKED_AT)
                 continue
             last = last_message(self._connection, stream, subject)
-            if last is None:
+            if last is None or last.sequence <= floor:
                 continue
             newest = last.sequence - LOOKED_AT // 2 + 1
-            yield from self._look(stream, subject, 1, LOOKED_AT if newest < 1 else LOOKED_AT // 2)
-            if newest >= 1:
+            yield from self._look(
+                stream, subject, floor + 1, LOOKED_AT if newest <= floor else LOOKED_AT // 2
+            )
+            if newest > floor:
                 yield from self._look(stream, subject, newest, LOOKED_AT // 2)
+
+    def _floors(self, queue: str, stream: str) -> list[tuple[str, int]]:
+        """The subjects of a queue, and up to where each is done: what is done may be there for a moment longer."""
+        try:
+            feeding = list(consumers(self._connection, stream))
+        except NotFound:
+            return []
+        floors = [
+            (info["config"]["filter_subject"], int(info["ack_floor"]["stream_seq"])) for info in feeding
+        ]
+        return floors or [(self._names.task(queue), 0), (self._names.tasks(queue), 0)]
 
     def _look(self, stream: str, subject: str, start: int, most: int) -> Iterator[StoredMessage]:
         if stream not in self._listings:
@@ -301,8 +315,8 @@ class StatusReader:
 
     def _is_long(self, queue: str) -> bool:
         """Whether a queue holds more than one status looks at."""
-        info = self._connection.api(f"STREAM.INFO.{self._names.queue_stream(queue)}")
-        return int(info["state"]["messages"]) > LOOKED_AT
+        feeding = consumers(self._connection, self._names.queue_stream(queue))
+        return sum(int(info["num_pending"] + info["num_ack_pending"]) for info in feeding) > LOOKED_AT
 
     def _with_result(self, message_id: str, message: str | Message[Any]) -> MessageStatus | None:
         """What a result says, of the actor of the message, or of any actor of this program."""

@@ -17,6 +17,7 @@ from dramatiq_jetstream.errors import ApiError, TopologyMismatch
 from dramatiq_jetstream.jetstream import drift, ensuring, topology
 from dramatiq_jetstream.jetstream.drift import REFUSED, WARNED, Verdict, differences
 from dramatiq_jetstream.jetstream.names import Names
+from tests.broker.conformance.workers import running
 
 SECOND = 1_000_000_000
 
@@ -29,7 +30,7 @@ STREAM = {
     "storage": ({"storage": "memory"}, REFUSED),
     "persist_mode": ({"persist_mode": "async", "allow_atomic": False}, REFUSED),
     "no_ack": ({"no_ack": True}, REFUSED),
-    "retention": ({"retention": "limits"}, REFUSED),
+    "retention": ({"retention": "interest"}, REFUSED),
     "subject_transform": ({"subject_transform": {"src": "NS.q.q.task", "dest": "NS.q.q.else"}}, REFUSED),
     "subjects": ({"subjects": ["NS.q.q.at.>"]}, REFUSED),
     "allow_msg_schedules": ({"allow_msg_schedules": False}, REFUSED),
@@ -112,6 +113,20 @@ def test_a_foreign_setting_of_a_stream(fresh, caplog, case):
     config = foreign(topology.queue(broker.names, "q"), settings, broker.names.namespace)
     broker.connection.api(f"STREAM.CREATE.{name}", config)
     _check(fresh, caplog, broker, f"stream {name}", case, verdict)
+
+
+def test_a_queue_that_removes_with_each_ack_is_served_as_it_is(fresh, caplog):
+    """Queues had work-queue retention once, which the server does not change; what it costs is said once."""
+    broker = fresh()
+    name = broker.names.queue_stream("q")
+    config = foreign(topology.queue(broker.names, "q"), {"retention": "workqueue"}, broker.names.namespace)
+    broker.connection.api(f"STREAM.CREATE.{name}", config)
+    _check(fresh, caplog, broker, f"stream {name}", "retention", WARNED)
+    with running(broker):
+        for number in range(20):
+            broker.get_actor("work").send(number)
+        broker.join("q", timeout=30_000)
+    assert broker.connection.api(f"STREAM.INFO.{name}")["state"]["messages"] == 0
 
 
 @pytest.mark.parametrize("case", CONSUMER)

@@ -8,8 +8,9 @@ import pytest
 
 from dramatiq_jetstream.errors import BrokerConnectionError
 from dramatiq_jetstream.worker import settlements
-from dramatiq_jetstream.worker.durables import Durable
+from dramatiq_jetstream.worker.durables import Durable, Durables
 from dramatiq_jetstream.worker.in_flight import InFlight
+from dramatiq_jetstream.worker.removals import Removals
 from dramatiq_jetstream.worker.settlements import ACK, NAK, WPI, Settlements, nak_after
 
 A, B, C = (("stream", "worker", number, 1_700_000_000) for number in (1, 2, 3))
@@ -85,7 +86,7 @@ def doubts():
 
 @pytest.fixture
 def settled(connection, doubts):
-    return Settlements(connection, doubts.append)
+    return Settlements(connection, doubts.append, Removals(connection, Durables(connection, lambda _: None)))
 
 
 def acked(settled, durable, *keys):

@@ -102,15 +102,16 @@ def test_a_vital_difference_is_an_error_that_shows_it(declare):
     stream = broker.names.queue_stream("default")
     subjects = [broker.names.queue_subjects("default")]
     broker.connection.api(
-        f"STREAM.CREATE.{stream}", {"name": stream, "subjects": subjects, "storage": "file"}
+        f"STREAM.CREATE.{stream}",
+        {"name": stream, "subjects": subjects, "storage": "file", "retention": "interest"},
     )
     before = broker.connection.api(f"STREAM.INFO.{stream}")["config"]
     with pytest.raises(TopologyMismatch) as caught:
         broker.setup()
-    assert caught.value.differences["retention"] == ("limits", "workqueue")
+    assert caught.value.differences["retention"] == ("interest", "limits")
     for part in (
         f"Stream {stream}",
-        "retention is 'limits' but 'workqueue' was declared",
+        "retention is 'interest' but 'limits' was declared",
         "fleet setup --update",
     ):
         assert part in str(caught.value)

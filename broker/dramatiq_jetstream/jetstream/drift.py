@@ -287,6 +287,8 @@ def _verdict(
 ) -> Verdict | None:
     verdict = setting.verdict_for(kind)
     is_on, wants_on = _is_on(have, setting.off), _is_on(want, setting.off)
+    if name == "retention" and kind == "queue" and have == "workqueue":
+        return WARNED  # an ack removes its message at once, and costs more
     if verdict is None or have == want or not (is_on or wants_on) or (setting.needed and is_on):
         return None
     if name == "discard" and not any(_is_on(existing.get(limit), -1) for limit in _LIMITS):

@@ -85,7 +85,7 @@ def queue(names: Names, queue_name: str, *, storage: Storage = STORAGE) -> Strea
         names.queue_stream(queue_name),
         {
             "subjects": [names.queue_subjects(queue_name)],
-            "retention": "workqueue",
+            "retention": "limits",
             **_stored(storage),
             "allow_msg_schedules": True,
             "allow_msg_ttl": True,

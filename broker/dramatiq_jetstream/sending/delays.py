@@ -143,7 +143,7 @@ def subjects(connection: Connection, stream: str, subject: str) -> Iterator[str]
 
 
 def counts(connection: Connection, stream: str, subject: str) -> tuple[int, int]:
-    """How many messages a stream has, and how many of its subjects match, each schedule being one.
+    """How many messages a stream has, and how many of its subjects match; each schedule has one of its own.
 
     The server lists none of them: it is asked for those beyond the last.
     """

@@ -70,6 +70,8 @@ class Durable:
       ack_wait: Milliseconds after which the server delivers again; the server's own value once it is known.
       life: Stands for the present life, and is another object in the next one; None when the durable is missing or was
         never asked about.
+      subject: What it reads of a stream that keeps messages until they are removed; None where that is not for workers.
+      has_acked: Whether any message had been acked when its life began.
       certain: True while settlements may be sent and messages fetched.
       missing: True once the server has said that there is no such durable.
     """
@@ -87,16 +89,19 @@ class Durable:
         "_wanted",
         "ack_wait",
         "certain",
+        "has_acked",
         "label",
         "life",
         "missing",
         "name",
         "stream",
+        "subject",
     )
 
-    def __init__(self, stream: str, name: str, ack_wait: int) -> None:
+    def __init__(self, stream: str, name: str, ack_wait: int, subject: str | None = None) -> None:
         self.stream = stream
         self.name = name
+        self.subject = subject
         self.label = f"{name} of {stream}"
         self.ack_wait = ack_wait
         self._wanted = False
@@ -108,6 +113,7 @@ class Durable:
         self.life: object | None = None
         self.certain = False
         self.missing = False
+        self.has_acked = False
         self._created = ""
         self._leader: tuple[object, ...] = ()
         self._looked = 0.0
@@ -148,9 +154,9 @@ class Durables:
         connection.on_node_lost(self._doubt_all)
         connection.on_fork(self._reset)
 
-    def get(self, stream: str, name: str, ack_wait: int) -> Durable:
+    def get(self, stream: str, name: str, ack_wait: int, subject: str | None = None) -> Durable:
         """The durable of that name; from any thread."""
-        durable = Durable(stream, name, ack_wait)
+        durable = Durable(stream, name, ack_wait, subject)
         return self._durables.setdefault(durable.label, durable)
 
     def listen(self) -> None:
@@ -223,7 +229,7 @@ class Durables:
     async def _look(self, durable: Durable) -> None:
         doubts, life = durable._doubts, durable.life
         try:
-            info = await self._api(f"CONSUMER.INFO.{durable.stream}.{durable.name}")
+            info = await self.ask(f"CONSUMER.INFO.{durable.stream}.{durable.name}")
         except PermissionDenied as error:
             self._note_denied(error)
             return
@@ -259,7 +265,7 @@ class Durables:
         doubts = durable._doubts
         same = False
         try:
-            info = await self._api(f"CONSUMER.INFO.{durable.stream}.{durable.name}")
+            info = await self.ask(f"CONSUMER.INFO.{durable.stream}.{durable.name}")
             if durable.life is not None and info["created"] == durable._created:
                 same = await self._is_intact(durable)
         except NotFound:
@@ -278,6 +284,7 @@ class Durables:
         if info is not None:
             durable._created, durable._leader = info["created"], _leader(info)
             durable.ack_wait = _ack_wait(info)
+            durable.has_acked = info["ack_floor"]["consumer_seq"] > 0
             self._note_crowd(durable, info)
         self._note_certain(durable, same)
 
@@ -287,11 +294,11 @@ class Durables:
         if newest is None:
             return True
         sequence, stored = newest
-        state = (await self._api(f"STREAM.INFO.{durable.stream}"))["state"]
+        state = (await self.ask(f"STREAM.INFO.{durable.stream}"))["state"]
         if state["last_seq"] < sequence:
             return False
         try:
-            later = await self._api(f"STREAM.MSG.GET.{durable.stream}", {"start_time": time_text(stored + 1)})
+            later = await self.ask(f"STREAM.MSG.GET.{durable.stream}", {"start_time": time_text(stored + 1)})
         except NotFound:
             return True
         return bool(later["message"]["seq"] > sequence)
@@ -302,10 +309,10 @@ class Durables:
         Raises:
           BrokerError: When the server does not say.
         """
-        info = await self._api(f"CONSUMER.INFO.{durable.stream}.{durable.name}")
+        info = await self.ask(f"CONSUMER.INFO.{durable.stream}.{durable.name}")
         return 0 if info.get("paused") else int(info["num_waiting"])
 
-    async def _api(self, verb: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    async def ask(self, verb: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Ask the JetStream API; raises a BrokerError for what it refuses or does not answer in time."""
         answered: asyncio.Future[Msg | BaseException] = asyncio.get_running_loop().create_future()
 

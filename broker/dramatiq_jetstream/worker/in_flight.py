@@ -21,6 +21,7 @@ from dramatiq_jetstream.wire.connection import Connection
 
 from .delivery import Delivery
 from .durables import LOOK_AFTER_SECONDS, Durable, Durables
+from .removals import Removals
 from .settlements import ACK, NAK, WPI, Key, Settlements
 
 __all__ = ["InFlight"]
@@ -55,7 +56,8 @@ class InFlight:
         self.board: HeldBoard | None = None
         self._answered: list[int] = []
         self.durables = Durables(connection, self._newest)
-        self.settlements = Settlements(connection, self.durables.doubt)
+        self.removals = Removals(connection, self.durables)
+        self.settlements = Settlements(connection, self.durables.doubt, self.removals)
         connection.on_tick(self._signal)
         # Before the pullers hear of it: what is done must be known before anything is asked for.
         self.durables.on_certain(self._resume)
@@ -75,6 +77,8 @@ class InFlight:
             self._keep(held)
             return False
         durable = delivery.source.durable
+        if durable in self.removals.awaiting and delivery.deliveries == 1:
+            self.removals.note_first(durable)
         if self.settlements.has_acked(durable, delivery.key):
             self._send(delivery, ACK)
             return False

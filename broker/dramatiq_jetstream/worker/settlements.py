@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from dramatiq_jetstream.wire.connection import Connection, Msg
 
 from .durables import Durable
+from .removals import Removals
 
 __all__ = ["ACK", "NAK", "WPI", "Key", "Settlements", "nak_after"]
 
@@ -139,11 +140,13 @@ class Settlements:
 
     Parameters:
       doubt: Called with a durable whose server does not reply to a question.
+      removals: Remove what is proven to be done.
     """
 
-    def __init__(self, connection: Connection, doubt: Callable[[Durable], None]) -> None:
+    def __init__(self, connection: Connection, doubt: Callable[[Durable], None], removals: Removals) -> None:
         self._connection = connection
         self._doubt = doubt
+        self._removals = removals
         self._books: dict[Durable, _Book] = {}
         self._probed = 0.0
         connection.on_tick(self._probe)
@@ -202,7 +205,7 @@ class Settlements:
 
     def is_behind(self, durable: Durable) -> bool:
         """Whether the server is too far behind to be asked for more."""
-        if self.unproven > MAX_UNPROVEN:
+        if self.unproven > MAX_UNPROVEN or self._removals.has_many(durable):
             return True
         book = self._books.get(durable)
         return book is not None and book.asked is not None and time.monotonic() - book.since > MAX_LAG_SECONDS
@@ -243,7 +246,7 @@ class Settlements:
                     book.patience,
                 )
             else:
-                self._note_proven(book, asked)
+                self._note_proven(durable, book, asked)
 
     def _prover(self, durable: Durable, book: _Book, asked: _Round) -> Callable[[Msg | BaseException], None]:
         def note(reply: Msg | BaseException) -> None:
@@ -253,11 +256,12 @@ class Settlements:
                 book.patience = min(2 * book.patience, LONGEST_PROBE_TIMEOUT_SECONDS)
                 self._doubt(durable)
             else:
-                self._note_proven(book, asked)
+                self._note_proven(durable, book, asked)
 
         return note
 
-    def _note_proven(self, book: _Book, asked: _Round) -> None:
+    def _note_proven(self, durable: Durable, book: _Book, asked: _Round) -> None:
+        self._removals.note(durable, [sequence for _, _, sequence, _ in asked.acks])
         book.asked = None
         book.patience = PROBE_TIMEOUT_SECONDS
         book.note_proven(asked)

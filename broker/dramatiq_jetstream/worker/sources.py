@@ -82,10 +82,9 @@ class Sources:
 
     def of(self, queue_name: str) -> list[Source]:
         """The sources of a queue, the highest priority first."""
-        stream = self._config.names.queue_stream(queue_name)
         own = []
         for rank, priority in enumerate(self._config.priorities):
-            durable = self.durable(stream, self._config.names.worker_durable(priority))
+            durable = self._own(queue_name, priority)
             declare = partial(self._declarations.ensure_worker, queue_name, priority)
             own.append(Source(queue_name, durable, rank, declare, self._decode))
         return own + [make() for make in self._subscriptions.get(queue_name, {}).values()]
@@ -118,7 +117,7 @@ class Sources:
                 name,
                 stream,
             )
-            durable = self.durable(stream, name)
+            durable = self._own(queue_name, priority)
             add(Source(queue_name, durable, -priority, lambda: None, self._decode))
             self._connection.post(self._durables.begin, durable)
 
@@ -173,8 +172,18 @@ class Sources:
             self._keeper.renewed(durable.stream)
         self._seen.add(durable.label)
 
+    def _own(self, queue_name: str, priority: int | None) -> Durable:
+        """The durable of a queue's stream, of one priority."""
+        names = self._config.names
+        return self._durables.get(
+            names.queue_stream(queue_name),
+            names.worker_durable(priority),
+            self._config.ack_wait,
+            names.task(queue_name, priority),
+        )
+
     def durable(self, stream: str, name: str) -> Durable:
-        """A durable of a stream, as this process knows it."""
+        """A durable of a stream of events, as this process knows it."""
         return self._durables.get(stream, name, self._config.ack_wait)
 
     def _decode(self, delivery: Delivery) -> tuple[Message[Any], tuple[Any, ...] | None]:
