@@ -62,12 +62,12 @@ def test_an_fsync_is_what_always_takes_longer(read) -> None:
 
 
 def test_the_lowest_bound_is_compared(read) -> None:
-    """Two fsyncs of 0.25 ms allow 2,000 a second, 400 µs of two cores 5,000, and 150 µs of one client 6,667."""
+    """An fsync of 0.25 ms allows 4,000 a second, 400 µs of two cores 5,000, and 150 µs of one client 6,667."""
     cpu = {"driver_cpu_us": 150.0, "server_cpu_us": 200.0, "worker_cpu_us": 50.0}
-    (machine,) = read(_results({**ENQUEUE, ("sustained", "jetstream", ""): {"per_second": 1_500.0, **cpu}}))
+    (machine,) = read(_results({**ENQUEUE, ("sustained", "jetstream", ""): {"per_second": 3_000.0, **cpu}}))
     (found,) = model.predictions(machine)
-    assert {round(bound.per_second) for bound in found.bounds} == {2_000, 5_000, 6_667}
-    assert found.bound.per_second == pytest.approx(2_000)
+    assert {round(bound.per_second) for bound in found.bounds} == {4_000, 5_000, 6_667}
+    assert found.bound.per_second == pytest.approx(4_000)
     assert found.share == pytest.approx(0.75)
 
 
@@ -76,7 +76,7 @@ def test_thirty_streams_meet_the_processors_first(read) -> None:
     cpu = {"driver_cpu_us": 100.0, "server_cpu_us": 200.0, "worker_cpu_us": 50.0}
     (machine,) = read(_results({**ENQUEUE, ("sustained", "jetstream", ""): {"per_second": 1_500.0, **cpu}}))
     one, thirty, estimate = model.capacities(machine)
-    assert (one.bound.per_second, thirty.bound.per_second) == pytest.approx((2_000, 10_000))
+    assert (one.bound.per_second, thirty.bound.per_second) == pytest.approx((4_000, 10_000))
     assert estimate.bound.per_second == thirty.bound.per_second
     assert thirty.cores_elsewhere == pytest.approx(1.5)
 

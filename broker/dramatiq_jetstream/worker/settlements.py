@@ -1,8 +1,7 @@
 """The settlements that this process has sent: kept until the server has proven them, and remembered for a while.
 
 An ack is a plain publish, so it can be lost with the connection, and it waits in the server's memory until the server
-gets to it: one that syncs each of them to disk (`sync_interval: always`) does some thousands a second, and a fleet
-sends more. So every settlement is kept until it is proven. Once a second each consumer is asked: the question is an
+gets to it. So every settlement is kept until it is proven. Once a second each consumer is asked: the question is an
 in-progress signal for a message that is done, which changes nothing. The server replies when it gets to it, which is
 after everything sent before. (For a requeued message the question would delay its next delivery; if a nak is lost, the
 message comes when its `ack_wait` is over.) What is unproven is sent again when its durable is certain after a doubt
