@@ -6,7 +6,7 @@
 The claim is made once (`tasks.claims`), so an id stands for one content whatever else a
 request says, and another order under it is refused. What is published is what was claimed. The event is read
 back from its place in the stream, as a worker would read it, so an order that was accepted is in the stream and
-is found.
+is found. Its event says that this is done here (`tasks.events.CARRIED_ON`), so workers leave the read model to it.
 
 A request that dies between two of these steps, or whose answer gets lost, has told its client nothing. The same
 request, sent again, does every step again: the claim is there with the same content, the event has the same id and
@@ -33,6 +33,7 @@ from dramatiq_jetstream.errors import StoreTimeout
 from . import rules
 from .announcements import placed_event
 from .claims import Claim, Claims, digest_of
+from .events import CARRIED_ON
 from .idempotency import Requests
 from .model import AcceptedOrder, InvalidOrder, Order, OrderArchived, OrderIdTaken, OrderRequest
 from .orders import Recorded
@@ -170,7 +171,7 @@ class Acceptance:
         if token:
             self._tokens.keep(order_id, request.customer_id, token)
         event = placed_event(order_id, claim, reference(request.customer_id, token))
-        place = self._publish(event, claim.at, timeout=self._left(deadline))
+        place = self._publish(event, claim.at, timeout=self._left(deadline), headers={CARRIED_ON: "1"})
         self._left(deadline)
         recorded = self._project(place, claim)
         order = None if recorded is None else recorded.order

@@ -4,7 +4,7 @@
     orders     reserve_stock    ORDER.created
     orders     accept_offer     ORDER.offer_accepted
     payments   capture_payment  ORDER.reserved
-    orders     confirm_order    ORDER.paid
+    orders     confirm_order    ORDER.paid             (where the payment did not confirm the order itself)
     orders     release_stock    ORDER.declined
     orders     cancel_order     ORDER.cancel_requested
     payments   refund_payment   ORDER.refund_requested
@@ -31,7 +31,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
 
 import dramatiq
 from dramatiq.errors import BrokerError
@@ -54,9 +55,10 @@ from orders.v1.events_pb2 import (
 
 from . import app, logs
 from .audit import Who
-from .events import SUBJECTS, Happened, UnusableEvent, decode, happened, order_id_of
+from .events import CARRIED_ON, SUBJECTS, Happened, UnusableEvent, decode, happened, order_id_of
 from .failures import failure_of
 from .gateway import GatewayUnavailable
+from .model import MAX_ID_LENGTH
 from .notes import NoteBusy
 from .options import BEGIN, CONTINUE, FINISH, INDEX_EVERY_MS, LOOK_EVERY_MS, step_options
 from .orders import OrderBusy
@@ -64,6 +66,7 @@ from .outage import is_outage
 from .saga import STEPS
 from .steps import left_to_newer, observed
 from .stock import RecordBehind, StockBusy
+from .text import shown
 from .webhooks import service as webhooks
 
 logger = logging.getLogger(__name__)
@@ -72,7 +75,7 @@ _Refunding = OrderRefundRequested | OrderCancelled | OrderReturned | OrderCharge
 
 
 def _step(
-    subject: str, event_type: type, queue: str, priority: int, **options: Any
+    subject: str, event_type: Any, queue: str, priority: int, **options: Any
 ) -> Callable[[Callable[[Any], None]], Any]:
     return dramatiq.actor(
         subscribe=subscription(subject, event_type),
@@ -88,7 +91,18 @@ def _pay_again(retries: int, error: BaseException) -> bool:
     return retries < app.SETTINGS.retry_limit
 
 
-@_step("ORDER.created", OrderCreated, "orders", BEGIN)
+_CREATED: Final = subscription("ORDER.created", OrderCreated)
+
+
+def _read_created(event: Event) -> OrderCreated:
+    """Return the order that an event asks for, which waits in this process from now on."""
+    created: OrderCreated = _CREATED.decode(event)
+    with suppress(UnusableEvent):  # its own run refuses it
+        app.orders_waiting.expect(order_id_of(created), created)
+    return created
+
+
+@_step(_CREATED.subject, _read_created, "orders", BEGIN)
 def reserve_stock(event: OrderCreated) -> None:
     """Hold the order's items in stock, offer what there is of them, or reject the order."""
     with observed("reserve", event) as run:
@@ -116,7 +130,11 @@ def capture_payment(event: OrderReserved) -> None:
 
 @_step("ORDER.paid", OrderPaid, "orders", FINISH)
 def confirm_order(event: OrderPaid) -> None:
-    """Confirm an order that is paid."""
+    """Confirm an order that is paid, unless its payment does that."""
+    delivered = current_event()
+    if delivered is not None and CARRIED_ON in delivered.headers:
+        logs.bind(order_id=shown(event.order_id, MAX_ID_LENGTH))
+        return
     with observed("confirm", event) as run:
         run.outcome = app.saga().confirm(event)
 
@@ -215,10 +233,13 @@ def announce_failure(event: Event) -> None:
 
 
 class Received(NamedTuple):
-    """An event that was stored, and when this process had it, by `time.monotonic`."""
+    """An event that was stored, when this process had it, by `time.monotonic`, and whether its publisher adds it to the
+    read model.
+    """
 
     what: Happened
     at: float
+    carried_on: bool = False
 
 
 def read_event(event: Event) -> Received | None:
@@ -230,7 +251,9 @@ def read_event(event: Event) -> Received | None:
         order_id_of(decoded)
     except UnusableEvent:
         return None  # the step that acts on it makes it a dead letter; one is enough
-    return Received(happened(decoded, event.sequence, event.time, event.headers), time.monotonic())
+    what = happened(decoded, event.sequence, event.time, event.headers)
+    app.events_waiting.expect(order_id_of(decoded), what)
+    return Received(what, time.monotonic(), CARRIED_ON in event.headers)
 
 
 # However long the store is away, no event is given up: it would be missing from its order, and no webhook would get it.
@@ -243,8 +266,9 @@ def project_event(received: Received | None) -> None:
     if received is not None:
         logs.bind(order_id=order_id_of(received.what.event))
         with left_to_newer():
-            app.projection().project(received.what)
-            webhooks.announcer().announce(*received)
+            if not received.carried_on:
+                app.projection().project(received.what)
+            webhooks.announcer().announce(received.what, received.at)
 
 
 @dramatiq.actor(

@@ -9,9 +9,10 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import dramatiq
@@ -24,6 +25,7 @@ from dramatiq_jetstream.events import DeadLetterEvents, Events
 from dramatiq_jetstream.kv import Bucket
 from dramatiq_jetstream.periodic import Periodic
 from dramatiq_jetstream.streams import Stream
+from orders.v1.events_pb2 import OrderCreated
 
 from . import (
     audit,
@@ -69,6 +71,7 @@ from .stream import EventStream
 from .stuck import Operator
 from .tokens import Tokens
 from .unfinished import UnfinishedOrders
+from .waiting import Waiting
 from .webhooks import deliveries, subscriptions
 
 SETTINGS = settings()
@@ -156,7 +159,18 @@ broker.describe_arguments = described
 dramatiq.set_broker(broker)
 
 
-def publish(event: Message, at: int, *, timeout: int | None = None) -> int:
+#: What has been delivered to this process, and not begun.
+orders_waiting: Waiting[OrderCreated] = Waiting()
+events_waiting: Waiting[events.Happened] = Waiting()
+
+
+def publish(
+    event: Message,
+    at: int,
+    *,
+    timeout: int | None = None,
+    headers: Mapping[str, str] = MappingProxyType({}),
+) -> int:
     """Store an event that happened at `at` (milliseconds), once however often it is repeated; return its place.
 
     The answer "this id is stored already" counts only if this very event is stored, because any program may publish
@@ -169,7 +183,7 @@ def publish(event: Message, at: int, *, timeout: int | None = None) -> int:
     store = partial(
         broker.publish,
         *(subject, body),
-        headers=events.headers(event, event_id, at, logs.bound("request_id")),
+        headers={**events.headers(event, event_id, at, logs.bound("request_id")), **headers},
         timeout=timeout,
     )
     ack = store(event_id=event_id)
@@ -439,7 +453,9 @@ def erasure_jobs() -> Jobs:
 @_once
 def projection() -> Projection:
     """Return the way into the read model."""
-    return Projection(stock_store(), orders_store(), catalogue(), now)
+    return Projection(
+        stock_store(), orders_store(), catalogue(), now, events_stored().happened_at, events_waiting
+    )
 
 
 def project_at(sequence: int, claim: Claim | None = None) -> Recorded | None:
@@ -458,6 +474,7 @@ def saga() -> Saga:
     return Saga(
         *(stock_store(), gateway, token_store(), publish, orders_store(), catalogue(), now),
         offered_for=SETTINGS.offered_for,
+        waiting=orders_waiting,
     )
 
 

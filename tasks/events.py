@@ -36,6 +36,7 @@ from orders.v1.events_pb2 import (
 )
 
 from .model import MAX_ID_LENGTH
+from .numbers import whole_number
 from .text import shown
 
 STREAM: Final = "ORDERS"
@@ -70,17 +71,31 @@ _ORDER_ID = re.compile(rf"[A-Za-z0-9_~-][A-Za-z0-9._~-]{{0,{MAX_ID_LENGTH - 1}}}
 REQUEST_ID: Final = "Request-Id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 
+#: The header of an event whose publisher itself does what would be done for it: the front end adds `created` to the
+#: read model before it answers, and a payment goes on from `paid` to `confirmed`, with which `paid` is shown. What a
+#: publisher that dies has not done, its repetition does, or what looks after all orders (`tasks.figures` adds what the
+#: read model lacks, `tasks.standstill` publishes again). So a stranger's header delays what is true, and nothing else.
+CARRIED_ON: Final = "Order-Carried-On"
+
+#: The header of a `confirmed` that names the place of the `paid` before it.
+PAID_AT: Final = "Order-Paid-At"
+
 _TRACE_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Happened:
-    """An event with its place in the stream. `at` is when JetStream stored it, in milliseconds."""
+    """An event with its place in the stream.
+
+    `at` is when JetStream stored it, in milliseconds, `with_place` the place of one that its publisher stored with it,
+    0 when there is none. A stranger may have put any number there.
+    """
 
     event: Message
     sequence: int
     at: int
     trace_id: str | None = None
+    with_place: int = 0
 
 
 class UnusableEvent(Exception):
@@ -177,7 +192,8 @@ def happened(event: Message, sequence: int, at: int, headers: Mapping[str, str])
     """Return an event with its place in the stream, and the trace that its W3C header names."""
     parts = headers.get("traceparent", "").split("-")
     traced = len(parts) == 4 and _TRACE_ID.fullmatch(parts[1]) is not None
-    return Happened(event, sequence, at, parts[1] if traced else None)
+    with_place = whole_number(headers.get(PAID_AT, ""), 0, 2**63 - 1) or 0
+    return Happened(event, sequence, at, parts[1] if traced else None, with_place)
 
 
 def timestamp(at: int) -> Timestamp:
@@ -193,6 +209,8 @@ def isoformat(at: int) -> str:
 
 
 __all__ = [
+    "CARRIED_ON",
+    "PAID_AT",
     "REQUEST_ID",
     "STREAM",
     "SUBJECTS",

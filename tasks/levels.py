@@ -147,12 +147,12 @@ class _Change:
 
     __slots__ = ("apply", "order_id", "record", "recorded", "result", "seen_at")
 
-    def __init__(self, order_id: str, apply: Apply, recorded: int) -> None:
+    def __init__(self, order_id: str, apply: Apply, recorded: int, seen_at: int) -> None:
         self.recorded = recorded
         self.order_id = order_id
         self.apply = apply
         self.record: Found | None = None
-        self.seen_at = -1  # the record was looked for when the key was known at this revision
+        self.seen_at = seen_at  # the record was looked for when the key was known at this revision
         self.result: Any = None
 
 
@@ -186,7 +186,9 @@ class Shelf:
         self._sweep_after = sweep_after
         self._known: tuple[Level, int] | None = None
         self._heard: Entry | None = None
-        self._together = Together(self._make, lambda error: StockBusy(f"the batch failed: {error!r}"))
+        self._together: Together[list[_Change]] = Together(
+            self._make_lists, lambda error: StockBusy(f"the batch failed: {error!r}")
+        )
         # Notes of ours whose records are written: the next change drops them.
         self._written: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
@@ -202,6 +204,30 @@ class Shelf:
           an earlier run may be of fewer pieces, whatever this one asks for.
         """
 
+        apply = self._taking(order_id, quantity, in_part=in_part)
+        note: Note | Short | Found = self._change(order_id, apply, TAKEN)
+        if isinstance(note, Short):
+            # What is known of the key may be older than a restock.
+            with self.turn:
+                self._heard, self._known = None, self._read()
+            note = self._change(order_id, apply, TAKEN)
+        return note
+
+    def take_for(self, quantities: Mapping[str, int], seen_at: int) -> dict[str, Note | Short | Found]:
+        """Take pieces for several orders with one change; returns for each what `take` does.
+
+        Parameters:
+          quantities: How many pieces each order wants.
+          seen_at: The revision that was known when the orders' records were looked for, and there was none.
+        """
+        changes = [
+            self._change_of(order_id, self._taking(order_id, quantity), TAKEN, seen_at=seen_at)
+            for order_id, quantity in quantities.items()
+        ]
+        self._together(changes)
+        return {change.order_id: change.result for change in changes}
+
+    def _taking(self, order_id: str, quantity: int, *, in_part: bool = False) -> Apply:
         def apply(level: Level, found: Found | None) -> Note | Short | Found:
             if found is not None:
                 return found
@@ -212,13 +238,7 @@ class Shelf:
             note = level.notes[order_id] = Note(TAKEN, pieces, self._now())
             return note
 
-        note: Note | Short | Found = self._change(order_id, apply, TAKEN)
-        if isinstance(note, Short):
-            # What is known of the key may be older than a restock.
-            with self.turn:
-                self._heard, self._known = None, self._read()
-            note = self._change(order_id, apply, TAKEN)
-        return note
+        return apply
 
     def undo(self, order_id: str) -> None:
         """Give back what was taken for an order whose record says that it holds nothing, and never will."""
@@ -280,21 +300,31 @@ class Shelf:
     # Changing
 
     def _change(self, order_id: str, apply: Apply, kind: str = "", recorded: int = 0) -> Any:
-        """Make a change with those of other threads.
+        """Make a change with those of other threads; returns its result."""
+        change = self._change_of(order_id, apply, kind, recorded)
+        self._together([change])
+        return change.result
+
+    def _change_of(
+        self, order_id: str, apply: Apply, kind: str = "", recorded: int = 0, seen_at: int = -1
+    ) -> _Change:
+        """Return a change that is made once.
 
         Parameters:
           kind: The note that stands for the change: one that is there already is the result. With none, no record is
             looked for.
           recorded: A revision of the order's record that is known.
+          seen_at: The revision that was known when the record was looked for, and there was none.
         """
 
         def once(level: Level, found: Found | None) -> Any:
             note = level.notes.get(order_id)
             return note if kind and note is not None and note.kind == kind else apply(level, found)
 
-        change = _Change(order_id if kind else "", once, recorded)
-        self._together(change)
-        return change.result
+        return _Change(order_id if kind else "", once, recorded, seen_at)
+
+    def _make_lists(self, lists: list[list[_Change]]) -> None:
+        self._make([change for changes in lists for change in changes])
 
     def _make(self, batch: list[_Change]) -> None:
         try:
@@ -358,12 +388,16 @@ class Shelf:
             found = {key: entry for key in keys if (entry := self._bucket.get(key)) is not None}
         return {keys[key]: Found(Record.decode(one.value), one.revision) for key, one in found.items()}
 
-    # For what changes several shelves at once, in the turns of all of them
-
     @property
     def turn(self) -> threading.Lock:
         """Held while the key is changed by this process."""
         return self._together.turn
+
+    @property
+    def revision(self) -> int:
+        """The newest revision of the key that this process knows; -1 for none."""
+        heard, known = self._heard, self._known
+        return max(-1 if heard is None else heard.revision, -1 if known is None else known[1])
 
     def know(self) -> tuple[Level, int]:
         """Return the level and its revision as this process knows them; they are read if they are not known."""

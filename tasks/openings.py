@@ -1,156 +1,144 @@
-"""Opens orders on the short way: takes from all their products and stores their records in one atomic batch.
+"""Takes from the products of several orders at once: of all that wait in this process when one of them begins.
 
-The batch has what the long way (`tasks.stock`) stores one after the other, in the same order: each level with its
-note, then the record. So whatever a server that dies leaves of a batch is something that the long way leaves too, and
-that the next run of the step mends. All or none saves the looks for records, because a record that is there refuses the
-batch.
+::
 
-The short way is for the ordinary case. If a product runs short, if an order has a note or a record already, or if other
-processes keep changing the levels, it opens nothing, and the order takes the long way. Orders that the threads of a
-process open at the same time share a batch.
+    look for the claims and records of all → one change for each product, with the notes of all orders
+    → then each order's own run creates its record, and publishes it
 
-If the process dies, the batch is stored or not. An interrupt leaves it stored or not as well, and no turn held; a level
-that this process knows wrongly is found out by the next compare-and-set.
+It is the long way of `tasks.stock` with fewer requests: one look instead of two for each order and each product, and
+one change of a product instead of one for each order. The look comes after the levels are known and before they are
+changed, as `tasks.levels` asks for; a level that has changed meanwhile has its orders looked for again.
+
+What is taken ahead of an order's own run is a note, and a note without a record is what a crash leaves as well: the
+order's next run finds it, here or in another process. So neither an interrupt nor a process that dies, nor an event
+that goes to another process meanwhile, needs anything done. What is out of the ordinary, such as a repetition, short
+stock or an order that breaks a rule, is left to its own run and takes the long way.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Final
 
-from dramatiq_jetstream.errors import ApiError, RevisionConflict
+from dramatiq.errors import BrokerError
 
+from orders.v1.events_pb2 import OrderCreated
+
+from .claims import Claim, digest_of_event
 from .ledger import Record
-from .levels import TAKEN, Found, Level, Note, Shelf
-from .ports import BatchBucket
+from .pricing import first_record
+from .stock import RECALLED_SECONDS, Found, Stock
 from .together import Together
+from .tokens import TokenUnreadable
+from .waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
-#: How many times a batch is tried while other processes change the levels.
-_TRIES: Final = 3
+#: For how many orders one run takes. Their stock is held a moment longer than it had to be.
+AT_ONCE: Final = 16
 
-#: The most products whose levels one batch changes; with its records it stays far below the server's 1,000 keys.
-_PRODUCTS: Final = 200
+#: How many orders are remembered for which was taken, and whose runs have not come.
+_REMEMBERED: Final = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What was taken for: an order with this digest; `at` by `time.monotonic`."""
+
+    digest: str
+    wanted: Record
+    at: float
 
 
 class _Missed(Exception):
-    """The thread that opened several orders failed with one of them, or was interrupted."""
-
-
-class _Opening:
-    """An order to open; `found` is its record when that is stored."""
-
-    __slots__ = ("found", "order_id", "record")
-
-    def __init__(self, order_id: str, record: Record) -> None:
-        self.order_id = order_id
-        self.record = record
-        self.found: Found | None = None
+    """The thread that took for several orders failed with one of them, or was interrupted."""
 
 
 class Openings:
     """Opens orders for all threads of a process.
 
     Parameters:
-      bucket: Where levels and records are.
-      shelf: Returns the shelf of a product.
+      stock: Where levels, claims and records are.
+      with_token: Returns the first record of an order as its payment token has it be; may raise.
       now: The time in milliseconds.
+      waiting: The orders that wait in this process.
     """
 
-    def __init__(self, bucket: BatchBucket, shelf: Callable[[str], Shelf], now: Callable[[], int]) -> None:
-        self._bucket = bucket
-        self._shelf = shelf
+    def __init__(
+        self,
+        stock: Stock,
+        with_token: Callable[[str, Record, str], Record],
+        now: Callable[[], int],
+        waiting: Waiting[OrderCreated],
+    ) -> None:
+        self._stock = stock
+        self._with_token = with_token
         self._now = now
-        self._together = Together(self._open_all, _Missed)
+        self._waiting = waiting
+        self._taken: OrderedDict[str, _Taken] = OrderedDict()
+        self._together: Together[OrderCreated] = Together(self._take_for, _Missed)
 
-    def open(self, order_id: str, wanted: Record) -> Found | None:
+    def open(self, event: OrderCreated) -> Found | None:
         """Take what an order holds and store its first record; returns None when it has to take the long way."""
-        opening = _Opening(order_id, wanted)
+        order_id = event.order_id
+        self._waiting.take_of(order_id)
         try:
-            self._together(opening)
+            self._together(event)
         except _Missed:
             return None
-        return opening.found
+        taken = self._taken.pop(order_id, None)
+        if taken is None or taken.digest != digest_of_event(event):
+            return None
+        found = self._stock.record(order_id, taken.wanted)
+        return found if found.fresh else None
 
-    def _open_all(self, openings: list[_Opening]) -> None:
-        shelves: dict[str, Shelf] = {}
-        taken_on: list[_Opening] = []
-        # Of two runs of one step, one takes the long way, and finds what the other has stored.
-        for one in {one.order_id: one for one in openings}.values():
-            more = {line.sku for line in one.record.lines} - shelves.keys()
-            if len(shelves) + len(more) <= _PRODUCTS:
-                shelves |= {sku: self._shelf(sku) for sku in more}
-                taken_on.append(one)
-        _in_turns([shelves[sku] for sku in sorted(shelves)], lambda: self._open_in_turn(taken_on, shelves))
+    def _take_for(self, begun: Iterable[OrderCreated]) -> None:
+        """Take for the orders whose runs have begun, as far as that was not done, and for others that wait."""
+        left = [event for event in begun if not self._has(event.order_id)]
+        if left:
+            self._take([*left, *self._waiting.take(max(0, AT_ONCE - len(left)))])
 
-    def _open_in_turn(self, left: list[_Opening], shelves: Mapping[str, Shelf]) -> None:
-        for _ in range(_TRIES):
-            if self._try(left, shelves):
-                return
-            left = self._read_again(left, list(shelves.values()))
-
-    def _try(self, openings: Sequence[_Opening], shelves: Mapping[str, Shelf]) -> bool:
-        """Open what can be opened from the levels that are known; False when those are outdated."""
-        known = {sku: shelf.know() for sku, shelf in shelves.items()}
-        levels = {sku: level.copy() for sku, (level, _) in known.items()}
-        opened = [one for one in openings if self._take(one, levels)]
-        if not opened:
-            return True
-        changed = {line.sku for one in opened for line in one.record.lines}
-        written = {sku: shelves[sku].drop(levels[sku], *known[sku]) for sku in changed}
-        updates = {shelves[sku].key: (levels[sku].encode(), known[sku][1]) for sku in sorted(changed)}
-        updates |= {f"order.{one.order_id}": (one.record.encode(), 0) for one in opened}
-        try:
-            revisions = self._bucket.update_all(updates)
-        except RevisionConflict:
+    def _has(self, order_id: str) -> bool:
+        """Whether this process took for an order a moment ago; what it took longer ago is forgotten."""
+        taken = self._taken.get(order_id)
+        if taken is None:
             return False
-        except ApiError as error:
-            logger.debug("No orders were opened together: %s", error)
-            return True
-        for sku in changed:
-            shelves[sku].changed(levels[sku], revisions[shelves[sku].key], written[sku])
-        for one in opened:
-            one.found = Found(one.record, revisions[f"order.{one.order_id}"], fresh=True)
+        # The order may have come to its end since, and left.
+        if time.monotonic() - taken.at > RECALLED_SECONDS / 2:
+            self._taken.pop(order_id, None)
+            return False
         return True
 
-    def _take(self, opening: _Opening, levels: Mapping[str, Level]) -> bool:
-        """Take an order's pieces, if all are there and it has taken none before."""
-        lines = opening.record.lines
-        if any(
-            levels[line.sku].pieces < line.quantity or opening.order_id in levels[line.sku].notes
-            for line in lines
-        ):
-            return False
-        for line in lines:
-            levels[line.sku].pieces -= line.quantity
-            levels[line.sku].notes[opening.order_id] = Note(TAKEN, line.quantity, self._now())
-        return True
+    def _take(self, events: Iterable[OrderCreated]) -> None:
+        """Take for the orders that are like any other."""
+        at = time.monotonic()
+        by_id = {event.order_id: event for event in events}
+        looked = self._stock.look(list(by_id))
+        digests: dict[str, str] = {}
+        wanted: dict[str, Record] = {}
+        for order_id, claim in looked.claims.items():
+            event = by_id[order_id]
+            digests[order_id] = digest_of_event(event)
+            first = self._first_record(order_id, claim, event) if claim.digest == digests[order_id] else None
+            if first is not None and order_id not in looked.recorded:
+                wanted[order_id] = first
+        for order_id in self._stock.take(wanted, looked.seen_at):
+            self._taken[order_id] = _Taken(digests[order_id], wanted[order_id], at)
+            if len(self._taken) > _REMEMBERED:
+                self._taken.popitem(last=False)
 
-    def _read_again(self, openings: Sequence[_Opening], shelves: Sequence[Shelf]) -> list[_Opening]:
-        """Read levels that seem to be outdated, in one request; returns the orders that have no record yet."""
-        known = {shelf.key: shelf.know()[1] for shelf in shelves}
-        for shelf in shelves:
-            shelf.forget()
-        newest = max(known, key=lambda key: known[key])
-        if not known[newest]:
-            return list(openings)
-        records = {f"order.{one.order_id}": one for one in openings}
-        found = self._bucket.get_many([*known, *records], since=(newest, known[newest]))
-        for shelf in shelves:
-            if shelf.key in found:
-                shelf.heard(found[shelf.key])
-        return [one for key, one in records.items() if key not in found]
-
-
-def _in_turns(shelves: Sequence[Shelf], do: Callable[[], None]) -> None:
-    """Do something in the turns of several shelves.
-
-    Each has a `with` of its own. An interrupt may strike between any two lines of an ExitStack, too, and keep a turn.
-    """
-    if not shelves:
-        do()
-        return
-    with shelves[0].turn:
-        _in_turns(shelves[1:], do)
+    def _first_record(self, order_id: str, claim: Claim, event: OrderCreated) -> Record | None:
+        """Return the first record of an order that holds something, None of another one."""
+        record = first_record(claim, event, self._now())
+        if record.payment_token:
+            try:
+                record = self._with_token(order_id, record, event.payment_token)
+            except (BrokerError, TokenUnreadable) as error:
+                # Its own run meets it again, and says so.
+                logger.debug("Nothing was taken for order %s: %s", order_id, error)
+                return None
+        return record if record.lines else None

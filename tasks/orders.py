@@ -98,8 +98,8 @@ class OrderBusy(Exception):
     """The record was changed by others for the whole time allowed; trying again is safe."""
 
 
-#: Which event comes right before another, as a rule.
-_BEFORE: Final = {"reserved": "created", "paid": "reserved", "declined": "reserved", "confirmed": "paid"}
+#: Which event was added right before another, as a rule; `paid` is added with `confirmed`.
+_BEFORE: Final = {"reserved": "created", "paid": "reserved", "declined": "reserved", "confirmed": "reserved"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +123,11 @@ class Recorded:
         """Whether an event would change nothing."""
         known = None if self.stored is None else self.stored["events"].get(key_of(happened.event))
         return known is not None and bool(known["sequence"] <= happened.sequence)
+
+    def has_place(self, place: int) -> bool:
+        """Whether it has the event at a place of the stream."""
+        events = {} if self.stored is None else self.stored["events"]
+        return any(fact["sequence"] == place for fact in events.values())
 
 
 class Orders:
@@ -173,21 +178,26 @@ class Orders:
         return stored is not None and event in stored["events"]
 
     def recorded(self, happened: Happened) -> Recorded:
-        """Return the record of an event's order: as this process remembers it, if it seems to lack only this event."""
+        """Return the record of an event's order: as this process remembers it, if that has the event, or seems to lack
+        only this one.
+        """
         order_id = order_id_of(happened.event)
         with self._lock:
             known = self._recent.get(order_id)
         events = {} if known is None or known.stored is None else known.stored["events"]
         # Where the event before this one is missing, another process may have added both by now.
-        if known is not None and not known.has(happened) and _BEFORE.get(name_of(happened.event)) in events:
+        if known is not None and (known.has(happened) or _BEFORE.get(name_of(happened.event)) in events):
             return known
         return self._look(order_id)
 
-    def project(self, happened: Happened, known: Recorded | None = None) -> Recorded:
+    def project(
+        self, happened: Happened, known: Recorded | None = None, also: Sequence[Happened] = ()
+    ) -> Recorded:
         """Add an event to its order's record, if it is not there yet; returns the record as it is then.
 
         Parameters:
           known: The record, as `recorded` returned it. One that is outdated is found out by the compare-and-set.
+          also: Further events of the order, which are added by the same write.
 
         Raises:
           UnusableEvent: When it names no order.
@@ -197,7 +207,7 @@ class Orders:
         deadline = time.monotonic() + TIMEOUT_MS / 1000
         known = known or self.recorded(happened)
         while not known.has(happened):
-            written = self.add(happened, known)
+            written = self.add(happened, known, also)
             if written is not None:
                 return written
             if time.monotonic() > deadline:
@@ -207,9 +217,11 @@ class Orders:
             known = self._look(order_id)
         return known
 
-    def add(self, happened: Happened, known: Recorded) -> Recorded | None:
+    def add(self, happened: Happened, known: Recorded, also: Sequence[Happened] = ()) -> Recorded | None:
         """Add an event to a record that lacks it; returns the record, None when it is not as it is `known` any more."""
         stored = with_event(known.stored, happened)
+        for other in also:
+            stored = merge(stored, other) or stored
         try:
             written = self._write(known, stored)
         except (KeyExists, RevisionConflict):

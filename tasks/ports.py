@@ -80,9 +80,19 @@ class Gateway(Protocol):
 
 
 class Publisher(Protocol):
-    """Stores an event in the stream within `timeout` milliseconds and returns its place there, or raises."""
+    """Stores an event in the stream within `timeout` milliseconds and returns its place there, or raises.
 
-    def __call__(self, event: Message, at: int, *, timeout: int | None = None) -> int: ...
+    `headers` are further ones, which say who does what follows (`tasks.events`).
+    """
+
+    def __call__(
+        self,
+        event: Message,
+        at: int,
+        *,
+        timeout: int | None = None,
+        headers: Mapping[str, str] = ...,
+    ) -> int: ...
 
 
 class History(Protocol):

@@ -1,11 +1,16 @@
 """Adds the events of the stream to the read model, as far as the ledger confirms them.
 
-Workers come through here for every event, and the front end for the event that it has just stored.
+The front end comes through here for the event that it has just stored, workers for every other one. Events of an order
+that wait in a process are added with the first of them, by one write, and `paid` with the `confirmed` that names its
+place: its own run leaves it alone. What is missing because a process died before it added what it had to,
+`tasks.figures` has added, which looks at each event of the stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from .announcements import Testimony, confirmed_by
 from .claims import Claim
@@ -13,6 +18,10 @@ from .events import Happened, order_id_of
 from .orders import Orders, Recorded, Stored, with_event
 from .products import Catalogue
 from .stock import Stock
+from .waiting import Waiting
+
+#: How many orders, at the least, are projected at the same time by the threads of a process.
+_TURNS: Final = 64
 
 
 class Projection:
@@ -23,13 +32,26 @@ class Projection:
       orders: The read model.
       catalogue: The products and their prices.
       now: The time in milliseconds.
+      happened_at: Returns the event at a place of the stream.
+      waiting: The events that wait in this process; None for no others.
     """
 
-    def __init__(self, stock: Stock, orders: Orders, catalogue: Catalogue, now: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        stock: Stock,
+        orders: Orders,
+        catalogue: Catalogue,
+        now: Callable[[], int],
+        happened_at: Callable[[int], Happened | None] = lambda _: None,
+        waiting: Waiting[Happened] | None = None,
+    ) -> None:
         self._stock = stock
         self._orders = orders
         self._catalogue = catalogue
+        self._happened_at = happened_at
         self._now = now
+        self._waiting = waiting or Waiting()
+        self._turns = [threading.Lock() for _ in range(_TURNS)]
 
     def project(self, happened: Happened, claim: Claim | None = None) -> Recorded | None:
         """Add an event to its order's record; returns the record as it is then, None when the ledger confirms nothing.
@@ -44,17 +66,34 @@ class Projection:
           OrderBusy: When others kept changing the record.
         """
         order_id = order_id_of(happened.event)
-        known = self._orders.recorded(happened) if claim is None else Recorded(order_id, None, 0)
-        if known.has(happened):
-            return known
-        written = self._recall(happened, known)
-        if written is not None:
-            return written
-        testimony = Testimony(self._stock, order_id, self._now, claim)
-        confirmed = testimony.attested(happened, self._catalogue)
-        return None if confirmed is None else self._orders.project(confirmed, known)
+        # Two threads that add to one record at once would be in each other's way.
+        with self._turns[hash(order_id) % len(self._turns)]:
+            waiting = self._waiting.take_of(order_id)
+            known = self._orders.recorded(happened) if claim is None else Recorded(order_id, None, 0)
+            if known.has(happened):
+                return known
+            also = [one for one in waiting if one.sequence != happened.sequence and not known.has(one)]
+            also += self._stored_with(happened, known, also)
+            written = self._recall(happened, known, also)
+            if written is not None:
+                return written
+            testimony = Testimony(self._stock, order_id, self._now, claim)
+            confirmed = testimony.attested(happened, self._catalogue)
+            if confirmed is None:
+                return None
+            others = (testimony.attested(one, self._catalogue) for one in also)
+            return self._orders.project(confirmed, known, [one for one in others if one is not None])
 
-    def _recall(self, happened: Happened, known: Recorded) -> Recorded | None:
+    def _stored_with(self, happened: Happened, known: Recorded, also: Sequence[Happened]) -> list[Happened]:
+        """Return the event that was stored with another one, unless it is known."""
+        place = happened.with_place
+        if not place or any(one.sequence == place for one in also) or known.has_place(place):
+            return []
+        found = self._happened_at(place)
+        # A stranger may name any place.
+        return [found] if found is not None and order_id_of(found.event) == known.order_id else []
+
+    def _recall(self, happened: Happened, known: Recorded, also: Sequence[Happened]) -> Recorded | None:
         """Add an event that this process itself wrote into the ledger; returns None when the ledger has to be asked.
 
         A record of the ledger only moves forward, so what it confirmed once it confirms for good, until its order is
@@ -70,7 +109,10 @@ class Projection:
         ):
             return None
         confirmed = confirmed_by(found.record, happened)
-        return None if confirmed is None else self._orders.add(confirmed, known)
+        if confirmed is None:
+            return None
+        others = (confirmed_by(found.record, one) for one in also)
+        return self._orders.add(confirmed, known, [one for one in others if one is not None])
 
 
 def restated(existing: Stored | None, testimony: Testimony) -> Stored | None:

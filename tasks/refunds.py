@@ -18,9 +18,10 @@ chargebacks that it has not told of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Final
 
 from google.protobuf.message import Message
@@ -253,12 +254,26 @@ class Refunds:
         if not self._history.has_event(order_id_of(event), key_of(event)):
             self._publish(event, at)
 
-    def _announce(self, order_id: str, found: Found, state: str | None = None) -> None:
-        """Publish that an order is in a state, or was, unless that was done."""
+    def _announce(
+        self,
+        order_id: str,
+        found: Found,
+        state: str | None = None,
+        *,
+        fresh: bool | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> int | None:
+        """Publish that an order is in a state, or was, unless that was done; returns the event's place if it was now.
+
+        Parameters:
+          fresh: Whether it was brought there just now; None to tell by what was found.
+        """
         event = event_of(order_id, found.record, state)
-        fresh = found.fresh and state in (None, found.record.state)
+        if fresh is None:
+            fresh = found.fresh and state in (None, found.record.state)
         if fresh or not self._history.has_event(order_id, key_of(event)):
-            self._publish(event, found.record.at[state or found.record.state])
+            return self._publish(event, found.record.at[state or found.record.state], headers=headers)
+        return None
 
 
 def _chargeback(found: Found, chargeback_id: str) -> Chargeback | None:

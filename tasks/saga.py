@@ -3,8 +3,8 @@
 ::
 
     created  → reserve → reserved | rejected | offered (after the claim on its id)
-    reserved → pay     → paid     | declined
-    paid     → confirm → confirmed
+    reserved → pay     → paid, confirmed | declined
+    paid     → confirm → confirmed                  (of an event that no payment of this version has published)
     declined → release → rejected
 
 What takes an order back is in `tasks.compensation`, what sends and returns goods in `tasks.shipping`, what moves money
@@ -18,13 +18,18 @@ content.
 The event is only what calls a step. What the step does comes from the record, and an event that the record
 contradicts is refused: a stranger may have published it.
 
+Nothing is waited for between `paid` and `confirmed`, so the payment records both with one write and publishes both. If
+it is killed in between, it is done again, which publishes what is missing. The `paid` that it publishes says so
+(`tasks.events.CARRIED_ON`) and calls no step. One that does not say so was published by an earlier version, or once
+more for an order that stands still, and has `confirm` do the rest.
+
 A step that comes late, when the record is past it, changes nothing. Unless the read model has the event that the step
 publishes, no one can know whether it was published, so it is published again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from google.protobuf.message import Message
@@ -34,11 +39,12 @@ from orders.v1.events_pb2 import OrderCreated, OrderDeclined, OrderPaid, OrderRe
 from .announcements import failed_event
 from .claims import digest_of_event
 from .compensation import NotCancellable
-from .events import UnusableEvent, name_of, order_id_of
+from .events import CARRIED_ON, PAID_AT, UnusableEvent, name_of, order_id_of
 from .ledger import Record
 from .model import MAX_TEXT
 from .notes import GivenUp
 from .offers import NotOffered, Offers, offer_of
+from .openings import Openings
 from .ports import Charge, Gateway, History, Publisher
 from .pricing import claimed, first_record
 from .products import Catalogue
@@ -47,6 +53,7 @@ from .shipping import NotReturnable, NotShippable
 from .stock import Found, Stock
 from .text import shown
 from .tokens import TokenMissing, Tokens, is_reference
+from .waiting import Waiting
 
 __all__ = [
     "OUTCOMES",
@@ -80,7 +87,7 @@ STEPS: Final = {
 OUTCOMES: Final[dict[str, frozenset[str]]] = {
     "reserve": frozenset({"reserved", "rejected", "offered"}),
     "accept": frozenset({"reserved"}),
-    "pay": frozenset({"paid", "declined"}),
+    "pay": frozenset({"confirmed", "declined"}),
     "confirm": frozenset({"confirmed"}),
     "release": frozenset({"rejected"}),
     "cancel": frozenset({"cancelled", "rejected"}),
@@ -104,6 +111,7 @@ class Saga(Offers):
       now: The time in milliseconds.
       offered_for: For how many milliseconds what there is of an order that stock does not cover is offered; None
         rejects the order.
+      waiting: The orders that wait in this process; None for no others.
     """
 
     def __init__(
@@ -117,10 +125,12 @@ class Saga(Offers):
         now: Callable[[], int],
         *,
         offered_for: int | None = None,
+        waiting: Waiting[OrderCreated] | None = None,
     ) -> None:
         super().__init__(stock, gateway, tokens, publish, history, now)
         self._catalogue = catalogue
         self._offered_for = offered_for
+        self._openings = Openings(stock, self._with_token, now, waiting or Waiting())
 
     def reserve(self, event: OrderCreated, stored_at: int | None = None) -> str:
         """Hold the order's items in stock, offer what there is of them, or reject the order; returns the state in which
@@ -131,17 +141,9 @@ class Saga(Offers):
             its products did then.
         """
         order_id = order_id_of(event)
-        at = self._now() if stored_at is None else stored_at
-        claim = claimed(self._stock.claims, order_id, event, self._catalogue, at, self._now)
-        if claim.digest != digest_of_event(event):
-            raise UnusableEvent(
-                f"order id {order_id} stands for an order with other contents than this event's."
-            )
-        wanted = first_record(claim, event, self._now())
-        if wanted.payment_token:
-            wanted = self._with_token(order_id, wanted, event.payment_token)
-        offer = None if self._offered_for is None else offer_of(wanted, claim, self._offered_for)
-        found = self._stock.open(order_id, wanted, offer)
+        found = self._openings.open(event)
+        if found is None:
+            found = self._reserve(order_id, event, self._now() if stored_at is None else stored_at)
         if "offered" in found.record.at:
             # It may have been accepted, or cancelled, before it was published.
             self._announce(order_id, found, "offered")
@@ -151,18 +153,34 @@ class Saga(Offers):
             self._tokens.drop(order_id)
         return found.record.state
 
+    def _reserve(self, order_id: str, event: OrderCreated, stored_at: int) -> Found:
+        """Store the first record of an order, whatever is known of it."""
+        claim = claimed(self._stock.claims, order_id, event, self._catalogue, stored_at, self._now)
+        if claim.digest != digest_of_event(event):
+            raise UnusableEvent(
+                f"order id {order_id} stands for an order with other contents than this event's."
+            )
+        wanted = first_record(claim, event, self._now())
+        if wanted.payment_token:
+            wanted = self._with_token(order_id, wanted, event.payment_token)
+        offer = None if self._offered_for is None else offer_of(wanted, claim, self._offered_for)
+        return self._stock.open(order_id, wanted, offer)
+
     def pay(self, event: OrderReserved) -> str:
         """Capture the payment of an order whose items are held; returns the state in which that leaves it."""
         order_id = order_id_of(event)
         found = self._recorded(order_id, event, "held")
         if found.record.state == "offered":
             self._expect(found, event, "held")
+        before = found.record
         if found.record.state == "held":
             found = self._capture(order_id, found)
-        for state in ("paid", "declined"):
-            # A payment may have been followed by a cancel before it was published.
-            if found.record.state == state or (state == "paid" and "paid" in found.record.at):
-                self._announce(order_id, found, state)
+        found = self._confirmed(order_id, found)
+        if found.record.state == "declined":
+            self._announce(order_id, found)
+        elif "paid" in found.record.at:
+            # It may have been followed by a cancel before it was published.
+            self._announce_payment(order_id, found, before)
         if found.record.payment_token and found.record.state != "held":
             self._tokens.drop(order_id)
         return found.record.state
@@ -191,7 +209,10 @@ class Saga(Offers):
         found = held
         while found.record.state == "held":
             # What settles an order may change the record and leave its state.
-            found = self._stock.forward(order_id, found, found.record.forward(state, self._now(), **facts))
+            decided = found.record.forward(state, self._now(), **facts)
+            if state == "paid":
+                decided = decided.forward("confirmed", decided.at["paid"])
+            found = self._stock.forward(order_id, found, decided)
         if isinstance(outcome, Charge) and "paid" not in found.record.at:
             # Cancelled meanwhile: what was captured goes back.
             self._stock.notes.unsettle(order_id, self._now(), 0)
@@ -208,14 +229,35 @@ class Saga(Offers):
     def confirm(self, event: OrderPaid) -> str:
         """Confirm an order that is paid; returns the state in which that leaves it."""
         order_id = order_id_of(event)
-        found = self._recorded(order_id, event, "paid")
-        while found.record.state == "paid":
-            # A refund may change the record and leave its state.
-            found = self._stock.forward(order_id, found, found.record.forward("confirmed", self._now()))
+        found = self._confirmed(order_id, self._recorded(order_id, event, "paid"))
         if "confirmed" in found.record.at or "paid" not in found.record.at:
             self._expect(found, event, "confirmed")
             self._announce(order_id, found, "confirmed")
         return found.record.state
+
+    def _announce_payment(self, order_id: str, found: Found, before: Record) -> None:
+        """Publish that an order is paid, and confirmed if that is recorded as well.
+
+        Parameters:
+          before: The record before this step changed it.
+        """
+
+        def announce(state: str, headers: Mapping[str, str]) -> int | None:
+            fresh = found.fresh and state not in before.at
+            return self._announce(order_id, found, state, fresh=fresh, headers=headers)
+
+        if "confirmed" not in found.record.at:
+            announce("paid", {})
+            return
+        place = announce("paid", {CARRIED_ON: "1"})
+        announce("confirmed", {} if place is None else {PAID_AT: str(place)})
+
+    def _confirmed(self, order_id: str, found: Found) -> Found:
+        """Confirm an order that is only paid, as an earlier version recorded it; returns what is recorded then."""
+        while found.record.state == "paid":
+            # A refund may change the record and leave its state.
+            found = self._stock.forward(order_id, found, found.record.forward("confirmed", self._now()))
+        return found
 
     def release(self, event: OrderDeclined) -> str:
         """Give back what is held for an order whose payment was declined, and reject it; returns its state then."""

@@ -10,7 +10,7 @@ The record decides. An order takes from its products one after the other, by the
     take … one runs short   → create the record as rejected → give back what was taken, note by note
     take what there is      → create the record as offered  → drop the notes   (where offers are made)
 
-Where nothing stands against it, all of that is one atomic batch (`tasks.openings`).
+Where nothing stands against it, that is done for several orders at once (`tasks.openings`).
 
 The record is created once, so of several runs of a step, and of a cancel, one wins, and the others do what its
 record says. A process that is killed in between leaves notes: the next run of the step finds them, takes the rest, and
@@ -31,12 +31,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Final, NamedTuple
 
 from dramatiq_jetstream.errors import KeyExists, RevisionConflict
 
-from .claims import Claims
+from .claims import Claim, Claims
 from .ledger import PricedItem, Record
 from .levels import (
     GIVEN_BACK,
@@ -52,7 +53,6 @@ from .levels import (
     StockBusy,
 )
 from .notes import Notes
-from .openings import Openings
 from .ports import BatchBucket, Entry
 from .takeover import take_over
 
@@ -71,6 +71,16 @@ class InvalidAdjustment(ValueError):
 
 class RecordBehind(Exception):
     """A server answers with a record that is older than what is known of it; trying again is safe."""
+
+
+class Looked(NamedTuple):
+    """What was found of several orders: their claims, which have a record, and at which revision each product was known
+    before.
+    """
+
+    claims: Mapping[str, Claim]
+    recorded: frozenset[str]
+    seen_at: Mapping[str, int]
 
 
 class Stock:
@@ -103,7 +113,6 @@ class Stock:
         self._sweep_after = sweep_after
         self._taken_over = False
         self._shelves: dict[str, Shelf] = {}
-        self._openings = Openings(bucket, self._shelf, now)
         self._lock = threading.Lock()
         # Records as this process last wrote them, oldest first; others may have gone on from there.
         self._recent: OrderedDict[str, tuple[Found, float]] = OrderedDict()
@@ -166,8 +175,6 @@ class Stock:
           offer: Makes the record that offers the pieces which there are, by sku; without it nothing is offered.
         """
         self._take_over()
-        if wanted.lines and (opened := self._openings.open(order_id, wanted)) is not None:
-            return self._opened(order_id, wanted.lines, self._remember(order_id, opened))
         shortage = ""
         taken: dict[str, int] = {}
         for line in _in_order(wanted.lines):
@@ -191,6 +198,47 @@ class Stock:
         # Another run may have taken more, before it left its record or was killed.
         lines = [line for line in wanted.lines if line.sku in taken] if found.fresh else wanted.lines
         return self._opened(order_id, lines, found)
+
+    def look(self, order_ids: Sequence[str]) -> Looked:
+        """Look for the claims and the records of several orders, with one request."""
+        self._take_over()
+        # Known before the look, as `tasks.levels` asks for.
+        seen_at = {sku: shelf.revision for sku, shelf in list(self._shelves.items())}
+        newest = max(seen_at, key=lambda sku: seen_at[sku], default=None)
+        if newest is None or seen_at[newest] <= 0:
+            return Looked({}, frozenset(), {})
+        keys = [f"{kind}.{order_id}" for order_id in order_ids for kind in ("claim", "order")]
+        found = self._bucket.get_many(keys, since=(f"{PREFIX}{newest}", seen_at[newest]))
+        claims: dict[str, Claim] = {}
+        for order_id in order_ids:
+            # A claim that is missing, or cannot be read, is a matter of its order's own run.
+            with suppress(LookupError, TypeError, ValueError):
+                claims[order_id] = Claim.decode(found[f"claim.{order_id}"].value)
+        recorded = frozenset(order_id for order_id in order_ids if f"order.{order_id}" in found)
+        return Looked(claims, recorded, seen_at)
+
+    def take(self, wanted: Mapping[str, Record], seen_at: Mapping[str, int]) -> list[str]:
+        """Take what several orders hold, with one change for each product; returns those of which all is taken.
+
+        What is taken for the others, their notes say, until their records do.
+
+        Parameters:
+          wanted: The records that the orders shall have, which had none when they were looked for.
+          seen_at: What was known of each product before that.
+        """
+        left = {order_id: {line.sku: line.quantity for line in wanted[order_id].lines} for order_id in wanted}
+        for sku in sorted({sku for quantities in left.values() for sku in quantities}):
+            quantities = {order_id: lines[sku] for order_id, lines in left.items() if sku in lines}
+            if not quantities:
+                continue
+            for order_id, done in self._shelf(sku).take_for(quantities, seen_at.get(sku, -1)).items():
+                if not isinstance(done, Note) or done.quantity != quantities[order_id]:
+                    del left[order_id]
+        return list(left)
+
+    def record(self, order_id: str, taken: Record) -> Found:
+        """Store the first record of an order for which all was taken; returns what is recorded then."""
+        return self._opened(order_id, taken.lines, self._create(order_id, taken))
 
     def _opened(self, order_id: str, lines: Iterable[PricedItem], found: Found) -> Found:
         """Do with the notes of an order what its record says."""

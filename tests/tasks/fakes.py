@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
 
 from cryptography.fernet import Fernet
 from google.protobuf.message import Message
 from greenlet import getcurrent, greenlet
 
-from dramatiq_jetstream.errors import ApiError, KeyExists, RevisionConflict
-from tasks.events import event_id, name_of
+from dramatiq_jetstream.errors import KeyExists, RevisionConflict
+from tasks.events import Happened, event_id, happened, name_of
 from tasks.gateway import UnusableAnswer
 from tasks.ledger import Chargeback
 from tasks.ports import Charge, Decline
 from tasks.tokens import Tokens
 
 Pause = Callable[[str], None]
+
+Headers = Mapping[str, str]
+NO_HEADERS: Final[Headers] = MappingProxyType({})
 
 
 def no_pause(where: str) -> None:
@@ -47,17 +51,11 @@ class FakeBucket:
 
     Parameters:
       behind: Says for each read how many writes the server that answers it is behind.
-
-    Attributes:
-      torn: Says of a batch with these keys how many are stored when its process is killed before its answer.
-      refuses_batch: Says whether a batch with these keys is refused for no fault of its own.
     """
 
     def __init__(self, pause: Pause = no_pause, behind: Callable[[], int] = up_to_date) -> None:
         self.pause = pause
         self.behind = behind
-        self.torn: Callable[[Sequence[str]], int] = lambda keys: 0
-        self.refuses_batch: Callable[[Sequence[str]], bool] = lambda keys: False
         self.entries: dict[str, FakeEntry] = {}
         self._log: list[FakeEntry] = []
         self._revision = 0
@@ -97,30 +95,19 @@ class FakeBucket:
         return stored
 
     def update_all(self, updates: Mapping[str, tuple[bytes, int]]) -> dict[str, int]:
-        try:
-            self.pause(f"before update of {', '.join(updates)}")
-        except BaseException:
-            # The server died with the process, in the middle of the batch.
-            with suppress(RevisionConflict):
-                self._store(updates, self.torn(list(updates)))
-            raise
-        if self.refuses_batch(list(updates)):
-            raise ApiError(400, 10_000, "no batches now")
-        stored = self._store(updates, len(updates))
-        self.pause(f"after update of {', '.join(updates)}")
-        return stored
-
-    def _store(self, updates: Mapping[str, tuple[bytes, int]], count: int) -> dict[str, int]:
+        self.pause(f"before update of {', '.join(updates)}")
         with self._lock:
             for key, (_, revision) in updates.items():
                 existing = self.entries.get(key)
                 if (existing.revision if existing else 0) != revision:
                     raise RevisionConflict(key)
-            for key, (value, _) in list(updates.items())[:count]:
+            for key, (value, _) in updates.items():
                 self._revision += 1
                 self.entries[key] = FakeEntry(key, value, self._revision)
                 self._log.append(self.entries[key])
-            return {key: self.entries[key].revision for key in updates if key in self.entries}
+            stored = {key: self.entries[key].revision for key in updates}
+        self.pause(f"after update of {', '.join(updates)}")
+        return stored
 
     def clear(self, prefix: str) -> None:
         for key in [key for key in self.entries if key.startswith(prefix)]:
@@ -138,11 +125,6 @@ class FakeBucket:
     def items(self, prefix: str = "", *, after: int = 0) -> Iterator[FakeEntry]:
         entries = sorted(self.entries.values(), key=lambda entry: entry.revision)
         return iter([e for e in entries if e.key.startswith(prefix) and e.revision > after])
-
-
-def opens(keys: Sequence[str]) -> bool:
-    """Whether a batch with these keys opens orders."""
-    return any(key.startswith("order.") for key in keys)
 
 
 def fake_tokens() -> Tokens:
@@ -227,6 +209,11 @@ class FakeGateway:
 class FakeStored:
     event: Message
     sequence: int
+    headers: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def happened(self) -> Happened:
+        return happened(self.event, self.sequence, 1_000 + self.sequence, self.headers)
 
 
 class FakeStream:
@@ -238,16 +225,25 @@ class FakeStream:
         self.stored: list[FakeStored] = []
         self._ids: set[str] = set()
 
-    def __call__(self, event: Message, at: int) -> None:
+    def __call__(
+        self, event: Message, at: int, *, timeout: int | None = None, headers: Headers = NO_HEADERS
+    ) -> int:
         self.pause(f"before publish of {name_of(event)}")
-        self.append(event)
+        place = self.append(event, headers)
         self.pause(f"after publish of {name_of(event)}")
+        return place
 
-    def append(self, event: Message) -> None:
+    def append(self, event: Message, headers: Headers = NO_HEADERS) -> int:
         if self.window and event_id(event) in self._ids:
-            return
+            return next(one.sequence for one in self.stored if event_id(one.event) == event_id(event))
         self._ids.add(event_id(event))
-        self.stored.append(FakeStored(event, len(self.stored) + 1))
+        self.stored.append(FakeStored(event, len(self.stored) + 1, headers))
+        return len(self.stored)
+
+    def happened_at(self, sequence: int) -> Happened | None:
+        if not 0 < sequence <= len(self.stored):
+            return None
+        return self.stored[sequence - 1].happened
 
 
 class Crash(BaseException):

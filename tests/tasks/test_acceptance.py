@@ -24,6 +24,7 @@ from tasks.model import (
 from tasks.orders import Recorded
 from tasks.products import PREFIX, Price, StoredProduct
 from tasks.tokens import reference
+from tests.tasks.fakes import NO_HEADERS, Headers
 from tests.tasks.test_accepting import FakeStream, Front, InMemory, fail
 
 NOW = 1_763_000_000_000
@@ -137,7 +138,7 @@ def test_the_stream_gets_what_is_left_of_the_time(
     """A little at least, while any is left; without any nothing is published."""
     given: list[tuple[int, int | None]] = []
 
-    def publish(event: Message, at: int, *, timeout: int | None = None) -> int:
+    def publish(event: Message, at: int, *, timeout: int | None = None, headers: Headers = NO_HEADERS) -> int:
         given.append((at, timeout))
         return stream(event, at, timeout=timeout)
 

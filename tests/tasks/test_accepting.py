@@ -36,7 +36,7 @@ from tasks.products import Catalogue
 from tasks.projection import Projection
 from tasks.stock import Stock
 from tasks.tokens import Tokens, reference
-from tests.tasks.fakes import FakeBucket
+from tests.tasks.fakes import NO_HEADERS, FakeBucket, Headers
 
 LEASE = 1_000
 
@@ -53,7 +53,9 @@ class FakeStream:
         self.before: Callable[[], None] = lambda: None
         self.after: Callable[[], None] = lambda: None
 
-    def __call__(self, event: Message, at: int, *, timeout: int | None = None) -> int:
+    def __call__(
+        self, event: Message, at: int, *, timeout: int | None = None, headers: Headers = NO_HEADERS
+    ) -> int:
         assert isinstance(event, OrderCreated)
         self.before()
         if event not in self.published:
@@ -348,7 +350,7 @@ def test_an_order_that_is_not_accepted_in_time_is_told(front: Front, stream: Fak
     """The stream gets the time that is left, and what comes later is not confirmed."""
     given: list[int | None] = []
 
-    def late(event: Message, at: int, *, timeout: int | None = None) -> int:
+    def late(event: Message, at: int, *, timeout: int | None = None, headers: Headers = NO_HEADERS) -> int:
         given.append(timeout)
         time.sleep(0.3)
         return stream(event, at, timeout=timeout)
@@ -368,7 +370,7 @@ def test_the_event_has_the_time_of_the_first_request(broker: JetStreamBroker, st
     front = Front(broker, stream, lambda: next(clock))
     times: list[int] = []
 
-    def publish(event: Message, at: int, *, timeout: int | None = None) -> int:
+    def publish(event: Message, at: int, *, timeout: int | None = None, headers: Headers = NO_HEADERS) -> int:
         times.append(at)
         if len(times) == 1:
             fail()

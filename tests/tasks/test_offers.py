@@ -285,7 +285,7 @@ def test_a_payment_is_recorded_although_the_acceptance_is_settled_meanwhile() ->
     service.saga().settle_order("o-0")
     while not task.done:
         service.world.step(task)
-    assert service.records()["o-0"].state == "paid"
+    assert service.records()["o-0"].state == "confirmed"
     go_on(service)
     service.come_to_rest()
     service.check()

@@ -1,4 +1,4 @@
-"""Orders are opened together: one atomic batch for all that threads of a process open at the same time."""
+"""Orders are opened together: one look and one change of each product for all that wait in a process."""
 
 from __future__ import annotations
 
@@ -8,73 +8,167 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from dramatiq.middleware import Interrupt, raise_thread_exception
 
-from dramatiq_jetstream import JetStreamBroker
-from tasks.ledger import PricedItem, Record
+import tasks.openings
+from orders.v1.events_pb2 import OrderCreated
+from tasks.openings import AT_ONCE, Openings
+from tasks.pricing import claimed
+from tasks.products import Catalogue
 from tasks.stock import Stock
 from tasks.together import Together
+from tasks.waiting import Waiting
 from tests.support.polling import eventually
 from tests.tasks.fakes import FakeBucket
+from tests.tasks.test_saga_properties import created
 
 INITIAL = {"MUG-01": 30, "TEE-01": 20, "LAMP-01": 2}
 
 
-def wanted(*lines: tuple[str, int]) -> Record:
-    return Record(
-        "held", {"held": 1_000}, lines=tuple(PricedItem(sku, quantity, 100) for sku, quantity in lines)
-    )
+class Process:
+    """A process that opens orders on a bucket, and knows the levels."""
+
+    def __init__(self, bucket: FakeBucket) -> None:
+        self.effects: list[str] = []
+        self.bucket = bucket
+        self.stock = Stock(bucket, INITIAL, lambda: 1_000)
+        self.catalogue = Catalogue(FakeBucket()).load()
+        self.waiting: Waiting[OrderCreated] = Waiting()
+        self.openings = Openings(self.stock, lambda _, record, __: record, lambda: 1_000, self.waiting)
+        for sku in INITIAL:
+            self.stock.restock(sku, 0, "r-1", by="ann", reason="")
+        bucket.pause = self.effects.append
+
+    def place(self, order_id: str, *lines: tuple[str, int]) -> OrderCreated:
+        """Claim an order, as the front end does, and have its event arrive."""
+        event = created(order_id, list(lines), token="")
+        claimed(self.stock.claims, order_id, event, self.catalogue, 1_000, lambda: 1_000)
+        self.waiting.expect(event.order_id, event)
+        self.effects.clear()
+        return event
+
+    @property
+    def requests(self) -> list[str]:
+        return [one.removeprefix("before ") for one in self.effects if not one.startswith("after")]
 
 
-def opened(bucket: FakeBucket) -> Stock:
-    """Return a stock that knows its levels."""
-    stock = Stock(bucket, INITIAL, lambda: 1_000)
-    stock.open("o-0", wanted(*((sku, 1) for sku in INITIAL)))
-    return stock
-
-
-def test_an_order_of_several_products_is_one_batch() -> None:
-    """Levels and record are stored by one write and without a look; what was written before drops its notes."""
-    effects: list[str] = []
-    bucket = FakeBucket(effects.append)
-    stock = opened(bucket)
-    effects.clear()
-    found = stock.open("o-1", wanted(("TEE-01", 2), ("MUG-01", 1)))
-    assert effects == [
-        "before update of level.MUG-01, level.TEE-01, order.o-1",
-        "after update of level.MUG-01, level.TEE-01, order.o-1",
+def test_an_order_that_is_alone_costs_one_look_and_a_write_for_each_key() -> None:
+    process = Process(FakeBucket())
+    found = process.openings.open(process.place("o-1", ("TEE-01", 2), ("MUG-01", 1)))
+    assert process.requests == [
+        "get claim.o-1, order.o-1",
+        *(f"update of {key}" for key in ("level.MUG-01", "level.TEE-01", "order.o-1")),
     ]
+    assert found is not None
     assert (found.fresh, found.record.state) == (True, "held")
-    assert found.revision == bucket.entries["order.o-1"].revision
-    assert stock.recall("o-1") is not None
-    for sku in ("MUG-01", "TEE-01"):
-        assert list(stock.level(sku)[0].notes) == ["o-1"]
+    assert process.stock.recall("o-1") is not None
+    assert process.stock.available() == {"MUG-01": 29, "TEE-01": 18, "LAMP-01": 2}
+    assert list(process.stock.level("MUG-01")[0].notes) == ["o-1"]
 
 
-@pytest.mark.parametrize("refused", [False, True])
-def test_what_is_out_of_the_ordinary_is_opened_as_well(*, refused: bool) -> None:
-    """Short stock, a repetition, an outdated level, a server that takes no batches: each comes to the same end."""
+def test_orders_that_wait_are_taken_for_by_one_change_of_each_product() -> None:
+    """Their own runs store their records, and nothing else."""
+    process = Process(FakeBucket())
+    events = [process.place(f"o-{number}", ("MUG-01", 1), ("TEE-01", 1)) for number in range(3)]
+    assert process.openings.open(events[1]) is not None
+    assert [one for one in process.requests if "level" in one or "claim" in one] == [
+        "get claim.o-1, order.o-1, claim.o-0, order.o-0, claim.o-2, order.o-2",
+        "update of level.MUG-01",
+        "update of level.TEE-01",
+    ]
+    assert [key for key in process.bucket.entries if key.startswith("order.")] == ["order.o-1"]
+    process.effects.clear()
+    assert process.openings.open(events[2]) is not None
+    assert process.openings.open(events[0]) is not None
+    assert process.requests == ["update of order.o-2", "update of order.o-0"]
+    assert process.stock.available() == {"MUG-01": 27, "TEE-01": 17, "LAMP-01": 2}
+
+
+def test_no_more_are_taken_for_than_wait_a_moment() -> None:
+    process = Process(FakeBucket())
+    events = [process.place(f"o-{number}", ("MUG-01", 1)) for number in range(AT_ONCE + 5)]
+    process.openings.open(events[0])
+    assert process.stock.available()["MUG-01"] == 30 - AT_ONCE
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_is_out_of_the_ordinary_is_left_to_its_own_run(*, own: bool) -> None:
+    """A repetition, other contents under the same id, an unclaimed order, one that is short of a product."""
+    process = Process(FakeBucket())
+    done = process.place("o-done", ("MUG-01", 1))
+    assert process.openings.open(done) is not None
+    process.waiting.expect(done.order_id, done)
+    process.place("o-other", ("MUG-01", 1))
+    other = created("o-other", [("MUG-01", 2)], token="")
+    unclaimed = created("o-unclaimed", [("MUG-01", 1)], token="")
+    short = process.place("o-short", ("LAMP-01", 3), ("MUG-01", 1))
+    for event in (other, unclaimed):
+        process.waiting.expect(event.order_id, event)
+    if not own:
+        assert process.openings.open(process.place("o-plain", ("MUG-01", 1))) is not None
+    for event in (done, other, unclaimed, short):
+        assert process.openings.open(event) is None
+    assert not any(f"order.{one.order_id}" in process.bucket.entries for one in (other, unclaimed, short))
+
+
+def test_what_was_taken_for_an_order_is_for_no_other_one_under_its_id() -> None:
+    """An event with other contents comes before the run of the one that waited."""
+    process = Process(FakeBucket())
+    events = [process.place(f"o-{number}", ("MUG-01", 1)) for number in range(2)]
+    process.openings.open(events[0])
+    assert process.openings.open(created("o-1", [("MUG-01", 2)], token="")) is None
+    assert "order.o-1" not in process.bucket.entries
+
+
+def test_what_an_offer_has_taken_is_not_all() -> None:
+    """A run that makes offers took what there was, and died; more has come since."""
+    process = Process(FakeBucket())
+    event = process.place("o-1", ("LAMP-01", 3))
+    process.stock._shelf("LAMP-01").take("o-1", 3, in_part=True)
+    process.stock.restock("LAMP-01", 5, "r-2", by="ann", reason="")
+    assert process.openings.open(event) is None
+    assert "order.o-1" not in process.bucket.entries
+    assert process.stock.available()["LAMP-01"] == 5
+
+
+def test_what_was_taken_ahead_is_found_by_another_process() -> None:
+    """The event went there, or the process died: the notes stand for what it took, and nothing is taken twice."""
     bucket = FakeBucket()
-    bucket.refuses_batch = lambda keys: refused
-    stock, other = opened(bucket), opened(bucket)
-    assert other.open("o-1", wanted(("MUG-01", 1))).fresh
-    assert stock.open("o-2", wanted(("MUG-01", 1), ("TEE-01", 1))).fresh  # MUG-01 is known as it was
-    assert not stock.open("o-1", wanted(("MUG-01", 1))).fresh
-    assert stock.open("o-3", wanted(("MUG-01", 1), ("LAMP-01", 2))).record.state == "rejected"
-    assert stock.available() == {"MUG-01": 27, "TEE-01": 18, "LAMP-01": 1}
+    process = Process(bucket)
+    events = [process.place(f"o-{number}", ("MUG-01", 1)) for number in range(2)]
+    process.openings.open(events[0])
+    other = Process(bucket)
+    assert other.openings.open(events[1]) is not None
+    assert process.openings.open(events[1]) is None, "it was opened"
+    assert process.stock.available()["MUG-01"] == 28
 
 
-def test_threads_share_a_batch(broker: JetStreamBroker) -> None:
-    """What threads open while the turn is another's is stored at once, on a real bucket: the revisions have no gaps."""
-    stock = opened(broker.bucket("stock"))  # type: ignore[arg-type]
-    together = stock._openings._together
-    numbers = range(1, 6)
-    with ThreadPoolExecutor(len(numbers)) as pool:
-        with together.turn:
-            found = [pool.submit(stock.open, f"o-{n}", wanted(("MUG-01", 1), ("TEE-01", 1))) for n in numbers]
-            eventually(lambda: len(together._waiting) == len(numbers), timeout=30)
-        revisions = sorted(one.result(30).revision for one in found)
-    assert revisions == [*range(revisions[0], revisions[0] + len(numbers))]
-    assert stock.level("MUG-01")[1] == revisions[0] - 2
-    assert stock.available() == {"MUG-01": 24, "TEE-01": 14, "LAMP-01": 1}
+def test_what_was_taken_long_ago_is_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order may have ended, and left for the archive with its record and its claim."""
+    process = Process(FakeBucket())
+    events = [process.place(f"o-{number}", ("MUG-01", 1)) for number in range(2)]
+    process.openings.open(events[0])
+    process.bucket.delete("claim.o-1")
+    monkeypatch.setattr(tasks.openings, "RECALLED_SECONDS", 0.0)
+    assert process.openings.open(events[1]) is None
+    assert "order.o-1" not in process.bucket.entries
+
+
+def test_a_level_that_has_changed_since_the_look_has_its_orders_looked_for_again() -> None:
+    """Another process has opened one of them in between: its record says so, and it takes nothing more."""
+    bucket = FakeBucket()
+    process, other = Process(bucket), Process(bucket)
+    events = [process.place(f"o-{number}", ("MUG-01", 1)) for number in range(2)]
+    interfered: list[bool] = []
+
+    def pause(where: str) -> None:
+        if where == "before update of level.MUG-01" and not interfered:
+            interfered.append(True)
+            assert other.openings.open(events[1]) is not None
+            other.stock.restock("MUG-01", 0, "r-2", by="ann", reason="")  # drops its note
+
+    bucket.pause = pause
+    assert process.openings.open(events[0]) is not None
+    assert process.openings.open(events[1]) is None
+    assert process.stock.available()["MUG-01"] == 28
 
 
 class Interrupted(BaseException):
@@ -109,27 +203,28 @@ def test_an_interrupt_is_meant_for_one_thread() -> None:
 @pytest.mark.parametrize("awaited", ["LAMP-01", "MUG-01", "TEE-01"])
 def test_an_interrupt_keeps_no_turn(awaited: str) -> None:
     """An interrupt that strikes a thread while it waits for the turn of a product leaves the turns of all free."""
-    stock = opened(FakeBucket())
-    shelves = {sku: stock._shelf(sku) for sku in INITIAL}
-    lines = [(sku, 1) for sku in INITIAL]
+    process = Process(FakeBucket())
+    event = process.place("o-1", *((sku, 1) for sku in INITIAL))
+    shelves = {sku: process.stock._shelf(sku) for sku in INITIAL}
+    turn = process.openings._together.turn
     errors: list[BaseException] = []
 
     def open_it() -> None:
         try:
-            stock.open("o-1", wanted(*lines))
+            process.openings.open(event)
         except Interrupt as error:
             errors.append(error)
 
     struck = threading.Thread(target=open_it)
     with shelves[awaited].turn:
         struck.start()
-        before = [shelf.turn for sku, shelf in shelves.items() if sku < awaited]
-        together = stock._openings._together
-        eventually(lambda: together.turn.locked() and all(turn.locked() for turn in before), timeout=30)
+        eventually(lambda: turn.locked() and bool(shelves[awaited]._together._waiting), timeout=30)
         assert struck.ident is not None
         raise_thread_exception(struck.ident, Interrupt)
     struck.join(30)
     assert errors
-    assert not together.turn.locked()
+    assert not turn.locked()
     assert [sku for sku, shelf in shelves.items() if shelf.turn.locked()] == []
-    assert stock.open("o-1", wanted(*lines)).record.state == "held"
+    found = process.openings.open(event)
+    assert found is not None
+    assert found.record.state == "held"

@@ -83,7 +83,7 @@ def test_a_payment_that_is_said_to_be_refused_is_announced(outdated: int) -> Non
     service.bucket.outdated = [held] * (outdated + 1)
     service.saga().pay(PAY)
 
-    assert (service.state, service.events) == ("paid", ["reserved", "paid"])
+    assert (service.state, service.events) == ("confirmed", ["reserved", "paid", "confirmed"])
     assert service.gateway.captured == ["o-1"]
 
 

@@ -9,7 +9,9 @@ import pytest
 
 from orders.v1.events_pb2 import OrderCreated, OrderPaid, OrderReserved
 from tasks import anonymous
-from tasks.events import Happened, name_of
+from tasks.announcements import event_of
+from tasks.events import Happened, name_of, order_id_of
+from tasks.ledger import Record
 from tasks.orders import Orders
 from tasks.products import Catalogue
 from tasks.projection import Projection
@@ -38,11 +40,13 @@ class Process:
             *(self.stock, FakeGateway(), fake_tokens(), self.stream, self.orders, catalogue),
             lambda: next(clock),
         )
-        self.projection = Projection(self.stock, self.orders, catalogue, lambda: next(clock))
+        self.projection = Projection(
+            *(self.stock, self.orders, catalogue, lambda: next(clock)), self.stream.happened_at
+        )
 
     def event(self, name: str) -> Happened:
         stored = next(one for one in self.stream.stored if name_of(one.event) == name)
-        return Happened(stored.event, stored.sequence, 1_000 + stored.sequence)
+        return stored.happened
 
     def place(self, *, remembered: bool = True) -> None:
         """Project an order as created, and reserve it; perhaps forget what the read model has of it."""
@@ -52,6 +56,10 @@ class Process:
         self.saga.reserve(event)
         if not remembered:
             self.orders._recent.clear()
+
+    def wait(self, happened: Happened) -> None:
+        """Have an event arrive whose run has yet to begin."""
+        self.projection._waiting.expect(order_id_of(happened.event), happened)
 
     def watched(self) -> list[str]:
         """Note from now on what the stores are asked."""
@@ -119,6 +127,102 @@ def test_an_order_that_was_archived_meanwhile_is_not_shown_again(*, remembered: 
     process.model.delete(ORDER_ID)
     assert process.projection.project(process.event("reserved")) is None
     assert process.model.entries == {}
+
+
+def test_a_confirmed_order_is_shown_as_paid_by_the_same_write() -> None:
+    """The event says where `paid` is. It is read there once, and not where it waits in this process or is known."""
+    process = Process()
+    process.place()
+    process.projection.project(process.event("reserved"))
+    process.saga.pay(OrderReserved(order_id=ORDER_ID))
+    places: list[int] = []
+    other = Process(process)
+    happened_at = process.stream.happened_at
+
+    def noted(place: int) -> Happened | None:
+        places.append(place)
+        return happened_at(place)
+
+    other.projection._happened_at = process.projection._happened_at = noted
+    process.wait(process.event("paid"))
+    effects = process.watched()
+    process.projection.project(process.event("confirmed"))
+    assert effects == [f"model: before update of {ORDER_ID}", f"model: after update of {ORDER_ID}"]
+    assert places == []
+    shown = json.loads(process.shown)["events"]
+    assert {name: fact["sequence"] for name, fact in shown.items()} == {
+        "created": 1,
+        "reserved": 2,
+        "paid": 3,
+        "confirmed": 4,
+    }
+    process.projection.project(process.event("paid"))
+    other.projection.project(process.event("confirmed"))
+    assert (len(effects), places) == (3, [])  # a look of the other process
+
+    del shown["paid"], shown["confirmed"]
+    record = {**json.loads(process.shown), "events": shown}
+    process.model.update(
+        ORDER_ID, json.dumps(record).encode(), revision=process.model.entries[ORDER_ID].revision
+    )
+    Process(process).projection.project(process.event("reserved"))
+    third = Process(process)
+    third.projection._happened_at = noted
+    third.projection.project(process.event("confirmed"))
+    assert places == [3]
+    assert json.loads(process.shown)["events"].keys() == {"created", "reserved", "paid", "confirmed"}
+
+
+def test_a_place_that_a_stranger_names_adds_only_what_is_true() -> None:
+    """The event there has to be of this order, and the ledger has to confirm it."""
+    process = Process()
+    process.place()
+    reserved = process.event("reserved")
+    forged = process.stream.append(OrderPaid(order_id=ORDER_ID))
+    process.saga.pay(OrderReserved(order_id=ORDER_ID))
+    # Of another order, at the very time at which this one was paid.
+    stolen = event_of("o-2", Record.decode(process.ledger.entries[f"order.{ORDER_ID}"].value), "paid")
+    places = [forged, process.stream.append(created("o-2", [("MUG-01", 1)])), process.stream.append(stolen)]
+    for place in (*places, 99):
+        fresh = Process(process)
+        fresh.projection.project(Happened(reserved.event, reserved.sequence, reserved.at, with_place=place))
+        record = json.loads(process.shown)
+        assert record["events"].keys() == {"created", "reserved"}
+        del record["events"]["reserved"]
+        process.model.update(
+            ORDER_ID, json.dumps(record).encode(), revision=process.model.entries[ORDER_ID].revision
+        )
+    assert "o-2" not in process.model.entries
+
+
+def test_events_that_wait_are_added_with_the_first_one() -> None:
+    """Each of their own runs finds itself added, without a request; one that nothing confirms is left to its run."""
+    process = Process()
+    process.place()
+    process.saga.pay(OrderReserved(order_id=ORDER_ID))
+    forged = Happened(OrderPaid(order_id=ORDER_ID), 9, 9)
+    for happened in (*(process.event(name) for name in ("reserved", "confirmed", "paid")), forged):
+        process.wait(happened)
+    effects = process.watched()
+    process.projection.project(process.event("reserved"))
+    assert effects == [f"model: before update of {ORDER_ID}", f"model: after update of {ORDER_ID}"]
+    for name in ("paid", "confirmed"):
+        process.projection.project(process.event(name))
+    assert len(effects) == 2
+    shown = json.loads(process.shown)["events"]
+    assert shown.keys() == {"created", "reserved", "paid", "confirmed"}
+    assert shown["paid"]["sequence"] == 3
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+def test_a_forged_event_that_waits_is_not_added(*, remembered: bool) -> None:
+    """Whether the process remembers the ledger's record or asks for it."""
+    process = Process()
+    process.place()
+    other = process if remembered else Process(process)
+    other.wait(Happened(OrderPaid(order_id=ORDER_ID), 9, 9))
+    other.projection.project(process.event("reserved"))
+    assert json.loads(process.shown)["events"].keys() == {"created", "reserved"}
 
 
 def test_an_order_of_another_program_is_claimed_and_shown() -> None:

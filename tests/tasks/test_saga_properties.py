@@ -34,7 +34,7 @@ from orders.v1.events_pb2 import (
 from tasks import money
 from tasks.catalogue import CATALOGUE
 from tasks.claims import ClaimBehind
-from tasks.events import Happened, UnusableEvent, name_of
+from tasks.events import CARRIED_ON, Happened, UnusableEvent, name_of
 from tasks.ledger import WRITTEN_OFF, Record
 from tasks.levels import GIVEN_BACK, PREFIX, TAKEN, Level
 from tasks.orders import Orders, merge
@@ -45,6 +45,7 @@ from tasks.saga import Saga
 from tasks.stock import RecordBehind, Stock
 from tasks.takeover import take_over
 from tasks.tokens import TokenMissing
+from tasks.waiting import Waiting
 from tests.tasks.fakes import (
     FakeBucket,
     FakeGateway,
@@ -53,7 +54,6 @@ from tests.tasks.fakes import (
     Task,
     World,
     fake_tokens,
-    opens,
     up_to_date,
 )
 
@@ -104,10 +104,6 @@ class Service:
         self.world = World()
         self.stock_bucket = FakeBucket(self.world.pause, behind)
         take_over(self.stock_bucket, INITIAL)
-        # What is killed while it opens orders leaves any part of the batch; every other one is refused.
-        counts = itertools.count()
-        self.stock_bucket.torn = lambda keys: next(counts) % (len(keys) + 1) if opens(keys) else 0
-        self.stock_bucket.refuses_batch = lambda keys: opens(keys) and next(counts) % 2 == 1
         self.orders_bucket = FakeBucket(self.world.pause)
         self.gateway = FakeGateway(self.world.pause)
         self.tokens = fake_tokens()
@@ -116,6 +112,9 @@ class Service:
         # Two processes; each remembers what it saw and wrote.
         self.projectors = itertools.cycle([Orders(self.orders_bucket), Orders(self.orders_bucket)])
         self.memories: Any = itertools.cycle([OrderedDict(), OrderedDict()])
+        self.waiting: Any = itertools.cycle([Waiting(), Waiting()])
+        self.taken: Any = itertools.cycle([OrderedDict(), OrderedDict()])
+        self.shown_later: Any = itertools.cycle([Waiting(), Waiting()])
         self.clock = itertools.count(1_000)
         self.pending: list[tuple[str, FakeStored]] = []
         self.running: list[tuple[Task, tuple[str, FakeStored]]] = []
@@ -130,12 +129,14 @@ class Service:
         return stock
 
     def saga(self) -> Saga:
-        return Saga(
+        saga = Saga(
             *(self.stock(), self.gateway, self.tokens, self.stream, Orders(self.orders_bucket)),
             self.catalogue,
             self.now,
             offered_for=self.offered_for,
         )
+        saga._openings._waiting, saga._openings._taken = next(self.waiting), next(self.taken)
+        return saga
 
     def claim(self, event: OrderCreated) -> None:
         """Claim an order's id, as the front end does."""
@@ -143,8 +144,11 @@ class Service:
 
     def project(self, stored: FakeStored) -> None:
         """Add an event to the read model, as a worker does."""
-        projection = Projection(self.stock(), next(self.projectors), self.catalogue, self.now)
-        projection.project(Happened(stored.event, stored.sequence, 1_000 + stored.sequence))
+        projection = Projection(
+            *(self.stock(), next(self.projectors), self.catalogue, self.now), self.stream.happened_at
+        )
+        projection._waiting = next(self.shown_later)
+        projection.project(stored.happened)
 
     def step(self, name: str, stored: FakeStored) -> None:
         """Do a step; an event that the ledger contradicts becomes a dead letter, what may be tried again is."""
@@ -161,9 +165,13 @@ class Service:
             stored = self.stream.stored[self.seen]
             self.seen += 1
             name = name_of(stored.event)
-            self.pending.append(("project", stored))
-            if name in STEPS:
+            if CARRIED_ON not in stored.headers:
+                self.pending.append(("project", stored))
+            if name in STEPS and CARRIED_ON not in stored.headers:
                 self.pending.append((STEPS[name], stored))
+            if isinstance(stored.event, OrderCreated):
+                next(self.waiting).expect(stored.event.order_id, stored.event)
+            next(self.shown_later).expect(stored.happened.event.order_id, stored.happened)  # type: ignore[attr-defined]
 
     def start(self, delivery: tuple[str, FakeStored]) -> None:
         step, stored = delivery
@@ -187,6 +195,9 @@ class Service:
             if not self.running:
                 self.start(self.pending.pop(0))
             self.go_on(0)
+        # Counting finds what the read model lacks: `paid` whose payment died before it published `confirmed`.
+        for stored in self.stream.stored:
+            self.project(stored)
 
     # The books
 
@@ -450,7 +461,7 @@ def test_event_ahead_of_its_record_is_refused() -> None:
 
 
 def test_failure_is_superseded_by_the_replay() -> None:
-    """failed → (replay) → paid → confirmed: the status follows, and the history keeps the failure."""
+    """failed → (replay) → paid, confirmed: the status follows, and the history keeps the failure."""
     service = Service(window=True)
     saga = service.saga()
     orders = Orders(service.orders_bucket)
@@ -470,8 +481,6 @@ def test_failure_is_superseded_by_the_replay() -> None:
     saga.fail("o-1", "pay", "the gateway is down", "m-1")
     assert project() == "failed"
     saga.pay(event("reserved"))  # type: ignore[arg-type]
-    assert project() == "paid"
-    saga.confirm(event("paid"))  # type: ignore[arg-type]
     assert project() == "confirmed"
     order = orders.get("o-1")
     assert order is not None

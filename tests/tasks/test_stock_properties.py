@@ -42,9 +42,8 @@ class Shop:
         self.bucket = FakeBucket(self.world.pause)
         take_over(self.bucket, INITIAL)
         self.bucket.behind = lambda: chance.randint(0, behind) if chance.random() < 0.5 else 0
-        self.bucket.torn = lambda keys: chance.randint(0, len(keys))
-        self.bucket.refuses_batch = lambda keys: chance.random() < 0.5
         self.orders = orders
+        self.taken: dict[str, Record] = {}
         self.clock = itertools.count(1_000)
         self.chance = chance
         self.before: list[Stock] = []
@@ -79,8 +78,18 @@ class Shop:
         try:
             match kind:
                 case "open" | "offer":
+                    if order_id in self.taken and self.chance.random() < 0.5:
+                        stock.record(order_id, self.taken.pop(order_id))
+                        return
                     wanted = self.wanted(self.orders[number])
                     stock.open(order_id, wanted, self.offer(wanted) if kind == "offer" else None)
+                case "ahead":
+                    ids = [f"o-{one}" for one in range(len(self.orders))]
+                    looked = stock.look(ids)
+                    records = {one: self.wanted(self.orders[int(one[2:])]) for one in looked.claims}
+                    wanted_all = {one: records[one] for one in records if one not in looked.recorded}
+                    for one in stock.take(wanted_all, looked.seen_at):
+                        self.taken[one] = wanted_all[one]
                 case "accept":
                     found = stock.find(order_id, linearizable=True)
                     if found is not None and found.record.state == "offered":
@@ -153,7 +162,8 @@ orders_strategy = st.lists(
 @given(
     orders=orders_strategy,
     kinds=st.lists(
-        st.sampled_from(["open", "offer", "offer", "accept", "release", "cancel", "restock"]), max_size=10
+        st.sampled_from(["open", "offer", "ahead", "ahead", "accept", "release", "cancel", "restock"]),
+        max_size=10,
     ),
     offering=st.booleans(),
     chance=st.randoms(use_true_random=False),

@@ -37,8 +37,6 @@ class Bucket(FakeBucket):
         self.answers: dict[str, list[FakeEntry | None]] = {}
         self.before: dict[str, Callable[[], Any]] = {}
         self.contended = ""
-        # So orders take the long way, step by step; the short one is in `test_openings`.
-        self.refuses_batch = lambda keys: True
 
     def get(self, key: str, *, linearizable: bool = False) -> FakeEntry | None:
         self.reads.append((key, linearizable))
@@ -190,21 +188,6 @@ def test_another_run_may_have_taken_more_before_it_left_its_record(
     found = stock.open(ORDER, wanted(A=1, B=3, C=1))
     assert (found.record.reason, found.fresh) == ("short", False)
     assert stock.available() == INITIAL
-
-
-def test_the_short_way_ends_as_the_long_one(bucket: Bucket, stock: Stock) -> None:
-    """One batch, remembered as what this process wrote. An order that takes nothing needs none."""
-    bucket.refuses_batch = lambda keys: False
-    found = stock.open(ORDER, wanted(C=1, A=2))
-    assert (found, bucket.writes) == (Found(wanted(C=1, A=2), bucket.record.revision, fresh=True), [])
-    assert stock.recall(ORDER) == replace(found, fresh=False)
-    assert stock.available() == {"A": 1, "B": 2, "C": 0}
-    stock.restock("A", 0, "r", by="ann", reason="")
-    assert bucket.level("A").notes == {}
-    bucket.writes.clear()
-    rejected = wanted(A=1).rejected("INVALID", "")
-    assert stock.open("o-2", rejected).record == rejected
-    assert bucket.writes == ["order.o-2"]
 
 
 # Offers

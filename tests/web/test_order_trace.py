@@ -117,10 +117,10 @@ def test_an_order_with_a_failed_payment_is_one_trace(service: Stack, receiver: O
                   PRODUCER send payments
                     CONSUMER process payments capture_payment 2 done
                       CLIENT POST 201
+                      PRODUCER send ORDER.confirmed
+                        CONSUMER process projection project_event 1 done
                       PRODUCER send ORDER.paid
                         CONSUMER process orders confirm_order 1 done
-                          PRODUCER send ORDER.confirmed
-                            CONSUMER process projection project_event 1 done
                         CONSUMER process projection project_event 1 done
                 CONSUMER process projection project_event 1 done
             CONSUMER process projection project_event 1 done
@@ -171,10 +171,10 @@ def test_an_order_that_was_given_up_and_replayed_is_one_trace(service: Stack, re
                     PRODUCER send payments replay
                       CONSUMER process payments capture_payment 1 done
                         CLIENT POST 201
+                        PRODUCER send ORDER.confirmed
+                          CONSUMER process projection project_event 1 done
                         PRODUCER send ORDER.paid
                           CONSUMER process orders confirm_order 1 done
-                            PRODUCER send ORDER.confirmed
-                              CONSUMER process projection project_event 1 done
                           CONSUMER process projection project_event 1 done
                 CONSUMER process projection project_event 1 done
             CONSUMER process projection project_event 1 done
