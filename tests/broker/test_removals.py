@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import time
 
@@ -11,7 +12,7 @@ import pytest
 
 from dramatiq_jetstream.jetstream.inventory import stream_names
 from dramatiq_jetstream.testing import NatsServer
-from dramatiq_jetstream.worker import removals
+from dramatiq_jetstream.worker import removals, settlements
 from dramatiq_jetstream.worker.removals import Removals
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually, holds
@@ -57,6 +58,11 @@ def program(make_broker):
 
 
 remove_singly = Removals._remove_singly
+
+
+def noted(program):
+    """How many messages a program has acked that it has not seen removed."""
+    return sum(len(done.sequences) for done in program.broker.in_flight.removals._done.values())
 
 
 async def nothing(*_):
@@ -277,3 +283,71 @@ authorization { users = [
         assert caplog.text.count("fill the disk") == 1
         one.broker.close()
         operator.broker.close()
+
+
+def test_what_was_done_before_an_older_copy_of_the_store_removes_nothing_of_what_was_stored_since(
+    own_nats_server, program, monkeypatch, tmp_path
+):
+    """The copy ends before what is done, and what is new has its places; the message that holds the floor is in it."""
+    monkeypatch.setattr(removals, "HELD_SECONDS", 60.0)
+    old, new = program(own_nats_server.url), program(own_nats_server.url)
+    with running(old.broker, threads=4):
+        old.wait.send("long")
+        eventually(lambda: old.began == ["long"])
+        own_nats_server.stop()
+        shutil.copytree(own_nats_server.store_dir, tmp_path / "copy")
+        own_nats_server.start()
+        for number in range(20):
+            old.work.send(number)
+        eventually(lambda: noted(old) == 20)
+        own_nats_server.kill()
+        shutil.rmtree(own_nats_server.store_dir)
+        shutil.copytree(tmp_path / "copy", own_nats_server.store_dir)
+        monkeypatch.setattr(old.broker.in_flight.durables, "_ask", lambda durable: None)  # it comes back last
+        own_nats_server.start()
+        new.broker.pause("default")
+        names = [f"new {number}" for number in range(20)]
+        for name in names:
+            new.work.send(name)
+        monkeypatch.undo()
+        monkeypatch.setattr(removals, "HELD_SECONDS", 0.0)
+        holds(lambda: new.stored() == 21, 3.0)
+        new.broker.resume("default")
+        eventually(lambda: set(names) <= set(old.ran))
+        old.gate.set()
+
+
+def test_what_was_purged_before_its_ack_was_proven_is_not_removed_again(program, monkeypatch):
+    """A floor covers acks that no question has followed yet: those of the last half second of each burst."""
+    monkeypatch.setattr(removals, "LOOK_SECONDS", 1e9)
+    one = program()
+    with running(one.broker):
+        one.work.send(1)
+        eventually(lambda: noted(one) == 1)
+        monkeypatch.setattr(settlements, "PROBE_INTERVAL_SECONDS", 5.0)
+        one.work.send(2)
+        eventually(lambda: one.consumer()["ack_floor"]["consumer_seq"] == 2)
+        monkeypatch.setattr(removals, "LOOK_SECONDS", 0.5)
+        eventually(lambda: one.stored() == 0 and noted(one) == 0)
+        monkeypatch.setattr(removals, "LOOK_SECONDS", 1e9)
+        assert one.broker.in_flight.settlements.unproven == 1
+        eventually(lambda: one.broker.in_flight.settlements.unproven == 0)
+        assert noted(one) == 0
+
+
+def test_what_others_have_removed_is_no_refusal(program, caplog, monkeypatch):
+    """An operator purges a queue above a held floor, for instance."""
+    monkeypatch.setattr(removals, "HELD_SECONDS", 3.0)
+    one = program()
+    with running(one.broker, threads=4), caplog.at_level(logging.ERROR):
+        one.wait.send("long")
+        eventually(lambda: one.began == ["long"])
+        for number in range(20):
+            one.work.send(number)
+        eventually(lambda: noted(one) == 20)
+        last = one.consumer()["delivered"]["stream_seq"]
+        for sequence in range(last - 10, last + 1):
+            one.broker.connection.api(f"STREAM.MSG.DELETE.{one.stream}", {"seq": sequence})
+        eventually(lambda: one.stored() == 1)
+        assert "fill the disk" not in caplog.text
+        one.gate.set()

@@ -23,7 +23,6 @@ floor moves. A removal that is sent twice removes nothing more. A place in the s
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import time
@@ -35,6 +34,7 @@ from dramatiq.errors import BrokerError
 
 from dramatiq_jetstream.errors import ApiError, NotFound, PermissionDenied
 from dramatiq_jetstream.wire.connection import Connection
+from dramatiq_jetstream.wire.error_numbers import NO_MESSAGE_TO_DELETE, SEQUENCE_NOT_FOUND
 
 from .durables import Durable, Durables
 
@@ -98,7 +98,9 @@ class Removals:
     def note(self, durable: Durable, sequences: Iterable[int]) -> None:
         """Note messages that are acked, and known to be."""
         if durable.subject is not None:
-            self._of(durable).sequences.update(sequences)
+            done = self._of(durable)
+            # A purge has removed those that were acked before it and proven after it.
+            done.sequences.update(sequence for sequence in sequences if sequence > done.floor)
 
     def note_first(self, durable: Durable) -> None:
         """Note that a message was delivered for the first time."""
@@ -119,8 +121,8 @@ class Removals:
         return done
 
     def _certain(self, durable: Durable, same: bool) -> None:
-        if durable.subject is not None and not same:
-            self._forget(durable)
+        if durable.subject is not None:
+            self._forget(durable)  # the store may be an older copy, with other messages in these places
             self._of(durable).unseen = durable.has_acked
 
     def _forget(self, durable: Durable) -> None:
@@ -200,8 +202,12 @@ class Removals:
                     raise each
 
     async def _remove_one(self, stream: str, done: _Done, sequence: int) -> None:
-        with contextlib.suppress(NotFound):
+        try:
             await self._durables.ask(f"STREAM.MSG.DELETE.{stream}", {"seq": sequence, "no_erase": True})
+        except ApiError as error:
+            gone = error.err_code == NO_MESSAGE_TO_DELETE and "not permitted" not in error.description
+            if error.err_code != SEQUENCE_NOT_FOUND and not gone:
+                raise
         done.sequences.discard(sequence)
 
     def _note_refused(self, durable: Durable, done: _Done, error: ApiError | PermissionDenied) -> None:
