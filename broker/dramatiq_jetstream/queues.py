@@ -86,6 +86,7 @@ class Queues:
         dead_letters: DeadLetters,
         event_streams: Callable[[], set[str]],
     ) -> None:
+        self._config = config
         self._names = config.names
         self._connection = connection
         self._declarations = declarations
@@ -187,8 +188,7 @@ class Queues:
                 if waiting is not None:
                     oldest = min(oldest or waiting.time, waiting.time)
         total, delayed = delays.counts(self._connection, stream, self._names.all_delayed(queue))
-        if not any(info["stream_name"] == stream for info in feeding):
-            ready += self._without_consumer(queue, total - delayed)
+        ready += self._without_consumer(queue, feeding, total - delayed)
         return QueueStats(
             queue,
             ready=ready,
@@ -284,8 +284,8 @@ class Queues:
             total, delayed = delays.counts(self._connection, stream, self._names.all_delayed(queue))
             if delayed:
                 return delayed
-            if not any(info["stream_name"] == stream for info in before):
-                return self._without_consumer(queue, total)
+            if waiting := self._without_consumer(queue, before, total):
+                return waiting
             # A delay that ends is ready, one that runs may be delayed again, an event becomes a message by its retry:
             # nothing has moved if nothing was delivered between two looks.
             after = self._feeding(stream, sources)
@@ -304,10 +304,14 @@ class Queues:
             ),
         ]
 
-    def _without_consumer(self, queue: str, messages: int) -> int:
-        """How many of a queue's messages that are not delayed wait, while there was no consumer for any of them."""
+    def _without_consumer(self, queue: str, feeding: Iterable[dict[str, Any]], messages: int) -> int:
+        """How many of a queue's `messages` that are not delayed wait on subjects that no consumer reads."""
         stream = self._names.queue_stream(queue)
-        return messages - delays.counts(self._connection, stream, self._names.all_periodic(queue))[1]
+        read = {info["config"]["filter_subject"] for info in feeding if info["stream_name"] == stream}
+        if not read:
+            return messages - delays.counts(self._connection, stream, self._names.all_periodic(queue))[1]
+        subjects = {self._names.task(queue, priority) for priority in self._config.priorities}
+        return sum(self._stored(stream, subject) for subject in subjects - read)
 
 
 def _undone(feeding: Iterable[dict[str, Any]]) -> int:

@@ -9,6 +9,7 @@ import time
 
 import dramatiq
 import pytest
+from dramatiq.errors import QueueJoinTimeout
 
 from dramatiq_jetstream.jetstream.inventory import stream_names
 from dramatiq_jetstream.testing import NatsServer
@@ -351,3 +352,18 @@ def test_what_others_have_removed_is_no_refusal(program, caplog, monkeypatch):
         eventually(lambda: one.stored() == 1)
         assert "fill the disk" not in caplog.text
         one.gate.set()
+
+
+def test_messages_whose_consumer_alone_is_missing_count(program):
+    """Those of one priority, when its consumer was deleted and the others were not."""
+    one = program(max_priority=2)
+    one.broker.setup()
+    one.work.send_with_options(args=(1,), broker_priority=2)
+    one.broker.connection.api(f"CONSUMER.DELETE.{one.stream}.worker-2")
+    assert one.broker.queue_stats("default").ready == 1
+    with pytest.raises(QueueJoinTimeout):
+        one.broker.join("default", timeout=500)
+    other = program(max_priority=2)
+    with running(other.broker):
+        one.broker.join("default", timeout=30_000)
+    assert other.ran == [1]
