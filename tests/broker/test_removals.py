@@ -6,14 +6,18 @@ import logging
 import shutil
 import threading
 import time
+from collections import Counter
+from contextlib import ExitStack
 
 import dramatiq
 import pytest
 from dramatiq.errors import QueueJoinTimeout
 
+from dramatiq_jetstream.jetstream import topology
 from dramatiq_jetstream.jetstream.inventory import stream_names
 from dramatiq_jetstream.testing import NatsServer
 from dramatiq_jetstream.worker import removals, settlements
+from dramatiq_jetstream.worker.durables import Durables
 from dramatiq_jetstream.worker.removals import Removals
 from tests.broker.conformance.workers import running
 from tests.support.polling import eventually, holds
@@ -188,16 +192,20 @@ def test_under_load_purges_go_out_between_first_deliveries(program, monkeypatch)
     one = program()
     one.broker.declare_queue("default")
     pace = threading.Semaphore(0)
-    act = dramatiq.actor(lambda _: pace.acquire(), broker=one.broker, actor_name="paced", max_retries=0)
-    for number in range(300):
-        act.send(number)
+
+    def act(_):
+        pace.acquire()
+
+    paced = dramatiq.actor(act, broker=one.broker, actor_name="paced", max_retries=0)
+    for number in range(800):
+        paced.send(number)
     with running(one.broker, threads=2, prefetch=2):
-        for _ in range(60):
+        for _ in range(200):
             pace.release(2)
             time.sleep(0.02)
         assert one.consumer()["num_pending"] > 0
-        eventually(lambda: one.stored() <= 220)
-        pace.release(300)
+        assert one.stored() <= 700
+        pace.release(800)
         eventually(lambda: one.stored() == 0)
 
 
@@ -367,3 +375,49 @@ def test_messages_whose_consumer_alone_is_missing_count(program):
     with running(other.broker):
         one.broker.join("default", timeout=30_000)
     assert other.ran == [1]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Counts what processes ask the server for, by its first words."""
+    counts = Counter()
+    ask = Durables.ask
+
+    def counting(self, verb, body=None):
+        counts[".".join(verb.split(".")[:2])] += 1
+        return ask(self, verb, body)
+
+    monkeypatch.setattr(Durables, "ask", counting)
+    return counts
+
+
+def test_many_processes_purge_no_more_often_than_one(program, asked):
+    """Each as often as its share of the acks; and what is left when they rest, they remove."""
+    programs = [program() for _ in range(5)]
+    with ExitStack() as workers:
+        for each in programs:
+            workers.enter_context(running(each.broker, threads=1))
+        until = time.monotonic() + 8.0
+        sent = 0
+        while time.monotonic() < until:
+            programs[0].work.send(sent)
+            sent += 1
+            time.sleep(0.01)
+        purges = asked["STREAM.PURGE"]
+        assert sum(len(each.ran) for each in programs) > sent / 2
+        # Five processes that look twice a second have 80 occasions; each takes a fifth of them.
+        assert 2 <= purges <= 40
+        eventually(lambda: programs[0].stored() == 0)
+
+
+def test_a_queue_that_removes_with_each_ack_is_not_purged(program, asked):
+    """There is nothing to purge, and a purge would delay what was requeued."""
+    one = program()
+    config = topology.queue(one.broker.names, "default").to_json() | {"retention": "workqueue"}
+    one.broker.connection.api(f"STREAM.CREATE.{one.stream}", config)
+    with running(one.broker):
+        for number in range(30):
+            one.work.send(number)
+            time.sleep(0.1)
+        eventually(lambda: len(one.ran) == 30 and one.stored() == 0)
+    assert asked["STREAM.PURGE"] == asked["STREAM.MSG"] == 0

@@ -2,8 +2,8 @@
 
 The server resolves a settlement (ack, nak, in-progress signal) by the message's sequence in the stream and nothing
 else. If the stream was deleted and created again, or its server came back with an emptied or older store, that sequence
-is another message, which a late ack would remove. So every delivery belongs to one *life* of its durable, and is only
-settled in that life.
+is another message, which would count as done by a late ack. So every delivery belongs to one *life* of its durable, and
+is only settled in that life.
 
 While a durable is *certain*, settlements are sent at once and cost nothing extra. Whatever may hide a change puts it in
 doubt: a lost connection, a deleted stream, a refused pull, missing heartbeats, a question without a reply. Then nothing

@@ -1,23 +1,26 @@
 """Removes what is done from the streams of queues.
 
 A queue's stream keeps a message that was acked until it is removed. nats-server syncs a removal to the disk each time,
-and a purge of thousands once (decision 14). So once a second a process asks each consumer whose messages it has acked
-for its *floor*: everything up to there is acked. What its subject has up to there is purged, whoever acked it.
+and a purge of thousands once (decision 17). So while it acks, a process asks each consumer for its *floor*: everything
+up to there is acked, by whomever. What the consumer's subject has up to there is purged by one process or another, each
+as often as its share of the acks, so a fleet of any size purges about once a second. When the floor comes to a rest,
+each process purges once more.
 
 A purge makes the server forget which messages are queued to be delivered again: they come when their `ack_wait` is
-over (nats-server 2.15.1, `consumer.purge`). So a purge is sent when the server has just shown that there are none:
-nothing is in flight, or requests stand at the consumer, or a message was delivered for the first time, because the
-others come before those.
+over (nats-server 2.15.1, `consumer.purge`). So a purge is sent when the server has just shown that there are hardly
+any: nothing is in flight, or requests stand at the consumer, or a message was delivered for the first time, because the
+others come before those. What is requeued between that sign and the purge still has to wait.
 
 A message that runs for long, or was requeued with a delay, *holds* the floor. When the floor has not moved for a while,
-each process removes what it has acked above it, one by one. If it has too much of that, it fetches nothing more.
+each process removes what it has acked above it, one by one. A process that has too much of that fetches nothing more.
 
 What was removed does not come back to a consumer that is lost and made again, so the stream is also the note of what is
 done. What was not removed yet runs again then.
 
 If the process dies, what it acked is purged by another process or the next one; above a held floor it stays until the
 floor moves. A removal that is sent twice removes nothing more. A place in the stream belongs to one life of its durable
-(see `durables`), so nothing is removed while that is in doubt. Everything here belongs to the loop thread.
+(see `durables`), so nothing is removed while that is in doubt, and what was done before a doubt is left to the next
+purge. Everything here belongs to the loop thread.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,21 +65,26 @@ class _Done:
     """What is done in one durable's stream and may still be there.
 
     Attributes:
-      sequences: What this process has acked.
-      unseen: Whether others, before this process, may have left something.
-      floor: Up to where all was removed.
-      wanted: Up to where all is to be removed once the server has shown that nothing is queued to be delivered again.
+      sequences: What this process has acked above the floor.
+      acked: How many messages this process has acked since it looked last.
+      floor, position: Up to where all is done, as a place in the stream, and as a number of deliveries.
+      below: Whether something may be left up to the floor.
+      due: Whether this process is to purge it.
       moved: When the floor had moved.
       looked: When the consumer was asked last.
+      kept: Whether the stream keeps what is done; None until the server has said so.
       work: What is under way.
     """
 
     sequences: set[int] = field(default_factory=set)
-    unseen: bool = False
+    acked: int = 0
     floor: int = 0
-    wanted: int = 0
+    position: int = 0
+    below: bool = False
+    due: bool = False
     moved: float = 0.0
     looked: float = 0.0
+    kept: bool | None = None
     work: asyncio.Task[None] | None = None
 
 
@@ -99,15 +108,18 @@ class Removals:
         """Note messages that are acked, and known to be."""
         if durable.subject is not None:
             done = self._of(durable)
-            # A purge has removed those that were acked before it and proven after it.
-            done.sequences.update(sequence for sequence in sequences if sequence > done.floor)
+            if done.kept is False:
+                return
+            above = [sequence for sequence in sequences if sequence > done.floor]
+            done.acked += len(above)
+            done.sequences.update(above)
 
     def note_first(self, durable: Durable) -> None:
         """Note that a message was delivered for the first time."""
         done = self._done.get(durable)
         if done is not None and done.work is None and durable.certain:
             self.awaiting.discard(durable)
-            done.work = asyncio.ensure_future(self._work(durable, done, done.wanted))
+            done.work = asyncio.ensure_future(self._work(durable, done, self._purge))
 
     def has_many(self, durable: Durable) -> bool:
         """Whether there is so much to remove that no more should be done."""
@@ -123,7 +135,7 @@ class Removals:
     def _certain(self, durable: Durable, same: bool) -> None:
         if durable.subject is not None:
             self._forget(durable)  # the store may be an older copy, with other messages in these places
-            self._of(durable).unseen = durable.has_acked
+            self._of(durable).below = durable.has_acked
 
     def _forget(self, durable: Durable) -> None:
         self.awaiting.discard(durable)
@@ -140,21 +152,19 @@ class Removals:
         now = time.monotonic()
         for durable, done in self._done.items():
             if (
-                (done.sequences or done.unseen)
+                (done.sequences or done.below)
                 and done.work is None
                 and durable.certain
                 and now - done.looked >= LOOK_SECONDS
             ):
                 done.looked = now
-                done.work = asyncio.ensure_future(self._work(durable, done, None))
+                done.work = asyncio.ensure_future(self._work(durable, done, self._look))
 
-    async def _work(self, durable: Durable, done: _Done, floor: int | None) -> None:
-        """Purge up to a floor, or look what can be removed."""
+    async def _work(
+        self, durable: Durable, done: _Done, step: Callable[[Durable, _Done], Awaitable[None]]
+    ) -> None:
         try:
-            if floor is None:
-                await self._look(durable, done)
-            else:
-                await self._purge(durable, done, floor)
+            await step(durable, done)
         except NotFound:
             return
         except (ApiError, PermissionDenied) as error:
@@ -168,26 +178,41 @@ class Removals:
 
     async def _look(self, durable: Durable, done: _Done) -> None:
         self.awaiting.discard(durable)
-        info = await self._durables.ask(f"CONSUMER.INFO.{durable.stream}.{durable.name}")
-        if not durable.certain:
+        if done.kept is None:
+            config = (await self._durables.ask(f"STREAM.INFO.{durable.stream}"))["config"]
+            done.kept = config["retention"] == "limits"
+        if not done.kept:
+            done.sequences.clear()
+            done.below = False
             return
-        floor = int(info["ack_floor"]["stream_seq"])
-        if floor > done.floor:
-            done.moved = time.monotonic()
+        info = await self._durables.ask(f"CONSUMER.INFO.{durable.stream}.{durable.name}")
+        self._note_floor(done, info["ack_floor"])
+        if done.below and done.due:
             if _has_none_queued(info):
-                await self._purge(durable, done, floor)
+                await self._purge(durable, done)
             else:
-                done.wanted = floor
                 self.awaiting.add(durable)
         is_held = time.monotonic() - done.moved >= HELD_SECONDS
         if is_held or len(done.sequences) > MOST_DONE // 2:
             await self._remove_singly(durable, done)
 
-    async def _purge(self, durable: Durable, done: _Done, floor: int) -> None:
-        body = {"filter": durable.subject, "seq": floor + 1}
-        await self._durables.ask(f"STREAM.PURGE.{durable.stream}", body)
-        done.floor, done.unseen = floor, False
-        done.sequences = {sequence for sequence in done.sequences if sequence > floor}
+    @staticmethod
+    def _note_floor(done: _Done, found: Mapping[str, Any]) -> None:
+        floor, position = int(found["stream_seq"]), int(found["consumer_seq"])
+        if floor > done.floor:
+            share = done.acked / max(1, position - done.position)
+            done.due = done.due or random.random() < share
+            done.sequences = {sequence for sequence in done.sequences if sequence > floor}
+            done.floor, done.position, done.acked = floor, position, 0
+            done.below, done.moved = True, time.monotonic()
+        elif done.below:
+            done.due = True
+
+    async def _purge(self, durable: Durable, done: _Done) -> None:
+        if durable.certain:
+            floor, body = done.floor, {"filter": durable.subject, "seq": done.floor + 1}
+            await self._durables.ask(f"STREAM.PURGE.{durable.stream}", body)
+            done.due, done.below = False, done.floor > floor
 
     async def _remove_singly(self, durable: Durable, done: _Done) -> None:
         """Remove what this process acked above the floor, until it is time to look at the floor again."""
@@ -195,15 +220,19 @@ class Removals:
         while done.sequences and durable.certain and time.monotonic() < until:
             some = list(itertools.islice(done.sequences, AT_ONCE))
             for each in await asyncio.gather(
-                *(self._remove_one(durable.stream, done, sequence) for sequence in some),
+                *(self._remove_one(durable, done, sequence) for sequence in some),
                 return_exceptions=True,
             ):
                 if each is not None:
                     raise each
 
-    async def _remove_one(self, stream: str, done: _Done, sequence: int) -> None:
+    async def _remove_one(self, durable: Durable, done: _Done, sequence: int) -> None:
+        if not durable.certain:
+            return
         try:
-            await self._durables.ask(f"STREAM.MSG.DELETE.{stream}", {"seq": sequence, "no_erase": True})
+            await self._durables.ask(
+                f"STREAM.MSG.DELETE.{durable.stream}", {"seq": sequence, "no_erase": True}
+            )
         except ApiError as error:
             gone = error.err_code == NO_MESSAGE_TO_DELETE and "not permitted" not in error.description
             if error.err_code != SEQUENCE_NOT_FOUND and not gone:
