@@ -405,8 +405,8 @@ def test_many_processes_purge_no_more_often_than_one(program, asked):
             time.sleep(0.01)
         purges = asked["STREAM.PURGE"]
         assert sum(len(each.ran) for each in programs) > sent / 2
-        # Five processes that look twice a second have 80 occasions; each takes a fifth of them.
-        assert 2 <= purges <= 40
+        # If each did it whenever it knows of something, it would be five times a second, 40 times.
+        assert 2 <= purges <= 24
         eventually(lambda: programs[0].stored() == 0)
 
 
