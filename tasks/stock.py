@@ -200,7 +200,11 @@ class Stock:
         return self._opened(order_id, lines, found)
 
     def look(self, order_ids: Sequence[str]) -> Looked:
-        """Look for the claims and the records of several orders, with one request."""
+        """Look for the claims and the records of several orders, with one request.
+
+        When that fails, the levels are read again: what is known of them may be of another life of the store, whose
+        revisions no server will ever have.
+        """
         self._take_over()
         # Known before the look, as `tasks.levels` asks for.
         seen_at = {sku: shelf.revision for sku, shelf in list(self._shelves.items())}
@@ -208,7 +212,12 @@ class Stock:
         if newest is None or seen_at[newest] <= 0:
             return Looked({}, frozenset(), {})
         keys = [f"{kind}.{order_id}" for order_id in order_ids for kind in ("claim", "order")]
-        found = self._bucket.get_many(keys, since=(f"{PREFIX}{newest}", seen_at[newest]))
+        try:
+            found = self._bucket.get_many(keys, since=(f"{PREFIX}{newest}", seen_at[newest]))
+        except BaseException:
+            for shelf in list(self._shelves.values()):
+                shelf.forget()
+            raise
         claims: dict[str, Claim] = {}
         for order_id in order_ids:
             # A claim that is missing, or cannot be read, is a matter of its order's own run.

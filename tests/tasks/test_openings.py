@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from dramatiq.middleware import Interrupt, raise_thread_exception
 
 import tasks.openings
+from dramatiq_jetstream.errors import BrokerConnectionError
 from orders.v1.events_pb2 import OrderCreated
 from tasks.openings import AT_ONCE, Openings
-from tasks.pricing import claimed
+from tasks.pricing import claimed, first_record
 from tasks.products import Catalogue
 from tasks.stock import Stock
 from tasks.together import Together
 from tasks.waiting import Waiting
 from tests.support.polling import eventually
-from tests.tasks.fakes import FakeBucket
+from tests.tasks.fakes import FakeBucket, FakeEntry
 from tests.tasks.test_saga_properties import created
 
 INITIAL = {"MUG-01": 30, "TEE-01": 20, "LAMP-01": 2}
@@ -169,6 +171,37 @@ def test_a_level_that_has_changed_since_the_look_has_its_orders_looked_for_again
     assert process.openings.open(events[0]) is not None
     assert process.openings.open(events[1]) is None
     assert process.stock.available()["MUG-01"] == 28
+
+
+class Strict(FakeBucket):
+    """Waits for a revision that a key does not have, as a server does, and gives up at once."""
+
+    def get_many(self, keys: Sequence[str], *, since: tuple[str, int]) -> dict[str, FakeEntry]:
+        newest = self.entries.get(since[0])
+        if newest is None or newest.revision < since[1]:
+            raise BrokerConnectionError("the replicas did not catch up with their leader in time")
+        return super().get_many(keys, since=since)
+
+
+@pytest.mark.parametrize("emptied", [True, False])
+def test_a_store_that_was_made_again_costs_one_run(*, emptied: bool) -> None:
+    """What a process knows of the levels is of revisions that the store never gets to; the run is tried again."""
+    bucket = Strict()
+    process = Process(bucket)
+    for number in range(20):
+        process.stock.restock("MUG-01", 0, f"r-{number}", by="ann", reason="")
+    bucket.entries.clear()
+    bucket._revision = 0
+    if not emptied:
+        Process(bucket)
+    event = process.place("o-1", ("MUG-01", 1))
+    with pytest.raises(BrokerConnectionError):
+        process.openings.open(event)
+    assert process.openings.open(event) is None, "it takes the long way"
+    claim = process.stock.claims.find("o-1")
+    assert claim is not None
+    assert process.stock.open("o-1", first_record(claim, event, 1_000)).record.state == "held"
+    assert process.openings.open(process.place("o-2", ("MUG-01", 1))) is not None
 
 
 class Interrupted(BaseException):
