@@ -115,7 +115,7 @@ class Operator:
         if found is not None and found.record.state == "cancelling":
             self._saga.cancel(order_id, found.record.reason)
             return "cancelled"
-        event = self._created(order_id) if found is None else event_of(order_id, found.record)
+        event = self._created(order_id) if found is None else _called_by(order_id, found.record)
         if event is None:
             return "there is no such order"
         self._publish(event)
@@ -190,6 +190,14 @@ class Operator:
             if failure is not None:
                 found.setdefault(failure.order_id, []).append(letter)
         return found
+
+
+def _called_by(order_id: str, record: Record) -> Message:
+    """Return the event that calls the step which publishes what is missing of an order.
+
+    A payment records `paid` and `confirmed` at once and publishes both, so it is the one to do that again.
+    """
+    return event_of(order_id, record, "held" if record.state == "confirmed" else record.state)
 
 
 def _moved_at(order: Order) -> int:

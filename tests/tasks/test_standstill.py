@@ -8,21 +8,75 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from google.protobuf.message import Message
 
 from dramatiq_jetstream import JetStreamBroker
 from dramatiq_jetstream.queues import QueueStats
+from orders.v1.events_pb2 import OrderReserved
 from tasks import actors, app, standstill
+from tasks.events import name_of
 from tasks.orders import Orders
+from tasks.products import Catalogue
+from tasks.saga import STEPS, Saga
 from tasks.standstill import Standstill
-from tasks.stock import RecordBehind
+from tasks.stock import RecordBehind, Stock
+from tasks.stuck import Operator
 from tasks.unfinished import UnfinishedOrders
 from tests.support.polling import eventually
-from tests.tasks.fakes import FakeBucket
+from tests.tasks.fakes import Crash, FakeBucket, FakeGateway, FakeStream, fake_tokens, no_pause
+from tests.tasks.test_saga_properties import created
 from tests.web.stack import Stack
 
 MINUTE = 60_000
+
+
+class Shop:
+    """The steps on stores in memory, and an operator of them; the read model knows nothing, and no letter is dead."""
+
+    def __init__(self) -> None:
+        self.bucket, self.stream, self.again = FakeBucket(), FakeStream(), list[Message]()
+        self.orders = Orders(FakeBucket())
+        stock = Stock(self.bucket, {"MUG-01": 3}, lambda: 1_000)
+        self.saga = Saga(
+            *(stock, FakeGateway(), fake_tokens(), self.stream, self.orders, Catalogue(self.bucket).load()),
+            lambda: 1_000,
+        )
+        self.operator = Operator(
+            *(stock, self.bucket, self.orders, FakeBucket(), self.stream, self.saga, self),
+            *(self.again.append, STEPS),
+        )  # type: ignore[call-overload]
+
+    def list(self) -> list[Any]:
+        return []
+
+    def replay(self, letter: Any) -> bool:
+        raise AssertionError(letter)
+
+
+@pytest.mark.parametrize("published", [[], ["paid"]])
+def test_an_order_whose_payment_died_and_lost_its_message_gets_all_its_events(published: list[str]) -> None:
+    """It is recorded as confirmed then; `paid` is published as well, by the step that is called again."""
+    shop = Shop()
+    shop.saga.reserve(created("o-1", [("MUG-01", 1)]))
+
+    def die(where: str) -> None:
+        if where == f"before publish of {'confirmed' if published else 'paid'}":
+            raise Crash
+
+    shop.stream.pause = die
+    with pytest.raises(Crash):
+        shop.saga.pay(OrderReserved(order_id="o-1"))
+    shop.stream.pause = no_pause
+    assert [name_of(one.event) for one in shop.stream.stored] == ["reserved", *published]
+    said = list(shop.operator.redrive(["o-1"]))
+    assert said == [("o-1", "OrderReserved published again")]
+    for event in shop.again:
+        assert isinstance(event, OrderReserved)
+        shop.saga.pay(event)
+    assert [name_of(one.event) for one in shop.stream.stored] == ["reserved", "paid", "confirmed"]
 
 
 class World:
