@@ -123,8 +123,11 @@ class Openings:
         for order_id, claim in looked.claims.items():
             event = by_id[order_id]
             digests[order_id] = digest_of_event(event)
-            first = self._first_record(order_id, claim, event) if claim.digest == digests[order_id] else None
-            if first is not None and order_id not in looked.recorded:
+            # Of one that has a record nothing is wanted, and its token was perhaps used and dropped.
+            if order_id in looked.recorded or claim.digest != digests[order_id]:
+                continue
+            first = self._first_record(order_id, claim, event)
+            if first is not None:
                 wanted[order_id] = first
         for order_id in self._stock.take(wanted, looked.seen_at):
             self._taken[order_id] = _Taken(digests[order_id], wanted[order_id], at)

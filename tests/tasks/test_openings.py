@@ -12,6 +12,7 @@ from dramatiq.middleware import Interrupt, raise_thread_exception
 import tasks.openings
 from dramatiq_jetstream.errors import BrokerConnectionError
 from orders.v1.events_pb2 import OrderCreated
+from tasks.ledger import Record
 from tasks.openings import AT_ONCE, Openings
 from tasks.pricing import claimed, first_record
 from tasks.products import Catalogue
@@ -39,9 +40,9 @@ class Process:
             self.stock.restock(sku, 0, "r-1", by="ann", reason="")
         bucket.pause = self.effects.append
 
-    def place(self, order_id: str, *lines: tuple[str, int]) -> OrderCreated:
+    def place(self, order_id: str, *lines: tuple[str, int], token: str = "") -> OrderCreated:
         """Claim an order, as the front end does, and have its event arrive."""
-        event = created(order_id, list(lines), token="")
+        event = created(order_id, list(lines), token=token)
         claimed(self.stock.claims, order_id, event, self.catalogue, 1_000, lambda: 1_000)
         self.waiting.expect(event.order_id, event)
         self.effects.clear()
@@ -118,6 +119,24 @@ def test_what_was_taken_for_an_order_is_for_no_other_one_under_its_id() -> None:
     process.openings.open(events[0])
     assert process.openings.open(created("o-1", [("MUG-01", 2)], token="")) is None
     assert "order.o-1" not in process.bucket.entries
+
+
+def test_no_token_is_kept_again_for_an_order_that_has_a_record() -> None:
+    """It was done by another process, which has used the token and dropped it; here its event still seems to wait."""
+    process = Process(FakeBucket())
+    kept: list[str] = []
+
+    def with_token(order_id: str, record: Record, _: str) -> Record:
+        kept.append(order_id)
+        return record
+
+    openings = Openings(process.stock, with_token, lambda: 1_000, process.waiting)
+    done = process.place("o-done", ("MUG-01", 1), token="tok_ok")
+    assert openings.open(done) is not None
+    kept.clear()
+    process.waiting.expect(done.order_id, done)
+    assert openings.open(process.place("o-1", ("MUG-01", 1), token="tok_ok")) is not None
+    assert kept == ["o-1"]
 
 
 def test_what_an_offer_has_taken_is_not_all() -> None:
