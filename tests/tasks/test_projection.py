@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 
-from orders.v1.events_pb2 import OrderCreated, OrderPaid, OrderReserved
-from tasks import anonymous
+from dramatiq_jetstream.events import Event
+from orders.v1.events_pb2 import OrderCreated, OrderPaid, OrderReserved, OrderShipped
+from tasks import actors, anonymous, app
 from tasks.announcements import event_of
-from tasks.events import Happened, name_of, order_id_of
+from tasks.events import CARRIED_ON, Happened, name_of, order_id_of, subject_of
 from tasks.ledger import Record
 from tasks.orders import Orders
 from tasks.products import Catalogue
@@ -223,6 +225,28 @@ def test_a_forged_event_that_waits_is_not_added(*, remembered: bool) -> None:
     other.wait(Happened(OrderPaid(order_id=ORDER_ID), 9, 9))
     other.projection.project(process.event("reserved"))
     assert json.loads(process.shown)["events"].keys() == {"created", "reserved"}
+
+
+@pytest.mark.parametrize(
+    ("event", "headers", "carried_on", "waits"),
+    [
+        (OrderCreated, {}, False, True),
+        (OrderCreated, {CARRIED_ON: "1"}, True, False),
+        (OrderPaid, {CARRIED_ON: "1"}, True, True),
+        (OrderShipped, {CARRIED_ON: "1"}, False, True),
+    ],
+)
+def test_what_waits_is_taken_out_of_the_line_or_is_our_own(
+    event: Any, headers: dict[str, str], carried_on: bool, waits: bool
+) -> None:
+    """A stranger's events would stay there, of any size. Only what is looked after is left to its publisher."""
+    data = event(order_id="o-waits").SerializeToString()
+    stored = Event(subject_of(event()), data, headers, "ORDERS", 1, 1_000)
+    app.events_waiting.take_of("o-waits")
+    received = actors.read_event(stored)
+    assert received is not None
+    assert received.carried_on is carried_on
+    assert app.events_waiting.take_of("o-waits") == ([received.what] if waits else [])
 
 
 def test_an_order_of_another_program_is_claimed_and_shown() -> None:
