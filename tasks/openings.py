@@ -117,7 +117,8 @@ class Openings:
         """Take for the orders that are like any other."""
         at = time.monotonic()
         by_id = {event.order_id: event for event in events}
-        looked = self._stock.look(list(by_id))
+        skus = {item.sku for event in by_id.values() for item in event.items}
+        looked = self._stock.look(list(by_id), skus)
         digests: dict[str, str] = {}
         wanted: dict[str, Record] = {}
         for order_id, claim in looked.claims.items():

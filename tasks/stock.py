@@ -199,15 +199,18 @@ class Stock:
         lines = [line for line in wanted.lines if line.sku in taken] if found.fresh else wanted.lines
         return self._opened(order_id, lines, found)
 
-    def look(self, order_ids: Sequence[str]) -> Looked:
+    def look(self, order_ids: Sequence[str], skus: Iterable[str]) -> Looked:
         """Look for the claims and the records of several orders, with one request.
 
-        When that fails, the levels are read again: what is known of them may be of another life of the store, whose
+        When that fails, all levels are read again: what is known of them may be of another life of the store, whose
         revisions no server will ever have.
+
+        Parameters:
+          skus: The products of which a level is known before. Where none of them is known, nothing is looked for.
         """
         self._take_over()
         # Known before the look, as `tasks.levels` asks for.
-        seen_at = {sku: shelf.revision for sku, shelf in list(self._shelves.items())}
+        seen_at = {sku: self._shelves[sku].revision for sku in skus if sku in self._shelves}
         newest = max(seen_at, key=lambda sku: seen_at[sku], default=None)
         if newest is None or seen_at[newest] <= 0:
             return Looked({}, frozenset(), {})

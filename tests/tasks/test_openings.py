@@ -85,6 +85,15 @@ def test_orders_that_wait_are_taken_for_by_one_change_of_each_product() -> None:
     assert process.stock.available() == {"MUG-01": 27, "TEE-01": 17, "LAMP-01": 2}
 
 
+def test_products_of_other_orders_cost_nothing() -> None:
+    """Every order would pay for the size of the catalogue."""
+    process = Process(FakeBucket())
+    event = process.place("o-1", ("MUG-01", 1))
+    assert set(process.stock.look(["o-1"], {"MUG-01", "NEW-01"}).seen_at) == {"MUG-01"}
+    process.stock._shelves["TEE-01"] = process.stock._shelves["LAMP-01"] = None  # type: ignore[assignment]
+    assert process.openings.open(event) is not None
+
+
 def test_no_more_are_taken_for_than_wait_a_moment() -> None:
     process = Process(FakeBucket())
     events = [process.place(f"o-{number}", ("MUG-01", 1)) for number in range(AT_ONCE + 5)]

@@ -85,7 +85,7 @@ class Shop:
                     stock.open(order_id, wanted, self.offer(wanted) if kind == "offer" else None)
                 case "ahead":
                     ids = [f"o-{one}" for one in range(len(self.orders))]
-                    looked = stock.look(ids)
+                    looked = stock.look(ids, {sku for one in self.orders for sku in one})
                     records = {one: self.wanted(self.orders[int(one[2:])]) for one in looked.claims}
                     wanted_all = {one: records[one] for one in records if one not in looked.recorded}
                     for one in stock.take(wanted_all, looked.seen_at):
