@@ -348,12 +348,12 @@ class Shelf:
 
     def _try(self, batch: list[_Change]) -> bool:
         """Make every change to the level that is known; False when that is outdated."""
-        known, revision = self.know()
+        known, revision = self._know()
         self._look(batch, known, revision)
         level = known.copy()
         results = [(change, change.apply(level, change.record)) for change in batch]
         if level != known:
-            written = self.drop(level, known, revision)
+            written = self._drop(level, known, revision)
             try:
                 if revision:
                     revision = self._bucket.update(self.key, level.encode(), revision=revision)
@@ -361,7 +361,7 @@ class Shelf:
                     revision = self._bucket.create(self.key, level.encode())
             except (KeyExists, RevisionConflict):
                 return False
-            self.changed(level, revision, written)
+            self._changed(level, revision, written)
         for change, result in results:
             change.result = result
         return True
@@ -399,7 +399,7 @@ class Shelf:
         heard, known = self._heard, self._known
         return max(-1 if heard is None else heard.revision, -1 if known is None else known[1])
 
-    def know(self) -> tuple[Level, int]:
+    def _know(self) -> tuple[Level, int]:
         """Return the level and its revision as this process knows them; they are read if they are not known."""
         heard, known = self._heard, self._known
         if heard is not None and (known is None or heard.revision > known[1]):
@@ -412,13 +412,13 @@ class Shelf:
         """Have the level read again. What was heard may be of another life of the store, so it goes as well."""
         self._known = self._heard = None
 
-    def changed(self, level: Level, revision: int, written: set[tuple[str, str]]) -> None:
-        """Take note of a change that was stored, without the notes that `drop` has returned."""
+    def _changed(self, level: Level, revision: int, written: set[tuple[str, str]]) -> None:
+        """Take note of a change that was stored, without the notes that `_drop` has returned."""
         self._known = level, revision
         with self._lock:
             self._written -= written
 
-    def drop(self, level: Level, known: Level, revision: int) -> set[tuple[str, str]]:
+    def _drop(self, level: Level, known: Level, revision: int) -> set[tuple[str, str]]:
         """Drop the notes whose records are written: ours, and a few that were left behind; returns ours.
 
         Parameters:

@@ -53,7 +53,7 @@ from .levels import (
     StockBusy,
 )
 from .notes import Notes
-from .ports import BatchBucket, Entry
+from .ports import Bucket, Entry
 from .takeover import take_over
 
 __all__ = ["BUCKET", "Found", "InvalidAdjustment", "RecordBehind", "Stock", "StockBusy"]
@@ -96,7 +96,7 @@ class Stock:
 
     def __init__(
         self,
-        bucket: BatchBucket,
+        bucket: Bucket,
         initial: Mapping[str, int],
         now: Callable[[], int],
         *,

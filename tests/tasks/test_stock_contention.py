@@ -1,4 +1,4 @@
-"""The stock on a real bucket: threads and processes that fight for it, and the atomic batch they fight with."""
+"""The stock on a real bucket: threads and processes that fight for it."""
 
 from __future__ import annotations
 
