@@ -31,7 +31,7 @@ from orders.v1.events_pb2 import OrderCreated
 from .claims import Claim, digest_of_event
 from .ledger import Record
 from .pricing import first_record
-from .stock import RECALLED_SECONDS, Found, Stock
+from .stock import RECALLED_SECONDS, Found, Stock, StockBusy
 from .together import Together
 from .tokens import TokenUnreadable
 from .waiting import Waiting
@@ -88,8 +88,8 @@ class Openings:
         self._waiting.take_of(order_id)
         try:
             self._together(event)
-        except _Missed:
-            return None
+        except (_Missed, StockBusy):
+            return None  # what is busy may be a product of another order
         taken = self._taken.pop(order_id, None)
         if taken is None or taken.digest != digest_of_event(event):
             return None

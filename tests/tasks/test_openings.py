@@ -10,7 +10,7 @@ import pytest
 from dramatiq.middleware import Interrupt, raise_thread_exception
 
 import tasks.openings
-from dramatiq_jetstream.errors import BrokerConnectionError
+from dramatiq_jetstream.errors import BrokerConnectionError, RevisionConflict
 from orders.v1.events_pb2 import OrderCreated
 from tasks.ledger import Record
 from tasks.openings import AT_ONCE, Openings
@@ -199,6 +199,24 @@ def test_a_level_that_has_changed_since_the_look_has_its_orders_looked_for_again
     assert process.openings.open(events[0]) is not None
     assert process.openings.open(events[1]) is None
     assert process.stock.available()["MUG-01"] == 28
+
+
+def test_a_product_in_great_demand_fails_no_order_of_another_one() -> None:
+    """Others keep changing it; an order that wants none of it was only taken for together with one that does."""
+
+    class Contended(FakeBucket):
+        def update(self, key: str, value: bytes, *, revision: int, ttl: int | None = None) -> int:
+            if key == "level.MUG-01" and contended:
+                raise RevisionConflict(key)
+            return super().update(key, value, revision=revision, ttl=ttl)
+
+    contended: list[bool] = []
+    process = Process(Contended())
+    process.stock._shelf("MUG-01")._timeout = 0
+    process.place("o-1", ("MUG-01", 1))
+    event = process.place("o-2", ("TEE-01", 1))
+    contended.append(True)
+    assert process.openings.open(event) is None, "it takes the long way"
 
 
 class Strict(FakeBucket):
