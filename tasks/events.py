@@ -72,10 +72,10 @@ REQUEST_ID: Final = "Request-Id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 
 #: The header of a `created` or a `paid` whose publisher itself does what would be done for it: the front end adds
-#: `created` to the read model before it answers, and a payment goes on from `paid` to `confirmed`, with which `paid` is
-#: shown. What a publisher that dies has not done, its repetition does, or what looks after all orders (`tasks.figures`
-#: adds what the read model lacks, `tasks.standstill` calls the step again). So a stranger's header delays what is true,
-#: and nothing else. On any other event it says nothing.
+#: `created` to the read model before it answers, and a payment goes on from `paid` to `confirmed`. What a publisher
+#: that dies has not done, its repetition does, or what looks after all orders (`tasks.figures` adds what the read
+#: model lacks, `tasks.standstill` calls the step again). So a stranger's header delays what is true, and nothing
+#: else. On any other event it says nothing.
 CARRIED_ON: Final = "Order-Carried-On"
 
 #: The header of a `confirmed` that names the place of the `paid` before it.

@@ -1,9 +1,9 @@
 """Adds the events of the stream to the read model, as far as the ledger confirms them.
 
-The front end comes through here for the event that it has just stored, workers for every other one. Events of an order
-that wait in a process are added with the first of them, by one write, and `paid` with the `confirmed` that names its
-place: its own run leaves it alone. What is missing because a process died before it added what it had to,
-`tasks.figures` has added, which looks at each event of the stream.
+The front end comes through here for the event that it has just stored, workers for every other one. Events of an
+order that wait in a process are added with the first of them, by one write, and `paid` with the `confirmed` that
+names its place, if that comes first: its own run finds it there. What is missing because a process died before it
+added what it had to, `tasks.figures` has added, which looks at each event of the stream.
 """
 
 from __future__ import annotations
