@@ -453,9 +453,7 @@ def erasure_jobs() -> Jobs:
 @_once
 def projection() -> Projection:
     """Return the way into the read model."""
-    return Projection(
-        stock_store(), orders_store(), catalogue(), now, events_stored().happened_at, events_waiting
-    )
+    return Projection(stock_store(), orders_store(), catalogue(), now, events_waiting)
 
 
 def project_at(sequence: int, claim: Claim | None = None) -> Recorded | None:

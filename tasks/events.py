@@ -36,7 +36,6 @@ from orders.v1.events_pb2 import (
 )
 
 from .model import MAX_ID_LENGTH
-from .numbers import whole_number
 from .text import shown
 
 STREAM: Final = "ORDERS"
@@ -78,25 +77,17 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 #: else. On any other event it says nothing.
 CARRIED_ON: Final = "Order-Carried-On"
 
-#: The header of a `confirmed` that names the place of the `paid` before it.
-PAID_AT: Final = "Order-Paid-At"
-
 _TRACE_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Happened:
-    """An event with its place in the stream.
-
-    `at` is when JetStream stored it, in milliseconds, `with_place` the place of one that its publisher stored with it,
-    0 when there is none. A stranger may have put any number there.
-    """
+    """An event with its place in the stream. `at` is when JetStream stored it, in milliseconds."""
 
     event: Message
     sequence: int
     at: int
     trace_id: str | None = None
-    with_place: int = 0
 
 
 class UnusableEvent(Exception):
@@ -193,8 +184,7 @@ def happened(event: Message, sequence: int, at: int, headers: Mapping[str, str])
     """Return an event with its place in the stream, and the trace that its W3C header names."""
     parts = headers.get("traceparent", "").split("-")
     traced = len(parts) == 4 and _TRACE_ID.fullmatch(parts[1]) is not None
-    with_place = whole_number(headers.get(PAID_AT, ""), 0, 2**63 - 1) or 0
-    return Happened(event, sequence, at, parts[1] if traced else None, with_place)
+    return Happened(event, sequence, at, parts[1] if traced else None)
 
 
 def timestamp(at: int) -> Timestamp:
@@ -211,7 +201,6 @@ def isoformat(at: int) -> str:
 
 __all__ = [
     "CARRIED_ON",
-    "PAID_AT",
     "REQUEST_ID",
     "STREAM",
     "SUBJECTS",

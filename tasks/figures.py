@@ -2,8 +2,7 @@
 
 A fold (`tasks.folds`) over the stream. An event counts at its first place there, and only if the record of its order
 has it at that place: so each order counts once, however often its events are repeated, and whatever strangers publish.
-What the record does not have yet is added to it first, as a worker would: also `paid`, which does not count, and is
-missing where a payment died before it published `confirmed`.
+What the record does not have yet is added to it first, as a worker would.
 
 The numbers of a day are one document. They name no customer, and stay when orders leave the stream.
 """
@@ -27,7 +26,6 @@ from orders.v1.events_pb2 import (
     OrderCreated,
     OrderFailed,
     OrderOffered,
-    OrderPaid,
     OrderRefunded,
     OrderRejected,
 )
@@ -303,8 +301,8 @@ class Counting:
 
     def _store(self, position: Position, batch: list[Happened], kept: _Kept) -> Position | None:
         """Count a batch and move the position behind it."""
-        found = self._found([one for one in batch if isinstance(one.event, (*_COUNTED, OrderPaid))])
-        counted = [one for one in found if isinstance(one[0].event, _COUNTED) and not kept.has(one[1])]
+        found = self._found([one for one in batch if isinstance(one.event, _COUNTED)])
+        counted = [one for one in found if not kept.has(one[1])]
         days = sorted({entry.at.date() for _, entry, _ in counted})
         known = read_days(self._bucket, position, days)
         for happened, entry, order in counted:
@@ -317,7 +315,7 @@ class Counting:
         return self._fold.move(position, batch[-1].sequence, updates)
 
     def _found(self, batch: list[Happened]) -> Iterator[tuple[Happened, HistoryEntry, Order]]:
-        """Yield the events that the records have at their places, once they have them, and what the records say."""
+        """Yield the events that count, with what the record says of them."""
         orders = dict(self._records.several([order_id_of(one.event) for one in batch])) if batch else {}
         for happened in batch:
             order_id, key = order_id_of(happened.event), key_of(happened.event)

@@ -124,11 +124,6 @@ class Recorded:
         known = None if self.stored is None else self.stored["events"].get(key_of(happened.event))
         return known is not None and bool(known["sequence"] <= happened.sequence)
 
-    def has_place(self, place: int) -> bool:
-        """Whether it has the event at a place of the stream."""
-        events = {} if self.stored is None else self.stored["events"]
-        return any(fact["sequence"] == place for fact in events.values())
-
 
 class Orders:
     """The records of all orders in their bucket.

@@ -1,9 +1,8 @@
 """Adds the events of the stream to the read model, as far as the ledger confirms them.
 
 The front end comes through here for the event that it has just stored, workers for every other one. Events of an
-order that wait in a process are added with the first of them, by one write, and `paid` with the `confirmed` that
-names its place, if that comes first: its own run finds it there. What is missing because a process died before it
-added what it had to, `tasks.figures` has added, which looks at each event of the stream.
+order that wait in a process are added with the first of them, by one write. What is missing because a process died
+before it added what it had to, `tasks.figures` has added, which looks at each event of the stream.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ class Projection:
       orders: The read model.
       catalogue: The products and their prices.
       now: The time in milliseconds.
-      happened_at: Returns the event at a place of the stream.
       waiting: The events that wait in this process; None for no others.
     """
 
@@ -42,13 +40,11 @@ class Projection:
         orders: Orders,
         catalogue: Catalogue,
         now: Callable[[], int],
-        happened_at: Callable[[int], Happened | None] = lambda _: None,
         waiting: Waiting[Happened] | None = None,
     ) -> None:
         self._stock = stock
         self._orders = orders
         self._catalogue = catalogue
-        self._happened_at = happened_at
         self._now = now
         self._waiting = waiting or Waiting()
         self._turns = [threading.Lock() for _ in range(_TURNS)]
@@ -73,7 +69,6 @@ class Projection:
             if known.has(happened):
                 return known
             also = [one for one in waiting if one.sequence != happened.sequence and not known.has(one)]
-            also += self._stored_with(happened, known, also)
             written = self._recall(happened, known, also)
             if written is not None:
                 return written
@@ -83,15 +78,6 @@ class Projection:
                 return None
             others = (testimony.attested(one, self._catalogue) for one in also)
             return self._orders.project(confirmed, known, [one for one in others if one is not None])
-
-    def _stored_with(self, happened: Happened, known: Recorded, also: Sequence[Happened]) -> list[Happened]:
-        """Return the event that was stored with another one, unless it is known."""
-        place = happened.with_place
-        if not place or any(one.sequence == place for one in also) or known.has_place(place):
-            return []
-        found = self._happened_at(place)
-        # A stranger may name any place.
-        return [found] if found is not None and order_id_of(found.event) == known.order_id else []
 
     def _recall(self, happened: Happened, known: Recorded, also: Sequence[Happened]) -> Recorded | None:
         """Add an event that this process itself wrote into the ledger; returns None when the ledger has to be asked.

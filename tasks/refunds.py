@@ -262,8 +262,8 @@ class Refunds:
         *,
         fresh: bool | None = None,
         headers: Mapping[str, str] = MappingProxyType({}),
-    ) -> int | None:
-        """Publish that an order is in a state, or was, unless that was done; returns the event's place if it was now.
+    ) -> None:
+        """Publish that an order is in a state, or was, unless that was done.
 
         Parameters:
           fresh: Whether it was brought there just now; None to tell by what was found.
@@ -272,8 +272,7 @@ class Refunds:
         if fresh is None:
             fresh = found.fresh and state in (None, found.record.state)
         if fresh or not self._history.has_event(order_id, key_of(event)):
-            return self._publish(event, found.record.at[state or found.record.state], headers=headers)
-        return None
+            self._publish(event, found.record.at[state or found.record.state], headers=headers)
 
 
 def _chargeback(found: Found, chargeback_id: str) -> Chargeback | None:

@@ -29,7 +29,7 @@ publishes, no one can know whether it was published, so it is published again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final
 
 from google.protobuf.message import Message
@@ -39,7 +39,7 @@ from orders.v1.events_pb2 import OrderCreated, OrderDeclined, OrderPaid, OrderRe
 from .announcements import failed_event
 from .claims import digest_of_event
 from .compensation import NotCancellable
-from .events import CARRIED_ON, PAID_AT, UnusableEvent, name_of, order_id_of
+from .events import CARRIED_ON, UnusableEvent, name_of, order_id_of
 from .ledger import Record
 from .model import MAX_TEXT
 from .notes import GivenUp
@@ -242,15 +242,11 @@ class Saga(Offers):
           before: The record before this step changed it.
         """
 
-        def announce(state: str, headers: Mapping[str, str]) -> int | None:
+        is_confirmed = "confirmed" in found.record.at
+        for state in ("paid", "confirmed") if is_confirmed else ("paid",):
             fresh = found.fresh and state not in before.at
-            return self._announce(order_id, found, state, fresh=fresh, headers=headers)
-
-        if "confirmed" not in found.record.at:
-            announce("paid", {})
-            return
-        place = announce("paid", {CARRIED_ON: "1"})
-        announce("confirmed", {} if place is None else {PAID_AT: str(place)})
+            headers = {CARRIED_ON: "1"} if state == "paid" and is_confirmed else {}
+            self._announce(order_id, found, state, fresh=fresh, headers=headers)
 
     def _confirmed(self, order_id: str, found: Found) -> Found:
         """Confirm an order that is only paid, as an earlier version recorded it; returns what is recorded then."""

@@ -102,7 +102,7 @@ def test_a_queue_that_cannot_be_read_stops_no_schedule_of_another(make_broker, c
             every=1000,
         )
     bad = broker.names.queue_stream("bad")
-    settings = {**topology.queue(broker.names, "bad").settings, "retention": "limits"}
+    settings = {**topology.queue(broker.names, "bad").settings, "retention": "interest"}
     broker.connection.api(f"STREAM.CREATE.{bad}", {"name": bad, **settings})
     with running(broker):
         eventually(lambda: noted.count("good") >= 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from orders.v1.events_pb2 import OrderCreated
-from tasks import rules, saga
+from tasks import openings, rules, saga
 from tasks.catalogue import CATALOGUE
 from tasks.claims import Claim
 from tasks.ledger import PricedItem, Record
@@ -22,4 +22,4 @@ def _as_listed(claim: Claim, event: OrderCreated, at: int) -> Record:
     return replace(record, lines=lines, total=rules.total_of(lines))
 
 
-saga.first_record = _as_listed
+saga.first_record = openings.first_record = _as_listed

@@ -14,14 +14,13 @@ import tasks.figures
 from dramatiq_jetstream.streams import Range, StoredMessage
 from orders.v1.events_pb2 import OrderCreated, OrderItem
 from tasks.catalogue import CATALOGUE
-from tasks.events import CARRIED_ON
 from tasks.figures import Counting, Figures, Numbers
 from tasks.ledger import Chargeback
 from tasks.orders import Orders
 from tasks.projection import Projection
 from tests.tasks.fakes import FakeBucket
 from tests.tasks.test_rebuild import Events, shop
-from tests.tasks.test_saga_properties import Service, created
+from tests.tasks.test_saga_properties import Service
 
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 
@@ -187,23 +186,3 @@ def test_what_the_bank_took_back_counts_as_refunded() -> None:
     service.finish()
     counting(service, bucket).advance()
     assert whole(bucket)[0].refunded == 300
-
-
-def test_a_payment_that_died_before_it_confirmed_is_shown_as_paid() -> None:
-    """Its `paid` is left to the `confirmed` that follows, so nothing else adds it."""
-    service = Service(window=True)
-    service.stream.append(created("o-0", [("MUG-01", 1)]))
-    service.saga().reserve(service.stream.stored[0].event)  # type: ignore[arg-type]
-    for stored in service.stream.stored:
-        service.project(stored)
-    task = service.world.start("pay", lambda: service.saga().pay(service.stream.stored[1].event))  # type: ignore[arg-type]
-    while task.where != "after publish of paid":
-        service.world.step(task)
-    service.world.step(task, crash=True)
-    assert service.stream.stored[-1].headers == {CARRIED_ON: "1"}
-    bucket = FakeBucket()
-    counting(service, bucket).advance()
-    order = Orders(service.orders_bucket).get("o-0")
-    assert order is not None
-    assert [entry.event for entry in order.history] == ["created", "reserved", "paid"]
-    assert whole(bucket)[0] == Numbers(placed=1)

@@ -11,9 +11,7 @@ import pytest
 from dramatiq_jetstream.events import Event
 from orders.v1.events_pb2 import OrderCreated, OrderPaid, OrderReserved, OrderShipped
 from tasks import actors, anonymous, app
-from tasks.announcements import event_of
 from tasks.events import CARRIED_ON, Happened, name_of, order_id_of, subject_of
-from tasks.ledger import Record
 from tasks.orders import Orders
 from tasks.products import Catalogue
 from tasks.projection import Projection
@@ -42,9 +40,7 @@ class Process:
             *(self.stock, FakeGateway(), fake_tokens(), self.stream, self.orders, catalogue),
             lambda: next(clock),
         )
-        self.projection = Projection(
-            *(self.stock, self.orders, catalogue, lambda: next(clock)), self.stream.happened_at
-        )
+        self.projection = Projection(self.stock, self.orders, catalogue, lambda: next(clock))
 
     def event(self, name: str) -> Happened:
         stored = next(one for one in self.stream.stored if name_of(one.event) == name)
@@ -129,72 +125,6 @@ def test_an_order_that_was_archived_meanwhile_is_not_shown_again(*, remembered: 
     process.model.delete(ORDER_ID)
     assert process.projection.project(process.event("reserved")) is None
     assert process.model.entries == {}
-
-
-def test_a_confirmed_order_is_shown_as_paid_by_the_same_write() -> None:
-    """The event says where `paid` is. It is read there once, and not where it waits in this process or is known."""
-    process = Process()
-    process.place()
-    process.projection.project(process.event("reserved"))
-    process.saga.pay(OrderReserved(order_id=ORDER_ID))
-    places: list[int] = []
-    other = Process(process)
-    happened_at = process.stream.happened_at
-
-    def noted(place: int) -> Happened | None:
-        places.append(place)
-        return happened_at(place)
-
-    other.projection._happened_at = process.projection._happened_at = noted
-    process.wait(process.event("paid"))
-    effects = process.watched()
-    process.projection.project(process.event("confirmed"))
-    assert effects == [f"model: before update of {ORDER_ID}", f"model: after update of {ORDER_ID}"]
-    assert places == []
-    shown = json.loads(process.shown)["events"]
-    assert {name: fact["sequence"] for name, fact in shown.items()} == {
-        "created": 1,
-        "reserved": 2,
-        "paid": 3,
-        "confirmed": 4,
-    }
-    process.projection.project(process.event("paid"))
-    other.projection.project(process.event("confirmed"))
-    assert (len(effects), places) == (3, [])  # a look of the other process
-
-    del shown["paid"], shown["confirmed"]
-    record = {**json.loads(process.shown), "events": shown}
-    process.model.update(
-        ORDER_ID, json.dumps(record).encode(), revision=process.model.entries[ORDER_ID].revision
-    )
-    Process(process).projection.project(process.event("reserved"))
-    third = Process(process)
-    third.projection._happened_at = noted
-    third.projection.project(process.event("confirmed"))
-    assert places == [3]
-    assert json.loads(process.shown)["events"].keys() == {"created", "reserved", "paid", "confirmed"}
-
-
-def test_a_place_that_a_stranger_names_adds_only_what_is_true() -> None:
-    """The event there has to be of this order, and the ledger has to confirm it."""
-    process = Process()
-    process.place()
-    reserved = process.event("reserved")
-    forged = process.stream.append(OrderPaid(order_id=ORDER_ID))
-    process.saga.pay(OrderReserved(order_id=ORDER_ID))
-    # Of another order, at the very time at which this one was paid.
-    stolen = event_of("o-2", Record.decode(process.ledger.entries[f"order.{ORDER_ID}"].value), "paid")
-    places = [forged, process.stream.append(created("o-2", [("MUG-01", 1)])), process.stream.append(stolen)]
-    for place in (*places, 99):
-        fresh = Process(process)
-        fresh.projection.project(Happened(reserved.event, reserved.sequence, reserved.at, with_place=place))
-        record = json.loads(process.shown)
-        assert record["events"].keys() == {"created", "reserved"}
-        del record["events"]["reserved"]
-        process.model.update(
-            ORDER_ID, json.dumps(record).encode(), revision=process.model.entries[ORDER_ID].revision
-        )
-    assert "o-2" not in process.model.entries
 
 
 def test_events_that_wait_are_added_with_the_first_one() -> None:

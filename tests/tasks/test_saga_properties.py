@@ -144,9 +144,7 @@ class Service:
 
     def project(self, stored: FakeStored) -> None:
         """Add an event to the read model, as a worker does."""
-        projection = Projection(
-            *(self.stock(), next(self.projectors), self.catalogue, self.now), self.stream.happened_at
-        )
+        projection = Projection(self.stock(), next(self.projectors), self.catalogue, self.now)
         projection._waiting = next(self.shown_later)
         projection.project(stored.happened)
 

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from orders.v1.events_pb2 import OrderCreated, OrderDeclined, OrderPaid, OrderReserved
 from tasks.announcements import event_of, failed_event
 from tasks.claims import Claims
-from tasks.events import CARRIED_ON, PAID_AT, UnusableEvent, key_of, name_of
+from tasks.events import CARRIED_ON, UnusableEvent, key_of, name_of
 from tasks.ledger import PricedItem, Record
 from tasks.notes import GivenUp, Unsettled
 from tasks.ports import Charge, Decline
@@ -359,7 +359,7 @@ def test_pay_charges_once_confirms_and_drops_the_token(shop: Shop) -> None:
     assert shop.record == replace(HELD, state="confirmed", at=at, charge_id="ch_o-1")
     assert shop.bucket.newest_revision() == revision + 1
     assert shop.published == [shop.said("paid", 2_000), shop.said("confirmed", 2_000)]
-    assert shop.headers == [{CARRIED_ON: "1"}, {PAID_AT: "1"}]
+    assert shop.headers == [{CARRIED_ON: "1"}, {}]
     assert shop.token is None
     assert shop.unsettled == []
     assert shop.bucket.reads == ["plain"]
