@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.processes import Process, wait_until
-from benchmarks.servers import NatsServer, RabbitServer, RedisServer, Server, find
-from dramatiq_jetstream.testing import free_port
+from benchmarks.servers import NatsServer, RabbitServer, RedisServer, Server, find, free_port
 
 NODES = 3
 READY_SECONDS = 90.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +20,17 @@ def test_children_with_sessions_of_their_own_are_found_and_ended(tmp_path: Path)
     found = members([process])
     process.kill()
     wait_until(lambda: not any(_runs(pid) for pid in found), 30, "all are gone")
+
+
+def test_every_contender_can_be_driven_from_an_environment_without_the_library() -> None:
+    """Celery's has Celery, and neither this library nor its packages."""
+    program = (
+        "import sys; sys.modules['dramatiq_jetstream'] = sys.modules['nats'] = None; import benchmarks.driver"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def _runs(pid: int) -> bool:
