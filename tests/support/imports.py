@@ -9,10 +9,16 @@ from pathlib import Path
 
 
 def modules_of(directory: Path, package: str) -> dict[str, Path]:
-    """Return the files of a package that stands in a directory, by the full names of its modules."""
+    """Return the files of a package that stands in a directory, by the full names of its modules.
+
+    A hidden folder in it, such as an environment that the benchmarks have made, has no module of the package.
+    """
     folder = directory.joinpath(*package.split("."))
+    found = {path.relative_to(directory): path for path in folder.rglob("*.py")}
     return {
-        ".".join(path.relative_to(directory).with_suffix("").parts): path for path in folder.rglob("*.py")
+        ".".join(place.with_suffix("").parts): path
+        for place, path in found.items()
+        if not any(part.startswith(".") for part in place.parts)
     }
 
 

@@ -328,7 +328,7 @@ def _durable(
             "ack_wait": ack_wait * NANOSECONDS_PER_MS,
             "deliver_policy": "all",
             "filter_subject": subject,
-            # Never the server's limit: past it the stream keeps the message, and nobody gets it any more.
+            # Never the server's limit: past it the stream keeps the message and never delivers it again.
             "max_deliver": -1,
             "max_ack_pending": -1 if max_in_flight is None else max_in_flight,
             "max_waiting": MAX_WAITING,

@@ -240,7 +240,7 @@ class Removals:
         done.sequences.discard(sequence)
 
     def _note_refused(self, durable: Durable, done: _Done, error: ApiError | PermissionDenied) -> None:
-        """Leave to the next purge what was not removed, and fetch on: a worker that stands still helps nobody."""
+        """Leave to the next purge what was not removed, so that the worker can go on fetching."""
         done.sequences.clear()
         done.looked = time.monotonic() + REFUSED_PAUSE_SECONDS
         if str(error) not in self._refused:
